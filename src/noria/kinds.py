@@ -1,0 +1,24 @@
+"""Finds the module of a kind by its file name: `load("models", "llama")` is noria/models/llama.py.
+
+Knows folders and file names alone, not what the modules hold.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from noria.config import InputError, nearest
+
+
+def names(package: str) -> list[str]:
+    """The kinds that `package` has, one a file."""
+    folder = importlib.import_module(f"noria.{package}")
+    return sorted(module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """The module of one kind. Raises InputError, with the known names, for one that does not exist."""
+    known = names(package)
+    if name not in known:
+        raise InputError(f"{package}: no {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return importlib.import_module(f"noria.{package}.{name}")

@@ -1,0 +1,145 @@
+"""A step of one group, as data: what every rank needs to know to compute it, and what the last rank answers.
+
+A step travels as the header, ahead of the hidden states. Knows no tensors, no devices and no MPI.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+PAGE_TOKENS = 16  # tokens in one page of the KV cache
+
+
+class Word(IntEnum):
+    """What a header asks for."""
+
+    RUN = 0  # compute the step (nothing to do for a group without rows)
+    STOP = 1  # the run is over for this group: forward the header and leave
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` consecutive pages of the cache from page `start`."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A sequence takes a slot: the pages reserved for it and how it is sampled (keys of config.Sampling)."""
+
+    slot: int
+    runs: tuple[Run, ...]
+    sampling: dict
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's part of a microbatch, as attention sees it.
+
+    Its queries are rows `first .. first+count` of the microbatch; its keys are positions 0 .. length-1, the last `count`
+    of them new; `runs` are the pages that hold them, in order.
+    """
+
+    first: int
+    count: int
+    length: int
+    runs: tuple[Run, ...]
+
+
+def _no(dtype):
+    return field(default_factory=lambda: np.empty(0, dtype))
+
+
+_ARRAYS = (
+    ("slots", np.int32),
+    ("counts", np.int32),
+    ("positions", np.int32),
+    ("token_ids", np.int32),
+    ("microbatches", np.int32),
+    ("sample_rows", np.int32),
+    ("sample_slots", np.int32),
+    ("uniforms", np.float64),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One group's pass through all layers. R rows (sequences), T tokens, S samples, K microbatches.
+
+    slots, counts, positions: [R] each row's slot, number of new tokens, position of the first of them.
+    token_ids: [T] the new tokens, row after row. microbatches: [K+1] borders of the microbatches, in rows.
+    sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
+    Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
+    """
+
+    round: int
+    group: int
+    word: Word = Word.RUN
+    released: tuple[int, ...] = ()
+    admitted: tuple[Admitted, ...] = ()
+    slots: np.ndarray = _no(np.int32)
+    counts: np.ndarray = _no(np.int32)
+    positions: np.ndarray = _no(np.int32)
+    token_ids: np.ndarray = _no(np.int32)
+    microbatches: np.ndarray = _no(np.int32)
+    sample_rows: np.ndarray = _no(np.int32)
+    sample_slots: np.ndarray = _no(np.int32)
+    uniforms: np.ndarray = _no(np.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_slots)
+
+    def encode(self) -> bytes:
+        """The header: 8 bytes of length, JSON of what has no fixed size, then the arrays one after another."""
+        words = {
+            "round": self.round,
+            "group": self.group,
+            "word": int(self.word),
+            "released": self.released,
+            "admitted": [[a.slot, [[r.start, r.count] for r in a.runs], a.sampling] for a in self.admitted],
+            "sizes": [len(getattr(self, name)) for name, _ in _ARRAYS],
+        }
+        text = json.dumps(words).encode()
+        arrays = [np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in _ARRAYS]
+        return b"".join([len(text).to_bytes(8, "little"), text, *arrays])
+
+    @classmethod
+    def decode(cls, header: bytes) -> "Step":
+        """The step of a header that `encode` made."""
+        end = 8 + int.from_bytes(header[:8], "little")
+        words = json.loads(header[8:end])
+        admitted = tuple(
+            Admitted(slot, tuple(Run(*run) for run in runs), sampling) for slot, runs, sampling in words["admitted"]
+        )
+        arrays = {}
+        for (name, dtype), size in zip(_ARRAYS, words["sizes"], strict=True):
+            arrays[name] = np.frombuffer(header, dtype, size, end)
+            end += arrays[name].nbytes
+        return cls(
+            words["round"], words["group"], Word(words["word"]), tuple(words["released"]), admitted, **arrays
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last virtual stage answers to a step: [S] sampled token ids and log probabilities (raw distribution)."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+    def encode(self) -> bytes:
+        return self.token_ids.astype(np.int64).tobytes() + self.logprobs.astype(np.float64).tobytes()
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Result":
+        count = len(message) // 16
+        return cls(np.frombuffer(message, np.int64, count), np.frombuffer(message, np.float64, count, 8 * count))
