@@ -1,0 +1,68 @@
+"""Starts ranks for the tests, under a time limit: a hang is a failure that shows what the ranks had printed.
+
+Knows nothing of Noria's commands: `argv` is the whole command line that each rank runs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+ENVIRONMENT = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
+MARK = "NORIA_TEST_LAUNCH"
+
+
+class RanksHung(AssertionError):
+    """The ranks were still running at the time limit."""
+
+
+def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
+    """Run `mpirun -n num_ranks argv...` and return its CompletedProcess, with stdout and stderr as text.
+
+    The exit code is the caller's to check. `env` is added to the environment; a value of None takes a variable away.
+    Raises RanksHung, with the output so far, after `timeout` seconds; no rank outlives the call.
+    """
+    script = 'source "$1"; PATH="$2:$PATH"; exec timeout -k 5 "${@:3}"'
+    launch = [str(timeout), "mpirun", "-n", str(num_ranks), *map(str, argv)]
+    command = ["bash", "-c", script, "bash", str(ENVIRONMENT), os.path.dirname(sys.executable), *launch]
+    mark = uuid.uuid4().hex
+    variables = os.environ | {"OMP_NUM_THREADS": "1", MARK: mark} | (env or {})
+    variables = {name: value for name, value in variables.items() if value is not None}
+    # Files and not pipes: a rank that outlives mpirun would hold a pipe open, and reading it would hang too.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        try:
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=variables, cwd=cwd
+            ).returncode
+        finally:
+            _kill_marked(mark)
+        result = subprocess.CompletedProcess(launch[1:], code, _text(stdout), _text(stderr))
+    # 124: ended by SIGTERM; 137: it took SIGKILL, which a rank that was killed for its memory also shows.
+    if code == 124 or (code in (137, -9) and "timeout: the monitored command" in result.stderr):
+        raise RanksHung(f"still running after {timeout} s\n{describe(result)}")
+    return result
+
+
+def describe(result):
+    """The command, its exit code and all that it printed, for the message of a failed assertion."""
+    command = " ".join(result.args)
+    return f"$ {command}\nexit code {result.returncode}\n--- stdout\n{result.stdout}\n--- stderr\n{result.stderr}"
+
+
+def _text(file):
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def _kill_marked(mark):
+    """Kill what this launch left behind: mpirun puts ranks in process groups of their own, and they carry the mark."""
+    wanted = f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
