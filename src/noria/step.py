@@ -10,6 +10,7 @@ from enum import IntEnum
 import numpy as np
 
 PAGE_TOKENS = 16  # tokens in one page of the KV cache
+NO_TOKEN = -1  # in a result: nothing could be sampled
 
 
 class Word(IntEnum):
@@ -131,15 +132,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """What the last virtual stage answers to a step: [S] sampled token ids and log probabilities (raw distribution)."""
+    """What the last virtual stage answers to a step: [S] sampled token ids, in the order of its samples.
+
+    NO_TOKEN stands where the logits were not finite.
+    """
 
     token_ids: np.ndarray
-    logprobs: np.ndarray
 
     def encode(self) -> bytes:
-        return self.token_ids.astype(np.int64).tobytes() + self.logprobs.astype(np.float64).tobytes()
+        return self.token_ids.astype(np.int64).tobytes()
 
     @classmethod
     def decode(cls, message: bytes) -> "Result":
-        count = len(message) // 16
-        return cls(np.frombuffer(message, np.int64, count), np.frombuffer(message, np.float64, count, 8 * count))
+        return cls(np.frombuffer(message, np.int64))

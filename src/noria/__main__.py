@@ -1,0 +1,62 @@
+"""The command line: picks the command and imports that one alone."""
+
+import argparse
+import importlib
+import sys
+
+import noria
+from noria.config import InputError, nearest
+
+COMMANDS = {
+    "convert": "Hugging Face directory -> checkpoint",
+    "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
+    "inspect": "what a checkpoint or an output holds",
+    "export": "generations -> JSON lines, in the order of the prompts",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 finished, 2 the user's input is wrong, 1 anything else."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        return _command(argv[0], argv[1:])
+    return _help(argv)
+
+
+def _command(name: str, argv: list[str]) -> int:
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"no command {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+        command = importlib.import_module(f"noria.commands.{name}")
+        parser = argparse.ArgumentParser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
+        command.add_arguments(parser)
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in parser._actions for flag in action.option_strings]
+            raise InputError(f"noria {name} does not know {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
+        return command.run(arguments)
+    except InputError as error:
+        sys.stderr.write(f"noria: {error}\n")
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def _help(argv: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {says}" for name, says in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "noria",
+        usage="noria COMMAND ...    (noria COMMAND --help says more)",
+        description="Generates text with language models too large for one GPU, as an MPI batch job.",
+        epilog=f"commands:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"noria {noria.__version__}")
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0 if argv else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

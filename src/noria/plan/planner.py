@@ -1,0 +1,166 @@
+"""From a run's settings, a model's blocks and the ranks' memory to a plan: every number that the run needs.
+
+Needs no torch, no MPI and no GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape
+from noria.config import Config, InputError, parse_nbytes, require
+from noria.plan.placement import blocks_of, partition
+from noria.step import PAGE_TOKENS
+
+GiB = 1024**3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner must know of the ranks: bytes that each may use (the least over the ranks), and the device's kind."""
+
+    device: str
+    memory_nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice of a run. `memory`: bytes on each rank for weights, cache, messages and work space."""
+
+    num_ranks: int
+    laps: int
+    groups: int
+    microbatches: int
+    step_tokens: int
+    microbatch_tokens: int
+    dtype: str
+    num_pages: int
+    stages: tuple[tuple[int, int], ...]
+    blocking: bool
+    memory: tuple[dict, ...]
+
+    def ranges(self) -> list[range]:
+        """The layers of each virtual stage."""
+        return [range(*stage) for stage in self.stages]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        head = (
+            f"plan: {self.num_ranks} ranks x {self.laps} laps, {self.groups} groups, steps of {self.step_tokens} tokens"
+            f" in {self.microbatches}+ microbatches of {self.microbatch_tokens}, {self.dtype},"
+            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
+        )
+        rows = []
+        for rank, memory in enumerate(self.memory):
+            layers = ", ".join(f"{first}-{last - 1}" for first, last in self.stages[rank :: self.num_ranks])
+            sizes = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in memory.items())
+            rows.append(f"plan: rank {rank}: layers {layers}; {sizes}")
+        return [head, *rows]
+
+
+def check(config: Config, num_ranks: int, num_layers: int) -> None:
+    """Refuses settings of the pipeline that contradict each other or the model. Raises InputError."""
+    pipeline, laps = config.pipeline, config.pipeline.laps or 1
+    partition(num_layers, num_ranks * laps, pipeline.partition)
+    if pipeline.blocking:
+        groups = pipeline.groups or num_ranks
+        require(
+            2 <= groups <= num_ranks,
+            f"pipeline.blocking with {groups} groups on {num_ranks} ranks would deadlock: a ring of blocking sends needs"
+            " 2 <= groups <= ranks; change pipeline.groups or set pipeline.blocking = false",
+        )
+    step, micro = pipeline.step_tokens, pipeline.microbatch_tokens
+    require(
+        step is None or micro is None or micro <= step,
+        f"pipeline.microbatch_tokens is {micro}, more than pipeline.step_tokens ({step}): lower it",
+    )
+
+
+def make(
+    config: Config, shape: ModelShape, blocks: Mapping[str, Block], dtype: str, num_ranks: int, machine: Machine, num_rows: int
+) -> Plan:
+    """The plan of a run whose weights and cache all live on the device.
+
+    `dtype` is the run's, `num_rows` the number of prompts. Raises InputError, with the numbers and the remedy, where the
+    memory does not suffice.
+    """
+    pipeline, laps = config.pipeline, config.pipeline.laps or 1
+    check(config, num_ranks, shape.num_layers)
+    groups = pipeline.groups or _default_groups(config, num_ranks, machine.device)
+    step_tokens = pipeline.step_tokens or (4096 if machine.device == "cuda" else 512)
+    microbatch_tokens = min(pipeline.microbatch_tokens or step_tokens, step_tokens)
+    extra = _extra(blocks)
+    stages = partition(shape.num_layers, num_ranks * laps, pipeline.partition, extra)
+    cost = lambda rank: _fixed(rank, num_ranks, stages, blocks, dtype, shape, groups, step_tokens, microbatch_tokens)  # noqa: E731
+    fixed = [cost(rank) for rank in range(num_ranks)]
+    page = [
+        PAGE_TOKENS * shape.cache_nbytes_per_token(dtype) * sum(len(stage) for stage in stages[rank::num_ranks])
+        for rank in range(num_ranks)
+    ]
+    limit = _limit(config, machine)
+    context_pages = -(-shape.max_positions // PAGE_TOKENS)
+    num_pages = min((limit - sum(fixed[rank].values())) // page[rank] for rank in range(num_ranks))
+    tightest = max(range(num_ranks), key=lambda rank: sum(fixed[rank].values()) + page[rank])
+    if num_pages < 1:
+        needed = sum(fixed[tightest].values()) + page[tightest]
+        sizes = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in fixed[tightest].items())
+        raise InputError(
+            f"rank {tightest} needs at least {_size(needed)} of device memory ({sizes}), the limit is {_size(limit)}:"
+            " use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory"
+        )
+    num_pages = min(num_pages, max(num_rows, 1) * context_pages)
+    memory = tuple({**fixed[rank], "cache": num_pages * page[rank]} for rank in range(num_ranks))
+    return Plan(
+        num_ranks,
+        laps,
+        groups,
+        pipeline.microbatches,
+        step_tokens,
+        microbatch_tokens,
+        dtype,
+        num_pages,
+        tuple((stage.start, stage.stop) for stage in stages),
+        pipeline.blocking,
+        memory,
+    )
+
+
+def _default_groups(config: Config, num_ranks: int, device: str) -> int:
+    """M: the ring is full at M = N; one more group hides the hop and rank 0's own work. One GPU stays busy with two."""
+    if config.pipeline.blocking:
+        return num_ranks
+    if num_ranks == 1:
+        return 2 if device == "cuda" else 1
+    return num_ranks + 1
+
+
+def _extra(blocks: Mapping[str, Block]) -> tuple[float, float]:
+    """What embedding and head weigh, in layers: the row gather nothing, the head by its bytes."""
+    layers = [block.nbytes for name, block in blocks.items() if name.startswith("layers/")]
+    return 0.0, blocks["head"].nbytes * len(layers) / sum(layers)
+
+
+def _fixed(rank, num_ranks, stages, blocks, dtype, shape, groups, step_tokens, microbatch_tokens) -> dict[str, int]:
+    """Bytes that the rank needs besides its cache."""
+    held = [blocks[name] for name in blocks_of(rank, num_ranks, stages)]
+    itemsize = DTYPE_NBYTES[dtype]
+    weights = sum(block.nbytes * itemsize // DTYPE_NBYTES[block.dtype] for block in held)
+    messages = 2 * groups * step_tokens * shape.hidden_size * itemsize if num_ranks > 1 else 0
+    widest = max(parameter.shape[0] for block in held if block.name.startswith("layers/") for parameter in block.parameters)
+    work = microbatch_tokens * (8 * shape.hidden_size + 3 * widest) * itemsize + 2 * step_tokens * shape.hidden_size * itemsize
+    if rank == num_ranks - 1:
+        work += 512 * shape.vocab_size * (itemsize + 4) + 2**29 * (shape.vocab_size > 2**15)
+    return {"weights": weights, "messages": messages, "work space": work}
+
+
+def _limit(config: Config, machine: Machine) -> int:
+    asked = config.placement.gpu_memory
+    if asked is None:
+        return machine.memory_nbytes
+    return parse_nbytes(asked, "placement.gpu_memory")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GiB:.1f} GiB" if nbytes >= GiB / 10 else f"{nbytes / 1024**2:.1f} MiB"
