@@ -12,8 +12,8 @@ import numpy as np
 from noria.config import Sampling
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
-from noria.rows.randomness import uniforms
-from noria.rows.stopping import finish_reason, max_tokens
+from noria.rows.randomness import uniform
+from noria.rows.stopping import finish_reason
 from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Run, Step, Word
 
 
@@ -189,8 +189,8 @@ class Admission:
         return sequence
 
     def _num_pages(self, sequence: Sequence) -> int:
-        tokens = max_tokens(sequence.sampling, len(sequence.prompt_token_ids), self._limits.max_positions)
-        return -(-tokens // PAGE_TOKENS)
+        tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_new_tokens
+        return -(-min(tokens, self._limits.max_positions) // PAGE_TOKENS)
 
     def _admit(self, group: int) -> Sequence | None:
         """Gives the first waiting sequence a slot and pages of this group, if there is room: its equal share of both."""
@@ -244,7 +244,7 @@ class Admission:
             np.array(cut(counts, self._limits.microbatch_tokens, self._limits.microbatches), np.int32),
             np.array([row for row, _ in sampled], np.int32),
             np.array([sequence.slot for _, sequence in sampled], np.int32),
-            _uniforms([sequence for _, sequence in sampled]),
+            np.array([_uniform(sequence) for _, sequence in sampled], np.float64),
         )
 
 
@@ -270,13 +270,8 @@ def _slots_of(group: int, per_group: int) -> range:
     return range(group * per_group, (group + 1) * per_group)
 
 
-def _uniforms(sequences: list[Sequence]) -> np.ndarray:
-    """[S] the random number of each sequence's next token; greedy rows need none."""
-    numbers = np.zeros(len(sequences))
-    drawn = [index for index, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    rows = [sequences[index] for index in drawn]
-    seeds = [sequence.sampling.seed for sequence in rows]
-    positions = [len(sequence.token_ids) for sequence in rows]
-    if rows:
-        numbers[drawn] = uniforms(seeds, [sequence.prompt.row for sequence in rows], [0] * len(rows), positions)
-    return numbers
+def _uniform(sequence: Sequence) -> float:
+    """The random number of the sequence's next token; a greedy row needs none."""
+    if sequence.sampling.temperature == 0:
+        return 0.0
+    return uniform(sequence.sampling.seed, sequence.prompt.row, 0, len(sequence.token_ids))

@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from noria.config import Sampling
+from noria.rows.admission import Admission, Limits, cut
+from noria.rows.prompts import Prompt
+from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
+
+END = 7
+
+
+def prompt(row, length, **keys):
+    return Prompt(row, str(row), "", list(range(100, 100 + length)), keys, "", None)
+
+
+def next_token(tokens):
+    """A model of two lines: the next token is a function of all tokens before it."""
+    return (sum(tokens) * 31 + len(tokens)) % 50
+
+
+def expected(row, limit):
+    tokens, new = list(row.token_ids), []
+    while True:
+        new.append(next_token(tokens + new))
+        if new[-1] == END or len(new) == row.sampling["max_new_tokens"] or len(tokens) + len(new) == limit:
+            return new
+
+
+class Engine:
+    """Answers steps as ranks would, from the tokens that the steps alone carry, and checks what every step promises."""
+
+    def __init__(self, limits):
+        self.limits, self.slots, self.seen = limits, {}, {}
+
+    def answer(self, step):
+        for slot in step.released:
+            del self.slots[slot], self.seen[slot]
+        for admitted in step.admitted:
+            assert admitted.slot not in self.slots
+            held = {page for runs in self.slots.values() for run in runs for page in range(run.start, run.start + run.count)}
+            mine = {page for run in admitted.runs for page in range(run.start, run.start + run.count)}
+            assert not held & mine and max(mine) < self.limits.num_pages
+            self.slots[admitted.slot], self.seen[admitted.slot] = admitted.runs, []
+        assert step.num_tokens <= self.limits.step_tokens
+        ends = np.concatenate([[0], np.cumsum(step.counts)]).astype(int)
+        for first, last in zip(step.microbatches[:-1], step.microbatches[1:], strict=True):
+            assert 0 < ends[last] - ends[first] <= self.limits.microbatch_tokens
+        for row, slot in enumerate(step.slots.tolist()):
+            assert step.positions[row] == len(self.seen[slot])
+            self.seen[slot] += step.token_ids[ends[row] : ends[row + 1]].tolist()
+            assert len(self.seen[slot]) <= sum(run.count for run in self.slots[slot]) * PAGE_TOKENS
+        for row, slot in zip(step.sample_rows, step.sample_slots, strict=True):
+            assert row + 1 in ends and step.slots[np.flatnonzero(ends == row + 1)[0] - 1] == slot
+        return Result(np.array([next_token(self.seen[slot]) for slot in step.sample_slots.tolist()], np.int64))
+
+
+def run(prompts, limits, answer=None):
+    finished = []
+    admission = Admission(prompts, len(prompts), lambda p: p.token_ids, Sampling(), frozenset({END}), limits, finished.append)
+    engine, under_way, steps = Engine(limits), [None] * limits.groups, []
+    for round in range(10_000):
+        words = set()
+        for group in range(limits.groups):
+            if under_way[group] is not None:
+                admission.apply(*under_way[group])
+            step = admission.compose(round, group)
+            words.add(step.word)
+            result = (answer or engine.answer)(step)
+            under_way[group] = (step, result) if step.num_tokens else None
+            steps.append(step)
+        assert len(words) == 1
+        if words == {Word.STOP}:
+            return finished, steps
+    raise AssertionError("the run does not end")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
+    groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    limits = Limits(groups, data.draw(st.integers(5, 40)), step_tokens, data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3)), 64)
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), max_size=25))
+    prompts = [prompt(row, length, max_new_tokens=new) for row, (length, new) in enumerate(shapes)]
+    finished, _ = run(prompts, limits)
+    assert sorted(sequence.prompt.row for sequence in finished) == list(range(len(prompts)))
+    for sequence in finished:
+        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, 64)
+
+
+def test_groups_are_kept_equally_full_when_rows_are_few():
+    prompts = [prompt(row, 4, max_new_tokens=5) for row in range(8)]
+    _, steps = run(prompts, Limits(4, 100, 64, 64, 1, 64))
+    assert [len(step.slots) for step in steps[:4]] == [2, 2, 2, 2]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_beside_decoding_rows():
+    prompts = [prompt(0, 2, max_new_tokens=20, ignore_eos=True), prompt(1, 30, max_new_tokens=2, ignore_eos=True)]
+    _, steps = run(prompts, Limits(1, 100, 10, 8, 1, 64))
+    assert [step.counts.tolist() for step in steps[:5]] == [[2, 8], [1, 8], [1, 8], [1, 6], [1, 1]]
+
+
+def test_a_slot_is_refilled_as_soon_as_its_row_ends():
+    prompts = [prompt(row, 3, max_new_tokens=1 + row % 2, ignore_eos=True) for row in range(6)]
+    _, steps = run(prompts, Limits(1, 2, 64, 64, 1, 32))
+    busy = [len(step.slots) for step in steps if step.word is Word.RUN]
+    assert busy == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (prompt(0, 64), "the prompt has 64 tokens, the model's context 64"),
+        (prompt(0, 40, max_new_tokens=24), "need 64 tokens of cache, there is room for 48"),
+        (prompt(0, 4, max_new_tokens="x"), "max_new_tokens is 'x'"),
+        (Prompt(0, "0", "", None, {}, "", "line 1 is not JSON"), "line 1 is not JSON"),
+    ],
+)
+def test_a_row_that_cannot_run_ends_with_its_reason_and_costs_no_other_row(row, said):
+    others = [prompt(1, 3, max_new_tokens=2)]
+    finished, _ = run([row, *others], Limits(1, 3, 16, 16, 1, 64))
+    assert len(finished) == 2 and said in finished[0].error and finished[1].error == ""
+
+
+def test_a_row_without_finite_logits_ends_with_an_error():
+    finished, _ = run([prompt(0, 3)], Limits(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN)))
+    assert "not finite" in finished[0].error
+
+
+def test_no_prompts_at_all_is_one_round_of_stop():
+    finished, steps = run([], Limits(3, 4, 16, 16, 1, 64))
+    assert finished == [] and [step.word for step in steps] == [Word.STOP] * 3
+
+
+@given(st.lists(st.integers(1, 8), max_size=20), st.integers(8, 30), st.integers(1, 5))
+def test_a_cut_keeps_rows_whole_within_the_budget_and_makes_enough_microbatches(counts, budget, least):
+    borders = cut(counts, budget, least)
+    assert borders[0] == 0 and borders[-1] == len(counts) and borders == sorted(set(borders))
+    assert all(sum(counts[a:b]) <= budget for a, b in zip(borders, borders[1:], strict=False))
+    assert len(borders) - 1 >= min(least, len(counts))
