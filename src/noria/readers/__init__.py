@@ -1,0 +1,89 @@
+"""The formats of prompts, one a file: SUFFIXES, read(path) -> rows, count(path) -> number of rows.
+
+Here is what they share: finding the reader of a file, a bad row, and lines in bounded memory. Knows no key of a row.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+from noria import kinds
+from noria.config import InputError, require
+
+MAX_LINE_NBYTES = 64 * 2**20  # a longer line is a bad row: memory must not grow with the file
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be read, and why."""
+
+    error: str
+
+
+def for_path(path: str | Path) -> ModuleType:
+    """The reader of this file, by its suffix. Raises InputError that names the known ones."""
+    readers = [kinds.load("readers", name) for name in kinds.names("readers")]
+    for reader in readers:
+        if str(path).lower().endswith(reader.SUFFIXES):
+            return reader
+    known = ", ".join(suffix for reader in readers for suffix in reader.SUFFIXES)
+    raise InputError(f"prompts {path}: unknown kind of file; its name must end in one of {known}")
+
+
+def lines(path: str | Path) -> Iterator[bytes | None]:
+    """The lines of a file without their ends (\\n or \\r\\n) and without a BOM, decompressed if they are gzip.
+
+    None stands for a line above MAX_LINE_NBYTES. Raises InputError for a file that cannot be read or is damaged.
+    """
+    with opened(path) as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_LINE_NBYTES):
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                whole = line.endswith(b"\n") or len(line) < MAX_LINE_NBYTES
+                if not whole:
+                    _skip_line(file)
+                yield line.removesuffix(b"\n").removesuffix(b"\r") if whole else None
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"prompts {path}: cannot be read after line {number} ({error}): the file is damaged or was cut short"
+            ) from error
+
+
+def too_long(number: int) -> str:
+    """The error of a line that `lines` left out."""
+    return f"line {number} is longer than {MAX_LINE_NBYTES // 2**20} MiB"
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed if it begins as gzip does. Raises InputError if it cannot be read as text at all."""
+    path = Path(path)
+    try:
+        require(path.exists(), f"prompts {path}: no such file")
+        require(path.is_file(), f"prompts {path}: not a regular file; it is read more than once")
+        with open(path, "rb", buffering=2**20) as plain:
+            start = plain.peek(2)[:2]
+            require(
+                start not in (b"\xff\xfe", b"\xfe\xff"),
+                f"prompts {path}: UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8",
+            )
+            zipped = start == b"\x1f\x8b"
+            yield io.BufferedReader(gzip.GzipFile(fileobj=plain), 2**20) if zipped else plain
+    except OSError as error:
+        raise InputError(f"prompts {path}: {error.strerror or error}") from error
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while rest := file.readline(2**20):
+        if rest.endswith(b"\n"):
+            return

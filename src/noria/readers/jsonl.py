@@ -1,0 +1,38 @@
+"""Prompts as JSON lines: an object a line, plain or gzip. Blank lines are no rows. Knows no key of a row."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from noria.readers import BadRow, lines, too_long
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def read(path: str | Path) -> Iterator[dict | BadRow]:
+    """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for the file as a whole."""
+    for number, line in enumerate(lines(path), 1):
+        if line is None:
+            yield BadRow(too_long(number))
+        elif line.strip():
+            yield _parse(line, number)
+
+
+def count(path: str | Path) -> int:
+    """The number of rows that `read` gives, without parsing them."""
+    return sum(1 for line in lines(path) if line is None or line.strip())
+
+
+def _parse(line: bytes, number: int) -> dict | BadRow:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return BadRow(f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")
+    except RecursionError:
+        return BadRow(f"line {number} is nested too deeply")
+    except ValueError as error:
+        return BadRow(f"line {number} is not JSON: {error}")
+    if not isinstance(record, dict):
+        return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
+    return record

@@ -1,0 +1,42 @@
+"""Prompts as plain text: a prompt a line, plain or gzip, exactly as it stands. Knows no key but `prompt`.
+
+Row r is line r + 1: a blank line between others is a row with an empty prompt, blank lines at the end are no rows.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from noria.readers import BadRow, lines, too_long
+
+SUFFIXES = (".txt", ".txt.gz")
+
+
+def read(path: str | Path) -> Iterator[dict | BadRow]:
+    """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for the file as a whole."""
+    blank = 0
+    for number, line in enumerate(lines(path), 1):
+        if line == b"":
+            blank += 1
+            continue
+        for _ in range(blank):
+            yield {"prompt": ""}
+        blank = 0
+        yield _parse(line, number)
+
+
+def count(path: str | Path) -> int:
+    """The number of rows that `read` gives."""
+    last = 0
+    for number, line in enumerate(lines(path), 1):
+        if line != b"":
+            last = number
+    return last
+
+
+def _parse(line: bytes | None, number: int) -> dict | BadRow:
+    if line is None:
+        return BadRow(too_long(number))
+    try:
+        return {"prompt": line.decode()}
+    except UnicodeDecodeError as error:
+        return BadRow(f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")

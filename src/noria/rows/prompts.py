@@ -1,0 +1,233 @@
+"""The rows of a file of prompts: which keys they may have, what is wrong with a row, and what is the user's own.
+
+A bad row is a Prompt with an error, never an exception. Knows no tokenizer, no model and no file format.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from noria import readers
+from noria.config import NOT_YET, InputError, Sampling
+from noria.readers import BadRow
+
+RESERVED = ("id", "prompt", "messages", "token_ids")
+SAMPLING = tuple(f.name for f in fields(Sampling))
+SAMPLING_NOT_YET = tuple(NOT_YET["sampling"].split())
+_MAX_DISTANCE = 2  # a key this near to a sampling key is a typing error, not the user's own column
+_LONGEST_KEY = max(map(len, SAMPLING + SAMPLING_NOT_YET)) + _MAX_DISTANCE
+_MAX_ERROR = 500  # characters: a wrong value may be a megabyte
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One row of the prompts. `row` counts from 0 in the whole file.
+
+    `prompt` or `token_ids` is to be continued; `sampling` is the row's own keys of config.Sampling, checked; `extra` the
+    user's own columns as JSON text ("" without any); `error` says why the row cannot run (None: it can).
+    """
+
+    row: int
+    id: str
+    prompt: str
+    token_ids: list[int] | None
+    sampling: dict
+    extra: str
+    error: str | None
+
+
+def open_prompts(path: str | Path) -> Iterator[Prompt]:
+    """The prompts of a file, one at a time, in order.
+
+    Raises InputError for a missing file and an unknown suffix at once, and for a damaged file when the damage is reached.
+    Memory does not grow with the file but for 8 bytes a row, which find duplicate ids.
+    """
+    reader = readers.for_path(path)
+    with readers.opened(path):
+        pass
+    return _prompts(reader.read(path))
+
+
+def count(path: str | Path) -> int:
+    """The number of rows, counted without parsing them. Raises InputError as open_prompts does."""
+    return readers.for_path(path).count(path)
+
+
+def content_hash(path: str | Path) -> str:
+    """XXH3 (128 bits, hex) of the file's bytes as they are on disk. Raises InputError if it cannot be read."""
+    digest = xxhash.xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
+    except OSError as error:
+        raise InputError(f"prompts {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
+    ids = _Ids()
+    for row, record in enumerate(records):
+        if isinstance(record, BadRow):
+            yield Prompt(row, str(row), "", None, {}, "", record.error[:_MAX_ERROR])
+        else:
+            yield _prompt(row, record, ids)
+
+
+def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
+    own, extra, key_errors = _sort_keys(record)
+    id, id_error = _id(row, record.get("id"), ids)
+    sampling, sampling_error = _sampling(own) if own else ({}, None)
+    prompt, token_ids = record.get("prompt"), record.get("token_ids")
+    content_error = _content_error(record, prompt, token_ids)
+    error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
+    return Prompt(
+        row,
+        id,
+        prompt if isinstance(prompt, str) else "",
+        None if content_error else token_ids,
+        sampling,
+        _json_text(extra) if extra else "",
+        error or None,
+    )
+
+
+def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
+    """The row's sampling keys, the user's own columns, and what is wrong with keys. A sampling key with null is not given."""
+    own, extra, errors = {}, {}, []
+    for name, value in record.items():
+        if name in RESERVED:
+            continue
+        if name in SAMPLING:
+            if value is not None:
+                own[name] = value
+        elif name in SAMPLING_NOT_YET:
+            if value is not None:
+                errors.append(f"{name} is not in this version of Noria yet")
+        elif len(name) <= _LONGEST_KEY and (meant := misspelt(name)):
+            errors.append(f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)")
+        else:
+            extra[name] = value
+    return own, extra, errors
+
+
+@lru_cache(maxsize=4096)
+def misspelt(name: str) -> str | None:
+    """The sampling key that `name` was probably meant to be: the nearest within edit distance 2, or None.
+
+    A key must share something with it: for `n`, of one letter, every key of up to two letters would be as near.
+    """
+    near = [(edit_distance(name, key), key) for key in SAMPLING + SAMPLING_NOT_YET]
+    near = [(distance, key) for distance, key in near if distance <= _MAX_DISTANCE and distance < len(key)]
+    return min(near)[1] if near else None
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of letters to insert, delete or replace that turns `a` into `b` (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
+
+
+def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
+    """The row's id and what is wrong with it. Without one it is the row's number."""
+    if value is None:
+        value = row
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return str(row), f"id is {_short(value)}: it must be a string or an integer"
+    if ids.add(str(value)):
+        return str(value), None
+    return str(value), f"id {_short(str(value))} is that of an earlier row too"
+
+
+def _content_error(record: dict, prompt, token_ids) -> str | None:
+    """What is wrong with the part of the row that is to be continued."""
+    if record.get("messages") is not None:
+        return "messages is not in this version of Noria yet"
+    if prompt is not None and token_ids is not None:
+        return "both prompt and token_ids: give one of them"
+    if token_ids is not None:
+        return _token_ids_error(token_ids)
+    if prompt is None:
+        names = ", ".join(repr(name) for name in record if name not in RESERVED)
+        return f"neither prompt nor token_ids{f': this row has {_short(names)}' if names else ''}"
+    if not isinstance(prompt, str):
+        return f"prompt is {_short(prompt)}: it must be a string"
+    return None if prompt else "prompt is empty"
+
+
+def _token_ids_error(token_ids) -> str | None:
+    if not isinstance(token_ids, list):
+        return f"token_ids is {_short(token_ids)}: it must be a list of integers"
+    for place, token_id in enumerate(token_ids):
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            return f"token_ids[{place}] is {_short(token_id)}: it must be an integer from 0"
+    return None if token_ids else "token_ids is empty"
+
+
+def _sampling(own: dict) -> tuple[dict, str | None]:
+    """The row's own sampling keys, checked, and what is wrong with them."""
+    hashable = not any(isinstance(value, list | dict) for value in own.values())
+    override = _override if hashable else _override.__wrapped__
+    try:
+        return dict(override(tuple(own), *own.values())), None
+    except InputError as error:
+        return {}, str(error)
+    except OverflowError:
+        return {}, f"{', '.join(own)}: a number is too large"
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: true is not 1
+def _override(names: tuple[str, ...], *values) -> dict:
+    """Rows mostly repeat each other's values, and checking them takes longer than all the rest."""
+    settings = Sampling().override(dict(zip(names, values, strict=True)))
+    return {name: getattr(settings, name) for name in names}
+
+
+def _json_text(extra: dict) -> str:
+    """JSON of the user's own columns, readable in any script; lone surrogates, which no file can hold, stay escaped."""
+    text = json.dumps(extra, ensure_ascii=False)
+    return text if _encodable(text) else json.dumps(extra)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value) -> str:
+    """A wrong value as an error message shows it."""
+    text = repr(value[:50] if isinstance(value, str | list) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Ids:
+    """The ids so far, as 8-byte hashes: recent ones in a set, the others in one sorted array."""
+
+    def __init__(self):
+        self._recent: set[int] = set()
+        self._sorted = np.empty(0, np.uint64)
+
+    def add(self, id: str) -> bool:
+        """False if the id was there already."""
+        digest = xxhash.xxh3_64_intdigest(id.encode("utf-8", "surrogatepass"))
+        wanted = np.uint64(digest)
+        place = self._sorted.searchsorted(wanted)
+        if digest in self._recent or (place < len(self._sorted) and self._sorted[place] == wanted):
+            return False
+        self._recent.add(digest)
+        if len(self._recent) > 2**16:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)]))
+            self._recent.clear()
+        return True

@@ -1,0 +1,150 @@
+"""Text to token ids and back, as the model's own tokenizer does it, and the tokens that end a text.
+
+Equal to transformers' `tokenizer(text).input_ids`. Reads bytes, not files; knows no rows and no model weights.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from noria.config import InputError
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GPT2_NAMED = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) and convert again"
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT), and
+    tokenizer_config.json, special_tokens_map.json where there are any. Without the former there is `vocab_size` 0: token_ids can
+    be run, text cannot. `config` and `generation_config` are the model's. `end_token_ids` are the tokens that end a text by any
+    of the three. Raises InputError for a damaged file.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], config: Mapping, generation_config: Mapping):
+        settings = _json_file(files, "special_tokens_map.json") | _json_file(files, "tokenizer_config.json")
+        named = {name: text for name in _NAMED if (text := _text(settings.get(name)))}
+        if "tokenizer.json" not in files:
+            named = _GPT2_NAMED | named
+        self._backend = _backend(files, settings, named)
+        self.vocab_size = self._backend.get_vocab_size() if self._backend else 0
+        ends = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
+        if self._backend:
+            ends += _ids(self._backend.token_to_id(named.get("eos_token", "")))
+        self.end_token_ids = frozenset(ends)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt, with the BOS that the tokenizer's post-processor adds unless the text begins with it.
+
+        Lone surrogates, which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer for text.
+        """
+        if self._backend is None:
+            raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {_REMEDY}")
+        encoding = self._backend.encode(_without_lone_surrogates(text))
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        prefix = added.index(0) if 0 in added else len(ids)
+        doubled = prefix > 0 and ids[:prefix] == ids[prefix : 2 * prefix]
+        return ids[prefix:] if doubled else ids
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of generated tokens without special tokens; a character that is cut becomes U+FFFD.
+
+        Ids that the tokenizer does not have, as in a padded vocabulary, have no text. "" without a tokenizer.
+        """
+        if self._backend is None:
+            return ""
+        return self._backend.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+
+
+def prompt_token_ids(tokenizer: Tokenizer, prompt: str, token_ids: list[int] | None, vocab_size: int) -> list[int]:
+    """What a row feeds the model: its `token_ids` exactly as they are, else its `prompt` encoded.
+
+    Raises InputError for a prompt without tokens and for ids outside the model's vocabulary of `vocab_size`.
+    """
+    ids = tokenizer.encode(prompt) if token_ids is None else token_ids
+    if not ids:
+        raise InputError("the prompt has no tokens: the tokenizer makes none of this text")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        whose = "token_ids" if token_ids is not None else "the tokenizer's ids"
+        raise InputError(f"token id {wrong} is not in the model's vocabulary of {vocab_size}: check {whose}")
+    return ids
+
+
+def _backend(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, str]) -> Backend | None:
+    try:
+        if "tokenizer.json" in files:
+            # transformers too takes add_bos_token from the post-processor of this file, whatever the settings say.
+            backend = Backend.from_str(files["tokenizer.json"].decode())
+        elif "vocab.json" in files and "merges.txt" in files:
+            backend = _byte_level_bpe(files, settings, named)
+        else:
+            return None
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"the checkpoint's tokenizer cannot be read ({error}): {_REMEDY}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    _mark_special(backend, settings, named)
+    return backend
+
+
+def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, str]) -> Backend:
+    """The tokenizer of GPT-2 and OPT from its original files (transformers' GPT2Tokenizer)."""
+    lines = files["merges.txt"].decode().split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = Backend(models.BPE(vocab=_json_file(files, "vocab.json"), merges=merges, fuse_unk=False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
+    backend.decoder = decoders.ByteLevel()
+    bos = named["bos_token"]
+    bos_id = backend.token_to_id(bos)
+    if settings.get("add_bos_token") and bos_id is not None:
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    return backend
+
+
+def _mark_special(backend: Backend, settings: Mapping, named: Mapping[str, str]) -> None:
+    """The settings' special tokens are special even where tokenizer.json does not say so. None is added to the vocabulary."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    more = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = settings.get(key)
+        if isinstance(tokens, list | dict):
+            more += tokens.values() if isinstance(tokens, dict) else tokens
+    for text in [*named.values(), *filter(None, map(_text, more))]:
+        if text not in known and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _json_file(files: Mapping[str, bytes], name: str) -> dict:
+    try:
+        value = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the checkpoint's {name} is not JSON ({error}): {_REMEDY}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"the checkpoint's {name} is not a JSON object: {_REMEDY}")
+    return value
+
+
+def _text(token) -> str | None:
+    """The text of a token as settings have it: a string, or an object with its `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _ids(value) -> list[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [token_id for token_id in values if isinstance(token_id, int) and not isinstance(token_id, bool)]
+
+
+def _without_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
