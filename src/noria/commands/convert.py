@@ -1,0 +1,69 @@
+"""Makes a checkpoint of a Hugging Face model directory."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from noria.config import DTYPES
+from noria.files.convert import convert
+from noria.text import printable
+
+LINE_SECONDS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="HF_DIR", help="directory with config.json and the weights")
+    parser.add_argument("target", type=Path, metavar="MODEL.h5", help="checkpoint to make")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="numbers to store (auto: the source's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    report = _Bar() if sys.stderr.isatty() else _Lines()
+    try:
+        made = convert(arguments.source, arguments.target, arguments.dtype, report, arguments.overwrite)
+    finally:
+        report.close()
+    for note in made.notes:
+        sys.stderr.write(f"noria: {printable(note)}\n")
+    seconds = time.monotonic() - started
+    sys.stdout.write(
+        f"{arguments.target}: {made.shape.family}, {made.shape.num_layers} layers, {made.dtype},"
+        f" {made.nbytes / 2**30:.2f} GiB in {seconds:.1f} s ({made.nbytes / 1e9 / seconds:.2f} GB/s)\n"
+    )
+    return 0
+
+
+class _Bar:
+    """Progress on a terminal."""
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+
+    def __call__(self, block: str, done: int, total: int) -> None:
+        self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
+        self._bar.set_description(block, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+class _Lines:
+    """Progress in a log: a line now and then."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def __call__(self, block: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            sys.stderr.write(f"noria: {block}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB converted\n")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,47 @@
+"""Says what a checkpoint or an output holds."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from noria.config import InputError
+from noria.files import checkpoint, generations
+from noria.files.container import format_of
+from noria.files.schema import FORMAT as GENERATIONS
+from noria.text import plural, printable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.h5", help="checkpoint or output")
+    parser.add_argument("--verify", action="store_true", help="read all of it and check every checksum")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = format_of(arguments.file)
+    if found == checkpoint.FORMAT:
+        return _checkpoint(arguments.file, arguments.verify)
+    if found == GENERATIONS:
+        _write(generations.describe(arguments.file, arguments.verify))
+        return 0
+    raise InputError(f"{arguments.file}: its format is {found!r}; known: {checkpoint.FORMAT!r}, {GENERATIONS!r}")
+
+
+def _checkpoint(path: Path, verify: bool) -> int:
+    with checkpoint.open_checkpoint(path) as file:
+        _write(checkpoint.describe(file))
+        damaged = []
+        for name in file.blocks if verify else ():
+            try:
+                file.verify_block(name)
+            except InputError as error:
+                damaged.append(name)
+                _write([str(error)])
+        if damaged:
+            raise InputError(f"{path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}")
+        if verify:
+            _write([f"verified    {plural(len(file.blocks), 'block')}, {file.nbytes} bytes: every checksum is right"])
+    return 0
+
+
+def _write(lines: list[str]) -> None:
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))

@@ -1,0 +1,208 @@
+"""Opens HDF5 files that are not trusted: existence, format, links, types, and where a dataset's bytes lie.
+
+Knows HDF5 alone, nothing of models or generations. Nothing is read or allocated because a file says so: an extent is
+checked against the size of its file first, and a link never leaves the folder of the file that holds it.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+from h5py import h5d, h5t
+
+from noria.config import InputError
+
+MAX_LINKS = 4  # links from file to file on the way to one object
+_NUMPY_TYPES = {"float64": h5t.IEEE_F64LE, "float32": h5t.IEEE_F32LE, "float16": h5t.IEEE_F16LE, "uint8": h5t.STD_U8LE}
+
+
+def hdf5_type(dtype: str) -> h5t.TypeID:
+    """The stored type of a dtype. bfloat16 is a float type of its own bit fields, so that any HDF5 reader sees its values."""
+    if dtype != "bfloat16":
+        return _NUMPY_TYPES[dtype]
+    kind = h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)  # sign, exponent (at, bits), mantissa (at, bits)
+    kind.set_size(2)
+    kind.set_ebias(127)
+    return kind
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`nbytes` at `offset` of the open file descriptor `fd`, whose file is `path`."""
+
+    fd: int
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """The file, open for reading. Raises InputError for one that is missing, foreign, truncated or not readable."""
+    path = Path(path)
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            hint = f": make a checkpoint of it with `noria convert {path} model.h5`" if (path / "config.json").is_file() else ""
+            raise InputError(f"{path} is a directory, not an HDF5 file{hint}")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            beginning = file.read(8)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path} is not an HDF5 file: its {status.st_size} bytes begin with {beginning!r}")
+    try:
+        return h5py.File(path, "r", locking=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    sizes = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
+    if sizes:
+        return f"is truncated: it has {sizes[1]} bytes of {sizes[2]}; copy or make it again"
+    return f"cannot be read as HDF5, it is damaged: {str(error)[:200]!r}"
+
+
+@contextmanager
+def damaged_is_input_error(path: Path) -> Iterator[None]:
+    """What h5py raises on broken metadata, as an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
+
+
+def format_of(path: Path) -> str:
+    """The attribute `format` that every file of Noria carries, or an InputError if it has none."""
+    with open_hdf5(path) as file, damaged_is_input_error(path):
+        if "format" not in file.attrs:
+            raise InputError(f"{path} is an HDF5 file, but not one of Noria's: it has no attribute 'format'")
+        return text_attribute(file, "format", path)
+
+
+def text_attribute(node: h5py.Group, name: str, path: Path) -> str:
+    """A string attribute. Raises InputError if it is absent or no string."""
+    value = node.attrs.get(name)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, str):
+        raise InputError(f"{path}: {node.name!r} needs a text attribute {name!r}, it has {type(value).__name__}")
+    return str(value)
+
+
+class LinkedFiles:
+    """An HDF5 file and those that it links to in the same folder, open together; owns their file descriptors."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.root = open_hdf5(self.path)
+        self._folder = self.path.resolve().parent
+        self._files = {self.path.resolve(): self.root}
+        self._descriptors: dict[str, int] = {}
+
+    def find(self, path: str) -> h5py.Group | h5py.Dataset:
+        """The object at `path`. Raises InputError if it is missing or lies behind a link that is not allowed."""
+        node, parts, hops = self.root, path.split("/")[::-1], 0
+        while parts:
+            part = parts.pop()
+            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+            if isinstance(link, h5py.HardLink):
+                node = node[part]
+            elif isinstance(link, h5py.ExternalLink):
+                hops += 1
+                if hops > MAX_LINKS:
+                    raise InputError(f"{self.path}: {path!r} goes through more than {MAX_LINKS} links from file to file")
+                node = self._open(link.filename, path)
+                parts += link.path.strip("/").split("/")[::-1]
+            elif link is None:
+                raise InputError(f"{self.path} has no {path!r}: it is incomplete, convert the model again")
+            else:
+                raise InputError(f"{self.path}: {path!r} is a {type(link).__name__}: links here are hard or to other files")
+        return node
+
+    def _open(self, name: str, path: str) -> h5py.File:
+        target = self._folder / name
+        if name in ("", ".", "..") or "/" in name or "\0" in name or target.resolve().parent != self._folder:
+            raise InputError(f"{self.path}: {path!r} links to {name!r}: a checkpoint's files lie in one folder, {self._folder}")
+        if target.resolve() not in self._files:
+            if not target.exists():
+                raise InputError(f"{self.path}: {path!r} is in the file {name!r}, which is missing in {self._folder}")
+            self._files[target.resolve()] = open_hdf5(target)
+        return self._files[target.resolve()]
+
+    def extent(self, path: str, dtype: str, shape: tuple[int, ...] | None = None) -> Extent:
+        """Where the bytes of a contiguous dataset lie; `shape` None: any one-dimensional.
+
+        Raises InputError for another shape or type, another layout, or an extent that is not inside its file.
+        """
+        dataset = self.find(path)
+        where = f"{self.path}: {path!r}"
+        if not isinstance(dataset, h5py.Dataset):
+            raise InputError(f"{where} is no dataset")
+        if dataset.shape != shape if shape is not None else len(dataset.shape or ()) != 1:
+            raise InputError(f"{where} has shape {_shape(dataset.shape)}, it should be {_shape(shape) if shape else '[bytes]'}")
+        if not dataset.id.get_type().equal(hdf5_type(dtype)):
+            raise InputError(f"{where} is stored as {dataset.dtype}, not as {dtype}")
+        create = dataset.id.get_create_plist()
+        if create.get_layout() != h5d.CONTIGUOUS or create.get_external_count():
+            raise InputError(f"{where} is not stored as one contiguous piece of its file")
+        nbytes = dataset.id.get_space().get_simple_extent_npoints() * dataset.id.get_type().get_size()
+        offset = dataset.id.get_offset()
+        if offset is None and nbytes:
+            raise InputError(f"{where} has no data: the file was never finished")
+        extent = Extent(self._descriptor(dataset.file), Path(dataset.file.filename), offset or 0, nbytes)
+        check_inside(extent, path)
+        return extent
+
+    def _descriptor(self, file: h5py.File) -> int:
+        if file.filename not in self._descriptors:
+            self._descriptors[file.filename] = os.dup(file.id.get_vfd_handle())
+        return self._descriptors[file.filename]
+
+    def close_hdf5(self) -> None:
+        """Closes what h5py holds; the descriptors of extents stay open."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def close(self) -> None:
+        """Closes everything. May be called twice."""
+        self.close_hdf5()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _shape(shape) -> str:
+    return str(list(shape)) if shape is not None else "none"
+
+
+def check_inside(extent: Extent, name: str) -> None:
+    """Raises InputError unless the extent lies inside its file."""
+    size = os.fstat(extent.fd).st_size
+    end = extent.offset + extent.nbytes
+    if end > size:
+        raise InputError(f"{extent.path} is truncated: {name!r} ends at byte {end}, the file has {size}; copy or make it again")
+
+
+def read_extent(extent: Extent, into: memoryview, offset: int = 0) -> None:
+    """Fills `into` (bytes) with the extent's bytes from `offset` on. Any thread may call it. Raises InputError at the file's end."""
+    at, end = 0, len(into)
+    while at < end:
+        chunk = into[at : min(end, at + (1 << 30))]
+        count = os.preadv(extent.fd, [chunk], extent.offset + offset + at)
+        if count == 0:
+            raise InputError(f"{extent.path} ends at byte {extent.offset + offset + at}: it was truncated while it was read")
+        at += count

@@ -1,0 +1,202 @@
+"""Makes a checkpoint of a Hugging Face directory, a few MiB at a time whatever the model's size.
+
+Everything is checked before the first byte is written: the architecture, every tensor's presence and shape, the space on
+the disk. Which tensors make a parameter is the model family's to say.
+"""
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape, Parameter
+from noria.config import InputError
+from noria.files import atomic
+from noria.files.checkpoint import block_names, model_block, model_shape, open_checkpoint
+from noria.files.checkpoint_writer import Header, file_nbytes, replacing, write_checkpoint
+from noria.files.hugging_face import Directory
+from noria.files.shards import Tensor, TorchShards, read_chunks
+from noria.text import plural
+
+# Tensors that old checkpoints carry and no model needs: they are computed.
+IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
+
+Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
+Plan = dict[tuple[str, str], list[Tensor]]  # the tensors, along dimension 0, of (block, parameter)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was made: the layout, and notes for the user, one line each."""
+
+    shape: ModelShape
+    dtype: str
+    nbytes: int
+    notes: list[str]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Converts the model in directory `source` into the checkpoint `target`.
+
+    dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right, before
+    the target is touched; the target appears whole or not at all.
+    """
+    target = Path(target)
+    _check_target(target, overwrite)
+    directory = Directory(source)
+    config_text, config = directory.json("config.json")
+    generation = directory.json("generation_config.json")
+    tensors = directory.tensors()
+    family, shape = model_shape(config, str(directory.path))
+    plan = _plan(directory, family, shape, tensors)
+    dtype, notes = _choose_dtype(plan, dtype)
+    blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
+    header = Header(shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer())
+    _check_space(target, file_nbytes(blocks, header))
+    notes += _left_over(plan, tensors, shape) + _tokenizer_notes(header)
+    source_of = _Source(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
+    try:
+        with replacing(target, overwrite) as temporary:
+            write_checkpoint(temporary, header, blocks, _shared(plan), source_of.chunks)
+            with open_checkpoint(temporary):
+                pass  # what was written reads back as a checkpoint
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{target.parent} is full: {os.strerror(error.errno)}; what was written is removed") from error
+        raise
+    return Converted(shape, dtype, target.stat().st_size, notes)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise InputError(f"{target} is a directory: give the file to make, such as {target / 'model.h5'}")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists ({target.stat().st_size} bytes): use --overwrite to replace it")
+    atomic.check_folder(target)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    space = os.statvfs(target.parent)
+    free = space.f_bavail * space.f_frsize
+    if needed > free:
+        raise InputError(
+            f"{target} needs {needed / 2**30:.2f} GiB, {target.parent.resolve()} has {free / 2**30:.2f} GiB free: choose another"
+            " folder or a narrower --dtype"
+        )
+
+
+def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Tensor]) -> Plan:
+    """The tensors of every parameter. Raises InputError for the first block that lacks one or has one of a wrong shape."""
+    plan: Plan = {}
+    for block in block_names(shape):
+        wanted = family.sources(shape, block)
+        found = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
+        missing = [name for name, tensor in found.items() if tensor is None]
+        if missing:
+            raise InputError(
+                f"{directory.path} lacks {', '.join(map(repr, missing[:3]))}{' and more' if len(missing) > 3 else ''}: {block} of"
+                f" {shape.family} needs {len(missing)} tensors that none of its files holds; download it again"
+            )
+        for parameter in model_block(family, shape, block, "float32").parameters:
+            parts = [found[name] for name in wanted[parameter.name]]
+            _check_parts(block, parameter, parts)
+            plan[block, parameter.name] = parts
+    return plan
+
+
+def _find(name: str, tensors: dict[str, Tensor], aliases) -> Tensor | None:
+    names = [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _check_parts(block: str, parameter: Parameter, parts: list[Tensor]) -> None:
+    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+    if any((rows, *part.shape[1:]) != parameter.shape for part in parts):
+        have = ", ".join(f"{part.name!r} {list(part.shape)}" for part in parts)
+        raise InputError(
+            f"{parts[0].shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape that config.json"
+            " asks for: weights and config.json are not of one model"
+        )
+    for part in parts:
+        if part.dtype not in DTYPE_NBYTES:
+            raise InputError(f"{part.shard}: {part.name!r} is {part.dtype!r}: Noria converts {', '.join(DTYPE_NBYTES)}")
+
+
+def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
+    """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it."""
+    sizes, counts = Counter(), Counter()
+    for tensor in {tensor.name: tensor for parts in plan.values() for tensor in parts}.values():
+        sizes[tensor.dtype] += tensor.size
+        counts[tensor.dtype] += 1
+    if dtype != "auto":
+        return dtype, []
+    chosen = sizes.most_common(1)[0][0]
+    cast = ", ".join(f"{counts[other]} of {other}" for other in counts if other != chosen)
+    return chosen, [f"most tensors are {chosen}; cast to it: {cast}"] if cast else []
+
+
+def _shared(plan: Plan) -> str | None:
+    """The parameter of `embed` that is made of the very tensor that the head's matrix is made of."""
+    head = plan.get(("head", "lm_head"))
+    return next((name for (block, name), parts in plan.items() if block == "embed" and parts == head), None)
+
+
+def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
+    used = {tensor.name for parts in plan.values() for tensor in parts}
+    # a tied model's own lm_head is the embedding once more
+    tied = {"lm_head.weight"} if shape.tied else set()
+    left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
+    if not left:
+        return []
+    listed = ", ".join(map(repr, left[:5])) + (" ..." if left[5:] else "")
+    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} has no use for: {listed}"]
+
+
+def _tokenizer_notes(header: Header) -> list[str]:
+    if "tokenizer.json" in header.tokenizer:
+        return []
+    made = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
+    return [f"no tokenizer.json: prompts can only be given as token_ids ({made})"]
+
+
+class _Source:
+    """Gives the bytes of each parameter to the writer, cast, and tells how far it is."""
+
+    def __init__(self, plan: Plan, dtype: str, total: int, progress: Progress | None):
+        self._plan, self._dtype, self._total, self._progress = plan, getattr(torch, dtype), total, progress
+        self._shards = TorchShards()
+        self._done = 0
+
+    def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
+        for tensor in self._plan[block.name, parameter.name]:
+            for chunk in read_chunks(tensor, self._shards):
+                cast = _cast(chunk, self._dtype, tensor)
+                yield memoryview(cast.view(torch.uint8).numpy())
+                self._done += cast.nbytes
+                if self._progress:
+                    self._progress(block.name, self._done, self._total)
+
+
+def _cast(chunk: torch.Tensor, dtype: torch.dtype, tensor: Tensor) -> torch.Tensor:
+    """The chunk in `dtype`. Raises InputError if a number is beyond what it can hold."""
+    if chunk.dtype == dtype:
+        return chunk.contiguous()
+    cast = chunk.to(dtype)
+    if not torch.isfinite(cast).all() and (torch.isinf(cast) & torch.isfinite(chunk)).any():
+        largest = chunk[torch.isfinite(chunk)].abs().max().item()
+        word = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{tensor.shard}: {tensor.name!r} holds {largest:.4g}, {word} ends at {torch.finfo(dtype).max:.4g}: convert with"
+            f" --dtype {'bfloat16' if dtype == torch.float16 else 'float64'}"
+        )
+    return cast

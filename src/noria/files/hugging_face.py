@@ -1,0 +1,120 @@
+"""Reads a Hugging Face model directory: its JSON texts, tokenizer files, and which file holds which tensor.
+
+A file name never leaves the directory: names come from the directory's own files, which are not trusted. Knows nothing of
+model families or of the checkpoint that is made of it.
+"""
+
+import os
+from pathlib import Path
+
+from noria.config import InputError
+from noria.files.checkpoint import TOKENIZER_FILES, parse_json
+from noria.files.shards import Tensor, list_tensors
+
+MAX_TEXT_NBYTES = 1 << 28  # of config.json, an index or a tokenizer file
+# In the order of preference: files of torch only where there is nothing else.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class Directory:
+    """A model directory. Raises InputError if it is none."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            hint = ": download the model first, for instance with `hf download`" if str(path).count("/") == 1 else ""
+            raise InputError(f"{path} does not exist{hint}")
+        if not self.path.is_dir():
+            raise InputError(f"{path} is a file: give the Hugging Face directory that holds config.json")
+        self._root = _trusted_root(self.path.resolve())
+        if not (self.path / "config.json").is_file():
+            snapshots = sorted(self.path.glob("snapshots/*/config.json"))
+            hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
+            raise InputError(f"{path} has no config.json: it is not a Hugging Face model directory{hint}")
+
+    @property
+    def name(self) -> str:
+        """The model's name: of the directory, or `owner/model@revision` in a download cache."""
+        path = self.path.resolve()
+        owner = path.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return f"{owner}@{path.name}" if path.parent.name == "snapshots" else path.name
+
+    def file(self, name: str) -> Path | None:
+        """The path of a top-level file, or None. Raises InputError for a name or a link that leaves the directory."""
+        if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+            raise InputError(f"{self.path}: the file name {name!r} leaves the directory: names here are plain")
+        path = self.path / name
+        if not path.is_symlink() and not path.exists():
+            return None
+        target = path.resolve()
+        if not target.is_relative_to(self._root):
+            raise InputError(
+                f"{path} is a link to {target}, outside {self._root}: copy the file into the directory (a link is followed"
+                " only inside the directory, or inside a cache folder with snapshots/ and blobs/)"
+            )
+        if not target.is_file():
+            raise InputError(f"{path} {'is not a regular file' if target.exists() else 'is a link to nothing'}: download it again")
+        if not os.access(target, os.R_OK):
+            raise InputError(f"{path} cannot be read: permission denied")
+        return path
+
+    def content(self, name: str) -> bytes | None:
+        """The bytes of a small file, or None if there is none."""
+        path = self.file(name)
+        if path is None:
+            return None
+        if path.stat().st_size > MAX_TEXT_NBYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, at most {MAX_TEXT_NBYTES} are read")
+        return path.read_bytes()
+
+    def json(self, name: str) -> tuple[str, dict] | None:
+        """The text of a JSON file and its object, or None if there is none."""
+        content = self.content(name)
+        if content is None:
+            return None
+        tree = parse_json(content, str(self.path / name))
+        try:
+            return content.decode("utf-8-sig"), tree
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path / name} is not UTF-8: {error}") from error
+
+    def tokenizer(self) -> dict[str, bytes]:
+        """The tokenizer's files by name; vocabulary and merges alone only where there is no tokenizer.json."""
+        whole = self.file("tokenizer.json") is not None
+        names = [name for name in TOKENIZER_FILES if not (whole and name in ("vocab.json", "merges.txt", "added_tokens.json"))]
+        contents = {name: self.content(name) for name in names}
+        return {name: content for name, content in contents.items() if content is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name. Raises InputError for shards that are missing, damaged, or not what the index says."""
+        for name in WEIGHTS:
+            path = self.file(name)
+            if path is not None:
+                return self._indexed(name) if name.endswith(".index.json") else list_tensors(path)
+        raise InputError(f"{self.path} has no weights: none of {', '.join(WEIGHTS)}")
+
+    def _indexed(self, index: str) -> dict[str, Tensor]:
+        where = self.path / index
+        weight_map = self.json(index)[1].get("weight_map")
+        suffix = ".safetensors" if "safetensors" in index else ".bin"
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{where} has no weight_map from tensor names to file names")
+        shards = {}
+        for shard in dict.fromkeys(weight_map.values()):
+            path = self.file(shard)
+            if path is None:
+                raise InputError(f"{where} names the file {shard!r}, which is missing: download it again")
+            if path.suffix != suffix:
+                raise InputError(f"{where} names the file {shard!r}, it should be a {suffix} file")
+            shards[shard] = list_tensors(path)
+        for name, shard in weight_map.items():
+            if name not in shards[shard]:
+                raise InputError(f"{where} says that {shard!r} holds {name!r}, but it does not: download both again")
+        return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _trusted_root(path: Path) -> Path:
+    """The folder that links may point into: the directory, or the cache folder of one model that it is a snapshot in."""
+    cache = path.parent.parent
+    in_cache = path.parent.name == "snapshots" and (cache / "blobs").is_dir()
+    return cache if in_cache else path

@@ -1,0 +1,78 @@
+"""A model without a checkpoint: random weights made in place, the same for the same tensor on every rank and in every run.
+
+For trying a shape, a placement or a machine. Has the interface of checkpoint.Checkpoint and no file.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from noria.blocks import DTYPE_NBYTES
+from noria.config import InputError
+from noria.files.checkpoint import block_names, model_block, model_shape
+
+# Numbers drawn per parameter; they repeat with this period, a prime, so that no two rows of a matrix are equal.
+PERIOD = 1_048_583
+
+
+class RandomCheckpoint:
+    """Blocks of random weights. Norms are 1, other vectors (biases) and matrices are normal with the config's own width."""
+
+    def __init__(self, config: dict, dtype: str):
+        if dtype not in DTYPE_NBYTES:
+            raise InputError(f"random weights: dtype is {dtype!r}; known: {', '.join(DTYPE_NBYTES)}")
+        self.path = Path("random weights")
+        self.config, self.generation_config, self.tokenizer, self.dtype = config, {}, {}, dtype
+        self._module, self.shape = model_shape(config, "random weights")
+        self.family = self.shape.family
+        self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
+        self.nbytes = sum(block.nbytes for block in self.blocks.values())
+        self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}").hexdigest()
+        width = config.get("initializer_range", config.get("init_std", 0.02))
+        self._width = width if isinstance(width, float) and 0 < width < 1 else 0.02
+
+    def read_block(self, name: str, into) -> None:
+        """Fills the writable buffer `into`, of exactly the block's nbytes, with the block. Any thread may call it."""
+        block, view = self.blocks[name], memoryview(into).cast("B")
+        assert len(view) == block.nbytes, (name, len(view), block.nbytes)
+        sources = self._module.sources(self.shape, name)
+        bytes_ = np.frombuffer(view, np.uint8)
+        end = 0
+        for parameter in block.parameters:
+            bytes_[end : parameter.offset] = 0
+            end = parameter.offset + parameter.nbytes
+            # the tensors' names are the seed: a tied embedding has one name and so one content
+            seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]))
+            numbers = self._numbers(parameter.name, len(parameter.shape), parameter.nbytes // DTYPE_NBYTES[self.dtype], seed)
+            _tile(bytes_[parameter.offset : end], numbers)
+        bytes_[end:] = 0
+
+    def _numbers(self, parameter: str, rank: int, size: int, seed: int) -> np.ndarray:
+        """The bytes of one period of a parameter."""
+        if rank == 1 and "norm" in parameter and not parameter.endswith("bias"):
+            numbers = torch.ones(min(size, PERIOD))
+        else:
+            draw = np.random.Generator(np.random.Philox(seed)).standard_normal(min(size, PERIOD), np.float32)
+            numbers = torch.from_numpy(draw).mul_(self._width)
+        return numbers.to(getattr(torch, self.dtype)).view(torch.uint8).numpy()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _tile(target: np.ndarray, period: np.ndarray) -> None:
+    """Fills `target` with repetitions of `period`, by copies that double."""
+    done = min(len(period), len(target))
+    target[:done] = period[:done]
+    while done < len(target):
+        count = min(done, len(target) - done)
+        target[done : done + count] = target[:count]
+        done += count
+
+
+def random_checkpoint(config: dict, dtype: str) -> RandomCheckpoint:
+    """A model of `config` (of a config.json) with random weights in `dtype`. Raises InputError for what cannot be made."""
+    return RandomCheckpoint(config, dtype)

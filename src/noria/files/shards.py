@@ -1,0 +1,145 @@
+"""Reads the tensors of one weights file, safetensors or torch's zip/pickle, in pieces and without trusting it.
+
+A shard tells its tensors' dtypes and shapes, and gives a tensor's numbers as flat chunks of bounded size. Knows nothing of
+models or checkpoints. The safetensors format: github.com/huggingface/safetensors, section Format.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from noria.config import InputError
+
+CHUNKMAX_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a shard. dtype: a name such as `bfloat16`, or the file's own word for one that is not converted."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def list_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard by name. Raises InputError for a file that is damaged, truncated or holds anything else."""
+    if path.suffix == ".safetensors":
+        return _list_safetensors(path)
+    return {
+        name: Tensor(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in _load(path).items()
+    }
+
+
+def read_chunks(tensor: Tensor, shards: "TorchShards") -> Iterator[torch.Tensor]:
+    """The tensor's numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
+    if tensor.shard.suffix == ".safetensors":
+        yield from _safetensors_chunks(tensor)
+    else:
+        flat = shards.tensor(tensor).reshape(-1)
+        yield from flat.split(CHUNK_NBYTES // flat.element_size())
+
+
+def _list_safetensors(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        if beginning == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        nbytes = int.from_bytes(beginning, "little")
+        if len(beginning) < 8 or nbytes > MAX_HEADER_NBYTES:
+            raise InputError(f"{path} is not a safetensors file: its {size} bytes begin with {beginning!r}")
+        if 8 + nbytes > size:
+            raise InputError(f"{path} is truncated: its header ends at byte {8 + nbytes}, the file has {size}; download it again")
+        header = file.read(nbytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor(name, path, entry, 8 + nbytes) for name, entry in entries.items()}
+        end = 8 + nbytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: its safetensors header is damaged: {str(error)[:200]!r}") from error
+    if end > size:
+        raise InputError(f"{path} is truncated: its tensors end at byte {end}, the file has {size}; download it again")
+    return tensors
+
+
+def _tensor(name: str, path: Path, entry: dict, data: int) -> Tensor:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not isinstance(dtype, str) or not whole or begin > end:
+        raise ValueError(f"{name}: {entry}")
+    if dtype not in _DTYPES:
+        return Tensor(name, path, dtype, tuple(shape), data + begin)
+    if end - begin != prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"{name}: {dtype} {shape} does not take the bytes {begin} to {end}")
+    return Tensor(name, path, str(_DTYPES[dtype]).removeprefix("torch."), tuple(shape), data + begin)
+
+
+def _safetensors_chunks(tensor: Tensor) -> Iterator[torch.Tensor]:
+    dtype = getattr(torch, tensor.dtype)
+    nbytes = tensor.size * dtype.itemsize
+    buffer = bytearray(min(nbytes, CHUNK_NBYTES))
+    with tensor.shard.open("rb", buffering=0) as file:
+        for begin in range(0, nbytes, CHUNK_NBYTES):
+            view = memoryview(buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
+            _read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
+            yield torch.frombuffer(view, dtype=dtype)
+
+
+def _read_full(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise InputError(f"{path} ends at byte {offset}: it was truncated while it was read")
+        view, offset = view[count:], offset + count
+
+
+class TorchShards:
+    """The one torch file that is open: its tensors are mapped from the file, and dropped when another file is asked for."""
+
+    def __init__(self):
+        self._path: Path | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def tensor(self, tensor: Tensor) -> torch.Tensor:
+        if tensor.shard != self._path:
+            self._tensors = {}  # before the next is loaded: never two at a time
+            self._path, self._tensors = tensor.shard, _load(tensor.shard)
+        return self._tensors[tensor.name]
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap can only be used with files saved with" not in str(error):
+                raise
+            # the format before torch 1.6 cannot be mapped: the whole file is in memory while it is read
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason}") from error
+    size = path.stat().st_size
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]:
+        plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.numel() * tensor.element_size() > size:
+            raise InputError(f"{path}: {name!r} is no plain tensor whose numbers are in the file")
+    return tensors
