@@ -1,0 +1,27 @@
+"""Model families: one file each, named after Hugging Face's `model_type`; plain functions of tensors.
+
+A family knows nothing of ranks, streams or files. This file only finds the family of a config.json.
+"""
+
+from collections.abc import Mapping
+from types import ModuleType
+
+from noria import kinds
+from noria.config import InputError
+
+
+def for_config(config: Mapping) -> ModuleType:
+    """The family that computes a model with this config.json.
+
+    Found by `model_type`, or by `architectures` where that is missing. Raises InputError, with the known architectures,
+    for a model that no family computes.
+    """
+    families = {name: kinds.load("models", name) for name in kinds.names("models")}
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    for name, family in families.items():
+        right_type = model_type == name if model_type else bool(architectures)
+        if right_type and all(architecture in family.ARCHITECTURES for architecture in architectures):
+            return family
+    known = ", ".join(architecture for family in families.values() for architecture in family.ARCHITECTURES)
+    wanted = ", ".join(map(str, architectures)) or "no architectures"
+    raise InputError(f"config.json: no model family for {wanted} (model_type {model_type!r}); known: {known}")

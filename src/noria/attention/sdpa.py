@@ -1,0 +1,114 @@
+"""Attention a sequence at a time, on views of the cache: every device, every dtype, any head dim.
+
+Only a sequence in several runs of pages is copied together. Knows nothing of models and steps.
+T tokens, H heads, Hkv key/value heads, G = H / Hkv queries that share a key, D head dim, L keys of a sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from noria.attention import pieces
+from noria.step import Span
+
+CHUNK_ROWS = 512  # queries that share one mask: bounds a mask to 512 x L bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The spans of a microbatch, each with the rows of the cache that hold its keys. Needs no device memory."""
+
+    spans: tuple[tuple[Span, tuple[tuple[int, int], ...]], ...]
+
+
+def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return True
+
+
+def prepare(spans: list[Span], device: torch.device) -> Plan:
+    return Plan(tuple((span, pieces(span)) for span in spans))
+
+
+def attention(
+    plan: Plan,
+    queries: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """[T, H, D]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
+
+    queries [T, H, D]; caches [rows, Hkv, D] of one layer, in which the new tokens already lie.
+    """
+    num_tokens, num_heads, head_dim = queries.shape
+    grouped = (num_tokens, key_cache.shape[1], num_heads // key_cache.shape[1], head_dim)
+    attended = queries.new_empty(grouped)
+    queries = queries.view(grouped)
+    for span, rows in plan.spans:
+        if span.count == 1 and window is not None:
+            rows = _last(rows, window)
+        keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
+        last = span.first + span.count
+        function = _decode if span.count == 1 else _prefill
+        function(queries[span.first : last], keys, values, scale, window, attended[span.first : last])
+    return attended.view(num_tokens, num_heads, head_dim)
+
+
+def _last(rows: tuple[tuple[int, int], ...], count: int) -> tuple[tuple[int, int], ...]:
+    """The pieces that hold the last `count` rows."""
+    kept: list[tuple[int, int]] = []
+    for start, stop in reversed(rows):
+        start = max(start, stop - count)
+        kept.insert(0, (start, stop))
+        count -= stop - start
+        if count == 0:
+            break
+    return tuple(kept)
+
+
+def _gather(cache: torch.Tensor, rows: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """[L, Hkv, D]: a view if the rows are one piece, else a copy."""
+    if len(rows) == 1:
+        return cache[rows[0][0] : rows[0][1]]
+    return torch.cat([cache[start:stop] for start, stop in rows])
+
+
+def _decode(queries, keys, values, scale, window, attended) -> None:
+    """One new token: it sees all keys given. queries and attended [1, Hkv, G, D]; keys and values [L, Hkv, D]."""
+    if queries.dtype in (torch.float32, torch.float64):
+        # Two products and a softmax beat the fused kernel here: 64 rows of 12 heads of 64, 256 keys, one thread.
+        scores = torch.bmm(queries[0] * scale, keys.permute(1, 2, 0))
+        torch.bmm(torch.softmax(scores, dim=-1), values.transpose(0, 1), out=attended[0])
+    else:
+        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
+
+
+def _prefill(queries, keys, values, scale, window, attended) -> None:
+    """The last tokens of a sequence, or all. queries and attended [count, Hkv, G, D]; keys and values [L, Hkv, D]."""
+    count, length = len(queries), len(keys)
+    size = (*queries.shape[1:3], length, queries.shape[3])
+    keys, values = (tensor.transpose(0, 1)[:, None].expand(size) for tensor in (keys, values))
+    queries, attended = queries.permute(1, 2, 0, 3), attended.permute(1, 2, 0, 3)
+    if count == length and (window is None or window >= length):
+        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
+        return
+    for first in range(0, count, CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, count)
+        stop = length - count + last
+        start = 0 if window is None else max(0, length - count + first - window + 1)
+        mask = _mask(last - first, stop - start, window, queries.device)
+        part = F.scaled_dot_product_attention(
+            queries[:, :, first:last], keys[:, :, start:stop], values[:, :, start:stop], attn_mask=mask, scale=scale
+        )
+        attended[:, :, first:last].copy_(part)
+
+
+def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys] True where the last `num_queries` of `num_keys` tokens may look."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)

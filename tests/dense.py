@@ -1,0 +1,66 @@
+"""Dense softmax attention over a paged cache, token by token in float64: what every kind of attention must give."""
+
+import torch
+
+from noria.step import PAGE_TOKENS, Run, Span
+
+
+def attention(spans, queries, key_cache, value_cache, scale, window) -> torch.Tensor:
+    """[T, H, D] float64 on the CPU."""
+    queries, key_cache, value_cache = (tensor.double().cpu() for tensor in (queries, key_cache, value_cache))
+    attended = torch.full(queries.shape, torch.nan, dtype=torch.float64)
+    group = queries.shape[1] // key_cache.shape[1]
+    for span in spans:
+        pages = [page for run in span.runs for page in range(run.start, run.start + run.count)]
+        rows = [page * PAGE_TOKENS + token for page in pages for token in range(PAGE_TOKENS)]
+        for index in range(span.count):
+            stop = span.length - span.count + index + 1
+            seen = rows[max(0, stop - window) if window else 0 : stop]
+            for head in range(queries.shape[1]):
+                keys, values = key_cache[seen, head // group], value_cache[seen, head // group]
+                weights = torch.softmax(keys @ queries[span.first + index, head] * scale, dim=0)
+                attended[span.first + index, head] = weights @ values
+    return attended
+
+
+def spans_of(*sequences: tuple[int, int, tuple[tuple[int, int], ...]]) -> list[Span]:
+    """Spans side by side of (new tokens, length, runs as (start, count))."""
+    spans, first = [], 0
+    for count, length, runs in sequences:
+        spans.append(Span(first, count, length, tuple(Run(*run) for run in runs)))
+        first += count
+    return spans
+
+
+# Microbatches that a kind of attention must compute: new tokens, length, and pages of every sequence.
+CASES = {
+    "one decoding row": spans_of((1, 37, ((2, 3),))),
+    "the first token of a sequence": spans_of((1, 1, ((5, 2),))),
+    "decoding rows": spans_of((1, 37, ((9, 3),)), (1, 16, ((2, 1),)), (1, 50, ((4, 4),))),
+    "a whole prompt": spans_of((33, 33, ((0, 9),))),
+    "a chunk with a past": spans_of((20, 45, ((3, 3),))),
+    "prompts beside decoding rows": spans_of(
+        (17, 17, ((11, 2),)), (1, 40, ((0, 3),)), (5, 30, ((6, 4),)), (1, 3, ((4, 1),)), (2, 2, ((20, 1),))
+    ),
+    "pages in several runs": spans_of((1, 60, ((9, 1), (3, 2), (12, 1))), (18, 35, ((7, 1), (0, 2)))),
+    "runs that touch, and pages not yet used": spans_of((1, 20, ((4, 1), (5, 4), (1, 2))), (16, 16, ((14, 1), (2, 1)))),
+    "everything at once": spans_of(
+        (1, 18, ((20, 2),)), (6, 40, ((1, 1), (8, 2))), (1, 33, ((4, 1), (3, 1), (2, 1))), (30, 30, ((12, 2),))
+    ),
+}
+
+
+def tensors(spans, heads, kv_heads, head_dim, dtype, device="cpu", pages=22):
+    """Random queries (a strided view, as models give them) and caches; rows of the cache that no span holds are NaN."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = sum(span.count for span in spans)
+    queries = torch.randn(num_tokens, heads + 3, head_dim, generator=generator)
+    caches = torch.randn(2, pages * PAGE_TOKENS, kv_heads, head_dim, generator=generator)
+    held = torch.zeros(pages * PAGE_TOKENS, dtype=torch.bool)
+    for span in spans:
+        places = [page for run in span.runs for page in range(run.start, run.start + run.count)]
+        for position in range(span.length):
+            held[places[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS] = True
+    caches[:, ~held] = torch.nan
+    queries, caches = queries.to(device, dtype), caches.to(device, dtype)
+    return queries[:, :heads], caches[0], caches[1]

@@ -1,0 +1,127 @@
+"""Every kind of attention against dense softmax; the plans of varlen with a kernel that computes what flash promises."""
+
+import dense
+import pytest
+import torch
+
+from noria import attention, kinds
+from noria.attention import sdpa, varlen
+from noria.step import Run, Span
+
+CPU = torch.device("cpu")
+HEADS = [(4, 4, 16), (6, 2, 8), (4, 1, 20)]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+
+
+def check(kind, case, heads, dtype, window=None, scale=0.3):
+    spans = dense.CASES[case]
+    queries, keys, values = dense.tensors(spans, *heads, dtype)
+    plan = kind.prepare(spans, CPU)
+    found = kind.attention(plan, queries, keys, values, scale, window)
+    assert found.shape == queries.shape
+    assert found.dtype == dtype
+    expected = dense.attention(spans, queries, keys, values, scale, window)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_sdpa_is_dense_softmax_over_each_sequences_own_pages(case, heads, dtype):
+    check(sdpa, case, heads, dtype)
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 1000])
+def test_a_window_shows_sdpa_the_last_tokens_alone(case, window):
+    check(sdpa, case, (6, 2, 8), torch.float64, window)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("case", ["a whole prompt", "a chunk with a past", "pages in several runs"])
+def test_a_chunk_longer_than_one_mask_is_computed_in_parts(case, window, monkeypatch):
+    monkeypatch.setattr(sdpa, "CHUNK_ROWS", 7)
+    check(sdpa, case, (6, 2, 8), torch.float64, window)
+
+
+def flash_on_the_cpu(queries, keys, values, query_starts, key_starts, max_queries, max_length, *rest, **options):
+    """What torch's flash attention documents, a sequence at a time: causal and window end at the last key."""
+    _, causal, _ = rest
+    lengths, left, right = options["seqused_k"], options["window_size_left"], options["window_size_right"]
+    assert query_starts.dtype == key_starts.dtype == lengths.dtype == torch.int32
+    assert len(query_starts) == len(key_starts) == len(lengths) + 1
+    assert (left == -1) == (right == -1)
+    assert max_queries == int(query_starts.diff().max())
+    assert max_length == int(lengths.max())
+    attended = torch.full_like(queries, torch.nan)
+    group = queries.shape[1] // keys.shape[1]
+    for first, last, start, length in zip(
+        query_starts[:-1].tolist(), query_starts[1:].tolist(), key_starts[:-1].tolist(), lengths.tolist(), strict=True
+    ):
+        own, own_values = (t[start : start + length].repeat_interleave(group, dim=1) for t in (keys, values))
+        position = torch.arange(length - (last - first), length)[:, None]
+        key = torch.arange(length)
+        seen = (key <= position) if causal else torch.ones(last - first, length, dtype=torch.bool)
+        if left >= 0:
+            seen = seen & (key >= position - left) & (key <= position + right)
+        scores = torch.einsum("qhd,khd->hqk", queries[first:last], own) * options["scale"]
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        attended[first:last] = torch.einsum("hqk,khd->qhd", weights, own_values)
+    return (attended,)
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_calls_of_varlen_cover_every_token_with_its_own_keys(case, heads, window, monkeypatch):
+    monkeypatch.setattr(varlen, "flash", flash_on_the_cpu)
+    check(varlen, case, heads, torch.float64, window)
+
+
+def test_varlen_reads_keys_in_place_unless_they_lie_in_several_pieces():
+    sorts = {case: [call.gather is None for call in varlen.prepare(spans, CPU)] for case, spans in dense.CASES.items()}
+    assert sorts["decoding rows"] == [True]
+    assert sorts["runs that touch, and pages not yet used"] == [True, True]
+    assert sorts["prompts beside decoding rows"] == [True, True]
+    assert sorts["pages in several runs"] == [False, False]
+    assert len(sorts["everything at once"]) == 4
+
+
+def test_a_microbatch_without_rows_is_no_call():
+    assert varlen.prepare([], CPU) == ()
+    assert sdpa.attention(sdpa.prepare([], CPU), torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8), 1.0, None).shape == (
+        0,
+        4,
+        8,
+    )
+
+
+def test_every_kind_has_the_same_functions_and_the_order_names_all():
+    assert sorted(attention.ORDER) == kinds.names("attention")
+    for name in attention.ORDER:
+        kind = kinds.load("attention", name)
+        assert all(callable(getattr(kind, function)) for function in ("prepare", "attention", "usable"))
+
+
+def test_sdpa_computes_on_the_cpu_and_varlen_never_does():
+    for dtype in TOLERANCES:
+        assert attention.choose(CPU, dtype, 64) is sdpa
+    cuda = torch.device("cuda", 0)
+    assert not varlen.usable(cuda, torch.float32, 64)
+    assert not varlen.usable(cuda, torch.bfloat16, 20)
+    assert not varlen.usable(cuda, torch.bfloat16, 512)
+
+
+def test_pieces_join_runs_that_touch_and_leave_out_pages_beyond_the_length():
+    assert attention.pieces(Span(0, 1, 20, (Run(3, 1), Run(4, 5)))) == ((48, 68),)
+    assert attention.pieces(Span(0, 1, 40, (Run(3, 1), Run(1, 2)))) == ((48, 64), (16, 40))
+    assert attention.pieces(Span(0, 1, 16, (Run(3, 1), Run(1, 2)))) == ((48, 64),)
+    with pytest.raises(AssertionError, match="lacks pages"):
+        attention.pieces(Span(0, 1, 17, (Run(3, 1),)))
