@@ -16,7 +16,9 @@ import torch
 
 from noria.config import InputError
 
-CHUNKMAX_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CHUNK_NBYTES = 16 << 20
+MAX_HEADER_NBYTES = 100_000_000  # as the format says
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
