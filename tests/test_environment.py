@@ -91,6 +91,12 @@ def test_the_program_imports_everything_that_pyproject_asks_for():
     assert needed <= imported_names()
 
 
+def test_the_citation_and_the_changelog_name_the_version_of_the_program():
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "src/noria/__init__.py").read_text())[1]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("specifier", "expected"), [(">=4.0,<5", "4.0"), ("=3.12", "3.12"), ("==2.1", "2.1"), (">1", "1"), ("<5", None), ("", None)]
 )

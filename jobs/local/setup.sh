@@ -15,7 +15,7 @@ venv=$noria_root/.venv
 PATH=${PATH//"$venv/bin:"/}
 python=${PYTHON:-python3}
 
-# The release that the tests were last run with. A torch that is there already is used as it is.
+# The release that the tests were last run with. A torch that is there already is used as it is, if it fits the device.
 torch_version=2.13.0
 pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
@@ -42,11 +42,14 @@ venv_works() {
         [ "$(cat "$venv/.noria-folder" 2>/dev/null || echo "$noria_root")" = "$noria_root" ]
 }
 
+# The stamp says which files it was installed from and torch's CUDA: what was made for GPUs serves without one, not the reverse.
 stamp=$venv/.noria-setup-${extras[*]:-run}
-fingerprint=$(cat pyproject.toml jobs/local/setup.sh | sha256sum)
+fingerprint=$(cat pyproject.toml jobs/local/setup.sh | sha256sum | cut -d' ' -f1)
 up_to_date() {
-    [ "$gpu" != asked ] && [ "${NORIA_MPI:-}" != wheel ] && [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ] &&
-        { [ -x "$venv/bin/mpirun" ] || command -v mpirun >/dev/null; } && venv_works
+    local made_from='' made_for=''
+    read -r made_from made_for 2>/dev/null < "$stamp" || return 1
+    [ "$made_from" = "$fingerprint" ] && { [ "$gpu" = no ] || [ "$made_for" != none ]; } &&
+        { [ -x "$venv/bin/mpirun" ] || { [ "${NORIA_MPI:-}" != wheel ] && command -v mpirun >/dev/null; }; } && venv_works
 }
 
 make_venv() {
@@ -69,7 +72,7 @@ make_venv() {
 
 install_torch() {
     if has_torch "$venv/bin/python"; then
-        if [ "$gpu" != asked ] || [ "$(torch_cuda)" != none ]; then return; fi
+        if [ "$gpu" = no ] || [ "$(torch_cuda)" != none ]; then return; fi
         say "replacing the CPU build of torch by the CUDA build"
         pip_install --force-reinstall "torch>$torch_version"
     elif [ "$gpu" != no ]; then
@@ -85,7 +88,7 @@ install_torch() {
 }
 
 choose_mpi() {
-    if [ "${NORIA_MPI:-}" != wheel ] && command -v mpirun >/dev/null; then
+    if [ "${NORIA_MPI:-}" != wheel ] && [ ! -x "$venv/bin/mpirun" ] && command -v mpirun >/dev/null; then
         say "using the MPI of $(command -v mpirun)"
         return
     fi
@@ -101,7 +104,7 @@ install_torch
 choose_mpi
 say "installing Noria and what it needs"
 list=${extras[*]}
-pip_install --editable ".[${list// /,}]"
+pip_install --editable ".${list:+[${list// /,}]}"
 
 # Loads MPI without starting it, so that a mismatch of mpirun and library shows here and not in a job.
 "$venv/bin/python" - <<'PYTHON' || fail "mpi4py cannot load the MPI of $(command -v mpirun): load the site's MPI module, or set NORIA_MPI=wheel"
@@ -114,5 +117,5 @@ PYTHON
 if [ "$gpu" = found ] && ! "$venv/bin/python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     say "warning: this machine has a GPU that torch cannot use: its driver may be older than torch's CUDA $(torch_cuda)"
 fi
-# What was installed with an extra is complete without it.
-echo "$fingerprint" | tee "$stamp" > "$venv/.noria-setup-run"
+# What was installed for the tests is complete without them.
+echo "$fingerprint $(torch_cuda)" | tee "$stamp" > "$venv/.noria-setup-run"
