@@ -15,12 +15,17 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-def is_running(pid):
-    """A killed process may stay a zombie until init collects it: that one no longer runs."""
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
+def still_runs(pid, patience=5):
+    """Whether a killed process is there after `patience` seconds; a zombie that init has not collected does not count."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_two_ranks_are_one_world_with_one_thread_each():
@@ -50,10 +55,10 @@ def test_ranks_that_hang_fail_with_their_output_and_are_gone():
     printed = str(caught.value).split("--- stdout\n")[1].split("--- stderr")[0]
     pids = [int(line) for line in printed.split()]
     assert len(pids) == 2
-    assert not [pid for pid in pids if is_running(pid)]
+    assert not [pid for pid in pids if still_runs(pid)]
 
 
 def test_nothing_that_a_rank_started_outlives_the_call():
     result = mpirun(1, ["bash", "-c", "setsid sleep 60 >/dev/null 2>&1 & echo $!"])
     assert result.returncode == 0, result.stderr
-    assert not is_running(int(result.stdout))
+    assert not still_runs(int(result.stdout))
