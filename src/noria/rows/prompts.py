@@ -158,7 +158,7 @@ def _content_error(record: dict, prompt, token_ids) -> str | None:
         return _token_ids_error(token_ids)
     if prompt is None:
         names = ", ".join(repr(name) for name in record if name not in RESERVED)
-        return f"neither prompt nor token_ids{f': this row has {_short(names)}' if names else ''}"
+        return f"neither prompt nor token_ids{f': this row has {names[:60]}' if names else ''}"
     if not isinstance(prompt, str):
         return f"prompt is {_short(prompt)}: it must be a string"
     return None if prompt else "prompt is empty"

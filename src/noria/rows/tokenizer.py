@@ -19,10 +19,10 @@ _REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_p
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
-    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT), and
-    tokenizer_config.json, special_tokens_map.json where there are any. Without the former there is `vocab_size` 0: token_ids can
-    be run, text cannot. `config` and `generation_config` are the model's. `end_token_ids` are the tokens that end a text by any
-    of the three. Raises InputError for a damaged file.
+    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT); and their
+    settings: tokenizer_config.json, special_tokens_map.json, added_tokens.json. Without a tokenizer `vocab_size` is 0: rows of
+    token_ids can be run, text cannot. `config` and `generation_config` are the model's; `end_token_ids` are the tokens that
+    end a text by any of the three. Raises InputError for a damaged file.
     """
 
     def __init__(self, files: Mapping[str, bytes], config: Mapping, generation_config: Mapping):
@@ -90,7 +90,7 @@ def _backend(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, 
         raise InputError(f"the checkpoint's tokenizer cannot be read ({error}): {_REMEDY}") from error
     backend.no_truncation()
     backend.no_padding()
-    _mark_special(backend, settings, named)
+    _mark_special(backend, named)
     return backend
 
 
@@ -101,6 +101,10 @@ def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping, named: Mappin
     backend = Backend(models.BPE(vocab=_json_file(files, "vocab.json"), merges=merges, fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
+    for token_id, token in sorted(_added_tokens(files, settings).items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise InputError(f"the checkpoint's tokenizer has no place {token_id} for {token.content!r}: {_REMEDY}")
     bos = named["bos_token"]
     bos_id = backend.token_to_id(bos)
     if settings.get("add_bos_token") and bos_id is not None:
@@ -108,16 +112,19 @@ def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping, named: Mappin
     return backend
 
 
-def _mark_special(backend: Backend, settings: Mapping, named: Mapping[str, str]) -> None:
-    """The settings' special tokens are special even where tokenizer.json does not say so. None is added to the vocabulary."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    more = []
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = settings.get(key)
-        if isinstance(tokens, list | dict):
-            more += tokens.values() if isinstance(tokens, dict) else tokens
-    for text in [*named.values(), *filter(None, map(_text, more))]:
-        if text not in known and backend.token_to_id(text) is not None:
+def _added_tokens(files: Mapping[str, bytes], settings: Mapping) -> dict[int, AddedToken]:
+    """Tokens beside the vocabulary, by id: from tokenizer_config.json, or from added_tokens.json where it has none."""
+    if decoder := settings.get("added_tokens_decoder"):
+        return {int(token_id): AddedToken(**token) for token_id, token in decoder.items()}
+    added = _json_file(files, "added_tokens.json")
+    return {token_id: AddedToken(text, normalized=True) for text, token_id in added.items()}
+
+
+def _mark_special(backend: Backend, named: Mapping[str, str]) -> None:
+    """The tokens that the settings name are special even where tokenizer.json does not say so; the vocabulary stays."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    for text in named.values():
+        if text not in special and backend.token_to_id(text) is not None:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 

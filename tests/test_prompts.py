@@ -1,0 +1,310 @@
+"""The rows of a file of prompts: what each key does, and that a bad row is that row's error alone."""
+
+import gzip
+import itertools
+import json
+import random
+import re
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noria.config import NOT_YET, InputError, Sampling
+from noria.rows import prompts
+from noria.rows.prompts import content_hash, count, edit_distance, misspelt, open_prompts
+
+
+def rows_of(tmp_path, *records):
+    """The prompts of records, given as objects or as the text of a line."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = list(open_prompts(path))
+    assert len(found) == count(path)
+    assert [prompt.row for prompt in found] == list(range(len(records)))
+    return found
+
+
+def row_of(tmp_path, record):
+    return rows_of(tmp_path, record)[0]
+
+
+def test_a_row_has_its_prompt_id_sampling_keys_and_own_columns(tmp_path):
+    record = {"id": "a", "prompt": "text", "temperature": 1, "max_new_tokens": 3, "label": [1, {"x": None}], "score": 0.1}
+    prompt = row_of(tmp_path, record)
+    assert (prompt.id, prompt.prompt, prompt.token_ids, prompt.error) == ("a", "text", None, None)
+    assert prompt.sampling == {"temperature": 1.0, "max_new_tokens": 3}
+    assert type(prompt.sampling["temperature"]) is float
+    assert json.loads(prompt.extra) == {"label": [1, {"x": None}], "score": 0.1}
+
+
+def test_a_row_without_own_columns_has_no_extra_and_without_sampling_keys_overrides_nothing(tmp_path):
+    prompt = row_of(tmp_path, {"prompt": "text"})
+    assert (prompt.extra, prompt.sampling) == ("", {})
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path):
+    prompt = row_of(tmp_path, {"token_ids": [0, 5, 5, 2**31 - 1]})
+    assert (prompt.token_ids, prompt.prompt, prompt.error) == ([0, 5, 5, 2**31 - 1], "", None)
+
+
+def test_every_sampling_key_may_stand_in_a_row(tmp_path):
+    values = {"max_new_tokens": 1, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "seed": 2**63 - 1, "ignore_eos": True}
+    assert set(values) == set(prompts.SAMPLING)
+    prompt = row_of(tmp_path, {"prompt": "p"} | values)
+    assert prompt.error is None and prompt.sampling == values
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("max_new_tokens", True),
+        ("max_new_tokens", "8"),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", 10**400),
+        ("temperature", [0.5]),
+        ("temperature", {}),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("ignore_eos", 1),
+        ("ignore_eos", "x" * 10**6),
+    ],
+)
+def test_a_sampling_key_of_the_wrong_type_or_range_is_that_rows_error(key, value, tmp_path):
+    good, bad, after = rows_of(tmp_path, {"prompt": "p", key: 1.0 if key == "top_p" else None}, {"prompt": "p", key: value}, {"prompt": "p"})
+    assert good.error is None and after.error is None
+    assert key in bad.error and len(bad.error) <= 500
+    assert bad.sampling == {} and bad.prompt == "p"
+
+
+def test_a_value_is_checked_by_its_type_even_after_an_equal_one_of_another_type(tmp_path):
+    values = [1, True, 1.0, 1]
+    found = rows_of(tmp_path, *({"prompt": "p", "top_k": value} for value in values))
+    assert [prompt.error is None for prompt in found] == [True, False, False, True]
+
+
+def test_null_is_a_key_that_is_not_given(tmp_path):
+    nulls = dict.fromkeys(["id", "token_ids", "messages", *prompts.SAMPLING, *prompts.SAMPLING_NOT_YET])
+    prompt = row_of(tmp_path, nulls | {"prompt": "p", "own": None})
+    assert (prompt.id, prompt.error, prompt.sampling, prompt.extra) == ("0", None, {}, '{"own": null}')
+
+
+@pytest.mark.parametrize("key", NOT_YET["sampling"].split())
+def test_a_sampling_key_of_a_later_version_is_that_rows_error(key, tmp_path):
+    assert row_of(tmp_path, {"prompt": "p", key: 1}).error == f"{key} is not in this version of Noria yet"
+
+
+def test_messages_are_refused_by_name(tmp_path):
+    prompt = row_of(tmp_path, {"messages": [{"role": "user", "content": "hi"}]})
+    assert prompt.error == "messages is not in this version of Noria yet"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("max_new_token", "max_new_tokens"),
+        ("max_newtoken", "max_new_tokens"),
+        ("topk", "top_k"),
+        ("top-p", "top_p"),
+        ("sede", "seed"),
+        ("stops", "stop"),
+        ("ignore_eso", "ignore_eos"),
+        ("repetition_penality", "repetition_penalty"),
+        ("stop_token_id", "stop_token_ids"),
+    ],
+)
+def test_a_key_that_is_nearly_a_sampling_key_is_that_rows_error_and_names_the_right_one(key, meant, tmp_path):
+    prompt = row_of(tmp_path, {"prompt": "p", key: 1})
+    assert repr(key) in prompt.error and f"did you mean {meant!r}" in prompt.error
+
+
+@pytest.mark.parametrize("key", ["label", "category", "answer", "source", "url", "x", "k", "text", "maximum", "", "k" * 10**6, "größe"])
+def test_other_keys_are_the_users_own(key, tmp_path):
+    prompt = row_of(tmp_path, {"prompt": "p", key: 1})
+    assert prompt.error is None and json.loads(prompt.extra) == {key: 1}
+
+
+letters = st.text("abn_", max_size=5)
+
+
+@given(letters, letters)
+def test_the_edit_distance_is_that_of_its_definition(a, b):
+    def distance(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+    assert edit_distance(a, b) == distance(a, b)
+
+
+def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
+    """All edits of one letter, and a sample of those of two: deletions, insertions and replacements."""
+
+    def edits(word):
+        for place in range(len(word) + 1):
+            for letter in "xe_":
+                yield word[:place] + letter + word[place:]
+                yield word[:place] + letter + word[place + 1 :]
+            yield word[:place] + word[place + 1 :]
+
+    known, choose = {*prompts.SAMPLING, *prompts.SAMPLING_NOT_YET} - {"n"}, random.Random(3)
+    for key in sorted(known):
+        once = sorted(set(edits(key)))
+        twice = [choose.choice(sorted(set(edits(word)))) for word in choose.choices(once, k=20)]
+        for word in {*once, *twice} - known:
+            assert misspelt(word) is not None
+            assert edit_distance(misspelt(word), word) <= edit_distance(key, word)
+
+
+def test_a_missing_id_is_the_row_number_and_integers_are_ids_too(tmp_path):
+    found = rows_of(tmp_path, {"prompt": "p"}, {"prompt": "p", "id": 17}, {"prompt": "p", "id": "x"}, {"prompt": "p"}, "[]")
+    assert [prompt.id for prompt in found] == ["0", "17", "x", "3", "4"]
+    assert [prompt.error for prompt in found[:4]] == [None] * 4
+
+
+def test_a_duplicate_id_is_the_later_rows_error(tmp_path):
+    first, second, other, third = rows_of(
+        tmp_path, {"prompt": "p", "id": "a"}, {"prompt": "q", "id": "a"}, {"prompt": "q", "id": "A"}, {"prompt": "r", "id": "a"}
+    )
+    assert first.error is None and other.error is None
+    for prompt in (second, third):
+        assert "id 'a'" in prompt.error and prompt.id == "a"
+    assert "earlier" in rows_of(tmp_path, {"id": "1", "prompt": "p"}, {"prompt": "q"})[1].error
+
+
+def test_duplicates_are_found_among_many_ids(tmp_path):
+    numbers = [*range(150_000), 149_999, 3, 70_000, 150_001]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(f'{{"id": "row {number}", "prompt": "p"}}\n' for number in numbers))
+    wrong = [prompt.row for prompt in open_prompts(path) if prompt.error]
+    assert wrong == [150_000, 150_001, 150_002]
+
+
+@pytest.mark.parametrize("value", [True, 1.5, [], {}, ["a"]])
+def test_an_id_of_the_wrong_type_is_that_rows_error_and_its_id_is_its_number(value, tmp_path):
+    first, second = rows_of(tmp_path, {"prompt": "p"}, {"prompt": "p", "id": value})
+    assert first.error is None and "id is" in second.error and second.id == "1"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "neither prompt nor token_ids"),
+        ({"text": "p"}, "neither prompt nor token_ids: this row has 'text'"),
+        ({"prompt": None}, "neither"),
+        ({"prompt": "p", "token_ids": [1]}, "both"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": ["p"]}, "prompt is"),
+        ({"token_ids": []}, "token_ids is empty"),
+        ({"token_ids": "12"}, "must be a list"),
+        ({"token_ids": [1, -1]}, r"token_ids\[1\] is -1"),
+        ({"token_ids": [1.0]}, r"token_ids\[0\] is 1.0"),
+        ({"token_ids": [True]}, r"token_ids\[0\] is True"),
+        ({"token_ids": [2**31]}, r"token_ids\[0\] is 2147483648"),
+        ({"token_ids": [[1]]}, r"token_ids\[0\]"),
+        ("{", "line 2 is not JSON"),
+        ("plain text", "line 2 is not JSON"),
+        ('["p"]', "line 2 is a list"),
+    ],
+)
+def test_a_row_that_cannot_run_says_why_and_its_neighbours_run(record, words, tmp_path):
+    before, bad, after = rows_of(tmp_path, {"prompt": "a"}, record, {"prompt": "b"})
+    assert (before.prompt, before.error, after.prompt, after.error) == ("a", None, "b", None)
+    assert re.search(words, bad.error)
+    assert bad.token_ids is None
+
+
+def test_all_that_is_wrong_with_a_row_is_said_at_once(tmp_path):
+    error = row_of(tmp_path, {"id": 1.5, "temprature": 1, "top_k": -1, "n": 2}).error
+    for words in ("id is 1.5", "temprature", "top_k", "n is not in this version", "neither prompt"):
+        assert words in error
+
+
+def test_text_of_any_characters_comes_through(tmp_path):
+    for text in ("nul \0 here", "🎉👩‍👩‍👧", "\u2028\u2029\x0b\x85", "x" * 2**20, "\ufeff", "a\r\nb"):
+        assert row_of(tmp_path, {"prompt": text, "own": text}).prompt == text
+        assert json.loads(row_of(tmp_path, {"prompt": text, "own": text}).extra) == {"own": text}
+
+
+def test_lone_surrogates_of_a_row_neither_end_the_run_nor_change_its_own_columns(tmp_path):
+    prompt = row_of(tmp_path, '{"id": "\\udc00", "prompt": "a\\ud83d", "own\\ud800": "\\udfff é"}')
+    assert prompt.error is None and prompt.prompt == "a\ud83d"
+    prompt.extra.encode()  # it can be written
+    assert json.loads(prompt.extra) == {"own\ud800": "\udfff é"}
+
+
+def test_own_columns_are_written_as_people_read_them(tmp_path):
+    assert row_of(tmp_path, {"prompt": "p", "ort": "東京"}).extra == '{"ort": "東京"}'
+
+
+def test_plain_text_is_a_prompt_a_line_and_an_empty_one_is_that_rows_error(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b'one\n\n{"prompt": "three"}\n')
+    first, second, third = open_prompts(path)
+    assert (first.prompt, first.error, first.id) == ("one", None, "0")
+    assert second.error == "prompt is empty"
+    assert (third.prompt, third.id) == ('{"prompt": "three"}', "2")
+    assert count(path) == 3
+
+
+def test_a_missing_file_and_an_unknown_suffix_are_refused_before_the_first_row(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        open_prompts(tmp_path / "none.jsonl")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for look in (open_prompts, count):
+        with pytest.raises(InputError, match=r"\.jsonl"):
+            look(tmp_path / "a.parquet")
+
+
+def test_the_content_hash_is_that_of_the_bytes_on_disk(tmp_path):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n')
+    other.write_bytes(b'{"prompt": "b"}\n')
+    first = content_hash(path)
+    assert len(first) == 32 and int(first, 16) >= 0
+    assert content_hash(other) != first
+    other.write_bytes(path.read_bytes())
+    assert content_hash(other) == first
+    path.write_bytes(b"")
+    assert content_hash(path) == "99aa06d3014798d86001c324468d497f"  # XXH3 128 of nothing, from its specification
+    with pytest.raises(InputError, match="No such file"):
+        content_hash(tmp_path / "none.jsonl")
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    def peak(num_rows):
+        path = tmp_path / "many.jsonl.gz"
+        with gzip.open(path, "wt", compresslevel=1) as file:
+            file.writelines(f'{{"id": "row {row}", "prompt": "{"text " * 40}", "own": {row}}}\n' for row in range(num_rows))
+        tracemalloc.start()
+        rows = sum(prompt.error is None for prompt in open_prompts(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == num_rows == count(path)
+        return peak
+
+    assert peak(24_000) - peak(4_000) < 20_000 * 130  # the last 2**16 ids are numbers of a set, about 100 bytes each
+
+def test_a_run_can_begin_at_any_row(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{row}"}}\n' for row in range(10)))
+    later = itertools.islice(open_prompts(path), 7, None)
+    assert [(prompt.row, prompt.prompt) for prompt in later] == [(7, "p7"), (8, "p8"), (9, "p9")]
+
+
+def test_the_rows_own_keys_are_ready_for_the_runs_settings(tmp_path):
+    prompt = row_of(tmp_path, {"prompt": "p", "top_k": 3, "seed": 0})
+    merged = Sampling(temperature=0.7, top_k=9).override(prompt.sampling)
+    assert (merged.temperature, merged.top_k, merged.seed) == (0.7, 3, 0)
