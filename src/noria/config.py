@@ -4,6 +4,7 @@ A key of the run file is a field here and a flag of the same name. Knows nothing
 """
 
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -136,8 +137,20 @@ class Config:
         require(self.prompts, "no prompts: give prompts = FILE in the run file or --prompts FILE")
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
 
+    def to_toml(self) -> str:
+        """The run file that gives this run again: every key that is set."""
+        lines = _toml_lines(self)
+        for section in SECTIONS:
+            lines += ["", f"[{section}]", *_toml_lines(getattr(self, section))]
+        return "\n".join(lines) + "\n"
+
 
 SECTIONS = {"sampling": Sampling, "pipeline": Pipeline, "placement": Placement, "job": Job}
+
+
+def _toml_lines(keys) -> list[str]:
+    values = {f.name: getattr(keys, f.name) for f in fields(keys) if f.name not in SECTIONS}
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
 
 
 def require(condition, message: str) -> None:

@@ -49,7 +49,7 @@ def set_threads(place: Place) -> None:
         torch.set_num_threads(place.cores)
 
 
-def device_of(config: Config, comm, place: Place) -> torch.device:
+def device_of(config: Config, place: Place) -> torch.device:
     """This rank's device. Raises InputError for a GPU that is not there, does not work, or is another rank's."""
     if config.device == "cpu":
         return torch.device("cpu")

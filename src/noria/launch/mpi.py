@@ -65,6 +65,17 @@ def start():
     return MPI.COMM_WORLD
 
 
+def launcher_name() -> str:
+    """The first of the variables that say how the ranks were started, or `none`."""
+    return next((name.partition("_")[0].lower() for name in SIZE_VARIABLES if name in os.environ), "none")
+
+
+def library_version() -> str:
+    """The MPI library's own words, or nothing if MPI is not up."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    return MPI.Get_library_version().strip("\0\n ") if MPI else ""
+
+
 def abort(code: int) -> None:
     """Ends every rank of the job at once, if MPI is up."""
     MPI = sys.modules.get("mpi4py.MPI")
@@ -72,15 +83,16 @@ def abort(code: int) -> None:
         MPI.COMM_WORLD.Abort(code)
 
 
-def on_first_rank(comm, action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0, on every rank. Its InputError is raised on every rank."""
-    value, error = None, None
-    if comm.Get_rank() == 0:
-        value, error = _attempt(action)
-    value, error = comm.bcast((value, error))
+def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:
+    """What `action` returns on rank 0, on every rank (None on the others unless `share`).
+
+    Its InputError is raised on every rank.
+    """
+    value, error = _attempt(action) if comm.Get_rank() == 0 else (None, None)
+    shared, error = comm.bcast((value if share else None, error))
     if error is not None:
         raise InputError(error)
-    return value
+    return shared if share else value
 
 
 def on_every_rank(comm, action: Callable[[], Any]) -> Any:

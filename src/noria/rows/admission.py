@@ -55,6 +55,14 @@ class Limits:
     max_positions: int
 
 
+@dataclass
+class Counted:
+    """Tokens since somebody last looked and set them to 0."""
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
 class Admission:
     """The sequences of all groups and those that wait.
 
@@ -81,6 +89,7 @@ class Admission:
         self._pages_of_group = [0] * limits.groups
         self._released: list[list[int]] = [[] for _ in range(limits.groups)]
         self._waiting: Sequence | None = None
+        self.counted = Counted()
         self._stopping = False
         self._over = False
 
@@ -138,6 +147,7 @@ class Admission:
                 sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
             else:
                 sequence.token_ids.append(token_id)
+                self.counted.tokens += 1
                 sequence.finish_reason = finish_reason(
                     sequence.token_ids,
                     sequence.sampling,
@@ -211,6 +221,7 @@ class Admission:
         sequence.slot, sequence.runs = self._free_slots[group].popleft(), runs
         self._pages_of_group[group] += count
         active[sequence.slot] = sequence
+        self.counted.prompt_tokens += len(sequence.prompt_token_ids)
         self._waiting = None
         return sequence
 

@@ -1,6 +1,7 @@
 """Which pages of the KV cache are free, and how many sequences hold each of the others.
 
-Page ids are global: rank 0 gives them out, and they mean the same on all ranks and layers. Knows no tensors and no sequences.
+Page ids are global: rank 0 gives them out, and they mean the same on all ranks and layers. Knows neither tensors nor
+sequences.
 """
 
 from bisect import bisect_left, insort
@@ -14,8 +15,8 @@ from noria.step import Run
 class Pages:
     """`num_pages` reference-counted pages, of which `num_free` are free.
 
-    Free runs are maximal (two are never neighbours) and kept three ways: by size for the search, by start and by end for
-    merging. A reservation takes the smallest free run that holds it (best fit, lowest start), so long runs stay whole.
+    Free runs are maximal (two are never neighbours) and kept three ways: by size for the search, by start and by end
+    for merging. A reservation takes the smallest free run that holds it (best fit, lowest start): long ones stay whole.
     """
 
     def __init__(self, num_pages: int):
@@ -30,7 +31,7 @@ class Pages:
             self._add(0, num_pages)
 
     def reserve(self, count: int) -> tuple[Run, ...] | None:
-        """`count` free pages with one holder each: one run where a free run holds them, else several, the longest first.
+        """`count` free pages with one holder each: one run where a free run holds them, else several, longest first.
 
         None, and nothing is taken, when fewer than `count` pages are free.
         """

@@ -28,8 +28,8 @@ _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 class Prompt:
     """One row of the prompts. `row` counts from 0 in the whole file.
 
-    `prompt` or `token_ids` is to be continued; `sampling` is the row's own keys of config.Sampling, checked; `extra` the
-    user's own columns as JSON text ("" without any); `error` says why the row cannot run (None: it can).
+    `prompt` or `token_ids` is to be continued; `sampling` is the row's own keys of config.Sampling, checked; `extra`
+    the user's own columns as JSON text ("" without any); `error` says why the row cannot run (None: it can).
     """
 
     row: int
@@ -44,8 +44,8 @@ class Prompt:
 def open_prompts(path: str | Path) -> Iterator[Prompt]:
     """The prompts of a file, one at a time, in order.
 
-    Raises InputError for a missing file and an unknown suffix at once, and for a damaged file when the damage is reached.
-    Memory does not grow with the file but for 8 bytes a row, which find duplicate ids.
+    Raises InputError for a missing file and an unknown suffix at once, and for a damaged file when the damage is
+    reached. Memory does not grow with the file but for 8 bytes a row, which find duplicate ids.
     """
     reader = readers.for_path(path)
     with readers.opened(path):
@@ -98,7 +98,7 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
 
 
 def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
-    """The row's sampling keys, the user's own columns, and what is wrong with keys. A sampling key with null is not given."""
+    """The row's sampling keys, the user's own columns, and what is wrong with keys. Null: a sampling key is not given."""
     own, extra, errors = {}, {}, []
     for name, value in record.items():
         if name in RESERVED:

@@ -10,8 +10,8 @@ def finish_reason(
 ) -> str:
     """Why a sequence with these generated tokens ends: `stop`, `length`, or `none` while it goes on.
 
-    `stop`: the last token is an end token, which stays in `token_ids`; `length`: max_new_tokens are generated, or prompt and
-    generated tokens together fill the model's max_positions. An end token in the last place is a `stop`.
+    `stop`: the last token is an end token, which stays in `token_ids`; `length`: max_new_tokens are generated, or
+    prompt and generated tokens together fill the model's max_positions. An end token in the last place is a `stop`.
     """
     if not token_ids:
         return "none"

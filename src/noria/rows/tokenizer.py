@@ -19,10 +19,10 @@ _REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_p
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
-    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT); and their
-    settings: tokenizer_config.json, special_tokens_map.json, added_tokens.json. Without a tokenizer `vocab_size` is 0: rows of
-    token_ids can be run, text cannot. `config` and `generation_config` are the model's; `end_token_ids` are the tokens that
-    end a text by any of the three. Raises InputError for a damaged file.
+    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT); and
+    their settings: tokenizer_config.json, special_tokens_map.json, added_tokens.json. Without a tokenizer `vocab_size`
+    is 0: rows of token_ids can be run, text cannot. `config` and `generation_config` are the model's; `end_token_ids`
+    are the tokens that end a text by any of the three. Raises InputError for a damaged file.
     """
 
     def __init__(self, files: Mapping[str, bytes], config: Mapping, generation_config: Mapping):
@@ -38,9 +38,9 @@ class Tokenizer:
         self.end_token_ids = frozenset(ends)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt, with the BOS that the tokenizer's post-processor adds unless the text begins with it.
+        """The token ids of a prompt, with the BOS that the post-processor adds unless the text begins with it.
 
-        Lone surrogates, which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer for text.
+        Lone surrogates, which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer.
         """
         if self._backend is None:
             raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {_REMEDY}")

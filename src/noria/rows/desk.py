@@ -1,0 +1,92 @@
+"""Rank 0's own work: prompts in, finished rows out.
+
+Knows the files and the sequences; nothing of steps, devices or messages.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from noria.config import Config, InputError, Sampling
+from noria.files.merge import merge
+from noria.files.parts import Parts
+from noria.plan.planner import Plan
+from noria.progress import Progress
+from noria.rows.admission import Admission, Limits
+from noria.rows.finished import generation
+from noria.rows.prompts import open_prompts
+from noria.rows.tokenizer import Tokenizer, prompt_token_ids
+
+
+class Desk:
+    """Prompts, tokenizer, parts and progress of a run around its Admission.
+
+    Raises InputError if the parts beside the output are those of another run.
+    """
+
+    def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint):
+        self._config, self._num_rows, self._checkpoint = config, num_rows, checkpoint
+        self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+        header = {
+            "prompts": prompts_hash,
+            "checkpoint": checkpoint.header_hash,
+            "dtype": plan.dtype,
+            "sampling": asdict(config.sampling),
+        }
+        self._parts = Parts(config.output, header)
+        self.sampling = self._agree()
+        done = self._parts.finished()
+        self._progress = Progress(num_rows, len(done))
+        self.admission = Admission(
+            (prompt for prompt in open_prompts(config.prompts) if (prompt.row, 0) not in done),
+            num_rows - len(done),
+            lambda prompt: prompt_token_ids(
+                self._tokenizer, prompt.prompt, prompt.token_ids, checkpoint.shape.vocab_size
+            ),
+            self.sampling,
+            self._tokenizer.end_token_ids,
+            _limits(plan, checkpoint.shape.max_positions),
+            self._finish,
+        )
+
+    def tick(self) -> None:
+        """Between two steps: seals what is due and shows how far the run is."""
+        self._parts.seal_if_due(self._config.job.seal_seconds)
+        counted = self.admission.counted
+        self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
+        counted.tokens = counted.prompt_tokens = 0
+
+    def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
+        """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
+        columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
+        attrs = {**attrs, "seed": self.sampling.seed}
+        merge(self._parts, self._config.output, self._num_rows, attrs, columns)
+        self._progress.end(self._config.output)
+
+    def _finish(self, sequence) -> None:
+        row = generation(sequence, self._tokenizer)
+        self._parts.add(row)
+        self._progress.add(rows=1, errors=row.status == "error")
+
+    def _agree(self) -> Sampling:
+        """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
+        sampling, parts = self._config.sampling, self._parts
+        if sampling.seed is None:
+            stored = [part.header.get("sampling", {}).get("seed") for part in parts.parts]
+            sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
+            parts.header["sampling"]["seed"] = sampling.seed
+        different = parts.differences()
+        if different:
+            raise InputError(
+                f"{parts.folder} holds rows of another run: {'; '.join(different)};"
+                " give another output, or --overwrite to move that one aside"
+            )
+        return sampling
+
+
+def _limits(plan: Plan, max_positions: int) -> Limits:
+    return Limits(
+        plan.groups, plan.num_pages, plan.step_tokens, plan.microbatch_tokens, plan.microbatches, max_positions
+    )

@@ -1,0 +1,161 @@
+"""The whole program on one page: read, plan, place, build, execute, write."""
+
+import contextlib
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from noria import attention, kinds, streams, transports
+from noria.blocks import Block, ModelShape
+from noria.config import Config, InputError
+from noria.engine.executor import Executor, follow, lead
+from noria.engine.kv_cache import KvCache
+from noria.engine.ring import open_ring
+from noria.engine.sampler import Sampler
+from noria.engine.stage import Stage
+from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.files.checkpoint import open_checkpoint, parse_json
+from noria.files.output import probe_output
+from noria.files.provenance import now, provenance
+from noria.files.random_weights import random_checkpoint
+from noria.launch import launcher, mpi
+from noria.plan import planner
+from noria.plan.placement import blocks_of, stages_of
+from noria.progress import log
+from noria.rows.desk import Desk
+from noria.rows.prompts import content_hash, count
+
+
+@dataclass(frozen=True)
+class Work:
+    """What rank 0 found in the user's files before anything was allocated."""
+
+    state: str  # of the output: absent, parts or finished
+    num_rows: int
+    shape: ModelShape
+    blocks: dict[str, Block]
+    dtype: str
+    prompts_hash: str
+
+
+def run(config: Config, comm) -> int:
+    """One job on the ranks of `comm`. Returns its exit code; raises InputError, on every rank, for the user's mistakes."""
+    started = now()
+    comm = launcher.ring_order(comm)
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
+    place = launcher.place(comm)
+    launcher.set_threads(place)
+    device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+    launcher.check_sharing(config, comm, place, device)
+    work = mpi.on_first_rank(comm, lambda: examine(config, num_ranks, device.type))
+    if work.state == "finished":
+        return _finished_already(config, rank)
+
+    transport_name, reason = transports.choose(comm, device, config.pipeline.transport)
+    transport = transports.open_transport(transport_name, comm, device)
+    machine = planner.Machine(device.type, min(comm.allgather(launcher.device_memory(comm, place, device))))
+    plan = mpi.on_first_rank(
+        comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
+    )
+    _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
+    with _checkpoint(config, work.dtype) as checkpoint, contextlib.ExitStack() as on_error:
+        desk = mpi.on_first_rank(comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False)
+        executor, ring = build(plan, checkpoint, transport, rank, device)
+        on_error.callback(ring.abandon)
+        next_step = lead(ring, desk.admission, plan.groups, desk.tick) if rank == 0 else follow(ring)
+        comm.Barrier()
+        timing = executor.run(next_step)
+        ring.close()
+        on_error.pop_all()
+        timings = comm.allgather(asdict(timing))
+        devices = comm.allgather(_device_name(place, device))
+        if rank == 0:
+            attrs = provenance(
+                run_file=config.to_toml(),
+                checkpoint_hash=checkpoint.header_hash,
+                prompts_hash=work.prompts_hash,
+                launcher=mpi.launcher_name(),
+                devices=devices,
+                start=started,
+                mpi_library=mpi.library_version(),
+                argv=sys.argv,
+                plan=plan.as_dict(),
+            )
+            desk.close(attrs, timings)
+    comm.Barrier()
+    return 0
+
+
+def examine(config: Config, num_ranks: int, device: str) -> Work:
+    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
+    num_rows = count(config.prompts)
+    state = probe_output(config.output, config.job.overwrite)
+    with _checkpoint(config, _dtype(config, None, device)) as checkpoint:
+        planner.check(config, num_ranks, checkpoint.shape.num_layers)
+        dtype = _dtype(config, checkpoint.dtype, device)
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, content_hash(config.prompts))
+
+
+def build(plan: planner.Plan, checkpoint, transport, rank: int, device: torch.device):
+    """This rank's engine: its weights, cache, stage and ring. Returns (executor, ring)."""
+    model = kinds.load("models", checkpoint.shape.family)
+    dtype, shape, stages = TORCH_DTYPES[plan.dtype], checkpoint.shape, stages_of(rank, plan.num_ranks, plan.ranges())
+    layers = [layer for stage in stages for layer in stage]
+    device_streams = streams.streams_of(device)
+    weights = Weights(checkpoint, blocks_of(rank, plan.num_ranks, plan.ranges()), plan.dtype, device)
+    cache = KvCache(shape, layers, plan.num_pages, dtype, device)
+    kind = attention.choose(device, dtype, shape.head_dim)
+    stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device)
+    ring = open_ring(
+        transport,
+        rank,
+        plan.num_ranks,
+        plan.groups,
+        plan.laps,
+        shape.hidden_size,
+        plan.step_tokens,
+        dtype,
+        device,
+        device_streams,
+        plan.blocking,
+    )
+    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, device_streams), ring
+
+
+def _checkpoint(config: Config, dtype: str | None):
+    """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
+    if config.job.random_weights is None:
+        return open_checkpoint(config.model)
+    try:
+        text = Path(config.job.random_weights).read_bytes()
+    except OSError as error:
+        raise InputError(f"random_weights {config.job.random_weights}: {error.strerror}") from error
+    return random_checkpoint(parse_json(text, config.job.random_weights), dtype)
+
+
+def _dtype(config: Config, stored: str | None, device: str) -> str:
+    """The run's dtype: what was asked, else the checkpoint's on a GPU and float32 on a CPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device == "cpu" else stored or "bfloat16"
+
+
+def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
+    """Once, before the weights are loaded: who runs where, and the plan."""
+    placed = comm.allgather(f"{_device_name(place, device)}, {place.cores} cores")
+    if comm.Get_rank() == 0:
+        for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
+            log(0, comm.Get_size(), line)
+
+
+def _device_name(place: launcher.Place, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{place.host} {device} ({name})"
+
+
+def _finished_already(config: Config, rank: int) -> int:
+    if rank == 0:
+        log(0, 1, f"{config.output} is finished: nothing to do (noria export writes it out; --overwrite begins again)")
+    return 0
