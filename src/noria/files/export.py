@@ -1,0 +1,137 @@
+"""Generations as a file for other programs: one JSON object a row, in the order of the prompts.
+
+Knows the finished output and its parts; nothing of how they came about.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from noria.config import InputError, nearest
+from noria.files.atomic import check_folder, publish, temporary
+from noria.files.generations import Generation, open_generations
+from noria.files.parts import gather, parts_folder, scan, select, to_stderr
+from noria.text import plural
+
+SUFFIXES = (".jsonl",)
+NOT_YET = (".csv", ".parquet")
+KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", "logprobs", "error")
+
+
+def export(source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr) -> int:
+    """Writes the generations of an output to `target` and returns the number of rows.
+
+    UTF-8 JSON lines with the keys of KEYS (`logprobs` and `error` where there are any) and the user's own columns; a
+    user's column that has the name of one of KEYS is exported as `input_NAME`, never instead of Noria's. Numbers that
+    JSON lacks (NaN, infinity) become null. An output that is not finished is exported from its parts, as far as they
+    go, and `report` is told. `target` appears whole or not at all. Raises InputError for what is no output or cannot
+    be written.
+    """
+    source, target = Path(source), Path(target)
+    check_target(target)
+    if not source.exists() and parts_folder(source).is_dir():
+        try:
+            return _write(target, _rows_so_far(source, report))
+        except (InputError, OSError):
+            # A job that runs may have merged its parts meanwhile: then the output itself is there.
+            if not source.exists():
+                raise
+    with open_generations(source) as file:
+        return _write(target, file.rows())
+
+
+def check_target(target: Path) -> None:
+    """Raises InputError for a suffix that cannot be written, or a folder that does not take the file."""
+    suffix = target.suffix.lower()
+    if suffix not in SUFFIXES:
+        known = f"export writes {', '.join(SUFFIXES)}"
+        reason = (
+            "is not in this version of Noria yet"
+            if suffix in NOT_YET
+            else f"is not a format of export{nearest(suffix, SUFFIXES)}"
+        )
+        raise InputError(
+            f"{target}: {suffix or 'a name without a suffix'} {reason}; {known}: name the file {target.stem}.jsonl"
+        )
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: name a file in it")
+    check_folder(target)
+
+
+def as_object(generation: Generation) -> dict:
+    """The row as it is exported: Noria's keys, then the user's own columns."""
+    row = {
+        "id": generation.id,
+        "sample": generation.sample,
+        "status": generation.status,
+        "finish_reason": generation.finish_reason,
+        "prompt": generation.prompt,
+        "text": generation.text,
+        "token_ids": generation.token_ids.tolist(),
+    }
+    if generation.logprobs is not None and len(generation.logprobs):
+        row["logprobs"] = [_shortest(value) for value in generation.logprobs]
+    if generation.error:
+        row["error"] = generation.error
+    for name, value in own_columns(generation.extra).items():
+        while name in KEYS or name in row:
+            name = f"input_{name}"
+        row[name] = value
+    return row
+
+
+def own_columns(extra: str) -> dict:
+    """The user's own columns of a row, from their JSON text."""
+    columns = json.loads(extra, parse_float=_finite, parse_constant=lambda name: None) if extra else {}
+    if not isinstance(columns, dict):
+        raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")
+    return columns
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
+def _shortest(value: np.floating) -> float | None:
+    # str() of a numpy number has as many digits as its own precision needs.
+    return float(str(value)) if np.isfinite(value) else None
+
+
+def _rows_so_far(source: Path, report: Callable[[str], None]) -> Iterator[Generation]:
+    parts = scan(parts_folder(source), report, verify=False)
+    if source.exists():
+        raise FileNotFoundError(f"{parts_folder(source)} is merged")
+    selection = select(parts)
+    half = f", {plural(selection.num_todo, 'row')} left half-way not among them" if selection.num_todo else ""
+    report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")
+    for block in gather(parts, selection):
+        yield from block
+
+
+def _write(target: Path, rows: Iterable[Generation]) -> int:
+    unfinished, count = temporary(target), 0
+    try:
+        with unfinished.open("wb") as file:
+            for generation in rows:
+                file.write(_line(as_object(generation)))
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        publish(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def _line(row: dict) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        # A lone surrogate in a user's own column, which UTF-8 cannot hold and a JSON escape can.
+        return json.dumps(row).encode() + b"\n"

@@ -1,0 +1,253 @@
+"""Reads a file of generations, a block of rows at a time, and says what it holds.
+
+Finished outputs and sealed parts read the same. The schema is schema.py's; knows nothing of folders of parts.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from noria.config import InputError
+from noria.files.schema import FINISH_REASON, FORMAT, STATUS, STRINGS, VERSION, Generation, checksums, schema
+from noria.text import plural, printable
+
+__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
+
+BLOCK_ROWS = 4096
+BLOCK_TOKENS = 2**21
+
+
+class NewerVersion(InputError):
+    """The file was written by a later version of Noria than this one."""
+
+
+class Generations:
+    """An open file of generations. Made by `open_generations`; a context manager."""
+
+    def __init__(self, path: Path, file: h5py.File):
+        self.path, self.file = path, file
+        self.num_rows = len(file["row"])
+        self.logprobs = file["logprobs"].dtype.name if "logprobs" in file else None
+        self.attrs = {name: _plain(value) for name, value in file.attrs.items()}
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __enter__(self) -> "Generations":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.attrs.get("complete", False))
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column of numbers."""
+        return self.file[name][:]
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """[rows] tokens generated in each row; [rows] tokens of each prompt."""
+        return np.diff(self.column("offsets")), np.diff(self.column("prompt_offsets"))
+
+    def rows(self) -> Iterator[Generation]:
+        """All rows in the order of the file, read a block at a time."""
+        for start, stop in blocks(*self.lengths()):
+            yield from self.read(start, stop)
+
+    def read(self, start: int, stop: int, wanted: Sequence[int] | None = None) -> list[Generation]:
+        """Rows start .. stop-1, or those of them at the positions `wanted`, in that order."""
+        file, part = self.file, slice(start, stop)
+        columns = {name: file[name][part] for name in ("row", "sample", "status", "finish_reason", *STRINGS)}
+        ends, prompt_ends = file["offsets"][start : stop + 1], file["prompt_offsets"][start : stop + 1]
+        tokens = file["tokens"][ends[0] : ends[-1]]
+        prompt_tokens = file["prompt_tokens"][prompt_ends[0] : prompt_ends[-1]]
+        logprobs = file["logprobs"][ends[0] : ends[-1]] if self.logprobs else None
+        ends, prompt_ends = ends - ends[0], prompt_ends - prompt_ends[0]
+
+        def generation(index: int) -> Generation:
+            span = slice(ends[index], ends[index + 1])
+            scores = None if logprobs is None else logprobs[span]
+            return Generation(
+                row=int(columns["row"][index]),
+                sample=int(columns["sample"][index]),
+                status=STATUS[columns["status"][index]],
+                finish_reason=FINISH_REASON[columns["finish_reason"][index]],
+                token_ids=tokens[span],
+                prompt_token_ids=prompt_tokens[prompt_ends[index] : prompt_ends[index + 1]],
+                logprobs=None if scores is None or np.isnan(scores).all() else scores,
+                **{name: columns[name][index].decode(errors="replace") for name in STRINGS},
+            )
+
+        return [generation(index) for index in (range(stop - start) if wanted is None else np.asarray(wanted) - start)]
+
+
+def blocks(*lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows that are read at once: BLOCK_ROWS at most, and BLOCK_TOKENS but for one longer row."""
+    totals = np.cumsum(np.sum(lengths, axis=0, dtype=np.int64))
+    start, num_rows = 0, len(totals)
+    while start < num_rows:
+        before = totals[start - 1] if start else 0
+        stop = int(np.searchsorted(totals, before + BLOCK_TOKENS, side="right"))
+        stop = max(start + 1, min(stop, start + BLOCK_ROWS))
+        yield start, stop
+        start = stop
+
+
+def open_generations(path: str | Path) -> Generations:
+    """Opens a finished output or a sealed part.
+
+    Raises InputError for a file that is missing, no Noria output, cut off or at odds with itself; NewerVersion.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: " + ("it is a folder, not an output" if path.is_dir() else "there is no such file"))
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise InputError(f"{path} is no Noria output: it is {what_it_is(path, error)}") from error
+    try:
+        _check_format(path, file)
+        _check_columns(path, file)
+        return Generations(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def what_it_is(path: Path, error: Exception | None = None) -> str:
+    """In words, what kind of file lies there that is not a Noria output that opens."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as problem:
+        return f"a file that cannot be read ({(problem.strerror or str(problem)).lower()})"
+    if not start:
+        return "an empty file"
+    if start.startswith(b"\x89HDF\r\n\x1a\n"):
+        return f"an HDF5 file that does not open, cut off or damaged ({error})"
+    kinds = (
+        (b"\x1f\x8b", "a gzip file"),
+        (b"PK\3\4", "a zip file"),
+        (b"PAR1", "a parquet file"),
+        (b"\x7fELF", "a program"),
+    )
+    for magic, kind in kinds:
+        if start.startswith(magic):
+            return kind
+    text = start.decode("utf-8", "ignore")
+    if text.isprintable() or text.replace("\n", "").replace("\t", "").replace("\r", "").isprintable():
+        return f"a text file that begins with {text[:24]!r}"
+    return f"a file that begins with the bytes {start[:8].hex(' ')}"
+
+
+def _check_format(path: Path, file: h5py.File) -> None:
+    name = _plain(file.attrs.get("format", ""))
+    if name != FORMAT:
+        holds = ", ".join(map(printable, list(file)[:4])) or "nothing"
+        kind = (
+            f"a file of format {printable(str(name))}" if name else f"an HDF5 file of something else (it holds {holds})"
+        )
+        raise InputError(f"{path} is no Noria output: it is {kind}")
+    version = int(file.attrs.get("version", 0))
+    if version > VERSION:
+        raise NewerVersion(
+            f"{path} has format version {version}, this Noria reads {VERSION}: use the Noria that wrote it"
+        )
+
+
+def _check_columns(path: Path, file: h5py.File) -> None:
+    def require(condition, reason: str) -> None:
+        if not condition:
+            raise InputError(f"{path} is damaged: {reason}")
+
+    sizes = {}
+    optional = file["logprobs"].dtype.name if isinstance(file.get("logprobs"), h5py.Dataset) else None
+    require(optional in (None, "float32", "float64"), f"logprobs are {optional}")
+    for name, (dtype, per) in schema(optional).items():
+        dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1, f"dataset {name} is missing")
+        require(not dataset.is_virtual and not dataset.external, f"dataset {name} lies in another file")
+        right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
+        enum = h5py.check_enum_dtype(dtype)
+        require(right and h5py.check_enum_dtype(dataset.dtype) == enum, f"dataset {name} has type {dataset.dtype}")
+        sizes.setdefault(per, len(dataset))
+        require(len(dataset) == sizes[per], f"dataset {name} has {len(dataset)} values, not {sizes[per]}")
+        if enum:
+            require(not len(dataset) or dataset[:].max() < len(enum), f"dataset {name} has values without a name")
+    require(sizes["row+1"] == sizes["row"] + 1, f"{sizes['row+1']} offsets for {sizes['row']} rows")
+    for name, per in (("offsets", "token"), ("prompt_offsets", "prompt token")):
+        offsets = file[name][:]
+        right = offsets[0] == 0 and offsets[-1] == sizes[per] and (np.diff(offsets) >= 0).all()
+        require(right, f"{name} do not lead through its {plural(sizes[per], per)}")
+
+
+def _plain(value):
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def describe(path: str | Path, verify: bool = False) -> list[str]:
+    """What the file holds, a line each, safe for a terminal.
+
+    With `verify` every checksum is computed again. Raises InputError as `open_generations`, and for damaged columns.
+    """
+    with open_generations(path) as generations:
+        attrs, (lengths, prompt_lengths) = generations.attrs, generations.lengths()
+        status = np.bincount(generations.column("status"), minlength=len(STATUS))
+        reasons = np.bincount(generations.column("finish_reason"), minlength=len(FINISH_REASON))
+        kind = "finished output" if generations.complete else "part of an unfinished output"
+        lines = [
+            f"{FORMAT} version {attrs['version']}: {kind}",
+            f"{plural(len(generations), 'row')}: " + _counts(STATUS, status),
+            "finish reasons: " + _counts(FINISH_REASON, reasons),
+            f"{plural(int(prompt_lengths.sum()), 'prompt token')}, {plural(int(lengths.sum()), 'generated token')}",
+            f"logprobs: {generations.logprobs or 'none'}",
+        ]
+        lines += [
+            f"{name}: {_short(value)}" for name, value in attrs.items() if name not in ("format", "version", "complete")
+        ]
+        timing = generations.file.get("timing")
+        if isinstance(timing, h5py.Group):
+            timing.visititems(
+                lambda name, item: lines.append(_measured(name, item)) if isinstance(item, h5py.Dataset) else None
+            )
+        if verify:
+            lines.append(verify_checksums(generations))
+    return lines
+
+
+def verify_checksums(generations: Generations) -> str:
+    """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
+    try:
+        found = checksums(generations.file, generations.logprobs)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{generations.path} is damaged: {error}") from error
+    stored = {name: _plain(generations.file[name].attrs.get("xxh3", "")) for name in found}
+    wrong = [name for name in found if found[name] != stored[name]]
+    if wrong:
+        raise InputError(f"{generations.path} is damaged: {', '.join(wrong)} do not agree with their checksums")
+    return f"checksums: {len(found)} of {len(found)} columns agree"
+
+
+def _counts(names: Sequence[str], counts: np.ndarray) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in zip(names, counts, strict=True) if count) or "none"
+
+
+def _short(value: object, width: int = 200) -> str:
+    text = printable(str(value))
+    return text if len(text) <= width else f"{text[:width]} ... ({len(text):,} characters)"
+
+
+def _measured(name: str, dataset: h5py.Dataset) -> str:
+    values = dataset[...]
+    if values.ndim == 1 and values.dtype.kind in "iuf" and len(values) <= 8:
+        return f"timing {printable(name)}: " + " ".join(f"{value:.6g}" for value in values)
+    return f"timing {printable(name)}: {values.dtype} {list(values.shape)}"

@@ -1,0 +1,140 @@
+"""From sealed parts to the finished output: rows in order, read back and compared before the file gets its name.
+
+May be killed anywhere and called again. Knows nothing of the run; what it says about it comes as `attrs` and `timing`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from noria.files.atomic import GuardedFile, fsync, publish, temporary
+from noria.files.generations import open_generations
+from noria.files.parts import Parts, Selection, gather, select
+from noria.files.schema import FORMAT, STATUS, VERSION, Writer, checksums, write_attrs
+from noria.text import plural
+
+_OURS = ("format", "version", "complete", "header", "repeated_rows")
+
+
+class MissingRows(RuntimeError):
+    """Rows of the run are in no part, or parts hold rows that are not of this run. The parts are as they were."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the finished output holds."""
+
+    num_rows: int
+    num_errors: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_repeated: int  # rows that more than one part had as finished; the first one stands
+
+
+def merge(
+    parts: Parts, output: str | Path, num_rows: int, attrs: Mapping, timing: Mapping | None = None, samples: int = 1
+) -> Merged:
+    """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
+
+    The rows must be exactly 0 .. num_rows-1, each with samples 0 .. samples-1, all done or error.
+    `attrs`: provenance, stored as attributes (lists and tables as JSON text). `timing`: name -> array with a value (or
+    row) a rank, or a mapping of such names. Memory: a block of rows, and about 100 bytes for each row of the output.
+    Raises MissingRows; OSError if the disk is full or does not read back as written. Either way the parts stay.
+    """
+    output = Path(output)
+    assert not set(_OURS) & set(attrs), f"attributes of the format: {set(_OURS) & set(attrs)}"
+    parts.seal()
+    selection = select(parts.parts)
+    _check_rows(selection, num_rows, samples)
+    unchecked = temporary(output)
+    try:
+        sums = _write(unchecked, parts, selection, attrs, timing or {})
+        fsync(unchecked)
+        merged = _read_back(unchecked, sums, num_rows, samples, selection.num_repeated)
+        publish(unchecked, output)
+    except BaseException:
+        unchecked.unlink(missing_ok=True)
+        raise
+    parts.remove()
+    return merged
+
+
+def _check_rows(selection: Selection, num_rows: int, samples: int) -> None:
+    keys = selection.row * samples + selection.sample
+    foreign = (selection.row < 0) | (selection.row >= num_rows) | (selection.sample < 0) | (selection.sample >= samples)
+    if foreign.any():
+        first = _name(selection.row[foreign][:5], selection.sample[foreign][:5], samples)
+        raise MissingRows(
+            f"{plural(int(foreign.sum()), 'row')} of the parts lie outside the {num_rows:,} of this run: {first}"
+        )
+    missing = np.setdiff1d(np.arange(num_rows * samples), keys, assume_unique=True)
+    if len(missing):
+        first = _name(missing[:10] // samples, missing[:10] % samples, samples)
+        more = ", ..." if len(missing) > 10 else ""
+        raise MissingRows(
+            f"{plural(len(missing), 'row')} of {num_rows * samples:,} not finished: {first}{more}: "
+            "the parts are kept, start the same run again to finish them"
+        )
+
+
+def _name(rows: np.ndarray, numbers: np.ndarray, samples: int) -> str:
+    pairs = zip(rows.tolist(), numbers.tolist(), strict=True)
+    return ", ".join(f"{row}" if samples == 1 else f"{row} sample {sample}" for row, sample in pairs)
+
+
+def _write(path: Path, parts: Parts, selection: Selection, attrs: Mapping, timing: Mapping) -> dict[str, str]:
+    kinds = {part.logprobs for part in parts.parts}
+    logprobs = "float64" if "float64" in kinds else "float32" if "float32" in kinds else None
+    tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
+    remedy = "the parts are kept: make room and start the same run again"
+    with GuardedFile(path) as disk:
+        try:
+            with h5py.File(path.name, "w", driver="fileobj", fileobj=disk) as file:
+                header = json.dumps(parts.header)
+                write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, "header": header})
+                write_attrs(file, {"repeated_rows": selection.num_repeated, **attrs})
+                writer = Writer(file, len(selection.row), tokens, prompt_tokens, logprobs)
+                for block in gather(parts.parts, selection):
+                    writer.append(block)
+                    disk.check(remedy)
+                _write_timing(file.create_group("timing"), timing)
+                sums = writer.finish()
+                file.flush()
+                file.attrs["complete"] = True
+        finally:
+            disk.check(remedy)
+    return sums
+
+
+def _write_timing(group: h5py.Group, timing: Mapping) -> None:
+    for name, values in timing.items():
+        if isinstance(values, Mapping):
+            _write_timing(group.create_group(name), values)
+        else:
+            values = np.asarray(values)
+            text = values.dtype.kind in "UO"
+            group.create_dataset(
+                name, data=values.astype(object) if text else values, dtype=h5py.string_dtype() if text else None
+            )
+
+
+def _read_back(path: Path, sums: dict[str, str], num_rows: int, samples: int, num_repeated: int) -> Merged:
+    with open_generations(path) as file:
+        found = checksums(file.file, file.logprobs)
+        wrong = [name for name in sums if found.get(name) != sums[name]]
+        rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
+        # Exactly the rows asked for, in order, is also none missing and none twice.
+        if not np.array_equal(rows.astype(np.int64) * samples + numbers, np.arange(num_rows * samples)):
+            wrong.append("row")
+        if (status == STATUS.index("todo")).any():
+            wrong.append("status")
+        if wrong or not file.complete:
+            raise OSError(
+                f"{path} does not read back as it was written ({', '.join(wrong)}): the parts are kept, try again"
+            )
+        tokens, prompt_tokens = (int(lengths.sum()) for lengths in file.lengths())
+    return Merged(len(rows), int((status == STATUS.index("error")).sum()), tokens, prompt_tokens, num_repeated)

@@ -1,0 +1,76 @@
+"""The place of an output: what lies there before a run, and how an old one is moved aside.
+
+Knows the names of outputs and parts; reads of them only what kind of file they are.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from noria.config import InputError
+from noria.files.atomic import check_folder, fsync
+from noria.files.generations import NewerVersion, open_generations
+from noria.files.parts import part_files, parts_folder, remove_parts, scan
+
+
+def probe_output(path: str | Path, overwrite: bool = False) -> str:
+    """What lies at `path` before a run: "absent", "finished", or "parts" of a run that can be resumed.
+
+    Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
+    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`), and the answer is "absent". Raises InputError for a folder that is
+    missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a mistyped path), a
+    newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
+    check_folder(path)
+    folder = parts_folder(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
+    header = _finished_header(path, overwrite)
+    if overwrite:
+        _move_aside(path)
+        return "absent"
+    if header is not None:
+        _finish_removal(path, header)
+        return "finished"
+    return "parts" if part_files(folder) else "absent"
+
+
+def _finished_header(path: Path, overwrite: bool) -> object:
+    """The header of the finished output at `path`, or None if nothing is there."""
+    if not path.exists():
+        return None
+    try:
+        with open_generations(path) as file:
+            if not file.complete:
+                raise InputError(f"output {path} is a part of an unfinished output: name another file, or move it away")
+            return file.attrs.get("header", "")
+    except NewerVersion:
+        if overwrite:
+            return ""
+        raise
+    except InputError as error:
+        raise InputError(f"output {error}: name another file, or move it away") from error
+
+
+def _finish_removal(path: Path, header: object) -> None:
+    # A job was killed between naming its output and deleting its parts. Parts of another run are left alone.
+    folder = parts_folder(path)
+    parts = scan(folder, report=lambda message: None, verify=False)
+    if not folder.exists() or (parts and all(json.dumps(part.header) == header for part in parts)):
+        remove_parts(path)
+
+
+def _move_aside(path: Path) -> None:
+    folder, number = parts_folder(path), 1
+    if not path.exists() and not folder.exists():
+        return
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists() or parts_folder(aside).exists():
+        number += 1
+    if folder.exists():
+        os.rename(folder, parts_folder(aside))
+    if path.exists():
+        os.rename(path, aside)
+    fsync(path.parent)

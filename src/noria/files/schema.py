@@ -1,0 +1,172 @@
+"""What an output holds: a row per (prompt, sample) as flat HDF5 datasets, written a block of rows at a time.
+
+Finished outputs and sealed parts are files of this schema. Knows nothing of names of files, nor how rows are made.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import h5py
+import numpy as np
+import xxhash
+
+from noria.text import storable
+
+FORMAT = "noria-generations"
+VERSION = 1
+STATUS = ("todo", "done", "error")
+FINISH_REASON = ("none", "stop", "length", "error")
+STRINGS = ("id", "prompt", "text", "error", "extra")
+
+
+@dataclass(eq=False)
+class Generation:
+    """One row: a prompt and what was generated for it. `row` is the global number of the prompt, `extra` JSON text."""
+
+    row: int
+    id: str
+    sample: int
+    status: str
+    finish_reason: str
+    prompt: str
+    text: str
+    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    prompt_token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    error: str = ""
+    extra: str = ""
+    logprobs: np.ndarray | None = None
+
+
+def _enum(names: Sequence[str]) -> np.dtype:
+    return h5py.enum_dtype({name: value for value, name in enumerate(names)}, basetype="u1")
+
+
+def schema(logprobs: str | None) -> dict[str, tuple[np.dtype, str]]:
+    """Dataset -> (type, what it has one of: row, row+1, token, prompt token), in the order of the file.
+
+    `logprobs`: their type ("float32", "float64") or None.
+    """
+    text = h5py.string_dtype("utf-8")
+    columns = {
+        "row": (np.dtype("<i8"), "row"),
+        "id": (text, "row"),
+        "sample": (np.dtype("<i4"), "row"),
+        "status": (_enum(STATUS), "row"),
+        "finish_reason": (_enum(FINISH_REASON), "row"),
+        "prompt": (text, "row"),
+        "text": (text, "row"),
+        "tokens": (np.dtype("<i4"), "token"),
+        "offsets": (np.dtype("<i8"), "row+1"),
+        "prompt_tokens": (np.dtype("<i4"), "prompt token"),
+        "prompt_offsets": (np.dtype("<i8"), "row+1"),
+        "error": (text, "row"),
+        "extra": (text, "row"),
+    }
+    if logprobs:
+        columns["logprobs"] = (np.dtype(logprobs).newbyteorder("<"), "token")
+    return columns
+
+
+def logprobs_dtype(generations: Sequence[Generation]) -> str | None:
+    """Type of the rows' logprobs together: float64 if any row has that, else float32; None if no row has logprobs."""
+    kinds = {np.asarray(one.logprobs).dtype.name for one in generations if one.logprobs is not None}
+    return None if not kinds else "float64" if "float64" in kinds else "float32"
+
+
+class Writer:
+    """Fills a new HDF5 file with rows whose number and tokens are known beforehand, and sums what it writes."""
+
+    def __init__(self, file: h5py.File, num_rows: int, num_tokens: int, num_prompt_tokens: int, logprobs: str | None):
+        self.file, self.logprobs = file, logprobs
+        self.columns = schema(logprobs)
+        self.sizes = {"row": num_rows, "row+1": num_rows + 1, "token": num_tokens, "prompt token": num_prompt_tokens}
+        self.written = {"row": 0, "row+1": 0, "token": 0, "prompt token": 0}
+        self.hashers = {name: xxhash.xxh3_64() for name in self.columns}
+        for name, (dtype, per) in self.columns.items():
+            file.create_dataset(name, (self.sizes[per],), dtype)
+        self._write({"offsets": np.zeros(1, "<i8"), "prompt_offsets": np.zeros(1, "<i8")})
+
+    def append(self, generations: Sequence[Generation]) -> None:
+        """Writes the next rows. Text is made storable."""
+        if not generations:
+            return
+        values = {
+            "row": [one.row for one in generations],
+            "sample": [one.sample for one in generations],
+            "status": [STATUS.index(one.status) for one in generations],
+            "finish_reason": [FINISH_REASON.index(one.finish_reason) for one in generations],
+        }
+        values = {name: np.asarray(numbers, self.columns[name][0]) for name, numbers in values.items()}
+        for name in STRINGS:
+            values[name] = np.empty(len(generations), object)
+            values[name][:] = [storable(getattr(one, name)).encode() for one in generations]
+        for name, offsets, source in (
+            ("tokens", "offsets", "token_ids"),
+            ("prompt_tokens", "prompt_offsets", "prompt_token_ids"),
+        ):
+            rows = [np.asarray(getattr(one, source), "<i4") for one in generations]
+            values[name] = np.concatenate(rows)
+            values[offsets] = self.written[self.columns[name][1]] + np.cumsum([len(row) for row in rows], dtype="<i8")
+        if self.logprobs:
+            rows = [_logprobs(one) for one in generations]
+            values["logprobs"] = np.concatenate(rows).astype(self.columns["logprobs"][0])
+        self._write(values)
+
+    def finish(self) -> dict[str, str]:
+        """Stores the checksum of each dataset as its attribute `xxh3`, and returns them by name."""
+        assert self.written == self.sizes, f"wrote {self.written} of {self.sizes}"
+        checksums = {name: hasher.hexdigest() for name, hasher in self.hashers.items()}
+        for name, checksum in checksums.items():
+            self.file[name].attrs["xxh3"] = checksum
+        return checksums
+
+    def _write(self, values: Mapping[str, np.ndarray]) -> None:
+        ends = {}
+        for name, array in values.items():
+            per = self.columns[name][1]
+            ends[per] = self.written[per] + len(array)
+            assert ends[per] <= self.sizes[per], f"{name}: {ends[per]} values, announced {self.sizes[per]}"
+            if len(array):
+                self.file[name][self.written[per] : ends[per]] = array
+            _update(self.hashers[name], array)
+        self.written |= ends
+
+
+def _logprobs(generation: Generation) -> np.ndarray:
+    if generation.logprobs is None:
+        return np.full(len(generation.token_ids), np.nan, np.float32)
+    assert len(generation.logprobs) == len(generation.token_ids), f"row {generation.row}: a logprob per token"
+    return np.asarray(generation.logprobs)
+
+
+def _update(hasher, values: np.ndarray) -> None:
+    # Strings one after another with their lengths, so that the sum does not depend on the blocks they came in.
+    if values.dtype.kind == "O":
+        hasher.update(b"".join(len(text).to_bytes(8, "little") + text for text in values))
+    else:
+        hasher.update(np.ascontiguousarray(values))
+
+
+def checksums(file: h5py.File, logprobs: str | None) -> dict[str, str]:
+    """The checksum of each dataset as it reads now."""
+    result = {}
+    for name, (dtype, _) in schema(logprobs).items():
+        hasher, dataset = xxhash.xxh3_64(), file[name]
+        step = 256 if dtype.kind == "O" else 2**20
+        for start in range(0, len(dataset), step):
+            values = dataset[start : start + step]
+            _update(hasher, values if dtype.kind == "O" else values.astype(dtype))
+        result[name] = hasher.hexdigest()
+    return result
+
+
+def write_attrs(file: h5py.File, attrs: Mapping[str, object]) -> None:
+    """Texts as text of any length, numbers as numbers, anything else (lists, tables, None) as JSON text."""
+    for name, value in attrs.items():
+        number = isinstance(value, (bool, float, np.number, np.bool_)) or (
+            isinstance(value, int) and abs(value) < 2**63
+        )
+        if not number:
+            value = storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        file.attrs[name] = value

@@ -1,0 +1,126 @@
+"""What a run tells its user while it works and at its end: a bar on a terminal, else a plain line now and then.
+
+Knows counts and times, nothing of the rows themselves.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from noria.text import plural, printable
+
+FIRST_LINE = 5.0  # seconds until the first plain line
+NEXT_LINES = 30.0  # seconds between plain lines after it
+
+
+class Progress:
+    """Rows and tokens of a run as they come; rank 0's alone. `num_finished` rows were finished by earlier runs.
+
+    Speeds and times are those of this run; what earlier runs generated counts as rows alone.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_finished: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.stream, self.clock = stream or sys.stderr, clock
+        self.num_rows, self.num_before = num_rows, num_finished
+        self.rows = self.errors = self.tokens = self.prompt_tokens = 0
+        self.started = clock()
+        self.next_line = self.started + FIRST_LINE
+        self.bar = None
+        if self.stream.isatty():
+            self.bar = tqdm(
+                total=num_rows,
+                initial=num_finished,
+                file=self.stream,
+                dynamic_ncols=True,
+                unit="row",
+                bar_format="{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}",
+            )
+
+    @property
+    def seconds(self) -> float:
+        return self.clock() - self.started
+
+    def add(self, rows: int = 0, tokens: int = 0, prompt_tokens: int = 0, errors: int = 0) -> None:
+        """Counts what came since the last call, and shows it when it is time to. `errors` are among `rows`. Cheap."""
+        self.rows += rows
+        self.errors += errors
+        self.tokens += tokens
+        self.prompt_tokens += prompt_tokens
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.tokens:,} tokens, {self._speed():,.0f} tok/s", refresh=False)
+            self.bar.update(rows)
+        elif self.clock() >= self.next_line:
+            self.next_line = self.clock() + NEXT_LINES
+            self.stream.write(self.line() + "\n")
+            self.stream.flush()
+
+    def line(self) -> str:
+        """`12/64 rows  1,234 tokens  345 tok/s  about 2 min left`; without the last until a row is finished."""
+        finished = self.num_before + self.rows
+        line = f"{finished:,}/{self.num_rows:,} rows  {plural(self.tokens, 'token')}  {self._speed():,.0f} tok/s"
+        if self.rows:
+            line += f"  about {duration(self.seconds / self.rows * max(0, self.num_rows - finished))} left"
+        return line
+
+    def close(self) -> None:
+        """Takes the bar away, leaving its last state. May be called twice."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def summary(self, output: str | Path) -> str:
+        """The end of a run in two or three lines: rows, tokens, time, speed, and where the output lies."""
+        finished = self.num_before + self.rows
+        rows = f"{plural(self.rows - self.errors, 'row')} done, {self.errors:,} with errors"
+        if self.num_before:
+            rows += f", {self.num_before:,} finished before"
+        tokens = f"{plural(self.prompt_tokens, 'prompt token')}, {plural(self.tokens, 'generated token')}"
+        lines = [f"{rows}; {tokens} in {self.seconds:,.1f} s: {self._speed():,.0f} tok/s"]
+        if finished < self.num_rows:
+            left = plural(self.num_rows - finished, "row")
+            lines.append(f"stopped with {left} of {self.num_rows:,} left: start the same run again to go on")
+            lines.append(f"finished rows so far: {printable(str(output))}.parts")
+        else:
+            lines.append(f"output: {printable(str(output))}")
+        return "\n".join(lines)
+
+    def end(self, output: str | Path) -> None:
+        """Closes and writes the summary."""
+        self.close()
+        self.stream.write(self.summary(output) + "\n")
+        self.stream.flush()
+
+    def _speed(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `2 min`, `3.5 h`, `2.1 days`: as exact as a guess deserves."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def log(rank: int, num_ranks: int, message: str) -> None:
+    """Writes `2026-11-23T03:15:02Z rank=1/4 message` to stderr, one write a line, so that ranks' lines do not mix."""
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # A bar that stands on the terminal steps aside for the line.
+    with tqdm.external_write_mode(file=sys.stderr):
+        for line in message.splitlines() or [""]:
+            sys.stderr.write(f"{stamp} rank={rank}/{num_ranks} {printable(line)}\n")
+    sys.stderr.flush()

@@ -1,0 +1,198 @@
+import argparse
+import json
+import os
+
+import numpy as np
+import pytest
+from noria.commands import export as command
+from noria.config import InputError
+from noria.files import export as export_module
+from noria.files.export import KEYS, export
+from noria.files.merge import merge
+from noria.files.parts import Parts, part_files
+from output_rows import fill, make_row
+
+HEADER = {"run": 1}
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run.h5"
+
+
+def finish(output, rows):
+    parts = Parts(output, HEADER)
+    fill(parts, rows[::-1], 3)
+    merge(parts, output, len(rows), {}, {})
+
+
+def lines(path):
+    text = path.read_bytes().decode("utf-8")
+    assert text.endswith("\n") or not text
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.split("\n")[:-1]]
+
+
+def exported(output, row):
+    """The row as export gives it."""
+    finish(output, [row])
+    export(output, output.with_suffix(".jsonl"))
+    (line,) = lines(output.with_suffix(".jsonl"))
+    return line
+
+
+def test_every_row_is_an_object_in_the_order_of_the_prompts(output, tmp_path):
+    rows = [make_row(row, status="error" if row == 4 else "done") for row in range(10)]
+    finish(output, rows)
+    assert export(output, tmp_path / "out.jsonl", report=pytest.fail) == 10
+    expected = []
+    for row in rows:
+        one = {
+            "id": row.id,
+            "sample": 0,
+            "status": row.status,
+            "finish_reason": row.finish_reason,
+            "prompt": row.prompt,
+            "text": row.text,
+            "token_ids": row.token_ids.tolist(),
+        }
+        if row.error:
+            one["error"] = row.error
+        expected.append(one | (json.loads(row.extra) if row.extra else {}))
+    read = lines(tmp_path / "out.jsonl")
+    assert read == expected
+    assert [list(line) for line in read] == [list(line) for line in expected], "the order of the keys"
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "run.h5"]
+
+
+def test_text_is_utf8_and_not_escaped(output):
+    row = make_row(0)
+    row.text = "naïve 中文 😀 \u2028 \x1b"
+    assert exported(output, row)["text"] == row.text
+    assert "naïve 中文 😀".encode() in output.with_suffix(".jsonl").read_bytes()
+    assert len(output.with_suffix(".jsonl").read_bytes().split(b"\n")) == 2
+
+
+def test_logprobs_are_exported_in_their_own_precision(output):
+    row = make_row(0, num_tokens=3)
+    row.logprobs = np.array([-0.1, -1e-9, -np.inf], np.float32)
+    assert exported(output, row)["logprobs"] == [-0.1, -1e-9, None]
+    assert np.array_equal(np.float32([-0.1, -1e-9]), row.logprobs[:2])
+
+
+def test_a_row_without_logprobs_or_error_has_no_such_key(output):
+    row = make_row(0, num_tokens=3)
+    row.extra = ""
+    assert list(exported(output, row)) == ["id", "sample", "status", "finish_reason", "prompt", "text", "token_ids"]
+
+
+def test_the_users_columns_are_carried_unchanged(output):
+    own = {"a": [1, {"b": None}], "big": 2**80, "half": 0.1, "name": "x\u0000y", "lone": "\ud800", "ünï": True}
+    row = make_row(0)
+    row.extra = json.dumps(own)
+    line = exported(output, row)
+    assert {name: line[name] for name in own} == own
+
+
+def test_a_users_column_never_takes_the_place_of_norias(output):
+    own = dict.fromkeys(KEYS, "mine") | {"input_text": "also mine"}
+    row = make_row(0, num_tokens=2)
+    row.extra = json.dumps(own)
+    line = exported(output, row)
+    assert line["id"] == row.id and line["text"] == row.text and line["token_ids"] == row.token_ids.tolist()
+    assert line["input_id"] == "mine" and line["input_text"] == "mine"
+    assert line["input_input_text"] == "also mine"
+    assert sorted(value for value in line.values() if isinstance(value, str)).count("mine") == len(KEYS)
+
+
+def test_numbers_that_json_lacks_become_null(output):
+    row = make_row(0)
+    row.extra = '{"a": NaN, "b": -Infinity, "c": 1e999, "d": 1e5}'
+    line = exported(output, row)
+    assert (line["a"], line["b"], line["c"], line["d"]) == (None, None, None, 1e5)
+
+
+def test_an_unfinished_output_gives_the_rows_so_far_and_says_so(output, tmp_path, capsys):
+    parts = Parts(output, HEADER)
+    fill(parts, [make_row(5), make_row(2), make_row(3, status="todo"), make_row(2, num_tokens=1)], 2)
+    (parts.folder / "part-000009.h5.tmp").write_bytes(b"being written")
+    assert export(output, tmp_path / "out.jsonl") == 2
+    assert [line["id"] for line in lines(tmp_path / "out.jsonl")] == ["row-2", "row-5"]
+    said = capsys.readouterr().err
+    assert "run.h5 is not finished: exporting the 2 rows finished so far, 1 row left half-way not among them" in said
+    assert len(list(parts.folder.iterdir())) == 3, "a job that runs is not disturbed"
+
+
+def test_a_job_that_finishes_meanwhile_is_exported_whole(output, tmp_path, monkeypatch):
+    parts = Parts(output, HEADER)
+    fill(parts, [make_row(row) for row in range(4)], 2)
+    gather = export_module.gather
+
+    def merged_meanwhile(*arguments):
+        parts.add(make_row(4))
+        merge(parts, output, 5, {}, {})
+        yield from gather(*arguments)
+
+    monkeypatch.setattr(export_module, "gather", merged_meanwhile)
+    assert export(output, tmp_path / "out.jsonl") == 5
+    assert len(lines(tmp_path / "out.jsonl")) == 5
+
+
+def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
+    parts = Parts(output, HEADER)
+    fill(parts, [make_row(row) for row in range(4)], 2)
+    part_files(parts.folder)[0].write_bytes(b"nothing")
+    told = []
+    assert export(output, tmp_path / "out.jsonl", told.append) == 2
+    assert "part-000000.h5" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("out.csv", r"\.csv is not in this version of Noria yet; export writes \.jsonl: name the file out\.jsonl"),
+        ("out.parquet", r"\.parquet is not in this version"),
+        ("out.json", r"\.json is not a format of export; did you mean '\.jsonl'\?; export writes \.jsonl"),
+        ("out", "a name without a suffix is not a format"),
+    ],
+)
+def test_suffixes_that_cannot_be_written_are_refused_with_those_that_can(output, tmp_path, name, words):
+    finish(output, [make_row(0)])
+    with pytest.raises(InputError, match=words):
+        export(output, tmp_path / name)
+    assert os.listdir(tmp_path) == ["run.h5"]
+
+
+def test_what_is_no_output_is_refused(output, tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        export(output, tmp_path / "out.jsonl")
+    output.write_text("hello")
+    with pytest.raises(InputError, match="is no Noria output: it is a text file"):
+        export(output, tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="there is no folder"):
+        export(output, tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(output, tmp_path, monkeypatch):
+    finish(output, [make_row(row) for row in range(3)])
+    (tmp_path / "out.jsonl").write_text("old")
+
+    def fail(row):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "_line", fail)
+        with pytest.raises(OSError, match="No space"):
+            export(output, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "run.h5"]
+    export(output, tmp_path / "out.jsonl")
+    assert len(lines(tmp_path / "out.jsonl")) == 3
+
+
+def test_the_command_writes_the_file_and_says_how_many_rows(output, tmp_path, capsys):
+    finish(output, [make_row(row) for row in range(3)])
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([str(output), str(tmp_path / "out.jsonl")])) == 0
+    assert len(lines(tmp_path / "out.jsonl")) == 3
+    assert capsys.readouterr().err == f"3 rows written to {tmp_path / 'out.jsonl'}\n"

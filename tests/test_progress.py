@@ -1,0 +1,127 @@
+import io
+import re
+import sys
+
+import pytest
+from noria.progress import Progress, duration, log
+from noria.text import plural, printable, storable
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_plain_lines_come_after_5_seconds_and_then_every_30(clock):
+    stream = io.StringIO()
+    progress = Progress(10_000, stream=stream, clock=clock)
+    seen = []
+    for second in range(100):
+        clock.now = 1000 + second
+        progress.add(rows=1, tokens=10)
+        if len(stream.getvalue().splitlines()) > len(seen):
+            seen.append(second)
+    assert seen == [5, 35, 65, 95]
+
+
+def test_a_plain_line_gives_rows_tokens_speed_and_time_left(clock):
+    progress = Progress(64, stream=io.StringIO(), clock=clock)
+    progress.add(rows=12, tokens=1234)
+    clock.now += 30
+    assert progress.line() == "12/64 rows  1,234 tokens  41 tok/s  about 2 min left"
+
+
+def test_no_time_left_is_guessed_before_a_row_is_finished(clock):
+    progress = Progress(64, stream=io.StringIO(), clock=clock)
+    progress.add(tokens=100)
+    assert progress.line() == "0/64 rows  100 tokens  0 tok/s", "no time has passed"
+    clock.now += 10
+    assert progress.line() == "0/64 rows  100 tokens  10 tok/s"
+
+
+def test_rows_of_an_earlier_run_count_as_rows_and_not_as_speed(clock):
+    progress = Progress(100, num_finished=50, stream=io.StringIO(), clock=clock)
+    progress.add(rows=10, tokens=100)
+    clock.now += 10
+    assert progress.line() == "60/100 rows  100 tokens  10 tok/s  about 40 s left"
+
+
+def test_a_terminal_gets_a_bar_and_no_plain_lines(clock):
+    stream = Terminal()
+    progress = Progress(64, num_finished=4, stream=stream, clock=clock)
+    for _ in range(60):
+        clock.now += 1
+        progress.add(rows=1, tokens=20)
+    progress.end("outputs/run.h5")
+    assert "4/64 rows" in stream.getvalue() and "64/64 rows" in stream.getvalue()
+    assert "1,200 tokens, 20 tok/s" in stream.getvalue()
+    assert "about" not in stream.getvalue()
+    assert stream.getvalue().endswith("output: outputs/run.h5\n")
+
+
+def test_the_summary_of_a_finished_run(clock):
+    stream = io.StringIO()
+    progress = Progress(64, stream=stream, clock=clock)
+    progress.add(rows=60, tokens=16_000, prompt_tokens=3456)
+    progress.add(rows=4, errors=2)
+    clock.now += 20
+    progress.end("outputs/run.h5")
+    assert stream.getvalue() == (
+        "62 rows done, 2 with errors; 3,456 prompt tokens, 16,000 generated tokens in 20.0 s: 800 tok/s\n"
+        "output: outputs/run.h5\n"
+    )
+
+
+def test_the_summary_of_a_run_that_stopped_says_what_is_left_and_how_to_go_on(clock):
+    progress = Progress(10, num_finished=3, stream=io.StringIO(), clock=clock)
+    progress.add(rows=1, tokens=1)
+    clock.now += 1
+    assert progress.summary("o.h5").splitlines() == [
+        "1 row done, 0 with errors, 3 finished before; 0 prompt tokens, 1 generated token in 1.0 s: 1 tok/s",
+        "stopped with 6 rows of 10 left: start the same run again to go on",
+        "finished rows so far: o.h5.parts",
+    ]
+
+
+def test_adding_is_cheap(clock):
+    progress = Progress(10**6, stream=io.StringIO(), clock=clock)
+    for _ in range(100_000):
+        progress.add(tokens=64)
+    assert progress.stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (40, "40 s"), (120, "2 min"), (5400, "1.5 h"), (200_000, "2.3 days")]
+)
+def test_durations_are_rounded_to_what_a_guess_deserves(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_log_line_carries_time_and_rank_and_is_one_write(monkeypatch):
+    writes = []
+    stream = io.StringIO()
+    stream.write = writes.append
+    monkeypatch.setattr(sys, "stderr", stream)
+    log(1, 4, "first\nsecond \x1b[31m")
+    assert len(writes) == 2
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ rank=1/4 first\n", writes[0])
+    assert writes[1].endswith("rank=1/4 second \\x1b[31m\n")
+
+
+def test_text_for_files_and_terminals():
+    assert storable("a\0b\ud800c\udfff😀") == "a\ufffdb\ufffdc\ufffd😀"
+    assert printable("a\nb\x1b[0m\u202eé😀\\n") == "a\\nb\\x1b[0m\\u202eé😀\\n"
+    assert (plural(1, "row"), plural(0, "row"), plural(1234, "row")) == ("1 row", "0 rows", "1,234 rows")
