@@ -1,4 +1,4 @@
-"""Every kind of attention against dense softmax; the plans of varlen with a kernel that computes what flash promises."""
+"""Every kind of attention against dense softmax; varlen with a kernel on the CPU that computes what flash promises."""
 
 import dense
 import pytest

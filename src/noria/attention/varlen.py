@@ -16,7 +16,7 @@ from noria.step import Span
 
 @dataclass(frozen=True)
 class Call:
-    """Sequences that one kernel computes. Tensors are on the device: starts and lengths int32, rows and gather int64."""
+    """Sequences that one kernel computes. Tensors on the device: starts and lengths int32, rows and gather int64."""
 
     rows: slice | torch.Tensor  # which of the microbatch's tokens are their queries
     query_starts: torch.Tensor  # [N + 1]

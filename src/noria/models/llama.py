@@ -37,7 +37,7 @@ def shape(config: Mapping) -> ModelShape:
     if config.get("head_dim") is None:
         require(
             hidden_size % num_heads == 0,
-            f"config.json: hidden_size ({hidden_size}) is no multiple of num_attention_heads ({num_heads}): give head_dim",
+            f"config.json: hidden_size ({hidden_size}) is no multiple of num_attention_heads ({num_heads})",
         )
     head_dim = read.integer(config, "head_dim", hidden_size // num_heads)
     require(head_dim % 2 == 0, f"config.json: head_dim is {head_dim}: rotary positions need an even number")
