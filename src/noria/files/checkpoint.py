@@ -19,7 +19,7 @@ from noria.files.container import (
     LinkedFiles,
     check_inside,
     damaged_is_input_error,
-    read_extent,
+    read_full,
     text_attribute,
 )
 
@@ -60,7 +60,7 @@ def model_shape(config: dict, where: str) -> tuple[object, ModelShape]:
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{where} cannot be understood: {type(error).__name__} {str(error)[:200]}") from error
+        raise InputError(f"{where}: its config.json cannot be understood: {type(error).__name__} {str(error)[:200]}") from error
 
 
 def block_names(shape: ModelShape) -> Iterator[str]:
@@ -152,7 +152,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: its tokenizer has {nbytes} bytes, at most {MAX_TOKENIZER_NBYTES} are read")
         contents = {name: bytearray(extent.nbytes) for name, extent in extents.items()}
         for name, content in contents.items():
-            read_extent(extents[name], memoryview(content))
+            read_full(extents[name].fd, memoryview(content), extents[name].offset, extents[name].path)
         return {name: bytes(content) for name, content in contents.items()}
 
     def _hash(self, texts: dict[str, str]) -> str:
@@ -171,7 +171,8 @@ class Checkpoint:
         """
         view = memoryview(into).cast("B")
         assert len(view) == self.blocks[name].nbytes, (name, len(view), self.blocks[name].nbytes)
-        read_extent(self._extents[name], view)
+        extent = self._extents[name]
+        read_full(extent.fd, view, extent.offset, extent.path)
         if name not in self._verified:
             self._check(name, xxhash.xxh3_128(view).hexdigest())
             self._verified.add(name)
@@ -186,11 +187,11 @@ class Checkpoint:
 
     def verify_block(self, name: str) -> None:
         """Reads a block and drops it, in a few MiB of memory. Raises InputError, naming it, if its bytes have changed."""
-        digest, nbytes = xxhash.xxh3_128(), self.blocks[name].nbytes
-        buffer = memoryview(bytearray(min(nbytes, _VERIFY_NBYTES)))
-        for offset in range(0, nbytes, _VERIFY_NBYTES):
-            part = buffer[: min(_VERIFY_NBYTES, nbytes - offset)]
-            read_extent(self._extents[name], part, offset)
+        digest, extent = xxhash.xxh3_128(), self._extents[name]
+        buffer = memoryview(bytearray(min(extent.nbytes, _VERIFY_NBYTES)))
+        for at in range(0, extent.nbytes, _VERIFY_NBYTES):
+            part = buffer[: min(_VERIFY_NBYTES, extent.nbytes - at)]
+            read_full(extent.fd, part, extent.offset + at, extent.path)
             digest.update(part)
         self._check(name, digest.hexdigest())
 

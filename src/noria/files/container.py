@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
     sizes = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
     if sizes:
         return f"is truncated: it has {sizes[1]} bytes of {sizes[2]}; copy or make it again"
-    return f"cannot be read as HDF5, it is damaged: {str(error)[:200]!r}"
+    return f"cannot be opened as HDF5: {str(error)[:200]!r}"
 
 
 @contextmanager
@@ -154,7 +154,7 @@ class LinkedFiles:
         if dataset.shape != shape if shape is not None else len(dataset.shape or ()) != 1:
             raise InputError(f"{where} has shape {_shape(dataset.shape)}, it should be {_shape(shape) if shape else '[bytes]'}")
         if not dataset.id.get_type().equal(hdf5_type(dtype)):
-            raise InputError(f"{where} is stored as {dataset.dtype}, not as {dtype}")
+            raise InputError(f"{where} is stored as {_type_name(dataset)}, not as {dtype}")
         create = dataset.id.get_create_plist()
         if create.get_layout() != h5d.CONTIGUOUS or create.get_external_count():
             raise InputError(f"{where} is not stored as one contiguous piece of its file")
@@ -185,6 +185,11 @@ class LinkedFiles:
         self._descriptors.clear()
 
 
+def _type_name(dataset: h5py.Dataset) -> str:
+    names = (name for name in (*_NUMPY_TYPES, "bfloat16") if dataset.id.get_type().equal(hdf5_type(name)))
+    return next(names, str(dataset.dtype))
+
+
 def _shape(shape) -> str:
     return str(list(shape)) if shape is not None else "none"
 
@@ -197,12 +202,10 @@ def check_inside(extent: Extent, name: str) -> None:
         raise InputError(f"{extent.path} is truncated: {name!r} ends at byte {end}, the file has {size}; copy or make it again")
 
 
-def read_extent(extent: Extent, into: memoryview, offset: int = 0) -> None:
-    """Fills `into` (bytes) with the extent's bytes from `offset` on. Any thread may call it. Raises InputError at the file's end."""
-    at, end = 0, len(into)
-    while at < end:
-        chunk = into[at : min(end, at + (1 << 30))]
-        count = os.preadv(extent.fd, [chunk], extent.offset + offset + at)
+def read_full(descriptor: int, into: memoryview, offset: int, path: Path) -> None:
+    """Fills `into` (bytes) from `offset` of an open file on. Any thread may call it. Raises InputError at the file's end."""
+    while len(into):
+        count = os.preadv(descriptor, [into[: 1 << 30]], offset)
         if count == 0:
-            raise InputError(f"{extent.path} ends at byte {extent.offset + offset + at}: it was truncated while it was read")
-        at += count
+            raise InputError(f"{path} ends before byte {offset + len(into)}: it was truncated while it was read")
+        into, offset = into[count:], offset + count

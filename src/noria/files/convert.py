@@ -19,11 +19,13 @@ from noria.files import atomic
 from noria.files.checkpoint import block_names, model_block, model_shape, open_checkpoint
 from noria.files.checkpoint_writer import Header, file_nbytes, replacing, write_checkpoint
 from noria.files.hugging_face import Directory
-from noria.files.shards import Tensor, TorchShards, read_chunks
+from noria.files.shards import CHUNK_NBYTES, Reader, Tensor
 from noria.text import plural
 
 # Tensors that old checkpoints carry and no model needs: they are computed.
 IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
+
+WIDER = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64"}  # dtypes of a larger range
 
 Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
 Plan = dict[tuple[str, str], list[Tensor]]  # the tensors, along dimension 0, of (block, parameter)
@@ -174,29 +176,27 @@ class _Source:
 
     def __init__(self, plan: Plan, dtype: str, total: int, progress: Progress | None):
         self._plan, self._dtype, self._total, self._progress = plan, getattr(torch, dtype), total, progress
-        self._shards = TorchShards()
+        self._reader, self._cast = Reader(), torch.empty(CHUNK_NBYTES // 2, dtype=self._dtype)
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
         for tensor in self._plan[block.name, parameter.name]:
-            for chunk in read_chunks(tensor, self._shards):
-                cast = _cast(chunk, self._dtype, tensor)
+            for chunk in self._reader.chunks(tensor):
+                cast = chunk if chunk.dtype == self._dtype else self._cast[: len(chunk)].copy_(chunk)
+                _check_range(chunk, cast, tensor)
                 yield memoryview(cast.view(torch.uint8).numpy())
                 self._done += cast.nbytes
                 if self._progress:
                     self._progress(block.name, self._done, self._total)
 
 
-def _cast(chunk: torch.Tensor, dtype: torch.dtype, tensor: Tensor) -> torch.Tensor:
-    """The chunk in `dtype`. Raises InputError if a number is beyond what it can hold."""
-    if chunk.dtype == dtype:
-        return chunk.contiguous()
-    cast = chunk.to(dtype)
-    if not torch.isfinite(cast).all() and (torch.isinf(cast) & torch.isfinite(chunk)).any():
+def _check_range(chunk: torch.Tensor, cast: torch.Tensor, tensor: Tensor) -> None:
+    """Raises InputError if a number of `chunk` is beyond what the dtype of `cast` can hold."""
+    limit = torch.finfo(cast.dtype).max
+    if limit < torch.finfo(chunk.dtype).max and (torch.isinf(cast) & torch.isfinite(chunk)).any():
         largest = chunk[torch.isfinite(chunk)].abs().max().item()
-        word = str(dtype).removeprefix("torch.")
+        word = str(cast.dtype).removeprefix("torch.")
         raise InputError(
-            f"{tensor.shard}: {tensor.name!r} holds {largest:.4g}, {word} ends at {torch.finfo(dtype).max:.4g}: convert with"
-            f" --dtype {'bfloat16' if dtype == torch.float16 else 'float64'}"
+            f"{tensor.shard}: {tensor.name!r} holds {largest:.4g}, {word} ends at {limit:.4g}: convert with --dtype"
+            f" {WIDER[word]}"
         )
-    return cast

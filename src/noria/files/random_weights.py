@@ -30,7 +30,7 @@ class RandomCheckpoint:
         self.family = self.shape.family
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
-        self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}").hexdigest()
+        self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
         width = config.get("initializer_range", config.get("init_std", 0.02))
         self._width = width if isinstance(width, float) and 0 < width < 1 else 0.02
 
@@ -45,7 +45,7 @@ class RandomCheckpoint:
             bytes_[end : parameter.offset] = 0
             end = parameter.offset + parameter.nbytes
             # the tensors' names are the seed: a tied embedding has one name and so one content
-            seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]))
+            seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
             numbers = self._numbers(parameter.name, len(parameter.shape), parameter.nbytes // DTYPE_NBYTES[self.dtype], seed)
             _tile(bytes_[parameter.offset : end], numbers)
         bytes_[end:] = 0

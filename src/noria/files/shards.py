@@ -5,7 +5,6 @@ models or checkpoints. The safetensors format: github.com/huggingface/safetensor
 """
 
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 import torch
 
 from noria.config import InputError
+from noria.files.container import read_full
 
-CHUNK_NBYTES = 16 << 20
+CHUNK_NBYTES = 4 << 20
 MAX_HEADER_NBYTES = 100_000_000  # as the format says
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -44,15 +44,6 @@ def list_tensors(path: Path) -> dict[str, Tensor]:
         name: Tensor(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in _load(path).items()
     }
-
-
-def read_chunks(tensor: Tensor, shards: "TorchShards") -> Iterator[torch.Tensor]:
-    """The tensor's numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
-    if tensor.shard.suffix == ".safetensors":
-        yield from _safetensors_chunks(tensor)
-    else:
-        flat = shards.tensor(tensor).reshape(-1)
-        yield from flat.split(CHUNK_NBYTES // flat.element_size())
 
 
 def _list_safetensors(path: Path) -> dict[str, Tensor]:
@@ -91,37 +82,34 @@ def _tensor(name: str, path: Path, entry: dict, data: int) -> Tensor:
     return Tensor(name, path, str(_DTYPES[dtype]).removeprefix("torch."), tuple(shape), data + begin)
 
 
-def _safetensors_chunks(tensor: Tensor) -> Iterator[torch.Tensor]:
-    dtype = getattr(torch, tensor.dtype)
-    nbytes = tensor.size * dtype.itemsize
-    buffer = bytearray(min(nbytes, CHUNK_NBYTES))
-    with tensor.shard.open("rb", buffering=0) as file:
-        for begin in range(0, nbytes, CHUNK_NBYTES):
-            view = memoryview(buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
-            _read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
-            yield torch.frombuffer(view, dtype=dtype)
-
-
-def _read_full(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
-    while len(view):
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise InputError(f"{path} ends at byte {offset}: it was truncated while it was read")
-        view, offset = view[count:], offset + count
-
-
-class TorchShards:
-    """The one torch file that is open: its tensors are mapped from the file, and dropped when another file is asked for."""
+class Reader:
+    """Reads tensors through one buffer. Of torch's files one is open at a time, mapped into memory."""
 
     def __init__(self):
+        self._buffer = bytearray(CHUNK_NBYTES)
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def tensor(self, tensor: Tensor) -> torch.Tensor:
+    def chunks(self, tensor: Tensor) -> Iterator[torch.Tensor]:
+        """The tensor's numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
+        return self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
+
+    def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
+        dtype = getattr(torch, tensor.dtype)
+        nbytes = tensor.size * dtype.itemsize
+        with tensor.shard.open("rb", buffering=0) as file:
+            for begin in range(0, nbytes, CHUNK_NBYTES):
+                view = memoryview(self._buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
+                read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
+                yield torch.frombuffer(view, dtype=dtype)
+
+    def _torch(self, tensor: Tensor) -> Iterator[torch.Tensor]:
         if tensor.shard != self._path:
-            self._tensors = {}  # before the next is loaded: never two at a time
+            self._tensors = {}  # before the next is opened: never two at a time
             self._path, self._tensors = tensor.shard, _load(tensor.shard)
-        return self._tensors[tensor.name]
+        flat = self._tensors[tensor.name].reshape(-1)
+        for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):
+            yield chunk.clone()  # a view would keep the whole file mapped
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

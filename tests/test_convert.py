@@ -1,0 +1,401 @@
+"""noria convert: against the safetensors' own values, and every refusal by its message."""
+
+import json
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from tiny_models import LLAMA, OPT, fused, state, write_directory
+
+from noria.__main__ import main
+from noria.config import InputError
+from noria.files import convert as convert_module
+from noria.files import shards
+from noria.files.checkpoint import open_checkpoint
+from noria.files.convert import convert
+
+torch.set_num_threads(1)
+TIED_LLAMA = LLAMA | {"tie_word_embeddings": True}
+UNTIED_OPT = OPT | {"tie_word_embeddings": False}
+
+
+def block_values(checkpoint, name):
+    """A block's parameters by dataset path, read through read_block."""
+    block, dtype = checkpoint.blocks[name], getattr(torch, checkpoint.dtype)
+    buffer = torch.empty(block.nbytes, dtype=torch.uint8)
+    checkpoint.read_block(name, buffer.numpy())
+    return {
+        f"{name}/{p.name}": buffer[p.offset : p.offset + p.nbytes].view(dtype).view(p.shape) for p in block.parameters
+    }
+
+
+def assert_holds(path, expected):
+    with open_checkpoint(path) as checkpoint:
+        found = {}
+        for name in checkpoint.blocks:
+            found |= block_values(checkpoint, name)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+
+
+@pytest.mark.parametrize("config", [LLAMA, TIED_LLAMA, OPT, UNTIED_OPT], ids=["llama", "llama-tied", "opt", "opt-untied"])
+@pytest.mark.parametrize(
+    ("num_shards", "torch_files"), [(1, False), (3, False), (1, True), (3, True)], ids=["one", "sharded", "bin", "bins"]
+)
+def test_every_value_is_the_source_s(tmp_path, config, num_shards, torch_files):
+    tensors = state(config, torch.bfloat16)
+    source = write_directory(tmp_path / "hf", config, tensors, num_shards, torch_files)
+    made = convert(source, tmp_path / "model.h5")
+    assert made.dtype == "bfloat16"
+    assert_holds(tmp_path / "model.h5", fused(config, tensors))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_another_dtype_is_torch_s_own_cast(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_NBYTES", 1000)  # every tensor in many pieces
+    tensors = state(LLAMA, torch.float32)
+    convert(write_directory(tmp_path / "hf", LLAMA, tensors), tmp_path / "model.h5", dtype)
+    assert_holds(tmp_path / "model.h5", {name: v.to(getattr(torch, dtype)) for name, v in fused(LLAMA, tensors).items()})
+
+
+def test_a_bare_model_without_its_prefix_converts(tmp_path):
+    tensors = state(OPT)
+    source = write_directory(tmp_path / "hf", OPT, {name.removeprefix("model."): v for name, v in tensors.items()})
+    convert(source, tmp_path / "model.h5")
+    assert_holds(tmp_path / "model.h5", fused(OPT, tensors))
+
+
+def test_texts_and_tokenizer_travel_unchanged(tmp_path):
+    source = write_directory(tmp_path / "hf", LLAMA, state(LLAMA))
+    long = json.dumps(LLAMA | {"id2label": {str(i): "é" * 40 for i in range(5000)}}, ensure_ascii=False)
+    (source / "config.json").write_text(long)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    files = {"tokenizer.json": b'{"a": "\xff\x00"}', "tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ x }}"}
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    (source / "vocab.json").write_bytes(b"{}")
+    convert(source, tmp_path / "model.h5")
+    with open_checkpoint(tmp_path / "model.h5") as checkpoint:
+        assert checkpoint.tokenizer == files
+        assert checkpoint.config == json.loads(long)
+        assert checkpoint.generation_config == {"eos_token_id": [2, 7]}
+    with h5py.File(tmp_path / "model.h5") as file:
+        assert file.attrs["config"] == long
+        assert file["tokenizer/tokenizer.json"][()].tobytes() == files["tokenizer.json"]
+
+
+def test_vocabulary_and_merges_are_kept_where_there_is_no_tokenizer_json(tmp_path):
+    source = write_directory(tmp_path / "hf", OPT, state(OPT))
+    (source / "vocab.json").write_bytes(b"{}")
+    (source / "merges.txt").write_bytes(b"")
+    made = convert(source, tmp_path / "model.h5")
+    assert "no tokenizer.json" in made.notes[0]
+    with open_checkpoint(tmp_path / "model.h5") as checkpoint:
+        assert checkpoint.tokenizer == {"vocab.json": b"{}", "merges.txt": b""}
+
+
+def test_the_dtype_that_most_numbers_have_is_the_source_s(tmp_path):
+    tensors = state(LLAMA, torch.bfloat16)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    made = convert(write_directory(tmp_path / "hf", LLAMA, tensors), tmp_path / "model.h5")
+    assert made.dtype == "bfloat16"
+    assert made.notes[0] == "most tensors are bfloat16; cast to it: 1 of float32"
+
+
+def test_tensors_left_over_are_named_once_and_known_ones_not_at_all(tmp_path):
+    tensors = state(TIED_LLAMA) | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": torch.ones(101, 32),
+        "vision.tower": torch.ones(3),
+    }
+    made = convert(write_directory(tmp_path / "hf", TIED_LLAMA, tensors), tmp_path / "model.h5")
+    assert [note for note in made.notes if "left out" in note] == ["1 tensor left out, which llama has no use for: 'vision.tower'"]
+
+
+def test_progress_ends_at_the_whole(tmp_path):
+    calls = []
+    convert(write_directory(tmp_path / "hf", OPT, state(OPT)), tmp_path / "model.h5", progress=lambda *call: calls.append(call))
+    done = [call[1] for call in calls]
+    assert done == sorted(done) and {call[0] for call in calls} == {"embed", "layers/0000", "layers/0001", "head"}
+    assert done[-1] == sum(v.nbytes for name, v in fused(OPT, state(OPT)).items() if name != "embed/tokens")
+
+
+MEASURE = """
+import sys, torch
+from noria.files.convert import convert
+torch.set_num_threads(1)
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+convert(sys.argv[1], sys.argv[2] + ".small")
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+convert(sys.argv[3], sys.argv[2], "float32")
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_stays_far_below_the_model_s_size(tmp_path):
+    config = LLAMA | {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 20000, "num_hidden_layers": 8}
+    shapes = tiny_models._llama_shapes(config) | {"lm_head.weight": (20000, 1024)}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert size > 200e6
+    small = write_directory(tmp_path / "small", LLAMA, state(LLAMA, torch.bfloat16))
+    large = write_directory(tmp_path / "large", config, tensors, num_shards=2)
+    command = [sys.executable, "-c", MEASURE, small, tmp_path / "model.h5", large]
+    grown = int(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
+    assert grown < 60e6, f"grew by {grown / 1e6:.0f} MB for {size / 1e6:.0f} MB in bfloat16"
+
+
+def test_never_are_two_torch_files_open(tmp_path, monkeypatch):
+    source = write_directory(tmp_path / "hf", LLAMA, state(LLAMA), num_shards=3, torch_files=True)
+    load, mapped = shards._load, []
+
+    def counting(path):
+        with open("/proc/self/maps") as maps:
+            mapped.append(sum(".bin" in line for line in maps))
+        return load(path)
+
+    monkeypatch.setattr(shards, "_load", counting)
+    convert(source, tmp_path / "model.h5")
+    assert len(mapped) > 6 and set(mapped) == {0}
+
+
+# ---- refusals
+
+
+def refused(source, tmp_path, *words, **how):
+    """Converting raises InputError with these words in one line, and leaves no file behind."""
+    target = how.pop("target", tmp_path / "model.h5")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError) as error:
+        convert(source, target, **how)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def directory(tmp_path, config=LLAMA, num_shards=1, torch_files=False, **replaced):
+    tensors = {name: tensor for name, tensor in (state(config) | replaced).items() if tensor is not None}
+    return write_directory(tmp_path / "hf", config, tensors, num_shards, torch_files)
+
+
+def test_a_source_that_is_none_is_refused(tmp_path):
+    refused(tmp_path / "none", tmp_path, "none does not exist")
+    refused("owner/model", tmp_path, "owner/model does not exist", "hf download")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", tmp_path, "is a file: give the Hugging Face directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, "empty has no config.json")
+
+
+def test_a_directory_without_weights_is_refused(tmp_path):
+    source = directory(tmp_path)
+    (source / "model.safetensors").rename(source / "adapter_model.safetensors")
+    refused(source, tmp_path, "hf has no weights", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["config.json is not JSON"]),
+        ("[1]", ["config.json holds a JSON list"]),
+        ("[" * 100000, ["config.json is not JSON"]),
+        ('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}', ["BloomForCausalLM", "LlamaForCausalLM"]),
+        (json.dumps(LLAMA | {"hidden_size": "32"}), ["hidden_size", "'32'"]),
+        (json.dumps(LLAMA | {"architectures": 3}), ["config.json", "hf"]),
+        (json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}), ["gptq"]),
+        (json.dumps(LLAMA | {"num_hidden_layers": 10**9}), ["lacks 'model.layers.3.", "and more", "layers/0003 of llama"]),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(tmp_path, text, words):
+    source = directory(tmp_path)
+    (source / "config.json").write_text(text)
+    refused(source, tmp_path, *words)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    refused(directory(tmp_path, **{name: None}), tmp_path, f"lacks {name!r}", "layers/0001 of llama needs 1 tensors")
+
+
+def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path):
+    source = directory(tmp_path, **{"model.layers.2.self_attn.k_proj.weight": torch.ones(8, 32)})
+    refused(source, tmp_path, "'model.layers.2.self_attn.k_proj.weight' [8, 32]", "layers/0002/qkv [64, 32]")
+
+
+def test_quantized_numbers_are_refused(tmp_path):
+    source = directory(tmp_path, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})
+    refused(source, tmp_path, "'model.norm.weight' is 'F8_E4M3'", "bfloat16")
+
+
+def test_numbers_beyond_the_dtype_are_refused(tmp_path):
+    source = directory(tmp_path, **{"model.norm.weight": torch.full((32,), 7e4)})
+    refused(source, tmp_path, "'model.norm.weight' holds 7e+04, float16 ends at 6.55e+04", "--dtype bfloat16", dtype="float16")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0b"])
+def test_a_weight_map_that_leaves_the_directory_is_refused(tmp_path, shard):
+    source = directory(tmp_path)
+    (source / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    refused(source, tmp_path, f"the file name {shard!r} leaves the directory")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({}, ["has no weight_map"]),
+        ({"weight_map": {"a": 1}}, ["has no weight_map"]),
+        ({"weight_map": {"a": "gone.safetensors"}}, ["'gone.safetensors', which is missing"]),
+        ({"weight_map": {"a": "config.json"}}, ["'config.json', it should be a .safetensors file"]),
+        ({"weight_map": {"a": "weights.safetensors"}}, ["says that 'weights.safetensors' holds 'a', but it does not"]),
+    ],
+)
+def test_an_index_that_is_wrong_is_refused(tmp_path, index, words):
+    source = directory(tmp_path)
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(source, tmp_path, *words)
+
+
+def test_a_link_out_of_the_directory_is_refused(tmp_path):
+    source = directory(tmp_path)
+    (source / "model.safetensors").rename(tmp_path / "elsewhere")
+    (source / "model.safetensors").symlink_to("../elsewhere")
+    refused(source, tmp_path, "model.safetensors is a link to", "elsewhere, outside", "copy the file into the directory")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to("nothing")
+    refused(source, tmp_path, "is a link to nothing: download it again")
+
+
+def test_a_download_cache_is_read_through_its_links_and_no_further(tmp_path):
+    cache = tmp_path / "models--owner--tiny"
+    source = write_directory(cache / "snapshots" / "abc123", LLAMA, state(LLAMA))
+    (cache / "blobs").mkdir()
+    for file in list(source.iterdir()):
+        file.rename(cache / "blobs" / f"hash-{file.name}")
+        file.symlink_to(f"../../blobs/hash-{file.name}")
+    convert(source, tmp_path / "model.h5")
+    with open_checkpoint(tmp_path / "model.h5") as checkpoint:
+        assert checkpoint.source == "owner/tiny@abc123"
+    (tmp_path / "other").write_text("{}")
+    (source / "generation_config.json").symlink_to(tmp_path / "other")
+    refused(source, tmp_path, "generation_config.json is a link to", "outside", target=tmp_path / "another.h5")
+    refused(cache, tmp_path, "no config.json", f"did you mean {source}?", target=tmp_path / "another.h5")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    source = directory(tmp_path)
+    file = source / "model.safetensors"
+    whole = file.read_bytes()
+
+    def with_header(header):
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + bytes(64)
+
+    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    for content, words in [
+        (whole[:-1], ["is truncated: its tensors end at byte", "download it again"]),
+        (whole[:50], ["is truncated: its header ends at byte"]),
+        (b"", ["is not a safetensors file: its 0 bytes"]),
+        (b"\xff" * 99, ["is not a safetensors file"]),
+        (b"version https://git-lfs.github.com/spec/v1", ["Git LFS pointer", "git lfs pull"]),
+        (with_header([]), ["header is damaged"]),
+        (with_header({"a": {}}), ["header is damaged"]),
+        (with_header({"a": tensor | {"shape": [10**18]}}), ["header is damaged", "does not take the bytes"]),
+        (with_header({"a": tensor | {"data_offsets": [-16, 0]}}), ["header is damaged"]),
+        (with_header({"a": tensor | {"shape": [-4], "data_offsets": [16, 0]}}), ["header is damaged"]),
+        (with_header({"a": tensor | {"data_offsets": [2**70, 2**70 + 16]}}), ["is truncated"]),
+    ]:
+        file.write_bytes(content)
+        refused(source, tmp_path, "model.safetensors", *words)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+def test_torch_files_run_no_code_and_hold_tensors_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = directory(tmp_path, torch_files=True)
+    file = source / "pytorch_model.bin"
+    for content in (Evil(), {"a": Evil()}, {"a": 3}, [torch.ones(3)], {"a": torch.ones(1).expand(10**12)}):
+        torch.save(content, file)
+        refused(source, tmp_path, "pytorch_model.bin", "tensor")
+    file.write_bytes(b"no zip")
+    refused(source, tmp_path, "pytorch_model.bin is not a file of plain tensors, or is damaged")
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_torch_files_of_the_old_format_convert(tmp_path):
+    tensors = state(OPT)
+    source = write_directory(tmp_path / "hf", OPT, tensors, torch_files=True)
+    torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(source, tmp_path / "model.h5")
+    assert_holds(tmp_path / "model.h5", fused(OPT, tensors))
+
+
+def test_an_existing_target_is_kept_unless_told_otherwise(tmp_path):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    target.write_text("mine")
+    refused(source, tmp_path, "model.h5 exists (4 bytes): use --overwrite")
+    assert target.read_text() == "mine"
+    refused(source, tmp_path, "hf is a directory: give the file to make", target=source)
+    refused(source, tmp_path, "there is no folder", target=tmp_path / "no" / "model.h5")
+    convert(source, target, overwrite=True)
+    assert_holds(target, fused(LLAMA, state(LLAMA)))
+
+
+def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    target.write_text("mine")
+    monkeypatch.setattr(shards.Reader, "chunks", lambda *_: (torch.ones(1 // number) for number in (1, 0)))
+    with pytest.raises(ZeroDivisionError):
+        convert(source, target, overwrite=True)
+    assert target.read_text() == "mine" and sorted(tmp_path.iterdir()) == [source, target]
+
+
+def test_a_full_disk_is_refused_with_the_numbers(tmp_path, monkeypatch):
+    source = directory(tmp_path)
+    statvfs = os.statvfs_result((4096, 4096, 9, 9, 9, 9, 9, 9, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: statvfs)
+    refused(source, tmp_path, "needs 0.00 GiB", "has 0.00 GiB free", "narrower --dtype")
+
+
+def test_the_space_asked_for_covers_the_file(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(convert_module, "_check_space", lambda target, nbytes: asked.append(nbytes))
+    for number, config in enumerate((LLAMA, OPT)):
+        target = tmp_path / f"{number}.h5"
+        made = convert(write_directory(tmp_path / str(number), config, state(config)), target)
+        assert target.stat().st_size == made.nbytes <= asked[-1]
+
+
+def test_the_command_converts_and_exits_with_0_or_2(tmp_path, capsys):
+    source, target = str(directory(tmp_path)), str(tmp_path / "model.h5")
+    assert main(["convert", source, target, "--dtype", "bfloat16"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{target}: llama, 3 layers, bfloat16,") and "no tokenizer.json" in err
+    assert main(["convert", source, target]) == 2
+    assert "use --overwrite" in capsys.readouterr().err
+    assert main(["convert", source, target, "--overwrite"]) == 0
+
+
+def test_hdf5_alone_reads_true_values_of_each_dtype(tmp_path):
+    values = fused(LLAMA, state(LLAMA))
+    source = write_directory(tmp_path / "hf", LLAMA, state(LLAMA))
+    for dtype in ("float64", "float32", "bfloat16", "float16"):
+        convert(source, tmp_path / "model.h5", dtype, overwrite=True)
+        with h5py.File(tmp_path / "model.h5") as file:
+            for name, value in values.items():
+                assert np.array_equal(file[name][()], value.to(getattr(torch, dtype)).double().numpy()), (dtype, name)
