@@ -33,8 +33,8 @@ def check_blocking(num_ranks: int, groups: int) -> None:
     )
     remedy = f"set pipeline.groups to 2 .. {num_ranks}, or " if num_ranks >= 2 else ""
     raise InputError(
-        f"pipeline.blocking with {groups} groups on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks ({why}): it needs"
-        f" 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
+        f"pipeline.blocking with {groups} groups on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks ({why}): it"
+        f" needs 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
     )
 
 
@@ -106,8 +106,8 @@ class Action:
 def ring_order(place: Place, rounds: Sequence[Sequence[bool]]) -> tuple[list[Action], list[Action]]:
     """What a rank of the non-blocking ring does: its main thread's list and its header list.
 
-    rounds[round][group] says whether that step has tokens; the STOP round follows by itself. The header list runs beside
-    the main one, in the communication thread.
+    rounds[round][group] says whether that step has tokens; the STOP round follows by itself. The header list runs
+    beside the main one, in the communication thread.
     """
     if place.num_ranks == 1:
         return [], []

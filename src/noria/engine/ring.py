@@ -18,10 +18,11 @@ from noria.step import Result, Step, Word
 class Ring:
     """The non-blocking ring: receives are posted before sends, all of them by the communication thread.
 
-    One receive and one send buffer [step_tokens, E] per group are enough. A group's message on lap l+1 (or of its next
-    step) leaves its sender only after this rank's lap l message went through the whole ring, so when it arrives this rank
-    has read lap l's input; it is posted when the event of lap l's output has completed, never earlier. The send buffer is
-    rewritten only after the ticket of the group's previous send.
+    One receive and one send buffer [step_tokens, E] per group are enough. A group's message on lap l+1 (or of its
+    next step) exists only after this rank's lap l message went through the whole ring. So nothing can arrive while
+    this rank still reads lap l's input, and the receive of lap l+1 is posted when the event of lap l's output has
+    completed, just before that output is sent. A send buffer is rewritten only after the ticket of the group's
+    previous send: its contents have arrived by then, but MPI must have let go of it too.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class Ring:
         return self._inputs[group, :num_tokens]
 
     def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
-        """Hands hidden [T, E] on to the next virtual stage and returns at once; `hidden` is copied on the current stream."""
+        """Hands hidden [T, E] on to the next virtual stage and returns at once.
+
+        `hidden` is copied on the current stream: what is queued there later may write over it.
+        """
         assert not self.place.answers(lap)
         self._wait_sent(group)
         output = self._outputs[group, : len(hidden)]

@@ -26,8 +26,8 @@ REMEDY = (
 def choose(comm, device: torch.device, requested: str = "auto") -> tuple[str, str]:
     """The transport to use and, in one line, why. Collective over `comm`; every rank returns the same.
 
-    `auto` takes mpi_device for CPU tensors; for CUDA tensors if MPI shows signs of being CUDA-aware on all ranks and a ring
-    exchange of a CUDA buffer arrives whole; else mpi_host. Raises InputError for a requested mpi_device that fails.
+    `auto` takes mpi_device for CPU tensors; for CUDA tensors if MPI shows signs of being CUDA-aware on all ranks and a
+    ring exchange of a CUDA buffer arrives whole; else mpi_host. Raises InputError if mpi_device is requested and fails.
     """
     if comm.Get_size() == 1:
         return "loopback", "one rank: nothing travels"

@@ -42,7 +42,7 @@ def probed(comm: MPI.Comm, source: int, tag: int) -> Generator[None, None, bytes
 class Transport:
     """Point-to-point messages of tensors and of small host data, all as bytes.
 
-    Making and closing it is collective over `comm`: it has a communicator of its own, and its messages meet nobody else's.
+    Making and closing it is collective over `comm`: it has a communicator of its own, so its messages meet no others.
     With `synchronous`, a send completes only when its receive has been posted, whatever its size.
     """
 
@@ -60,7 +60,7 @@ class Transport:
         yield from completed([self.isend(message(piece), dest, tag) for piece in pieces])
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
-        """Receives exactly the tensor's bytes into it; the memory is MPI's from the first step until the generator ends."""
+        """Receives exactly the tensor's bytes; its memory is MPI's from the first step until the generator ends."""
         pieces = bytes_of(tensor).split(MAX_MESSAGE_NBYTES)
         yield from completed([self.irecv(message(piece), source, tag) for piece in pieces])
 

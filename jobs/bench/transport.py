@@ -1,0 +1,104 @@
+"""The rate of Noria's own transport, one way between two ranks, beside plain MPI Send and Recv of the same memory:
+
+    mpirun -n 2 python jobs/bench/transport.py [--transport mpi_device|mpi_host] [--device cpu|cuda]
+
+Prints one JSON line: GB/s (10^9 bytes) by MiB, the best of the repeats. The transport's work goes through a
+communication thread on either side, as in a run. Plain Send and Recv take the tensor's own memory with mpi_device, a
+(pinned) host buffer with mpi_host.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+from noria import transports
+from noria.engine.communication import Communication
+from noria.launch import mpi
+from noria.streams import streams_of
+
+SIZES_MIB = (1, 4, 16, 64, 256)
+
+
+def rate(comm, num_bytes: int, repeats: int, transfer) -> float:
+    """GB/s of `transfer()`, which returns on either rank when its end of the message is over."""
+    seconds = []
+    for _ in range(repeats + 1):
+        comm.Barrier()
+        before = time.perf_counter()
+        transfer()
+        # The message is there when both ends say so.
+        seconds.append(max(comm.allgather(time.perf_counter() - before)))
+    return round(num_bytes / min(seconds[1:]) / 1e9, 3)
+
+
+def through_transport(comm, communication, transport, buffer, streams):
+    def transfer():
+        if comm.Get_rank() == 0:
+            work = transport.send(buffer, 1, 0, streams.event())
+        else:
+            work = transport.receive(buffer, 0, 0)
+        communication.start(work).wait()
+
+    return transfer
+
+
+def plain(comm, buffer):
+    from mpi4py import MPI  # MPI has been started
+
+    memory = [MPI.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes), MPI.BYTE]
+
+    def transfer():
+        if comm.Get_rank() == 0:
+            comm.Send(memory, 1, 1)
+        else:
+            comm.Recv(memory, 0, 1)
+
+    return transfer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", default="auto", choices=("auto", "mpi_device", "mpi_host"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MIB, help="MiB")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    comm = mpi.start()
+    if comm.Get_size() != 2:
+        raise SystemExit("start it with mpirun -n 2")
+    rank = comm.Get_rank()
+    cuda = arguments.device == "cuda"
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    streams = streams_of(device)
+    name, reason = transports.choose(comm, device, arguments.transport)
+    transport = transports.open_transport(name, comm, device)
+    communication = Communication(streams.set_device)
+    gbps, plain_gbps, wrong = {}, {}, 0
+    for size in arguments.sizes:
+        buffer = torch.full((size << 20,), 1 - rank, dtype=torch.uint8, device=device)
+        streams.event().synchronize()  # a receive must not be overtaken by this fill
+        own = through_transport(comm, communication, transport, buffer, streams)
+        gbps[size] = rate(comm, buffer.nbytes, arguments.repeats, own)
+        wrong += int((buffer != 1).sum())
+        host = buffer if name == "mpi_device" else torch.ones(size << 20, dtype=torch.uint8, pin_memory=cuda)
+        plain_gbps[size] = rate(comm, buffer.nbytes, arguments.repeats, plain(comm, host))
+    communication.close()
+    line = {
+        "bench": "transport",
+        "device": str(device),
+        "transport": name,
+        "reason": reason,
+        "gbps": gbps,
+        "plain_gbps": plain_gbps,
+        "ratio": {size: round(gbps[size] / plain_gbps[size], 3) for size in gbps},
+        "wrong_bytes": sum(comm.allgather(wrong)),
+    }
+    if rank == 0:
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

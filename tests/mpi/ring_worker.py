@@ -1,0 +1,225 @@
+"""What each rank of tests/test_ring.py runs: rings whose stages are arithmetic on whole numbers, every input checked.
+
+ring_worker.py cases|failure
+"""
+
+import random
+import sys
+import time
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from noria.engine.communication import CommunicationError
+from noria.engine.order import Place
+from noria.engine.ring import Ring, open_ring
+from noria.step import Result, Step, Word
+from noria.streams import Done, streams_of
+from noria.transports import mpi_device, mpi_host
+
+CPU = torch.device("cpu")
+STREAMS = streams_of(CPU)
+HIDDEN, STEP_TOKENS = 512, 256  # 512 KiB in float32, 128 times the eager limit of shared memory
+TRANSPORTS = {"mpi_device": mpi_device, "mpi_host": mpi_host}
+comm = MPI.COMM_WORLD
+rank, num_ranks = comm.Get_rank(), comm.Get_size()
+# Messages go in pieces here, as they do above 1 GiB and 8 MiB.
+mpi_device.MAX_MESSAGE_NBYTES = 300_000
+mpi_host.CHUNK_NBYTES = 100_000
+
+
+def embedding(token_ids):
+    """Whole numbers below 251, which every dtype holds exactly, different for every token and place."""
+    return (torch.from_numpy(token_ids.copy())[:, None] * 7 + torch.arange(HIDDEN)) % 251
+
+
+def stage_of(hidden, stage):
+    """What virtual stage `stage` computes: no two stages commute."""
+    return (hidden * 3 + stage + 1) % 251
+
+
+def expected(token_ids, num_stages):
+    hidden = embedding(token_ids)
+    for stage in range(num_stages):
+        hidden = stage_of(hidden, stage)
+    return hidden
+
+
+class Late:
+    """A transport that delivers late on purpose: the data of a receive appear only some time after it was posted."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self.send, self.send_bytes = transport.send, transport.send_bytes
+        self.receive_bytes = transport.receive_bytes
+
+    def receive(self, tensor, source, tag):
+        arrived = torch.empty_like(tensor)
+        yield from self._transport.receive(arrived, source, tag)
+        until = time.monotonic() + random.uniform(0.002, 0.01)
+        while time.monotonic() < until:
+            yield
+        tensor.copy_(arrived)
+
+
+class Hasty(Ring):
+    """A ring that has lost a wait."""
+
+    def receive(self, group, lap, num_tokens):
+        self._receives.pop(group)
+        return self._inputs[group, :num_tokens]
+
+
+@torch.inference_mode()
+def wrong_inputs(ring, dtype, seed, num_rounds=4):
+    """Runs the executor's loop with steps of random sizes; returns how many of this rank's inputs and results were wrong."""
+    place, wrong, steps, waiting = ring.place, 0, {}, {}
+    draw = random.Random(seed)
+    rounds = [[draw.choice([0, 1, 17, STEP_TOKENS]) for _ in range(place.groups)] for _ in range(num_rounds)]
+    for round, sizes in enumerate([*rounds, [0] * place.groups]):
+        for lap in range(place.laps):
+            for group in range(place.groups):
+                if lap == 0 and rank == 0:
+                    if group in waiting:
+                        final = expected(waiting.pop(group), num_ranks * place.laps)[:, 0]
+                        wrong += ring.receive_result(group).token_ids.tolist() != final.tolist()
+                    ids = np.array([draw.randrange(251) for _ in range(sizes[group])], np.int32)
+                    word = Word.STOP if round == num_rounds else Word.RUN
+                    steps[group] = Step(round, group, word, token_ids=ids)
+                    ring.send_header(steps[group])
+                    if len(ids):
+                        waiting[group] = ids
+                elif lap == 0:
+                    steps[group] = ring.receive_header(group)
+                if steps[group].num_tokens:
+                    wrong += visit(ring, steps[group].token_ids, lap, group, dtype)
+    assert not waiting
+    ring.close()
+    return wrong
+
+
+def visit(ring, ids, lap, group, dtype):
+    """One visit; returns 1 if its input was wrong."""
+    place = ring.place
+    stage = lap * num_ranks + rank
+    hidden = embedding(ids) if place.embeds(lap) else ring.receive(group, lap, len(ids)).long()
+    wrong = not torch.equal(hidden, expected(ids, stage))
+    output = stage_of(hidden, stage)
+    if place.answers(lap):
+        ring.send_result(group, Done(), lambda: Result(output[:, 0].numpy()))
+    else:
+        ring.send(group, lap, output.to(dtype))
+    return wrong
+
+
+def report(name, wrong):
+    total = comm.allreduce(wrong)
+    if rank == 0:
+        print(f"{name}: {total} wrong", flush=True)
+
+
+def ring_cases():
+    shapes = [(blocking, laps, groups) for blocking in (False, True) for laps in (1, 3) for groups in (num_ranks, 0)]
+    for name, module in TRANSPORTS.items():
+        for number, (blocking, laps, groups) in enumerate(shapes):
+            groups = groups or (2 if blocking else num_ranks + 1)
+            dtype = (torch.float32, torch.bfloat16)[number % 2]
+            transport = module.Transport(comm, CPU, synchronous=True)
+            shape = (groups, laps, HIDDEN, STEP_TOKENS, dtype, CPU, STREAMS, blocking)
+            wrong = wrong_inputs(open_ring(transport, rank, num_ranks, *shape), dtype, seed=number)
+            transport.close()
+            report(f"{name} {'blocking ' * blocking}laps={laps} groups={groups}", wrong)
+
+
+def late_cases():
+    for kind in (Ring, Hasty):
+        transport = mpi_device.Transport(comm, CPU)
+        ring = kind(Late(transport), Place(rank, num_ranks, 5, 2), HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
+        report(f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1))
+        transport.close()
+
+
+class LateEvent:
+    """The event of a computation that writes its tensor only when the event completes."""
+
+    def __init__(self, write):
+        self._write, self._at = write, time.monotonic() + 0.05
+
+    def query(self):
+        if self._write and time.monotonic() > self._at:
+            self._write()
+            self._write = None
+        return self._write is None
+
+    def synchronize(self):
+        while not self.query():
+            time.sleep(0.001)
+
+
+def event_cases():
+    """Tensors that are written late, sent round by each transport: once with their event, once without."""
+    for name, module in TRANSPORTS.items():
+        for waits in (True, False):
+            for blocking in (False, True):
+                transport = module.Transport(comm, CPU)
+                sent, received = torch.zeros(STEP_TOKENS), torch.full((STEP_TOKENS,), -1.0)
+                written = LateEvent(lambda sent=sent: sent.fill_(1))
+                ready = written if waits else Done()
+                send = exchange_now if blocking else exchange
+                send(transport, sent, received, ready)
+                report(f"{name} event={waits} blocking={blocking}", int(received.ne(1).any()))
+                transport.close()
+
+
+def exchange(transport, sent, received, ready):
+    live = [
+        transport.receive(received, (rank - 1) % num_ranks, 5),
+        transport.send(sent, (rank + 1) % num_ranks, 5, ready),
+    ]
+    while live := [work for work in live if next(work, "done") != "done"]:
+        time.sleep(1e-4)
+
+
+def exchange_now(transport, sent, received, ready):
+    ends = [
+        lambda: transport.send_now(sent, (rank + 1) % num_ranks, 5, ready),
+        lambda: transport.receive_now(received, (rank - 1) % num_ranks, 5),
+    ]
+    for end in ends if rank else reversed(ends):
+        end()
+
+
+class Broken:
+    """A transport whose wire breaks at the first hidden states."""
+
+    def __init__(self, transport):
+        self.send_bytes, self.receive_bytes = transport.send_bytes, transport.receive_bytes
+        self.receive = transport.receive
+
+    def send(self, tensor, dest, tag, ready):
+        yield
+        raise OSError("broken wire")
+
+
+def failure():
+    """Rank 1's communication thread fails: its main thread, which waits for the next header, must hear of it."""
+    transport = mpi_device.Transport(comm, CPU)
+    transport = Broken(transport) if rank == 1 else transport
+    ring = open_ring(transport, rank, num_ranks, 2, 2, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
+    try:
+        wrong_inputs(ring, torch.float32, seed=1)
+    except CommunicationError as error:
+        print(f"rank {rank} heard: {error}; cause {type(error.__cause__).__name__}", flush=True)
+        time.sleep(0.2)
+        comm.Abort(9)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "failure":
+        failure()
+    else:
+        ring_cases()
+        late_cases()
+        event_cases()
