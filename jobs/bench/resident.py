@@ -1,0 +1,84 @@
+"""Case C: everything resident. A Llama-8B shape with random weights, prompts of one length all submitted at once, greedy:
+
+    python jobs/bench/resident.py --ranks 1 2 --prompts 256 1024 [--shape shape.json] [-- flags of noria run]
+
+Prints one JSON line a run: generated tokens per second from the first step to the last, prefill included, and the share of
+the ranks' time that they waited for the ring. Starts mpirun itself.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+
+
+def write_inputs(folder: Path, shape: dict, num_prompts: int, length: int) -> None:
+    random = np.random.default_rng(0)
+    (folder / "config.json").write_text(json.dumps(shape))
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(num_prompts):
+            file.write(json.dumps({"token_ids": random.integers(0, shape["vocab_size"], length).tolist()}) + "\n")
+
+
+def run(folder: Path, ranks: int, max_new_tokens: int, flags: list[str]) -> dict:
+    """One job; what its output measured."""
+    noria = [sys.executable, "-m", "noria", "run", "--random-weights", folder / "config.json", "--ignore-eos", "--overwrite"]
+    files = ["--prompts", folder / "prompts.jsonl", "--output", folder / "run.h5", "--max-new-tokens", str(max_new_tokens)]
+    launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+    subprocess.run([*launch, *noria, *files, *flags], check=True, timeout=560)
+    with h5py.File(folder / "run.h5") as output:
+        generated = len(output["tokens"])
+        seconds, waited = output["timing/seconds"][:], output["timing/waited"][:]
+        device = json.loads(output.attrs["devices"])[0]
+    return {
+        "device": device,
+        "generated_tokens": generated,
+        "seconds": round(float(seconds.max()), 2),
+        "tokens_per_second": round(generated / float(seconds.max()), 1),
+        "waited_share": [round(float(share), 3) for share in waited / seconds],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--shape", type=Path, help="a config.json (default: Llama-8B)")
+    parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
+    arguments = parser.parse_args()
+    shape = json.loads(arguments.shape.read_text()) if arguments.shape else LLAMA_8B
+    for num_prompts in arguments.prompts:
+        with tempfile.TemporaryDirectory() as folder:
+            write_inputs(Path(folder), shape, num_prompts, arguments.prompt_tokens)
+            for ranks in arguments.ranks:
+                measured = run(Path(folder), ranks, arguments.max_new_tokens, arguments.flags)
+                asked = {"ranks": ranks, "prompts": num_prompts, "prompt_tokens": arguments.prompt_tokens}
+                print(json.dumps({"bench": "resident", **asked, **measured, "flags": arguments.flags}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

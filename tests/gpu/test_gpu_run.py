@@ -1,0 +1,161 @@
+"""Whole runs on one and two GPUs against the CPU's in float64, and logits in lower precision against transformers'."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mpirun import describe, mpirun
+
+from noria import attention, kinds
+from noria.blocks import layer_name
+from noria.engine.kv_cache import KvCache
+from noria.engine.sampler import Sampler
+from noria.engine.stage import Stage
+from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.files.checkpoint import open_checkpoint
+from noria.files.convert import convert
+from noria.files.generations import open_generations
+from noria.step import Admitted, Run, Step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+ROOT = Path(__file__).parent.parent.parent
+RANKS = [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
+DEMO = ["--prompts", ROOT / "inputs/demo/prompts.jsonl", "--max-new-tokens", "32", "--seed", "5"]
+LLAMA_1B = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+
+
+def generate(num_ranks, output, model, *flags):
+    """Runs noria, alone or under mpirun, and returns (tokens of every row, what it said)."""
+    command = [sys.executable, "-m", "noria", "run", "--model", model, "--output", output, *flags]
+    done = mpirun(num_ranks, command, timeout=240)
+    assert done.returncode == 0, describe(done)
+    with open_generations(output) as file:
+        rows = list(file.rows())
+    assert all(row.status == "done" for row in rows)
+    return [row.token_ids.tolist() for row in rows], done.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    convert(ROOT / "inputs/demo/model", folder / "model.h5")
+    tokens, _ = generate(1, folder / "cpu.h5", folder / "model.h5", *DEMO, "--dtype", "float64", "--device", "cpu")
+    return folder, tokens
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("laps", [1, 3])
+def test_the_demo_on_gpus_gives_the_cpus_tokens_in_float64(demo, num_ranks, laps):
+    folder, expected = demo
+    output = folder / f"gpu{num_ranks}-{laps}.h5"
+    tokens, said = generate(num_ranks, output, folder / "model.h5", *DEMO, "--dtype", "float64", "--laps", laps)
+    assert tokens == expected
+    if num_ranks == 2:
+        assert "transport mpi_device" in said, said  # nothing exported, nothing asked for
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("flags", [["--transport", "mpi_host"], ["--blocking"]], ids=["mpi_host", "blocking"])
+def test_the_other_ways_round_the_ring_give_the_same(demo, flags):
+    folder, expected = demo
+    output = folder / f"gpu-{flags[0]}.h5"
+    assert generate(2, output, folder / "model.h5", *DEMO, "--dtype", "float64", *flags)[0] == expected
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A random model of 1.1 billion parameters: (folder, transformers' module on the GPU in float32)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, tie_word_embeddings=False, initializer_range=0.03)).bfloat16()
+    model.save_pretrained(folder / "hf")
+    convert(folder / "hf", folder / "model.h5")
+    return folder, model.eval()
+
+
+def token_rows(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(3, LLAMA_1B["vocab_size"], length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_a_1b_llama_gives_the_cpus_tokens_in_float64(llama, num_ranks):
+    folder, _ = llama
+    prompts = folder / "prompts.jsonl"
+    rows = [{"token_ids": ids, "temperature": row % 2} for row, ids in enumerate(token_rows([5, 80, 33, 1, 60, 17]))]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--prompts", prompts, "--max-new-tokens", "12", "--seed", "3", "--ignore-eos", "--dtype", "float64"]
+    if not (folder / "cpu.h5").exists():
+        generate(1, folder / "cpu.h5", folder / "model.h5", *flags, "--device", "cpu")
+    with open_generations(folder / "cpu.h5") as file:
+        expected = [row.token_ids.tolist() for row in file.rows()]
+    assert generate(num_ranks, folder / f"gpu{num_ranks}.h5", folder / "model.h5", *flags)[0] == expected
+
+
+def logits_of(checkpoint, dtype, rows):
+    """Noria's logits [tokens of all rows, V] on the GPU: all rows in one step, teacher-forced."""
+    device, shape = torch.device("cuda", 0), checkpoint.shape
+    layers = list(range(shape.num_layers))
+    names = ["embed", *map(layer_name, layers), "head"]
+    kind = attention.choose(device, TORCH_DTYPES[dtype], shape.head_dim)
+    model = kinds.load("models", shape.family)
+    weights = Weights(checkpoint, names, dtype, device)
+    cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], device)
+    stage = Stage(model, kind, shape, weights, cache, Sampler(device), TORCH_DTYPES[dtype], device)
+    settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    pages = [-(-len(row) // 16) for row in rows]
+    admitted = [Admitted(i, (Run(sum(pages[:i]), pages[i]),), settings) for i in range(len(rows))]
+    ids, counts = np.concatenate(rows), [len(row) for row in rows]
+    empty = np.zeros(len(rows), np.int32)
+    step = Step(0, 0, admitted=tuple(admitted), slots=np.arange(len(rows)), counts=np.array(counts), positions=empty,
+                token_ids=ids.astype(np.int32), microbatches=np.array([0, len(rows)]))  # fmt: skip
+    with torch.inference_mode():
+        prepared = stage.prepare(step)
+        hidden = stage.forward(prepared, range(shape.num_layers), stage.embed(prepared))
+        return model.head(shape, weights.wait("head"), hidden).double().cpu()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lower_precisions_err_no_more_than_transformers_and_flip_only_near_ties(llama, dtype):
+    folder, model = llama
+    rows = token_rows([120, 7, 64, 200, 31], seed=4)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def of_transformers(kind):
+        module = model.to(kind)
+        with torch.inference_mode():
+            found = [module(torch.tensor([row], device="cuda")).logits[0].double().cpu() for row in rows]
+        return torch.cat(found)
+
+    exact, peers = of_transformers(torch.float64), of_transformers(TORCH_DTYPES[dtype])
+    with open_checkpoint(folder / "model.h5") as checkpoint:
+        ours = logits_of(checkpoint, dtype, rows)
+    error, peers_error = (ours - exact).abs().max(), (peers - exact).abs().max()
+    print(f"{dtype}: largest error {error:.2e}, transformers' {peers_error:.2e}")
+    assert error <= 1.5 * peers_error + 1e-9
+    top = exact.topk(2, dim=-1).values
+    flipped = ours.argmax(-1) != exact.argmax(-1)
+    assert ((top[:, 0] - top[:, 1])[flipped] < 2 * error).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_bare_mpirun_line_moves_gpu_memory_at_the_rate_of_plain_send_and_recv():
+    done = mpirun(2, [sys.executable, ROOT / "jobs/bench/transport.py", "--device", "cuda"], timeout=120)
+    assert done.returncode == 0, describe(done)
+    print(done.stdout)
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    assert measured["ratio"]["256"] >= 0.9, measured
