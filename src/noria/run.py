@@ -60,7 +60,7 @@ def run(config: Config, comm) -> int:
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
     _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
-    with _checkpoint(config, work.dtype) as checkpoint, contextlib.ExitStack() as on_error:
+    with contextlib.closing(_checkpoint(config, work.dtype)) as checkpoint, contextlib.ExitStack() as on_error:
         desk = mpi.on_first_rank(comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False)
         executor, ring = build(plan, checkpoint, transport, rank, device)
         on_error.callback(ring.abandon)
@@ -92,7 +92,7 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
     num_rows = count(config.prompts)
     state = probe_output(config.output, config.job.overwrite)
-    with _checkpoint(config, _dtype(config, None, device)) as checkpoint:
+    with contextlib.closing(_checkpoint(config, _dtype(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = _dtype(config, checkpoint.dtype, device)
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, content_hash(config.prompts))
