@@ -5,7 +5,7 @@
 Prints one JSON line. `overlap`: M = 2N groups and hops as long as a stage, each message held back that long by a link
 that carries one at a time: a round takes M x max(stage, hop) if hops overlap with stages, M x (stage + hop) if not.
 `steady`: the share of time that ranks idle with M groups is max(0, 1 - M/N). `flushed`: one pass of M groups from empty
-to empty idles (N-1) / (N-1+M). Hops of the latter two are the transport's own; a stage there is at least 30 times as long.
+to empty idles (N-1) / (N-1+M). Hops of the latter two are the transport's own; a stage there takes 30 of them or more.
 """
 
 import argparse

@@ -73,7 +73,7 @@ class Hasty(Ring):
 
 @torch.inference_mode()
 def wrong_inputs(ring, dtype, seed, num_rounds=4):
-    """Runs the executor's loop with steps of random sizes; returns how many of this rank's inputs and results were wrong."""
+    """Runs the executor's loop with steps of random sizes; returns how many inputs and results were wrong."""
     place, wrong, steps, waiting = ring.place, 0, {}, {}
     draw = random.Random(seed)
     rounds = [[draw.choice([0, 1, 17, STEP_TOKENS]) for _ in range(place.groups)] for _ in range(num_rounds)]

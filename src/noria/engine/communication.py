@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 
-SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a sixteenth of the idle time, between these two
-LONGEST_PAUSE = 1e-3
+SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a 32nd of the idle time, between these two
+LONGEST_PAUSE = 5e-4
 SLICE = 0.05  # seconds; a waiting thread looks this often whether the communication thread has failed
 
 
@@ -115,9 +115,9 @@ class Communication:
             if self._advance():
                 last = time.monotonic()
             elif self._live:
-                # A wait is late by a sixteenth of its length at most, and a long one costs nothing.
+                # A wait is late by a 32nd of its length at most, and a long one costs next to nothing.
                 idle = time.monotonic() - last
-                self._wake.wait(min(max(idle / 16, SHORTEST_PAUSE), LONGEST_PAUSE))
+                self._wake.wait(min(max(idle / 32, SHORTEST_PAUSE), LONGEST_PAUSE))
             elif self._closing and not self._new:
                 return
             else:
