@@ -37,6 +37,17 @@ CASES = {
     "one decoding row": spans_of((1, 37, ((2, 3),))),
     "the first token of a sequence": spans_of((1, 1, ((5, 2),))),
     "decoding rows": spans_of((1, 37, ((9, 3),)), (1, 16, ((2, 1),)), (1, 50, ((4, 4),))),
+    "decoding rows of one length, evenly spaced, then not": spans_of(
+        (1, 20, ((1, 2),)),
+        (1, 20, ((4, 3),)),
+        (1, 20, ((7, 2),)),
+        (1, 20, ((9, 2),)),
+        (1, 20, ((11, 1), (0, 1))),
+        (1, 20, ((16, 2),)),
+        (1, 20, ((13, 2),)),
+        (1, 18, ((18, 2),)),
+        (2, 18, ((20, 2),)),
+    ),
     "a whole prompt": spans_of((33, 33, ((0, 9),))),
     "a chunk with a past": spans_of((20, 45, ((3, 3),))),
     "prompts beside decoding rows": spans_of(

@@ -94,6 +94,13 @@ def test_varlen_reads_keys_in_place_unless_they_lie_in_several_pieces():
     assert len(sorts["everything at once"]) == 4
 
 
+def test_sdpa_takes_decoding_rows_together_only_where_one_view_holds_their_keys():
+    plan = sdpa.prepare(dense.CASES["decoding rows of one length, evenly spaced, then not"], CPU)
+    assert [(part.span.first, part.num, part.stride) for part in plan] == [
+        (0, 3, 48), (3, 1, 0), (4, 1, 0), (5, 1, 0), (6, 1, 0), (7, 1, 0), (8, 1, 0)
+    ]  # fmt: skip
+
+
 def test_a_microbatch_without_rows_is_no_call():
     assert varlen.prepare([], CPU) == ()
     assert sdpa.attention(sdpa.prepare([], CPU), torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8), 1.0, None).shape == (

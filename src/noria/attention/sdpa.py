@@ -1,6 +1,7 @@
-"""Attention a sequence at a time, on views of the cache: every device, every dtype, any head dim.
+"""Attention on views of the cache, a sequence at a time: every device, every dtype, any head dim.
 
-Only a sequence in several runs of pages is copied together. Knows nothing of models and steps.
+Decoding rows of equal length whose pages are evenly spaced (a batch admitted together) are one view; only a sequence in
+several runs of pages is copied together. Knows nothing of models and steps.
 T tokens, H heads, Hkv key/value heads, G = H / Hkv queries that share a key, D head dim, L keys of a sequence.
 """
 
@@ -15,23 +16,52 @@ from noria.step import Span
 CHUNK_ROWS = 512  # queries that share one mask: bounds a mask to 512 x L bytes
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The spans of a microbatch, each with the rows of the cache that hold its keys. Needs no device memory."""
+Rows = tuple[tuple[int, int], ...]  # start .. stop of the pieces of the cache that hold a sequence's keys
 
-    spans: tuple[tuple[Span, tuple[tuple[int, int], ...]], ...]
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that one call computes: all new tokens of one, or the only one of each of `num`, `stride` rows apart.
+
+    `span` and `rows` are the first one's.
+    """
+
+    span: Span
+    rows: Rows
+    num: int = 1
+    stride: int = 0
 
 
 def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return True
 
 
-def prepare(spans: list[Span], device: torch.device) -> Plan:
-    return Plan(tuple((span, pieces(span)) for span in spans))
+def prepare(spans: list[Span], device: torch.device) -> tuple[Part, ...]:
+    """The parts of a microbatch, in order. Needs no device memory."""
+    parts: list[Part] = []
+    for span in spans:
+        part = Part(span, pieces(span))
+        joined = _join(parts[-1], part) if parts else None
+        if joined:
+            parts[-1] = joined
+        else:
+            parts.append(part)
+    return tuple(parts)
+
+
+def _join(part: Part, following: Part) -> Part | None:
+    """Both as one part, if they are decoding rows of one length that go on at the same distance in the cache."""
+    first, last = part.span, following.span
+    if not (first.count == last.count == len(part.rows) == len(following.rows) == 1 and first.length == last.length):
+        return None
+    stride = following.rows[0][0] - part.rows[0][0] - part.stride * (part.num - 1)
+    if stride <= 0 or (part.num > 1 and stride != part.stride):
+        return None
+    return Part(first, part.rows, part.num + 1, stride)
 
 
 def attention(
-    plan: Plan,
+    plan: tuple[Part, ...],
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -46,17 +76,30 @@ def attention(
     grouped = (num_tokens, key_cache.shape[1], num_heads // key_cache.shape[1], head_dim)
     attended = queries.new_empty(grouped)
     queries = queries.view(grouped)
-    for span, rows in plan.spans:
+    for part in plan:
+        span, rows = part.span, part.rows
         if span.count == 1 and window is not None:
             rows = _last(rows, window)
+        tokens = slice(span.first, span.first + span.count * part.num)
+        if part.num > 1:
+            keys, values = (_strided(cache, rows[0], part) for cache in (key_cache, value_cache))
+            attended[tokens] = F.scaled_dot_product_attention(queries[tokens], keys, values, scale=scale)
+            continue
         keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
-        last = span.first + span.count
         function = _decode if span.count == 1 else _prefill
-        function(queries[span.first : last], keys, values, scale, window, attended[span.first : last])
+        function(queries[tokens], keys, values, scale, window, attended[tokens])
     return attended.view(num_tokens, num_heads, head_dim)
 
 
-def _last(rows: tuple[tuple[int, int], ...], count: int) -> tuple[tuple[int, int], ...]:
+def _strided(cache: torch.Tensor, rows: tuple[int, int], part: Part) -> torch.Tensor:
+    """[num, Hkv, L, D]: a view of the keys of decoding rows that lie evenly spaced, the first one's at `rows`."""
+    start, stop = rows
+    row, head, element = cache.stride()
+    size = (part.num, cache.shape[1], stop - start, cache.shape[2])
+    return cache.as_strided(size, (part.stride * row, head, row, element), cache.storage_offset() + start * row)
+
+
+def _last(rows: Rows, count: int) -> Rows:
     """The pieces that hold the last `count` rows."""
     kept: list[tuple[int, int]] = []
     for start, stop in reversed(rows):
@@ -68,7 +111,7 @@ def _last(rows: tuple[tuple[int, int], ...], count: int) -> tuple[tuple[int, int
     return tuple(kept)
 
 
-def _gather(cache: torch.Tensor, rows: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def _gather(cache: torch.Tensor, rows: Rows) -> torch.Tensor:
     """[L, Hkv, D]: a view if the rows are one piece, else a copy."""
     if len(rows) == 1:
         return cache[rows[0][0] : rows[0][1]]
