@@ -6,6 +6,8 @@ import sys
 
 import noria
 from noria.config import InputError, nearest
+from noria.launch import mpi
+from noria.text import printable
 
 COMMANDS = {
     "convert": "Hugging Face directory -> checkpoint",
@@ -18,34 +20,40 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 finished, 2 the user's input is wrong, 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):
-        return _command(argv[0], argv[1:])
-    return _help(argv)
-
-
-def _command(name: str, argv: list[str]) -> int:
     try:
-        if name not in COMMANDS:
-            raise InputError(f"no command {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
-        command = importlib.import_module(f"noria.commands.{name}")
-        parser = argparse.ArgumentParser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
-        command.add_arguments(parser)
-        arguments, unknown = parser.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in parser._actions for flag in action.option_strings]
-            raise InputError(f"noria {name} does not know {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
-        return command.run(arguments)
+        return _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
     except InputError as error:
-        sys.stderr.write(f"noria: {error}\n")
+        if mpi.launched_rank() == 0:  # the ranks of a job have the same error: one of them says it
+            sys.stderr.write(f"noria: {printable(str(error))}\n")
         return 2
     except BrokenPipeError:
         return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises InputError, in one line, where argparse would print the usage and leave."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} --help says more")
+
+
+def _command(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        raise InputError(f"no command {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"noria.commands.{name}")
+    parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
+    command.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise InputError(f"noria {name} does not know {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
+    return command.run(arguments)
+
+
 def _help(argv: list[str]) -> int:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {says}" for name, says in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "noria",
         usage="noria COMMAND ...    (noria COMMAND --help says more)",
         description="Generates text with language models too large for one GPU, as an MPI batch job.",

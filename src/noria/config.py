@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+MAX_GROUPS = 10_000  # as many as engine/order.py has tags for
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Keys of the design that this version refuses by name instead of taking them for a typing error.
@@ -52,7 +53,7 @@ class Sampling:
     def __post_init__(self):
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens is {self.max_new_tokens}: it must be at least 1")
         require(0 <= self.temperature < float("inf"), f"sampling.temperature is {self.temperature}: it must be 0 or more")
-        require(self.top_k >= 0, f"sampling.top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        require(0 <= self.top_k < 2**31, f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1")
         require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
         require(self.seed is None or 0 <= self.seed < 2**63, f"sampling.seed is {self.seed}: it must be in 0 .. 2^63-1")
 
@@ -83,6 +84,8 @@ class Pipeline:
         for name in ("laps", "groups", "microbatches", "step_tokens", "microbatch_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"pipeline.{name} is {value}: it must be at least 1")
+        groups = self.groups or 1
+        require(groups <= MAX_GROUPS, f"pipeline.groups is {groups}: it must be at most {MAX_GROUPS}")
         if isinstance(self.partition, str):
             known = ("greedy", "balanced")
             require(
@@ -168,14 +171,16 @@ def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> 
     tree = _read(path) if path else {}
     for name, value in (flags or {}).items():
         section = section_of(name)
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        keys = tree.setdefault(section, {}) if section else tree
+        _require_section(section, keys)
+        keys[name] = value
     return _build(tree)
 
 
 def section_of(name: str) -> str | None:
     """The section that the key belongs to, or None for a key of the run file's top level."""
     for section, kind in SECTIONS.items():
-        if name in _types(kind):
+        if name in _types(kind) or name in NOT_YET[section].split():
             return section
     return None
 
@@ -194,11 +199,15 @@ def _build(tree: Mapping) -> Config:
     values = {}
     for name, value in tree.items():
         if name in SECTIONS:
-            require(isinstance(value, dict), f"{name} is a section of the run file: write [{name}]")
+            _require_section(name, value)
             values[name] = _section(name, value)
         else:
             values[name] = _value("", Config, name, value)
     return Config(**values)
+
+
+def _require_section(name: str | None, value) -> None:
+    require(isinstance(value, dict), f"{name} is a section of the run file: write [{name}]")
 
 
 def _section(section: str, tree: Mapping):
@@ -209,9 +218,9 @@ def _section(section: str, tree: Mapping):
 def _value(prefix: str, kind: type, name: str, value):
     known = _types(kind)
     if name not in known:
-        if name in NOT_YET.get(prefix.rstrip("."), "").split():
-            raise InputError(f"{prefix}{name} is not in this version of Noria yet")
         other = section_of(name)
+        if other and name in NOT_YET[other].split():
+            raise InputError(f"{other}.{name} is not in this version of Noria yet")
         if other or name in _types(Config):
             raise InputError(f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}")
         everything = [*known, *SECTIONS] if kind is Config else known
@@ -232,6 +241,7 @@ def checked(value, kind, name: str):
     """`value` if it is of this type (an int will do for a float). Raises InputError that names the key."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**63, f"{name} is {str(value)[:20]}...: the number is too large")
         return float(value)
     exact = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     if not exact:

@@ -24,7 +24,7 @@ from noria.launch import launcher, mpi
 from noria.plan import planner
 from noria.plan.placement import blocks_of, stages_of
 from noria.progress import log
-from noria.rows.desk import Desk
+from noria.rows.desk import Desk, check_finished, header
 from noria.rows.prompts import content_hash, count
 
 
@@ -48,28 +48,30 @@ def run(config: Config, comm) -> int:
     place = launcher.place(comm)
     launcher.set_threads(place)
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
-    launcher.check_sharing(config, comm, place, device)
+    mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
     work = mpi.on_first_rank(comm, lambda: examine(config, num_ranks, device.type))
     if work.state == "finished":
         return _finished_already(config, rank)
 
-    transport_name, reason = transports.choose(comm, device, config.pipeline.transport)
+    transport_name, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, device, config.pipeline.transport))
     transport = transports.open_transport(transport_name, comm, device)
     machine = planner.Machine(device.type, min(comm.allgather(launcher.device_memory(comm, place, device))))
     plan = mpi.on_first_rank(
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
-    _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
-    with contextlib.closing(_checkpoint(config, work.dtype)) as checkpoint, contextlib.ExitStack() as on_error:
+    opened = mpi.on_every_rank(comm, lambda: _checkpoint(config, work.dtype))
+    with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
         desk = mpi.on_first_rank(comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False)
-        executor, ring = build(plan, checkpoint, transport, rank, device)
+        _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
+        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
+        executor, ring = build(plan, checkpoint.shape, weights, transport, rank, device)
         on_error.callback(ring.abandon)
         next_step = lead(ring, desk.admission, plan.groups, desk.tick) if rank == 0 else follow(ring)
         comm.Barrier()
         timing = executor.run(next_step)
         ring.close()
         on_error.pop_all()
-        timings = comm.allgather(asdict(timing))
+        timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
         devices = comm.allgather(_device_name(place, device))
         if rank == 0:
             attrs = provenance(
@@ -90,21 +92,28 @@ def run(config: Config, comm) -> int:
 
 def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
-    num_rows = count(config.prompts)
-    state = probe_output(config.output, config.job.overwrite)
+    num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
     with contextlib.closing(_checkpoint(config, _dtype(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = _dtype(config, checkpoint.dtype, device)
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, content_hash(config.prompts))
+        # Last, because it moves an old output aside where the user asks for it.
+        state = probe_output(config.output, config.job.overwrite)
+        if state == "finished":
+            check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype))
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
 
 
-def build(plan: planner.Plan, checkpoint, transport, rank: int, device: torch.device):
-    """This rank's engine: its weights, cache, stage and ring. Returns (executor, ring)."""
-    model = kinds.load("models", checkpoint.shape.family)
-    dtype, shape, stages = TORCH_DTYPES[plan.dtype], checkpoint.shape, stages_of(rank, plan.num_ranks, plan.ranges())
+def load(plan: planner.Plan, checkpoint, rank: int, device: torch.device) -> Weights:
+    """This rank's weights. Raises InputError for a block that is damaged."""
+    return Weights(checkpoint, blocks_of(rank, plan.num_ranks, plan.ranges()), plan.dtype, device)
+
+
+def build(plan: planner.Plan, shape: ModelShape, weights: Weights, transport, rank: int, device: torch.device):
+    """This rank's engine: its cache, stage and ring around its weights. Returns (executor, ring)."""
+    model = kinds.load("models", shape.family)
+    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
     layers = [layer for stage in stages for layer in stage]
     device_streams = streams.streams_of(device)
-    weights = Weights(checkpoint, blocks_of(rank, plan.num_ranks, plan.ranges()), plan.dtype, device)
     cache = KvCache(shape, layers, plan.num_pages, dtype, device)
     kind = attention.choose(device, dtype, shape.head_dim)
     stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device)

@@ -4,14 +4,13 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 """
 
 import argparse
-import sys
 import traceback
 import typing
 from dataclasses import MISSING, fields
 
 from noria import config as configuration
 from noria import progress
-from noria.config import SECTIONS, Config, InputError
+from noria.config import NOT_YET, SECTIONS, Config, InputError
 from noria.launch import mpi
 from noria.run import run as run_job
 
@@ -21,23 +20,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_flags(parser.add_argument_group("run"), Config)
     for section, kind in SECTIONS.items():
         _add_flags(parser.add_argument_group(f"[{section}]"), kind)
+    for name in " ".join(NOT_YET.values()).split():  # hidden: the run file's reader says that they come later
+        parser.add_argument(_flag(name), nargs="*", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit code of this rank. An exception other than a user's error ends all ranks at once."""
+    """The exit code of this rank. An error that the other ranks do not share ends them all at once.
+
+    Raises mpi.Refused, on every rank, for the user's mistakes.
+    """
+    flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
     try:
-        flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
-        config = configuration.load(arguments.run_file, flags)
-        return run_job(config, mpi.start())
+        comm = mpi.start()
+        config = mpi.on_first_rank(comm, lambda: configuration.load(arguments.run_file, flags))
+        return run_job(config, comm)
+    except mpi.Refused:
+        raise
     except InputError as error:
-        if mpi.launched_rank() == 0:
-            sys.stderr.write(f"noria: {error}\n")
-        return 2
+        return _end_all(f"{error}", 2)
     except BaseException as error:
-        rank, size = mpi.launched_rank(), max(mpi.launched(), 1)
-        progress.log(rank, size, f"failed: {type(error).__name__}: {error}\n{traceback.format_exc()}")
-        mpi.abort(1)
-        return 1
+        return _end_all(f"failed: {type(error).__name__}: {error}\n{traceback.format_exc()}", 1)
+
+
+def _end_all(message: str, code: int) -> int:
+    progress.log(mpi.launched_rank(), max(mpi.launched(), 1), message)
+    mpi.abort(code)
+    return code
 
 
 def _add_flags(group, kind: type) -> None:
@@ -46,25 +54,30 @@ def _add_flags(group, kind: type) -> None:
         if key.name in SECTIONS:
             continue
         default = "" if key.default in (None, MISSING) else f" (default: {key.default})"
-        flag, help = "--" + key.name.replace("_", "-"), key.metadata["help"].replace("%", "%%") + default
+        flag, help = _flag(key.name), key.metadata["help"].replace("%", "%%") + default
         if hints[key.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()
-            group.add_argument(flag, type=_reader(hints[key.name], flag), metavar=choices, help=help)
+            group.add_argument(flag, type=_reader(hints[key.name]), metavar=choices, help=help)
 
 
-def _reader(kind, flag: str):
-    """Turns a flag's text into the key's type. Raises InputError that names the flag."""
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _reader(kind):
+    """Turns a flag's text into the key's type. Raises ArgumentTypeError, to which argparse adds the flag."""
     kinds = typing.get_args(kind) or (kind,)
 
     def read(text: str):
-        if list in kinds and text.replace(",", "").isdigit():
-            return [int(part) for part in text.split(",")]
         number = next((k for k in (int, float) if k in kinds), str)
         try:
+            if list in kinds and text.replace(",", "").isdigit():
+                return [int(part) for part in text.split(",")]
             return number(text)
         except ValueError:
-            raise InputError(f"{flag} {text}: it must be {number.__name__}") from None
+            wanted = "a list such as 10,10,9" if list in kinds else number.__name__
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}") from None
 
     return read

@@ -82,6 +82,14 @@ def device_memory(comm, place: Place, device: torch.device) -> int:
     return int(min(_free_memory(), *_cgroup_limits()) * MEMORY_SHARE / place.ranks_on_host)
 
 
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that this process has had in host memory and, by torch's count, on its device."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"peak_host_nbytes": host, "peak_device_nbytes": on_device}
+
+
 def _free_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

