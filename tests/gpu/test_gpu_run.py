@@ -75,7 +75,7 @@ def test_the_other_ways_round_the_ring_give_the_same(demo, flags):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A random model of 1.1 billion parameters: (folder, transformers' module on the GPU in float32)."""
+    """A folder with a random model of 1.1 billion parameters: hf/ and model.h5."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
@@ -84,7 +84,7 @@ def llama(tmp_path_factory):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, tie_word_embeddings=False, initializer_range=0.03)).bfloat16()
     model.save_pretrained(folder / "hf")
     convert(folder / "hf", folder / "model.h5")
-    return folder, model.eval()
+    return folder
 
 
 def token_rows(lengths, seed=0):
@@ -94,7 +94,7 @@ def token_rows(lengths, seed=0):
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_a_1b_llama_gives_the_cpus_tokens_in_float64(llama, num_ranks):
-    folder, _ = llama
+    folder = llama
     prompts = folder / "prompts.jsonl"
     rows = [{"token_ids": ids, "temperature": row % 2} for row, ids in enumerate(token_rows([5, 80, 33, 1, 60, 17]))]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -131,12 +131,14 @@ def logits_of(checkpoint, dtype, rows):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lower_precisions_err_no_more_than_transformers_and_flip_only_near_ties(llama, dtype):
-    folder, model = llama
+    from transformers import LlamaForCausalLM
+
+    folder = llama
     rows = token_rows([120, 7, 64, 200, 31], seed=4)
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def of_transformers(kind):
-        module = model.to(kind)
+        module = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=kind, device_map="cuda")
         with torch.inference_mode():
             found = [module(torch.tensor([row], device="cuda")).logits[0].double().cpu() for row in rows]
         return torch.cat(found)

@@ -4,6 +4,8 @@ Work is generators, resumed in turn until they end: MPI moves large messages onl
 call. Knows no MPI and no ring: what the generators do is their own affair.
 """
 
+import contextlib
+import ctypes
 import threading
 import time
 from collections import deque
@@ -103,6 +105,7 @@ class Communication:
 
     def _run(self) -> None:
         try:
+            _sharpen_sleep()
             self._prepare()
             self._poll()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread must hear of it
@@ -141,3 +144,9 @@ class Communication:
             ticket.finish(end.value)
         else:
             self._live.append((work, ticket))
+
+
+def _sharpen_sleep() -> None:
+    """Lets this thread's sleeps end when they should: Linux adds 50 us to each by default (prctl PR_SET_TIMERSLACK)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(29, ctypes.c_ulong(1))

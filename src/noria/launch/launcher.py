@@ -14,6 +14,8 @@ import torch
 from noria.config import Config, InputError
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+# Where one of these is set, the user has said how ranks are to be bound.
+BINDING_VARIABLES = ("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy")
 MEMORY_SHARE = 0.9  # of the memory that is free: the rest is for the libraries' own needs
 
 
@@ -34,13 +36,28 @@ def ring_order(comm):
 
 
 def place(comm) -> Place:
-    """Where this rank runs, counted over the communicator."""
-    rank, affinity = comm.Get_rank(), tuple(sorted(os.sched_getaffinity(0)))
-    everyone = comm.allgather((socket.gethostname(), affinity))
-    host = everyone[rank][0]
-    local_rank = sum(name == host for name, _ in everyone[:rank])
-    cores = max(1, len(affinity) // everyone.count(everyone[rank]))
-    return Place(host, local_rank, sum(name == host for name, _ in everyone), cores)
+    """Where this rank runs, counted over the communicator. Widens a binding to one core that nobody asked for."""
+    rank, host = comm.Get_rank(), socket.gethostname()
+    hosts = comm.allgather(host)
+    local_rank, ranks_on_host = hosts[:rank].count(host), hosts.count(host)
+    _widen(local_rank, ranks_on_host)
+    affinity = tuple(sorted(os.sched_getaffinity(0)))
+    sharing = comm.allgather((host, affinity)).count((host, affinity))
+    return Place(host, local_rank, ranks_on_host, max(1, len(affinity) // sharing))
+
+
+def _widen(local_rank: int, ranks_on_host: int) -> None:
+    """Takes this rank's share of its launcher's cores where Open MPI bound it to a single one, as it does by default.
+
+    A rank computes in one thread and talks to MPI in another: on one core each would wait for the other.
+    """
+    bound = os.sched_getaffinity(0)
+    if len(bound) > 1 or "OMPI_COMM_WORLD_SIZE" not in os.environ or any(name in os.environ for name in BINDING_VARIABLES):
+        return
+    cores = sorted(os.sched_getaffinity(os.getppid()))
+    share = len(cores) // ranks_on_host
+    if share > 1:
+        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
 
 
 def set_threads(place: Place) -> None:
