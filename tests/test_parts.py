@@ -135,6 +135,8 @@ def test_a_part_at_odds_with_itself_is_left_out(output, column):
             file[column][0] = np.uint8(77)
         else:
             del file[column]
+    with pytest.raises(InputError, match=column):
+        open_generations(path).close()
     told = []
     assert Parts(output, HEADER, report=told.append).num_finished == 0
     assert column in told[0] and "damaged" in told[0]

@@ -3,6 +3,7 @@
 Finished outputs and sealed parts read the same. The schema is schema.py's; knows nothing of folders of parts.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from noria.text import plural, printable
 
 __all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
 
+_TOLD = ("format", "version", "complete", "checksums")  # attributes that describe says in its own words
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
 
@@ -26,10 +28,10 @@ class NewerVersion(InputError):
 class Generations:
     """An open file of generations. Made by `open_generations`; a context manager."""
 
-    def __init__(self, path: Path, file: h5py.File):
-        self.path, self.file = path, file
-        self.num_rows = len(file["row"])
-        self.logprobs = file["logprobs"].dtype.name if "logprobs" in file else None
+    def __init__(self, path: Path, file: h5py.File, datasets: dict[str, h5py.Dataset]):
+        self.path, self.file, self.datasets = path, file, datasets
+        self.num_rows = len(datasets["row"])
+        self.logprobs = datasets["logprobs"].dtype.name if "logprobs" in datasets else None
         self.attrs = {name: _plain(value) for name, value in file.attrs.items()}
 
     def __len__(self) -> int:
@@ -50,7 +52,7 @@ class Generations:
 
     def column(self, name: str) -> np.ndarray:
         """A whole column of numbers."""
-        return self.file[name][:]
+        return self.datasets[name][:]
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """[rows] tokens generated in each row; [rows] tokens of each prompt."""
@@ -63,7 +65,7 @@ class Generations:
 
     def read(self, start: int, stop: int, wanted: Sequence[int] | None = None) -> list[Generation]:
         """Rows start .. stop-1, or those of them at the positions `wanted`, in that order."""
-        file, part = self.file, slice(start, stop)
+        file, part = self.datasets, slice(start, stop)
         columns = {name: file[name][part] for name in ("row", "sample", "status", "finish_reason", *STRINGS)}
         ends, prompt_ends = file["offsets"][start : stop + 1], file["prompt_offsets"][start : stop + 1]
         tokens = file["tokens"][ends[0] : ends[-1]]
@@ -114,8 +116,7 @@ def open_generations(path: str | Path) -> Generations:
         raise InputError(f"{path} is no Noria output: it is {what_it_is(path, error)}") from error
     try:
         _check_format(path, file)
-        _check_columns(path, file)
-        return Generations(path, file)
+        return Generations(path, file, _checked_columns(path, file))
     except BaseException:
         file.close()
         raise
@@ -162,12 +163,12 @@ def _check_format(path: Path, file: h5py.File) -> None:
         )
 
 
-def _check_columns(path: Path, file: h5py.File) -> None:
+def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     def require(condition, reason: str) -> None:
         if not condition:
             raise InputError(f"{path} is damaged: {reason}")
 
-    sizes = {}
+    sizes, datasets = {}, {}
     optional = file["logprobs"].dtype.name if isinstance(file.get("logprobs"), h5py.Dataset) else None
     require(optional in (None, "float32", "float64"), f"logprobs are {optional}")
     for name, (dtype, per) in schema(optional).items():
@@ -177,15 +178,17 @@ def _check_columns(path: Path, file: h5py.File) -> None:
         right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
         enum = h5py.check_enum_dtype(dtype)
         require(right and h5py.check_enum_dtype(dataset.dtype) == enum, f"dataset {name} has type {dataset.dtype}")
+        datasets[name] = dataset
         sizes.setdefault(per, len(dataset))
         require(len(dataset) == sizes[per], f"dataset {name} has {len(dataset)} values, not {sizes[per]}")
         if enum:
             require(not len(dataset) or dataset[:].max() < len(enum), f"dataset {name} has values without a name")
     require(sizes["row+1"] == sizes["row"] + 1, f"{sizes['row+1']} offsets for {sizes['row']} rows")
     for name, per in (("offsets", "token"), ("prompt_offsets", "prompt token")):
-        offsets = file[name][:]
+        offsets = datasets[name][:]
         right = offsets[0] == 0 and offsets[-1] == sizes[per] and (np.diff(offsets) >= 0).all()
         require(right, f"{name} do not lead through its {plural(sizes[per], per)}")
+    return datasets
 
 
 def _plain(value):
@@ -211,9 +214,7 @@ def describe(path: str | Path, verify: bool = False) -> list[str]:
             f"{plural(int(prompt_lengths.sum()), 'prompt token')}, {plural(int(lengths.sum()), 'generated token')}",
             f"logprobs: {generations.logprobs or 'none'}",
         ]
-        lines += [
-            f"{name}: {_short(value)}" for name, value in attrs.items() if name not in ("format", "version", "complete")
-        ]
+        lines += [f"{name}: {_short(value)}" for name, value in attrs.items() if name not in _TOLD]
         timing = generations.file.get("timing")
         if isinstance(timing, h5py.Group):
             timing.visititems(
@@ -227,11 +228,11 @@ def describe(path: str | Path, verify: bool = False) -> list[str]:
 def verify_checksums(generations: Generations) -> str:
     """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
     try:
-        found = checksums(generations.file, generations.logprobs)
-    except (OSError, RuntimeError) as error:
+        found = checksums(generations.datasets, generations.logprobs)
+        stored = json.loads(generations.attrs["checksums"])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{generations.path} is damaged: {error}") from error
-    stored = {name: _plain(generations.file[name].attrs.get("xxh3", "")) for name in found}
-    wrong = [name for name in found if found[name] != stored[name]]
+    wrong = [name for name in found if found[name] != stored.get(name)]
     if wrong:
         raise InputError(f"{generations.path} is damaged: {', '.join(wrong)} do not agree with their checksums")
     return f"checksums: {len(found)} of {len(found)} columns agree"

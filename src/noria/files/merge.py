@@ -17,7 +17,7 @@ from noria.files.parts import Parts, Selection, gather, select
 from noria.files.schema import FORMAT, STATUS, VERSION, Writer, checksums, write_attrs
 from noria.text import plural
 
-_OURS = ("format", "version", "complete", "header", "repeated_rows")
+_OURS = ("format", "version", "complete", "header", "repeated_rows", "checksums")
 
 
 class MissingRows(RuntimeError):
@@ -124,7 +124,7 @@ def _write_timing(group: h5py.Group, timing: Mapping) -> None:
 
 def _read_back(path: Path, sums: dict[str, str], num_rows: int, samples: int, num_repeated: int) -> Merged:
     with open_generations(path) as file:
-        found = checksums(file.file, file.logprobs)
+        found = checksums(file.datasets, file.logprobs)
         wrong = [name for name in sums if found.get(name) != sums[name]]
         rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
         # Exactly the rows asked for, in order, is also none missing and none twice.

@@ -83,8 +83,9 @@ class Writer:
         self.sizes = {"row": num_rows, "row+1": num_rows + 1, "token": num_tokens, "prompt token": num_prompt_tokens}
         self.written = {"row": 0, "row+1": 0, "token": 0, "prompt token": 0}
         self.hashers = {name: xxhash.xxh3_64() for name in self.columns}
-        for name, (dtype, per) in self.columns.items():
-            file.create_dataset(name, (self.sizes[per],), dtype)
+        self.datasets = {
+            name: file.create_dataset(name, (self.sizes[per],), dtype) for name, (dtype, per) in self.columns.items()
+        }
         self._write({"offsets": np.zeros(1, "<i8"), "prompt_offsets": np.zeros(1, "<i8")})
 
     def append(self, generations: Sequence[Generation]) -> None:
@@ -114,12 +115,11 @@ class Writer:
         self._write(values)
 
     def finish(self) -> dict[str, str]:
-        """Stores the checksum of each dataset as its attribute `xxh3`, and returns them by name."""
+        """Stores the xxh3 checksums of the datasets as the attribute `checksums`, and returns them by name."""
         assert self.written == self.sizes, f"wrote {self.written} of {self.sizes}"
-        checksums = {name: hasher.hexdigest() for name, hasher in self.hashers.items()}
-        for name, checksum in checksums.items():
-            self.file[name].attrs["xxh3"] = checksum
-        return checksums
+        sums = {name: hasher.hexdigest() for name, hasher in self.hashers.items()}
+        write_attrs(self.file, {"checksums": sums})
+        return sums
 
     def _write(self, values: Mapping[str, np.ndarray]) -> None:
         ends = {}
@@ -128,7 +128,7 @@ class Writer:
             ends[per] = self.written[per] + len(array)
             assert ends[per] <= self.sizes[per], f"{name}: {ends[per]} values, announced {self.sizes[per]}"
             if len(array):
-                self.file[name][self.written[per] : ends[per]] = array
+                self.datasets[name][self.written[per] : ends[per]] = array
             _update(self.hashers[name], array)
         self.written |= ends
 
@@ -148,11 +148,11 @@ def _update(hasher, values: np.ndarray) -> None:
         hasher.update(np.ascontiguousarray(values))
 
 
-def checksums(file: h5py.File, logprobs: str | None) -> dict[str, str]:
+def checksums(datasets: Mapping[str, h5py.Dataset], logprobs: str | None) -> dict[str, str]:
     """The checksum of each dataset as it reads now."""
     result = {}
     for name, (dtype, _) in schema(logprobs).items():
-        hasher, dataset = xxhash.xxh3_64(), file[name]
+        hasher, dataset = xxhash.xxh3_64(), datasets[name]
         step = 256 if dtype.kind == "O" else 2**20
         for start in range(0, len(dataset), step):
             values = dataset[start : start + step]
