@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         if mpi.launched_rank() == 0:  # the ranks of a job have the same error: one of them says it
             sys.stderr.write(f"noria: {printable(str(error))}\n")
+            sys.stderr.flush()
+        mpi.leave_together()
         return 2
     except BrokenPipeError:
         return 1
@@ -39,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 def _command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
-        raise InputError(f"no command {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+        raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
     command = importlib.import_module(f"noria.commands.{name}")
     parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)

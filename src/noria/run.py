@@ -9,7 +9,7 @@ import torch
 
 from noria import attention, kinds, streams, transports
 from noria.blocks import Block, ModelShape
-from noria.config import Config, InputError
+from noria.config import Config, InputError, require
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.kv_cache import KvCache
 from noria.engine.ring import open_ring
@@ -136,6 +136,8 @@ def build(plan: planner.Plan, shape: ModelShape, weights: Weights, transport, ra
 def _checkpoint(config: Config, dtype: str | None):
     """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
     if config.job.random_weights is None:
+        found = "is a folder" if Path(config.model).is_dir() else "does not exist"
+        require(Path(config.model).is_file(), f"model {config.model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
         return open_checkpoint(config.model)
     try:
         text = Path(config.job.random_weights).read_bytes()

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,19 @@ def library_version() -> str:
     """The MPI library's own words, or nothing if MPI is not up."""
     MPI = sys.modules.get("mpi4py.MPI")
     return MPI.Get_library_version().strip("\0\n ") if MPI else ""
+
+
+def leave_together() -> None:
+    """For ranks that all end with an error: starts MPI if it is not up, because its end, at exit, waits for all ranks.
+
+    Else the launcher would end the job at the first rank's exit, perhaps before rank 0 has said why.
+    """
+    if "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].COMM_WORLD.Get_size() == launched():
+        return
+    try:
+        start()
+    except Refused:  # ranks that cannot see each other: a moment must do
+        time.sleep(min(launched_rank(), 1))
 
 
 def abort(code: int) -> None:
