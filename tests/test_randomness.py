@@ -16,7 +16,9 @@ def xxh3_of_32_bytes(data: bytes) -> int:
     """XXH3 (64 bits, seed 0) of 17 to 32 bytes, from the specification (XXH3_len_17to128_64b)."""
 
     def mix(data, secret):
-        low, high = (int.from_bytes(data[i : i + 8], "little") ^ int.from_bytes(secret[i : i + 8], "little") for i in (0, 8))
+        word = int.from_bytes
+        low = word(data[:8], "little") ^ word(secret[:8], "little")
+        high = word(data[8:], "little") ^ word(secret[8:], "little")
         product = low * high
         return (product & MASK) ^ (product >> 64)
 

@@ -94,7 +94,7 @@ KINDS = {
 }
 SETTINGS = {
     "bos_token": "<s>",
-    "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "__type": "AddedToken"},
+    "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "__type": "AddedToken"},
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
 
@@ -138,14 +138,14 @@ def test_vocabulary_and_merges_alone_are_the_tokenizer_of_opt_and_gpt2(add_bos_t
     model = json.loads(byte_level(("<s>", "<pad>", "</s>")).to_str())["model"]
     added = {text: token_id for token_id, text in enumerate(added, len(model["vocab"]))}
     merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"]), ""])
-    decoder = {str(token_id): {"content": text, "normalized": True, "special": False} for text, token_id in added.items()}
+    decoder = {str(token_id): {"content": text, "normalized": True} for text, token_id in added.items()}
     settings = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     files = {
         "vocab.json": json.dumps(model["vocab"]).encode(),
         "merges.txt": merges.encode(),
         "special_tokens_map.json": json.dumps(settings).encode(),
         "added_tokens.json": json.dumps(added).encode(),
-        "tokenizer_config.json": json.dumps({"add_bos_token": add_bos_token, "tokenizer_class": "GPT2Tokenizer"}).encode(),
+        "tokenizer_config.json": json.dumps({"add_bos_token": add_bos_token}).encode(),
     }
     if in_settings:
         whole = settings | {"add_bos_token": add_bos_token, "added_tokens_decoder": decoder}
@@ -168,6 +168,17 @@ def test_a_text_that_begins_with_the_bos_has_one_bos_and_no_other_text_loses_any
     assert tokenizer.encode("<s>") == tokenizer.encode("") == [bos]
     assert tokenizer.encode("<s><s>the").count(bos) == 2  # as the user wrote it
     assert tokenizer.encode("the <s>cat").count(bos) == 2
+
+
+def test_a_beginning_of_two_tokens_is_doubled_only_if_both_are():
+    backend = byte_level()
+    begin, middle = backend.token_to_id("<s>"), backend.token_to_id("<|end|>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> <|end|> $A", special_tokens=[("<s>", begin), ("<|end|>", middle)]
+    )
+    tokenizer = Tokenizer(files_of(backend), {}, {})
+    assert tokenizer.encode("<s><|end|>the") == tokenizer.encode("the")
+    assert tokenizer.encode("<s>the") == [begin, middle, begin, *tokenizer.encode("the")[2:]]
 
 
 def test_a_tokenizer_that_adds_no_bos_keeps_those_of_the_text():

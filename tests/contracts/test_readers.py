@@ -15,7 +15,7 @@ WRITE = {
     "jsonl": lambda prompts: "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode(),
     "text": lambda prompts: "".join(prompt + "\n" for prompt in prompts).encode(),
 }
-PROMPTS = ["one", " two ", "drei größer 東京 🎉", "with\ttab, \"quotes\" and \\", "\u2028 is no line end, nor is \x0b or \x85", "x" * 2**20]
+PROMPTS = ["one", " two ", "größer 東京 🎉", 'with\ttab, "quotes" and \\', "no line ends: \u2028 \x0b \x85", "x" * 2**20]
 CASES = [(name, suffix) for name in kinds.names("readers") for suffix in kinds.load("readers", name).SUFFIXES]
 
 
@@ -37,7 +37,8 @@ def test_rows_come_back_in_order_and_unchanged_and_are_counted(name, suffix, tmp
 def test_a_bom_line_ends_of_windows_and_a_last_line_without_an_end_change_nothing(name, suffix, tmp_path):
     content = WRITE[name](["one", "two"])
     reader = kinds.load("readers", name)
-    for variant in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.removesuffix(b"\n"), content + b"\n\r\n\n"):
+    windows, trailing = content.replace(b"\n", b"\r\n"), content + b"\n\r\n\n"
+    for variant in (b"\xef\xbb\xbf" + content, windows, content.removesuffix(b"\n"), trailing):
         path = write(tmp_path / f"prompts{suffix}", variant)
         assert [row["prompt"] for row in reader.read(path)] == ["one", "two"]
         assert reader.count(path) == 2

@@ -66,7 +66,7 @@ def too_long(number: int) -> str:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed if it begins as gzip does. Raises InputError if it cannot be read as text at all."""
+    """The file's bytes, decompressed if it begins as gzip does. Raises InputError for what is no file of text."""
     path = Path(path)
     try:
         require(path.exists(), f"prompts {path}: no such file")

@@ -7,11 +7,11 @@ from pathlib import Path
 from noria.readers import BadRow, lines, too_long
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
-_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
 def read(path: str | Path) -> Iterator[dict | BadRow]:
-    """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for the file as a whole."""
+    """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for a bad file."""
     for number, line in enumerate(lines(path), 1):
         if line is None:
             yield BadRow(too_long(number))

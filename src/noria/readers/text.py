@@ -12,7 +12,7 @@ SUFFIXES = (".txt", ".txt.gz")
 
 
 def read(path: str | Path) -> Iterator[dict | BadRow]:
-    """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for the file as a whole."""
+    """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for a bad file."""
     blank = 0
     for number, line in enumerate(lines(path), 1):
         if line == b"":

@@ -98,7 +98,7 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
 
 
 def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
-    """The row's sampling keys, the user's own columns, and what is wrong with keys. Null: a sampling key is not given."""
+    """The row's sampling keys (null: not given), the user's own columns, and what is wrong with keys."""
     own, extra, errors = {}, {}, []
     for name, value in record.items():
         if name in RESERVED:
@@ -181,8 +181,6 @@ def _sampling(own: dict) -> tuple[dict, str | None]:
         return dict(override(tuple(own), *own.values())), None
     except InputError as error:
         return {}, str(error)
-    except OverflowError:
-        return {}, f"{', '.join(own)}: a number is too large"
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: true is not 1

@@ -47,7 +47,7 @@ class Tokenizer:
         encoding = self._backend.encode(_without_lone_surrogates(text))
         ids, added = encoding.ids, encoding.special_tokens_mask
         prefix = added.index(0) if 0 in added else len(ids)
-        doubled = prefix > 0 and ids[:prefix] == ids[prefix : 2 * prefix]
+        doubled = ids[:prefix] == ids[prefix : 2 * prefix]
         return ids[prefix:] if doubled else ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
