@@ -13,7 +13,6 @@ import torch
 from h5py import h5d, h5p, h5s, h5t
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 from noria.blocks import ALIGNMENT, DTYPE_NBYTES, lay_out, layer_name, round_up
 from noria.config import InputError
@@ -22,6 +21,7 @@ from noria.files.checkpoint import open_checkpoint
 from noria.files.checkpoint_writer import Header, file_nbytes, write_checkpoint
 from noria.files.convert import convert
 from noria.files.random_weights import PERIOD, random_checkpoint
+from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 torch.set_num_threads(1)
 
@@ -132,7 +132,9 @@ def test_any_shapes_lie_without_gaps_whatever_the_sizes(tmp_path_factory, block_
         content = np.random.default_rng(parameter.nbytes).bytes(parameter.nbytes)
         return (content[i : i + 9999] for i in range(0, len(content), 9999))
 
-    header = Header("none", dtype, "none", "x" * text, tokenizer={"tokenizer.json": bytes(text % 5000), "vocab.json": b""})
+    header = Header(
+        "none", dtype, "none", "x" * text, tokenizer={"tokenizer.json": bytes(text % 5000), "vocab.json": b""}
+    )
     write_checkpoint(path, header, blocks, None if tie == "untied" else "tokens", chunks)
     assert path.stat().st_size <= file_nbytes(blocks, header)
     content = path.read_bytes()
@@ -166,7 +168,9 @@ def test_what_a_checkpoint_says_of_itself(models):
 def test_the_hash_is_of_the_model_wherever_it_lies(models, tmp_path):
     hashes = []
     for number, (config, seed) in enumerate([(LLAMA, 0), (LLAMA, 0), (LLAMA, 1), (LLAMA | {"rope_theta": 5.0}, 0)]):
-        source = write_directory(tmp_path / f"{number}" / "llama", config, state(config, seed=seed), num_shards=number + 1)
+        source = write_directory(
+            tmp_path / f"{number}" / "llama", config, state(config, seed=seed), num_shards=number + 1
+        )
         convert(source, tmp_path / f"{number}.h5")
         with open_checkpoint(tmp_path / f"{number}.h5") as checkpoint:
             hashes.append(checkpoint.header_hash)
@@ -233,7 +237,9 @@ def test_a_flipped_bit_is_found_at_the_first_load_of_its_block(model):
     with open_checkpoint(model) as checkpoint:
         read(checkpoint, "layers/0000")
         for attempt in (lambda: read(checkpoint, "layers/0001"), lambda: checkpoint.verify_block("layers/0001")):
-            with pytest.raises(InputError, match="model.h5: block 'layers/0001' is damaged: its checksum is .* the header says"):
+            with pytest.raises(
+                InputError, match="model.h5: block 'layers/0001' is damaged: its checksum is .* the header says"
+            ):
                 attempt()
 
 
@@ -275,7 +281,11 @@ def test_links_that_leave_the_folder_or_lead_nowhere_are_refused(models, tmp_pat
     shutil.copy(models["llama"], tmp_path / "outside" / "part.h5")
     for number, (link, path, message) in enumerate(
         [
-            ("../outside/part.h5", "/layers/0001", "links to '../outside/part.h5': a checkpoint's files lie in one folder"),
+            (
+                "../outside/part.h5",
+                "/layers/0001",
+                "links to '../outside/part.h5': a checkpoint's files lie in one folder",
+            ),
             (str(tmp_path / "outside/part.h5"), "/layers/0001", "a checkpoint's files lie in one folder"),
             ("away.h5", "/layers/0001", "links to 'away.h5': a checkpoint's files lie in one folder"),
             ("gone.h5", "/layers/0001", "is in the file 'gone.h5', which is missing"),

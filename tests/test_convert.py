@@ -8,16 +8,16 @@ import sys
 import h5py
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from tiny_models import LLAMA, OPT, fused, state, write_directory
 
+import tiny_models
 from noria.__main__ import main
 from noria.config import InputError
 from noria.files import convert as convert_module
 from noria.files import shards
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
+from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 torch.set_num_threads(1)
 TIED_LLAMA = LLAMA | {"tie_word_embeddings": True}
@@ -44,7 +44,9 @@ def assert_holds(path, expected):
         assert torch.equal(found[name], values), name
 
 
-@pytest.mark.parametrize("config", [LLAMA, TIED_LLAMA, OPT, UNTIED_OPT], ids=["llama", "llama-tied", "opt", "opt-untied"])
+@pytest.mark.parametrize(
+    "config", [LLAMA, TIED_LLAMA, OPT, UNTIED_OPT], ids=["llama", "llama-tied", "opt", "opt-untied"]
+)
 @pytest.mark.parametrize(
     ("num_shards", "torch_files"), [(1, False), (3, False), (1, True), (3, True)], ids=["one", "sharded", "bin", "bins"]
 )
@@ -61,7 +63,9 @@ def test_another_dtype_is_torch_s_own_cast(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_NBYTES", 1000)  # every tensor in many pieces
     tensors = state(LLAMA, torch.float32)
     convert(write_directory(tmp_path / "hf", LLAMA, tensors), tmp_path / "model.h5", dtype)
-    assert_holds(tmp_path / "model.h5", {name: v.to(getattr(torch, dtype)) for name, v in fused(LLAMA, tensors).items()})
+    assert_holds(
+        tmp_path / "model.h5", {name: v.to(getattr(torch, dtype)) for name, v in fused(LLAMA, tensors).items()}
+    )
 
 
 def test_a_bare_model_without_its_prefix_converts(tmp_path):
@@ -115,12 +119,18 @@ def test_tensors_left_over_are_named_once_and_known_ones_not_at_all(tmp_path):
         "vision.tower": torch.ones(3),
     }
     made = convert(write_directory(tmp_path / "hf", TIED_LLAMA, tensors), tmp_path / "model.h5")
-    assert [note for note in made.notes if "left out" in note] == ["1 tensor left out, which llama has no use for: 'vision.tower'"]
+    assert [note for note in made.notes if "left out" in note] == [
+        "1 tensor left out, which llama has no use for: 'vision.tower'"
+    ]
 
 
 def test_progress_ends_at_the_whole(tmp_path):
     calls = []
-    convert(write_directory(tmp_path / "hf", OPT, state(OPT)), tmp_path / "model.h5", progress=lambda *call: calls.append(call))
+    convert(
+        write_directory(tmp_path / "hf", OPT, state(OPT)),
+        tmp_path / "model.h5",
+        progress=lambda *call: calls.append(call),
+    )
     done = [call[1] for call in calls]
     assert done == sorted(done) and {call[0] for call in calls} == {"embed", "layers/0000", "layers/0001", "head"}
     assert done[-1] == sum(v.nbytes for name, v in fused(OPT, state(OPT)).items() if name != "embed/tokens")
@@ -213,7 +223,10 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         (json.dumps(LLAMA | {"hidden_size": "32"}), ["hidden_size", "'32'"]),
         (json.dumps(LLAMA | {"architectures": 3}), ["config.json", "hf"]),
         (json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}), ["gptq"]),
-        (json.dumps(LLAMA | {"num_hidden_layers": 10**9}), ["lacks 'model.layers.3.", "and more", "layers/0003 of llama"]),
+        (
+            json.dumps(LLAMA | {"num_hidden_layers": 10**9}),
+            ["lacks 'model.layers.3.", "and more", "layers/0003 of llama"],
+        ),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused(tmp_path, text, words):
@@ -239,7 +252,13 @@ def test_quantized_numbers_are_refused(tmp_path):
 
 def test_numbers_beyond_the_dtype_are_refused(tmp_path):
     source = directory(tmp_path, **{"model.norm.weight": torch.full((32,), 7e4)})
-    refused(source, tmp_path, "'model.norm.weight' holds 7e+04, float16 ends at 6.55e+04", "--dtype bfloat16", dtype="float16")
+    refused(
+        source,
+        tmp_path,
+        "'model.norm.weight' holds 7e+04, float16 ends at 6.55e+04",
+        "--dtype bfloat16",
+        dtype="float16",
+    )
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0b"])
@@ -271,7 +290,9 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path):
     source = directory(tmp_path)
     (source / "model.safetensors").rename(tmp_path / "elsewhere")
     (source / "model.safetensors").symlink_to("../elsewhere")
-    refused(source, tmp_path, "model.safetensors is a link to", "elsewhere, outside", "copy the file into the directory")
+    refused(
+        source, tmp_path, "model.safetensors is a link to", "elsewhere, outside", "copy the file into the directory"
+    )
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").symlink_to("nothing")
     refused(source, tmp_path, "is a link to nothing: download it again")

@@ -3,10 +3,10 @@
 import h5py
 import pytest
 import torch
-from tiny_models import LLAMA, OPT, state, write_directory
 
 from noria.__main__ import main
 from noria.files.convert import convert
+from tiny_models import LLAMA, OPT, state, write_directory
 
 
 @pytest.fixture

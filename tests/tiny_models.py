@@ -42,7 +42,9 @@ def state(config: dict, dtype=torch.float32, seed: int = 0) -> dict[str, torch.T
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
 
 
 def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -75,7 +77,12 @@ def _opt_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     }
     for layer in range(config["num_hidden_layers"]):
         parts = {f"self_attn.{name}_proj": (size, size) for name in ("q", "k", "v", "out")}
-        parts |= {"fc1": (inner, size), "fc2": (size, inner), "self_attn_layer_norm": (size,), "final_layer_norm": (size,)}
+        parts |= {
+            "fc1": (inner, size),
+            "fc2": (size, inner),
+            "self_attn_layer_norm": (size,),
+            "final_layer_norm": (size,),
+        }
         for name, shape in parts.items():
             shapes[f"{top}.layers.{layer}.{name}.weight"] = shape
             shapes[f"{top}.layers.{layer}.{name}.bias"] = shape[:1]

@@ -37,7 +37,9 @@ def _checkpoint(path: Path, verify: bool) -> int:
                 damaged.append(name)
                 _write([str(error)])
         if damaged:
-            raise InputError(f"{path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}")
+            raise InputError(
+                f"{path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}"
+            )
         if verify:
             _write([f"verified    {plural(len(file.blocks), 'block')}, {file.nbytes} bytes: every checksum is right"])
     return 0

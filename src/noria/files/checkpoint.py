@@ -12,7 +12,7 @@ import h5py
 import xxhash
 
 from noria import models
-from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, ModelShape, layer_name, lay_out
+from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, ModelShape, lay_out, layer_name
 from noria.config import InputError
 from noria.files.container import (
     Extent,
@@ -53,14 +53,16 @@ def parse_json(text: str | bytes, where: str) -> dict:
 
 
 def model_shape(config: dict, where: str) -> tuple[object, ModelShape]:
-    """The model family's module and the sizes that `config` (of a config.json) gives. Raises InputError naming `where`."""
+    """The model family's module and the sizes in `config` (of a config.json). Raises InputError naming `where`."""
     try:
         family = models.for_config(config)
         return family, family.shape(config)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{where}: its config.json cannot be understood: {type(error).__name__} {str(error)[:200]}") from error
+        raise InputError(
+            f"{where}: its config.json cannot be understood: {type(error).__name__} {str(error)[:200]}"
+        ) from error
 
 
 def block_names(shape: ModelShape) -> Iterator[str]:
@@ -82,7 +84,7 @@ def model_block(family, shape: ModelShape, name: str, dtype: str) -> Block:
 class Checkpoint:
     """An open checkpoint. Blocks may be read from several threads; `close` when none is reading any more.
 
-    shape, family, dtype: what the model is; config, generation_config: its own JSON objects; blocks: the layouts by name;
+    shape, family, dtype: what the model is; config, generation_config: its own JSON objects; blocks: layouts by name;
     tokenizer: bytes by file name; header_hash: the same for the same model wherever it lies; nbytes: of all blocks.
     """
 
@@ -139,7 +141,10 @@ class Checkpoint:
             begin = begin or Extent(extent.fd, extent.path, extent.offset - parameter.offset, block.nbytes)
             where = (extent.fd, extent.offset)
             if where != (begin.fd, begin.offset + parameter.offset) or extent.offset % ALIGNMENT:
-                raise InputError(f"{self.path}: {path!r} is at byte {extent.offset} of {extent.path.name}, not where its block has it")
+                raise InputError(
+                    f"{self.path}: {path!r} is at byte {extent.offset} of {extent.path.name},"
+                    " not where its block has it"
+                )
         check_inside(begin, block.name)
         return begin
 
@@ -159,7 +164,9 @@ class Checkpoint:
         digest = xxhash.xxh3_128()
         contents = [FORMAT, str(VERSION), self.family, self.dtype, *texts.values()]
         contents += [word for pair in self._checksums.items() for word in pair]
-        for content in [text.encode() for text in contents] + [part for pair in self.tokenizer.items() for part in pair]:
+        for content in [text.encode() for text in contents] + [
+            part for pair in self.tokenizer.items() for part in pair
+        ]:
             content = content.encode() if isinstance(content, str) else content
             digest.update(len(content).to_bytes(8, "little") + content)
         return digest.hexdigest()
@@ -181,12 +188,12 @@ class Checkpoint:
         if found != self._checksums[name]:
             path = self._extents[name].path
             raise InputError(
-                f"{path}: block {name!r} is damaged: its checksum is {found}, the header says {self._checksums[name][:32]!r};"
-                " copy or convert the model again"
+                f"{path}: block {name!r} is damaged: its checksum is {found}, the header says"
+                f" {self._checksums[name][:32]!r}; copy or convert the model again"
             )
 
     def verify_block(self, name: str) -> None:
-        """Reads a block and drops it, in a few MiB of memory. Raises InputError, naming it, if its bytes have changed."""
+        """Reads a block and drops it, in a few MiB of memory. Raises InputError, naming it, if its bytes changed."""
         digest, extent = xxhash.xxh3_128(), self._extents[name]
         buffer = memoryview(bytearray(min(extent.nbytes, _VERIFY_NBYTES)))
         for at in range(0, extent.nbytes, _VERIFY_NBYTES):
@@ -218,16 +225,20 @@ class Checkpoint:
 def _check_format(root: h5py.File, path: Path) -> None:
     found = text_attribute(root, "format", path) if "format" in root.attrs else None
     if found != FORMAT:
-        raise InputError(f"{path} is not a checkpoint: its format is {found!r}, not {FORMAT!r}; make one with noria convert")
+        raise InputError(
+            f"{path} is not a checkpoint: its format is {found!r}, not {FORMAT!r}; make one with noria convert"
+        )
     version = root.attrs.get("version")
     if getattr(version, "shape", None) != () or version.dtype.kind not in "iu" or version < 1:
         raise InputError(f"{path}: version is {version!r}, it should be a whole number from 1 on")
     if version > VERSION:
-        raise InputError(f"{path} is version {version} of the format, this Noria reads up to {VERSION}: use a newer Noria")
+        raise InputError(
+            f"{path} is version {version} of the format, this Noria reads up to {VERSION}: use a newer Noria"
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises InputError for a file that is missing, foreign, truncated, newer or inconsistent."""
+    """The checkpoint at `path`. Raises InputError if it is missing, foreign, truncated, newer or inconsistent."""
     return Checkpoint(Path(path))
 
 
@@ -235,13 +246,18 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     """Lines that say what a checkpoint holds. Texts are the file's own: escape them for a terminal."""
     shape, blocks = checkpoint.shape, checkpoint.blocks
     layers = [blocks[name].nbytes for name in blocks if name.startswith("layers/")]
-    each = f"{len(layers)} of {layers[0]} bytes" if len(set(layers)) == 1 else f"{len(layers)}, {sum(layers)} bytes together"
+    each = (
+        f"{len(layers)} of {layers[0]} bytes"
+        if len(set(layers)) == 1
+        else f"{len(layers)}, {sum(layers)} bytes together"
+    )
     texts = ", ".join(f"{name} ({len(content)} bytes)" for name, content in checkpoint.tokenizer.items())
     return [
         f"{checkpoint.path}: checkpoint, version {VERSION}, made from {checkpoint.source}",
         f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
-        f"sizes       {shape.num_layers} layers, hidden {shape.hidden_size}, heads {shape.num_heads} of {shape.head_dim}"
-        f" (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size}, positions {shape.max_positions}"
+        f"sizes       {shape.num_layers} layers, hidden {shape.hidden_size}, heads {shape.num_heads} of"
+        f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size},"
+        f" positions {shape.max_positions}"
         f"{', embedding tied to the head' if shape.tied else ''}",
         f"embed       {blocks['embed'].nbytes} bytes: {_parameters(blocks['embed'])}",
         f"layers      {each}: {_parameters(blocks[layer_name(0)]) if layers else 'none'}",

@@ -1,6 +1,6 @@
 """Writes a checkpoint: HDF5 lays out the datasets, plain pwrite fills them, a rename makes the file appear whole.
 
-Where the bytes come from is the caller's: `chunks(block, parameter)` gives them in any pieces. The reader is checkpoint.py.
+Where the bytes come from is the caller's: `chunks(block, parameter)` gives them in any pieces. checkpoint.py reads.
 """
 
 import os
@@ -56,11 +56,13 @@ def file_nbytes(blocks: Mapping[str, Block], header: Header) -> int:
     return sum(block.nbytes for block in blocks.values()) + texts + num_objects * 2 * ALIGNMENT
 
 
-def write_checkpoint(path: Path, header: Header, blocks: Mapping[str, Block], shared: str | None, chunks: Chunks) -> None:
+def write_checkpoint(
+    path: Path, header: Header, blocks: Mapping[str, Block], shared: str | None, chunks: Chunks
+) -> None:
     """Writes `blocks` to a new file and syncs it.
 
-    shared: the parameter of `embed` that is the head's lm_head (a tied embedding), written once. chunks(block, parameter)
-    gives the bytes of a parameter in order; a chunk is done with when the next is asked for.
+    shared: the parameter of `embed` that is the head's lm_head (a tied embedding), written once.
+    chunks(block, parameter) gives the bytes of a parameter in order; a chunk is done with when the next is asked for.
     """
     order = _order(blocks, shared)
     _create(path, header, blocks, order)
@@ -81,19 +83,27 @@ def _order(blocks: Mapping[str, Block], shared: str | None) -> dict[Place, tuple
     the two blocks do not allow that it is stored twice.
     """
     names = {name: [(name, parameter.name) for parameter in block.parameters] for name, block in blocks.items()}
-    head, embed, layers = names["head"], names["embed"], [place for name in names if "/" in name for place in names[name]]
+    head, embed, layers = (
+        names["head"],
+        names["embed"],
+        [place for name in names if "/" in name for place in names[name]],
+    )
     one, other = ("embed", shared), ("head", "lm_head")
     if shared and head[-1] == other and embed[0] == one:
-        return {place: () for place in layers + head[:-1]} | {other: (one,)} | {place: () for place in embed[1:]}
+        return dict.fromkeys(layers + head[:-1], ()) | {other: (one,)} | dict.fromkeys(embed[1:], ())
     if shared and head[0] == other and embed[-1] == one:
-        return {place: () for place in layers + embed[:-1]} | {other: (one,)} | {place: () for place in head[1:]}
-    return {place: () for place in embed + layers + head}
+        return dict.fromkeys(layers + embed[:-1], ()) | {other: (one,)} | dict.fromkeys(head[1:], ())
+    return dict.fromkeys(embed + layers + head, ())
 
 
 def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapping[Place, tuple[Place, ...]]) -> None:
-    # alignment: every object of the file starts on a page of its own, which leaves the data of one block without gaps
-    with h5py.File(path, "x", libver="earliest", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-        file.attrs.update(format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source)
+    # alignment: every object of the file starts on a page of its own, which leaves the data of one block without gaps;
+    # v108: the oldest format with checksums in its metadata, and without a mark that a killed writer leaves behind
+    libver = ("v108", "v108")
+    with h5py.File(path, "x", libver=libver, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+        file.attrs.update(
+            format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source
+        )
         file.attrs.update(config=header.config, generation_config=header.generation_config)
         for block in blocks.values():
             file.create_group(block.name).attrs[CHECKSUM] = np.bytes_("0" * 32)
@@ -106,7 +116,9 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
         # space is given at the first write: in this order, with nothing between
         for dataset in datasets:
             _touch(dataset)
-        tokenizer = file.create_group("tokenizer")  # after the blocks, so that the last block's padding is inside the file
+        tokenizer = file.create_group(
+            "tokenizer"
+        )  # after the blocks, so that the last block's padding is inside the file
         for name, content in header.tokenizer.items():
             tokenizer.create_dataset(name, data=np.frombuffer(content, np.uint8))
 
@@ -137,7 +149,11 @@ def _offsets(path: Path, blocks: Mapping[str, Block]) -> dict[Place, int]:
     for block in blocks.values():
         begin = offsets[block.name, block.parameters[0].name]
         found = [offsets[block.name, parameter.name] - begin for parameter in block.parameters]
-        assert begin % ALIGNMENT == 0 and found == [parameter.offset for parameter in block.parameters], (block, begin, found)
+        assert begin % ALIGNMENT == 0 and found == [parameter.offset for parameter in block.parameters], (
+            block,
+            begin,
+            found,
+        )
     return offsets
 
 

@@ -22,7 +22,7 @@ _NUMPY_TYPES = {"float64": h5t.IEEE_F64LE, "float32": h5t.IEEE_F32LE, "float16":
 
 
 def hdf5_type(dtype: str) -> h5t.TypeID:
-    """The stored type of a dtype. bfloat16 is a float type of its own bit fields, so that any HDF5 reader sees its values."""
+    """The stored type of a dtype. bfloat16 is a float type of its own bit fields: any HDF5 reader sees its values."""
     if dtype != "bfloat16":
         return _NUMPY_TYPES[dtype]
     kind = h5t.IEEE_F32LE.copy()
@@ -48,7 +48,11 @@ def open_hdf5(path: Path) -> h5py.File:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            hint = f": make a checkpoint of it with `noria convert {path} model.h5`" if (path / "config.json").is_file() else ""
+            hint = (
+                f": make a checkpoint of it with `noria convert {path} model.h5`"
+                if (path / "config.json").is_file()
+                else ""
+            )
             raise InputError(f"{path} is a directory, not an HDF5 file{hint}")
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is not a regular file")
@@ -80,7 +84,16 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
@@ -123,19 +136,25 @@ class LinkedFiles:
             elif isinstance(link, h5py.ExternalLink):
                 hops += 1
                 if hops > MAX_LINKS:
-                    raise InputError(f"{self.path}: {path!r} goes through more than {MAX_LINKS} links from file to file")
+                    raise InputError(
+                        f"{self.path}: {path!r} goes through more than {MAX_LINKS} links from file to file"
+                    )
                 node = self._open(link.filename, path)
                 parts += link.path.strip("/").split("/")[::-1]
             elif link is None:
                 raise InputError(f"{self.path} has no {path!r}: it is incomplete, convert the model again")
             else:
-                raise InputError(f"{self.path}: {path!r} is a {type(link).__name__}: links here are hard or to other files")
+                raise InputError(
+                    f"{self.path}: {path!r} is a {type(link).__name__}: links here are hard or to other files"
+                )
         return node
 
     def _open(self, name: str, path: str) -> h5py.File:
         target = self._folder / name
         if name in ("", ".", "..") or "/" in name or "\0" in name or target.resolve().parent != self._folder:
-            raise InputError(f"{self.path}: {path!r} links to {name!r}: a checkpoint's files lie in one folder, {self._folder}")
+            raise InputError(
+                f"{self.path}: {path!r} links to {name!r}: a checkpoint's files lie in one folder, {self._folder}"
+            )
         if target.resolve() not in self._files:
             if not target.exists():
                 raise InputError(f"{self.path}: {path!r} is in the file {name!r}, which is missing in {self._folder}")
@@ -152,7 +171,9 @@ class LinkedFiles:
         if not isinstance(dataset, h5py.Dataset):
             raise InputError(f"{where} is no dataset")
         if dataset.shape != shape if shape is not None else len(dataset.shape or ()) != 1:
-            raise InputError(f"{where} has shape {_shape(dataset.shape)}, it should be {_shape(shape) if shape else '[bytes]'}")
+            raise InputError(
+                f"{where} has shape {_shape(dataset.shape)}, it should be {_shape(shape) if shape else '[bytes]'}"
+            )
         if not dataset.id.get_type().equal(hdf5_type(dtype)):
             raise InputError(f"{where} is stored as {_type_name(dataset)}, not as {dtype}")
         create = dataset.id.get_create_plist()
@@ -199,11 +220,13 @@ def check_inside(extent: Extent, name: str) -> None:
     size = os.fstat(extent.fd).st_size
     end = extent.offset + extent.nbytes
     if end > size:
-        raise InputError(f"{extent.path} is truncated: {name!r} ends at byte {end}, the file has {size}; copy or make it again")
+        raise InputError(
+            f"{extent.path} is truncated: {name!r} ends at byte {end}, the file has {size}; copy or make it again"
+        )
 
 
 def read_full(descriptor: int, into: memoryview, offset: int, path: Path) -> None:
-    """Fills `into` (bytes) from `offset` of an open file on. Any thread may call it. Raises InputError at the file's end."""
+    """Fills `into` (bytes) from `offset` of an open file on. Any thread may. Raises InputError at the file's end."""
     while len(into):
         count = os.preadv(descriptor, [into[: 1 << 30]], offset)
         if count == 0:

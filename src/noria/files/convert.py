@@ -1,7 +1,7 @@
 """Makes a checkpoint of a Hugging Face directory, a few MiB at a time whatever the model's size.
 
-Everything is checked before the first byte is written: the architecture, every tensor's presence and shape, the space on
-the disk. Which tensors make a parameter is the model family's to say.
+Everything is checked before the first byte is written: the architecture, every tensor's presence and shape, the
+space on the disk. Which tensors make a parameter is the model family's to say.
 """
 
 import errno
@@ -50,8 +50,8 @@ def convert(
 ) -> Converted:
     """Converts the model in directory `source` into the checkpoint `target`.
 
-    dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right, before
-    the target is touched; the target appears whole or not at all.
+    dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right,
+    before the target is touched; the target appears whole or not at all.
     """
     target = Path(target)
     _check_target(target, overwrite)
@@ -63,7 +63,9 @@ def convert(
     plan = _plan(directory, family, shape, tensors)
     dtype, notes = _choose_dtype(plan, dtype)
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
-    header = Header(shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer())
+    header = Header(
+        shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer()
+    )
     _check_space(target, file_nbytes(blocks, header))
     notes += _left_over(plan, tensors, shape) + _tokenizer_notes(header)
     source_of = _Source(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
@@ -74,7 +76,9 @@ def convert(
                 pass  # what was written reads back as a checkpoint
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{target.parent} is full: {os.strerror(error.errno)}; what was written is removed") from error
+            raise InputError(
+                f"{target.parent} is full: {os.strerror(error.errno)}; what was written is removed"
+            ) from error
         raise
     return Converted(shape, dtype, target.stat().st_size, notes)
 
@@ -92,22 +96,23 @@ def _check_space(target: Path, needed: int) -> None:
     free = space.f_bavail * space.f_frsize
     if needed > free:
         raise InputError(
-            f"{target} needs {needed / 2**30:.2f} GiB, {target.parent.resolve()} has {free / 2**30:.2f} GiB free: choose another"
-            " folder or a narrower --dtype"
+            f"{target} needs {needed / 2**30:.2f} GiB, {target.parent.resolve()} has {free / 2**30:.2f} GiB free:"
+            " choose another folder or a narrower --dtype"
         )
 
 
 def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Tensor]) -> Plan:
-    """The tensors of every parameter. Raises InputError for the first block that lacks one or has one of a wrong shape."""
+    """The tensors of every parameter. Raises InputError for the first block that lacks one or has a wrong shape."""
     plan: Plan = {}
     for block in block_names(shape):
         wanted = family.sources(shape, block)
         found = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
         missing = [name for name, tensor in found.items() if tensor is None]
         if missing:
+            named = ", ".join(map(repr, missing[:3])) + (" and more" if missing[3:] else "")
             raise InputError(
-                f"{directory.path} lacks {', '.join(map(repr, missing[:3]))}{' and more' if len(missing) > 3 else ''}: {block} of"
-                f" {shape.family} needs {len(missing)} tensors that none of its files holds; download it again"
+                f"{directory.path} lacks {named}:"
+                f" {block} of {shape.family} needs {len(missing)} tensors that none of its files holds; download it again"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
             parts = [found[name] for name in wanted[parameter.name]]
@@ -126,8 +131,8 @@ def _check_parts(block: str, parameter: Parameter, parts: list[Tensor]) -> None:
     if any((rows, *part.shape[1:]) != parameter.shape for part in parts):
         have = ", ".join(f"{part.name!r} {list(part.shape)}" for part in parts)
         raise InputError(
-            f"{parts[0].shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape that config.json"
-            " asks for: weights and config.json are not of one model"
+            f"{parts[0].shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
+            " that config.json asks for: weights and config.json are not of one model"
         )
     for part in parts:
         if part.dtype not in DTYPE_NBYTES:

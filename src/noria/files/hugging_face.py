@@ -1,7 +1,7 @@
 """Reads a Hugging Face model directory: its JSON texts, tokenizer files, and which file holds which tensor.
 
-A file name never leaves the directory: names come from the directory's own files, which are not trusted. Knows nothing of
-model families or of the checkpoint that is made of it.
+A file name never leaves the directory: names come from the directory's own files, which are not trusted. Knows nothing
+of model families or of the checkpoint that is made of it.
 """
 
 import os
@@ -49,11 +49,13 @@ class Directory:
         target = path.resolve()
         if not target.is_relative_to(self._root):
             raise InputError(
-                f"{path} is a link to {target}, outside {self._root}: copy the file into the directory (a link is followed"
-                " only inside the directory, or inside a cache folder with snapshots/ and blobs/)"
+                f"{path} is a link to {target}, outside {self._root}: copy the file into the directory (a link is"
+                " followed only inside the directory, or inside a cache folder with snapshots/ and blobs/)"
             )
         if not target.is_file():
-            raise InputError(f"{path} {'is not a regular file' if target.exists() else 'is a link to nothing'}: download it again")
+            raise InputError(
+                f"{path} {'is not a regular file' if target.exists() else 'is a link to nothing'}: download it again"
+            )
         if not os.access(target, os.R_OK):
             raise InputError(f"{path} cannot be read: permission denied")
         return path
@@ -81,7 +83,11 @@ class Directory:
     def tokenizer(self) -> dict[str, bytes]:
         """The tokenizer's files by name; vocabulary and merges alone only where there is no tokenizer.json."""
         whole = self.file("tokenizer.json") is not None
-        names = [name for name in TOKENIZER_FILES if not (whole and name in ("vocab.json", "merges.txt", "added_tokens.json"))]
+        names = [
+            name
+            for name in TOKENIZER_FILES
+            if not (whole and name in ("vocab.json", "merges.txt", "added_tokens.json"))
+        ]
         contents = {name: self.content(name) for name in names}
         return {name: content for name, content in contents.items() if content is not None}
 
@@ -114,7 +120,7 @@ class Directory:
 
 
 def _trusted_root(path: Path) -> Path:
-    """The folder that links may point into: the directory, or the cache folder of one model that it is a snapshot in."""
+    """The folder that links may point into: the directory, or the cache folder of a model whose snapshot it is."""
     cache = path.parent.parent
     in_cache = path.parent.name == "snapshots" and (cache / "blobs").is_dir()
     return cache if in_cache else path

@@ -1,4 +1,4 @@
-"""A model without a checkpoint: random weights made in place, the same for the same tensor on every rank and in every run.
+"""A model without a checkpoint: random weights made in place, the same for the same tensor on every rank and run.
 
 For trying a shape, a placement or a machine. Has the interface of checkpoint.Checkpoint and no file.
 """
@@ -19,7 +19,7 @@ PERIOD = 1_048_583
 
 
 class RandomCheckpoint:
-    """Blocks of random weights. Norms are 1, other vectors (biases) and matrices are normal with the config's own width."""
+    """Blocks of random weights. Norms are 1; biases and matrices are normal with the config's own width."""
 
     def __init__(self, config: dict, dtype: str):
         if dtype not in DTYPE_NBYTES:
@@ -46,7 +46,9 @@ class RandomCheckpoint:
             end = parameter.offset + parameter.nbytes
             # the tensors' names are the seed: a tied embedding has one name and so one content
             seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
-            numbers = self._numbers(parameter.name, len(parameter.shape), parameter.nbytes // DTYPE_NBYTES[self.dtype], seed)
+            numbers = self._numbers(
+                parameter.name, len(parameter.shape), parameter.nbytes // DTYPE_NBYTES[self.dtype], seed
+            )
             _tile(bytes_[parameter.offset : end], numbers)
         bytes_[end:] = 0
 
@@ -74,5 +76,5 @@ def _tile(target: np.ndarray, period: np.ndarray) -> None:
 
 
 def random_checkpoint(config: dict, dtype: str) -> RandomCheckpoint:
-    """A model of `config` (of a config.json) with random weights in `dtype`. Raises InputError for what cannot be made."""
+    """A model of `config` (of a config.json) with random weights in `dtype`. Raises InputError if it cannot be made."""
     return RandomCheckpoint(config, dtype)

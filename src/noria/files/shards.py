@@ -1,7 +1,7 @@
 """Reads the tensors of one weights file, safetensors or torch's zip/pickle, in pieces and without trusting it.
 
-A shard tells its tensors' dtypes and shapes, and gives a tensor's numbers as flat chunks of bounded size. Knows nothing of
-models or checkpoints. The safetensors format: github.com/huggingface/safetensors, section Format.
+A shard tells its tensors' dtypes and shapes, and gives a tensor's numbers as flat chunks of bounded size. Knows nothing
+of models or checkpoints. The safetensors format: github.com/huggingface/safetensors, section Format.
 """
 
 import json
@@ -37,7 +37,7 @@ class Tensor:
 
 
 def list_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard by name. Raises InputError for a file that is damaged, truncated or holds anything else."""
+    """The tensors of a shard by name. Raises InputError if it is damaged, truncated or holds anything else."""
     if path.suffix == ".safetensors":
         return _list_safetensors(path)
     return {
@@ -56,7 +56,9 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
         if len(beginning) < 8 or nbytes > MAX_HEADER_NBYTES:
             raise InputError(f"{path} is not a safetensors file: its {size} bytes begin with {beginning!r}")
         if 8 + nbytes > size:
-            raise InputError(f"{path} is truncated: its header ends at byte {8 + nbytes}, the file has {size}; download it again")
+            raise InputError(
+                f"{path} is truncated: its header ends at byte {8 + nbytes}, the file has {size}; download it again"
+            )
         header = file.read(nbytes)
     try:
         entries = json.loads(header)
@@ -91,7 +93,7 @@ class Reader:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def chunks(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        """The tensor's numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
+        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
         return self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
 
     def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
@@ -124,7 +126,16 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
                 raise
             # the format before torch 1.6 cannot be mapped: the whole file is in memory while it is read
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[:1]
         raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason}") from error
     size = path.stat().st_size
