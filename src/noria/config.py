@@ -4,6 +4,7 @@ A key of the run file is a field here and a flag of the same name. Knows nothing
 """
 
 import difflib
+import functools
 import json
 import tomllib
 import types
@@ -232,6 +233,7 @@ def _value(prefix: str, kind: type, name: str, value):
     return value
 
 
+@functools.cache  # every row of the prompts asks
 def _types(kind: type) -> dict:
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind) if f.name not in SECTIONS}
