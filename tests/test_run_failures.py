@@ -1,5 +1,6 @@
 """A rank that breaks ends the job within seconds, with its message; what was sealed stays, and the job goes on later."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -36,8 +37,8 @@ def breaks(folder, output, place, rank, *more):
 
 def failures(done):
     """(rank, message) of the lines that say that a rank failed."""
-    lines = [line for line in done.stderr.splitlines() if " failed: " in line]
-    return [(line.split()[1], line.partition(" failed: ")[2]) for line in lines]
+    found = (re.search(r" (rank=\d+/\d+) failed: (.*)", line) for line in done.stderr.splitlines())
+    return [match.groups() for match in found if match]
 
 
 def interrupted(folder, output, monkeypatch, visits):
