@@ -86,7 +86,7 @@ def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) 
 
 
 def check_finished(config: Config, header: Mapping) -> None:
-    """Raises InputError if the finished output is another run's than `header` describes. No seed agrees with any."""
+    """Raises InputError if the finished output is that of another run (a run without a seed takes any)."""
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))
     names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
