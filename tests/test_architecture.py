@@ -1,0 +1,123 @@
+"""The tree is what README.md says it is: rooms, what imports what, and which libraries are used where."""
+
+import ast
+import re
+import subprocess
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "noria"
+# From the bottom up; a module imports modules of its own level or below. Within a level there are no cycles.
+LEVELS = [
+    {"config", "text", "blocks", "step", "kinds", "streams", "progress"},
+    {"models", "attention", "transports", "readers"},
+    {"files", "plan"},
+    {"rows"},
+    {"engine"},
+    {"launch"},
+    {"run"},
+    {"commands"},
+    {"__main__"},
+]
+ALLOWED = {
+    "mpi4py": {"launch/mpi.py", "transports/mpi_device.py", "transports/mpi_host.py"},
+    "h5py": {"files/"},
+    "torch": {"streams.py", "models/", "attention/", "transports/", "files/", "engine/", "launch/launcher.py", "run.py"},
+}
+
+
+def modules():
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def name_of(path):
+    relative = path.relative_to(SOURCE).with_suffix("")
+    parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
+    return ".".join(("noria", *parts))
+
+
+def imports(tree):
+    """(node, dotted name) of every import; `from noria import x` counts as noria.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node, node.module
+            if node.module.startswith("noria"):
+                yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def level(module):
+    room = module.split(".")[1] if "." in module else "config"
+    return next((number for number, rooms in enumerate(LEVELS) if room in rooms), None)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_point_downward(path):
+    own, known = level(name_of(path)), {name_of(module) for module in modules()}
+    assert own is not None, f"{path} is in no level: say in this test where it belongs"
+    for _, name in imports(ast.parse(path.read_text())):
+        if name in known:
+            assert level(name) <= own, f"{name_of(path)} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = {name_of(path) for path in modules()}
+    graph = {
+        name_of(path): {name for _, name in imports(ast.parse(path.read_text())) if name in known - {"noria"}}
+        - {name_of(path)}
+        for path in modules()
+    }
+    for path in modules():  # a package's own __init__ is imported with each of its modules, and imports none of them first
+        graph[name_of(path)] -= {name_of(path).rpartition(".")[0]}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_a_library_is_imported_only_where_it_belongs(library):
+    for path in modules():
+        used = any(name.split(".")[0] == library for _, name in imports(ast.parse(path.read_text())))
+        relative = str(path.relative_to(SOURCE))
+        assert not used or any(relative.startswith(place) for place in ALLOWED[library]), f"{relative} imports {library}"
+
+
+def test_imports_stand_at_the_top_of_their_file():
+    optional = {"launch/mpi.py": {"mpi4py", "libucx"}}
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        allowed = optional.get(str(path.relative_to(SOURCE)), set())
+        hidden = [
+            name
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for _, name in imports(function)
+            if name.split(".")[0] not in allowed
+        ]
+        assert not hidden, f"{path} imports {hidden} inside a function"
+
+
+def test_only_streams_names_a_cuda_stream():
+    for path in modules():
+        if path.name != "streams.py":
+            assert "cuda.Stream(" not in path.read_text() and "current_stream" not in path.read_text(), path
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    block = re.search(r"```text\n(noria/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "README.md has no annotated tree (a ```text block that begins with noria/)"
+    told, folders = set(), []
+    for line in block[1].splitlines()[1:]:
+        indent, entry = re.match(r"( *)(\S+)", line).groups()
+        depth = len(indent) // 2 - 1
+        folders = [*folders[:depth], entry]
+        told.add("".join(folders))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    on_disk = {file for file in tracked if not file.endswith("__init__.py") and not file.startswith(".")}
+    shown = {entry for entry in told if not entry.endswith("/")}
+    collapsed = tuple(entry for entry in told if entry.endswith("/") and not any(e != entry and e.startswith(entry) for e in told))
+    missing = {file for file in on_disk - shown if not file.startswith(collapsed)}
+    assert not missing and not shown - on_disk, f"not in the README: {sorted(missing)}; not on disk: {sorted(shown - on_disk)}"
+    assert all(any(file.startswith(entry) for file in on_disk) for entry in told if entry.endswith("/"))
