@@ -9,6 +9,7 @@ from noria import models
 from noria.attention import sdpa
 from noria.blocks import layer_name
 from noria.config import InputError
+from noria.models._linear import linear
 from noria.step import PAGE_TOKENS, Run, Span
 
 LLAMA = {
@@ -277,3 +278,15 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(config):
     with pytest.raises(InputError, match="known: LlamaForCausalLM, OPTForCausalLM") as error:
         models.for_config(config)
     assert all(architecture in str(error.value) for architecture in config.get("architectures", []))
+
+
+@pytest.mark.parametrize("outputs", [4096, 5000])
+@pytest.mark.parametrize("num_tokens", [1, 2, 64, 300])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_product_in_tiles_is_the_product(outputs, num_tokens, threads):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(num_tokens, 24, generator=generator), torch.randn(outputs, 24, generator=generator)
+    for bias in (None, torch.randn(outputs, generator=generator)):
+        expected = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(linear(hidden, weight, bias).double(), expected, rtol=0, atol=1e-4)
