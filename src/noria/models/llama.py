@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from noria.blocks import ModelShape
 from noria.config import InputError, require
 from noria.models import _config as read
+from noria.models._linear import linear
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 ALIASES = (("model.", ""),)  # a checkpoint saved from the bare LlamaModel
@@ -179,16 +180,16 @@ def layer(
     """[T, E] after one layer, from hidden states [T, E], which are left as they are."""
     heads, kv_heads, size, eps = shape.num_heads, shape.num_kv_heads, shape.hidden_size, shape.details["norm_eps"]
     normed = F.rms_norm(hidden, (size,), parameters["attention_norm"], eps)
-    qkv = F.linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
     qkv = qkv.view(len(hidden), heads + 2 * kv_heads, shape.head_dim)
     rotated = _rotate(qkv[:, : heads + kv_heads], *positional)
     attended = attend(rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :])
     attended = attended.reshape(len(hidden), heads * shape.head_dim)
-    hidden = F.linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
 
     normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], eps)
-    gate, up = F.linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")).chunk(2, dim=-1)
-    return F.linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
+    gate, up = linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")).chunk(2, dim=-1)
+    return linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
 
 
 def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -203,4 +204,4 @@ def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> 
 def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     normed = F.rms_norm(hidden, (shape.hidden_size,), parameters["norm"], shape.details["norm_eps"])
-    return F.linear(normed, parameters["lm_head"])
+    return linear(normed, parameters["lm_head"])

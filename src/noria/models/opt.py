@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from noria.blocks import ModelShape
 from noria.config import require
 from noria.models import _config as read
+from noria.models._linear import linear
 
 ARCHITECTURES = ("OPTForCausalLM",)
 ALIASES = (("model.decoder.", "decoder."),)  # the first published checkpoints
@@ -126,16 +127,16 @@ def layer(
     """[T, E] after one layer, from hidden states [T, E], which are left as they are."""
     heads, size = shape.num_heads, shape.hidden_size
     normed = F.layer_norm(hidden, (size,), parameters["attention_norm"], parameters["attention_norm_bias"])
-    qkv = F.linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
     attended = attend(*qkv.split(heads, dim=1)).reshape(len(hidden), size)
-    hidden = F.linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
 
     normed = F.layer_norm(hidden, (size,), parameters["mlp_norm"], parameters["mlp_norm_bias"])
-    inner = F.linear(normed, parameters["up"], parameters.get("up_bias")).relu_()
-    return F.linear(inner, parameters["down"], parameters.get("down_bias")).add_(hidden)
+    inner = linear(normed, parameters["up"], parameters.get("up_bias")).relu_()
+    return linear(inner, parameters["down"], parameters.get("down_bias")).add_(hidden)
 
 
 def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     normed = F.layer_norm(hidden, (shape.hidden_size,), parameters["norm"], parameters["norm_bias"])
-    return F.linear(normed, parameters["lm_head"])
+    return linear(normed, parameters["lm_head"])
