@@ -340,6 +340,17 @@ def test_a_truncated_file_is_refused_wherever_it_ends(models, tmp_path):
     assert f"it has {length} bytes of {len(content)}; copy or make it again" in str(error.value)
 
 
+def test_an_extent_beyond_its_file_is_refused_to_the_byte(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes(5000))
+    with open(path, "rb") as file:
+        container.check_inside(container.Extent(file.fileno(), path, 904, 4096), "head")
+        with pytest.raises(
+            InputError, match="x is truncated: 'head' ends at byte 5001, the file has 5000; copy or make"
+        ):
+            container.check_inside(container.Extent(file.fileno(), path, 905, 4096), "head")
+
+
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
