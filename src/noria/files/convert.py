@@ -111,8 +111,8 @@ def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Te
         if missing:
             named = ", ".join(map(repr, missing[:3])) + (" and more" if missing[3:] else "")
             raise InputError(
-                f"{directory.path} lacks {named}:"
-                f" {block} of {shape.family} needs {len(missing)} tensors that none of its files holds; download it again"
+                f"{directory.path} lacks {named}: {block} of {shape.family} needs {len(missing)} tensors"
+                " that none of its files holds; download it again"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
             parts = [found[name] for name in wanted[parameter.name]]
