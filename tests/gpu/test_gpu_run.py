@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -104,6 +105,21 @@ def test_a_1b_llama_gives_the_cpus_tokens_in_float64(llama, num_ranks):
     with open_generations(folder / "cpu.h5") as file:
         expected = [row.token_ids.tolist() for row in file.rows()]
     assert generate(num_ranks, folder / f"gpu{num_ranks}.h5", folder / "model.h5", *flags)[0] == expected
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_a_rank_holds_its_own_layers_and_keeps_to_its_plan(llama, num_ranks):
+    prompts = llama / "short.jsonl"
+    prompts.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in token_rows([100] * 6)))
+    output = llama / f"memory{num_ranks}.h5"
+    generate(num_ranks, output, llama / "model.h5", "--prompts", prompts, "--max-new-tokens", "8", "--ignore-eos")
+    with h5py.File(output) as file:
+        planned, peaks = json.loads(file.attrs["plan"])["memory"], file["timing/peak_device_nbytes"][:].tolist()
+    for rank, (memory, peak) in enumerate(zip(planned, peaks, strict=True)):
+        print(f"{num_ranks} ranks, rank {rank}: peak {peak / 2**20:.0f} MiB, planned {memory}")
+        assert memory["weights"] + memory["cache"] <= peak <= sum(memory.values())
+    with open_checkpoint(llama / "model.h5") as checkpoint:
+        assert sum(memory["weights"] for memory in planned) == checkpoint.nbytes
 
 
 def logits_of(checkpoint, dtype, rows):

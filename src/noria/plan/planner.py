@@ -6,9 +6,10 @@ Needs no torch, no MPI and no GPU.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from noria.blocks import DTYPE_NBYTES, Block, ModelShape
+from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, parse_nbytes, require
-from noria.plan.placement import blocks_of, partition
+from noria.plan import costs
+from noria.plan.placement import partition
 from noria.step import PAGE_TOKENS
 
 GiB = 1024**3
@@ -91,27 +92,10 @@ def make(
     groups = pipeline.groups or _default_groups(config, num_ranks, machine.device)
     step_tokens = pipeline.step_tokens or (4096 if machine.device == "cuda" else 512)
     microbatch_tokens = min(pipeline.microbatch_tokens or step_tokens, step_tokens)
-    extra = _extra(blocks)
-    stages = partition(shape.num_layers, num_ranks * laps, pipeline.partition, extra)
-    cost = lambda rank: _fixed(rank, num_ranks, stages, blocks, dtype, shape, groups, step_tokens, microbatch_tokens)  # noqa: E731
-    fixed = [cost(rank) for rank in range(num_ranks)]
-    page = [
-        PAGE_TOKENS * shape.cache_nbytes_per_token(dtype) * sum(len(stage) for stage in stages[rank::num_ranks])
-        for rank in range(num_ranks)
-    ]
-    limit = _limit(config, machine)
-    context_pages = -(-shape.max_positions // PAGE_TOKENS)
-    num_pages = min((limit - sum(fixed[rank].values())) // page[rank] for rank in range(num_ranks))
-    tightest = max(range(num_ranks), key=lambda rank: sum(fixed[rank].values()) + page[rank])
-    if num_pages < 1:
-        needed = sum(fixed[tightest].values()) + page[tightest]
-        sizes = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in fixed[tightest].items())
-        raise InputError(
-            f"rank {tightest} needs at least {_size(needed)} of device memory ({sizes}), the limit is {_size(limit)}:"
-            " use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory"
-        )
-    num_pages = min(num_pages, max(num_rows, 1) * context_pages)
-    memory = tuple({**fixed[rank], "cache": num_pages * page[rank]} for rank in range(num_ranks))
+    stages = partition(shape.num_layers, num_ranks * laps, pipeline.partition, costs.head_in_layers(blocks))
+    sizes = costs.Sizes(shape, blocks, dtype, num_ranks, stages, groups, step_tokens, microbatch_tokens)
+    num_pages = _num_pages(sizes, _limit(config, machine))
+    num_pages = min(num_pages, max(num_rows, 1) * -(-shape.max_positions // PAGE_TOKENS))
     return Plan(
         num_ranks,
         laps,
@@ -123,7 +107,21 @@ def make(
         num_pages,
         tuple((stage.start, stage.stop) for stage in stages),
         pipeline.blocking,
-        memory,
+        tuple({**sizes.fixed(rank), "cache": num_pages * sizes.page(rank)} for rank in range(num_ranks)),
+    )
+
+
+def _num_pages(sizes: costs.Sizes, limit: int) -> int:
+    """Pages that fit on every rank. Raises InputError, with the numbers of the tightest rank, if none does."""
+    ranks = range(sizes.num_ranks)
+    num_pages = min((limit - sum(sizes.fixed(rank).values())) // sizes.page(rank) for rank in ranks)
+    if num_pages >= 1:
+        return num_pages
+    needed, tightest = max((sum(sizes.fixed(rank).values()) + sizes.page(rank), rank) for rank in ranks)
+    items = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in sizes.fixed(tightest).items())
+    raise InputError(
+        f"rank {tightest} needs at least {_size(needed)} of device memory ({items}), the limit is {_size(limit)}:"
+        " use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory"
     )
 
 
@@ -136,30 +134,16 @@ def _default_groups(config: Config, num_ranks: int, device: str) -> int:
     return num_ranks + 1
 
 
-def _extra(blocks: Mapping[str, Block]) -> tuple[float, float]:
-    """What embedding and head weigh, in layers: the row gather nothing, the head by its bytes."""
-    layers = [block.nbytes for name, block in blocks.items() if name.startswith("layers/")]
-    return 0.0, blocks["head"].nbytes * len(layers) / sum(layers)
-
-
-def _fixed(rank, num_ranks, stages, blocks, dtype, shape, groups, step_tokens, microbatch_tokens) -> dict[str, int]:
-    """Bytes that the rank needs besides its cache."""
-    held = [blocks[name] for name in blocks_of(rank, num_ranks, stages)]
-    itemsize = DTYPE_NBYTES[dtype]
-    weights = sum(block.nbytes * itemsize // DTYPE_NBYTES[block.dtype] for block in held)
-    messages = 2 * groups * step_tokens * shape.hidden_size * itemsize if num_ranks > 1 else 0
-    widest = max(parameter.shape[0] for block in held if block.name.startswith("layers/") for parameter in block.parameters)
-    work = microbatch_tokens * (8 * shape.hidden_size + 3 * widest) * itemsize + 2 * step_tokens * shape.hidden_size * itemsize
-    if rank == num_ranks - 1:
-        work += 512 * shape.vocab_size * (itemsize + 4) + 2**29 * (shape.vocab_size > 2**15)
-    return {"weights": weights, "messages": messages, "work space": work}
-
-
 def _limit(config: Config, machine: Machine) -> int:
     asked = config.placement.gpu_memory
     if asked is None:
         return machine.memory_nbytes
-    return parse_nbytes(asked, "placement.gpu_memory")
+    limit = parse_nbytes(asked, "placement.gpu_memory")
+    require(
+        limit <= machine.memory_nbytes,
+        f"placement.gpu_memory is {_size(limit)}, but the tightest rank has {_size(machine.memory_nbytes)} to use: lower it",
+    )
+    return limit
 
 
 def _size(nbytes: int) -> str:
