@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from noria.config import InputError
-from noria.engine.order import Action, Place, blocking_order, check_blocking, ring_order, tag
+from noria.engine.order import Action, Place, blocking_order, ring_order, tag
 from noria.engine.ring import open_ring
+from noria.plan.placement import check_blocking
 from noria.step import Result, Step, Word
 from noria.streams import streams_of
 

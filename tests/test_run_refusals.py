@@ -101,7 +101,7 @@ def test_a_newer_checkpoint_is_refused_with_both_versions(refusal, folder):
         (["--groups", str(MAX_GROUPS + 1)], f"it must be at most {MAX_GROUPS}"),
         (["--groups", "two"], "argument --groups: 'two': it must be int"),
         (["--groups"], "argument --groups: expected one argument; noria run --help says more"),
-        (["--groups", "1", "--blocking"], "would deadlock: a ring of blocking sends needs 2 <= groups <= ranks"),
+        (["--groups", "1", "--blocking"], "needs 2 <= groups <= ranks; leave pipeline.blocking out"),
         (["--random-weights", "config.json"], "model and job.random_weights contradict each other"),
         (["--step-tokens", "8", "--microbatch-tokens", "9"], "pipeline.microbatch_tokens is 9, more than"),
         (["--partition", "1,1"], "pipeline.partition has 2 numbers with sum 2: it needs 1 (ranks x laps) with sum 3"),
@@ -281,7 +281,7 @@ def said_by_ranks(done):
         (4, [], "4 virtual stages (ranks x laps) for 3 layers: use at most 3 ranks x laps"),
         (3, ["--modle", "x"], "did you mean '--model'?"),
         (3, ["--trace"], "job.trace is not in this version of Noria yet"),
-        (3, ["--blocking", "--groups", "4"], "pipeline.blocking with 4 groups on 3 ranks would deadlock"),
+        (3, ["--blocking", "--groups", "4"], "pipeline.blocking with 4 groups on 3 ranks deadlocks"),
         (2, ["--model", "nowhere.h5"], "nowhere.h5"),
     ],
 )

@@ -18,9 +18,7 @@ from noria.run import run
 def cases(num_ranks):
     """(name, keys of the run file) of every legal ring of `num_ranks` ranks."""
     transports = ["mpi_device", "mpi_host"] if num_ranks > 1 else ["auto"]
-    for laps, groups, microbatches, transport in product(
-        (1, 2, 3), (num_ranks, num_ranks + 1), (1, 2), transports
-    ):
+    for laps, groups, microbatches, transport in product((1, 2, 3), (num_ranks, num_ranks + 1), (1, 2), transports):
         keys = {"laps": laps, "groups": groups, "microbatches": microbatches, "transport": transport}
         yield f"N{num_ranks}-V{laps}-M{groups}-K{microbatches}-{transport}", keys
     if num_ranks > 1:

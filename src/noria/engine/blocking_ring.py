@@ -1,6 +1,6 @@
 """The textbook ring of blocking sends and receives: no communication thread, nothing overlaps.
 
-Sends are synchronous, so that it finishes only where theory says so (order.check_blocking). Kept as the plain reference
+Sends are synchronous, so that it finishes only where theory says so (plan.placement.check_blocking). Kept as the plain reference
 beside engine.ring.
 """
 

@@ -11,7 +11,8 @@ import torch
 from noria.engine.blocking_ring import BlockingRing
 from noria.engine.communication import Communication
 from noria.engine.loopback import LoopbackRing
-from noria.engine.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, check_blocking, tag
+from noria.engine.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
+from noria.plan.placement import check_blocking
 from noria.step import Result, Step, Word
 
 

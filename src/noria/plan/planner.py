@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.plan import costs
-from noria.plan.placement import partition
+from noria.plan.placement import check_blocking, partition
 from noria.step import PAGE_TOKENS
 
 GiB = 1024**3
@@ -66,12 +66,7 @@ def check(config: Config, num_ranks: int, num_layers: int) -> None:
     pipeline, laps = config.pipeline, config.pipeline.laps or 1
     partition(num_layers, num_ranks * laps, pipeline.partition)
     if pipeline.blocking:
-        groups = pipeline.groups or num_ranks
-        require(
-            2 <= groups <= num_ranks,
-            f"pipeline.blocking with {groups} groups on {num_ranks} ranks would deadlock: a ring of blocking sends needs"
-            " 2 <= groups <= ranks; change pipeline.groups or set pipeline.blocking = false",
-        )
+        check_blocking(num_ranks, pipeline.groups or num_ranks)
     step, micro = pipeline.step_tokens, pipeline.microbatch_tokens
     require(
         step is None or micro is None or micro <= step,
