@@ -20,6 +20,13 @@ def one_thread():
         yield
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def check(kind, case, heads, dtype, window=None, scale=0.3):
     spans = dense.CASES[case]
     queries, keys, values = dense.tensors(spans, *heads, dtype)
@@ -39,9 +46,17 @@ def test_sdpa_is_dense_softmax_over_each_sequences_own_pages(case, heads, dtype)
 
 
 @pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.usefixtures("two_threads")
+def test_sdpa_is_the_same_on_two_threads(case, heads):
+    check(sdpa, case, heads, torch.float64)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("case", dense.CASES)
 @pytest.mark.parametrize("window", [1, 2, 16, 17, 1000])
-def test_a_window_shows_sdpa_the_last_tokens_alone(case, window):
-    check(sdpa, case, (6, 2, 8), torch.float64, window)
+def test_a_window_shows_sdpa_the_last_tokens_alone(case, window, heads):
+    check(sdpa, case, heads, torch.float64, window)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -83,7 +83,7 @@ def attention(
         tokens = slice(span.first, span.first + span.count * part.num)
         if part.num > 1:
             keys, values = (_strided(cache, rows[0], part) for cache in (key_cache, value_cache))
-            attended[tokens] = F.scaled_dot_product_attention(queries[tokens], keys, values, scale=scale)
+            _decode_together(queries[tokens], keys, values, scale, attended[tokens])
             continue
         keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
         function = _decode if span.count == 1 else _prefill
@@ -118,10 +118,31 @@ def _gather(cache: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.cat([cache[start:stop] for start, stop in rows])
 
 
+def _decode_together(queries, keys, values, scale, attended) -> None:
+    """One new token of each sequence. queries and attended [N, Hkv, G, D]; keys and values [N, Hkv, L, D]."""
+    if not _elementwise(queries):
+        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
+        return
+    for row in range(len(queries)):
+        own = slice(row, row + 1)
+        _decode(queries[own], keys[row].transpose(0, 1), values[row].transpose(0, 1), scale, None, attended[own])
+
+
+def _elementwise(queries: torch.Tensor) -> bool:
+    """Whether products and sums beat matrix products: one query a key, one thread of a CPU.
+
+    Measured, 64 rows of 12 heads of 64, 600 keys: sums 22.6 ms, bmm 37.7, fused kernel 38.3; two threads: 34, 24, 21.
+    """
+    exact = queries.dtype in (torch.float32, torch.float64)
+    return exact and not queries.is_cuda and queries.shape[2] == 1 and torch.get_num_threads() == 1
+
+
 def _decode(queries, keys, values, scale, window, attended) -> None:
     """One new token: it sees all keys given. queries and attended [1, Hkv, G, D]; keys and values [L, Hkv, D]."""
-    if queries.dtype in (torch.float32, torch.float64):
-        # Two products and a softmax beat the fused kernel here: 64 rows of 12 heads of 64, 256 keys, one thread.
+    if _elementwise(queries):
+        weights = torch.softmax((keys * (queries[0, :, 0] * scale)).sum(dim=-1), dim=0)
+        torch.sum(values * weights[:, :, None], dim=0, out=attended[0, :, 0])
+    elif queries.dtype in (torch.float32, torch.float64):
         scores = torch.bmm(queries[0] * scale, keys.permute(1, 2, 0))
         torch.bmm(torch.softmax(scores, dim=-1), values.transpose(0, 1), out=attended[0])
     else:
