@@ -1,0 +1,102 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from noria import config
+from noria.config import InputError
+from noria.launch import launcher, mpi
+from noria.launch.mpi import Solo
+
+RUN = {"model": "m", "prompts": "p", "output": "o"}
+
+
+class Team(Solo):
+    """A communicator of which this process is one rank: allgather repeats what it says, with the others' hosts."""
+
+    def __init__(self, rank, hosts):
+        self.rank, self.hosts = rank, hosts
+
+    def Get_rank(self):
+        return self.rank
+
+    def Get_size(self):
+        return len(self.hosts)
+
+    def allgather(self, value):
+        return self.hosts if isinstance(value, str) else [(host, value[1]) for host in self.hosts]
+
+
+def test_a_rank_counts_the_ranks_of_its_own_host(monkeypatch):
+    monkeypatch.setattr(launcher.socket, "gethostname", lambda: "b")
+    place = launcher.place(Team(3, ["a", "b", "a", "b"]))
+    assert (place.host, place.local_rank, place.ranks_on_host) == ("b", 1, 2)
+    assert place.cores == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+@pytest.mark.parametrize(
+    ("bound", "given", "environment", "widened"),
+    [
+        ({5}, range(8), {"OMPI_COMM_WORLD_SIZE": "2"}, [4, 5, 6, 7]),
+        ({5, 6}, range(8), {"OMPI_COMM_WORLD_SIZE": "2"}, None),
+        ({5}, range(8), {}, None),
+        ({5}, range(8), {"OMPI_COMM_WORLD_SIZE": "2", "PRTE_MCA_hwloc_default_binding_policy": "core"}, None),
+        ({0}, range(2), {"OMPI_COMM_WORLD_SIZE": "2"}, None),
+    ],
+    ids=["one core by default", "two cores", "another launcher", "asked for", "no core to spare"],
+)
+def test_a_binding_to_one_core_is_widened_only_where_nobody_asked_for_it(monkeypatch, bound, given, environment, widened):
+    for name in ("OMPI_COMM_WORLD_SIZE", *launcher.BINDING_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(launcher.os, "sched_getaffinity", lambda pid: set(given) if pid else set(bound))
+    monkeypatch.setattr(launcher.os, "sched_setaffinity", lambda pid, cores: taken.append(list(cores)))
+    launcher._widen(1, 2)
+    assert taken == ([widened] if widened else [])
+
+
+def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
+    place = launcher.Place("here", 0, 1, 1)
+    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launcher.os.path, "exists", lambda path: False)
+    for name in launcher.GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert launcher.device_of(config.load(None, RUN), place).type == "cpu"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")
+    with pytest.raises(InputError, match="SLURM_JOB_GPUS says there is one: mend that, or run with --device cpu"):
+        launcher.device_of(config.load(None, RUN), place)
+    assert launcher.device_of(config.load(None, RUN | {"device": "cpu"}), place).type == "cpu"
+
+
+def test_the_memory_of_a_rank_is_its_share_of_the_tightest_limit(monkeypatch):
+    monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [1 << 62, 400])
+    place = launcher.Place("here", 0, 2, 1)
+    assert launcher.device_memory(Solo(), place, launcher.torch.device("cpu")) == int(400 * 0.9 / 2)
+
+
+def test_a_cgroups_limit_is_what_it_leaves_free(tmp_path):
+    (tmp_path / "max").write_text("1000\n")
+    (tmp_path / "current").write_text("300\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    assert launcher._free_under(tmp_path / "max", tmp_path / "current") == [700]
+    assert launcher._free_under(tmp_path / "unlimited", tmp_path / "current") == []
+    assert launcher._free_under(tmp_path / "nothing", tmp_path / "current") == []
+
+
+def test_the_machine_says_how_much_memory_is_free():
+    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    assert 0 < launcher._free_memory() <= total * 1024
+
+
+def test_what_rank_0_refuses_every_rank_refuses():
+    def refuse():
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="^no$"):
+        mpi.on_first_rank(Solo(), refuse)
+    with pytest.raises(InputError, match="^no$"):
+        mpi.on_every_rank(Solo(), refuse)
+    assert mpi.on_first_rank(Solo(), lambda: 5, share=False) == 5
