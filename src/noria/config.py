@@ -22,12 +22,31 @@ NOT_YET = {
     " stop_token_ids logprobs n chat system",
     "pipeline": "schedule",
     "placement": "weights cache activations cpu_memory scratch stage",
-    "job": "walltime shard retry_errors extend trace strict machine",
+    "job": "walltime retry_errors extend trace strict machine",
 }
 
 
 class InputError(ValueError):
     """The user's input is wrong: the message says what, where, the numbers and the remedy. The command exits with 2."""
+
+
+WHOLE = "1/1"  # the shard that is the whole run
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of the shard `i/n`, both from 1. Raises InputError."""
+    number, slash, count = (part.strip() for part in text.partition("/"))
+    digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, count))
+    require(slash and digits, f"job.shard is {text!r}: it must be i/n, such as 1/4 for the first of four shards")
+    i, n = int(number), int(count)
+    require(n >= 1 and 1 <= i <= n, f"job.shard is {text!r}: shards count from 1, so i/{n} goes from 1/{n} to {n}/{n}")
+    return i, n
+
+
+def shard_rows(shard: str | None, num_rows: int) -> range:
+    """The rows of `num_rows` prompts that a shard generates: every n-th, so that prompts added later move no row."""
+    i, n = parse_shard(shard or WHOLE)
+    return range(i - 1, num_rows, n)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -114,9 +133,15 @@ class Job:
     overwrite: bool = key("move an existing output aside and begin again", False)
     allow_gpu_sharing: bool = key("let two ranks use one GPU", False)
     random_weights: str | None = key("a config.json: run its shape with random weights made in place, without a model")
+    shard: str | None = key(
+        "i/n: generate only every n-th row, from row i on (1/4, 2/4, 3/4, 4/4: as job arrays count from 1);"
+        " each shard is a job with an output of its own, which noria merge makes into one"
+    )
 
     def __post_init__(self):
         require(self.seal_seconds >= 0, f"job.seal_seconds is {self.seal_seconds}: it must be 0 or more")
+        if self.shard is not None:
+            parse_shard(self.shard)
 
 
 @dataclass(frozen=True)
@@ -140,6 +165,12 @@ class Config:
             require(self.model, "no model: give model = FILE.h5 in the run file or --model FILE.h5")
         require(self.prompts, "no prompts: give prompts = FILE in the run file or --prompts FILE")
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
+        sampled = self.sampling.temperature > 0 and self.sampling.seed is None
+        require(
+            not (self.job.shard and sampled),
+            f"job.shard is {self.job.shard}, sampling.temperature {self.sampling.temperature:g} and there is no seed:"
+            " every shard would draw its own; give all of them the same sampling.seed (--seed 1)",
+        )
 
     def to_toml(self) -> str:
         """The run file that gives this run again: every key that is set."""

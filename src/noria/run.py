@@ -24,7 +24,7 @@ from noria.launch import launcher, mpi
 from noria.plan import planner
 from noria.plan.placement import blocks_of, stages_of
 from noria.progress import log
-from noria.rows.desk import Desk, check_finished, header
+from noria.rows.desk import Desk, check_finished, check_shard, header
 from noria.rows.prompts import content_hash, count
 
 
@@ -98,6 +98,7 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
     with contextlib.closing(_checkpoint(config, _dtype(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = _dtype(config, checkpoint.dtype, device)
+        check_shard(config)
         # Last, because it moves an old output aside where the user asks for it.
         state = probe_output(config.output, config.job.overwrite)
         if state == "finished":

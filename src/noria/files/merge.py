@@ -36,25 +36,25 @@ class Merged:
 
 
 def merge(
-    parts: Parts, output: str | Path, num_rows: int, attrs: Mapping, timing: Mapping | None = None, samples: int = 1
+    parts: Parts, output: str | Path, rows: int | range, attrs: Mapping, timing: Mapping | None = None, samples: int = 1
 ) -> Merged:
     """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
 
-    The rows must be exactly 0 .. num_rows-1, each with samples 0 .. samples-1, all done or error.
+    The rows must be exactly those of `rows` (a number: from 0 on), each with samples 0 .. samples-1, all done or error.
     `attrs`: provenance, stored as attributes (lists and tables as JSON text). `timing`: name -> array with a value (or
     row) a rank, or a mapping of such names. Memory: a block of rows, and about 100 bytes for each row of the output.
     Raises MissingRows; OSError if the disk is full or does not read back as written. Either way the parts stay.
     """
-    output = Path(output)
+    output, rows = Path(output), range(rows) if isinstance(rows, int) else rows
     assert not set(_OURS) & set(attrs), f"attributes of the format: {set(_OURS) & set(attrs)}"
     parts.seal()
     selection = select(parts.parts)
-    _check_rows(selection, num_rows, samples)
+    _check_rows(selection, rows, samples)
     unchecked = temporary(output)
     try:
         sums = _write(unchecked, parts, selection, attrs, timing or {})
         fsync(unchecked)
-        merged = _read_back(unchecked, sums, num_rows, samples, selection.num_repeated)
+        merged = _read_back(unchecked, sums, rows, samples, selection.num_repeated)
         publish(unchecked, output)
     except BaseException:
         unchecked.unlink(missing_ok=True)
@@ -63,20 +63,20 @@ def merge(
     return merged
 
 
-def _check_rows(selection: Selection, num_rows: int, samples: int) -> None:
-    keys = selection.row * samples + selection.sample
-    foreign = (selection.row < 0) | (selection.row >= num_rows) | (selection.sample < 0) | (selection.sample >= samples)
+def _check_rows(selection: Selection, rows: range, samples: int) -> None:
+    place, rest = np.divmod(selection.row - rows.start, rows.step)
+    foreign = (rest != 0) | (place < 0) | (place >= len(rows)) | (selection.sample < 0) | (selection.sample >= samples)
     if foreign.any():
         first = _name(selection.row[foreign][:5], selection.sample[foreign][:5], samples)
         raise MissingRows(
-            f"{plural(int(foreign.sum()), 'row')} of the parts lie outside the {num_rows:,} of this run: {first}"
+            f"{plural(int(foreign.sum()), 'row')} of the parts lie outside the {len(rows):,} of this run: {first}"
         )
-    missing = np.setdiff1d(np.arange(num_rows * samples), keys, assume_unique=True)
+    missing = np.setdiff1d(np.arange(len(rows) * samples), place * samples + selection.sample, assume_unique=True)
     if len(missing):
-        first = _name(missing[:10] // samples, missing[:10] % samples, samples)
+        first = _name(missing[:10] // samples * rows.step + rows.start, missing[:10] % samples, samples)
         more = ", ..." if len(missing) > 10 else ""
         raise MissingRows(
-            f"{plural(len(missing), 'row')} of {num_rows * samples:,} not finished: {first}{more}: "
+            f"{plural(len(missing), 'row')} of {len(rows) * samples:,} not finished: {first}{more}: "
             "the parts are kept, start the same run again to finish them"
         )
 
@@ -122,13 +122,15 @@ def _write_timing(group: h5py.Group, timing: Mapping) -> None:
             )
 
 
-def _read_back(path: Path, sums: dict[str, str], num_rows: int, samples: int, num_repeated: int) -> Merged:
+def _read_back(path: Path, sums: dict[str, str], rows: range, samples: int, num_repeated: int) -> Merged:
     with open_generations(path) as file:
         found = checksums(file.datasets, file.logprobs)
         wrong = [name for name in sums if found.get(name) != sums[name]]
-        rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
+        found_rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
         # Exactly the rows asked for, in order, is also none missing and none twice.
-        if not np.array_equal(rows.astype(np.int64) * samples + numbers, np.arange(num_rows * samples)):
+        wanted = np.repeat(np.arange(rows.start, rows.stop, rows.step), samples)
+        in_order = np.array_equal(found_rows, wanted)
+        if not in_order or not np.array_equal(numbers, np.tile(np.arange(samples), len(rows))):
             wrong.append("row")
         if (status == STATUS.index("todo")).any():
             wrong.append("status")
@@ -137,4 +139,4 @@ def _read_back(path: Path, sums: dict[str, str], num_rows: int, samples: int, nu
                 f"{path} does not read back as it was written ({', '.join(wrong)}): the parts are kept, try again"
             )
         tokens, prompt_tokens = (int(lengths.sum()) for lengths in file.lengths())
-    return Merged(len(rows), int((status == STATUS.index("error")).sum()), tokens, prompt_tokens, num_repeated)
+    return Merged(len(found_rows), int((status == STATUS.index("error")).sum()), tokens, prompt_tokens, num_repeated)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from noria.config import Config, InputError, Sampling
+from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard_rows
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
@@ -29,15 +29,16 @@ class Desk:
     """
 
     def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint):
-        self._config, self._num_rows, self._checkpoint = config, num_rows, checkpoint
+        self._config, self._checkpoint = config, checkpoint
+        self._num_prompts, self._rows = num_rows, (rows := shard_rows(config.job.shard, num_rows))
         self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
         self.sampling = self._agree()
         done = self._parts.finished()
-        self._progress = Progress(num_rows, len(done))
+        self._progress = Progress(len(rows), len(done))
         self.admission = Admission(
-            (prompt for prompt in open_prompts(config.prompts) if (prompt.row, 0) not in done),
-            num_rows - len(done),
+            (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows and (prompt.row, 0) not in done),
+            len(rows) - len(done),
             lambda prompt: prompt_token_ids(
                 self._tokenizer, prompt.prompt, prompt.token_ids, checkpoint.shape.vocab_size
             ),
@@ -57,8 +58,8 @@ class Desk:
     def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
-        attrs = {**attrs, "seed": self.sampling.seed}
-        merge(self._parts, self._config.output, self._num_rows, attrs, columns)
+        attrs = {**attrs, "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
+        merge(self._parts, self._config.output, self._rows, attrs, columns)
         self._progress.end(self._config.output)
 
     def _finish(self, sequence) -> None:
@@ -69,7 +70,7 @@ class Desk:
     def _agree(self) -> Sampling:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
         sampling, parts = self._config.sampling, self._parts
-        if sampling.seed is None:
+        if sampling.seed is None and not self._config.job.shard:
             stored = [part.header.get("sampling.seed") for part in parts.parts]
             sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
             parts.header["sampling.seed"] = sampling.seed
@@ -82,7 +83,20 @@ class Desk:
 def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
     """What rows generated now must have in common with those that are there already."""
     sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
-    return {"prompts": prompts_hash, "checkpoint": checkpoint_hash, "dtype": dtype, **sampling}
+    shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
+    return {"prompts": prompts_hash, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **sampling}
+
+
+def check_shard(config: Config) -> None:
+    """Raises InputError if a row of the shard is sampled by its own keys and no seed says how: each shard would draw one."""
+    if config.job.shard is None or config.sampling.seed is not None:
+        return
+    for prompt in open_prompts(config.prompts):
+        if prompt.sampling.get("temperature", 0) > 0 and prompt.sampling.get("seed") is None:
+            raise InputError(
+                f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature is"
+                f" {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
+            )
 
 
 def check_finished(config: Config, header: Mapping) -> None:
