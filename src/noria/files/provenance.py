@@ -12,6 +12,16 @@ import h5py
 
 import noria
 
+# Of the environment these alone are stored: the name of the job, never what else the job was given.
+_JOB_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+    "PBS_JOBID",
+    "PBS_ARRAY_ID",
+    "PBS_ARRAY_INDEX",
+)
 _PACKAGES = ("h5py", "jinja2", "mpi4py", "numpy", "safetensors", "tokenizers", "torch", "xxhash")
 
 
@@ -29,6 +39,26 @@ def versions(mpi_library: str = "") -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found | ({"mpi": mpi_library} if mpi_library else {})
+
+
+def job_ids(environment: Mapping[str, str]) -> dict[str, str]:
+    """The scheduler's names of this job, by their variables; nothing else of the environment."""
+    return {name: environment[name] for name in _JOB_VARIABLES if environment.get(name)}
+
+
+def segment_of(
+    environment: Mapping[str, str], hosts: Sequence[str], devices: Sequence[str], argv: Sequence[str], start: str
+) -> dict[str, object]:
+    """What one job says of itself: job ids, rank 0's host, all hosts, ranks, devices (one a rank), argv, start in UTC."""
+    return {
+        "job_ids": job_ids(environment),
+        "host": hosts[0],
+        "hosts": list(dict.fromkeys(hosts)),
+        "ranks": len(devices),
+        "devices": list(devices),
+        "argv": list(argv),
+        "start": start,
+    }
 
 
 def provenance(

@@ -1,0 +1,88 @@
+"""The jobs that worked on one output, one after another: a segment each, as a small JSON file among the parts.
+
+A segment is rewritten whole at each seal, so a job that was killed has one too. Knows nothing of the rows themselves.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from noria.files.atomic import publish, temporary
+from noria.files.provenance import now
+
+FORMAT = "noria-segment"
+_NAME = re.compile(r"segment-(\d{6,})\.json")
+_INTERNAL = ("format", "header")
+_COUNTED = ("rows", "errors", "tokens")
+
+
+def read_segments(folder: Path) -> list[dict]:
+    """The segments of a folder of parts, in order; files that are no segments are left out.
+
+    Of each: `start`, `end` (when it was last seen alive, UTC), `ended` (why; "" while it runs, and if it was killed),
+    `rows`, `errors` among them and `tokens` that it finished, `of` (rows of the whole job), and what its job said of
+    itself: see provenance.segment_of.
+    """
+    return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
+
+
+def _found(folder: Path) -> list[tuple[Path, dict]]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    numbered = sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)))
+    found = []
+    for _, path in numbered:
+        try:
+            segment = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(segment, dict) and segment.get("format") == FORMAT:
+            empty = {"start": "", "end": "", "ended": "", "of": 0, **dict.fromkeys(_COUNTED, 0)}
+            found.append((path, {**empty, **segment}))
+    return found
+
+
+class Segment:
+    """The segment of this job: begun when the run knows what it will do, seen at each seal, ended in order if it can.
+
+    `header`: what rows of the run have in common. Segments of another run that finished no row are deleted. A file that
+    cannot be written is reported: it does not end the run, which ends soon enough if its rows cannot be written either.
+    """
+
+    def __init__(self, folder: Path, header: Mapping, facts: Mapping, report: Callable[[str], None] | None = None):
+        self.folder, self._report = folder, report or (lambda message: print(message, file=sys.stderr))
+        own = {name: value for name, value in header.items() if name != "sampling.seed"}  # it may be drawn anew
+        self._header = json.loads(json.dumps(own))
+        for path, other in _found(folder):
+            if not other["rows"] and other.get("header") != self._header:
+                path.unlink(missing_ok=True)
+        taken = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
+        self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
+        self.seen()
+
+    def sealed(self, rows: int, errors: int, tokens: int) -> None:
+        """So many rows more, the errors among them, are on the disk."""
+        for name, count in zip(_COUNTED, (rows, errors, tokens), strict=True):
+            self.facts[name] += count
+        self.seen()
+
+    def seen(self) -> None:
+        """The job is alive at this moment."""
+        self.facts["end"] = now()
+        unsealed = temporary(self.path)
+        try:
+            with unsealed.open("w") as file:
+                json.dump({"format": FORMAT, **self.facts, "header": self._header}, file, ensure_ascii=True, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(unsealed, self.path)
+        except OSError as error:
+            self._report(f"{self.path} cannot be written: {error.strerror or error}")
+
+    def end(self, reason: str) -> None:
+        """The job stops in order, for this reason (one word or two)."""
+        self.facts["ended"] = reason
+        self.seen()
