@@ -51,7 +51,7 @@ def test_the_index_of_a_part_just_sealed_is_the_one_read_from_its_file(output):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row, status="todo" if row == 3 else "done", logprobs=row == 2) for row in range(6)], 3)
     for ours, read in zip(parts.parts, scan(parts.folder), strict=True):
-        assert (ours.path, ours.header, ours.logprobs) == (read.path, read.header, read.logprobs)
+        assert (ours.path, ours.header, ours.scores) == (read.path, read.header, read.scores)
         for name in ("row", "sample", "status", "num_tokens", "num_prompt_tokens"):
             assert getattr(ours, name).tolist() == getattr(read, name).tolist()
 

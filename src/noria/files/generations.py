@@ -4,14 +4,26 @@ Finished outputs and sealed parts read the same. The schema is schema.py's; know
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from noria.config import InputError
-from noria.files.schema import FINISH_REASON, FORMAT, STATUS, STRINGS, VERSION, Generation, checksums, schema
+from noria.files.schema import (
+    FINISH_REASON,
+    FORMAT,
+    NO_ID,
+    STATUS,
+    STRINGS,
+    VERSION,
+    WIDE,
+    Generation,
+    Scores,
+    checksums,
+    schema,
+)
 from noria.text import plural, printable
 
 __all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
@@ -31,7 +43,7 @@ class Generations:
     def __init__(self, path: Path, file: h5py.File, datasets: dict[str, h5py.Dataset]):
         self.path, self.file, self.datasets = path, file, datasets
         self.num_rows = len(datasets["row"])
-        self.logprobs = datasets["logprobs"].dtype.name if "logprobs" in datasets else None
+        self.scores = _scores(datasets)
         self.attrs = {name: _plain(value) for name, value in file.attrs.items()}
 
     def __len__(self) -> int:
@@ -60,7 +72,8 @@ class Generations:
 
     def rows(self) -> Iterator[Generation]:
         """All rows in the order of the file, read a block at a time."""
-        for start, stop in blocks(*self.lengths()):
+        tokens, prompt_tokens = self.lengths()
+        for start, stop in blocks(tokens * (1 + self.scores.top), prompt_tokens):
             yield from self.read(start, stop)
 
     def read(self, start: int, stop: int, wanted: Sequence[int] | None = None) -> list[Generation]:
@@ -70,24 +83,47 @@ class Generations:
         ends, prompt_ends = file["offsets"][start : stop + 1], file["prompt_offsets"][start : stop + 1]
         tokens = file["tokens"][ends[0] : ends[-1]]
         prompt_tokens = file["prompt_tokens"][prompt_ends[0] : prompt_ends[-1]]
-        logprobs = file["logprobs"][ends[0] : ends[-1]] if self.logprobs else None
+        scores = {name: file[name][ends[0] : ends[-1]] for name in ("logprobs", *WIDE) if name in file}
+        prompt_logprobs = file["prompt_logprobs"][prompt_ends[0] : prompt_ends[-1]] if self.scores.prompt else None
         ends, prompt_ends = ends - ends[0], prompt_ends - prompt_ends[0]
 
         def generation(index: int) -> Generation:
             span = slice(ends[index], ends[index + 1])
-            scores = None if logprobs is None else logprobs[span]
+            prompt_span = slice(prompt_ends[index], prompt_ends[index + 1])
             return Generation(
                 row=int(columns["row"][index]),
                 sample=int(columns["sample"][index]),
                 status=STATUS[columns["status"][index]],
                 finish_reason=FINISH_REASON[columns["finish_reason"][index]],
                 token_ids=tokens[span],
-                prompt_token_ids=prompt_tokens[prompt_ends[index] : prompt_ends[index + 1]],
-                logprobs=None if scores is None or np.isnan(scores).all() else scores,
+                prompt_token_ids=prompt_tokens[prompt_span],
+                prompt_logprobs=None if prompt_logprobs is None else _some(prompt_logprobs[prompt_span]),
+                **_scores_of_row({name: values[span] for name, values in scores.items()}),
                 **{name: columns[name][index].decode(errors="replace") for name in STRINGS},
             )
 
         return [generation(index) for index in (range(stop - start) if wanted is None else np.asarray(wanted) - start)]
+
+
+def _some(values: np.ndarray) -> np.ndarray | None:
+    """The log-probabilities of a row, or None where the file holds none of it."""
+    return None if np.isnan(values).all() else values
+
+
+def _scores_of_row(values: dict[str, np.ndarray]) -> dict[str, np.ndarray | None]:
+    """A row's logprobs, top_ids and top_logprobs: as many of the most likely ids as the row asked for, else None."""
+    row = {"logprobs": _some(values["logprobs"])} if "logprobs" in values else {}
+    if "top_ids" in values:
+        top = int((values["top_ids"] != NO_ID).sum(axis=1).max(initial=0))
+        row |= {name: values[name][:, :top] if top else None for name in WIDE}
+    return row
+
+
+def _scores(datasets: Mapping[str, h5py.Dataset]) -> Scores:
+    """Which log-probabilities these datasets hold."""
+    dtypes = [datasets[name].dtype.name for name in ("logprobs", "prompt_logprobs") if name in datasets]
+    top = datasets["top_ids"].shape[1] if "top_ids" in datasets else 0
+    return Scores(dtypes[0] if dtypes else None, "logprobs" in datasets, top, "prompt_logprobs" in datasets)
 
 
 def blocks(*lengths: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -169,11 +205,17 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
             raise InputError(f"{path} is damaged: {reason}")
 
     sizes, datasets = {}, {}
-    optional = file["logprobs"].dtype.name if isinstance(file.get("logprobs"), h5py.Dataset) else None
-    require(optional in (None, "float32", "float64"), f"logprobs are {optional}")
-    for name, (dtype, per) in schema(optional).items():
+    optional = {}
+    for name in ("logprobs", "prompt_logprobs", *WIDE):
+        if isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset):
+            optional[name] = file[name]
+            require(optional[name].ndim == 1 + (name in WIDE), f"{name} has {optional[name].ndim} dimensions")
+    scores = _scores(optional)
+    require(scores.dtype in (None, "float32", "float64"), f"logprobs are {scores.dtype}")
+    for name, (dtype, per) in schema(scores).items():
         dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-        require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1, f"dataset {name} is missing")
+        require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1 + (name in WIDE), f"dataset {name} is missing")
+        require(name not in WIDE or dataset.shape[1] == scores.top, f"{name} has rows of {dataset.shape[-1]} values")
         require(not dataset.is_virtual and not dataset.external, f"dataset {name} lies in another file")
         right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
         enum = h5py.check_enum_dtype(dtype)
@@ -212,7 +254,7 @@ def describe(path: str | Path, verify: bool = False) -> list[str]:
             f"{plural(len(generations), 'row')}: " + _counts(STATUS, status),
             "finish reasons: " + _counts(FINISH_REASON, reasons),
             f"{plural(int(prompt_lengths.sum()), 'prompt token')}, {plural(int(lengths.sum()), 'generated token')}",
-            f"logprobs: {generations.logprobs or 'none'}",
+            f"logprobs: {generations.scores}",
         ]
         lines += [f"{name}: {_short(value)}" for name, value in attrs.items() if name not in _TOLD]
         timing = generations.file.get("timing")
@@ -228,7 +270,7 @@ def describe(path: str | Path, verify: bool = False) -> list[str]:
 def verify_checksums(generations: Generations) -> str:
     """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
     try:
-        found = checksums(generations.datasets, generations.logprobs)
+        found = checksums(generations.datasets, generations.scores)
         stored = json.loads(generations.attrs["checksums"])
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{generations.path} is damaged: {error}") from error

@@ -14,7 +14,7 @@ import numpy as np
 from noria.files.atomic import GuardedFile, fsync, publish, temporary
 from noria.files.generations import open_generations
 from noria.files.parts import Parts, Selection, gather, select
-from noria.files.schema import FORMAT, STATUS, VERSION, Writer, checksums, write_attrs
+from noria.files.schema import FORMAT, STATUS, VERSION, Writer, checksums, scores_together, write_attrs
 from noria.text import plural
 
 _OURS = ("format", "version", "complete", "header", "repeated_rows", "checksums")
@@ -87,8 +87,7 @@ def _name(rows: np.ndarray, numbers: np.ndarray, samples: int) -> str:
 
 
 def _write(path: Path, parts: Parts, selection: Selection, attrs: Mapping, timing: Mapping) -> dict[str, str]:
-    kinds = {part.logprobs for part in parts.parts}
-    logprobs = "float64" if "float64" in kinds else "float32" if "float32" in kinds else None
+    scores = scores_together(part.scores for part in parts.parts)
     tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
     remedy = "the parts are kept: make room and start the same run again"
     with GuardedFile(path) as disk:
@@ -97,7 +96,7 @@ def _write(path: Path, parts: Parts, selection: Selection, attrs: Mapping, timin
                 header = json.dumps(parts.header)
                 write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, "header": header})
                 write_attrs(file, {"repeated_rows": selection.num_repeated, **attrs})
-                writer = Writer(file, len(selection.row), tokens, prompt_tokens, logprobs)
+                writer = Writer(file, len(selection.row), tokens, prompt_tokens, scores)
                 for block in gather(parts.parts, selection):
                     writer.append(block)
                     disk.check(remedy)
@@ -124,7 +123,7 @@ def _write_timing(group: h5py.Group, timing: Mapping) -> None:
 
 def _read_back(path: Path, sums: dict[str, str], rows: range, samples: int, num_repeated: int) -> Merged:
     with open_generations(path) as file:
-        found = checksums(file.datasets, file.logprobs)
+        found = checksums(file.datasets, file.scores)
         wrong = [name for name in sums if found.get(name) != sums[name]]
         found_rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
         # Exactly the rows asked for, in order, is also none missing and none twice.

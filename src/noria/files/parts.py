@@ -19,7 +19,7 @@ import numpy as np
 from noria.config import InputError
 from noria.files.atomic import fsync, publish, temporary
 from noria.files.generations import Generation, NewerVersion, blocks, open_generations, verify_checksums
-from noria.files.schema import FORMAT, STATUS, VERSION, Writer, logprobs_dtype, write_attrs
+from noria.files.schema import FORMAT, STATUS, VERSION, Scores, Writer, scores_of, write_attrs
 
 TODO = STATUS.index("todo")
 _NAME = re.compile(r"part-(\d{6,})\.h5")
@@ -47,7 +47,7 @@ class Part:
     status: np.ndarray
     num_tokens: np.ndarray
     num_prompt_tokens: np.ndarray
-    logprobs: str | None
+    scores: Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def _scan_one(path: Path, verify: bool) -> Part:
             verify_checksums(file)
         header = json.loads(file.attrs["header"])
         numbers = (file.column(name) for name in ("row", "sample", "status"))
-        return Part(path, header, *numbers, *file.lengths(), file.logprobs)
+        return Part(path, header, *numbers, *file.lengths(), file.scores)
 
 
 def select(parts: Sequence[Part]) -> Selection:
@@ -127,7 +127,8 @@ def select(parts: Sequence[Part]) -> Selection:
 
 def gather(parts: Sequence[Part], selection: Selection) -> Iterator[list[Generation]]:
     """The selected rows in order, a block at a time; of each part only the rows of that block are in memory."""
-    for start, stop in blocks(selection.num_tokens, selection.num_prompt_tokens):
+    width = 1 + max((part.scores.top for part in parts), default=0)
+    for start, stop in blocks(selection.num_tokens * width, selection.num_prompt_tokens):
         numbers, positions = selection.part[start:stop], selection.position[start:stop]
         block: list = [None] * (stop - start)
         for number in np.unique(numbers):
@@ -258,7 +259,7 @@ def _image(rows: Sequence[Generation], header: dict) -> bytes:
         tokens, prompt_tokens = (
             sum(len(getattr(one, name)) for one in rows) for name in ("token_ids", "prompt_token_ids")
         )
-        writer = Writer(file, len(rows), tokens, prompt_tokens, logprobs_dtype(rows))
+        writer = Writer(file, len(rows), tokens, prompt_tokens, scores_of(rows))
         writer.append(rows)
         writer.finish()
         file.flush()
@@ -277,5 +278,5 @@ def _part(path: Path, header: dict, rows: Sequence[Generation]) -> Part:
         array(STATUS.index(one.status) for one in rows),
         array(len(one.token_ids) for one in rows),
         array(len(one.prompt_token_ids) for one in rows),
-        logprobs_dtype(rows),
+        scores_of(rows),
     )

@@ -4,7 +4,7 @@ Finished outputs and sealed parts are files of this schema. Knows nothing of nam
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import h5py
@@ -18,6 +18,16 @@ VERSION = 1
 STATUS = ("todo", "done", "error")
 FINISH_REASON = ("none", "stop", "length", "error")
 STRINGS = ("id", "prompt", "text", "error", "extra")
+WIDE = ("top_ids", "top_logprobs")  # [tokens, top]
+NO_ID = -1  # in top_ids: the row asked for fewer
+
+# A row's optional values -> what they are as many as, and what stands in the file for a row without them.
+_SCORES = {
+    "logprobs": ("token_ids", np.nan),
+    "top_ids": ("token_ids", NO_ID),
+    "top_logprobs": ("token_ids", np.nan),
+    "prompt_logprobs": ("prompt_token_ids", np.nan),
+}
 
 
 @dataclass(eq=False)
@@ -35,17 +45,35 @@ class Generation:
     prompt_token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     error: str = ""
     extra: str = ""
-    logprobs: np.ndarray | None = None
+    logprobs: np.ndarray | None = None  # [tokens]
+    top_ids: np.ndarray | None = None  # [tokens, k]
+    top_logprobs: np.ndarray | None = None  # [tokens, k]
+    prompt_logprobs: np.ndarray | None = None  # [prompt tokens], the first NaN
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which log-probabilities a file holds: their type ("float32", "float64"; None: none at all), those of the tokens
+    chosen, those of the `top` most likely ones (0: none), those of the prompts."""
+
+    dtype: str | None = None
+    chosen: bool = False
+    top: int = 0
+    prompt: bool = False
+
+    def __str__(self) -> str:
+        kinds = ["of tokens"] * self.chosen + [f"top {self.top}"] * (self.top > 0) + ["of prompts"] * self.prompt
+        return f"{self.dtype}, {', '.join(kinds)}" if kinds else "none"
 
 
 def _enum(names: Sequence[str]) -> np.dtype:
     return h5py.enum_dtype({name: value for value, name in enumerate(names)}, basetype="u1")
 
 
-def schema(logprobs: str | None) -> dict[str, tuple[np.dtype, str]]:
+def schema(scores: Scores) -> dict[str, tuple[np.dtype, str]]:
     """Dataset -> (type, what it has one of: row, row+1, token, prompt token), in the order of the file.
 
-    `logprobs`: their type ("float32", "float64") or None.
+    Datasets of WIDE have scores.top values for each of it: [tokens, top].
     """
     text = h5py.string_dtype("utf-8")
     columns = {
@@ -63,28 +91,54 @@ def schema(logprobs: str | None) -> dict[str, tuple[np.dtype, str]]:
         "error": (text, "row"),
         "extra": (text, "row"),
     }
-    if logprobs:
-        columns["logprobs"] = (np.dtype(logprobs).newbyteorder("<"), "token")
+    number = np.dtype(scores.dtype or "float32").newbyteorder("<")
+    if scores.chosen:
+        columns["logprobs"] = (number, "token")
+    if scores.top:
+        columns["top_ids"] = (np.dtype("<i4"), "token")
+        columns["top_logprobs"] = (number, "token")
+    if scores.prompt:
+        columns["prompt_logprobs"] = (number, "prompt token")
     return columns
 
 
-def logprobs_dtype(generations: Sequence[Generation]) -> str | None:
-    """Type of the rows' logprobs together: float64 if any row has that, else float32; None if no row has logprobs."""
-    kinds = {np.asarray(one.logprobs).dtype.name for one in generations if one.logprobs is not None}
-    return None if not kinds else "float64" if "float64" in kinds else "float32"
+def scores_of(generations: Sequence[Generation]) -> Scores:
+    """What the rows hold together: float64 if any row has that, the widest top, chosen or prompts' if any row has them."""
+    rows = [one for one in generations if one.logprobs is not None or one.prompt_logprobs is not None]
+    arrays = [array for one in rows for array in (one.logprobs, one.prompt_logprobs) if array is not None]
+    dtype = "float64" if any(np.asarray(array).dtype == np.float64 for array in arrays) else "float32"
+    return Scores(
+        dtype if arrays else None,
+        any(one.logprobs is not None for one in rows),
+        max((one.top_ids.shape[1] for one in rows if one.top_ids is not None), default=0),
+        any(one.prompt_logprobs is not None for one in rows),
+    )
+
+
+def scores_together(files: Iterable[Scores]) -> Scores:
+    """What a file must hold that takes the rows of all these files."""
+    files = list(files)
+    dtypes = {scores.dtype for scores in files}
+    return Scores(
+        "float64" if "float64" in dtypes else "float32" if "float32" in dtypes else None,
+        any(scores.chosen for scores in files),
+        max((scores.top for scores in files), default=0),
+        any(scores.prompt for scores in files),
+    )
 
 
 class Writer:
     """Fills a new HDF5 file with rows whose number and tokens are known beforehand, and sums what it writes."""
 
-    def __init__(self, file: h5py.File, num_rows: int, num_tokens: int, num_prompt_tokens: int, logprobs: str | None):
-        self.file, self.logprobs = file, logprobs
-        self.columns = schema(logprobs)
+    def __init__(self, file: h5py.File, num_rows: int, num_tokens: int, num_prompt_tokens: int, scores: Scores):
+        self.file, self.scores = file, scores
+        self.columns = schema(scores)
         self.sizes = {"row": num_rows, "row+1": num_rows + 1, "token": num_tokens, "prompt token": num_prompt_tokens}
         self.written = {"row": 0, "row+1": 0, "token": 0, "prompt token": 0}
         self.hashers = {name: xxhash.xxh3_64() for name in self.columns}
         self.datasets = {
-            name: file.create_dataset(name, (self.sizes[per],), dtype) for name, (dtype, per) in self.columns.items()
+            name: file.create_dataset(name, (self.sizes[per], scores.top)[: 1 + (name in WIDE)], dtype)
+            for name, (dtype, per) in self.columns.items()
         }
         self._write({"offsets": np.zeros(1, "<i8"), "prompt_offsets": np.zeros(1, "<i8")})
 
@@ -109,9 +163,11 @@ class Writer:
             rows = [np.asarray(getattr(one, source), "<i4") for one in generations]
             values[name] = np.concatenate(rows)
             values[offsets] = self.written[self.columns[name][1]] + np.cumsum([len(row) for row in rows], dtype="<i8")
-        if self.logprobs:
-            rows = [_logprobs(one) for one in generations]
-            values["logprobs"] = np.concatenate(rows).astype(self.columns["logprobs"][0])
+        for name, (count, none) in _SCORES.items():
+            if name in self.columns:
+                width = (self.scores.top,) * (name in WIDE)
+                rows = [_padded(one, name, len(getattr(one, count)), width, none) for one in generations]
+                values[name] = np.concatenate(rows).astype(self.columns[name][0])
         self._write(values)
 
     def finish(self) -> dict[str, str]:
@@ -133,11 +189,14 @@ class Writer:
         self.written |= ends
 
 
-def _logprobs(generation: Generation) -> np.ndarray:
-    if generation.logprobs is None:
-        return np.full(len(generation.token_ids), np.nan, np.float32)
-    assert len(generation.logprobs) == len(generation.token_ids), f"row {generation.row}: a logprob per token"
-    return np.asarray(generation.logprobs)
+def _padded(generation: Generation, name: str, count: int, width: tuple[int, ...], none: float) -> np.ndarray:
+    """[count, *width] a row's values as the file holds them: `none` where the row has none."""
+    values = getattr(generation, name)
+    if values is None:
+        return np.full((count, *width), none)
+    assert len(values) == count, f"row {generation.row}: {len(values)} {name} for {count} tokens"
+    missing = width[0] - values.shape[1] if width else 0
+    return np.pad(values, ((0, 0), (0, missing)), constant_values=none) if missing else np.asarray(values)
 
 
 def _update(hasher, values: np.ndarray) -> None:
@@ -148,10 +207,10 @@ def _update(hasher, values: np.ndarray) -> None:
         hasher.update(np.ascontiguousarray(values))
 
 
-def checksums(datasets: Mapping[str, h5py.Dataset], logprobs: str | None) -> dict[str, str]:
+def checksums(datasets: Mapping[str, h5py.Dataset], scores: Scores) -> dict[str, str]:
     """The checksum of each dataset as it reads now."""
     result = {}
-    for name, (dtype, _) in schema(logprobs).items():
+    for name, (dtype, _) in schema(scores).items():
         hasher, dataset = xxhash.xxh3_64(), datasets[name]
         step = 256 if dtype.kind == "O" else 2**20
         for start in range(0, len(dataset), step):
