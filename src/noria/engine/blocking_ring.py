@@ -38,6 +38,9 @@ class BlockingRing:
         self._received: dict[tuple[int, int], object] = {}  # rank 0: (lap, group) -> what the visit needs
         streams.set_device()
 
+    def watch(self, lost: Callable[[int, float], None], silence: float = 0.0) -> None:
+        """No heartbeats: there is no thread that could send them."""
+
     def send_header(self, step: Step) -> None:
         """Rank 0: sent with the step's hidden states, or now if it has none."""
         assert self.place.rank == 0

@@ -72,6 +72,11 @@ class Communication:
             self._wake.set()
         return ticket
 
+    @property
+    def closing(self) -> bool:
+        """The rank is through with its part: work without an end of its own ends now."""
+        return self._closing
+
     def ticket(self) -> Ticket:
         """A ticket for work that is started later."""
         return Ticket(self)

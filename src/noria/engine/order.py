@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-HEADER, HIDDEN, RESULT = "header", "hidden", "result"
-MAX_GROUPS = 10_000  # MPI promises tags up to 32767: three kinds of messages, two of them numbered by group
-_TAGS = {HEADER: 0, RESULT: MAX_GROUPS, HIDDEN: 2 * MAX_GROUPS}
+HEADER, HIDDEN, RESULT, BEAT = "header", "hidden", "result", "beat"
+MAX_GROUPS = 10_000  # MPI promises tags up to 32767: two kinds of messages are numbered by group
+_TAGS = {HEADER: 0, BEAT: 1, RESULT: MAX_GROUPS, HIDDEN: 2 * MAX_GROUPS}
 
 
 def tag(kind: str, group: int = 0) -> int:
     """The MPI tag of a message. All headers share one, so that they arrive in the order in which they were sent."""
-    return _TAGS[kind] + (0 if kind == HEADER else group)
+    return _TAGS[kind] + (0 if kind in (HEADER, BEAT) else group)
 
 
 @dataclass(frozen=True)

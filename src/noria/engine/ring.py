@@ -10,6 +10,7 @@ import torch
 
 from noria.engine.blocking_ring import BlockingRing
 from noria.engine.communication import Communication
+from noria.engine.heartbeat import SILENCE, beat, listen
 from noria.engine.loopback import LoopbackRing
 from noria.engine.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
 from noria.plan.placement import check_blocking
@@ -54,6 +55,15 @@ class Ring:
         if place.rank:
             self._headers.append(self._communication.ticket())
             self._communication.start(self._relay_headers(self._headers[0]))
+
+    def watch(self, lost: Callable[[int, float], None], silence: float = SILENCE) -> None:
+        """From now to `close` the ranks hear each other's heartbeats; called on every rank.
+
+        `lost(rank, seconds)` is called, in the communication thread, when the previous rank has been silent so long.
+        """
+        beats = beat(self._transport, self.place, silence, lambda: self._communication.closing)
+        self._communication.start(beats)
+        self._communication.start(listen(self._transport, self.place, silence, lost))
 
     def send_header(self, step: Step) -> None:
         """Rank 0: the step sets out. Its result is awaited from now on."""

@@ -101,11 +101,16 @@ def leave_together() -> None:
         time.sleep(min(launched_rank(), 1))
 
 
+def is_up() -> bool:
+    """Whether MPI runs in this process."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    return MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized()
+
+
 def abort(code: int) -> None:
     """Ends every rank of the job at once, if MPI is up."""
-    MPI = sys.modules.get("mpi4py.MPI")
-    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
-        MPI.COMM_WORLD.Abort(code)
+    if is_up():
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
 
 
 def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:

@@ -1,0 +1,49 @@
+"""Heartbeats: each rank's communication thread tells the next one, every few seconds, that it is there.
+
+A rank that was stopped, or whose machine is gone without a word, is missed by the next one. Knows no MPI.
+"""
+
+import time
+from collections.abc import Callable, Generator
+
+from noria.engine.order import BEAT, Place, tag
+
+SILENCE = 30.0  # seconds without a beat after which a rank counts as lost
+BEATS = 8  # in that time
+AWAKE = 1.0  # seconds: a longer gap between two looks was this rank's own sleep, and nobody else's silence
+_ALIVE, _LAST = b"a", b"z"
+
+
+def beat(transport, place: Place, silence: float, ending: Callable[[], bool]) -> Generator[None, None, None]:
+    """Sends beats to the next rank until `ending` says that this rank is through, then the last one."""
+    while not ending():
+        yield from transport.send_bytes(_ALIVE, place.next, tag(BEAT))
+        due = time.monotonic() + silence / BEATS
+        while time.monotonic() < due and not ending():
+            yield
+    yield from transport.send_bytes(_LAST, place.next, tag(BEAT))
+
+
+def listen(
+    transport, place: Place, silence: float, lost: Callable[[int, float], None]
+) -> Generator[None, None, None]:
+    """Hears the previous rank's beats until its last one; calls `lost(rank, seconds)` once when they stay away."""
+    last = time.monotonic()
+    look, quiet = last, 0.0
+    receive = transport.receive_bytes(place.previous, tag(BEAT))
+    while True:
+        now = time.monotonic()
+        quiet, last = quiet + min(now - last, AWAKE), now
+        if now >= look:  # seldom: hidden states travel beside it
+            look = now + silence / BEATS / 4
+            try:
+                next(receive)
+            except StopIteration as message:
+                if message.value == _LAST:
+                    return
+                quiet = 0.0
+                receive = transport.receive_bytes(place.previous, tag(BEAT))
+        if quiet > silence:
+            lost(place.previous, quiet)
+            return
+        yield

@@ -1,0 +1,95 @@
+"""One job owns an output: a lock on `OUTPUT.lock` that the system takes back when its holder dies, however it dies.
+
+A record lock of fcntl, because that is the one that NFS and Lustre hand on between machines. Knows nothing of MPI.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from noria.config import InputError
+from noria.files.atomic import check_folder
+
+_HELD = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, 524)  # 524: Lustre mounted without flock
+
+
+def lock_path(output: str | Path) -> Path:
+    output = Path(output)
+    return output.with_name(output.name + ".lock")
+
+
+class OutputLock:
+    """Held from the making to `close` or the process's death. A context manager.
+
+    `holder` (job id, host, process, start) is what a second job is told. Raises InputError, with the holder's words, where
+    another process has it. A file system that knows no locks is reported and used without.
+    """
+
+    def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
+        check_folder(Path(output))
+        self.path = lock_path(output)
+        self._handle = _take(self.path, output, report)
+        if self._handle is not None:
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(dict(holder)).encode(), 0)
+
+    def __enter__(self) -> "OutputLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go and takes the file away. May be called twice."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            if _still_named(handle, self.path):
+                self.path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int | None:
+    """A locked handle of the file that has this name: not of one that its last holder has just taken away."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"output {output}: {path} cannot be written ({reason}): it belongs to another user's job") from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            said = os.pread(handle, 4096, 0)
+            os.close(handle)
+            if error.errno in _HELD:
+                raise InputError(f"output {output} is being written by {_words(said)}: wait for it, or name another output") from None
+            if error.errno not in _NO_LOCKS:
+                raise
+            report(f"{path.parent} has no file locks: a second job on {output} would not be noticed")
+            return None
+        if _still_named(handle, path):
+            return handle
+        os.close(handle)
+
+
+def _still_named(handle: int, path: Path) -> bool:
+    try:
+        named = os.stat(path)
+    except OSError:
+        return False
+    own = os.fstat(handle)
+    return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _words(said: bytes) -> str:
+    """`job 17 on node3 (process 4711, since 2026-11-23T03:15:02Z)`."""
+    try:
+        holder = json.loads(said)
+        job = f"job {holder['job']}" if holder["job"] else "a run"
+        return f"{job} on {holder['host']} (process {holder['process']}, since {holder['start']})"
+    except (ValueError, KeyError, TypeError):
+        return "another job"

@@ -1,0 +1,49 @@
+"""The signals that ask a job to stop, held as bytes in a pipe until somebody reads them.
+
+The interpreter writes them there the moment they arrive, whatever the main thread sits in; nothing acts in a handler.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+
+STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Holds STOPS back inside its `with`. Elsewhere than in the main thread it does nothing."""
+
+    def __init__(self):
+        self._read, self._write = -1, -1
+        self._before: dict[int, object] = {}
+        self._wakeup = -1
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, _ignore) for number in STOPS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._read)
+            os.close(self._write)
+            self._before, self._read = {}, -1
+
+    def wait(self, seconds: float) -> signal.Signals | None:
+        """The next signal that came, or None after this time. One thread reads."""
+        with contextlib.suppress(BlockingIOError):
+            if self._read >= 0 and select.select([self._read], [], [], max(seconds, 0))[0]:
+                number = os.read(self._read, 1)[0]
+                return signal.Signals(number) if number in STOPS else None
+        return None
+
+
+def _ignore(number, frame) -> None:
+    """A handler, so that the signal does not end the process; the pipe has it."""

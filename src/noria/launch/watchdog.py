@@ -1,0 +1,65 @@
+"""What ends a job that cannot go on: one line that says who, where and doing what, then every rank's end, whatever hangs.
+
+Knows nothing of models: what a rank was doing is told to it.
+"""
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+from noria.launch import mpi
+from noria.progress import log
+
+ABORT_SECONDS = 5.0  # an abort that has not ended this process by then is helped along
+
+
+class Watchdog:
+    """A rank's own. A context manager: inside it, an exception that no code catches ends the whole job.
+
+    `doing` is what the rank is at, in words or as a function that finds them.
+    """
+
+    def __init__(self):
+        self.rank, self.num_ranks = mpi.launched_rank(), max(mpi.launched(), 1)
+        self.host, self.stage = socket.gethostname(), ""
+        self.doing: str | Callable[[], str] = "starting"
+        self._hooks = None
+
+    def __enter__(self) -> "Watchdog":
+        self._hooks = sys.excepthook, threading.excepthook
+        sys.excepthook = lambda kind, error, _: self.fail(error)
+        threading.excepthook = lambda failed: self.fail(failed.exc_value)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.excepthook, threading.excepthook = self._hooks
+
+    def place(self) -> str:
+        """`on node3, stage 1 (layers 4-7), in round 12`."""
+        doing = self.doing() if callable(self.doing) else self.doing
+        return ", ".join(filter(None, [f"on {self.host}", self.stage, doing]))
+
+    def say(self, message: str) -> None:
+        log(self.rank, self.num_ranks, message)
+
+    def fail(self, error: BaseException) -> int:
+        """Says what failed, and ends every rank with code 1. Returns it where no other rank is."""
+        return self.end(f"failed: {type(error).__name__}: {error}", 1, "".join(traceback.format_exception(error)))
+
+    def end(self, message: str, code: int, details: str = "") -> int:
+        """Says why, ends every rank with this code, and after ABORT_SECONDS this process by force."""
+        self.say("\n".join(filter(None, [message, f"was {self.place()}", details.rstrip()])))
+        return abort(code)
+
+
+def abort(code: int) -> int:
+    """Ends every rank of the job; returns `code` where there is no MPI. Any thread may call it."""
+    if mpi.is_up():
+        timer = threading.Timer(ABORT_SECONDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+        mpi.abort(code)
+    return code
