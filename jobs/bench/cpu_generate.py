@@ -9,6 +9,7 @@ Both make the same tokens, which is checked. Prints one JSON line.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def noria(folder: Path, threads: int) -> tuple[float, dict]:
     """Seconds from the first step to the last of one rank, and the tokens by row."""
     command = [sys.executable, "-m", "noria", "run", "--model", folder / "model.h5", "--prompts", folder / "prompts.jsonl"]
     command += ["--output", folder / "run.h5", "--ignore-eos", "--device", "cpu", "--overwrite"]
-    environment = {"OMP_NUM_THREADS": str(threads), "PATH": "/usr/bin:/bin"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, env=environment)
     with h5py.File(folder / "run.h5") as output:
         offsets, tokens = output["offsets"][:], output["tokens"][:]
