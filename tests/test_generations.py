@@ -10,8 +10,8 @@ import time
 import tracemalloc
 
 import h5py
+import noria.files.assemble as assemble_module
 import noria.files.generations as generations_module
-import noria.files.merge as merge_module
 import numpy as np
 import pytest
 from noria.config import InputError
@@ -215,7 +215,7 @@ def test_a_file_that_does_not_read_back_as_written_gets_no_name(output, monkeypa
         with h5py.File(path, "r+") as file:
             file["tokens"][3] += 1
 
-    monkeypatch.setattr(merge_module, "fsync", damage)
+    monkeypatch.setattr(assemble_module, "fsync", damage)
     with pytest.raises(OSError, match=r"does not read back as it was written \(tokens\): the parts are kept"):
         merge(parts, output, 9, {}, {})
     assert os.listdir(output.parent) == ["run.h5.parts"]
@@ -226,14 +226,14 @@ def test_a_file_that_does_not_read_back_as_written_gets_no_name(output, monkeypa
 def test_a_row_lost_on_the_way_is_found_before_the_rename(output, monkeypatch):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row) for row in range(9)])
-    gather = merge_module.gather
+    gather = assemble_module.gather
 
     def twice(*arguments):
         for block in gather(*arguments):
             block[4] = dataclasses.replace(block[4], row=3)
             yield block
 
-    monkeypatch.setattr(merge_module, "gather", twice)
+    monkeypatch.setattr(assemble_module, "gather", twice)
     with pytest.raises(OSError, match=r"does not read back as it was written \(row\)"):
         merge(parts, output, 9, {}, {})
     assert not output.exists() and parts.num_finished == 9
@@ -314,6 +314,7 @@ def test_ten_thousand_rows_merge_in_seconds_and_in_bounded_memory(output, monkey
 
 KILLED = """
 import os, shutil, signal, sys
+import noria.files.assemble as assemble_module
 import noria.files.merge as merge_module
 from noria.files.parts import Parts
 output, kill_at = sys.argv[1], int(sys.argv[2])
@@ -328,9 +329,10 @@ def killing(function):
     return call
 for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
     setattr(os, name, killing(getattr(os, name)))
-for name in ("_write", "_read_back", "checksums", "write_attrs"):
-    setattr(merge_module, name, killing(getattr(merge_module, name)))
-merge_module.Writer.append = killing(merge_module.Writer.append)
+for name in ("_write", "checksums", "write_attrs"):
+    setattr(assemble_module, name, killing(getattr(assemble_module, name)))
+merge_module._wrong_rows = killing(merge_module._wrong_rows)
+assemble_module.Writer.append = killing(assemble_module.Writer.append)
 merge_module.merge(Parts(output, {"prompts_hash": "ab12", "dtype": "float32"}), output, 30, {}, {})
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 from noria.config import InputError, nearest
 from noria.files.atomic import check_folder, publish, temporary
 from noria.files.generations import Generation, open_generations
-from noria.files.parts import gather, parts_folder, scan, select, to_stderr
+from noria.files.sealed import gather, parts_folder, scan, select, to_stderr
 from noria.text import plural
 
 SUFFIXES = (".jsonl",)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from noria.files.atomic import GuardedFile, fsync, publish, temporary
-from noria.files.generations import open_generations
-from noria.files.parts import Parts, Selection, gather, select
-from noria.files.schema import FORMAT, STATUS, VERSION, Writer, checksums, scores_together, write_attrs
+from noria.files.assemble import assemble
+from noria.files.generations import Generations
+from noria.files.parts import Parts
+from noria.files.schema import STATUS
+from noria.files.sealed import Selection, select
 from noria.text import plural
 
 _OURS = ("format", "version", "complete", "header", "repeated_rows", "checksums")
@@ -50,15 +50,18 @@ def merge(
     parts.seal()
     selection = select(parts.parts)
     _check_rows(selection, rows, samples)
-    unchecked = temporary(output)
-    try:
-        sums = _write(unchecked, parts, selection, attrs, timing or {})
-        fsync(unchecked)
-        merged = _read_back(unchecked, sums, rows, samples, selection.num_repeated)
-        publish(unchecked, output)
-    except BaseException:
-        unchecked.unlink(missing_ok=True)
-        raise
+    merged = Merged(0, 0, 0, 0, selection.num_repeated)
+
+    def check(file: Generations) -> list[str]:
+        nonlocal merged
+        status = file.column("status")
+        tokens, prompt_tokens = (int(lengths.sum()) for lengths in file.lengths())
+        errors = int((status == STATUS.index("error")).sum())
+        merged = Merged(len(file), errors, tokens, prompt_tokens, selection.num_repeated)
+        return _wrong_rows(file, rows, samples)
+
+    attrs = {"header": json.dumps(parts.header), "repeated_rows": selection.num_repeated, **attrs}
+    assemble(output, parts.parts, selection, attrs, check, timing)
     parts.remove()
     return merged
 
@@ -86,56 +89,10 @@ def _name(rows: np.ndarray, numbers: np.ndarray, samples: int) -> str:
     return ", ".join(f"{row}" if samples == 1 else f"{row} sample {sample}" for row, sample in pairs)
 
 
-def _write(path: Path, parts: Parts, selection: Selection, attrs: Mapping, timing: Mapping) -> dict[str, str]:
-    scores = scores_together(part.scores for part in parts.parts)
-    tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
-    remedy = "the parts are kept: make room and start the same run again"
-    with GuardedFile(path) as disk:
-        try:
-            with h5py.File(path.name, "w", driver="fileobj", fileobj=disk) as file:
-                header = json.dumps(parts.header)
-                write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, "header": header})
-                write_attrs(file, {"repeated_rows": selection.num_repeated, **attrs})
-                writer = Writer(file, len(selection.row), tokens, prompt_tokens, scores)
-                for block in gather(parts.parts, selection):
-                    writer.append(block)
-                    disk.check(remedy)
-                _write_timing(file.create_group("timing"), timing)
-                sums = writer.finish()
-                file.flush()
-                file.attrs["complete"] = True
-        finally:
-            disk.check(remedy)
-    return sums
-
-
-def _write_timing(group: h5py.Group, timing: Mapping) -> None:
-    for name, values in timing.items():
-        if isinstance(values, Mapping):
-            _write_timing(group.create_group(name), values)
-        else:
-            values = np.asarray(values)
-            text = values.dtype.kind in "UO"
-            group.create_dataset(
-                name, data=values.astype(object) if text else values, dtype=h5py.string_dtype() if text else None
-            )
-
-
-def _read_back(path: Path, sums: dict[str, str], rows: range, samples: int, num_repeated: int) -> Merged:
-    with open_generations(path) as file:
-        found = checksums(file.datasets, file.scores)
-        wrong = [name for name in sums if found.get(name) != sums[name]]
-        found_rows, numbers, status = (file.column(name) for name in ("row", "sample", "status"))
-        # Exactly the rows asked for, in order, is also none missing and none twice.
-        wanted = np.repeat(np.arange(rows.start, rows.stop, rows.step), samples)
-        in_order = np.array_equal(found_rows, wanted)
-        if not in_order or not np.array_equal(numbers, np.tile(np.arange(samples), len(rows))):
-            wrong.append("row")
-        if (status == STATUS.index("todo")).any():
-            wrong.append("status")
-        if wrong or not file.complete:
-            raise OSError(
-                f"{path} does not read back as it was written ({', '.join(wrong)}): the parts are kept, try again"
-            )
-        tokens, prompt_tokens = (int(lengths.sum()) for lengths in file.lengths())
-    return Merged(len(found_rows), int((status == STATUS.index("error")).sum()), tokens, prompt_tokens, num_repeated)
+def _wrong_rows(file: Generations, rows: range, samples: int) -> list[str]:
+    """Exactly the rows asked for, in order, is also none missing and none twice."""
+    wanted = np.repeat(np.arange(rows.start, rows.stop, rows.step), samples)
+    in_order = np.array_equal(file.column("row"), wanted)
+    in_order = in_order and np.array_equal(file.column("sample"), np.tile(np.arange(samples), len(rows)))
+    todo = (file.column("status") == STATUS.index("todo")).any()
+    return ["row"] * (not in_order) + ["status"] * bool(todo)

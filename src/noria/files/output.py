@@ -10,7 +10,8 @@ from pathlib import Path
 from noria.config import InputError
 from noria.files.atomic import check_folder, fsync
 from noria.files.generations import NewerVersion, open_generations
-from noria.files.parts import part_files, parts_folder, remove_parts, scan
+from noria.files.parts import remove_parts
+from noria.files.sealed import part_files, parts_folder, scan
 
 
 def probe_output(path: str | Path, overwrite: bool = False) -> str:
