@@ -67,7 +67,7 @@ class Admission:
     """The sequences of all groups and those that wait.
 
     `num_prompts` is how many the iterable will give: groups are kept equally full. `finished` is called with every sequence
-    that ended, whatever its end.
+    that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for it.
     """
 
     def __init__(
@@ -79,10 +79,11 @@ class Admission:
         end_token_ids: frozenset[int],
         limits: Limits,
         finished: Callable[[Sequence], None],
+        begun: Callable[[Sequence], None] = lambda sequence: None,
     ):
         self._prompts, self._left = iter(prompts), num_prompts
         self._tokenize, self._sampling, self._end_token_ids = tokenize, sampling, end_token_ids
-        self._limits, self._finished = limits, finished
+        self._limits, self._finished, self._begun = limits, finished, begun
         self._pages = Pages(limits.num_pages)
         self._free_slots = [deque(_slots_of(group, limits.step_tokens)) for group in range(limits.groups)]
         self._active: list[dict[int, Sequence]] = [{} for _ in range(limits.groups)]
@@ -101,6 +102,10 @@ class Admission:
     def done(self) -> bool:
         """No sequence is in flight and none waits."""
         return self.num_active == 0 and (self._stopping or self._next() is None)
+
+    def admit_no_more(self) -> None:
+        """Sequences in flight go on to their ends; those that wait are left for another job."""
+        self._stopping = True
 
     def stop(self) -> list[Sequence]:
         """Admits nothing more and drops what is in flight. Returns the unfinished sequences with their tokens so far."""
@@ -186,6 +191,7 @@ class Admission:
         except ValueError as error:
             sequence.error = str(error)
             return sequence
+        self._begun(sequence)
         length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
         pages = self._num_pages(sequence)
         if length >= limit:

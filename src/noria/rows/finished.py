@@ -6,6 +6,12 @@ from noria.files.generations import Generation
 from noria.rows.tokenizer import Tokenizer
 
 
+def take_up(sequence, generation: Generation) -> None:
+    """Gives a sequence that has only its prompt what an earlier job generated for the same row before it stopped."""
+    if generation.prompt_token_ids.tolist() == sequence.prompt_token_ids:
+        sequence.token_ids = generation.token_ids.tolist()
+
+
 def generation(sequence, tokenizer: Tokenizer) -> Generation:
     """The row of a sequence: `done`, `error` if it has one, or `todo` if it was stopped half-way.
 
