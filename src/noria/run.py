@@ -1,6 +1,7 @@
 """The whole program on one page: read, plan, place, build, execute, write."""
 
 import contextlib
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from noria.engine.stage import Stage
 from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.output import probe_output
-from noria.files.provenance import now, provenance
+from noria.files.provenance import now, provenance, segment_of
 from noria.files.random_weights import random_checkpoint
 from noria.launch import launcher, mpi
 from noria.plan import planner
@@ -59,10 +60,12 @@ def run(config: Config, comm) -> int:
     plan = mpi.on_first_rank(
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
+    devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)
+    segment = segment_of(os.environ, hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: _checkpoint(config, work.dtype))
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
         desk = mpi.on_first_rank(
-            comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint), share=False
+            comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
         weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
@@ -74,7 +77,6 @@ def run(config: Config, comm) -> int:
         ring.close()
         on_error.pop_all()
         timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
-        devices = comm.allgather(_device_name(place, device))
         if rank == 0:
             attrs = provenance(
                 run_file=config.to_toml(),

@@ -72,6 +72,12 @@ class Parts:
         """Keeps a finished row, or one that stopped half-way (status todo), in memory until the next seal."""
         self.pending.append(generation)
 
+    def end(self, reason: str) -> None:
+        """Records that this job stops in order, and why: `finished`, `walltime`, a signal's name."""
+        with self.lock:
+            if self.segment:
+                self.segment.end(reason)
+
     def reserve(self) -> Path:
         """The path of the next part in order."""
         with self.lock:

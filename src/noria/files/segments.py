@@ -17,6 +17,7 @@ FORMAT = "noria-segment"
 _NAME = re.compile(r"segment-(\d{6,})\.json")
 _INTERNAL = ("format", "header")
 _COUNTED = ("rows", "errors", "tokens")
+_EMPTY = {"start": "", "end": "", "ended": "", "of": 0, "hosts": [], "job_ids": {}, **dict.fromkeys(_COUNTED, 0)}
 
 
 def read_segments(folder: Path) -> list[dict]:
@@ -29,6 +30,16 @@ def read_segments(folder: Path) -> list[dict]:
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
 
+def history(folder: Path) -> dict[str, object]:
+    """Attributes of an output from the segments of its parts: all of them, restarts, every host, the first start."""
+    segments = read_segments(folder)
+    if not segments:
+        return {}
+    hosts = dict.fromkeys(host for one in segments for host in map(str, one["hosts"]))
+    start = min(one["start"] for one in segments)
+    return {"segments": segments, "restarts": len(segments) - 1, "hosts": list(hosts), "start": start}
+
+
 def _found(folder: Path) -> list[tuple[Path, dict]]:
     paths = folder.iterdir() if folder.is_dir() else ()
     numbered = sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)))
@@ -39,8 +50,9 @@ def _found(folder: Path) -> list[tuple[Path, dict]]:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(segment, dict) and segment.get("format") == FORMAT:
-            empty = {"start": "", "end": "", "ended": "", "of": 0, **dict.fromkeys(_COUNTED, 0)}
-            found.append((path, {**empty, **segment}))
+            segment = {**_EMPTY, **segment}
+            if all(type(segment[name]) is type(empty) for name, empty in _EMPTY.items()):
+                found.append((path, segment))
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 
 import numpy as np
 
@@ -14,12 +15,14 @@ from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
+from noria.files.segments import history
 from noria.plan.planner import Plan
-from noria.progress import Progress
+from noria.progress import Progress, log
 from noria.rows.admission import Admission, Limits
+from noria.rows.chat import Chat, Encoder, tells_date
 from noria.rows.finished import generation
 from noria.rows.prompts import open_prompts
-from noria.rows.tokenizer import Tokenizer, prompt_token_ids
+from noria.rows.tokenizer import Tokenizer
 
 
 class Desk:
@@ -28,20 +31,19 @@ class Desk:
     Raises InputError if the parts beside the output are those of another run.
     """
 
-    def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint):
+    def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint, segment: Mapping):
         self._config, self._checkpoint = config, checkpoint
         self._num_prompts, self._rows = num_rows, (rows := shard_rows(config.job.shard, num_rows))
         self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
         self.sampling = self._agree()
+        self._parts.begin({**segment, "of": len(rows)})
         done = self._parts.finished()
         self._progress = Progress(len(rows), len(done))
         self.admission = Admission(
             (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows and (prompt.row, 0) not in done),
             len(rows) - len(done),
-            lambda prompt: prompt_token_ids(
-                self._tokenizer, prompt.prompt, prompt.token_ids, checkpoint.shape.vocab_size
-            ),
+            self._encoder(),
             self.sampling,
             self._tokenizer.end_token_ids,
             _limits(plan, checkpoint.shape.max_positions),
@@ -58,7 +60,9 @@ class Desk:
     def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
-        attrs = {**attrs, "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
+        self._parts.seal()
+        self._parts.end("finished")
+        attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
         merge(self._parts, self._config.output, self._rows, attrs, columns)
         self._progress.end(self._config.output)
 
@@ -67,6 +71,12 @@ class Desk:
         self._parts.add(row)
         self._progress.add(rows=1, errors=row.status == "error")
 
+    def _encoder(self) -> Encoder:
+        date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
+        chat = Chat(self._checkpoint.tokenizer, self._tokenizer.special_tokens, date)
+        vocab_size = self._checkpoint.shape.vocab_size
+        return Encoder(self._tokenizer, chat, self.sampling, vocab_size, lambda message: log(0, 1, message))
+
     def _agree(self) -> Sampling:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
         sampling, parts = self._config.sampling, self._parts
@@ -74,10 +84,17 @@ class Desk:
             stored = [part.header.get("sampling.seed") for part in parts.parts]
             sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
             parts.header["sampling.seed"] = sampling.seed
+        if tells_date(self._checkpoint.tokenizer):  # of the job's first start: a row is the same whenever it is generated
+            stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
+            parts.header["chat.date"] = stored[0] if stored else _now()
         different = parts.differences()
         if different:
             raise _another_run(parts.folder, different)
         return sampling
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
