@@ -28,7 +28,7 @@ _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 class Prompt:
     """One row of the prompts. `row` counts from 0 in the whole file.
 
-    `prompt` or `token_ids` is to be continued; `sampling` is the row's own keys of config.Sampling, checked; `extra`
+    `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the row's own keys of config.Sampling, checked; `extra`
     the user's own columns as JSON text ("" without any); `error` says why the row cannot run (None: it can).
     """
 
@@ -39,6 +39,7 @@ class Prompt:
     sampling: dict
     extra: str
     error: str | None
+    messages: list[dict] | None = None
 
 
 def open_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -58,16 +59,37 @@ def count(path: str | Path) -> int:
     return readers.for_path(path).count(path)
 
 
-def content_hash(path: str | Path) -> str:
-    """XXH3 (128 bits, hex) of the file's bytes as they are on disk. Raises InputError if it cannot be read."""
-    digest = xxhash.xxh3_128()
+def content_hash(path: str | Path, nbytes: int | None = None) -> str:
+    """XXH3 (128 bits, hex) of the file's bytes as they are on disk, or of its first `nbytes`.
+
+    Raises InputError if it cannot be read.
+    """
+    digest, left = xxhash.xxh3_128(), float("inf") if nbytes is None else nbytes
     try:
         with open(path, "rb", buffering=0) as file:
-            while piece := file.read(2**22):
+            while left and (piece := file.read(min(2**22, left) if nbytes is not None else 2**22)):
                 digest.update(piece)
+                left -= len(piece)
     except OSError as error:
         raise InputError(f"prompts {path}: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def content_key(path: str | Path, content: str) -> str:
+    """What tells these prompts from others, with all that `extends` must know: the hash and its bytes."""
+    return f"{content} of {Path(path).stat().st_size} bytes"
+
+
+def extends(path: str | Path, key: str) -> bool:
+    """Whether the file begins with the bytes of the one that had this key, up to the end of a line."""
+    content, _, nbytes = key.removesuffix(" bytes").partition(" of ")
+    path = Path(path)
+    if not nbytes.isdigit() or path.stat().st_size < int(nbytes) or content_hash(path, int(nbytes)) != content:
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(int(nbytes) - 1, 0))
+        border = file.read(2)
+    return path.suffix == ".gz" or len(border) < 2 or b"\n" in border
 
 
 def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
@@ -85,6 +107,10 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
     sampling, sampling_error = _sampling(own) if own else ({}, None)
     prompt, token_ids = record.get("prompt"), record.get("token_ids")
     content_error = _content_error(record, prompt, token_ids)
+    messages = None
+    if content_error is None and record.get("messages") is not None:
+        messages = _plain_messages(record["messages"])
+        prompt = _json_text(messages)
     error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
     return Prompt(
         row,
@@ -94,6 +120,7 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
         sampling,
         _json_text(extra) if extra else "",
         error or None,
+        messages,
     )
 
 
@@ -150,18 +177,48 @@ def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
 
 def _content_error(record: dict, prompt, token_ids) -> str | None:
     """What is wrong with the part of the row that is to be continued."""
-    if record.get("messages") is not None:
-        return "messages is not in this version of Noria yet"
-    if prompt is not None and token_ids is not None:
-        return "both prompt and token_ids: give one of them"
+    messages = record.get("messages")
+    given = [name for name in ("prompt", "token_ids", "messages") if record.get(name) is not None]
+    if len(given) > 1:
+        return f"both {' and '.join(given)}: give one of them"
+    if messages is not None:
+        return _messages_error(messages)
     if token_ids is not None:
         return _token_ids_error(token_ids)
     if prompt is None:
         names = ", ".join(repr(name) for name in record if name not in RESERVED)
-        return f"neither prompt nor token_ids{f': this row has {names[:60]}' if names else ''}"
+        return f"neither prompt nor messages nor token_ids{f': this row has {names[:60]}' if names else ''}"
     if not isinstance(prompt, str):
         return f"prompt is {_short(prompt)}: it must be a string"
     return None if prompt else "prompt is empty"
+
+
+def _messages_error(messages) -> str | None:
+    if not isinstance(messages, list):
+        return f"messages is {_short(messages)}: it must be a list of objects with role and content"
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"messages[{place}] is {_short(message)}: it must be an object with role and content"
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            return f"messages[{place}].role is {_short(role)}: it must be a string such as 'user'"
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    return f"messages[{place}].content has {_short(part)}: only parts of type 'text' can be read"
+        elif not isinstance(content, str) and not (content is None and role == "assistant"):
+            return f"messages[{place}].content is {_short(content)}: it must be a string"
+    return None if messages else "messages is empty"
+
+
+def _plain_messages(messages: list[dict]) -> list[dict]:
+    """The messages with a content of several parts as one text, a part a line."""
+    return [
+        message | {"content": "\n".join(part["text"] for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def _token_ids_error(token_ids) -> str | None:
@@ -175,7 +232,7 @@ def _token_ids_error(token_ids) -> str | None:
 
 def _sampling(own: dict) -> tuple[dict, str | None]:
     """The row's own sampling keys, checked, and what is wrong with them."""
-    hashable = not any(isinstance(value, list | dict) for value in own.values())
+    hashable = not any(isinstance(value, list | dict) or len(str(value)) > 100 for value in own.values())
     override = _override if hashable else _override.__wrapped__
     try:
         return dict(override(tuple(own), *own.values())), None

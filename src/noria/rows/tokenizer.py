@@ -30,6 +30,7 @@ class Tokenizer:
         named = {name: text for name in _NAMED if (text := _text(settings.get(name)))}
         if "tokenizer.json" not in files:
             named = _GPT2_NAMED | named
+        self.special_tokens = named  # name (bos_token, eos_token, ...) -> text
         self._backend = _backend(files, settings, named)
         self.vocab_size = self._backend.get_vocab_size() if self._backend else 0
         ends = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
@@ -37,14 +38,17 @@ class Tokenizer:
             ends += _ids(self._backend.token_to_id(named.get("eos_token", "")))
         self.end_token_ids = frozenset(ends)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt, with the BOS that the post-processor adds unless the text begins with it.
 
-        Lone surrogates, which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer.
+        Without `add_special_tokens` the text alone, as of a conversation whose template wrote them. Lone surrogates,
+        which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer.
         """
         if self._backend is None:
             raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {_REMEDY}")
-        encoding = self._backend.encode(_without_lone_surrogates(text))
+        encoding = self._backend.encode(_without_lone_surrogates(text), add_special_tokens=add_special_tokens)
+        if not add_special_tokens:
+            return encoding.ids
         ids, added = encoding.ids, encoding.special_tokens_mask
         prefix = added.index(0) if 0 in added else len(ids)
         doubled = ids[:prefix] == ids[prefix : 2 * prefix]
@@ -65,12 +69,17 @@ def prompt_token_ids(tokenizer: Tokenizer, prompt: str, token_ids: list[int] | N
 
     Raises InputError for a prompt without tokens and for ids outside the model's vocabulary of `vocab_size`.
     """
-    ids = tokenizer.encode(prompt) if token_ids is None else token_ids
+    if token_ids is not None:
+        return checked_ids(token_ids, vocab_size, "token_ids")
+    return checked_ids(tokenizer.encode(prompt), vocab_size, "the tokenizer's ids")
+
+
+def checked_ids(ids: list[int], vocab_size: int, whose: str) -> list[int]:
+    """The ids, if there are any and the model has them all. Raises InputError that says whose they are."""
     if not ids:
         raise InputError("the prompt has no tokens: the tokenizer makes none of this text")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
-        whose = "token_ids" if token_ids is not None else "the tokenizer's ids"
         raise InputError(f"token id {wrong} is not in the model's vocabulary of {vocab_size}: check {whose}")
     return ids
 
