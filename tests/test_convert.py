@@ -221,10 +221,10 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         ("[" * 100000, ["config.json is not JSON"]),
         ('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}', ["BloomForCausalLM", "LlamaForCausalLM"]),
         (json.dumps(LLAMA | {"hidden_size": "32"}), ["hidden_size", "'32'"]),
-        (json.dumps(LLAMA | {"architectures": 3}), ["config.json", "hf"]),
+        (json.dumps(LLAMA | {"architectures": 3}), ["config.json", "hf", "architectures is 3: it must be a list"]),
         (json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}), ["gptq"]),
         (
-            json.dumps(LLAMA | {"num_hidden_layers": 10**9}),
+            json.dumps(LLAMA | {"num_hidden_layers": 9999}),
             ["lacks 'model.layers.3.", "and more", "layers/0003 of llama"],
         ),
     ],

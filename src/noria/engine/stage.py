@@ -80,7 +80,8 @@ class Stage:
             keys, values = self._cache.layer(layer)
             for index, microbatch in enumerate(prepared.microbatches):
                 attend = self._attend(microbatch, keys, values)
-                parts[index] = self._model.layer(self._shape, parameters, parts[index], microbatch.positional, attend)
+                positional = microbatch.positional
+                parts[index] = self._model.layer(self._shape, layer, parameters, parts[index], positional, attend)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sample(self, prepared: Prepared, hidden: torch.Tensor) -> torch.Tensor:

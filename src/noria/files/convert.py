@@ -20,6 +20,7 @@ from noria.files.checkpoint import block_names, model_block, model_shape, open_c
 from noria.files.checkpoint_writer import Header, file_nbytes, replacing, write_checkpoint
 from noria.files.hugging_face import Directory
 from noria.files.shards import CHUNK_NBYTES, Reader, Tensor
+from noria.models._sources import Transposed
 from noria.text import plural
 
 # Tensors that old checkpoints carry and no model needs: they are computed.
@@ -28,7 +29,21 @@ IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
 WIDER = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64"}  # dtypes of a larger range
 
 Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
-Plan = dict[tuple[str, str], list[Tensor]]  # the tensors, along dimension 0, of (block, parameter)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as a piece of a parameter: as it is stored, or its transpose."""
+
+    tensor: Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+
+
+Plan = dict[tuple[str, str], list[Part]]  # the parts, along dimension 0, of (block, parameter)
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Te
                 " that none of its files holds; download it again"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
-            parts = [found[name] for name in wanted[parameter.name]]
+            parts = [Part(found[name], isinstance(name, Transposed)) for name in wanted[parameter.name]]
             _check_parts(block, parameter, parts)
             plan[block, parameter.name] = parts
     return plan
@@ -126,23 +141,29 @@ def _find(name: str, tensors: dict[str, Tensor], aliases) -> Tensor | None:
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _check_parts(block: str, parameter: Parameter, parts: list[Tensor]) -> None:
+def _check_parts(block: str, parameter: Parameter, parts: list[Part]) -> None:
     rows = sum(part.shape[0] if part.shape else 0 for part in parts)
-    if any((rows, *part.shape[1:]) != parameter.shape for part in parts):
-        have = ", ".join(f"{part.name!r} {list(part.shape)}" for part in parts)
+    wanted = parameter.shape
+    if len(wanted) == 3:  # its first two dimensions are rows
+        wanted = (wanted[0] * wanted[1], wanted[2])
+    if any((rows, *part.shape[1:]) != wanted for part in parts):
+        have = ", ".join(f"{part.tensor.name!r} {list(part.tensor.shape)}" for part in parts[:6])
+        have += " and more" if parts[6:] else ""
         raise InputError(
-            f"{parts[0].shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
+            f"{parts[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
             " that config.json asks for: weights and config.json are not of one model"
         )
-    for part in parts:
-        if part.dtype not in DTYPE_NBYTES:
-            raise InputError(f"{part.shard}: {part.name!r} is {part.dtype!r}: Noria converts {', '.join(DTYPE_NBYTES)}")
+    for tensor in (part.tensor for part in parts):
+        if tensor.dtype not in DTYPE_NBYTES:
+            raise InputError(
+                f"{tensor.shard}: {tensor.name!r} is {tensor.dtype!r}: Noria converts {', '.join(DTYPE_NBYTES)}"
+            )
 
 
 def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
     """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it."""
     sizes, counts = Counter(), Counter()
-    for tensor in {tensor.name: tensor for parts in plan.values() for tensor in parts}.values():
+    for tensor in {part.tensor.name: part.tensor for parts in plan.values() for part in parts}.values():
         sizes[tensor.dtype] += tensor.size
         counts[tensor.dtype] += 1
     if dtype != "auto":
@@ -159,7 +180,7 @@ def _shared(plan: Plan) -> str | None:
 
 
 def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
-    used = {tensor.name for parts in plan.values() for tensor in parts}
+    used = {part.tensor.name for parts in plan.values() for part in parts}
     # a tied model's own lm_head is the embedding once more
     tied = {"lm_head.weight"} if shape.tied else set()
     left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
@@ -185,8 +206,9 @@ class _Source:
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
-        for tensor in self._plan[block.name, parameter.name]:
-            for chunk in self._reader.chunks(tensor):
+        for part in self._plan[block.name, parameter.name]:
+            tensor = part.tensor
+            for chunk in self._reader.chunks(tensor, part.transposed):
                 cast = chunk if chunk.dtype == self._dtype else self._cast[: len(chunk)].copy_(chunk)
                 _check_range(chunk, cast, tensor)
                 yield memoryview(cast.view(torch.uint8).numpy())

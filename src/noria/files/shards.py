@@ -92,9 +92,13 @@ class Reader:
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def chunks(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next."""
-        return self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
+    def chunks(self, tensor: Tensor, transposed: bool = False) -> Iterator[torch.Tensor]:
+        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next.
+
+        Transposed: of the matrix's transpose; the whole matrix is in memory meanwhile.
+        """
+        chunks = self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
+        return _transposed(tensor, chunks) if transposed else chunks
 
     def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
         dtype = getattr(torch, tensor.dtype)
@@ -112,6 +116,17 @@ class Reader:
         flat = self._tensors[tensor.name].reshape(-1)
         for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):
             yield chunk.clone()  # a view would keep the whole file mapped
+
+
+def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+    flat, done = whole.view(-1), 0
+    for chunk in chunks:
+        flat[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    rows = max(1, CHUNK_NBYTES // max(1, whole.element_size() * len(whole)))
+    for some in whole.t().split(rows):
+        yield from some.reshape(-1).split(CHUNK_NBYTES // whole.element_size())
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from noria import kinds
-from noria.config import InputError
+from noria.config import InputError, require
+from noria.models._config import MAX_SHOWN, shown
 
 
 def for_config(config: Mapping) -> ModuleType:
@@ -18,10 +19,12 @@ def for_config(config: Mapping) -> ModuleType:
     """
     families = {name: kinds.load("models", name) for name in kinds.names("models")}
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    listed = isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    require(listed, f"config.json: architectures is {shown(architectures)}: it must be a list of names")
     for name, family in families.items():
         right_type = model_type == name if model_type else bool(architectures)
         if right_type and all(architecture in family.ARCHITECTURES for architecture in architectures):
             return family
     known = ", ".join(architecture for family in families.values() for architecture in family.ARCHITECTURES)
-    wanted = ", ".join(map(str, architectures)) or "no architectures"
-    raise InputError(f"config.json: no model family for {wanted} (model_type {model_type!r}); known: {known}")
+    wanted = ", ".join(architectures)[:MAX_SHOWN] or "no architectures"
+    raise InputError(f"config.json: no model family for {wanted} (model_type {shown(model_type)}); known: {known}")

@@ -1,35 +1,63 @@
 """Reads single values of a config.json; every refusal names the key, the value and what would do.
 
-Knows no family and no tensors.
+A config.json is not trusted: sizes are bounded here, before anything is counted or allocated by them. Knows no family
+and no tensors.
 """
 
 from collections.abc import Mapping
 
 from noria.config import InputError, require
 
+MAX_SIZE = 2**31 - 1  # of any size: token ids and kernels count in 32 bits
+MAX_LAYERS = 10_000  # a layer's name has four digits
+MAX_SHOWN = 80  # characters of a value in a message
 
-def integer(config: Mapping, key: str, default: int | None = None) -> int:
-    """A whole number of at least 1; a missing or null key is the default. Raises InputError."""
+
+def shown(value: object) -> str:
+    """The value as a message shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def integer(config: Mapping, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+    """A whole number of 1 to `most`; a missing or null key is the default. Raises InputError."""
     value = default if config.get(key) is None else config[key]
     require(value is not None, f"config.json: {key} is missing")
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(whole, f"config.json: {key} is {value!r}: it must be a whole number of at least 1")
+    require(whole, f"config.json: {key} is {shown(value)}: it must be a whole number of at least 1")
+    require(value <= most, f"config.json: {key} is {shown(value)}: it must be at most {most}")
     return value
+
+
+def whole(config: Mapping, key: str, default: int) -> int:
+    """As `integer`, but 0 is a number too."""
+    return 0 if config.get(key) == 0 and config.get(key) is not False else integer(config, key, default)
 
 
 def number(config: Mapping, key: str, default: float | None = None) -> float:
     """A number above 0; a missing or null key is the default. Raises InputError."""
     value = default if config.get(key) is None else config[key]
     require(value is not None, f"config.json: {key} is missing")
-    positive = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    require(positive, f"config.json: {key} is {value!r}: it must be a number above 0")
+    positive = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
+    require(positive, f"config.json: {key} is {shown(value)}: it must be a number above 0")
     return float(value)
 
 
 def flag(config: Mapping, key: str, default: bool) -> bool:
     """True or false; a missing or null key is the default. Raises InputError."""
     value = default if config.get(key) is None else config[key]
-    require(isinstance(value, bool), f"config.json: {key} is {value!r}: it must be true or false")
+    require(isinstance(value, bool), f"config.json: {key} is {shown(value)}: it must be true or false")
+    return value
+
+
+def one_of(config: Mapping, key: str, default: str, known: tuple[str, ...]) -> str:
+    """One of the known words; a missing or null key is the default. Raises InputError."""
+    value = default if config.get(key) is None else config[key]
+    right = isinstance(value, str) and value in known
+    require(right, f"config.json: {key} is {shown(value)}: not in this version of Noria; known: {', '.join(known)}")
     return value
 
 
@@ -37,7 +65,14 @@ def only(config: Mapping, key: str, value: object, reason: str) -> None:
     """Raises InputError, with the reason, unless the key has this one value or is missing or null."""
     found = config.get(key)
     if found is not None and found != value:
-        raise InputError(f"config.json: {key} is {found!r}: {reason}")
+        raise InputError(f"config.json: {key} is {shown(found)}: {reason}")
+
+
+def multiple(one: tuple[str, int], other: tuple[str, int]) -> None:
+    """Raises InputError unless the first (name, number) is a multiple of the second."""
+    (name, number), (divisor_name, divisor) = one, other
+    if number % divisor:
+        raise InputError(f"config.json: {name} ({number}) is no multiple of {divisor_name} ({divisor})")
 
 
 def refuse_quantized(config: Mapping) -> None:
@@ -46,5 +81,6 @@ def refuse_quantized(config: Mapping) -> None:
     if found is not None:
         method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
         raise InputError(
-            f"config.json: quantization_config ({method}) is not in this version of Noria: take the unquantized model"
+            f"config.json: quantization_config ({str(method)[:MAX_SHOWN]}) is not in this version of Noria: take the"
+            " unquantized model"
         )

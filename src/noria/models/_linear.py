@@ -1,10 +1,19 @@
-"""The product with a weight matrix, in the form that is fast on this device. Knows no model.
+"""The product with a weight matrix, in the form that is fast on this device, and activations. Knows no model.
 
 T tokens, I inputs, O outputs.
 """
 
 import torch
 import torch.nn.functional as F
+
+# By the names that config.json files give them; each may write into its argument.
+ACTIVATIONS = {
+    "relu": torch.relu_,
+    "gelu": F.gelu,
+    "gelu_new": lambda inner: F.gelu(inner, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda inner: F.gelu(inner, approximate="tanh"),
+    "silu": lambda inner: F.silu(inner, inplace=True),
+}
 
 TILE_ROWS = 1024  # rows of a weight matrix that one thread takes at a time
 FEW, MANY = 2, 256  # tokens between which tiles pay

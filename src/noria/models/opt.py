@@ -1,4 +1,4 @@
-"""OPT, the sizes with the norm before each part (125m, 1.3b and larger), as transformers' modeling_opt computes it.
+"""OPT, OPT-IML and Galactica (OPT with settings of its own), as transformers' modeling_opt computes it.
 
 Functions of tensors: nothing of ranks, streams or files.
 T tokens, S sampled rows, H heads, D head dim, E hidden, V vocab.
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from noria.blocks import ModelShape
-from noria.config import require
 from noria.models import _config as read
-from noria.models._linear import linear
+from noria.models import _sources
+from noria.models._linear import ACTIVATIONS, linear
 
 ARCHITECTURES = ("OPTForCausalLM",)
 ALIASES = (("model.decoder.", "decoder."),)  # the first published checkpoints
@@ -23,24 +23,20 @@ def shape(config: Mapping) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     read.refuse_quantized(config)
     hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
-    require(
-        hidden_size % num_heads == 0,
-        f"config.json: hidden_size ({hidden_size}) is no multiple of num_attention_heads ({num_heads})",
-    )
-    read.only(config, "do_layer_norm_before", True, "OPT with the norm after each part (opt-350m) is not supported")
-    read.only(
-        config,
-        "word_embed_proj_dim",
-        hidden_size,
-        f"OPT with projected embeddings (opt-350m; hidden_size is {hidden_size}) is not supported",
-    )
-    read.only(config, "_remove_final_layer_norm", False, "OPT without the final layer norm is not supported")
-    read.only(config, "layer_norm_elementwise_affine", True, "OPT without weights of its layer norms is not supported")
-    read.only(config, "activation_function", "relu", "Noria computes OPT with relu alone")
-    details = {"ffn_dim": read.integer(config, "ffn_dim"), "enable_bias": read.flag(config, "enable_bias", True)}
+    read.multiple(("hidden_size", hidden_size), ("num_attention_heads", num_heads))
+    before = read.flag(config, "do_layer_norm_before", True)
+    details = {
+        "ffn_dim": read.integer(config, "ffn_dim"),
+        "embed_dim": read.integer(config, "word_embed_proj_dim", hidden_size),
+        "activation": read.one_of(config, "activation_function", "relu", tuple(ACTIVATIONS)),
+        "biases": read.flag(config, "enable_bias", True),
+        "norm_before": before,
+        "norm_weights": read.flag(config, "layer_norm_elementwise_affine", True),
+        "final_norm": before and not read.flag(config, "_remove_final_layer_norm", False),
+    }
     return ModelShape(
         "opt",
-        num_layers=read.integer(config, "num_hidden_layers"),
+        num_layers=read.integer(config, "num_hidden_layers", most=read.MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
@@ -52,40 +48,39 @@ def shape(config: Mapping) -> ModelShape:
     )
 
 
+def _projected(shape: ModelShape) -> bool:
+    """Whether the embedding is narrower than the layers (opt-350m), with a matrix on each side of them."""
+    return shape.details["embed_dim"] != shape.hidden_size
+
+
 def embed_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    positions = shape.max_positions + POSITION_OFFSET
-    return {"tokens": (shape.vocab_size, shape.hidden_size), "positions": (positions, shape.hidden_size)}
+    narrow, size = shape.details["embed_dim"], shape.hidden_size
+    parameters = {"tokens": (shape.vocab_size, narrow), "positions": (shape.max_positions + POSITION_OFFSET, size)}
+    return parameters | ({"project_in": (size, narrow)} if _projected(shape) else {})
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     """Every layer is the same. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`."""
-    size, inner = shape.hidden_size, shape.details["ffn_dim"]
-    parameters = {
-        "attention_norm": (size,),
-        "attention_norm_bias": (size,),
-        "qkv": (3 * size, size),
-        "qkv_bias": (3 * size,),
-        "out": (size, size),
-        "out_bias": (size,),
-        "mlp_norm": (size,),
-        "mlp_norm_bias": (size,),
-        "up": (inner, size),
-        "up_bias": (inner,),
-        "down": (size, inner),
-        "down_bias": (size,),
-    }
-    if not shape.details["enable_bias"]:
-        for name in ("qkv", "out", "up", "down"):
-            del parameters[f"{name}_bias"]
+    size, inner, details = shape.hidden_size, shape.details["ffn_dim"], shape.details
+    matrices = {"qkv": (3 * size, size), "out": (size, size), "up": (inner, size), "down": (size, inner)}
+    parameters: dict[str, tuple[int, ...]] = {}
+    for name in ("attention_norm", "qkv", "out", "mlp_norm", "up", "down"):
+        if name not in matrices and not details["norm_weights"]:
+            continue
+        parameters[name] = matrices.get(name, (size,))
+        if name not in matrices or details["biases"]:
+            parameters[f"{name}_bias"] = parameters[name][:1]
     return parameters
 
 
 def head_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    size = shape.hidden_size
-    return {"norm": (size,), "norm_bias": (size,), "lm_head": (shape.vocab_size, size)}
+    size, narrow, details = shape.hidden_size, shape.details["embed_dim"], shape.details
+    norm = {"norm": (size,), "norm_bias": (size,)} if details["final_norm"] and details["norm_weights"] else {}
+    projection = {"project_out": (narrow, size)} if _projected(shape) else {}
+    return norm | projection | {"lm_head": (shape.vocab_size, narrow)}
 
 
-_LAYER_SOURCES = {
+_MODULES = {
     "attention_norm": ("self_attn_layer_norm",),
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "out": ("self_attn.out_proj",),
@@ -97,24 +92,26 @@ _LAYER_SOURCES = {
 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
-    tokens, norm = "model.decoder.embed_tokens.weight", "model.decoder.final_layer_norm"
+    top = "model.decoder"
+    tokens = f"{top}.embed_tokens.weight"
     if block_name == "embed":
-        return {"tokens": (tokens,), "positions": ("model.decoder.embed_positions.weight",)}
+        names = {"tokens": tokens, "positions": f"{top}.embed_positions.weight", "project_in": f"{top}.project_in.weight"}
+        return {parameter: (names[parameter],) for parameter in embed_parameters(shape)}
     if block_name == "head":
-        lm_head = tokens if shape.tied else "lm_head.weight"
-        return {"norm": (f"{norm}.weight",), "norm_bias": (f"{norm}.bias",), "lm_head": (lm_head,)}
-    layer, names = int(block_name.removeprefix("layers/")), {}
-    for parameter in layer_parameters(shape, layer):
-        ending = "bias" if parameter.endswith("_bias") else "weight"
-        modules = _LAYER_SOURCES[parameter.removesuffix("_bias")]
-        names[parameter] = tuple(f"model.decoder.layers.{layer}.{module}.{ending}" for module in modules)
-    return names
+        names = {f"norm{end}": f"{top}.final_layer_norm.{word}" for end, word in (("", "weight"), ("_bias", "bias"))}
+        names |= {"project_out": f"{top}.project_out.weight", "lm_head": tokens if shape.tied else "lm_head.weight"}
+        return {parameter: (names[parameter],) for parameter in head_parameters(shape)}
+    layer = int(block_name.removeprefix("layers/"))
+    return _sources.of_layer(f"{top}.layers.{layer}", layer_parameters(shape, layer), _MODULES)
 
 
 def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[T, E] from token ids [T] and positions [T]."""
     learned = F.embedding(positions + POSITION_OFFSET, parameters["positions"])
-    return F.embedding(token_ids, parameters["tokens"]).add_(learned)
+    tokens = F.embedding(token_ids, parameters["tokens"])
+    if _projected(shape):
+        tokens = linear(tokens, parameters["project_in"])
+    return tokens.add_(learned)
 
 
 def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -> None:
@@ -122,21 +119,33 @@ def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -
 
 
 def layer(
-    shape: ModelShape, parameters: Mapping, hidden: torch.Tensor, positional: None, attend: Callable
+    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: None, attend: Callable
 ) -> torch.Tensor:
-    """[T, E] after one layer, from hidden states [T, E], which are left as they are."""
-    heads, size = shape.num_heads, shape.hidden_size
-    normed = F.layer_norm(hidden, (size,), parameters["attention_norm"], parameters["attention_norm_bias"])
-    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
-    attended = attend(*qkv.split(heads, dim=1)).reshape(len(hidden), size)
-    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+    """[T, E] after one layer, from hidden states [T, E], which are left as they are.
 
-    normed = F.layer_norm(hidden, (size,), parameters["mlp_norm"], parameters["mlp_norm_bias"])
-    inner = linear(normed, parameters["up"], parameters.get("up_bias")).relu_()
-    return linear(inner, parameters["down"], parameters.get("down_bias")).add_(hidden)
+    A part's norm stands before it, or after its sum with the residual (opt-350m).
+    """
+    heads, before = shape.num_heads, shape.details["norm_before"]
+    normed = _norm(shape, parameters, "attention_norm", hidden) if before else hidden
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
+    attended = attend(*qkv.split(heads, dim=1)).reshape(len(hidden), shape.hidden_size)
+    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+    hidden = hidden if before else _norm(shape, parameters, "attention_norm", hidden)
+
+    normed = _norm(shape, parameters, "mlp_norm", hidden) if before else hidden
+    inner = ACTIVATIONS[shape.details["activation"]](linear(normed, parameters["up"], parameters.get("up_bias")))
+    hidden = linear(inner, parameters["down"], parameters.get("down_bias")).add_(hidden)
+    return hidden if before else _norm(shape, parameters, "mlp_norm", hidden)
+
+
+def _norm(shape: ModelShape, parameters: Mapping, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(hidden, (shape.hidden_size,), parameters.get(name), parameters.get(f"{name}_bias"))
 
 
 def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
-    normed = F.layer_norm(hidden, (shape.hidden_size,), parameters["norm"], parameters["norm_bias"])
-    return linear(normed, parameters["lm_head"])
+    if shape.details["final_norm"]:
+        hidden = _norm(shape, parameters, "norm", hidden)
+    if _projected(shape):
+        hidden = linear(hidden, parameters["project_out"])
+    return linear(hidden, parameters["lm_head"])

@@ -1,0 +1,203 @@
+"""The decoder that Llama, Mistral, Qwen, Phi-3 and Mixtral share: RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+A family gives `shape` its settings (biases, norms of heads, windows, experts) and takes the rest as it is. A layer's
+RMSNorms compute in float32 for half precisions. Functions of tensors: nothing of ranks, streams or files.
+T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from noria.blocks import ModelShape
+from noria.config import require
+from noria.models import _config as read
+from noria.models import _experts, _rotary, _sources
+from noria.models._linear import linear
+
+ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
+
+
+def shape(
+    family: str,
+    config: Mapping,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    head_norms: bool = False,
+    window: tuple[int, Collection[int]] | None = None,
+    experts: Mapping | None = None,
+    partly_rotated: bool = False,
+) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed.
+
+    window: the tokens that a query of these layers sees, and the layers. experts: number, chosen, inner, normalized, and
+    layers: those that have experts. partly_rotated: whether `partial_rotary_factor` may be below 1.
+    """
+    read.refuse_quantized(config)
+    read.only(config, "hidden_act", "silu", "Noria computes this family with silu alone")
+    hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
+    num_kv_heads = read.integer(config, "num_key_value_heads", num_heads)
+    read.multiple(("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads))
+    if config.get("head_dim") is None:
+        read.multiple(("hidden_size", hidden_size), ("num_attention_heads", num_heads))
+    head_dim = read.integer(config, "head_dim", hidden_size // num_heads)
+    require(head_dim % 2 == 0, f"config.json: head_dim is {head_dim}: rotary positions need an even number")
+    theta, scaling = _rotary.settings(config)
+    details = {
+        "intermediate_size": read.integer(config, "intermediate_size"),
+        "norm_eps": read.number(config, "rms_norm_eps", 1e-6),
+        "biases": {"qkv": qkv_bias, "out": out_bias, "gate_up": mlp_bias, "down": mlp_bias},
+        "head_norms": head_norms,
+        "window": window,
+        "experts": experts,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_size": _rotary.rotated_size(config, head_dim, partly_rotated),
+    }
+    return ModelShape(
+        family,
+        num_layers=num_layers(config),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=read.integer(config, "vocab_size"),
+        max_positions=read.integer(config, "max_position_embeddings", 2048),
+        tied=read.flag(config, "tie_word_embeddings", False),
+        details=details,
+    )
+
+
+def num_layers(config: Mapping) -> int:
+    return read.integer(config, "num_hidden_layers", most=read.MAX_LAYERS)
+
+
+def window_of(config: Mapping, layers: Collection[int]) -> tuple[int, Collection[int]] | None:
+    """The window in `sliding_window`, on these layers or on those that `layer_types` says; None if there is none."""
+    types = config.get("layer_types")
+    if types is not None:
+        known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
+        count = num_layers(config)
+        require(known and len(types) == count, f"config.json: layer_types must be {count} times full_ or sliding_attention")
+        layers = frozenset(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+    if config.get("sliding_window") is None:
+        return None
+    return read.integer(config, "sliding_window"), layers
+
+
+def embed_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {"tokens": (shape.vocab_size, shape.hidden_size)}
+
+
+def has_experts(shape: ModelShape, layer: int) -> bool:
+    return shape.details["experts"] is not None and layer in shape.details["experts"]["layers"]
+
+
+def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
+    """In stored order. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`, experts in `experts`."""
+    hidden, inner, details = shape.hidden_size, shape.details["intermediate_size"], shape.details
+    qkv, heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, shape.num_heads * shape.head_dim
+    wanted: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "qkv": (qkv, hidden)}
+    if details["head_norms"]:
+        wanted |= {"query_norm": (shape.head_dim,), "key_norm": (shape.head_dim,)}
+    wanted |= {"out": (hidden, heads), "mlp_norm": (hidden,)}
+    if has_experts(shape, layer):
+        wanted |= _experts.parameters(details["experts"]["number"], hidden, details["experts"]["inner"])
+    else:
+        wanted |= {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    parameters = {}
+    for name, sizes in wanted.items():
+        parameters[name] = sizes
+        if details["biases"].get(name):
+            parameters[f"{name}_bias"] = sizes[:1]
+    return parameters
+
+
+def head_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {"norm": (shape.hidden_size,), "lm_head": (shape.vocab_size, shape.hidden_size)}
+
+
+MODULES = {
+    "attention_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "query_norm": ("self_attn.q_norm",),
+    "key_norm": ("self_attn.k_norm",),
+    "out": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "router": ("mlp.gate",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+EXPERTS = ("mlp.experts", "gate_proj", "up_proj", "down_proj")
+
+
+def sources(shape: ModelShape, block_name: str, modules: Mapping = MODULES, experts: tuple = EXPERTS) -> dict[str, tuple]:
+    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py)."""
+    tokens = "model.embed_tokens.weight"
+    if block_name == "embed":
+        return {"tokens": (tokens,)}
+    if block_name == "head":
+        return {"norm": ("model.norm.weight",), "lm_head": (tokens if shape.tied else "lm_head.weight",)}
+    layer = int(block_name.removeprefix("layers/"))
+    prefix, parameters = f"model.layers.{layer}", list(layer_parameters(shape, layer))
+    plain = [name for name in parameters if name != "experts"]
+    names = _sources.of_layer(prefix, plain, modules)
+    if has_experts(shape, layer):
+        folder, *matrices = experts
+        names["experts"] = _experts.sources(f"{prefix}.{folder}", shape.details["experts"]["number"], *matrices)
+    return names
+
+
+def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[T, E] from token ids [T]; positions are the layers' business."""
+    return F.embedding(token_ids, parameters["tokens"])
+
+
+def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary cosines and sines of positions [T], in `dtype`, for all layers of a microbatch."""
+    details = shape.details
+    return _rotary.tables(details["rope_theta"], details["rope_scaling"], details["rope_size"], positions, dtype)
+
+
+def layer(
+    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: tuple, attend: Callable
+) -> torch.Tensor:
+    """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
+    size, details = shape.hidden_size, shape.details
+    normed = F.rms_norm(hidden, (size,), parameters["attention_norm"], details["norm_eps"])
+    attended = _attention(shape, index, parameters, normed, positional, attend)
+    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+
+    normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], details["norm_eps"])
+    if "experts" in parameters:
+        scores = linear(normed, parameters["router"])
+        chosen, weights = _experts.choose(scores, details["experts"]["chosen"], details["experts"]["normalized"])
+        return _experts.mixture(normed, chosen, weights, parameters["experts"]).add_(hidden)
+    gate, up = linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")).chunk(2, dim=-1)
+    return linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
+
+
+def _attention(shape: ModelShape, index: int, parameters: Mapping, normed, positional: tuple, attend: Callable):
+    """[T, H * D] from normed hidden states [T, E]."""
+    heads, kv_heads, details = shape.num_heads, shape.num_kv_heads, shape.details
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
+    qkv = qkv.view(len(normed), heads + 2 * kv_heads, shape.head_dim)
+    if details["head_norms"]:
+        size, eps = (shape.head_dim,), details["norm_eps"]
+        queries = F.rms_norm(qkv[:, :heads], size, parameters["query_norm"], eps)
+        keys = F.rms_norm(qkv[:, heads : heads + kv_heads], size, parameters["key_norm"], eps)
+        queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
+    else:
+        queries, keys = _rotary.rotate(qkv[:, : heads + kv_heads], *positional).split((heads, kv_heads), dim=1)
+    window = details["window"]
+    window = window[0] if window and index in window[1] else None
+    return attend(queries, keys, qkv[:, heads + kv_heads :], window=window).reshape(len(normed), heads * shape.head_dim)
+
+
+def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [S, V] of hidden states [S, E]."""
+    normed = F.rms_norm(hidden, (shape.hidden_size,), parameters["norm"], shape.details["norm_eps"])
+    return linear(normed, parameters["lm_head"])

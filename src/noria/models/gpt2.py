@@ -1,0 +1,123 @@
+"""GPT-2 (and DistilGPT-2), whose matrices are stored [in, out]; as transformers' modeling_gpt2 computes it.
+
+Functions of tensors: nothing of ranks, streams or files.
+T tokens, S sampled rows, H heads, D head dim, E hidden, V vocab.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from noria.blocks import ModelShape
+from noria.models import _config as read
+from noria.models import _sources
+from noria.models._linear import ACTIVATIONS, linear
+from noria.models._sources import Transposed
+
+ARCHITECTURES = ("GPT2LMHeadModel",)
+ALIASES = (("transformer.", ""),)  # the first published checkpoints
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    read.refuse_quantized(config)
+    read.only(config, "add_cross_attention", False, "Noria computes GPT-2 as a decoder alone")
+    hidden_size, num_heads = read.integer(config, "n_embd", 768), read.integer(config, "n_head", 12)
+    read.multiple(("n_embd", hidden_size), ("n_head", num_heads))
+    details = {
+        "inner": read.integer(config, "n_inner", 4 * hidden_size),
+        "activation": read.one_of(config, "activation_function", "gelu_new", tuple(ACTIVATIONS)),
+        "norm_eps": read.number(config, "layer_norm_epsilon", 1e-5),
+        "scaled": read.flag(config, "scale_attn_weights", True),
+        "scaled_by_layer": read.flag(config, "scale_attn_by_inverse_layer_idx", False),
+    }
+    return ModelShape(
+        "gpt2",
+        num_layers=read.integer(config, "n_layer", 12, read.MAX_LAYERS),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=read.integer(config, "vocab_size", 50257),
+        max_positions=read.integer(config, "n_positions", 1024),
+        tied=read.flag(config, "tie_word_embeddings", True),
+        details=details,
+    )
+
+
+def embed_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {"tokens": (shape.vocab_size, shape.hidden_size), "positions": (shape.max_positions, shape.hidden_size)}
+
+
+def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
+    """Every layer is the same. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`."""
+    size, inner = shape.hidden_size, shape.details["inner"]
+    sizes = {"attention_norm": (size,), "qkv": (3 * size, size), "out": (size, size)}
+    sizes |= {"mlp_norm": (size,), "up": (inner, size), "down": (size, inner)}
+    return {key: value for name, all in sizes.items() for key, value in ((name, all), (f"{name}_bias", all[:1]))}
+
+
+def head_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    size = shape.hidden_size
+    return {"norm": (size,), "norm_bias": (size,), "lm_head": (shape.vocab_size, size)}
+
+
+_MODULES = {
+    "attention_norm": ("ln_1",),
+    "qkv": ("attn.c_attn",),
+    "out": ("attn.c_proj",),
+    "mlp_norm": ("ln_2",),
+    "up": ("mlp.c_fc",),
+    "down": ("mlp.c_proj",),
+}
+
+
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+    """Each parameter's tensors in a Hugging Face checkpoint; the layers' matrices are stored [in, out] there."""
+    tokens, norm = "transformer.wte.weight", "transformer.ln_f"
+    if block_name == "embed":
+        return {"tokens": (tokens,), "positions": ("transformer.wpe.weight",)}
+    if block_name == "head":
+        lm_head = tokens if shape.tied else "lm_head.weight"
+        return {"norm": (f"{norm}.weight",), "norm_bias": (f"{norm}.bias",), "lm_head": (lm_head,)}
+    layer = int(block_name.removeprefix("layers/"))
+    parameters = layer_parameters(shape, layer)
+    names = _sources.of_layer(f"transformer.h.{layer}", parameters, _MODULES)
+    return {key: tuple(map(Transposed, names[key])) if len(parameters[key]) == 2 else names[key] for key in names}
+
+
+def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[T, E] from token ids [T] and positions [T]."""
+    return F.embedding(token_ids, parameters["tokens"]).add_(F.embedding(positions, parameters["positions"]))
+
+
+def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -> None:
+    """Nothing: positions are in the embedding."""
+
+
+def layer(
+    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: None, attend: Callable
+) -> torch.Tensor:
+    """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
+    details, heads = shape.details, shape.num_heads
+    scale = shape.head_dim**-0.5 if details["scaled"] else 1.0
+    scale = scale / (index + 1) if details["scaled_by_layer"] else scale
+    normed = _norm(shape, parameters, "attention_norm", hidden)
+    qkv = linear(normed, parameters["qkv"], parameters["qkv_bias"]).view(len(hidden), 3 * heads, shape.head_dim)
+    attended = attend(*qkv.split(heads, dim=1), scale=scale).reshape(len(hidden), shape.hidden_size)
+    hidden = linear(attended, parameters["out"], parameters["out_bias"]).add_(hidden)
+
+    normed = _norm(shape, parameters, "mlp_norm", hidden)
+    inner = ACTIVATIONS[details["activation"]](linear(normed, parameters["up"], parameters["up_bias"]))
+    return linear(inner, parameters["down"], parameters["down_bias"]).add_(hidden)
+
+
+def _norm(shape: ModelShape, parameters: Mapping, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    weight, bias = parameters[name], parameters[f"{name}_bias"]
+    return F.layer_norm(hidden, (shape.hidden_size,), weight, bias, shape.details["norm_eps"])
+
+
+def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [S, V] of hidden states [S, E]."""
+    return linear(_norm(shape, parameters, "norm", hidden), parameters["lm_head"])

@@ -1,0 +1,28 @@
+"""Mistral: Llama with grouped queries and a sliding window; as transformers' modeling_mistral computes it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.models import _decoder
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+    sources,
+)
+
+ARCHITECTURES = ("MistralForCausalLM",)
+# What a config.json that leaves them out means; a window of null is none.
+DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    config = DEFAULTS | dict(config)
+    window = _decoder.window_of(config, range(_decoder.num_layers(config)))
+    return _decoder.shape("mistral", config, window=window)

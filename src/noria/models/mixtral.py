@@ -1,0 +1,37 @@
+"""Mixtral: Mistral with a mixture of experts in every layer; as transformers' modeling_mixtral computes it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.models import _config as read
+from noria.models import _decoder, _experts
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+)
+
+ARCHITECTURES = ("MixtralForCausalLM",)
+# What a config.json that leaves them out means.
+DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+MODULES = _decoder.MODULES | {"router": ("block_sparse_moe.gate",)}
+EXPERTS = ("block_sparse_moe.experts", "w1", "w3", "w2")
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    config = DEFAULTS | dict(config)
+    layers = range(_decoder.num_layers(config))
+    inner = read.integer(config, "intermediate_size")
+    experts = _experts.settings(config, "num_local_experts", 8, 2, inner, True, layers)
+    return _decoder.shape("mixtral", config, window=_decoder.window_of(config, layers), experts=experts)
+
+
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple]:
+    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
+    return _decoder.sources(shape, block_name, MODULES, EXPERTS)

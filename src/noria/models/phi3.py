@@ -1,0 +1,32 @@
+"""Phi-3 and Phi-4-mini: Llama stored with fused matrices, part of each head rotated; as transformers' modeling_phi3 has it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.models import _decoder
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+)
+
+ARCHITECTURES = ("Phi3ForCausalLM",)
+DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # what a config.json that leaves them out means
+MODULES = _decoder.MODULES | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)}
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    config = DEFAULTS | dict(config)
+    window = _decoder.window_of(config, range(_decoder.num_layers(config)))
+    return _decoder.shape("phi3", config, window=window, partly_rotated=True)
+
+
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple]:
+    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
+    return _decoder.sources(shape, block_name, MODULES)

@@ -1,0 +1,37 @@
+"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values; as transformers' modeling_qwen2 computes it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.models import _config as read
+from noria.models import _decoder
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+    sources,
+)
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+# What a config.json that leaves them out means.
+DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    config = DEFAULTS | dict(config)
+    return _decoder.shape("qwen2", config, qkv_bias=True, window=window(config))
+
+
+def window(config: Mapping) -> tuple | None:
+    """The sliding window of the layers from `max_window_layers` on, if `use_sliding_window` asks for it."""
+    if not read.flag(config, "use_sliding_window", False):
+        return None
+    num_layers = _decoder.num_layers(config)
+    first = read.whole(config, "max_window_layers", 28)
+    return _decoder.window_of(config, range(first, num_layers))

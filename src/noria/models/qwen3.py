@@ -1,0 +1,29 @@
+"""Qwen3: Qwen2 with a norm of each query and key head, in place of biases; as transformers' modeling_qwen3 computes it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.models import _config as read
+from noria.models import _decoder, qwen2
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+    sources,
+)
+
+ARCHITECTURES = ("Qwen3ForCausalLM",)
+DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    config = DEFAULTS | dict(config)
+    biases = read.flag(config, "attention_bias", False)
+    window = qwen2.window(config)
+    return _decoder.shape("qwen3", config, qkv_bias=biases, out_bias=biases, head_norms=True, window=window)

@@ -1,0 +1,44 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in most layers; as transformers' modeling_qwen3_moe computes it."""
+
+from collections.abc import Mapping
+
+from noria.blocks import ModelShape
+from noria.config import require
+from noria.models import _config as read
+from noria.models import _decoder, _experts, qwen2
+from noria.models._decoder import (  # noqa: F401
+    ALIASES,
+    embed,
+    embed_parameters,
+    head,
+    head_parameters,
+    layer,
+    layer_parameters,
+    positional,
+    sources,
+)
+
+ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+# What a config.json that leaves them out means.
+DEFAULTS = qwen2.DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
+
+
+def shape(config: Mapping) -> ModelShape:
+    """The sizes in a config.json. Every `decoder_sparse_step`-th layer has experts, less `mlp_only_layers`.
+
+    Raises InputError, naming the key, for what this family cannot compute.
+    """
+    config = DEFAULTS | dict(config)
+    num_layers, step = _decoder.num_layers(config), read.integer(config, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    known = isinstance(dense, list) and all(isinstance(layer, int) for layer in dense)
+    require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
+    layers = frozenset(range(step - 1, num_layers, step)) - frozenset(dense)
+    inner, normalized = read.integer(config, "moe_intermediate_size"), read.flag(config, "norm_topk_prob", False)
+    experts = _experts.settings(config, "num_experts", 128, 8, inner, normalized, layers)
+    windowed = read.flag(config, "use_sliding_window", False)
+    window = _decoder.window_of(config, range(num_layers)) if windowed else None
+    biases = read.flag(config, "attention_bias", False)
+    return _decoder.shape(
+        "qwen3_moe", config, qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts
+    )

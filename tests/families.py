@@ -1,0 +1,135 @@
+"""A tiny random model of every family, made and saved by transformers itself. Knows nothing of Noria."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+VOCAB = 97
+_ROTARY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def rotary(model_type: str, architecture: str, **keys) -> dict:
+    return _ROTARY | {"model_type": model_type, "architectures": [architecture]} | keys
+
+
+LLAMA = rotary("llama", "LlamaForCausalLM")
+MISTRAL = rotary("mistral", "MistralForCausalLM", sliding_window=9)
+QWEN2 = rotary("qwen2", "Qwen2ForCausalLM", tie_word_embeddings=True)
+QWEN3 = rotary("qwen3", "Qwen3ForCausalLM", head_dim=16)
+MIXTRAL = rotary("mixtral", "MixtralForCausalLM", num_local_experts=5, num_experts_per_tok=2, intermediate_size=24)
+QWEN3_MOE = rotary(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    norm_topk_prob=True,
+)
+PHI3 = rotary("phi3", "Phi3ForCausalLM", sliding_window=20, pad_token_id=0)
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+}
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": 32,
+    "do_layer_norm_before": True,
+    "activation_function": "relu",
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SLIDING = {"use_sliding_window": True, "sliding_window": 11}
+GALACTICA = {"activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False}
+CONFIGS = {
+    "llama": LLAMA,
+    "llama without groups": LLAMA | {"num_key_value_heads": 4},
+    "llama with one key head": LLAMA | {"num_key_value_heads": 1},
+    "llama tied": LLAMA | {"tie_word_embeddings": True},
+    "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama with its own head dim": LLAMA | {"head_dim": 12},
+    "llama linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "llama 3": LLAMA | {"rope_theta": 500.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
+    "llama 3 as written now": LLAMA
+    | {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 32}},
+    "mistral": MISTRAL,
+    "mistral without a window": MISTRAL | {"sliding_window": None},
+    "qwen2": QWEN2,
+    "qwen2 with windows in its upper layers": QWEN2 | SLIDING | {"max_window_layers": 1, "tie_word_embeddings": False},
+    "qwen3": QWEN3,
+    "qwen3 tied with biases": QWEN3 | {"tie_word_embeddings": True, "attention_bias": True},
+    "qwen3 with layer types": QWEN3
+    | SLIDING
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "mixtral": MIXTRAL,
+    "mixtral with a window": MIXTRAL | {"sliding_window": 7, "num_experts_per_tok": 1},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe with dense layers": QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False},
+    "qwen3_moe with every second layer dense": QWEN3_MOE | SLIDING | {"decoder_sparse_step": 2},
+    "phi3": PHI3,
+    "phi3 partly rotated": PHI3 | {"partial_rotary_factor": 0.75, "sliding_window": None, "tie_word_embeddings": True},
+    "gpt2": GPT2,
+    "gpt2 with settings": GPT2 | {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+    "opt": OPT,
+    "opt untied": OPT | {"tie_word_embeddings": False},
+    "opt without biases": OPT | {"enable_bias": False},
+    "opt with the norm after (350m)": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "opt projected and untied": OPT | {"word_embed_proj_dim": 16, "tie_word_embeddings": False},
+    "opt of before 4.20": OPT | {"_remove_final_layer_norm": True},
+    "galactica": OPT | GALACTICA,
+}
+
+
+def random_model(config: dict, seed: int = 0) -> torch.nn.Module:
+    """A model of transformers in float32; everything random, norms and biases too."""
+    import transformers
+
+    settings = {key: value for key, value in config.items() if key != "architectures" and value is not None}
+    # null is a choice where the default is another
+    settings |= {key: None for key in ("sliding_window",) if key in config and config[key] is None}
+    hugging_face = transformers.AutoConfig.for_model(**settings)
+    hugging_face._attn_implementation = "eager"
+    model = getattr(transformers, config["architectures"][0])(hugging_face).eval().float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            parameter.copy_(noise + 1 if norm else noise)
+    return model
+
+
+def save(config: dict, folder: Path, seed: int = 0) -> torch.nn.Module:
+    """The model, saved by transformers into `folder` with this config.json."""
+    model = random_model(config, seed)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
