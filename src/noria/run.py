@@ -12,16 +12,21 @@ from noria import attention, kinds, streams, transports
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, require
 from noria.engine.executor import Executor, follow, lead
+from noria.engine.heartbeat import SILENCE
 from noria.engine.kv_cache import KvCache
 from noria.engine.ring import open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
 from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.files.checkpoint import open_checkpoint, parse_json
-from noria.files.output import probe_output
+from noria.files.lock import OutputLock
+from noria.files.output import probe_output, reopen
 from noria.files.provenance import now, provenance, segment_of
 from noria.files.random_weights import random_checkpoint
-from noria.launch import launcher, mpi
+from noria.launch import deadline, launcher, mpi
+from noria.launch.signals import Signals
+from noria.launch.stopping import STOPPED, Stopping
+from noria.launch.watchdog import Watchdog
 from noria.plan import planner
 from noria.plan.placement import blocks_of, stages_of
 from noria.progress import log
@@ -41,43 +46,74 @@ class Work:
     prompts_hash: str
 
 
-def run(config: Config, comm) -> int:
+def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals | None = None) -> int:
     """One job on the ranks of `comm`. Returns its exit code; raises InputError, on every rank, for the user's mistakes."""
-    started = now()
+    watchdog, signals = watchdog or Watchdog(), signals or Signals()
     comm = launcher.ring_order(comm)
-    rank, num_ranks = comm.Get_rank(), comm.Get_size()
-    place = launcher.place(comm)
-    launcher.set_threads(place)
-    device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
-    mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
-    work = mpi.on_first_rank(comm, lambda: examine(config, num_ranks, device.type))
-    if work.state == "finished":
-        return _finished_already(config, rank)
+    watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
+    with contextlib.ExitStack() as held:
+        stopping = None
+        if comm.Get_rank() == 0:
+            stopping = held.enter_context(Stopping(signals, deadline.find(config.job.walltime, watchdog.began), watchdog))
+        place = launcher.place(comm)
+        launcher.set_threads(place)
+        device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+        mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
+        watchdog.doing = "opening the files"
+        mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
+        work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type))
+        if work.state == "finished":
+            return _finished_already(config, comm.Get_rank())
+        return _generate(config, comm, work, place, device, watchdog, stopping)
 
+
+def _generate(
+    config: Config,
+    comm,
+    work: Work,
+    place: launcher.Place,
+    device: torch.device,
+    watchdog: Watchdog,
+    stopping: Stopping | None,
+) -> int:
+    """From the files to the output, on every rank; `stopping` is rank 0's."""
+    started, rank, num_ranks = now(), comm.Get_rank(), comm.Get_size()
     transport_name, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, device, config.pipeline.transport))
     transport = transports.open_transport(transport_name, comm, device)
     machine = planner.Machine(device.type, min(comm.allgather(launcher.device_memory(comm, place, device))))
     plan = mpi.on_first_rank(
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
+    watchdog.stage = _stage_words(plan, rank)
     devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)
     segment = segment_of(os.environ, hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: _checkpoint(config, work.dtype))
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
+        mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
+        watchdog.doing = "reading the sealed parts"
         desk = mpi.on_first_rank(
             comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
-        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
-        executor, ring = build(plan, checkpoint.shape, weights, transport, rank, device)
+        ring = open_the_ring(plan, checkpoint.shape, transport, rank, device)
         on_error.callback(ring.abandon)
-        next_step = lead(ring, desk.admission, plan.groups, desk.tick) if rank == 0 else follow(ring)
+        ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
+        watchdog.doing = "loading its weights"
+        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
+        executor = build(plan, checkpoint.shape, weights, ring, rank, device)
+        next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
         comm.Barrier()
-        timing = executor.run(next_step)
-        ring.close()
-        on_error.pop_all()
-        timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
+        watchdog.doing = executor.doing
         if rank == 0:
+            desk.seconds_left, stopping.seal = lambda: stopping.seconds_left, desk.stop
+        timing = executor.run(next_step)
+        if rank == 0:
+            stopping.merging, stopping.seal = desk.complete, None
+        watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
+        timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
+        if rank == 0 and not desk.complete:
+            desk.leave()
+        elif rank == 0:
             attrs = provenance(
                 run_file=config.to_toml(),
                 checkpoint_hash=checkpoint.header_hash,
@@ -90,8 +126,16 @@ def run(config: Config, comm) -> int:
                 plan=plan.as_dict(),
             )
             desk.close(attrs, timings)
-    comm.Barrier()
-    return 0
+        complete = mpi.on_first_rank(comm, lambda: desk.complete)
+        ring.close()
+        on_error.pop_all()
+    return 0 if complete else STOPPED
+
+
+def _own(config: Config, host: str) -> OutputLock:
+    """This job's lock on the output."""
+    holder = {"job": deadline.job_id(), "host": host, "process": os.getpid(), "start": now()}
+    return OutputLock(config.output, holder, lambda message: log(0, 1, message))
 
 
 def examine(config: Config, num_ranks: int, device: str) -> Work:
@@ -103,9 +147,33 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         check_shard(config)
         # Last, because it moves an old output aside where the user asks for it.
         state = probe_output(config.output, config.job.overwrite)
-        if state == "finished":
-            check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype))
+        if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
+            reopen(config.output)
+            state = "parts"
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
+
+
+def _check_same(comm, hosts: list[str], config: Config, checkpoint) -> None:
+    """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name."""
+    seen = comm.allgather((checkpoint.nbytes, checkpoint.header_hash))
+    other = next((rank for rank, one in enumerate(seen) if one != seen[0]), None)
+    if other is not None:
+        words = [f"{nbytes:,} bytes with header {hash[:12]}" for nbytes, hash in (seen[0], seen[other])]
+        raise InputError(
+            f"model {config.model} is {words[0]} on {hosts[0]} (rank 0) but {words[1]} on {hosts[other]} (rank {other}):"
+            " every rank must see the same checkpoint, so copy it again or name one on a shared file system"
+        )
+
+
+def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, seconds: float) -> None:
+    """Ends the job when a rank has not been heard of."""
+    who = f"rank {rank} on {hosts[rank]}, {_stage_words(plan, rank)}"
+    watchdog.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
+
+
+def _stage_words(plan: planner.Plan, rank: int) -> str:
+    layers = ", ".join(f"{first}-{last - 1}" for first, last in plan.stages[rank :: plan.num_ranks])
+    return f"stage {rank} (layers {layers})"
 
 
 def load(plan: planner.Plan, checkpoint, rank: int, device: torch.device) -> Weights:
@@ -113,16 +181,20 @@ def load(plan: planner.Plan, checkpoint, rank: int, device: torch.device) -> Wei
     return Weights(checkpoint, blocks_of(rank, plan.num_ranks, plan.ranges()), plan.dtype, device)
 
 
-def build(plan: planner.Plan, shape: ModelShape, weights: Weights, transport, rank: int, device: torch.device):
-    """This rank's engine: its cache, stage and ring around its weights. Returns (executor, ring)."""
+def build(plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: int, device: torch.device) -> Executor:
+    """This rank's engine: its cache and stage around its weights, in the ring."""
     model = kinds.load("models", shape.family)
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
     layers = [layer for stage in stages for layer in stage]
-    device_streams = streams.streams_of(device)
     cache = KvCache(shape, layers, plan.num_pages, dtype, device)
     kind = attention.choose(device, dtype, shape.head_dim)
     stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device)
-    ring = open_ring(
+    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams.streams_of(device))
+
+
+def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, device: torch.device):
+    """This rank's place in the ring, with the buffers of its messages."""
+    return open_ring(
         transport,
         rank,
         plan.num_ranks,
@@ -130,12 +202,11 @@ def build(plan: planner.Plan, shape: ModelShape, weights: Weights, transport, ra
         plan.laps,
         shape.hidden_size,
         plan.step_tokens,
-        dtype,
+        TORCH_DTYPES[plan.dtype],
         device,
-        device_streams,
+        streams.streams_of(device),
         plan.blocking,
     )
-    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, device_streams), ring
 
 
 def _checkpoint(config: Config, dtype: str | None):

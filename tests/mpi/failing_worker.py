@@ -34,10 +34,10 @@ def fail_in_load(fail):
 
 
 def fail_in_communication(fail):
-    build = run.build
+    open_the_ring = run.open_the_ring
 
     def failing(*arguments):
-        executor, ring = build(*arguments)
+        ring = open_the_ring(*arguments)
 
         def work():
             until = time.monotonic() + 0.2
@@ -46,9 +46,9 @@ def fail_in_communication(fail):
             fail()
 
         ring._communication.start(work())
-        return executor, ring
+        return ring
 
-    run.build = failing
+    run.open_the_ring = failing
 
 
 def fail_in_prompts(fail):

@@ -4,14 +4,14 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 """
 
 import argparse
-import traceback
 import typing
 from dataclasses import MISSING, fields
 
 from noria import config as configuration
-from noria import progress
 from noria.config import NOT_YET, SECTIONS, Config, InputError
 from noria.launch import mpi
+from noria.launch.signals import Signals
+from noria.launch.watchdog import Watchdog
 from noria.run import run as run_job
 
 
@@ -30,22 +30,17 @@ def run(arguments: argparse.Namespace) -> int:
     Raises mpi.Refused, on every rank, for the user's mistakes.
     """
     flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
-    try:
-        comm = mpi.start()
-        config = mpi.on_first_rank(comm, lambda: configuration.load(arguments.run_file, flags))
-        return run_job(config, comm)
-    except mpi.Refused:
-        raise
-    except InputError as error:
-        return _end_all(f"{error}", 2)
-    except BaseException as error:
-        return _end_all(f"failed: {type(error).__name__}: {error}\n{traceback.format_exc()}", 1)
-
-
-def _end_all(message: str, code: int) -> int:
-    progress.log(mpi.launched_rank(), max(mpi.launched(), 1), message)
-    mpi.abort(code)
-    return code
+    with Watchdog() as watchdog, Signals() as signals:
+        try:
+            comm = mpi.start()
+            config = mpi.on_first_rank(comm, lambda: configuration.load(arguments.run_file, flags))
+            return run_job(config, comm, watchdog, signals)
+        except mpi.Refused:
+            raise
+        except InputError as error:
+            return watchdog.end(f"{error}", 2)
+        except BaseException as error:
+            return watchdog.fail(error)
 
 
 def _add_flags(group, kind: type) -> None:
@@ -59,25 +54,30 @@ def _add_flags(group, kind: type) -> None:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()
-            group.add_argument(flag, type=_reader(hints[key.name]), metavar=choices, help=help)
+            group.add_argument(flag, type=_reader(hints[key.name], key.metadata["text"]), metavar=choices, help=help)
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _reader(kind):
+def _reader(kind, is_text: bool):
     """Turns a flag's text into the key's type. Raises ArgumentTypeError, to which argparse adds the flag."""
     kinds = typing.get_args(kind) or (kind,)
 
     def read(text: str):
         number = next((k for k in (int, float) if k in kinds), str)
+        if is_text:
+            return text
         try:
+            if dict in kinds:
+                return {name.strip(): float(value) for name, _, value in (one.partition("=") for one in text.split(","))}
             if list in kinds and text.replace(",", "").isdigit():
                 return [int(part) for part in text.split(",")]
             return number(text)
         except ValueError:
             wanted = "a list such as 10,10,9" if list in kinds else number.__name__
+            wanted = "numbers by name, such as 50=-100,7=2.5" if dict in kinds else wanted
             raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}") from None
 
     return read

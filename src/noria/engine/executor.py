@@ -3,6 +3,7 @@
 The same on every rank: what differs (who composes a step, who samples) is decided by the rank's place in the ring.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Executor:
         self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
         self._groups, self._streams = groups, streams
         self.timing = Timing()
+        self._at: tuple[int, int, int] | None = None
+        self._waiting = False
+
+    def doing(self) -> str:
+        """What this rank is at, in words; any thread may ask."""
+        if self._at is None:
+            return "before the first step"
+        round, lap, group = self._at
+        return f"{'waiting for the ring' if self._waiting else 'computing'} in round {round}, lap {lap}, group {group}"
 
     @torch.inference_mode()
     def run(self, next_step: Callable[[int, int], Step]) -> Timing:
@@ -42,6 +52,7 @@ class Executor:
             stopped = 0
             for lap, layers in enumerate(self._stages):
                 for group in range(self._groups):
+                    self._at = round, lap, group
                     if lap == 0:
                         step = self._wait(next_step, round, group)
                         stopped += step.word is Word.STOP
@@ -76,20 +87,28 @@ class Executor:
         return host.copy_(ids, non_blocking=True)
 
     def _wait(self, call: Callable, *arguments):
-        before = time.perf_counter()
+        before, self._waiting = time.perf_counter(), True
         value = call(*arguments)
+        self._waiting = False
         self.timing.waited += time.perf_counter() - before
         return value
 
 
-def lead(ring, admission, groups: int, after_step: Callable[[], None]) -> Callable[[int, int], Step]:
-    """Rank 0's source of steps: takes the group's last result in, composes its next step and sends the header ahead."""
+def lead(
+    ring, admission, groups: int, after_step: Callable[[], None], lock=contextlib.nullcontext()
+) -> Callable[[int, int], Step]:
+    """Rank 0's source of steps: takes the group's last result in, composes its next step and sends the header ahead.
+
+    `lock` is held while the admission is touched, and never while this rank waits.
+    """
     under_way: list[Step | None] = [None] * groups
 
     def next_step(round: int, group: int) -> Step:
-        if under_way[group] is not None:
-            admission.apply(under_way[group], ring.receive_result(group))
-        step = admission.compose(round, group)
+        result = ring.receive_result(group) if under_way[group] is not None else None
+        with lock:
+            if result is not None:
+                admission.apply(under_way[group], result)
+            step = admission.compose(round, group)
         ring.send_header(step)
         under_way[group] = step if step.num_tokens else None
         after_step()

@@ -39,6 +39,16 @@ def probe_output(path: str | Path, overwrite: bool = False) -> str:
     return "parts" if part_files(folder) else "absent"
 
 
+def reopen(path: str | Path) -> None:
+    """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again."""
+    path = Path(path)
+    folder = parts_folder(path)
+    folder.mkdir(exist_ok=True)
+    os.rename(path, folder / "part-000000.h5")
+    fsync(folder)
+    fsync(path.parent)
+
+
 def _finished_header(path: Path, overwrite: bool) -> object:
     """The header of the finished output at `path`, or None if nothing is there."""
     if not path.exists():

@@ -130,6 +130,11 @@ class Parts:
         selection = select(self.parts)
         return set(zip(selection.row.tolist(), selection.sample.tolist(), strict=True))
 
+    def done(self) -> set[tuple[int, int]]:
+        """(row, sample) of every row that is done, errors left out, in a sealed part."""
+        done = STATUS.index("done")
+        return {pair for part in self.parts for pair in zip(*(a[part.status == done].tolist() for a in (part.row, part.sample)))}
+
     @property
     def num_finished(self) -> int:
         """Number of rows that are done or an error in a sealed part, each counted once."""

@@ -19,6 +19,7 @@ class Signals:
         self._read, self._write = -1, -1
         self._before: dict[int, object] = {}
         self._wakeup = -1
+        self._woken = threading.Event()
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -37,12 +38,21 @@ class Signals:
             self._before, self._read = {}, -1
 
     def wait(self, seconds: float) -> signal.Signals | None:
-        """The next signal that came, or None after this time. One thread reads."""
+        """The next signal that came, or None after this time or a `wake`. One thread reads."""
+        if self._read < 0:
+            self._woken.wait(seconds)
+            return None
         with contextlib.suppress(BlockingIOError):
-            if self._read >= 0 and select.select([self._read], [], [], max(seconds, 0))[0]:
+            if select.select([self._read], [], [], max(seconds, 0))[0]:
                 number = os.read(self._read, 1)[0]
                 return signal.Signals(number) if number in STOPS else None
         return None
+
+    def wake(self) -> None:
+        """Ends a wait now."""
+        self._woken.set()
+        if self._read >= 0:
+            os.write(self._write, b"\0")
 
 
 def _ignore(number, frame) -> None:

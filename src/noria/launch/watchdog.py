@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ class Watchdog:
     def __init__(self):
         self.rank, self.num_ranks = mpi.launched_rank(), max(mpi.launched(), 1)
         self.host, self.stage = socket.gethostname(), ""
+        self.began = time.time()
         self.doing: str | Callable[[], str] = "starting"
         self._hooks = None
 
@@ -56,8 +58,11 @@ class Watchdog:
 
 
 def abort(code: int) -> int:
-    """Ends every rank of the job; returns `code` where there is no MPI. Any thread may call it."""
-    if mpi.is_up():
+    """Ends every rank of the job. Any thread may call it; it returns only in the main thread of a run without MPI."""
+    if not mpi.is_up():
+        if threading.current_thread() is not threading.main_thread():
+            os._exit(code)
+    else:
         timer = threading.Timer(ABORT_SECONDS, os._exit, [code])
         timer.daemon = True
         timer.start()

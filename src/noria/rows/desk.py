@@ -3,9 +3,12 @@
 Knows the files and the sequences; nothing of steps, devices or messages.
 """
 
+import errno
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 
@@ -15,20 +18,26 @@ from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
+from noria.files.schema import STATUS
 from noria.files.segments import history
 from noria.plan.planner import Plan
 from noria.progress import Progress, log
 from noria.rows.admission import Admission, Limits
+from noria.rows.begun import take_up
 from noria.rows.chat import Chat, Encoder, tells_date
 from noria.rows.finished import generation
-from noria.rows.prompts import open_prompts
+from noria.rows.prompts import content_key, extends, open_prompts
 from noria.rows.tokenizer import Tokenizer
+from noria.text import plural
+
+ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
 
 
 class Desk:
     """Prompts, tokenizer, parts and progress of a run around its Admission.
 
-    Raises InputError if the parts beside the output are those of another run.
+    Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
+    is stopped for its deadline. Raises InputError if the parts beside the output are those of another run.
     """
 
     def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint, segment: Mapping):
@@ -38,7 +47,12 @@ class Desk:
         self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
         self.sampling = self._agree()
         self._parts.begin({**segment, "of": len(rows)})
-        done = self._parts.finished()
+        self.lock = threading.RLock()
+        self.seconds_left: Callable[[], float] = lambda: float("inf")
+        self._groups, self._step_seconds, self._last = plan.groups, 0.0, None
+        self._closed_for_deadline = False
+        done = self._parts.done() if config.job.retry_errors else self._parts.finished()
+        self._dropped, self._begun = False, self._parts.unfinished()
         self._progress = Progress(len(rows), len(done))
         self.admission = Admission(
             (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows and (prompt.row, 0) not in done),
@@ -48,14 +62,66 @@ class Desk:
             self._tokenizer.end_token_ids,
             _limits(plan, checkpoint.shape.max_positions),
             self._finish,
+            self._take_up,
         )
 
+    @property
+    def complete(self) -> bool:
+        """Every row of the run is finished. Asked when no step is under way."""
+        with self.lock:
+            return not self._dropped and self.admission.exhausted
+
+    def stop(self, reason: str) -> tuple[str, float]:
+        """Drops what is in flight and seals it with its tokens so far. Returns words for the user and the seconds of a round."""
+        with self.lock:
+            unfinished = self.admission.stop()
+            self._dropped = self._dropped or bool(unfinished)
+            waiting = sum(row.status != "todo" for row in self._parts.pending)
+            for sequence in unfinished:
+                if sequence.token_ids:
+                    self._parts.add(generation(sequence, self._tokenizer))
+            self._seal()
+            self._parts.end(reason)
+        words = f"{plural(waiting, 'finished row')} and {plural(len(unfinished), 'row')} half-way are sealed"
+        return words, self._step_seconds * self._groups
+
+    def leave(self) -> None:
+        """Says how far a run came that stops before its end."""
+        self._seal()
+        self._progress.end(self._config.output)
+
     def tick(self) -> None:
-        """Between two steps: seals what is due and shows how far the run is."""
-        self._parts.seal_if_due(self._config.job.seal_seconds)
-        counted = self.admission.counted
-        self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
-        counted.tokens = counted.prompt_tokens = 0
+        """Between two steps: seals what is due, shows how far the run is and looks at the time."""
+        with self.lock:
+            self._seal(self._config.job.seal_seconds)
+            counted = self.admission.counted
+            self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
+            counted.tokens = counted.prompt_tokens = 0
+            self._look_at_the_time()
+
+    def _look_at_the_time(self) -> None:
+        """Admits nothing more when what is left would not be worth a row's prefill."""
+        now, left = time.monotonic(), self.seconds_left()
+        if self._last is None:
+            self._last, self._seconds = now, left
+            return
+        self._step_seconds += (now - self._last - self._step_seconds) / 8
+        self._last = now
+        if left < min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10) and not self._closed_for_deadline:
+            self._closed_for_deadline = True
+            self.admission.admit_no_more()
+
+    def _seal(self, due: float | None = None) -> None:
+        """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
+        parts = self._parts
+        if not parts.folder.is_dir() or (parts.parts and not parts.parts[-1].path.exists()):
+            raise FileNotFoundError(errno.ENOENT, "the sealed parts were taken away under the run", str(parts.folder))
+        try:
+            parts.seal() if due is None else parts.seal_if_due(due)
+        except OSError as error:
+            said = f"{error.strerror or error}: {plural(len(parts.pending), 'row')} could not be sealed; what is sealed stays:"
+            remedy = "make room and start the same run again"
+            raise OSError(error.errno, f"{said} {remedy}", str(parts.folder)) from error
 
     def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
@@ -70,6 +136,12 @@ class Desk:
         row = generation(sequence, self._tokenizer)
         self._parts.add(row)
         self._progress.add(rows=1, errors=row.status == "error")
+
+    def _take_up(self, sequence) -> None:
+        """Gives the sequence the tokens that an earlier job sealed for it."""
+        begun = self._begun.pop((sequence.prompt.row, getattr(sequence, "sample", 0)), None)
+        if begun is not None:
+            take_up(sequence, begun)
 
     def _encoder(self) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
@@ -87,6 +159,10 @@ class Desk:
         if tells_date(self._checkpoint.tokenizer):  # of the job's first start: a row is the same whenever it is generated
             stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
             parts.header["chat.date"] = stored[0] if stored else _now()
+        if self._config.job.extend:
+            for part in parts.parts:
+                if extends(self._config.prompts, part.header["prompts"]):
+                    part.header["prompts"] = parts.header["prompts"]
         different = parts.differences()
         if different:
             raise _another_run(parts.folder, different)
@@ -101,7 +177,8 @@ def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) 
     """What rows generated now must have in common with those that are there already."""
     sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    return {"prompts": prompts_hash, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **sampling}
+    prompts = content_key(config.prompts, prompts_hash)
+    return {"prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **sampling}
 
 
 def check_shard(config: Config) -> None:
@@ -116,14 +193,22 @@ def check_shard(config: Config) -> None:
             )
 
 
-def check_finished(config: Config, header: Mapping) -> None:
-    """Raises InputError if the finished output is that of another run (a run without a seed takes any)."""
+def check_finished(config: Config, header: Mapping) -> bool:
+    """Whether the finished output has rows to generate still: new ones of longer prompts, or errors to be tried again.
+
+    Raises InputError if it is that of another run (a run without a seed takes any).
+    """
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))
+        errors = bool((output.column("status") == STATUS.index("error")).any())
+    extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(config.prompts, theirs["prompts"])
+    if extended:
+        theirs["prompts"] = header["prompts"]
     names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
     if names:
         different = [f"{name}: {json.dumps(theirs[name])} there, {json.dumps(header[name])} now" for name in names]
         raise _another_run(config.output, different)
+    return extended or (errors and config.job.retry_errors)
 
 
 def _another_run(place, different: list[str]) -> InputError:

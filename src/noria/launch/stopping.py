@@ -1,0 +1,87 @@
+"""How a job stops before its end: rank 0's thread that waits for signals and for the deadline.
+
+It seals what there is at once and lets the ring drain; the other ranks hear of it by the headers. Knows no signals'
+handlers, and of the rows only how to ask for their sealing.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from noria.launch.deadline import Deadline
+from noria.launch.signals import Signals
+from noria.launch.watchdog import Watchdog, abort
+
+STOPPED = 75  # the exit code of a job that the same command takes up again
+MARGIN = 0.05, 2.0, 60.0  # stop this part of the time left before the deadline, at least and at most these seconds
+DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
+AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
+
+
+class Stopping:
+    """Rank 0's own; the thread lives inside its `with`.
+
+    `seal(reason)`: what to do while the ring turns; returns words for the user and the seconds of a round. None before
+    the first step and after the last.
+    """
+
+    def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
+        self._signals, self._deadline, self._watchdog = signals, deadline, watchdog
+        part, least, most = MARGIN
+        self.margin = min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
+        self.seal: Callable[[str], tuple[str, float]] | None = None
+        self.merging = False
+        self.reason = ""
+        self._interrupted = float("-inf")
+        self._drained_by = float("inf")
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="noria-stopping", daemon=True)
+
+    def __enter__(self) -> "Stopping":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._closed = True
+        self._signals.wake()
+        self._thread.join(1.0)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the run is stopped for its deadline."""
+        return self._deadline.seconds_left - self.margin
+
+    def _watch(self) -> None:
+        while not self._closed:
+            came = self._signals.wait(min(1.0, max(self.seconds_left, 0.05)))
+            if self._closed:
+                return
+            if came is not None:
+                self._heed(came)
+            elif self.seconds_left <= 0:
+                self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
+            elif time.monotonic() > self._drained_by:
+                self._watchdog.end(f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED)
+
+    def _heed(self, came: signal.Signals) -> None:
+        if came is signal.SIGINT:
+            again = self.reason and time.monotonic() - self._interrupted > AGAIN_SECONDS
+            self._interrupted = time.monotonic()
+            if again:
+                self._watchdog.end("stopped at once: interrupted again", 128 + signal.SIGINT)
+        self._stop(came.name)
+
+    def _stop(self, reason: str) -> None:
+        if self.reason:
+            return
+        self.reason = reason
+        if self.seal is not None:
+            words, round_seconds = self.seal(reason)
+            self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)
+            self._watchdog.say(f"stopping ({reason}): {words}")
+        elif self.merging:
+            self._watchdog.say(f"{reason}: every row is finished, the output is being written: that goes on")
+        else:
+            self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
+            abort(STOPPED)
