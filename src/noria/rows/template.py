@@ -38,7 +38,7 @@ _METHODS = {
     int: frozenset({"bit_length"}),
     float: frozenset({"is_integer"}),
 }
-_FILTERS = "abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower"
+_FILTERS = "abs capitalize count d default dictsort e escape first float groupby int items last length list lower"
 _FILTERS += " map max min reject rejectattr reverse round safe select selectattr sort string title tojson trim truncate"
 _FILTERS += " unique upper wordcount"
 _GROWING = frozenset("replace join indent center batch slice sum ljust rjust zfill expandtabs round".split())
@@ -130,7 +130,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals = {name: self.globals[name] for name in _GLOBALS} | {
             "namespace": _Names,
             "raise_exception": _raise_exception,
-            "strftime_now": functools.partial(_strftime, now),
+            "strftime_now": _strftime_at(now),
         }
 
     def refill(self) -> None:
@@ -183,6 +183,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     def is_safe_attribute(self, obj, attr, value) -> bool:
+        if isinstance(obj, type):
+            return False
         allowed = next((names for kind, names in _METHODS.items() if isinstance(obj, kind)), None)
         return (allowed is None or attr in allowed) and super().is_safe_attribute(obj, attr, value)
 
@@ -309,10 +311,13 @@ def _raise_exception(message):
     raise jinja2.TemplateError(str(message))
 
 
-def _strftime(now, format):
-    if len(format) > 100 or re.search(r"%\W*\d", format):
-        raise TemplateError("the chat template was stopped: its format of the date is too wide")
-    return now.strftime(format)
+def _strftime_at(now):
+    def strftime_now(format):
+        if len(format) > 100 or re.search(r"%\W*\d", format):
+            raise TemplateError("the chat template was stopped: its format of the date is too wide")
+        return now.strftime(format)
+
+    return strftime_now
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

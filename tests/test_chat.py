@@ -1,0 +1,382 @@
+"""Chats against transformers' apply_chat_template, in templates of published formats; and templates that mean harm."""
+
+import json
+import os
+import time
+from datetime import datetime
+from types import SimpleNamespace
+
+import pytest
+import test_tokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from noria.config import InputError, Sampling
+from noria.rows import template
+from noria.rows.chat import Chat, Encoder, tells_date
+from noria.rows.prompts import Prompt
+from noria.rows.template import Template, TemplateError
+from noria.rows.tokenizer import Tokenizer
+
+DATE = datetime(2024, 7, 26, 23, 59)
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate"
+    " user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}"
+    "{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = """{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{%- if tools is not none %}{{- tools | tojson(indent=4) }}{%- endif %}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set ns = namespace() %}
+{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+        {{- raise_exception("conversation roles must alternate user and assistant roles") }}
+    {%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"]|trim + eos_token}}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles are supported, with the exception of an initial system message!") }}
+    {%- endif %}
+{%- endfor %}
+"""
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+# What the formats above do not use: Qwen3's reversed loop and namespace, tojson, loop controls, generation marks.
+EXTRAS = """{%- set ns = namespace(last=-1) %}{% for message in messages[::-1] %}
+{% set index = (messages|length - 1) - loop.index0 %}
+{% if message.role == "user" and message.content is string and not message.content.startswith('<tool') %}
+{% set ns.last = index %}{% break %}{% endif %}{% endfor %}{{ ns.last ~ ':' ~ 1.5 }}
+{% for message in messages %}{% if loop.first %}{% continue %}{% endif %}{% generation %}
+{{ message|tojson }}{{ {'b': [1, 'é<>&'], 'a': none}|tojson(indent=2, sort_keys=true) }}{% endgeneration %}
+{{ '%s-%d' % (message.role, loop.index) }}{{ message.content.split('t')[-1].lstrip('\\n')|upper|replace('E', '3') }}
+{% endfor %}{% macro show(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ show(messages|map(attribute='role')|join(',')) }}
+{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ documents is none }}{{ (1, 'a') }}{{ [1.0, true] }}
+{% for key, value in messages[0].items() %}{{ key }}={{ value }};{% endfor %}{% set a %}x{{ 1 + 1 }}{% endset %}{{ a * 2 }}"""
+FORMATS = {
+    "chatml": CHATML,
+    "llama 2": LLAMA2,
+    "llama 3": LLAMA3,
+    "mistral": MISTRAL,
+    "zephyr": ZEPHYR,
+    "gemma": GEMMA,
+    "extras": EXTRAS,
+}
+SYSTEM = {"role": "system", "content": "Answer the cat. "}
+TALK = [
+    {"role": "user", "content": " the cat sat\non the mat? "},
+    {"role": "assistant", "content": "\nthe dog: Größe 東京 🎉 {{ 7 * 7 }} "},
+    {"role": "user", "content": "and </s> <s> the \u202bdog\x00 <log> & it's"},
+]
+CONVERSATIONS = {"one": TALK[:1], "three": TALK, "system": [SYSTEM, *TALK], "system and one": [SYSTEM, TALK[0]]}
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    """transformers' clock, at the date that Noria's templates are given."""
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: DATE))
+
+
+def chat_of(files, date=DATE):
+    return Chat(files, Tokenizer(files, {}, {}).special_tokens, date)
+
+
+def encoder_of(files, sampling=None, warn=lambda message: None):
+    tokenizer = Tokenizer(files, {}, {})
+    return Encoder(tokenizer, chat_of(files), sampling or Sampling(), 10_000, warn)
+
+
+def row(prompt="", messages=None, token_ids=None, **sampling):
+    return Prompt(0, "0", prompt, token_ids, sampling, "", None, messages)
+
+
+def files_with(source, kind=test_tokenizer.byte_level_with_bos):
+    return test_tokenizer.files_of(kind()) | {"chat_template.jinja": source.encode()}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["byte level with a BOS", "Metaspace with byte fallback"])
+def test_a_conversation_is_rendered_and_encoded_as_transformers_does(kind, name, conversation, tmp_path, frozen):
+    files, messages = files_with(FORMATS[name], test_tokenizer.KINDS[kind]), CONVERSATIONS[conversation]
+    ours, theirs = test_tokenizer.both(tmp_path, files)
+    assert isinstance(theirs, PreTrainedTokenizerFast)
+    if name == "gemma" and messages[0] == SYSTEM:
+        with pytest.raises(TemplateError, match="System role not supported"):
+            chat_of(files).render(messages)
+        return
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_of(files).render(messages) == rendered
+    ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert encoder_of(files)(row(messages=messages)) == ids
+    assert ours.encode(rendered, add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("name", ["llama 2", "llama 3", "mistral", "gemma"])
+def test_a_template_that_writes_the_bos_has_it_once(name):
+    files = files_with(FORMATS[name])
+    bos = Tokenizer(files, {}, {}).encode("<s>")
+    assert len(bos) == 1
+    assert encoder_of(files)(row(messages=TALK[:1])).count(bos[0]) == 1
+    assert encoder_of(files)(row("<s>the cat")) == encoder_of(files)(row("the cat"))
+
+
+def test_chat_wraps_a_prompt_as_a_users_message_and_puts_the_system_message_before(frozen):
+    files = files_with(CHATML)
+    say = Tokenizer(files, {}, {}).encode
+    wrapped = encoder_of(files, Sampling(chat=True))(row("the cat"))
+    assert wrapped == encoder_of(files)(row(messages=[{"role": "user", "content": "the cat"}]))
+    text = "<|im_start|>system\nbe a dog<|im_end|>\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder_of(files, Sampling(chat=True, system="be a dog"))(row("the cat")) == say(text, False)
+
+
+def test_a_row_has_its_own_chat_and_system_and_a_conversation_its_own_system_message():
+    files = files_with(CHATML)
+    encode = encoder_of(files, Sampling(chat=True, system="be a dog"))
+    plain = Tokenizer(files, {}, {}).encode
+    assert encode(row("the cat", chat=False)) == plain("the cat")
+    assert encode(row("the cat", system="be a cat")) != encode(row("the cat"))
+    assert encode(row(messages=[SYSTEM, TALK[0]])) == encoder_of(files)(row(messages=[SYSTEM, TALK[0]]))
+    assert encode(row(token_ids=[4, 5])) == [4, 5]
+    with pytest.raises(InputError, match="system needs chat"):
+        encoder_of(files)(row("the cat", system="be a cat"))
+
+
+def test_chat_without_a_template_is_refused_before_the_run_and_messages_are_that_rows_error():
+    files = test_tokenizer.files_of(test_tokenizer.byte_level())
+    with pytest.raises(InputError, match="the model has no chat template.*convert"):
+        encoder_of(files, Sampling(chat=True))
+    with pytest.raises(InputError, match="no chat template"):
+        encoder_of(files)(row(messages=TALK))
+    with pytest.raises(InputError, match="sampling.system needs sampling.chat"):
+        encoder_of(files_with(CHATML), Sampling(system="x"))
+
+
+def test_a_model_with_a_template_whose_prompts_are_not_wrapped_is_warned_about_once():
+    told = []
+    encode = encoder_of(files_with(CHATML), warn=told.append)
+    encode(row(messages=TALK))
+    encode(row(token_ids=[1]))
+    assert told == []
+    encode(row("the"))
+    encode(row("cat"))
+    assert len(told) == 1 and "--chat" in told[0]
+    encoder_of(test_tokenizer.files_of(test_tokenizer.byte_level()), warn=pytest.fail)(row("the"))
+    encoder_of(files_with(CHATML), Sampling(chat=True), warn=pytest.fail)(row("the"))
+
+
+def test_the_template_is_found_where_transformers_finds_it(tmp_path, frozen):
+    files = test_tokenizer.files_of(test_tokenizer.byte_level())
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "list"}]
+    settings = json.loads(files["tokenizer_config.json"])
+    for place, (more, said) in enumerate(
+        [
+            ({"tokenizer_config.json": json.dumps(settings | {"chat_template": "config"}).encode()}, "config"),
+            ({"tokenizer_config.json": json.dumps(settings | {"chat_template": several}).encode()}, "list"),
+            ({"chat_template.json": b'{"chat_template": "json"}'}, "json"),
+            (
+                {"tokenizer_config.json": b'{"chat_template": "config"}', "chat_template.jinja": b"jinja"},
+                "jinja",
+            ),
+        ]
+    ):
+        assert chat_of(files | more).render(TALK) == said
+        if "chat_template.json" not in more:  # transformers reads that one with a processor, not with a tokenizer
+            (tmp_path / str(place)).mkdir()
+            _, theirs = test_tokenizer.both(tmp_path / str(place), files | more)
+            assert theirs.apply_chat_template(TALK, tokenize=False) == said
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": b"\xff"},
+        {"chat_template.json": b"["},
+        {"chat_template.json": b'{"chat_template": 3}'},
+        {"tokenizer_config.json": b'{"chat_template": [{"name": "rag", "template": ""}]}'},
+        {"chat_template.jinja": b"{% for"},
+        {"chat_template.jinja": b"{{ " + b"(" * 3000 + b" }}"},
+        {"chat_template.jinja": b"x" * (template.MAX_SOURCE + 1)},
+    ],
+)
+def test_a_damaged_template_is_the_users_error(files):
+    with pytest.raises(InputError) as caught:
+        Chat(files, {}, DATE)
+    assert "chat" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_only_a_template_that_asks_for_the_date_depends_on_it():
+    assert tells_date(files_with(LLAMA3)) and not tells_date(files_with(LLAMA2)) and not tells_date({})
+    later = chat_of(files_with(LLAMA3), datetime(2025, 1, 1)).render(TALK)
+    assert "Today Date: 01 Jan 2025" in later and "Today Date: 26 Jul 2024" in chat_of(files_with(LLAMA3)).render(TALK)
+
+
+# Templates that mean harm.
+
+DEEP = "{% set ns = namespace(x='ab') %}{% for a in range(200) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x|length }}"
+HOSTILE = {
+    "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops in a filter": "{% for a in range(99999) %}{{ range(99999)|map('abs')|sum }}{% endfor %}",
+    "loops in a condition": "{% for a in range(99999) %}{% for b in range(99999) if b > 9**9 %}{% endfor %}{% endfor %}",
+    "doubles by +": DEEP.replace("STEP", "ns.x + ns.x"),
+    "doubles by ~": DEEP.replace("STEP", "ns.x ~ ns.x"),
+    "doubles by *": DEEP.replace("STEP", "ns.x * 2"),
+    "doubles by %": DEEP.replace("STEP", "'%s%s' % (ns.x, ns.x)"),
+    "doubles by join": DEEP.replace("STEP", "[ns.x, ns.x]|join"),
+    "doubles by replace": DEEP.replace("STEP", "ns.x.replace('b', 'abb')|replace('a', 'bab')"),
+    "doubles by a block": DEEP.replace("{% set ns.x = STEP %}", "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"),
+    "doubles by a macro": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DEEP.replace("STEP", "f(ns.x)"),
+    "nests lists that share": DEEP.replace("STEP", "[ns.x, ns.x]").replace("|length", ""),
+    "nests tuples that share": DEEP.replace("STEP", "(ns.x, ns.x)").replace("|length", ""),
+    "nests objects that share": DEEP.replace("STEP", "{'a': ns.x, 'b': ns.x}").replace("|length", ""),
+    "nests dict() that share": DEEP.replace("STEP", "dict(a=ns.x, b=ns.x)").replace("|length", ""),
+    "squares": DEEP.replace("'ab'", "3").replace("STEP", "ns.x * ns.x").replace("|length", ""),
+    "keeps many slices": "{% set a = 'x'.ljust(1000000) %}" + "{% set b = a[1:] %}" * 3000,
+    "compares for ever": "{% set a = 'x'.ljust(1000000) %}{% set b = a[1:] ~ ' ' %}" + "{% if a == b %}{% endif %}" * 1900,
+    "a long text": "{{ 'a' * 10**10 }}",
+    "a large power": "{{ 10 ** 100000000 }}",
+    "a wide centre": "{{ 'a'|center(10**9) }}",
+    "a wide ljust": "{{ 'a'.ljust(10**9) }}",
+    "many wide ljusts": "{{ 'a'.ljust(10**6).replace(' ', 'a'.ljust(10**6)) }}",
+    "a wide tab": "{{ ('\\t' * 1000).expandtabs(10**6) }}",
+    "a wide %": "{{ '%1000000000d' % 1 }}",
+    "a wide % of an argument": "{{ '%*d' % (1000000000, 1) }}",
+    "a wide format": "{{ '{:1000000000}'.format(1) }}",
+    "a wide format by map": "{{ '{x:1000000000}'.format_map({'x': 1}) }}",
+    "a format as a filter": "{{ '%1000000000d'|format(1) }}",
+    "a wide date": "{{ strftime_now('%999999999d') }}",
+    "wide JSON": "{{ [[[[1]]]]|tojson(indent=1000000) }}",
+    "a fine rounding": "{{ 1.5|round(100000000, 'ceil') }}",
+    "a wide batch": "{{ [1]|batch(10**9, 'x')|list }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursion that branches": "{% macro f(x) %}{{ f(varargs, varargs) }}{{ varargs }}{% endmacro %}{{ f(1, 2) }}",
+    "a branching call": "{% macro a0() %}{% endmacro %}"
+    + "".join(f"{{% macro a{n + 1}() %}}{{{{ a{n}() }}}}{{{{ a{n}() }}}}{{% endmacro %}}" for n in range(60))
+    + "{{ a60() }}",
+    "lorem ipsum": "{{ lipsum(n=10000000) }}",
+    "imports os": "{% import 'os' as os %}{{ os.system('touch harm') }}",
+    "includes a file": "{% include '/etc/passwd' %}",
+    "finds os": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "finds os by a filter": "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "finds os by a global": "{{ namespace.__init__.__globals__['os'].system('touch harm') }}",
+    "finds os by the context": "{{ self._TemplateReference__context.environment }}",
+    "finds os by a function": "{{ raise_exception.__globals__.os.system('touch harm') }}",
+    "finds os by strftime": "{{ strftime_now.func.__globals__ }}{{ strftime_now.__closure__[0] }}",
+    "finds os by format": "{{ '{0.__class__}'.format(messages) }}",
+    "changes the messages": "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+    "clears a message": "{{ messages[0].clear() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_stopped_in_one_line_and_nothing_is_executed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    messages, started, before = json.loads(json.dumps(TALK)), time.process_time(), _peak_nbytes()
+    with pytest.raises(TemplateError) as caught:
+        Template(HOSTILE[name], DATE).render({"messages": messages})
+    said = str(caught.value)
+    assert said.startswith("the chat template ") and "\n" not in said and len(said) < 500
+    assert time.process_time() - started < 20
+    assert _peak_nbytes() - before < 700 * 2**20
+    assert os.listdir(tmp_path) == [] and messages == TALK
+
+
+def _peak_nbytes():
+    status = open("/proc/self/status").read()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def test_a_template_that_was_stopped_renders_the_next_conversation():
+    rendering = Template("{% for m in messages %}{% for b in range(m) %}{% endfor %}{{ m }}{% endfor %}", DATE)
+    with pytest.raises(TemplateError):
+        rendering.render({"messages": [99_999] * 99_999})
+    assert rendering.render({"messages": [3, 4]}) == "34"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversation_of_a_megabyte_and_one_of_a_thousand_turns_are_within_the_budget(name):
+    long = [{"role": "user", "content": "x é" * 2**19}]
+    many = [{"role": ("user", "assistant")[turn % 2], "content": f"turn {turn} " * 20} for turn in range(1001)]
+    for messages in (long, many):
+        text = Template(FORMATS[name], DATE).render(
+            {"messages": messages, "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True, "tools": None}
+        )
+        assert len(text) > 1000 and (name == "extras" or messages[-1]["content"].strip() in text)
+
+
+def test_a_template_stops_by_the_clock_where_an_operation_is_dearer_than_its_price(monkeypatch):
+    monkeypatch.setattr(template, "BUDGET", 2**62)
+    monkeypatch.setattr(template, "SECONDS", 0.2)
+    with pytest.raises(TemplateError, match="too many steps"):
+        Template(HOSTILE["loops for ever"], DATE).render({})
