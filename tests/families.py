@@ -116,7 +116,7 @@ def random_model(config: dict, seed: int = 0) -> torch.nn.Module:
     # null is a choice where the default is another
     settings |= {key: None for key in ("sliding_window",) if key in config and config[key] is None}
     hugging_face = transformers.AutoConfig.for_model(**settings)
-    hugging_face._attn_implementation = "eager"
+    hugging_face._attn_implementation = hugging_face._experts_implementation = "eager"  # float64 too
     model = getattr(transformers, config["architectures"][0])(hugging_face).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():

@@ -86,12 +86,12 @@ def _one_by_one(rows: torch.Tensor, ends: torch.Tensor, experts: torch.Tensor) -
 
 def _groups(hidden: torch.Tensor) -> bool:
     """Whether torch multiplies groups of rows in one kernel here: bfloat16 from Hopper on."""
-    usable = hidden.is_cuda and hidden.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
+    usable = hidden.is_cuda and hidden.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
     return usable and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
 
 
 def _grouped(rows: torch.Tensor, ends: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     inner, ends = experts.shape[1] // 3, ends.to(torch.int32)
-    gate_up = torch._grouped_mm(rows, experts[:, : 2 * inner].transpose(1, 2), offs=ends)
+    gate_up = F.grouped_mm(rows, experts[:, : 2 * inner].transpose(1, 2), offs=ends)
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch._grouped_mm(F.silu(gate).mul_(up), experts[:, 2 * inner :], offs=ends)
+    return F.grouped_mm(F.silu(gate).mul_(up), experts[:, 2 * inner :], offs=ends)
