@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from noria.config import Sampling
 from noria.rows.finished import generation
 from noria.rows.prompts import Prompt
 
@@ -16,6 +17,12 @@ class Sequence:
     token_ids: list = field(default_factory=lambda: [5, 6, 9])
     finish_reason: str = "none"
     error: str = ""
+    sample: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    logprobs: list = field(default_factory=list)
+    top: list = field(default_factory=list)
+    prompt_logprobs: np.ndarray | None = None
+    text_end: int | None = None
 
 
 class Letters:
@@ -45,3 +52,23 @@ def test_a_row_that_failed_has_its_error_and_what_was_known():
     assert len(row.token_ids) == len(row.prompt_token_ids) == 0 and row.extra == PROMPT.extra
     half = generation(Sequence(PROMPT, error="logits are not finite after 3 tokens"), Letters())
     assert (half.status, half.token_ids.tolist()) == ("error", [5, 6, 9])
+
+
+def test_a_row_that_a_stop_text_ended_has_the_text_before_it():
+    row = generation(Sequence(PROMPT, finish_reason="stop", text_end=1, sample=2), Letters())
+    assert (row.text, row.token_ids.tolist(), row.finish_reason, row.sample) == ("f", [5, 6, 9], "stop", 2)
+
+
+def test_a_row_has_the_log_probabilities_that_it_asked_for_in_the_precision_of_the_run():
+    top = [(np.array([7, 1]), np.array([-0.1, -3.0]))] * 3
+    sequence = Sequence(PROMPT, finish_reason="length", logprobs=[-1.0, -0.1, -2.0], top=top)
+    sequence.sampling = Sampling(logprobs=2)
+    sequence.prompt_logprobs = np.array([np.nan, -0.3])
+    row = generation(sequence, Letters(), np.float64)
+    assert row.logprobs.tolist() == [-1.0, -0.1, -2.0] and row.logprobs.dtype == np.float64
+    assert row.top_ids.tolist() == [[7, 1]] * 3 and row.top_logprobs.shape == (3, 2)
+    assert row.prompt_logprobs[1] == -0.3 and generation(sequence, Letters()).prompt_logprobs.dtype == np.float32
+    sequence.token_ids, sequence.top, sequence.logprobs, sequence.error = [], [], [], "no"
+    assert generation(sequence, Letters()).top_ids.shape == (0, 2)
+    sequence.sampling = Sampling(logprobs=0)
+    assert generation(sequence, Letters()).top_ids is None

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from noria.engine.sampler import Sampler, draw, greedy, truncate
 from noria.step import NO_TOKEN, Admitted, Step
@@ -9,23 +9,26 @@ from noria.step import NO_TOKEN, Admitted, Step
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
-def columns(rows, temperature, top_k, top_p):
+def columns(rows, temperature, top_k, top_p, min_p=0.0):
     ones = torch.ones(rows, dtype=torch.float64)
-    return ones * temperature, torch.full((rows,), top_k), ones * top_p
+    return ones * temperature, torch.full((rows,), top_k), ones * top_p, ones * min_p
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2, 1e-6])
-def test_truncation_keeps_what_transformers_keeps(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.4, 1.0])
+def test_truncation_keeps_what_transformers_keeps(temperature, top_k, top_p, min_p):
     logits = torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    _, k, p = columns(20, temperature, top_k, top_p)
-    assert torch.equal(truncate(logits / temperature, k, p), expected)
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    _, *limits = columns(20, temperature, top_k, top_p, min_p)
+    assert torch.equal(truncate(logits / temperature, *limits), expected)
 
 
 def test_a_draw_is_the_first_id_whose_cumulative_probability_exceeds_the_number():
@@ -64,7 +67,7 @@ def test_a_row_samples_the_same_whatever_rides_beside_it():
     uniforms = np.random.default_rng(1).random(6)
     sampler = Sampler(torch.device("cpu"))
     sampler.apply(Step(0, 0, admitted=tuple(Admitted(slot, (), row) for slot, row in enumerate(settings))))
-    together = sampler.sample(logits, np.arange(6), uniforms)
-    alone = [sampler.sample(logits[[row]], np.array([row]), uniforms[[row]]).item() for row in range(6)]
+    together = sampler.sample(logits, np.arange(6), uniforms, np.ones(6)).token_ids
+    alone = [sampler.sample(logits[[row]], np.array([row]), uniforms[[row]], np.ones(1)).token_ids.item() for row in range(6)]
     assert together.tolist() == alone
     assert together[0] == logits[0].argmax() and together[4] == logits[4].argmax()

@@ -51,6 +51,12 @@ class Progress:
     def seconds(self) -> float:
         return self.clock() - self.started
 
+    def expect(self, num_rows: int) -> None:
+        """The run has this many rows: a prompt may have several, which is known when it is read."""
+        self.num_rows = num_rows
+        if self.bar is not None:
+            self.bar.total = num_rows
+
     def add(self, rows: int = 0, tokens: int = 0, prompt_tokens: int = 0, errors: int = 0) -> None:
         """Counts what came since the last call, and shows it when it is time to. `errors` are among `rows`. Cheap."""
         self.rows += rows

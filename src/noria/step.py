@@ -4,6 +4,7 @@ A step travels as the header, ahead of the hidden states. Knows no tensors, no d
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -30,7 +31,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A sequence takes a slot: the pages reserved for it and how it is sampled (keys of config.Sampling)."""
+    """A sequence takes a slot: the pages reserved for it and how it is sampled (rows/sequence.py: sampler_settings)."""
 
     slot: int
     runs: tuple[Run, ...]
@@ -64,16 +65,19 @@ _ARRAYS = (
     ("sample_rows", np.int32),
     ("sample_slots", np.int32),
     ("uniforms", np.float64),
+    ("score_rows", np.int32),
+    ("score_ids", np.int32),
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One group's pass through all layers. R rows (sequences), T tokens, S samples, K microbatches.
+    """One group's pass through all layers. R rows (sequences), T tokens, S samples, K microbatches, P scores.
 
     slots, counts, positions: [R] each row's slot, number of new tokens, position of the first of them.
     token_ids: [T] the new tokens, row after row. microbatches: [K+1] borders of the microbatches, in rows.
     sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
+    score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
     Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
     """
 
@@ -90,6 +94,8 @@ class Step:
     sample_rows: np.ndarray = _no(np.int32)
     sample_slots: np.ndarray = _no(np.int32)
     uniforms: np.ndarray = _no(np.float64)
+    score_rows: np.ndarray = _no(np.int32)
+    score_ids: np.ndarray = _no(np.int32)
 
     @property
     def num_tokens(self) -> int:
@@ -130,18 +136,43 @@ class Step:
         )
 
 
+_RESULT = (
+    ("token_ids", np.int64),
+    ("logprobs", np.float64),
+    ("top_ids", np.int64),
+    ("top_logprobs", np.float64),
+    ("prompt_logprobs", np.float64),
+)
+
+
 @dataclass(frozen=True)
 class Result:
     """What the last virtual stage answers to a step: [S] sampled token ids, in the order of its samples.
 
-    NO_TOKEN stands where the logits were not finite.
+    NO_TOKEN stands where the logits were not finite. Where a row of the step asked for them: logprobs [S] of these tokens,
+    top_ids and top_logprobs [S, top] (rows that did not ask have NaN). prompt_logprobs: [P] of the step's score_ids.
     """
 
     token_ids: np.ndarray
+    logprobs: np.ndarray = _no(np.float64)
+    top_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    top_logprobs: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float64))
+    prompt_logprobs: np.ndarray = _no(np.float64)
 
     def encode(self) -> bytes:
-        return self.token_ids.astype(np.int64).tobytes()
+        """Four 8-byte sizes (of token_ids, logprobs, a row of top_ids, prompt_logprobs), then the arrays in a row."""
+        sizes = [len(self.token_ids), len(self.logprobs), self.top_ids.shape[1], len(self.prompt_logprobs)]
+        arrays = [np.ascontiguousarray(getattr(self, name), dtype).tobytes() for name, dtype in _RESULT]
+        return b"".join([np.array(sizes, np.int64).tobytes(), *arrays])
 
     @classmethod
     def decode(cls, message: bytes) -> "Result":
-        return cls(np.frombuffer(message, np.int64))
+        """The result of a message that `encode` made."""
+        num_samples, num_logprobs, top, num_scores = np.frombuffer(message, np.int64, 4).tolist()
+        num_top = num_samples if top else 0
+        shapes = [(num_samples,), (num_logprobs,), (num_top, top), (num_top, top), (num_scores,)]
+        arrays, end = {}, 32
+        for (name, dtype), shape in zip(_RESULT, shapes, strict=True):
+            arrays[name] = np.frombuffer(message, dtype, math.prod(shape), end).reshape(shape)
+            end += arrays[name].nbytes
+        return cls(**arrays)

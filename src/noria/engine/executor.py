@@ -74,17 +74,18 @@ class Executor:
             hidden = self._wait(self._ring.receive, group, lap, prepared.step.num_tokens)
         hidden = self._stage.forward(prepared, layers, hidden)
         if self._last_rank and lap == len(self._stages) - 1:
-            ids = self._to_host(self._stage.sample(prepared, hidden))
-            self._ring.send_result(group, self._streams.event(), lambda: Result(ids.numpy()))
+            answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, hidden).items()}
+            make = lambda: Result(**{name: values.numpy() for name, values in answer.items()})  # noqa: E731
+            self._ring.send_result(group, self._streams.event(), make)
         else:
             self._ring.send(group, lap, hidden)
 
-    def _to_host(self, ids: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, complete when an event recorded now is."""
-        if ids.device.type == "cpu":
-            return ids
-        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-        return host.copy_(ids, non_blocking=True)
+        if values.device.type == "cpu":
+            return values
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
 
     def _wait(self, call: Callable, *arguments):
         before, self._waiting = time.perf_counter(), True

@@ -1,51 +1,132 @@
-"""From logits to token ids. Each row is sampled by its own settings and its own random number, whatever rides beside it.
+"""From logits to token ids and log-probabilities. Each row is sampled by its own settings and its own random number,
+whatever rides beside it.
 
-Legend: S samples, V vocab. Knows nothing of groups, ranks or text.
+Legend: S samples, V vocab, C rows of a chunk. Knows nothing of groups, ranks or text.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from noria.engine.row_settings import RowSettings, edits_of
 from noria.step import NO_TOKEN, Step
 
 CHUNK_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """[S] token ids, NO_TOKEN where logits are not finite. If a row asks for them, else None: logprobs [S], and top_ids
+    and top_logprobs [S, top] where a row asks for the most likely ids; NaN and NO_TOKEN for rows that do not ask."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+
 class Sampler:
-    """The settings of the rows in flight, by slot, and the draw."""
+    """The settings of the rows in flight, by slot, and the draw. Nothing here waits for the device."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._sampling: dict[int, dict] = {}
+        self._settings: dict[int, RowSettings] = {}
+        self._counting: dict[int, RowSettings] = {}  # those whose tokens must be counted, for penalties
 
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
         for slot in step.released:
-            del self._sampling[slot]
+            del self._settings[slot]
+            self._counting.pop(slot, None)
         for admitted in step.admitted:
-            self._sampling[admitted.slot] = admitted.sampling
+            settings = RowSettings.from_header(admitted.sampling)
+            self._settings[admitted.slot] = settings
+            if settings.counts is not None:
+                self._counting[admitted.slot] = settings
 
-    def sample(self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray) -> torch.Tensor:
-        """[S] token ids (NO_TOKEN where logits are not finite) for logits [S, V]. Does not wait for the device."""
+    def count(self, step: Step) -> None:
+        """Counts the tokens of a step, prompt and generated, where a row is penalised for them. Before its samples."""
+        if not self._counting:
+            return
+        ends = np.cumsum(step.counts).tolist()
+        for slot, end, count, position in zip(
+            step.slots.tolist(), ends, step.counts.tolist(), step.positions.tolist(), strict=True
+        ):
+            if settings := self._counting.get(slot):
+                settings.counts.add(step.token_ids[end - count : end].tolist(), position)
+
+    def top(self, slots: np.ndarray) -> int:
+        """The most of the likely ids that any of these rows asks for; -1 if none asks for log-probabilities."""
+        return max((self._settings[slot].logprobs for slot in slots.tolist()), default=-1)
+
+    def sample(
+        self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray, positions: np.ndarray, top: int = -1
+    ) -> Sampled:
+        """Token ids for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
+        sequence; `top`: as `self.top` says for all rows of the step."""
         ids = greedy(logits)
-        rows = [row for row, slot in enumerate(slots) if self._sampling[int(slot)]["temperature"] > 0]
-        per_chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        for start in range(0, len(rows), per_chunk):
-            chunk = rows[start : start + per_chunk]
-            settings = [self._sampling[int(slots[row])] for row in chunk]
-            index = torch.tensor(chunk).to(self._device, non_blocking=True)
-            drawn = draw(
-                logits[index],
-                self._column(settings, "temperature", torch.float64),
-                self._column(settings, "top_k", torch.int64),
-                self._column(settings, "top_p", torch.float64),
-                torch.from_numpy(uniforms[chunk]).to(self._device, non_blocking=True),
-            )
-            ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, drawn)
+        settings = [self._settings[slot] for slot in slots.tolist()]
+        for chunk in self._chunks([row for row, one in enumerate(settings) if not one.greedy], logits.shape[1]):
+            index = self._put(np.array(chunk))
+            chosen = [settings[row] for row in chunk]
+            found = self._choose(logits[index].double(), chosen, uniforms[chunk], positions[chunk])
+            ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
+        if top < 0:
+            return Sampled(ids)
+        rows = [row for row, one in enumerate(settings) if one.logprobs >= 0]
+        return Sampled(ids, *self._logprobs(logits, ids, rows, min(top, logits.shape[1])))
+
+    def score(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """[P] float64 log-probabilities of token_ids [P] by logits [P, V]."""
+        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        chunks = zip(logits.split(size), token_ids.split(size), strict=True)
+        return torch.cat([_pick(torch.log_softmax(part.double(), dim=-1), ids) for part, ids in chunks])
+
+    def _choose(self, scores: torch.Tensor, settings: list[RowSettings], uniforms, positions) -> torch.Tensor:
+        """[C] ids by scores [C, V] float64, which are written over."""
+        for edit in edits_of(settings, positions, scores.shape[1]):
+            edit(scores.view(-1), self._put)
+        ids = greedy(scores)
+        rows = [row for row, one in enumerate(settings) if one.temperature > 0]
+        if not rows:
+            return ids
+        index = self._put(np.array(rows))
+        column = lambda key, dtype: self._put(np.array([getattr(settings[row], key) for row in rows], dtype))  # noqa: E731
+        drawn = draw(
+            scores if len(rows) == len(settings) else scores[index],
+            column("temperature", np.float64),
+            column("top_k", np.int64),
+            column("top_p", np.float64),
+            column("min_p", np.float64),
+            self._put(uniforms[rows]),
+        )
+        ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, drawn)
         return ids
 
-    def _column(self, settings: list[dict], key: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([row[key] for row in settings], dtype=dtype).to(self._device, non_blocking=True)
+    def _logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int) -> tuple:
+        """logprobs [S], top_ids and top_logprobs [S, top] (None without any): of the raw distribution, before penalties,
+        temperature and truncation."""
+        count, device = len(ids), self._device
+        chosen = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
+        top_ids = torch.full((count, top), NO_TOKEN, device=device) if top else None
+        top_logprobs = torch.full((count, top), torch.nan, dtype=torch.float64, device=device) if top else None
+        for chunk in self._chunks(rows, logits.shape[1]):
+            index = self._put(np.array(chunk))
+            raw = torch.log_softmax(logits[index].double(), dim=-1)
+            chosen[index] = _pick(raw, ids[index].clamp(min=0))
+            if top:
+                top_logprobs[index], top_ids[index] = raw.topk(top, dim=-1)
+        return chosen, top_ids, top_logprobs
+
+    def _chunks(self, rows: list[int], vocab_size: int) -> list[list[int]]:
+        size = max(1, CHUNK_ELEMENTS // vocab_size)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        """The array on the device, in a copy that the host does not wait for."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -59,14 +140,16 @@ def draw(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    min_p: torch.Tensor,
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
     """[S] ids drawn by the inverse of the cumulative distribution, in order of ids, summed in float64.
 
-    Temperature first, then top_k (0: all), then top_p on what top_k left, as in transformers. All arguments are [S].
+    Temperature first, then top_k (0: all), then top_p on what top_k left, then min_p, as in transformers. All arguments
+    are [S].
     """
     scaled = logits.double() / temperature[:, None]
-    probabilities = torch.softmax(truncate(scaled, top_k, top_p), dim=-1)
+    probabilities = torch.softmax(truncate(scaled, top_k, top_p, min_p), dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -74,11 +157,11 @@ def draw(
     return torch.minimum(ids, last)
 
 
-def truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """[S, V] scaled logits with -inf where top_k or top_p exclude an id.
+def truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """[S, V] scaled logits with -inf where top_k, top_p or min_p exclude an id.
 
     top_p keeps the smallest set of most likely ids whose probability reaches it, never none (nucleus sampling,
-    Holtzman et al. 2019).
+    Holtzman et al. 2019). min_p keeps ids at least that times as likely as the most likely one (Nguyen et al. 2024).
     """
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[-1], device=scaled.device)
@@ -86,4 +169,10 @@ def truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> 
     probabilities = torch.softmax(ordered.masked_fill(excluded, -torch.inf), dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     excluded |= (before >= top_p[:, None]) & (rank > 0)
+    excluded |= probabilities < min_p[:, None] * probabilities[:, :1]
     return scaled.masked_fill(torch.zeros_like(excluded).scatter_(-1, order, excluded), -torch.inf)
+
+
+def _pick(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[S] the value of each row of values [S, V] at its id."""
+    return values.gather(1, ids[:, None])[:, 0]

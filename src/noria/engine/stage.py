@@ -3,6 +3,7 @@
 Knows the model, its weights and its cache; nothing of the ring, of rounds or of other ranks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,8 @@ class Prepared:
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     sample_rows: torch.Tensor  # [S] int64
+    score_rows: torch.Tensor  # [P] int64
+    score_ids: torch.Tensor  # [P] int64
     microbatches: tuple[Microbatch, ...]
 
 
@@ -56,8 +59,8 @@ class Stage:
         borders = zip(step.microbatches[:-1].tolist(), step.microbatches[1:].tolist(), strict=True)
         spans = [self._cache.spans(step, first, last) for first, last in borders]
         rows = [kv_cache.cache_rows(part) for part in spans]
-        parts = [step.token_ids, positions_of(step), step.sample_rows, *rows]
-        token_ids, positions, sample_rows, *rows = self._to_device(parts)
+        parts = [step.token_ids, positions_of(step), step.sample_rows, step.score_rows, step.score_ids, *rows]
+        token_ids, positions, sample_rows, score_rows, score_ids, *rows = self._to_device(parts)
         microbatches, first = [], 0
         for part, its_rows in zip(spans, rows, strict=True):
             last = first + len(its_rows)
@@ -66,7 +69,7 @@ class Stage:
             plan = self._attention.prepare(part, self._device)
             microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan))
             first = last
-        return Prepared(step, token_ids, positions, sample_rows, tuple(microbatches))
+        return Prepared(step, token_ids, positions, sample_rows, score_rows, score_ids, tuple(microbatches))
 
     def embed(self, prepared: Prepared) -> torch.Tensor:
         """[T, E] hidden states of the step's tokens."""
@@ -84,15 +87,33 @@ class Stage:
                 parts[index] = self._model.layer(self._shape, layer, parameters, parts[index], positional, attend)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def sample(self, prepared: Prepared, hidden: torch.Tensor) -> torch.Tensor:
-        """[S] token ids sampled from the step's hidden states [T, E]; logits are computed for sampled rows alone."""
-        step, parameters = prepared.step, self._weights.wait("head")
-        ids = []
-        for start in range(0, step.num_samples, HEAD_ROWS):
+    def sample(self, prepared: Prepared, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What step.Result holds, on the device, for the step's hidden states [T, E].
+
+        Logits are computed for sampled rows, and for prompts whose tokens are scored, alone.
+        """
+        step, sampler = prepared.step, self._sampler
+        sampler.count(step)
+        top, positions = sampler.top(step.sample_slots), positions_of(step)[step.sample_rows] + 1
+        pieces = []
+        for chunk, logits in self._logits(hidden, prepared.sample_rows):
+            slots, uniforms = step.sample_slots[chunk], step.uniforms[chunk]
+            pieces.append(sampler.sample(logits, slots, uniforms, positions[chunk], top))
+        scores = [
+            sampler.score(logits, prepared.score_ids[chunk])
+            for chunk, logits in self._logits(hidden, prepared.score_rows)
+        ]
+        result = {"token_ids": torch.empty(0, dtype=torch.int64, device=self._device)}
+        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+            if pieces and getattr(pieces[0], name) is not None:
+                result[name] = torch.cat([getattr(piece, name) for piece in pieces])
+        return result | ({"prompt_logprobs": torch.cat(scores)} if scores else {})
+
+    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, logits [_, V] of the hidden states at these places), HEAD_ROWS at a time."""
+        for start in range(0, len(rows), HEAD_ROWS):
             chunk = slice(start, start + HEAD_ROWS)
-            logits = self._model.head(self._shape, parameters, hidden[prepared.sample_rows[chunk]])
-            ids.append(self._sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk]))
-        return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64, device=self._device)
+            yield chunk, self._model.head(self._shape, self._weights.wait("head"), hidden[rows[chunk]])
 
     def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor):
         def attend(queries, keys, values, *, scale=None, window=None):

@@ -36,16 +36,18 @@ class Merged:
 
 
 def merge(
-    parts: Parts, output: str | Path, rows: int | range, attrs: Mapping, timing: Mapping | None = None, samples: int = 1
+    parts: Parts, output: str | Path, rows: int | range, attrs: Mapping, timing: Mapping | None = None, samples: int | np.ndarray = 1
 ) -> Merged:
     """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
 
-    The rows must be exactly those of `rows` (a number: from 0 on), each with samples 0 .. samples-1, all done or error.
+    The rows must be exactly those of `rows` (a number: from 0 on), each with samples 0 .. samples-1 (a number, or
+    [rows] its own for each row), all done or error.
     `attrs`: provenance, stored as attributes (lists and tables as JSON text). `timing`: name -> array with a value (or
     row) a rank, or a mapping of such names. Memory: a block of rows, and about 100 bytes for each row of the output.
     Raises MissingRows; OSError if the disk is full or does not read back as written. Either way the parts stay.
     """
     output, rows = Path(output), range(rows) if isinstance(rows, int) else rows
+    samples = np.broadcast_to(samples, len(rows))
     assert not set(_OURS) & set(attrs), f"attributes of the format: {set(_OURS) & set(attrs)}"
     parts.seal()
     selection = select(parts.parts)
@@ -66,33 +68,37 @@ def merge(
     return merged
 
 
-def _check_rows(selection: Selection, rows: range, samples: int) -> None:
+def _check_rows(selection: Selection, rows: range, samples: np.ndarray) -> None:
     place, rest = np.divmod(selection.row - rows.start, rows.step)
-    foreign = (rest != 0) | (place < 0) | (place >= len(rows)) | (selection.sample < 0) | (selection.sample >= samples)
-    if foreign.any():
-        first = _name(selection.row[foreign][:5], selection.sample[foreign][:5], samples)
+    ours = (rest == 0) & (place >= 0) & (place < len(rows)) & (selection.sample >= 0)
+    ours[ours] = selection.sample[ours] < samples[place[ours]]
+    several = bool((samples != 1).any())
+    if not ours.all():
+        first = _name(selection.row[~ours][:5], selection.sample[~ours][:5], several)
         raise MissingRows(
-            f"{plural(int(foreign.sum()), 'row')} of the parts lie outside the {len(rows):,} of this run: {first}"
+            f"{plural(int((~ours).sum()), 'row')} of the parts lie outside the {samples.sum():,} of this run: {first}"
         )
-    missing = np.setdiff1d(np.arange(len(rows) * samples), place * samples + selection.sample, assume_unique=True)
+    starts = np.cumsum(samples) - samples
+    missing = np.setdiff1d(np.arange(samples.sum()), starts[place] + selection.sample, assume_unique=True)
     if len(missing):
-        first = _name(missing[:10] // samples * rows.step + rows.start, missing[:10] % samples, samples)
+        places = np.searchsorted(starts, missing[:10], side="right") - 1
+        first = _name(places * rows.step + rows.start, missing[:10] - starts[places], several)
         more = ", ..." if len(missing) > 10 else ""
         raise MissingRows(
-            f"{plural(len(missing), 'row')} of {len(rows) * samples:,} not finished: {first}{more}: "
+            f"{plural(len(missing), 'row')} of {samples.sum():,} not finished: {first}{more}: "
             "the parts are kept, start the same run again to finish them"
         )
 
 
-def _name(rows: np.ndarray, numbers: np.ndarray, samples: int) -> str:
+def _name(rows: np.ndarray, numbers: np.ndarray, several: bool) -> str:
     pairs = zip(rows.tolist(), numbers.tolist(), strict=True)
-    return ", ".join(f"{row}" if samples == 1 else f"{row} sample {sample}" for row, sample in pairs)
+    return ", ".join(f"{row} sample {sample}" if several else f"{row}" for row, sample in pairs)
 
 
-def _wrong_rows(file: Generations, rows: range, samples: int) -> list[str]:
+def _wrong_rows(file: Generations, rows: range, samples: np.ndarray) -> list[str]:
     """Exactly the rows asked for, in order, is also none missing and none twice."""
     wanted = np.repeat(np.arange(rows.start, rows.stop, rows.step), samples)
-    in_order = np.array_equal(file.column("row"), wanted)
-    in_order = in_order and np.array_equal(file.column("sample"), np.tile(np.arange(samples), len(rows)))
+    numbers = np.arange(len(wanted)) - np.repeat(np.cumsum(samples) - samples, samples)
+    in_order = np.array_equal(file.column("row"), wanted) and np.array_equal(file.column("sample"), numbers)
     todo = (file.column("status") == STATUS.index("todo")).any()
     return ["row"] * (not in_order) + ["status"] * bool(todo)

@@ -3,44 +3,20 @@
 Rank 0 alone has one. Knows slots, pages and tokens; nothing of devices, messages or files.
 """
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from noria.config import Sampling
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
-from noria.rows.randomness import uniform
+from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.stopping import finish_reason
+from noria.rows.waiting import Line, num_pages
 from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Run, Step, Word
-
-
-@dataclass
-class Sequence:
-    """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there."""
-
-    prompt: Prompt
-    sampling: Sampling
-    prompt_token_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "none"
-    error: str = ""
-    cached: int = 0
-    slot: int = -1
-    runs: tuple[Run, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.token_ids)
-
-    def pending(self, count: int) -> list[int]:
-        """The next `count` token ids that are not in the cache yet."""
-        known = len(self.prompt_token_ids)
-        if self.cached >= known:
-            return self.token_ids[self.cached - known : self.cached - known + count]
-        return (self.prompt_token_ids[self.cached :] + self.token_ids)[:count]
 
 
 @dataclass(frozen=True)
@@ -53,6 +29,7 @@ class Limits:
     microbatch_tokens: int
     microbatches: int
     max_positions: int
+    vocab_size: int = 2**31
 
 
 @dataclass
@@ -66,8 +43,9 @@ class Counted:
 class Admission:
     """The sequences of all groups and those that wait.
 
-    `num_prompts` is how many the iterable will give: groups are kept equally full. `finished` is called with every sequence
-    that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for it.
+    `num_prompts` is how many of them have samples to generate: groups are kept equally full. `finished` is called with every sequence
+    that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for it; `done` has the
+    (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer).
     """
 
     def __init__(
@@ -80,19 +58,30 @@ class Admission:
         limits: Limits,
         finished: Callable[[Sequence], None],
         begun: Callable[[Sequence], None] = lambda sequence: None,
+        done: Container[tuple[int, int]] = frozenset(),
+        decode: Callable[[Iterable[int]], str] | None = None,
     ):
-        self._prompts, self._left = iter(prompts), num_prompts
-        self._tokenize, self._sampling, self._end_token_ids = tokenize, sampling, end_token_ids
-        self._limits, self._finished, self._begun = limits, finished, begun
+        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, decode)
+        self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < limits.vocab_size)
+        self._limits, self._finished = limits, finished
         self._pages = Pages(limits.num_pages)
         self._free_slots = [deque(_slots_of(group, limits.step_tokens)) for group in range(limits.groups)]
         self._active: list[dict[int, Sequence]] = [{} for _ in range(limits.groups)]
         self._pages_of_group = [0] * limits.groups
         self._released: list[list[int]] = [[] for _ in range(limits.groups)]
-        self._waiting: Sequence | None = None
         self.counted = Counted()
         self._stopping = False
         self._over = False
+
+    @property
+    def samples(self) -> array:
+        """Of each prompt read so far, in order, how many rows the output has of it."""
+        return self._line.samples
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the output has of the prompts read so far."""
+        return self._line.num_rows
 
     @property
     def num_active(self) -> int:
@@ -101,7 +90,12 @@ class Admission:
     @property
     def done(self) -> bool:
         """No sequence is in flight and none waits."""
-        return self.num_active == 0 and (self._stopping or self._next() is None)
+        return self.num_active == 0 and (self._stopping or self._line.first() is None)
+
+    @property
+    def exhausted(self) -> bool:
+        """No sequence is in flight, none waits, and no prompt is left that could run."""
+        return self.num_active == 0 and self._line.first() is None
 
     def admit_no_more(self) -> None:
         """Sequences in flight go on to their ends; those that wait are left for another job."""
@@ -135,7 +129,7 @@ class Admission:
                 budget -= rows[-1][1]
         admitted = []
         while budget > 0 and not self._stopping and (sequence := self._admit(group)):
-            admitted.append(Admitted(sequence.slot, sequence.runs, asdict(sequence.sampling)))
+            admitted.append(Admitted(sequence.slot, sequence.runs, sampler_settings(sequence, self._end_token_ids)))
             rows.append((sequence, self._chunk(sequence, budget)))
             budget -= rows[-1][1]
         released, self._released[group] = tuple(self._released[group]), []
@@ -144,108 +138,138 @@ class Admission:
     def apply(self, step: Step, result: Result) -> None:
         """Takes the sampled tokens of a step in; sequences that end leave their slots and pages."""
         active = self._active[step.group]
-        for slot, token_id in zip(step.sample_slots.tolist(), result.token_ids.tolist(), strict=True):
+        if len(step.score_rows):
+            self._take_scores(step, result)
+        for place, (slot, token_id) in enumerate(zip(step.sample_slots.tolist(), result.token_ids.tolist(), strict=True)):
             sequence = active.get(slot)
             if sequence is None:
                 continue  # dropped by stop() while its step was under way
+            if sequence.family is not None:
+                self._prompt_computed(sequence)
             if token_id == NO_TOKEN:
                 sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
             else:
-                sequence.token_ids.append(token_id)
-                self.counted.tokens += 1
-                sequence.finish_reason = finish_reason(
-                    sequence.token_ids,
-                    sequence.sampling,
-                    self._end_token_ids,
-                    len(sequence.prompt_token_ids),
-                    self._limits.max_positions,
-                )
+                self._take_token(sequence, token_id, result, place)
             if sequence.error or sequence.finish_reason != "none":
-                self._leave(step.group, sequence)
-                self._finished(sequence)
+                self._end(step.group, sequence)
+        if len(step.slots) > step.num_samples:
+            for slot in step.slots.tolist():
+                sequence = active.get(slot)
+                if sequence and sequence.sampling.max_new_tokens == 0 and sequence.cached == sequence.num_tokens:
+                    sequence.finish_reason = "length"
+                    self._end(step.group, sequence)
+
+    def _take_token(self, sequence: Sequence, token_id: int, result: Result, place: int) -> None:
+        """A new token of a sequence, with its log-probabilities, and whether it ends the sequence."""
+        sampling = sequence.sampling
+        sequence.token_ids.append(token_id)
+        self.counted.tokens += 1
+        if sampling.logprobs is not None:
+            sequence.logprobs.append(float(result.logprobs[place]))
+            if sampling.logprobs:
+                top = slice(0, sampling.logprobs)
+                sequence.top.append((result.top_ids[place, top], result.top_logprobs[place, top]))
+        limit = self._limits.max_positions
+        prompt_length = len(sequence.prompt_token_ids)
+        reason = finish_reason(sequence.token_ids, sampling, self._end_token_ids, prompt_length, limit)
+        if sequence.stop_texts and reason != "stop":
+            sequence.text_end = sequence.stop_texts.find(sequence.token_ids)
+            reason = reason if sequence.text_end is None else "stop"
+        sequence.finish_reason = reason
+
+    def _take_scores(self, step: Step, result: Result) -> None:
+        """Log-probabilities of prompts: of each row, those of the tokens after the ones that this step computed."""
+        ends = np.searchsorted(step.score_rows, np.cumsum(step.counts)).tolist()
+        for slot, position, start, end in zip(step.slots.tolist(), step.positions.tolist(), [0, *ends], ends, strict=False):
+            sequence = self._active[step.group].get(slot)
+            if sequence is not None and end > start:
+                values = result.prompt_logprobs[start:end]
+                sequence.prompt_logprobs[position + 1 : position + 1 + end - start] = values
+                if np.isnan(values).any():
+                    sequence.error = f"logits are not finite in the prompt, before token {position + end - start}"
+
+    def _prompt_computed(self, sequence: Sequence) -> None:
+        """After the first answer to a family's leader every rank has the prompt's pages: the others may share them."""
+        family, sequence.family = sequence.family, None
+        if family.leader is sequence and family.waiting:
+            self._line.computed(family)
+
+    def _end(self, group: int, sequence: Sequence) -> None:
+        self._leave(group, sequence)
+        self._finished(sequence)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         return min(sequence.num_tokens - sequence.cached, budget, self._limits.microbatch_tokens)
 
-    def _next(self) -> Sequence | None:
-        """The sequence that waits first. Prompts that cannot run are finished here, with their error."""
-        while self._waiting is None:
-            prompt = next(self._prompts, None)
-            if prompt is None:
-                return None
-            self._left -= 1
-            sequence = self._sequence(prompt)
-            if sequence.error:
-                self._finished(sequence)
-            else:
-                self._waiting = sequence
-        return self._waiting
-
-    def _sequence(self, prompt: Prompt) -> Sequence:
-        sequence = Sequence(prompt, self._sampling, [], error=prompt.error or "")
-        if sequence.error:
-            return sequence
-        try:
-            sequence.sampling = self._sampling.override(prompt.sampling)
-            sequence.prompt_token_ids = self._tokenize(prompt)
-        except ValueError as error:
-            sequence.error = str(error)
-            return sequence
-        self._begun(sequence)
-        length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
-        pages = self._num_pages(sequence)
-        if length >= limit:
-            sequence.error = f"the prompt has {length} tokens, the model's context {limit}: shorten it"
-        elif pages > self._limits.num_pages:
-            room = self._limits.num_pages * PAGE_TOKENS
-            sequence.error = (
-                f"prompt and max_new_tokens need {pages * PAGE_TOKENS} tokens of cache, there is room for {room}:"
-                " lower max_new_tokens or raise placement.gpu_memory"
-            )
-        return sequence
-
-    def _num_pages(self, sequence: Sequence) -> int:
-        tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_new_tokens
-        return -(-min(tokens, self._limits.max_positions) // PAGE_TOKENS)
-
     def _admit(self, group: int) -> Sequence | None:
         """Gives the first waiting sequence a slot and pages of this group, if there is room: its equal share of both."""
-        sequence = self._next()
+        sequence = self._line.first()
         if sequence is None:
             return None
         limits, active = self._limits, self._active[group]
-        known = self.num_active + 1 + self._left
-        count = self._num_pages(sequence)
-        share = max(limits.num_pages // limits.groups, 1)
+        known = self.num_active + self._line.num_left
         if not self._free_slots[group] or len(active) >= -(-known // limits.groups):
             return None
+        follows = sequence.family is not None and sequence.family.leader is not sequence
+        shared = sequence.family.shared if follows else ()
+        count = num_pages(sequence, limits.max_positions) - sum(run.count for run in shared)
+        share = max(limits.num_pages // limits.groups, 1)
         if active and self._pages_of_group[group] + count > share:
             return None
-        runs = self._pages.reserve(count)
+        runs = self._reserve(count, sequence)
         if runs is None:
             return None
-        sequence.slot, sequence.runs = self._free_slots[group].popleft(), runs
+        self._pages.share(shared)
+        sequence.slot, sequence.runs, sequence.num_own_pages = self._free_slots[group].popleft(), (*shared, *runs), count
+        sequence.cached = sum(run.count for run in shared) * PAGE_TOKENS
         self._pages_of_group[group] += count
         active[sequence.slot] = sequence
-        self.counted.prompt_tokens += len(sequence.prompt_token_ids)
-        self._waiting = None
+        self.counted.prompt_tokens += len(sequence.prompt_token_ids) - sequence.cached
+        self._line.take()
+        if sequence.family is not None:
+            self._hold(sequence, sequence.family)
         return sequence
+
+    def _reserve(self, count: int, sequence: Sequence) -> tuple[Run, ...] | None:
+        """Pages for a sequence. Where nothing is in flight that could give pages back, other families give theirs back:
+        their samples then compute the prompt themselves."""
+        runs = self._pages.reserve(count)
+        if runs is None and self.num_active == 0:
+            for family in self._line.ready:
+                if family is not sequence.family:
+                    self._pages.release(family.shared)
+                    family.shared = ()
+            runs = self._pages.reserve(count)
+        return runs
+
+    def _hold(self, sequence: Sequence, family: Family) -> None:
+        """A family holds the pages of its prompt from its leader's admission to that of its last sample."""
+        if family.leader is sequence:
+            family.shared = whole_pages(sequence)
+            self._pages.share(family.shared)
+        elif not family.waiting:
+            self._pages.release(family.shared)
+            family.shared = ()
 
     def _leave(self, group: int, sequence: Sequence) -> None:
         del self._active[group][sequence.slot]
         self._pages.release(sequence.runs)
-        self._pages_of_group[group] -= sum(run.count for run in sequence.runs)
+        self._pages_of_group[group] -= sequence.num_own_pages
         self._released[group].append(sequence.slot)
         self._free_slots[group].append(sequence.slot)
 
     def _step(self, round: int, group: int, released: tuple, admitted: tuple, rows: list[tuple[Sequence, int]]) -> Step:
         token_ids: list[int] = []
-        positions, sampled = [], []
+        positions, sampled, score_rows, score_ids = [], [], [], []
         for sequence, count in rows:
             positions.append(sequence.cached)
+            if sequence.scores:
+                following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
+                score_rows += range(len(token_ids), len(token_ids) + len(following))
+                score_ids += following
             token_ids += sequence.pending(count)
             sequence.cached += count
-            if sequence.cached == sequence.num_tokens:
+            if sequence.cached == sequence.num_tokens and sequence.sampling.max_new_tokens:
                 sampled.append((len(token_ids) - 1, sequence))
         counts = [count for _, count in rows]
         return Step(
@@ -261,7 +285,9 @@ class Admission:
             np.array(cut(counts, self._limits.microbatch_tokens, self._limits.microbatches), np.int32),
             np.array([row for row, _ in sampled], np.int32),
             np.array([sequence.slot for _, sequence in sampled], np.int32),
-            np.array([_uniform(sequence) for _, sequence in sampled], np.float64),
+            np.array([sequence.uniform() for _, sequence in sampled], np.float64),
+            np.array(score_rows, np.int32),
+            np.array(score_ids, np.int32),
         )
 
 
@@ -286,9 +312,3 @@ def cut(counts: list[int], microbatch_tokens: int, least: int) -> list[int]:
 def _slots_of(group: int, per_group: int) -> range:
     return range(group * per_group, (group + 1) * per_group)
 
-
-def _uniform(sequence: Sequence) -> float:
-    """The random number of the sequence's next token; a greedy row needs none."""
-    if sequence.sampling.temperature == 0:
-        return 0.0
-    return uniform(sequence.sampling.seed, sequence.prompt.row, 0, len(sequence.token_ids))

@@ -14,7 +14,9 @@ from datetime import datetime
 
 import numpy as np
 
+from noria.blocks import ModelShape
 from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard_rows
+from noria.files.compact import Compactor
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
@@ -46,23 +48,27 @@ class Desk:
         self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
         self.sampling = self._agree()
-        self._parts.begin({**segment, "of": len(rows)})
+        self._compactor = Compactor(self._parts)
+        self._parts.begin({**segment, "of": len(rows) * self.sampling.n})
         self.lock = threading.RLock()
         self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds, self._last = plan.groups, 0.0, None
         self._closed_for_deadline = False
         done = self._parts.done() if config.job.retry_errors else self._parts.finished()
+        self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
         self._dropped, self._begun = False, self._parts.unfinished()
-        self._progress = Progress(len(rows), len(done))
+        self._progress = Progress(len(rows) * self.sampling.n, len(done))
         self.admission = Admission(
-            (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows and (prompt.row, 0) not in done),
-            len(rows) - len(done),
+            (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows),
+            len(rows) - len(done) // self.sampling.n,
             self._encoder(),
             self.sampling,
             self._tokenizer.end_token_ids,
-            _limits(plan, checkpoint.shape.max_positions),
+            _limits(plan, checkpoint.shape),
             self._finish,
             self._take_up,
+            done,
+            self._tokenizer.decode if self._tokenizer.vocab_size else None,
         )
 
     @property
@@ -79,7 +85,7 @@ class Desk:
             waiting = sum(row.status != "todo" for row in self._parts.pending)
             for sequence in unfinished:
                 if sequence.token_ids:
-                    self._parts.add(generation(sequence, self._tokenizer))
+                    self._parts.add(generation(sequence, self._tokenizer, self._logprobs_dtype))
             self._seal()
             self._parts.end(reason)
         words = f"{plural(waiting, 'finished row')} and {plural(len(unfinished), 'row')} half-way are sealed"
@@ -95,9 +101,12 @@ class Desk:
         with self.lock:
             self._seal(self._config.job.seal_seconds)
             counted = self.admission.counted
+            unread = len(self._rows) - len(self.admission.samples)
+            self._progress.expect(self.admission.num_rows + unread * self.sampling.n)
             self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
+        self._compactor.compact_if_due()  # without the lock: a second in which a signal must not wait
 
     def _look_at_the_time(self) -> None:
         """Admits nothing more when what is left would not be worth a row's prefill."""
@@ -129,17 +138,17 @@ class Desk:
         self._parts.seal()
         self._parts.end("finished")
         attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
-        merge(self._parts, self._config.output, self._rows, attrs, columns)
+        merge(self._parts, self._config.output, self._rows, attrs, columns, np.array(self.admission.samples))
         self._progress.end(self._config.output)
 
     def _finish(self, sequence) -> None:
-        row = generation(sequence, self._tokenizer)
+        row = generation(sequence, self._tokenizer, self._logprobs_dtype)
         self._parts.add(row)
         self._progress.add(rows=1, errors=row.status == "error")
 
     def _take_up(self, sequence) -> None:
         """Gives the sequence the tokens that an earlier job sealed for it."""
-        begun = self._begun.pop((sequence.prompt.row, getattr(sequence, "sample", 0)), None)
+        begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
         if begun is not None:
             take_up(sequence, begun)
 
@@ -218,7 +227,13 @@ def _another_run(place, different: list[str]) -> InputError:
     )
 
 
-def _limits(plan: Plan, max_positions: int) -> Limits:
+def _limits(plan: Plan, shape: ModelShape) -> Limits:
     return Limits(
-        plan.groups, plan.num_pages, plan.step_tokens, plan.microbatch_tokens, plan.microbatches, max_positions
+        plan.groups,
+        plan.num_pages,
+        plan.step_tokens,
+        plan.microbatch_tokens,
+        plan.microbatches,
+        shape.max_positions,
+        shape.vocab_size,
     )

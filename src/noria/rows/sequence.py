@@ -1,0 +1,114 @@
+"""A sequence in flight, the family of samples that share a prompt, and what the last rank must know of a row.
+
+Knows token ids and pages; nothing of slots' order, budgets or devices.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from noria.config import Sampling
+from noria.rows.prompts import Prompt
+from noria.rows.randomness import uniform
+from noria.rows.stopping import StopTexts
+from noria.step import PAGE_TOKENS, Run
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
+
+    logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where the
+    row asks for it. `text_end`: characters of the text before the stop text that ended it (None: no such text).
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    prompt_token_ids: list[int]
+    sample: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "none"
+    error: str = ""
+    cached: int = 0
+    slot: int = -1
+    runs: tuple[Run, ...] = ()
+    num_own_pages: int = 0
+    family: "Family | None" = None
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    prompt_logprobs: np.ndarray | None = None
+    stop_texts: StopTexts | None = None
+    text_end: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def scores(self) -> bool:
+        """The prompt's log-probabilities are this sequence's to fetch: once for all samples of a prompt."""
+        return self.prompt_logprobs is not None and (self.family is None or self.family.leader is self)
+
+    def pending(self, count: int) -> list[int]:
+        """The next `count` token ids that are not in the cache yet."""
+        known = len(self.prompt_token_ids)
+        if self.cached >= known:
+            return self.token_ids[self.cached - known : self.cached - known + count]
+        return (self.prompt_token_ids[self.cached :] + self.token_ids)[:count]
+
+    def uniform(self) -> float:
+        """The random number of the next token; a greedy row needs none."""
+        if self.sampling.temperature == 0:
+            return 0.0
+        return uniform(self.sampling.seed, self.prompt.row, self.sample, len(self.token_ids))
+
+
+@dataclass(eq=False)
+class Family:
+    """The samples of one prompt. The leader computes the prompt; the others wait until it has, and share its whole pages.
+
+    The page that the prompt fills in part is not shared: what it holds, a token at least, each sample computes anew.
+    `shared` are held by the family itself as long as a sample waits.
+    """
+
+    leader: Sequence
+    waiting: list[Sequence]
+    shared: tuple[Run, ...] = ()
+
+    @property
+    def num_shared(self) -> int:
+        return sum(run.count for run in self.shared)
+
+
+def whole_pages(sequence: Sequence) -> tuple[Run, ...]:
+    """The pages that the prompt fills, without the one that holds its last token."""
+    count, runs = (len(sequence.prompt_token_ids) - 1) // PAGE_TOKENS, []
+    for run in sequence.runs:
+        if count:
+            runs.append(Run(run.start, min(run.count, count)))
+            count -= runs[-1].count
+    return tuple(runs)
+
+
+def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict:
+    """What the last rank must know of a row, for the header; keys that stand at their default are left out.
+
+    The keys of config.Sampling that concern logits; `banned`: ids that may not be sampled before min_new_tokens;
+    `prompt_length`; `shared`: the tokens that the row's steps will not carry, where penalties must know them.
+    """
+    sampling, default = sequence.sampling, Sampling()
+    settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs"):
+        if getattr(sampling, name) != getattr(default, name):
+            settings[name] = getattr(sampling, name)
+    if sampling.logit_bias:
+        settings["logit_bias"] = sampling.logit_bias
+    if sampling.min_new_tokens:
+        ends = () if sampling.ignore_eos else end_token_ids
+        settings["banned"] = sorted({*ends, *(sampling.stop_token_ids or ())})
+        settings["min_new_tokens"] = sampling.min_new_tokens
+    settings["prompt_length"] = len(sequence.prompt_token_ids)
+    if sampling.repetition_penalty != default.repetition_penalty:
+        settings["shared"] = sequence.prompt_token_ids[: sequence.cached]
+    return settings

@@ -1,0 +1,173 @@
+"""The line of sequences that wait: prompts as they are read, made into sequences, those that cannot run left out.
+
+Knows neither slots nor pages.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Container, Iterable
+
+import numpy as np
+
+from noria.config import Sampling
+from noria.rows.prompts import Prompt
+from noria.rows.sequence import Family, Sequence
+from noria.rows.stopping import StopTexts
+from noria.step import PAGE_TOKENS
+
+
+class Line:
+    """Sequences in the order of their prompts; samples whose prompt is computed go first.
+
+    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. `samples`: of each prompt read so far, in order, how many rows
+    it has (an error too: one for each sample); `num_rows` their sum.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterable[Prompt],
+        num_prompts: int,
+        tokenize: Callable[[Prompt], list[int]],
+        sampling: Sampling,
+        limits,
+        finished: Callable[[Sequence], None],
+        begun: Callable[[Sequence], None],
+        done: Container[tuple[int, int]],
+        decode: Callable[[Iterable[int]], str] | None,
+    ):
+        self._prompts, self._num_unread = iter(prompts), num_prompts
+        self._tokenize, self._sampling, self._limits = tokenize, sampling, limits
+        self._finished, self._begun, self._done, self._decode = finished, begun, done, decode
+        self._read: Sequence | None = None
+        self._ready: deque[Family] = deque()
+        self._num_waiting = 0
+        self.samples, self.num_rows = array("i"), 0
+
+    @property
+    def num_left(self) -> int:
+        """Sequences that wait or are still in the prompts, as far as that can be known."""
+        return self._num_unread * self._sampling.n + self._num_waiting
+
+    @property
+    def ready(self) -> Iterable[Family]:
+        """The families whose prompt is computed and of which samples wait, in order."""
+        return self._ready
+
+    def first(self) -> Sequence | None:
+        """The sequence that waits first. Prompts that cannot run are finished here, with their error."""
+        if self._ready:
+            return self._ready[0].waiting[0]
+        while self._read is None:
+            prompt = next(self._prompts, None)
+            if prompt is None:
+                return None
+            self._read = self._leader(prompt)
+            self._num_waiting += self._read is not None
+        return self._read
+
+    def take(self) -> None:
+        """The first leaves the line."""
+        self._num_waiting -= 1
+        if not self._ready:
+            self._read = None
+            return
+        family = self._ready[0]
+        family.waiting.pop(0)
+        if not family.waiting:
+            self._ready.popleft()
+
+    def computed(self, family: Family) -> None:
+        """The family's prompt is in the cache: its other samples may begin."""
+        self._ready.append(family)
+
+    def _leader(self, prompt: Prompt) -> Sequence | None:
+        """The first sample of a prompt that is to be generated, with the others in its family; None if there is none."""
+        sampling, error = self._settings(prompt)
+        self.samples.append(sampling.n)
+        self.num_rows += sampling.n
+        numbers = [sample for sample in range(sampling.n) if (prompt.row, sample) not in self._done]
+        if not numbers:
+            return None
+        self._num_unread = max(0, self._num_unread - 1)
+        first = self._sequence(prompt, sampling, error)
+        sequences = [self._sample(first, sample) for sample in numbers]
+        if first.error:
+            for sequence in sequences:
+                self._finished(sequence)
+            return None
+        leader, *others = sequences
+        if others:
+            leader.family = Family(leader, others)
+            for sequence in others:
+                sequence.family = leader.family
+            self._num_waiting += len(others)
+        return leader
+
+    def _settings(self, prompt: Prompt) -> tuple[Sampling, str]:
+        """How the prompt is sampled (the run's way, if its own keys are wrong) and what is wrong with it."""
+        if prompt.error:
+            return self._sampling, prompt.error
+        sampling = self._sampling
+        try:
+            sampling = self._sampling.override(prompt.sampling) if prompt.sampling else sampling
+            return sampling.check(), ""
+        except ValueError as error:
+            return sampling, str(error)
+
+    def _sample(self, first: Sequence, sample: int) -> Sequence:
+        """Another sequence like the first one of a prompt."""
+        sampling = first.sampling
+        sequence = Sequence(first.prompt, sampling, first.prompt_token_ids, sample, error=first.error)
+        if sequence.error:
+            return sequence
+        if sampling.scores_prompt:
+            if first.prompt_logprobs is None:
+                first.prompt_logprobs = np.full(len(first.prompt_token_ids), np.nan)
+            sequence.prompt_logprobs = first.prompt_logprobs
+        if sampling.stop_texts:
+            sequence.stop_texts = StopTexts(sampling.stop_texts, self._decode, sampling.min_new_tokens)
+        self._begun(sequence)
+        return sequence
+
+    def _sequence(self, prompt: Prompt, sampling: Sampling, error: str) -> Sequence:
+        """A sequence of the prompt, or why it cannot run."""
+        sequence = Sequence(prompt, sampling, [], error=error)
+        if error:
+            return sequence
+        try:
+            sequence.prompt_token_ids = self._tokenize(prompt)
+        except ValueError as wrong:
+            sequence.error = str(wrong)
+        else:
+            sequence.error = self._too_long(sequence) or self._unknown_ids(sampling) or ""
+            if sampling.stop_texts and self._decode is None:
+                sequence.error = "stop: the checkpoint has no tokenizer to read texts with: give stop_token_ids"
+        return sequence
+
+    def _too_long(self, sequence: Sequence) -> str | None:
+        length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
+        pages = num_pages(sequence, limit)
+        if length + (sequence.sampling.max_new_tokens > 0) > limit:
+            return f"the prompt has {length} tokens, the model's context {limit}: shorten it"
+        if pages > self._limits.num_pages:
+            room = self._limits.num_pages * PAGE_TOKENS
+            return (
+                f"prompt and max_new_tokens need {pages * PAGE_TOKENS} tokens of cache, there is room for {room}:"
+                " lower max_new_tokens or raise placement.gpu_memory"
+            )
+        return None
+
+    def _unknown_ids(self, sampling: Sampling) -> str | None:
+        """Whether a key names a token that the model does not have."""
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": map(int, sampling.logit_bias or ())}
+        for name, ids in named.items():
+            for token_id in ids or ():
+                if token_id >= self._limits.vocab_size:
+                    return f"{name} has {token_id}: the model's vocabulary has {self._limits.vocab_size} token ids"
+        return None
+
+
+def num_pages(sequence: Sequence, max_positions: int) -> int:
+    """Pages for the prompt and all tokens that may follow."""
+    tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_new_tokens
+    return -(-min(tokens, max_positions) // PAGE_TOKENS)
