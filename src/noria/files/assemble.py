@@ -24,16 +24,17 @@ def assemble(
     timing: Mapping | None = None,
     complete: bool = True,
     remedy: str = "the parts are kept: make room and start the same run again",
+    opened: Sequence[Generations] | None = None,
 ) -> None:
     """Writes the selected rows of `files` to `target`, in order; what had that name before is replaced.
 
-    `attrs` must hold `header`; `timing` is that of merge.merge. `check` looks at the new file before it gets its name and
-    returns the columns that are wrong. Raises OSError if the disk is full, with the remedy, or the file does not read
-    back as it was written; then there is nothing new.
+    `attrs` must hold `header`; `timing` is that of merge.merge, `opened` that of sealed.gather. `check` looks at the new
+    file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with the
+    remedy, or the file does not read back as it was written; then there is nothing new.
     """
     unchecked = temporary(target)
     try:
-        sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy)
+        sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened)
         fsync(unchecked)
         with open_generations(unchecked) as file:
             found = checksums(file.datasets, file.scores)
@@ -47,7 +48,7 @@ def assemble(
         raise
 
 
-def _write(path, files, selection, attrs, timing, complete, remedy) -> dict[str, str]:
+def _write(path, files, selection, attrs, timing, complete, remedy, opened) -> dict[str, str]:
     scores = scores_together(part.scores for part in files)
     tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
     with GuardedFile(path) as disk:
@@ -55,7 +56,7 @@ def _write(path, files, selection, attrs, timing, complete, remedy) -> dict[str,
             with h5py.File(path.name, "w", driver="fileobj", fileobj=disk) as file:
                 write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, **attrs})
                 writer = Writer(file, len(selection.row), tokens, prompt_tokens, scores)
-                for block in gather(files, selection):
+                for block in gather(files, selection, opened):
                     writer.append(block)
                     disk.check(remedy)
                 if complete:

@@ -12,6 +12,7 @@ from noria.files.atomic import check_folder, fsync
 from noria.files.generations import NewerVersion, open_generations
 from noria.files.parts import remove_parts
 from noria.files.sealed import part_files, parts_folder, scan
+from noria.files.segments import restore
 
 
 def probe_output(path: str | Path, overwrite: bool = False) -> str:
@@ -44,6 +45,8 @@ def reopen(path: str | Path) -> None:
     path = Path(path)
     folder = parts_folder(path)
     folder.mkdir(exist_ok=True)
+    with open_generations(path) as file:
+        restore(folder, file.attrs)
     os.rename(path, folder / "part-000000.h5")
     fsync(folder)
     fsync(path.parent)

@@ -7,16 +7,25 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from noria.config import InputError
-from noria.files.generations import Generation, NewerVersion, blocks, open_generations, verify_checksums
+from noria.files.generations import (
+    Generation,
+    Generations,
+    NewerVersion,
+    blocks,
+    open_generations,
+    verify_checksums,
+)
 from noria.files.schema import STATUS, Scores
 
 TODO, ERROR = STATUS.index("todo"), STATUS.index("error")
+WHOLE = 2**30  # the level of an output that was finished once
 PART_NAME = re.compile(r"part-(\d{6,})\.h5")
 
 
@@ -105,7 +114,8 @@ def scan_one(path: Path, verify: bool = True) -> Part:
             verify_checksums(file)
         header = json.loads(file.attrs["header"])
         numbers = (file.column(name) for name in ("row", "sample", "status"))
-        level, replaces = int(file.attrs.get("level", 0)), tuple(json.loads(file.attrs.get("replaces", "[]")))
+        level = WHOLE if file.complete else int(file.attrs.get("level", 0))
+        replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))
         return Part(path, header, *numbers, *file.lengths(), file.scores, level, replaces)
 
 
@@ -134,8 +144,13 @@ def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
     return Selection(*arrays, int(repeated.sum()), int((first & ~finished).sum()))
 
 
-def gather(parts: Sequence[Part], selection: Selection) -> Iterator[list[Generation]]:
-    """The selected rows in order, a block at a time; of each part only the rows of that block are in memory."""
+def gather(
+    parts: Sequence[Part], selection: Selection, opened: Sequence[Generations] | None = None
+) -> Iterator[list[Generation]]:
+    """The selected rows in order, a block at a time; of each part only the rows of that block are in memory.
+
+    `opened`: the parts' files, if they are open already; else each is opened for each block.
+    """
     width = 1 + max((part.scores.top for part in parts), default=0)
     for start, stop in blocks(selection.num_tokens * width, selection.num_prompt_tokens):
         numbers, positions = selection.part[start:stop], selection.position[start:stop]
@@ -143,7 +158,7 @@ def gather(parts: Sequence[Part], selection: Selection) -> Iterator[list[Generat
         for number in np.unique(numbers):
             places = np.flatnonzero(numbers == number)
             wanted = positions[places]
-            with open_generations(parts[number].path) as file:
+            with nullcontext(opened[number]) if opened else open_generations(parts[number].path) as file:
                 rows = file.read(int(wanted.min()), int(wanted.max()) + 1, wanted)
             for place, generation in zip(places, rows, strict=True):
                 block[place] = generation

@@ -40,6 +40,17 @@ def history(folder: Path) -> dict[str, object]:
     return {"segments": segments, "restarts": len(segments) - 1, "hosts": list(hosts), "start": start}
 
 
+def restore(folder: Path, attrs: Mapping) -> None:
+    """Puts the segments that a finished output tells of back among the parts, where its next jobs add theirs."""
+    try:
+        segments = json.loads(attrs.get("segments", "[]"))
+    except (TypeError, ValueError):
+        return
+    segments = [one for one in segments if isinstance(one, dict)] if isinstance(segments, list) else []
+    for number, segment in enumerate(segments):
+        _write(folder / f"segment-{number:06}.json", {"format": FORMAT, **segment})
+
+
 def _found(folder: Path) -> list[tuple[Path, dict]]:
     paths = folder.iterdir() if folder.is_dir() else ()
     numbered = sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)))
@@ -54,6 +65,15 @@ def _found(folder: Path) -> list[tuple[Path, dict]]:
             if all(type(segment[name]) is type(empty) for name, empty in _EMPTY.items()):
                 found.append((path, segment))
     return found
+
+
+def _write(path: Path, segment: Mapping) -> None:
+    unsealed = temporary(path)
+    with unsealed.open("w") as file:
+        json.dump(segment, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(unsealed, path)
 
 
 class Segment:
@@ -84,13 +104,8 @@ class Segment:
     def seen(self) -> None:
         """The job is alive at this moment."""
         self.facts["end"] = now()
-        unsealed = temporary(self.path)
         try:
-            with unsealed.open("w") as file:
-                json.dump({"format": FORMAT, **self.facts, "header": self._header}, file, ensure_ascii=True, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(unsealed, self.path)
+            _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
         except OSError as error:
             self._report(f"{self.path} cannot be written: {error.strerror or error}")
 
