@@ -79,6 +79,15 @@ def test_logprobs_are_exported_in_their_own_precision(output):
     assert np.array_equal(np.float32([-0.1, -1e-9]), row.logprobs[:2])
 
 
+def test_the_likeliest_ids_and_the_prompts_log_probabilities_are_exported_as_lists(output):
+    row = make_row(0, num_tokens=2, logprobs=True)
+    row.top_ids, row.top_logprobs = np.array([[5, 6], [7, 8]]), np.array([[-0.1, -2.5], [-0.3, -4]], np.float32)
+    row.prompt_token_ids, row.prompt_logprobs = np.array([3, 4]), np.array([np.nan, -0.7], np.float32)
+    found = exported(output, row)
+    assert (found["top_ids"], found["top_logprobs"]) == ([[5, 6], [7, 8]], [[-0.1, -2.5], [-0.3, -4.0]])
+    assert found["prompt_logprobs"] == [None, -0.7]
+
+
 def test_a_row_without_logprobs_or_error_has_no_such_key(output):
     row = make_row(0, num_tokens=3)
     row.extra = ""

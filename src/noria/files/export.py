@@ -19,13 +19,14 @@ from noria.text import plural
 
 SUFFIXES = (".jsonl",)
 NOT_YET = (".csv", ".parquet")
-KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", "logprobs", "error")
+SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
+KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
 
 
 def export(source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr) -> int:
     """Writes the generations of an output to `target` and returns the number of rows.
 
-    UTF-8 JSON lines with the keys of KEYS (`logprobs` and `error` where there are any) and the user's own columns; a
+    UTF-8 JSON lines with the keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a
     user's column that has the name of one of KEYS is exported as `input_NAME`, never instead of Noria's. Numbers that
     JSON lacks (NaN, infinity) become null. An output that is not finished is exported from its parts, as far as they
     go, and `report` is told. `target` appears whole or not at all. Raises InputError for what is no output or cannot
@@ -73,8 +74,10 @@ def as_object(generation: Generation) -> dict:
         "text": generation.text,
         "token_ids": generation.token_ids.tolist(),
     }
-    if generation.logprobs is not None and len(generation.logprobs):
-        row["logprobs"] = [_shortest(value) for value in generation.logprobs]
+    for name in SCORES:
+        values = getattr(generation, name)
+        if values is not None and values.size:
+            row[name] = _numbers(values)
     if generation.error:
         row["error"] = generation.error
     for name, value in own_columns(generation.extra).items():
@@ -95,6 +98,12 @@ def own_columns(extra: str) -> dict:
 def _finite(digits: str) -> float | None:
     value = float(digits)
     return value if math.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray) -> list:
+    if values.ndim > 1:
+        return [_numbers(one) for one in values]
+    return values.tolist() if values.dtype.kind == "i" else [_shortest(value) for value in values]
 
 
 def _shortest(value: np.floating) -> float | None:
