@@ -16,7 +16,8 @@ from typing import BinaryIO
 from noria import kinds
 from noria.config import InputError, require
 
-MAX_LINE_NBYTES = 64 * 2**20  # a longer line is a bad row: memory must not grow with the file
+MAX_LINE_NBYTES = 16 * 2**20  # a longer line is a bad row: memory must not grow with the file
+PROMPT_NAMES = ("prompt", "messages", "token_ids")  # a table has a column of one of these names
 _BOM = b"\xef\xbb\xbf"
 
 

@@ -1,10 +1,13 @@
-"""Prompts as JSON lines: an object a line, plain or gzip. Blank lines are no rows. Knows no key of a row."""
+"""Prompts as JSON lines: an object a line, plain or gzip; lines of OpenAI's batch format too. Blank lines are no rows.
+
+Knows no key of a row.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from noria.readers import BadRow, lines, too_long
+from noria.readers import BadRow, _openai, lines, too_long
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
@@ -35,4 +38,7 @@ def _parse(line: bytes, number: int) -> dict | BadRow:
         return BadRow(f"line {number} is not JSON: {error}")
     if not isinstance(record, dict):
         return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
-    return record
+    if not _openai.is_request(record):
+        return record
+    row = _openai.as_row(record)
+    return BadRow(f"line {number}: {row.error}") if isinstance(row, BadRow) else row

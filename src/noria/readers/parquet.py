@@ -1,0 +1,98 @@
+"""Prompts in parquet: a column a key. Needs pyarrow, which the extra noria-mpi[parquet] installs.
+
+Read a batch of rows at a time. Knows no key of a row.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from noria import readers
+from noria.config import InputError, require
+from noria.readers import PROMPT_NAMES, BadRow
+
+SUFFIXES = (".parquet",)
+BATCH_ROWS = 256
+MAX_GROUP_NBYTES = 2**30  # a row group's columns, unpacked
+_MAX_TEXT = 2**27  # of the file's own description
+_JSON = (str, int, float, bool, list, dict, type(None))
+
+
+def read(path: str | Path) -> Iterator[dict | BadRow]:
+    """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
+    with _opened(path) as file:
+        row = 0
+        for batch in file.iter_batches(BATCH_ROWS):
+            for values in zip(*(_column(column) for column in batch.columns), strict=True):
+                yield _row(dict(zip(batch.schema.names, values, strict=True)), row)
+                row += 1
+
+
+def count(path: str | Path) -> int:
+    """The number of rows that `read` gives."""
+    with _opened(path) as file:
+        return file.metadata.num_rows
+
+
+@contextmanager
+def _opened(path: str | Path):
+    with readers.opened(path):
+        pass
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"prompts {path}: parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        limits = {"thrift_string_size_limit": _MAX_TEXT, "thrift_container_size_limit": 2**20}
+        with parquet.ParquetFile(path, memory_map=False, buffer_size=2**20, pre_buffer=False, **limits) as file:
+            _check(file, path)
+            yield file
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"prompts {path}: cannot be read as parquet ({reason}): it is damaged, or of another kind") from error
+
+
+def _check(file, path: str | Path) -> None:
+    names = file.schema_arrow.names
+    shown = ", ".join(names)[:100]
+    require(len(set(names)) == len(names), f"prompts {path}: two columns have the same name: {shown}")
+    require(set(names) & set(PROMPT_NAMES), f"prompts {path}: no column {' or '.join(PROMPT_NAMES)}; it has: {shown}")
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    most = max((group.total_byte_size for group in groups), default=0)
+    require(
+        most <= MAX_GROUP_NBYTES,
+        f"prompts {path}: a row group has {most} bytes unpacked, at most {MAX_GROUP_NBYTES}: write it with more groups",
+    )
+    counted = sum(group.num_rows for group in groups)
+    require(
+        counted == file.metadata.num_rows and all(group.num_rows >= 0 for group in groups),
+        f"prompts {path}: it says that it has {file.metadata.num_rows} rows, its groups have {counted}",
+    )
+
+
+def _column(column) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # one value alone is wrong: find out which
+        return [_one(value) for value in column]
+
+
+def _one(value):
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return BadRow(f"is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")
+
+
+def _row(record: dict, row: int) -> dict | BadRow:
+    for name, value in record.items():
+        if isinstance(value, BadRow):
+            return BadRow(f"row {row} {value.error}")
+        if not isinstance(value, _JSON):
+            record[name] = str(value)  # dates and decimals
+        elif isinstance(value, float) and value != value:
+            record[name] = None
+    return record
