@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
     "inspect": "what a checkpoint or an output holds",
     "export": "generations -> JSON lines, in the order of the prompts",
+    "merge": "outputs of --shard i/n -> one output",
 }
 
 

@@ -1,0 +1,34 @@
+"""Makes one output of the finished outputs of all shards of a run (`noria run --shard i/n`).
+
+The rows are numbered over all shards: the output is the one that the run without shards would have written.
+"""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from noria.files.lock import OutputLock
+from noria.files.merge_shards import merge_shards
+from noria.files.parts import to_stderr
+from noria.files.provenance import job_ids, now
+from noria.text import plural
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUT.h5", help="file to write; it must not be there yet")
+    parser.add_argument(
+        "shards", type=Path, nargs="+", metavar="SHARD.h5", help="outputs of all shards, in any order; they stay as they are"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output, shards = arguments.output, arguments.shards
+    job = next(iter(job_ids(os.environ).values()), "")
+    holder = {"job": job, "host": socket.gethostname(), "process": os.getpid(), "start": now()}
+    with OutputLock(output, holder, to_stderr):
+        count = merge_shards(shards, output, sys.argv)
+    words = "is the merge of these shards already" if count is None else f"{plural(count, 'row')} of {len(shards)} shards"
+    sys.stderr.write(f"{output}: {words}\n")
+    return 0
