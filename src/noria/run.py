@@ -87,7 +87,7 @@ def _generate(
     watchdog.stage = _stage_words(plan, rank)
     devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)
     segment = segment_of(os.environ, hosts, devices, sys.argv, started)
-    opened = mpi.on_every_rank(comm, lambda: _checkpoint(config, work.dtype))
+    opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
         mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
         watchdog.doing = "reading the sealed parts"
@@ -141,7 +141,7 @@ def _own(config: Config, host: str) -> OutputLock:
 def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
     num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
-    with contextlib.closing(_checkpoint(config, _dtype(config, None, device))) as checkpoint:
+    with contextlib.closing(open_model(config, _dtype(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = _dtype(config, checkpoint.dtype, device)
         check_shard(config)
@@ -188,7 +188,7 @@ def build(plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: i
     layers = [layer for stage in stages for layer in stage]
     cache = KvCache(shape, layers, plan.num_pages, dtype, device)
     kind = attention.choose(device, dtype, shape.head_dim)
-    stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device)
+    stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device, lambda message: log(rank, plan.num_ranks, message))
     return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams.streams_of(device))
 
 
@@ -209,7 +209,7 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, d
     )
 
 
-def _checkpoint(config: Config, dtype: str | None):
+def open_model(config: Config, dtype: str | None):
     """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
     if config.job.random_weights is None:
         model = Path(config.model)
