@@ -12,6 +12,7 @@ from noria.text import printable
 COMMANDS = {
     "convert": "Hugging Face directory -> checkpoint",
     "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
+    "validate": "checks a run without running it: every prompt, paths and space; no GPU, no MPI",
     "inspect": "what a checkpoint or an output holds",
     "export": "generations -> JSON lines, in the order of the prompts",
     "merge": "outputs of --shard i/n -> one output",

@@ -61,7 +61,7 @@ class Desk:
         self.admission = Admission(
             (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows),
             len(rows) - len(done) // self.sampling.n,
-            self._encoder(),
+            self._encoder(plan.num_ranks),
             self.sampling,
             self._tokenizer.end_token_ids,
             _limits(plan, checkpoint.shape),
@@ -152,11 +152,11 @@ class Desk:
         if begun is not None:
             take_up(sequence, begun)
 
-    def _encoder(self) -> Encoder:
+    def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
         chat = Chat(self._checkpoint.tokenizer, self._tokenizer.special_tokens, date)
         vocab_size = self._checkpoint.shape.vocab_size
-        return Encoder(self._tokenizer, chat, self.sampling, vocab_size, lambda message: log(0, 1, message))
+        return Encoder(self._tokenizer, chat, self.sampling, vocab_size, lambda message: log(0, num_ranks, message))
 
     def _agree(self) -> Sampling:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""

@@ -1,0 +1,103 @@
+"""Checks a run without running it: every prompt is tokenized and held against the model, paths and space are checked.
+
+Needs no GPU, no MPI and no ranks, so that it can be asked on a login node. Exit code 2 if anything is wrong.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from noria import config as configuration
+from noria.commands.run import add_arguments  # noqa: F401  the flags are those of noria run
+from noria.config import Config, InputError, shard_rows
+from noria.files.atomic import check_folder
+from noria.files.generations import open_generations
+from noria.files.sealed import part_files, parts_folder
+from noria.rows.chat import Chat, Encoder
+from noria.rows.prompts import count, open_prompts
+from noria.rows.tokenizer import Tokenizer
+from noria.rows.validation import Findings, Limits, examine
+from noria.run import open_model
+from noria.text import plural, printable
+
+
+def run(arguments: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
+    config = configuration.load(arguments.run_file, flags)
+    output = _output(config)
+    num_rows = count(config.prompts)
+    with contextlib.closing(open_model(config, "float32")) as checkpoint:
+        shape = checkpoint.shape
+        source = config.model or config.job.random_weights
+        _say("model", f"{source}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
+             f" context {shape.max_positions:,}")  # fmt: skip
+        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+        chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+        encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
+        decode = tokenizer.decode if tokenizer.vocab_size else None
+        limits = Limits(shape.max_positions, shape.vocab_size)
+        rows = shard_rows(config.job.shard, num_rows)
+        found = examine(open_prompts(config.prompts), rows, encoder, config.sampling, limits, decode)
+    _report(config, found, output)
+    return _verdict(config, found)
+
+
+def _output(config: Config) -> str:
+    """What lies at the output's place, which is left as it is. Raises InputError if the run could not write there."""
+    path = Path(config.output)
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
+    check_folder(path)
+    if path.exists():
+        with open_generations(path) as file:
+            return f"there already, with {plural(len(file), 'row')}"
+    parts = part_files(parts_folder(path))
+    return f"begun, {plural(len(parts), 'part')}: a run goes on with it" if parts else "to be made"
+
+
+def _report(config: Config, found: Findings, output: str) -> None:
+    _say("prompts", f"{config.prompts}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
+    longest = f" (longest {found.longest:,}, row {found.longest_row})" if found.longest else ""
+    _say("tokens", f"{plural(found.num_tokens, 'prompt token')}{longest}, at most {found.num_new:,} new ones")
+    needed, free = _space(config, found)
+    _say("output", f"{config.output}: {output}; at most {_size(needed)}, {_size(free)} free")
+    for row, id, error in found.wrong:
+        name = f" ({id})" if id != str(row) else ""
+        _say(f"row {row}", f"{error}{name}")
+    if found.num_wrong > len(found.wrong):
+        _say("", f"and {plural(found.num_wrong - len(found.wrong), 'other row')}")
+
+
+def _verdict(config: Config, found: Findings) -> int:
+    needed, free = _space(config, found)
+    wrong = []
+    if found.num_rows == 0:
+        wrong.append(f"{config.prompts} has no rows")
+    if found.num_wrong:
+        wrong.append(f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {config.prompts} would end with an error")
+    if needed > free:
+        wrong.append(
+            f"output {config.output} may need {_size(needed)}, its folder has {_size(free)} free:"
+            " name another folder or lower max_new_tokens"
+        )
+    if wrong:
+        raise InputError("; ".join(wrong))
+    _say("", "nothing is wrong")
+    return 0
+
+
+def _space(config: Config, found: Findings) -> tuple[int, int]:
+    """Bytes that the run may write, parts and the output that they are merged into, and those that are free."""
+    space = os.statvfs(Path(config.output).parent)
+    return 2 * found.nbytes, space.f_bavail * space.f_frsize
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _say(name: str, message: str) -> None:
+    sys.stdout.write(f"{name:<12}{printable(message)}\n" if name else f"{printable(message)}\n")
