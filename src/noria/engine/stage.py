@@ -3,7 +3,7 @@
 Knows the model, its weights and its cache; nothing of the ring, of rounds or of other ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from noria import blocks
 from noria.engine import kv_cache
+from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache
 from noria.engine.sampler import Sampler
 from noria.engine.weights import Weights
@@ -31,9 +32,9 @@ class Microbatch:
     attention_plan: object
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """A step made ready once, for all laps."""
+    """A step made ready once, for all laps. `borders` of its microbatches, in rows: finer ones where memory was short."""
 
     step: Step
     token_ids: torch.Tensor  # [T] int64
@@ -42,25 +43,50 @@ class Prepared:
     score_rows: torch.Tensor  # [P] int64
     score_ids: torch.Tensor  # [P] int64
     microbatches: tuple[Microbatch, ...]
+    borders: list[int]
 
 
 class Stage:
-    """The layers of this rank. `model` is a module of models/, `attention` one of attention/."""
+    """The layers of this rank. `model` is a module of models/, `attention` one of attention/.
 
-    def __init__(self, model, attention, shape, weights: Weights, cache: KvCache, sampler: Sampler, dtype, device):
+    Where memory does not suffice for a microbatch, this rank cuts its steps finer from then on, and says so by `report`.
+    """
+
+    def __init__(
+        self,
+        model,
+        attention,
+        shape,
+        weights: Weights,
+        cache: KvCache,
+        sampler: Sampler,
+        dtype,
+        device,
+        report: Callable[[str], None] = lambda message: None,
+    ):
         self._model, self._attention, self._shape = model, attention, shape
         self._weights, self._cache, self._sampler = weights, cache, sampler
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._report = dtype, device, report
+        self._most_tokens: int | None = None  # of a microbatch, where memory has been short
+        self._head_rows = HEAD_ROWS
 
     def prepare(self, step: Step) -> Prepared:
         """Takes over the step's changes of slots and puts its index tensors on the device."""
         self._cache.apply(step)
         self._sampler.apply(step)
-        borders = zip(step.microbatches[:-1].tolist(), step.microbatches[1:].tolist(), strict=True)
-        spans = [self._cache.spans(step, first, last) for first, last in borders]
-        rows = [kv_cache.cache_rows(part) for part in spans]
+        borders = refined(step.microbatches.tolist(), step.counts.tolist(), self._most_tokens)
+        spans, rows = self._spans(step, borders)
         parts = [step.token_ids, positions_of(step), step.sample_rows, step.score_rows, step.score_ids, *rows]
         token_ids, positions, sample_rows, score_rows, score_ids, *rows = self._to_device(parts)
+        microbatches = self._microbatches(positions, spans, rows)
+        return Prepared(step, token_ids, positions, sample_rows, score_rows, score_ids, microbatches, borders)
+
+    def _spans(self, step: Step, borders: list[int]) -> tuple[list, list[np.ndarray]]:
+        """Of each microbatch its sequences as attention sees them, and where in the cache its tokens belong."""
+        spans = [self._cache.spans(step, first, last) for first, last in zip(borders[:-1], borders[1:], strict=True)]
+        return spans, [kv_cache.cache_rows(part) for part in spans]
+
+    def _microbatches(self, positions: torch.Tensor, spans: list, rows: list[torch.Tensor]) -> tuple[Microbatch, ...]:
         microbatches, first = [], 0
         for part, its_rows in zip(spans, rows, strict=True):
             last = first + len(its_rows)
@@ -69,7 +95,7 @@ class Stage:
             plan = self._attention.prepare(part, self._device)
             microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan))
             first = last
-        return Prepared(step, token_ids, positions, sample_rows, score_rows, score_ids, tuple(microbatches))
+        return tuple(microbatches)
 
     def embed(self, prepared: Prepared) -> torch.Tensor:
         """[T, E] hidden states of the step's tokens."""
@@ -79,13 +105,48 @@ class Stage:
         """[T, E] after these layers; each layer's weights serve all microbatches of the step."""
         parts = [hidden[m.first : m.last] for m in prepared.microbatches]
         for layer in layers:
-            parameters = self._weights.wait(blocks.layer_name(layer))
-            keys, values = self._cache.layer(layer)
-            for index, microbatch in enumerate(prepared.microbatches):
-                attend = self._attend(microbatch, keys, values)
-                positional = microbatch.positional
-                parts[index] = self._model.layer(self._shape, layer, parameters, parts[index], positional, attend)
+            while (after := self._layer(prepared, layer, parts)) is None:
+                parts = self._cut_finer(prepared, parts)
+            parts = after
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _layer(self, prepared: Prepared, layer: int, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The parts after this layer; None if memory did not suffice. It may be tried again: it writes only to the cache,
+        and there the same values."""
+        parameters = self._weights.wait(blocks.layer_name(layer))
+        keys, values = self._cache.layer(layer)
+        after = []
+        try:
+            for microbatch, part in zip(prepared.microbatches, parts, strict=True):
+                attend = self._attend(microbatch, keys, values)
+                after.append(self._model.layer(self._shape, layer, parameters, part, microbatch.positional, attend))
+        except torch.OutOfMemoryError:
+            if len(halved(prepared.borders)) == len(prepared.borders):
+                raise  # a row each: there is nothing left to cut
+            return None
+        return after
+
+    def _cut_finer(self, prepared: Prepared, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Cuts each microbatch of the step in two. Returns the parts that belong to them, as views."""
+        step, counts = prepared.step, prepared.step.counts.tolist()
+        before = largest(prepared.borders, counts)
+        old, prepared.borders = prepared.microbatches, halved(prepared.borders)
+        spans, rows = self._spans(step, prepared.borders)
+        prepared.microbatches = self._microbatches(prepared.positions, spans, self._to_device(rows))
+        self._most_tokens = largest(prepared.borders, counts)
+        self._report(
+            f"out of memory with {before} tokens in a microbatch: this rank goes on with {len(prepared.microbatches)}"
+            f" microbatches of at most {self._most_tokens} tokens (lower pipeline.microbatch_tokens to begin so)"
+        )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        whole = {m.first: (m, part) for m, part in zip(old, parts, strict=True)}
+        finer, holder = [], None
+        for microbatch in prepared.microbatches:
+            holder = whole.get(microbatch.first, holder)
+            start = holder[0].first
+            finer.append(holder[1][microbatch.first - start : microbatch.last - start])
+        return finer
 
     def sample(self, prepared: Prepared, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What step.Result holds, on the device, for the step's hidden states [T, E].
@@ -111,9 +172,25 @@ class Stage:
 
     def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, logits [_, V] of the hidden states at these places), HEAD_ROWS at a time."""
-        for start in range(0, len(rows), HEAD_ROWS):
-            chunk = slice(start, start + HEAD_ROWS)
-            yield chunk, self._model.head(self._shape, self._weights.wait("head"), hidden[rows[chunk]])
+        start = 0
+        while start < len(rows):
+            chunk = slice(start, start + self._head_rows)
+            logits = self._try_head(hidden, rows[chunk])
+            if logits is None:
+                self._head_rows = max(1, min(self._head_rows, len(rows)) // 2)
+                self._report(f"out of memory: logits of {self._head_rows} rows at a time from now on")
+                continue
+            yield chunk, logits
+            start = chunk.stop
+
+    def _try_head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """Logits [_, V] of these rows of hidden; None if memory did not suffice for so many."""
+        try:
+            return self._model.head(self._shape, self._weights.wait("head"), hidden[rows])
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            return None
 
     def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor):
         def attend(queries, keys, values, *, scale=None, window=None):

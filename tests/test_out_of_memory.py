@@ -1,0 +1,73 @@
+"""A rank whose memory does not suffice for a microbatch cuts finer, says so, and changes no token."""
+
+import pytest
+import small_run
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import noria.models.llama
+from noria.__main__ import main
+from noria.engine.cuts import halved, largest, refined
+
+FLOAT64 = ["--dtype", "float64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = small_run.write_files(tmp_path_factory.mktemp("memory"))
+    assert main(small_run.command(folder, "undisturbed.h5", *FLOAT64)) == 0
+    return folder
+
+
+def run_out(monkeypatch, name, limit, argument):
+    """The model's function `name` has no memory for more rows of hidden states than `limit`; returns what it was given."""
+    function, given = getattr(noria.models.llama, name), []
+
+    def limited(*arguments):
+        given.append(len(arguments[argument]))
+        if given[-1] > limit:
+            raise torch.OutOfMemoryError(f"no room for {given[-1]}")
+        return function(*arguments)
+
+    monkeypatch.setattr(noria.models.llama, name, limited)
+    return given
+
+
+def test_a_step_that_memory_does_not_hold_is_cut_finer_and_gives_the_same_tokens(folder, monkeypatch, capsys):
+    given = run_out(monkeypatch, "layer", 10, 3)
+    assert main(small_run.command(folder, "finer.h5", *FLOAT64, "--laps", "2")) == 0
+    assert small_run.rows_of(folder / "finer.h5") == small_run.rows_of(folder / "undisturbed.h5")
+    said = capsys.readouterr().err
+    assert "rank=0/1 out of memory with 36 tokens in a microbatch: this rank goes on with 2 microbatches of at most 18" in said
+    assert said.count("out of memory") == 2, "36 -> 18 -> 9, and 9 from then on"
+    assert [count for count in given if count > 10] == [36, 18]
+
+
+def test_logits_that_memory_does_not_hold_are_computed_for_fewer_rows(folder, monkeypatch, capsys):
+    given = run_out(monkeypatch, "head", 4, 2)
+    assert main(small_run.command(folder, "logits.h5", *FLOAT64)) == 0
+    assert small_run.rows_of(folder / "logits.h5") == small_run.rows_of(folder / "undisturbed.h5")
+    assert "out of memory: logits of 3 rows at a time from now on" in capsys.readouterr().err
+    assert max(given) == 12 and sum(count > 4 for count in given) == 2
+
+
+def test_memory_that_does_not_hold_one_row_ends_the_run(folder, monkeypatch, capsys):
+    run_out(monkeypatch, "layer", 2, 3)
+    assert main(small_run.command(folder, "nothing.h5", *FLOAT64)) == 1
+    assert "failed: OutOfMemoryError: no room for 3" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 30))
+def test_refined_borders_keep_rows_whole_and_in_order_and_below_the_limit(counts, most):
+    finer = refined([0, len(counts)], counts, most)
+    assert finer[0] == 0 and finer[-1] == len(counts) and finer == sorted(set(finer))
+    for first, last in zip(finer[:-1], finer[1:], strict=True):
+        assert last - first == 1 or sum(counts[first:last]) <= most
+    assert refined([0, len(counts)], counts, None) == [0, len(counts)]
+
+
+def test_halving_ends_with_a_row_each():
+    assert halved([0, 5, 6]) == [0, 2, 5, 6]
+    assert halved([0, 1, 2]) == [0, 1, 2]
+    assert largest([0, 2, 5], [1, 2, 3, 4, 5]) == 12
