@@ -1,29 +1,35 @@
-"""Says what a checkpoint or an output holds."""
+"""Says what a checkpoint or an output holds; of an output that is not finished, how far its run has come."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from noria.config import InputError
-from noria.files import checkpoint, generations
+from noria.files import checkpoint, generations, unfinished
 from noria.files.container import format_of
 from noria.files.schema import FORMAT as GENERATIONS
 from noria.text import plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.h5", help="checkpoint or output")
+    parser.add_argument("file", type=Path, metavar="FILE.h5", help="checkpoint or output, finished or not")
     parser.add_argument("--verify", action="store_true", help="read all of it and check every checksum")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = format_of(arguments.file)
-    if found == checkpoint.FORMAT:
-        return _checkpoint(arguments.file, arguments.verify)
-    if found == GENERATIONS:
-        _write(generations.describe(arguments.file, arguments.verify))
+    output = arguments.file
+    if output.suffix == ".parts" and not output.is_file():
+        output = output.with_suffix("")
+    if unfinished.is_unfinished(output):
+        _write(unfinished.describe_unfinished(output, arguments.verify))
         return 0
-    raise InputError(f"{arguments.file}: its format is {found!r}; known: {checkpoint.FORMAT!r}, {GENERATIONS!r}")
+    found = format_of(output)
+    if found == checkpoint.FORMAT:
+        return _checkpoint(output, arguments.verify)
+    if found == GENERATIONS:
+        _write(generations.describe(output, arguments.verify))
+        return 0
+    raise InputError(f"{output}: its format is {found!r}; known: {checkpoint.FORMAT!r}, {GENERATIONS!r}")
 
 
 def _checkpoint(path: Path, verify: bool) -> int:

@@ -24,11 +24,12 @@ from noria.files.schema import (
     checksums,
     schema,
 )
+from noria.files.segments import segment_lines, segments_of
 from noria.text import plural, printable
 
 __all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
 
-_TOLD = ("format", "version", "complete", "checksums")  # attributes that describe says in its own words
+_TOLD = ("format", "version", "complete", "checksums", "segments", "shards")  # attributes that describe says in its own words
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
 
@@ -257,6 +258,7 @@ def describe(path: str | Path, verify: bool = False) -> list[str]:
             f"logprobs: {generations.scores}",
         ]
         lines += [f"{name}: {_short(value)}" for name, value in attrs.items() if name not in _TOLD]
+        lines += segment_lines(segments_of(attrs))
         timing = generations.file.get("timing")
         if isinstance(timing, h5py.Group):
             timing.visititems(

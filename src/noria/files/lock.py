@@ -7,12 +7,14 @@ import errno
 import fcntl
 import json
 import os
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from noria.config import InputError
 from noria.files.atomic import check_folder
 
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 _HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, 524)  # 524: Lustre mounted without flock
 
@@ -83,6 +85,17 @@ def _still_named(handle: int, path: Path) -> bool:
         return False
     own = os.fstat(handle)
     return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
+
+def held_by(output: str | Path) -> str | None:
+    """The words for the process that holds the lock of this output, or None. Takes no lock itself; not for the holder."""
+    try:
+        with lock_path(output).open("rb") as file:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            held = struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
+            return _words(file.read(4096)) if held else None
+    except (OSError, struct.error):
+        return None
 
 
 def _words(said: bytes) -> str:

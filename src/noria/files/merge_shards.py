@@ -19,7 +19,7 @@ from noria.files.container import damaged_is_input_error
 from noria.files.generations import Generations, open_generations
 from noria.files.schema import STATUS
 from noria.files.sealed import Part, part_files, parts_folder, scan, scan_one, select, to_stderr
-from noria.files.segments import read_segments
+from noria.files.segments import read_segments, segments_of
 from noria.text import plural
 
 _MAY_DIFFER = ("shard", "chat.date")
@@ -197,13 +197,9 @@ def _attrs(shards: list[Shard], total: int, argv: Sequence[str]) -> dict[str, ob
         "start": min(str(shard.attrs.get("start", "")) for shard in shards),
         "end": max(str(shard.attrs.get("end", "")) for shard in shards),
         "restarts": sum(int(shard.attrs.get("restarts", 0)) for shard in shards),
-        "segments": [{"shard": shard.name, **one} for shard in shards for one in shard.told("segments", []) if _is_map(one)],
+        "segments": [{"shard": shard.name, **one} for shard in shards for one in segments_of(shard.attrs)],
         "shards": told,
     }
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _timing(shards: list[Shard]) -> dict[str, np.ndarray]:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from noria.files.atomic import publish, temporary
 from noria.files.provenance import now
+from noria.text import plural
 
 FORMAT = "noria-segment"
 _NAME = re.compile(r"segment-(\d{6,})\.json")
 _INTERNAL = ("format", "header")
 _COUNTED = ("rows", "errors", "tokens")
-_EMPTY = {"start": "", "end": "", "ended": "", "of": 0, "hosts": [], "job_ids": {}, **dict.fromkeys(_COUNTED, 0)}
+_EMPTY = {"start": "", "end": "", "ended": "", "of": 0, "hosts": [], "ranks": 0, "job_ids": {}, **dict.fromkeys(_COUNTED, 0)}
 
 
 def read_segments(folder: Path) -> list[dict]:
@@ -30,24 +31,41 @@ def read_segments(folder: Path) -> list[dict]:
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
 
+def segment_lines(segments: list[dict]) -> list[str]:
+    """Each segment in a line, for people."""
+    lines = []
+    for number, one in enumerate(segments, 1):
+        ids = "/".join(map(str, one["job_ids"].values()))
+        where = f"{'job ' + ids if ids else 'no job id'} on {', '.join(map(str, one['hosts'])) or 'an unknown host'}"
+        counts = f"{plural(one['rows'], 'row')}, {plural(one['errors'], 'error')}, {plural(one['tokens'], 'token')}"
+        shard = f" of shard {one['shard']}" if "shard" in one else ""
+        ended = one["ended"] or "no end recorded"
+        ranks = plural(one["ranks"], "rank")
+        lines.append(f"segment {number}{shard}: {one['start']} to {one['end']} ({ended}), {where}, {ranks}: {counts}")
+    return lines
+
+
+def age(seconds: float) -> str:
+    """`12 s ago`, `3 h ago`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
 def history(folder: Path) -> dict[str, object]:
     """Attributes of an output from the segments of its parts: all of them, restarts, every host, the first start."""
     segments = read_segments(folder)
     if not segments:
         return {}
     hosts = dict.fromkeys(host for one in segments for host in map(str, one["hosts"]))
-    start = min(one["start"] for one in segments)
-    return {"segments": segments, "restarts": len(segments) - 1, "hosts": list(hosts), "start": start}
+    start, last = min(one["start"] for one in segments), segments[-1]
+    return {"segments": segments, "restarts": len(segments) - 1, "hosts": list(hosts), "start": start, "job_ids": last["job_ids"]}
 
 
 def restore(folder: Path, attrs: Mapping) -> None:
     """Puts the segments that a finished output tells of back among the parts, where its next jobs add theirs."""
-    try:
-        segments = json.loads(attrs.get("segments", "[]"))
-    except (TypeError, ValueError):
-        return
-    segments = [one for one in segments if isinstance(one, dict)] if isinstance(segments, list) else []
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(segments_of(attrs)):
         _write(folder / f"segment-{number:06}.json", {"format": FORMAT, **segment})
 
 
@@ -60,11 +78,22 @@ def _found(folder: Path) -> list[tuple[Path, dict]]:
             segment = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(segment, dict) and segment.get("format") == FORMAT:
-            segment = {**_EMPTY, **segment}
-            if all(type(segment[name]) is type(empty) for name, empty in _EMPTY.items()):
-                found.append((path, segment))
+        found += [(path, one) for one in _whole([segment]) if one.get("format") == FORMAT]
     return found
+
+
+def _whole(segments: object) -> list[dict]:
+    """Those that are segments indeed, with every field that all have: a file may hold anything."""
+    tables = [{**_EMPTY, **one} for one in segments if isinstance(one, dict)] if isinstance(segments, list) else []
+    return [one for one in tables if all(type(one[name]) is type(empty) for name, empty in _EMPTY.items())]
+
+
+def segments_of(attrs: Mapping) -> list[dict]:
+    """The segments that the attributes of a finished output tell of."""
+    try:
+        return _whole(json.loads(attrs.get("segments", "[]")))
+    except (TypeError, ValueError, RecursionError):
+        return []
 
 
 def _write(path: Path, segment: Mapping) -> None:
