@@ -60,7 +60,7 @@ def header_of(one):
     return sampler_settings(one, END)
 
 
-def reference(one, scores):
+def reference(one, scores, vocab_size=VOCAB, end=END):
     """[1, V] scores as transformers, and OpenAI's formula in plain numpy, make them."""
     sampling, ids = one.sampling, torch.tensor([one.prompt_token_ids + one.token_ids])
     if sampling.logit_bias:
@@ -68,10 +68,10 @@ def reference(one, scores):
         scores = SequenceBiasLogitsProcessor(bias)(ids, scores)
     if sampling.repetition_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
-    counts = np.bincount(one.token_ids, minlength=VOCAB)
+    counts = np.bincount(np.array(one.token_ids, int), minlength=vocab_size)
     taken = counts * sampling.frequency_penalty + (counts > 0) * sampling.presence_penalty
     scores = scores - torch.from_numpy(taken)
-    ends = [*([] if sampling.ignore_eos else END), *(sampling.stop_token_ids or [])]
+    ends = [*([] if sampling.ignore_eos else end), *(sampling.stop_token_ids or [])]
     if sampling.min_new_tokens and ends:
         length = len(one.prompt_token_ids)
         scores = MinNewTokensLengthLogitsProcessor(length, sampling.min_new_tokens, ends)(ids, scores)

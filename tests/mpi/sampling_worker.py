@@ -1,0 +1,45 @@
+"""Run by every rank: the same prompts through a few shapes of ring. Usage: sampling_worker.py FOLDER.
+
+Rank 0 of each ring leaves FOLDER/<case>.h5.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from noria import config
+from noria.launch import mpi
+from noria.run import run
+
+# name -> ranks, keys of the run file
+CASES = {
+    "N3-V1-M3-K1": (3, {"laps": 1, "groups": 3, "microbatches": 1}),
+    "N3-V2-M4-K2": (3, {"laps": 2, "groups": 4, "microbatches": 2, "step_tokens": 40, "microbatch_tokens": 24}),
+    "N2-V1-M2-K2-blocking": (2, {"laps": 1, "groups": 2, "microbatches": 2, "blocking": True}),
+}
+
+
+def generate(folder, name, keys, comm):
+    files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": f"{name}.h5"}
+    flags = {key: str(folder / file) for key, file in files.items()}
+    return run(config.load(folder / "run.toml", flags | keys), comm)
+
+
+def work(world, folder):
+    torch.set_num_threads(1)
+    for name, (num_ranks, keys) in CASES.items():
+        comm = world.Split(int(world.Get_rank() >= num_ranks), world.Get_rank())
+        if world.Get_rank() < num_ranks:
+            generate(folder, name, keys, comm)
+        world.Barrier()
+
+
+if __name__ == "__main__":
+    try:
+        work(mpi.start(), Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        mpi.abort(1)
+        raise
