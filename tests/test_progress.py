@@ -1,8 +1,18 @@
+import fcntl
 import io
+import pty
 import re
+import shlex
+import shutil
+import struct
+import subprocess
 import sys
+import termios
+from pathlib import Path
 
 import pytest
+
+from noria import progress as progress_module
 from noria.progress import Progress, duration, log
 from noria.text import plural, printable, storable
 
@@ -16,8 +26,18 @@ class Clock:
 
 
 class Terminal(io.StringIO):
+    """A terminal of `columns`, whose text can be read back; 0 is what Open MPI gives ranks of a job without a terminal."""
+
+    def __init__(self, columns=80):
+        super().__init__()
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
     def isatty(self):
         return True
+
+    def fileno(self):
+        return self.slave
 
 
 @pytest.fixture
@@ -125,3 +145,32 @@ def test_text_for_files_and_terminals():
     assert storable("a\0b\ud800c\udfff😀") == "a\ufffdb\ufffdc\ufffd😀"
     assert printable("a\nb\x1b[0m\u202eé😀\\n") == "a\\nb\\x1b[0m\\u202eé😀\\n"
     assert (plural(1, "row"), plural(0, "row"), plural(1234, "row")) == ("1 row", "0 rows", "1,234 rows")
+
+
+def test_a_terminal_without_a_width_gets_plain_lines(clock):
+    stream = Terminal(columns=0)
+    progress = Progress(10, stream=stream, clock=clock)
+    clock.now += 6
+    progress.add(rows=1, tokens=5)
+    progress.close()
+    assert stream.getvalue().startswith("1/10 rows")
+
+
+@pytest.mark.parametrize(("errors", "output", "chosen"), [(80, 80, "stderr"), (0, 80, "stdout"), (0, 0, None)])
+def test_the_bar_goes_to_the_stream_that_is_a_terminal_with_a_width(monkeypatch, errors, output, chosen):
+    streams = {"stderr": Terminal(errors), "stdout": Terminal(output)}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert progress_module._terminal() is (streams[chosen] if chosen else None)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs script, of bsdutils")
+def test_under_mpirun_on_a_terminal_there_is_a_bar(tmp_path):
+    draw = "from noria.progress import Progress; p = Progress(10); p.add(rows=3); p.close()"
+    environment = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
+    launch = f"source {environment}; stty rows 24 cols 90; timeout --foreground -k 5 30 mpirun -n 1 {sys.executable} -c '{draw}'"
+    seen = subprocess.run(["script", "-qec", f"bash -c {shlex.quote(launch)}", "/dev/null"], capture_output=True, text=True)
+    assert "3/10 rows |" in seen.stdout
+    piped = subprocess.run(["bash", "-c", launch.replace("stty rows 24 cols 90; ", "")], capture_output=True, text=True)
+    assert "|" not in piped.stdout + piped.stderr

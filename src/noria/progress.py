@@ -3,6 +3,7 @@
 Knows counts and times, nothing of the rows themselves.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +32,13 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.stream, self.clock = stream or sys.stderr, clock
+        self.stream, self.clock = stream or _terminal() or sys.stderr, clock
         self.num_rows, self.num_before = num_rows, num_finished
         self.rows = self.errors = self.tokens = self.prompt_tokens = 0
         self.started = clock()
         self.next_line = self.started + FIRST_LINE
         self.bar = None
-        if self.stream.isatty():
+        if _has_width(self.stream):
             self.bar = tqdm(
                 total=num_rows,
                 initial=num_finished,
@@ -109,6 +110,19 @@ class Progress:
 
     def _speed(self) -> float:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def _terminal() -> TextIO | None:
+    """The stream that a bar can be drawn on. Open MPI gives its ranks a terminal as stdout; it has a width if mpirun's own
+    is one, and none in a batch job or a pipe."""
+    return next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and _has_width(stream)), None)
+
+
+def _has_width(stream: TextIO) -> bool:
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file behind the stream, or a closed one
+        return False
 
 
 def duration(seconds: float) -> str:
