@@ -1,5 +1,6 @@
 """Many small parts into one: the same rows, few files, and a kill at any moment loses nothing and repeats nothing."""
 
+import json
 import os
 import resource
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import threading
 
+import noria.files.compact as compact_module
+import noria.files.export as export_module
 import pytest
 from noria.files.compact import FAN_IN, Compactor
 from noria.files.generations import open_generations
@@ -111,8 +114,6 @@ def test_a_part_sealed_while_others_are_put_together_comes_after_them(output, mo
         parts.add(make_row(2, num_tokens=9))  # must not win against the row 2 that is being copied
         parts.seal()
 
-    import noria.files.compact as compact_module
-
     assemble = compact_module.assemble
 
     def assemble_late(*arguments, **keywords):
@@ -165,6 +166,8 @@ def test_a_full_disk_leaves_the_parts_as_they_are(output):
 KILLED = """
 import os, signal, sys
 import noria.files.assemble as assemble_module
+import noria.files.compact as compact_module
+import noria.files.export as export_module
 from noria.files.compact import Compactor
 from noria.files.parts import Parts
 output, kill_at = sys.argv[1], int(sys.argv[2])
@@ -206,3 +209,20 @@ def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
         shutil.rmtree(output.parent)
         kill_at += 1
     assert kill_at > 12 and counts >= {1, 3, 6, 7}, counts
+
+
+def test_an_export_meanwhile_has_every_row_once(output, tmp_path, monkeypatch):
+    rows = [make_row(row) for row in range(4)]
+    parts = Parts(output, HEADER)
+    fill(parts, rows, 1)
+    gather, due = export_module.gather, [True]
+
+    def gather_late(*arguments):
+        if due.pop() if due else False:
+            assert Compactor(parts, 4, report=refuse).compact_if_due()
+        return gather(*arguments)
+
+    monkeypatch.setattr(export_module, "gather", gather_late)
+    assert export_module.export(output, tmp_path / "out.jsonl", lambda message: None) == 4
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [row.id for row in rows] and not due

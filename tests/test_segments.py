@@ -1,0 +1,146 @@
+"""The jobs that worked on an output: their record survives kills, says nothing of the environment and trusts no file."""
+
+import json
+import os
+import shutil
+
+import h5py
+import pytest
+from noria.files.generations import describe
+from noria.files.merge import merge
+from noria.files.output import probe_output, reopen
+from noria.files.parts import Parts, parts_folder
+from noria.files.provenance import job_ids, segment_of
+from noria.files.segments import age, history, read_segments, segment_lines
+from output_rows import fill, make_row
+
+HEADER = {"prompts": "ab12", "sampling.seed": 5}
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run.h5"
+
+
+def facts(job, hosts=("a", "b", "a")):
+    devices = [f"{host} cuda:0 (H100)" for host in hosts]
+    environment = {"SLURM_JOB_ID": job, "AWS_SECRET_ACCESS_KEY": "hunter2", "HOME": "/home/me"}
+    return segment_of(environment, hosts, devices, ["noria", "run", "x.toml"], "2026-11-23T03:15:02Z") | {"of": 9}
+
+
+def test_of_the_environment_only_the_schedulers_names_of_the_job_are_stored():
+    given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "PBS_JOBID": "", "TOKEN": "hunter2"}
+    assert job_ids(given) == {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    assert job_ids({"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}) == {"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}
+
+
+def test_every_job_adds_its_segment_with_what_it_finished(output):
+    for number, rows in enumerate(([0, 1], [2], [])):
+        parts = Parts(output, HEADER)
+        parts.begin(facts(f"10{number}"))
+        fill(parts, [make_row(row, status="error" if row == 1 else "done", num_tokens=3) for row in rows])
+        fill(parts, [make_row(8, status="todo", num_tokens=5)])
+        if number == 1:
+            parts.end("walltime")
+    found = read_segments(parts.folder)
+    assert [(one["rows"], one["errors"], one["tokens"], one["ended"]) for one in found] == [
+        (2, 1, 6, ""),
+        (1, 0, 3, "walltime"),
+        (0, 0, 0, ""),
+    ]
+    assert [one["job_ids"]["SLURM_JOB_ID"] for one in found] == ["100", "101", "102"]
+    one = found[0]
+    assert (one["host"], one["hosts"], one["ranks"], one["of"]) == ("a", ["a", "b"], 3, 9)
+    assert one["start"] == "2026-11-23T03:15:02Z" and one["end"] > one["start"] and one["argv"][0] == "noria"
+    text = "".join(path.read_text() for path in parts.folder.glob("segment-*.json"))
+    assert "hunter2" not in text and "/home/me" not in text
+
+
+def test_a_finished_output_tells_of_all_its_jobs_and_goes_on_counting_when_it_is_reopened(output):
+    for job, rows in (("1", [0]), ("2", [1])):
+        parts = Parts(output, HEADER)
+        parts.begin(facts(job, hosts=("x" + job,)))
+        fill(parts, [make_row(row) for row in rows])
+    parts.end("finished")
+    merge(parts, output, 2, history(parts.folder))
+    with h5py.File(output) as file:
+        assert file.attrs["restarts"] == 1 and json.loads(file.attrs["hosts"]) == ["x1", "x2"]
+        assert json.loads(file.attrs["job_ids"]) == {"SLURM_JOB_ID": "2"}
+        assert [one["rows"] for one in json.loads(file.attrs["segments"])] == [1, 1]
+    lines = [line for line in describe(output) if line.startswith("segment")]
+    assert len(lines) == 2 and "(finished), job 2 on x2, 1 rank: 1 row, 0 errors" in lines[1]
+    reopen(output)
+    parts = Parts(output, HEADER)
+    parts.begin(facts("3"))
+    assert [one["job_ids"]["SLURM_JOB_ID"] for one in read_segments(parts.folder)] == ["1", "2", "3"]
+    assert history(parts.folder)["restarts"] == 2
+
+
+def test_a_job_of_another_run_that_finished_nothing_is_forgotten(output):
+    for header, rows in ((HEADER | {"prompts": "old"}, []), (HEADER | {"sampling.seed": 6}, []), (HEADER, [])):
+        parts = Parts(output, header)
+        parts.begin(facts("1"))
+    assert len(read_segments(parts.folder)) == 2, "a seed that was drawn anew is the same run"
+    parts.segment.sealed(1, 0, 3)
+    Parts(output, HEADER | {"prompts": "new"}).begin(facts("2"))
+    assert [one["rows"] for one in read_segments(parts.folder)] == [1, 0]
+
+
+def test_a_job_that_finishes_no_row_for_long_still_shows_that_it_lives(output):
+    now = [100.0]
+    parts = Parts(output, HEADER, clock=lambda: now[0])
+    parts.begin(facts("1"))
+    path = parts.segment.path
+    parts.segment.facts["end"] = ""
+    written = path.stat().st_mtime_ns
+    now[0] = 104
+    parts.seal_if_due(0.5)
+    assert path.stat().st_mtime_ns == written, "not more than every 5 s"
+    now[0] = 106
+    assert parts.seal_if_due(0.5) is None
+    assert path.stat().st_mtime_ns > written and parts.segment.facts["end"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'{"format": "other"}', b'{"format": "noria-segment", "rows": "many"}', b"\xff" * 9]
+)
+def test_a_file_that_is_no_segment_is_left_out(output, content):
+    parts = Parts(output, HEADER)
+    parts.begin(facts("1"))
+    (parts.folder / "segment-000007.json").write_bytes(content)
+    assert len(read_segments(parts.folder)) == 1
+    parts = Parts(output, HEADER)
+    parts.begin(facts("2"))
+    assert parts.segment.path.name == "segment-000008.json" and history(parts.folder)["restarts"] == 1
+
+
+def test_a_segment_that_cannot_be_written_is_reported_and_does_not_end_the_run(output, capsys, monkeypatch):
+    parts = Parts(output, HEADER)
+    parts.begin(facts("1"))
+    shutil.rmtree(parts.folder)
+    parts.segment.seen()
+    assert "segment-000000.json cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_half_written_segments_of_a_killed_run_are_removed(output):
+    parts = Parts(output, HEADER)
+    (parts.folder / "segment-000000.json.tmp").write_text("{")
+    assert list(Parts(output, HEADER).folder.iterdir()) == []
+
+
+def test_a_line_says_who_where_when_and_how_much():
+    segment = {"start": "s", "end": "e", "ended": "", "hosts": ["h"], "ranks": 2, "rows": 1, "errors": 0, "tokens": 1234}
+    job = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    assert segment_lines([segment | {"job_ids": job, "shard": "2/3"}]) == [
+        "segment 1 of shard 2/3: s to e (no end recorded), job 12/3 on h, 2 ranks: 1 row, 0 errors, 1,234 tokens"
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(-1, "0 s ago"), (90, "90 s ago"), (600, "10 min ago"), (86400, "24 h ago"), (1e6, "12 days ago")])
+def test_an_age_is_told_in_the_unit_that_fits(seconds, words):
+    assert age(seconds) == words
+
+
+def test_the_folder_of_parts_without_parts_is_no_run_to_resume(output):
+    Parts(output, HEADER).begin(facts("1"))
+    assert probe_output(output) == "absent" and os.listdir(parts_folder(output)) == ["segment-000000.json"]
