@@ -32,16 +32,17 @@ class Executor:
         self._stage, self._stages, self._ring = stage, stages, ring
         self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
         self._groups, self._streams = groups, streams
+        self._between = "waiting for results, or sealing rows," if rank == 0 else "waiting for the next step"
         self.timing = Timing()
         self._at: tuple[int, int, int] | None = None
-        self._waiting = False
+        self._doing = "computing"
 
     def doing(self) -> str:
         """What this rank is at, in words; any thread may ask."""
         if self._at is None:
             return "before the first step"
         round, lap, group = self._at
-        return f"{'waiting for the ring' if self._waiting else 'computing'} in round {round}, lap {lap}, group {group}"
+        return f"{self._doing} in round {round}, lap {lap}, group {group}"
 
     @torch.inference_mode()
     def run(self, next_step: Callable[[int, int], Step]) -> Timing:
@@ -54,7 +55,7 @@ class Executor:
                 for group in range(self._groups):
                     self._at = round, lap, group
                     if lap == 0:
-                        step = self._wait(next_step, round, group)
+                        step = self._wait(self._between, next_step, round, group)
                         stopped += step.word is Word.STOP
                         steps[group] = self._stage.prepare(step)
                         self.timing.tokens += step.num_tokens
@@ -71,7 +72,7 @@ class Executor:
         if self._first_rank and lap == 0:
             hidden = self._stage.embed(prepared)
         else:
-            hidden = self._wait(self._ring.receive, group, lap, prepared.step.num_tokens)
+            hidden = self._wait("waiting for hidden states", self._ring.receive, group, lap, prepared.step.num_tokens)
         hidden = self._stage.forward(prepared, layers, hidden)
         if self._last_rank and lap == len(self._stages) - 1:
             answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, hidden).items()}
@@ -87,10 +88,10 @@ class Executor:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return host.copy_(values, non_blocking=True)
 
-    def _wait(self, call: Callable, *arguments):
-        before, self._waiting = time.perf_counter(), True
+    def _wait(self, doing: str, call: Callable, *arguments):
+        before, self._doing = time.perf_counter(), doing
         value = call(*arguments)
-        self._waiting = False
+        self._doing = "computing"
         self.timing.waited += time.perf_counter() - before
         return value
 

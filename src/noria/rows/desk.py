@@ -83,12 +83,12 @@ class Desk:
             unfinished = self.admission.stop()
             self._dropped = self._dropped or bool(unfinished)
             waiting = sum(row.status != "todo" for row in self._parts.pending)
-            for sequence in unfinished:
-                if sequence.token_ids:
-                    self._parts.add(generation(sequence, self._tokenizer, self._logprobs_dtype))
+            begun = [sequence for sequence in unfinished if sequence.token_ids]
+            for sequence in begun:
+                self._parts.add(generation(sequence, self._tokenizer, self._logprobs_dtype))
             self._seal()
             self._parts.end(reason)
-        words = f"{plural(waiting, 'finished row')} and {plural(len(unfinished), 'row')} half-way are sealed"
+        words = f"{plural(waiting, 'finished row')} and {plural(len(begun), 'row')} half-way are sealed"
         return words, self._step_seconds * self._groups
 
     def leave(self) -> None:

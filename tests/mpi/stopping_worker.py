@@ -1,0 +1,119 @@
+"""Run by every rank: `noria run` in which, at a given place, a given thing happens to the job. It prints when, in seconds.
+
+Usage: stopping_worker.py PLACE ACTION RANK run ARGUMENTS...   (RANK: where it happens)
+"""
+
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from noria import run
+from noria.__main__ import main
+from noria.launch import mpi
+from noria.rows import desk
+
+VISIT = 0.02  # seconds that a visit takes at least, so that there is a middle to be stopped in
+SILENCE = 2.0
+PLACES = {"prefill": 1, "decode": 12}
+
+
+def at(place, act):
+    """Calls `act` once, at this place of the run."""
+    if place == "load":
+        load = run.load
+        run.load = lambda *arguments: act() or load(*arguments)
+    elif place == "merge":
+        merge = desk.merge
+        desk.merge = lambda *arguments, **more: act() or merge(*arguments, **more)
+    else:
+        forward, visits = run.Stage.forward, [0]
+
+        def acting(self, *arguments):
+            visits[0] += 1
+            if visits[0] == PLACES[place]:
+                act()
+            return forward(self, *arguments)
+
+        run.Stage.forward = acting
+
+
+def slow_down():
+    forward = run.Stage.forward
+
+    def slowly(self, *arguments):
+        time.sleep(VISIT)
+        return forward(self, *arguments)
+
+    run.Stage.forward = slowly
+
+
+def launcher():
+    """mpirun's process, or this one where no launcher is."""
+    return os.getppid() if mpi.launched() > 1 else os.getpid()
+
+
+def twice(number):
+    os.kill(launcher(), number)
+    time.sleep(0.2)
+    os.kill(launcher(), number)
+    time.sleep(0.5)
+
+
+def once(number):
+    os.kill(launcher(), number)
+    time.sleep(1.0)
+
+
+def interrupt_twice():
+    os.kill(launcher(), signal.SIGINT)
+    time.sleep(0.8)
+    os.kill(launcher(), signal.SIGINT)
+    time.sleep(30)
+
+
+def output():
+    return Path(value_of("--output"))
+
+
+def value_of(flag):
+    """The last one's, which holds."""
+    return sys.argv[len(sys.argv) - sys.argv[::-1].index(flag)]
+
+
+def fill_the_disk():
+    """As a full disk would: no file of this process grows beyond this."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+ACTIONS = {
+    "USR1": lambda: once(signal.SIGUSR1),
+    "USR1 twice": lambda: twice(signal.SIGUSR1),
+    "TERM": lambda: once(signal.SIGTERM),
+    "INT twice": interrupt_twice,
+    "STOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "full": fill_the_disk,
+    "parts removed": lambda: shutil.rmtree(f"{output()}.parts"),
+    "folder removed": lambda: shutil.rmtree(output().parent),
+    "truncate": lambda: os.truncate(value_of("--model"), 9000),
+    "pause": lambda: time.sleep(8),
+    "nothing": lambda: None,
+}
+
+
+def happen(action):
+    print(time.time(), flush=True)
+    ACTIONS[action]()
+
+
+if __name__ == "__main__":
+    place, action, rank, *arguments = sys.argv[1:]
+    run.SILENCE = SILENCE
+    slow_down()
+    if mpi.launched_rank() == int(rank):
+        at(place, lambda: happen(action))
+    sys.exit(main(arguments))

@@ -1,0 +1,344 @@
+"""A run that is stopped seals what it has, says so, and goes on later as if nothing had been: whoever stopped it, wherever."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import small_run
+from mpirun import describe, mpirun
+
+import noria.run
+from noria.__main__ import main
+from noria.files.parts import Parts, part_files, parts_folder
+from noria.rows.admission import Admission
+
+WORKER = Path(__file__).parent / "mpi" / "stopping_worker.py"
+SECONDS = 30
+FLOAT64 = ["--dtype", "float64"]
+HOLD = """
+import sys, time
+from noria.files.lock import OutputLock
+lock = OutputLock(sys.argv[1], {"job": "17", "host": "node3", "process": 4711, "start": "2026-11-23T03:15:02Z"}, print)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = small_run.write_files(tmp_path_factory.mktemp("stops"))
+    assert main(small_run.command(folder, "undisturbed.h5", *FLOAT64)) == 0
+    return folder
+
+
+def undisturbed(folder):
+    return small_run.rows_of(folder / "undisturbed.h5")
+
+
+def begun_rows(folder, output):
+    """Row -> tokens of the rows that stopped half-way."""
+    found = Parts(folder / output, {}).unfinished()
+    return {row: begun.token_ids.tolist() for (row, _), begun in found.items()}
+
+
+def act_in_visit(monkeypatch, number, act, seconds=0.0):
+    """Every visit takes so many seconds; in that one `act` is called."""
+    forward, visits = noria.run.Stage.forward, [0]
+
+    def acting(self, *arguments):
+        visits[0] += 1
+        time.sleep(seconds)
+        if visits[0] == number:
+            act()
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(noria.run.Stage, "forward", acting)
+
+
+def signal_twice(number):
+    def act():
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+
+    return act
+
+
+# One rank, in this process.
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_rows_stopped_half_way_are_taken_up_and_end_with_the_same_tokens(folder, monkeypatch, capsys, number):
+    output = f"{number.name}.h5"
+    with monkeypatch.context() as patched:
+        act_in_visit(patched, 9, signal_twice(number))
+        assert main(small_run.command(folder, output, *FLOAT64)) == 75
+    said = capsys.readouterr().err
+    assert said.count("stopping (") == 1, said
+    assert f"stopping ({number.name}): 0 finished rows and 12 rows half-way are sealed" in said
+    assert "stopped with 12 rows of 12 left: start the same run again to go on" in said
+    begun, whole = begun_rows(folder, output), undisturbed(folder)
+    assert {row: whole[row][2][: len(tokens)] for row, tokens in begun.items()} == begun
+    assert set(map(len, begun.values())) == {8} and set(begun) == set(range(small_run.NUM_ROWS))
+    taken = []
+    compose = Admission.compose
+    monkeypatch.setattr(Admission, "compose", lambda *a: taken.append(compose(*a)) or taken[-1])
+    assert main(small_run.command(folder, output, *FLOAT64)) == 0
+    assert taken[0].counts.tolist() == [3 + 8] * small_run.NUM_ROWS, "prompt and partial output are prefilled together"
+    assert small_run.rows_of(folder / output) == whole
+
+
+def test_a_run_stops_before_its_walltime_and_goes_on(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        act_in_visit(patched, 0, None, seconds=0.5)
+        began = time.monotonic()
+        assert main(small_run.command(folder, "walltime.h5", *FLOAT64, "--walltime", "00:00:05")) == 75
+    assert time.monotonic() - began < 5
+    assert "stopping (walltime 00:00:05: 2 s are left): " in capsys.readouterr().err
+    assert begun_rows(folder, "walltime.h5")
+    assert main(small_run.command(folder, "walltime.h5", *FLOAT64)) == 0
+    assert small_run.rows_of(folder / "walltime.h5") == undisturbed(folder)
+
+
+def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypatch, capsys):
+    lengths = [{"token_ids": [5 + row, 6, 7], "max_new_tokens": 4} for row in range(small_run.NUM_ROWS)]
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lengths))
+    few = ["--step-tokens", "8", "--groups", "1", "--prompts", folder / "short.jsonl"]  # two prompts of three tokens a step
+    left = iter([100.0] * 3 + [1e-9] * 10_000)  # the run has 100 s; after 3 looks at the clock hardly any
+    run_looks = lambda self: next(left) if threading.current_thread() is threading.main_thread() else 100.0  # noqa: E731
+    monkeypatch.setattr(noria.run.Stopping, "seconds_left", property(run_looks))
+    assert main(small_run.command(folder, "late.h5", *FLOAT64, *few)) == 75
+    finished = sorted(Parts(folder / "late.h5", {}).finished())
+    assert 0 < len(finished) < small_run.NUM_ROWS and not begun_rows(folder, "late.h5")
+    assert f"stopped with {small_run.NUM_ROWS - len(finished)} rows of 12 left" in capsys.readouterr().err
+
+
+def test_a_second_job_on_an_output_is_refused_and_told_who_has_it(folder, capsys):
+    output = folder / "owned.h5"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert main(small_run.command(folder, "owned.h5")) == 2
+        said = capsys.readouterr().err
+        assert said == (
+            f"noria: output {output} is being written by job 17 on node3 (process 4711, since 2026-11-23T03:15:02Z):"
+            " wait for it, or name another output\n"
+        )
+        assert not output.exists() and not parts_folder(output).exists()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert main(small_run.command(folder, "owned.h5")) == 0, "the lock died with its holder"
+    assert not (folder / "owned.h5.lock").exists()
+
+
+def test_errors_are_tried_again_where_that_is_asked_for(folder, capsys):
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    (folder / "long.jsonl").write_text("\n".join([*lines[:2], lines[2][:-1] + ', "token_ids": []}', lines[3]]) + "\n")
+    command = small_run.command(folder, "errors.h5", "--prompts", folder / "long.jsonl")
+    assert main(command) == 0
+    assert [status for _, status, _ in small_run.rows_of(folder / "errors.h5")] == ["done", "done", "error", "done"]
+    assert main(command) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().err
+    before = small_run.rows_of(folder / "errors.h5")
+    assert main([*command, "--retry-errors"]) == 0
+    said = capsys.readouterr().err
+    assert "0 rows done, 1 with errors, 3 finished before" in said, said
+    assert small_run.rows_of(folder / "errors.h5") == before
+
+
+def test_a_row_that_failed_is_done_after_it_was_tried_again(folder, monkeypatch):
+    tokenize = noria.rows.desk.generation
+
+    def failing(sequence, *more):
+        if sequence.prompt.row == 3:
+            sequence.error = "the bucket has a hole"
+        return tokenize(sequence, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(noria.rows.desk, "generation", failing)
+        assert main(small_run.command(folder, "hole.h5", *FLOAT64)) == 0
+    assert [status for _, status, _ in small_run.rows_of(folder / "hole.h5")].count("error") == 1
+    assert main(small_run.command(folder, "hole.h5", *FLOAT64, "--retry-errors")) == 0
+    assert small_run.rows_of(folder / "hole.h5") == undisturbed(folder)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_longer_file_of_prompts_is_taken_where_that_is_asked_for(folder, monkeypatch, capsys, finished):
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts, output = folder / f"growing{finished}.jsonl", f"extended{finished}.h5"
+    prompts.write_text("".join(lines[:7]))
+    command = small_run.command(folder, output, *FLOAT64, "--prompts", prompts)
+    with monkeypatch.context() as patched:
+        if not finished:
+            act_in_visit(patched, 9, signal_twice(signal.SIGUSR1))
+        assert main(command) == (0 if finished else 75)
+    prompts.write_text("".join(lines))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "holds rows of another run: prompts: " in capsys.readouterr().err
+    prompts.write_text("".join([lines[0].replace("5", "9"), *lines[1:]]))
+    assert main([*command, "--extend"]) == 2
+    assert "holds rows of another run: prompts: " in capsys.readouterr().err
+    prompts.write_text("".join(lines))
+    assert main([*command, "--extend"]) == 0
+    assert small_run.rows_of(folder / output) == undisturbed(folder)
+    assert main([*command, "--extend"]) == 0 and "nothing to do" in capsys.readouterr().err
+
+
+def test_a_line_that_goes_on_is_not_an_unchanged_row(folder, capsys):
+    command = small_run.command(folder, "lines.h5", "--prompts", folder / "unended.jsonl")
+    (folder / "unended.jsonl").write_text(json.dumps({"token_ids": [5, 6]}))
+    assert main(command) == 0
+    (folder / "unended.jsonl").write_text(json.dumps({"token_ids": [5, 6]}) + " \n" + json.dumps({"token_ids": [7]}) + "\n")
+    assert main([*command, "--extend"]) == 2
+    assert "holds rows of another run: prompts: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--walltime", "soon"], "job.walltime is 'soon': it must be HH:MM:SS, such as 03:30:00, or seconds"),
+        (["--walltime", "0"], "job.walltime is '0': it must be"),
+        (["--overwrite", "--extend"], "job.overwrite and job.extend contradict each other"),
+    ],
+)
+def test_wrong_keys_are_refused(folder, capsys, arguments, said):
+    assert main(small_run.command(folder, "refused.h5", *arguments)) == 2
+    assert said in capsys.readouterr().err
+
+
+# Ranks.
+
+
+def stopped(folder, output, place, action, rank, *more, num_ranks=3):
+    """The finished job to which that happens; it took SECONDS at most from there to the end."""
+    command = small_run.command(folder, output, *FLOAT64, *more)
+    done = mpirun(num_ranks, [sys.executable, WORKER, place, action, rank, *command], timeout=120)
+    happened = float(done.stdout.split()[0])
+    assert time.time() - happened < SECONDS, describe(done)
+    return done
+
+
+def goes_on(folder, output, num_ranks=2):
+    """The next job on the output ends it as if undisturbed."""
+    done = mpirun(num_ranks, ["noria", *small_run.command(folder, output, *FLOAT64)], timeout=120)
+    assert done.returncode == 0, describe(done)
+    assert small_run.rows_of(folder / output) == undisturbed(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize("place", ["prefill", "decode"])
+def test_a_job_that_gets_usr1_twice_ends_with_75_and_goes_on_with_other_ranks(folder, place):
+    output = f"usr1{place}.h5"
+    done = stopped(folder, output, place, "USR1 twice", 0)
+    assert done.returncode == 75, describe(done)
+    half_way = len(begun_rows(folder, output))
+    assert done.stderr.count("stopping (") == 1, describe(done)
+    assert f"stopping (SIGUSR1): 0 finished rows and {half_way} rows half-way are sealed" in done.stderr, describe(done)
+    assert "start the same run again to go on" in done.stderr
+    assert half_way == (small_run.NUM_ROWS if place == "decode" else 0)
+    goes_on(folder, output)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_job_that_is_stopped_while_it_loads_has_begun_nothing(folder):
+    done = stopped(folder, "loading.h5", "load", "USR1", 1)
+    assert done.returncode == 75, describe(done)
+    assert "stopped (SIGUSR1) before the first step: start the same run again to go on" in done.stderr, describe(done)
+    goes_on(folder, "loading.h5")
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_job_that_is_stopped_while_it_writes_its_output_finishes_it(folder):
+    done = stopped(folder, "merging.h5", "merge", "USR1", 0)
+    assert done.returncode == 0, describe(done)
+    assert "SIGUSR1: every row is finished, the output is being written: that goes on" in done.stderr, describe(done)
+    assert small_run.rows_of(folder / "merging.h5") == undisturbed(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_rows_are_sealed_before_open_mpi_kills_its_ranks_after_term(folder):
+    done = stopped(folder, "term.h5", "decode", "TERM", 1)
+    assert done.returncode not in (0, 2), describe(done)
+    assert len(begun_rows(folder, "term.h5")) == small_run.NUM_ROWS, describe(done)
+    goes_on(folder, "term.h5", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_second_interrupt_stops_a_run_at_once(folder):
+    done = stopped(folder, "interrupted.h5", "decode", "INT twice", 0, num_ranks=1)
+    assert done.returncode == 130 and "stopped at once: interrupted again" in done.stderr, describe(done)
+    assert len(begun_rows(folder, "interrupted.h5")) == small_run.NUM_ROWS
+    goes_on(folder, "interrupted.h5")
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize(("place", "rank"), [("decode", 1), ("decode", 0), ("load", 2)])
+def test_a_rank_that_stands_still_ends_the_job_by_name(folder, place, rank):
+    output = f"still{place}{rank}.h5"
+    done = stopped(folder, output, place, "STOP", rank)
+    assert done.returncode not in (0, 2, 75), describe(done)
+    assert f"rank={(rank + 1) % 3}/3 failed: nothing heard for 2 s from rank {rank} on " in done.stderr, describe(done)
+    assert f"stage {rank} (layers {rank}-{rank}): it is stopped, or its machine is gone" in done.stderr
+    goes_on(folder, output)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_rank_that_computes_for_long_is_not_taken_for_lost(folder):
+    done = stopped(folder, "pausing.h5", "decode", "pause", 1)
+    assert done.returncode == 0, describe(done)
+    assert small_run.rows_of(folder / "pausing.h5") == undisturbed(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("full", "OSError: [Errno 27] File too large: 3 rows could not be sealed; what is sealed stays: make room and"),
+        ("parts removed", "FileNotFoundError: [Errno 2] the sealed parts were taken away under the run: "),
+    ],
+)
+def test_a_disk_that_fails_ends_the_job_and_says_what_to_do(folder, action, said):
+    output = f"{action.replace(' ', '')}.h5"
+    more = ["--seal-seconds", "0"]
+    done = stopped(folder, output, "decode", action, 0, *more)
+    assert done.returncode == 1, describe(done)
+    assert f"rank=0/3 failed: {said}" in done.stderr, describe(done)
+    assert "rank=0/3 was on " in done.stderr and ", stage 0 (layers 0-0), waiting for results, or sealing rows, in round " in done.stderr, describe(done)
+    assert all(path.stat().st_size > 1000 for path in part_files(parts_folder(folder / output)))
+    goes_on(folder, output)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_folder_that_is_removed_under_the_run_ends_it(folder):
+    gone = folder / "gone"
+    gone.mkdir()
+    done = stopped(folder, "gone/run.h5", "decode", "folder removed", 0)
+    assert done.returncode == 1, describe(done)
+    assert "rank=0/3 failed: FileNotFoundError: [Errno 2] the sealed parts were taken away under the run: " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_checkpoint_that_shrinks_under_the_run_ends_it_naming_the_block(folder):
+    small_run.write_model(folder, "shrinking.h5")
+    done = stopped(folder, "shrinking_run.h5", "load", "truncate", 1, "--model", folder / "shrinking.h5")
+    assert done.returncode == 2, describe(done)
+    assert "noria: rank 1: " in done.stderr and "shrinking.h5" in done.stderr, describe(done)
