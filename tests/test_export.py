@@ -1,6 +1,8 @@
 import argparse
+import csv
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -158,8 +160,7 @@ def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("out.csv", r"\.csv is not in this version of Noria yet; export writes \.jsonl: name the file out\.jsonl"),
-        ("out.parquet", r"\.parquet is not in this version"),
+        ("out.xlsx", r"\.xlsx is not a format of export; export writes \.jsonl, \.csv, \.parquet: name the file out\.jsonl"),
         ("out.json", r"\.json is not a format of export; did you mean '\.jsonl'\?; export writes \.jsonl"),
         ("out", "a name without a suffix is not a format"),
     ],
@@ -205,3 +206,120 @@ def test_the_command_writes_the_file_and_says_how_many_rows(output, tmp_path, ca
     assert command.run(parser.parse_args([str(output), str(tmp_path / "out.jsonl")])) == 0
     assert len(lines(tmp_path / "out.jsonl")) == 3
     assert capsys.readouterr().err == f"3 rows written to {tmp_path / 'out.jsonl'}\n"
+
+
+# Tables.
+
+
+def table_rows():
+    """Rows whose own columns are of every kind, here and there missing."""
+    own = [
+        {"n": 1, "x": 0.5, "ok": True, "label": "a, \"b\"\nc", "mixed": 1, "list": [1, {"a": None}], "big": 2**80, "id": "mine"},
+        {"n": None, "x": 2, "ok": False, "label": "é中😀", "mixed": "1", "list": [], "big": 1},
+        {},
+        {"n": -(2**63), "x": 1e300, "lone": "\ud800", "nan": float("nan")},
+    ]
+    rows = [make_row(row, num_tokens=row, logprobs=row == 2) for row in range(3)] + [make_row(3, status="error", num_tokens=0)]
+    for row, columns in zip(rows, own, strict=True):
+        row.extra = json.dumps(columns) if columns else ""
+        row.text += " \r\n\t=1+1"
+    return rows
+
+
+def test_a_csv_file_has_what_the_json_lines_have(output, tmp_path):
+    finish(output, table_rows())
+    assert export(output, tmp_path / "out.csv") == export(output, tmp_path / "out.jsonl") == 4
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file, strict=True))
+    expected = lines(tmp_path / "out.jsonl")
+    for record, line in zip(records, expected, strict=True):
+        for name, cell in record.items():
+            value = line.get(name)
+            text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+            assert cell == text.replace("\ud800", "\ufffd"), name
+    names = list(records[0])
+    assert names[:9] == [*KEYS[:7], "logprobs", "error"] and set(names) == {name for line in expected for name in line}
+    assert names[9:13] == ["n", "x", "ok", "label"]
+
+
+def test_pandas_reads_the_csv_file(output, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = table_rows()
+    finish(output, rows)
+    export(output, tmp_path / "out.csv")
+    frame = pandas.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    assert frame.text.tolist() == [row.text for row in rows] and frame.id.tolist() == [row.id for row in rows]
+
+
+def test_a_parquet_file_has_columns_of_their_own_types(output, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = table_rows()
+    finish(output, rows)
+    assert export(output, tmp_path / "out.parquet") == 4
+    export(output, tmp_path / "out.jsonl")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types["token_ids"] == "list<element: int32>" and types["logprobs"] == "list<element: double>"
+    assert (types["sample"], types["n"], types["x"], types["ok"]) == ("int32", "int64", "double", "bool")
+    assert {types[name] for name in ("id", "label", "mixed", "list", "big", "nan", "input_id")} == {"string"}
+    for record, line in zip(table.to_pylist(), lines(tmp_path / "out.jsonl"), strict=True):
+        for name, value in record.items():
+            if name in ("mixed", "list", "big") and value is not None:
+                value = json.loads(value)
+            assert value == (line.get(name).replace("\ud800", "\ufffd") if name == "lone" and name in line else line.get(name))
+
+
+def test_a_table_of_no_rows_has_its_header(output, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    finish(output, [])
+    assert export(output, tmp_path / "out.csv") == export(output, tmp_path / "out.parquet") == 0
+    assert (tmp_path / "out.csv").read_text().startswith("id,sample,status,finish_reason,prompt,text,token_ids,")
+    assert parquet.read_table(tmp_path / "out.parquet").num_rows == 0
+
+
+def test_an_unfinished_output_is_exported_to_tables_too(output, tmp_path):
+    fill(Parts(output, HEADER), [make_row(row) for row in range(5)], 2)
+    for name in ("out.csv", "out.parquet"):
+        assert export(output, tmp_path / name, lambda message: None) == 5
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_remedy_and_leaves_nothing(output, tmp_path, monkeypatch):
+    finish(output, [make_row(0)])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="parquet needs pyarrow: pip install pyarrow"):
+        export(output, tmp_path / "out.parquet")
+    assert os.listdir(tmp_path) == ["run.h5"]
+
+
+# OpenAI's responses.
+
+
+def test_responses_have_a_choice_a_sample_and_the_requests_own_names(output, tmp_path):
+    rows = [make_row(0, num_tokens=3), make_row(1, sample=0, num_tokens=2), make_row(1, sample=1, num_tokens=4)]
+    rows.append(make_row(2, status="error"))
+    rows[0].extra = json.dumps({"model": "m", "url": "/v1/completions"})
+    rows[0].logprobs, rows[1].logprobs = -np.arange(3, dtype=np.float32), -np.arange(2, dtype=np.float32)
+    rows[2].id = rows[1].id
+    parts = Parts(output, HEADER)
+    fill(parts, rows, 9)
+    assert export(output, tmp_path / "out.jsonl", lambda message: None, "openai") == 3
+    completion, chat, wrong = lines(tmp_path / "out.jsonl")
+    assert [one["custom_id"] for one in (completion, chat, wrong)] == ["row-0", "row-1", "row-2"]
+    assert wrong["response"] is None and wrong["error"] == {"code": "invalid_request", "message": rows[3].error}
+    assert completion["error"] is None and completion["response"]["status_code"] == 200
+    body = completion["response"]["body"]
+    assert (body["object"], body["model"], body["choices"][0]["text"]) == ("text_completion", "m", rows[0].text)
+    assert body["choices"][0]["logprobs"]["token_logprobs"] == [0, -1, -2]
+    body = chat["response"]["body"]
+    assert body["object"] == "chat.completion" and [one["index"] for one in body["choices"]] == [0, 1]
+    assert [one["message"]["content"] for one in body["choices"]] == [rows[1].text, rows[2].text]
+    assert [one["finish_reason"] for one in body["choices"]] == ["length", "length"]
+    assert body["choices"][0]["logprobs"]["content"][1]["token"] == f"token_id:{rows[1].token_ids[1]}"
+    asked = len(rows[1].prompt_token_ids)
+    assert body["usage"] == {"prompt_tokens": asked, "completion_tokens": 6, "total_tokens": asked + 6}
+
+
+def test_responses_are_json_lines(output, tmp_path):
+    finish(output, [make_row(0)])
+    with pytest.raises(InputError, match=r"export --format openai writes \.jsonl: name the file out\.jsonl"):
+        export(output, tmp_path / "out.csv", format="openai")

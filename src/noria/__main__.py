@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 import noria
@@ -14,7 +15,7 @@ COMMANDS = {
     "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
     "validate": "checks a run without running it: every prompt, paths and space; no GPU, no MPI",
     "inspect": "what a checkpoint or an output holds",
-    "export": "generations -> JSON lines, in the order of the prompts",
+    "export": "generations -> JSON lines, CSV or parquet, in the order of the prompts",
     "merge": "outputs of --shard i/n -> one output",
 }
 
@@ -22,8 +23,13 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 finished, 2 the user's input is wrong, 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):  # closed by the caller: what is said there is lost, and that is their wish
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     try:
-        return _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
+        code = _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         if mpi.launched_rank() == 0:  # the ranks of a job have the same error: one of them says it
             sys.stderr.write(f"noria: {printable(str(error))}\n")
@@ -31,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         mpi.leave_together()
         return 2
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"noria: {printable(where + (error.strerror or str(error)))}\n")
         return 1
 
 
@@ -44,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 def _command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
+    if name != "run" and mpi.launched() > 1:
+        raise InputError(f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)")
     command = importlib.import_module(f"noria.commands.{name}")
     parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)

@@ -1,12 +1,10 @@
-"""`noria export OUT.h5 FILE.jsonl`: generations for other programs, in the order of the prompts."""
+"""Writes generations for other programs, in the order of the prompts: as .jsonl, .csv or .parquet, by the file's name."""
 
 import argparse
 import sys
 
-from noria.files.export import export
+from noria.files.export import FORMATS, export
 from noria.text import plural
-
-HELP = "write generations as JSON lines, in the order of the prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output", metavar="OUT.h5", help="output of noria run; one that is not finished gives the rows it has so far"
     )
     parser.add_argument(
-        "file", metavar="FILE.jsonl", help="file to write, one JSON object a row; replaced if it is there"
+        "file", metavar="FILE", help="file to write: .jsonl, .csv or .parquet (needs pyarrow); replaced if it is there"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="rows", help="openai: responses to a batch, all samples of a prompt in one"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    count = export(arguments.output, arguments.file)
-    sys.stderr.write(f"{plural(count, 'row')} written to {arguments.file}\n")
+    count = export(arguments.output, arguments.file, format=arguments.format)
+    sys.stderr.write(f"{plural(count, 'row' if arguments.format == 'rows' else 'response')} written to {arguments.file}\n")
     return 0

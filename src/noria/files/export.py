@@ -1,62 +1,66 @@
-"""Generations as a file for other programs: one JSON object a row, in the order of the prompts.
+"""Generations as a file for other programs, in the order of the prompts: JSON lines, CSV, parquet, OpenAI's responses.
 
 Knows the finished output and its parts; nothing of how they came about.
 """
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from noria.config import InputError, nearest
-from noria.files.atomic import check_folder, publish, temporary
+from noria.files.atomic import check_folder, fsync, publish, temporary
+from noria.files.export_openai import responses
+from noria.files.export_tables import write_csv, write_parquet
 from noria.files.generations import Generation, open_generations
-from noria.files.sealed import gather, parts_folder, scan, select, to_stderr
+from noria.files.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.text import plural
 
-SUFFIXES = (".jsonl",)
-NOT_YET = (".csv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+FORMATS = ("rows", "openai")
 SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
 KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
+# What a table's columns of these names hold.
+_KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<int32>", "top_ids": "list<list<int32>>"}
+_KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
 
 
-def export(source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr) -> int:
-    """Writes the generations of an output to `target` and returns the number of rows.
+def export(
+    source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr, format: str = "rows"
+) -> int:
+    """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
 
-    UTF-8 JSON lines with the keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a
-    user's column that has the name of one of KEYS is exported as `input_NAME`, never instead of Noria's. Numbers that
-    JSON lacks (NaN, infinity) become null. An output that is not finished is exported from its parts, as far as they
-    go, and `report` is told. `target` appears whole or not at all. Raises InputError for what is no output or cannot
-    be written.
+    The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
+    name of one of KEYS is exported as `input_NAME`, never instead of Noria's. Numbers that JSON lacks (NaN, infinity)
+    become null. With `format` openai a response a prompt, as JSON lines. An output that is not finished is exported
+    from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises InputError for
+    what is no output or cannot be written.
     """
     source, target = Path(source), Path(target)
-    check_target(target)
-    if not source.exists() and parts_folder(source).is_dir():
+    check_target(target, format)
+    while not source.exists() and parts_folder(source).is_dir():
+        parts = part_files(parts_folder(source))
         try:
-            return _write(target, _rows_so_far(source, report))
+            return _write(target, _rows_so_far(source, report), format, "")
         except (InputError, OSError):
-            # A job that runs may have merged its parts meanwhile: then the output itself is there.
-            if not source.exists():
+            # A job that runs may have put parts together meanwhile, or merged them all: then the output itself is there.
+            if not source.exists() and all(path.exists() for path in parts):
                 raise
     with open_generations(source) as file:
-        return _write(target, file.rows())
+        return _write(target, file.rows, format, str(file.attrs.get("start", "")))
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, format: str = "rows") -> None:
     """Raises InputError for a suffix that cannot be written, or a folder that does not take the file."""
     suffix = target.suffix.lower()
-    if suffix not in SUFFIXES:
-        known = f"export writes {', '.join(SUFFIXES)}"
-        reason = (
-            "is not in this version of Noria yet"
-            if suffix in NOT_YET
-            else f"is not a format of export{nearest(suffix, SUFFIXES)}"
-        )
+    known = SUFFIXES if format == "rows" else SUFFIXES[:1]
+    if suffix not in known:
         raise InputError(
-            f"{target}: {suffix or 'a name without a suffix'} {reason}; {known}: name the file {target.stem}.jsonl"
+            f"{target}: {suffix or 'a name without a suffix'} is not a format of export{nearest(suffix, known)}; export"
+            f" {'writes' if format == 'rows' else f'--format {format} writes'} {', '.join(known)}: name the file"
+            f" {target.stem}.jsonl"
         )
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file in it")
@@ -111,30 +115,46 @@ def _shortest(value: np.floating) -> float | None:
     return float(str(value)) if np.isfinite(value) else None
 
 
-def _rows_so_far(source: Path, report: Callable[[str], None]) -> Iterator[Generation]:
+def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], Iterator[Generation]]:
     parts = scan(parts_folder(source), report, verify=False)
     if source.exists():
         raise FileNotFoundError(f"{parts_folder(source)} is merged")
     selection = select(parts)
     half = f", {plural(selection.num_todo, 'row')} left half-way not among them" if selection.num_todo else ""
     report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")
-    for block in gather(parts, selection):
-        yield from block
+    return lambda: (one for block in gather(parts, selection) for one in block)
 
 
-def _write(target: Path, rows: Iterable[Generation]) -> int:
-    unfinished, count = temporary(target), 0
+def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
+    unfinished = temporary(target)
     try:
-        with unfinished.open("wb") as file:
-            for generation in rows:
-                file.write(_line(as_object(generation)))
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
+        if format == "openai":
+            objects = (as_object(one) | _hidden(one) for one in rows())
+            count = _write_lines(unfinished, responses(objects, start))
+        elif target.suffix.lower() == ".jsonl":
+            count = _write_lines(unfinished, map(as_object, rows()))
+        else:
+            write = write_csv if target.suffix.lower() == ".csv" else write_parquet
+            count = write(lambda: map(as_object, rows()), unfinished, _KINDS)
+        fsync(unfinished)
         publish(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+    return count
+
+
+def _hidden(generation: Generation) -> dict:
+    """What a response needs beside what is exported."""
+    return {"row": generation.row, "num_prompt_tokens": len(generation.prompt_token_ids)}
+
+
+def _write_lines(path: Path, objects: Iterable[dict]) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for one in objects:
+            file.write(_line(one))
+            count += 1
     return count
 
 
