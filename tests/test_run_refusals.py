@@ -9,6 +9,7 @@ import time
 import h5py
 import pytest
 import small_run
+import tiny_models
 import torch
 from mpirun import describe, mpirun
 
@@ -17,6 +18,7 @@ from noria.__main__ import main
 from noria.config import MAX_GROUPS, NOT_YET
 from noria.engine import order
 from noria.files.checkpoint import Checkpoint
+from noria.files.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +301,20 @@ def test_a_finished_output_ends_many_ranks_with_success(finished, folder):
     done = mpirun(3, ["noria", *small_run.command(folder, "finished.h5")])
     assert done.returncode == 0 and time.monotonic() - started < 60, describe(done)
     assert done.stderr.count("is finished: nothing to do") == 1 and "plan:" not in done.stderr
+
+
+@pytest.mark.mpi
+def test_a_command_of_one_process_is_refused_under_mpirun_by_one_rank():
+    done = mpirun(2, [sys.executable, "-m", "noria", "export", "a.h5", "b.jsonl"])
+    said = [line for line in done.stderr.splitlines() if line.startswith("noria:")]
+    assert done.returncode == 2 and said == [
+        "noria: noria export is a program of one process: start it without mpirun (here 2 ranks)"
+    ]
+
+
+@pytest.mark.parametrize(("redirection", "code"), [(">&-", 0), (">/dev/full", 1)])
+def test_a_closed_or_full_stdout_is_no_traceback(redirection, code, tmp_path):
+    convert(tiny_models.write_directory(tmp_path / "hf", tiny_models.LLAMA, tiny_models.state(tiny_models.LLAMA)), tmp_path / "m.h5")
+    command = f"{sys.executable} -m noria inspect {tmp_path}/m.h5 {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == code, done
