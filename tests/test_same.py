@@ -117,7 +117,7 @@ def test_one_rank_without_mpi_gives_the_references_tokens(folder):
 @pytest.mark.mpi
 def test_every_shape_of_ring_gives_the_references_tokens(folder):
     names = [name for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
-    assert len(names) == 102
+    assert len(names) == 120
     worker = Path(__file__).parent / "mpi" / "same_worker.py"
     done = mpirun(4, [sys.executable, worker, folder], timeout=420)
     assert done.returncode == 0, describe(done)

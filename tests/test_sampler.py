@@ -39,6 +39,13 @@ def test_a_draw_is_the_first_id_whose_cumulative_probability_exceeds_the_number(
     assert draw(logits, *columns(5, 1.0, 0, 1.0), uniforms).tolist() == [0, 0, 2, 2, 3]
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-300, 1e-9])
+def test_a_temperature_near_zero_takes_the_most_likely_token(temperature):
+    logits = torch.tensor([[5.0, 90.0, 89.0, -3.0]], dtype=torch.float64)
+    ids = draw(logits, *columns(1, temperature, 0, 1.0), torch.tensor([0.999], dtype=torch.float64))
+    assert ids.item() == 1
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], dtype=torch.float64).repeat(20_000, 1)
     uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000))

@@ -22,9 +22,9 @@ def cases(num_ranks):
         keys = {"laps": laps, "groups": groups, "microbatches": microbatches, "transport": transport}
         yield f"N{num_ranks}-V{laps}-M{groups}-K{microbatches}-{transport}", keys
     if num_ranks > 1:
-        for laps, microbatches in product((1, 2, 3), (1, 2)):
-            keys = {"laps": laps, "groups": num_ranks, "microbatches": microbatches, "blocking": True}
-            yield f"N{num_ranks}-V{laps}-M{num_ranks}-K{microbatches}-blocking", keys
+        for laps, microbatches, transport in product((1, 2, 3), (1, 2), transports):
+            keys = {"laps": laps, "groups": num_ranks, "microbatches": microbatches, "transport": transport}
+            yield f"N{num_ranks}-V{laps}-M{num_ranks}-K{microbatches}-{transport}-blocking", keys | {"blocking": True}
 
 
 def work(world, folder):

@@ -148,7 +148,8 @@ def draw(
     Temperature first, then top_k (0: all), then top_p on what top_k left, then min_p, as in transformers. All arguments
     are [S].
     """
-    scaled = logits.double() / temperature[:, None]
+    # The largest becomes 0, which no temperature, however small, turns into infinity.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
     probabilities = torch.softmax(truncate(scaled, top_k, top_p, min_p), dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniforms[:, None] * cumulative[:, -1:]
