@@ -12,7 +12,7 @@ from mpirun import describe, mpirun
 import noria.run
 from noria.__main__ import main
 from noria.files.parts import Parts, part_files, parts_folder
-from noria.rows.admission import Admission
+from noria.rows.waiting import Line
 
 WORKER = Path(__file__).parent / "mpi" / "failing_worker.py"
 SECONDS = 15
@@ -84,9 +84,9 @@ def test_a_run_that_broke_goes_on_with_what_is_left(folder, monkeypatch):
     lengths = interrupted(folder, "resumed.h5", monkeypatch, 10)
     before = sealed_rows(folder, "resumed.h5")
     assert 0 < len(before) < small_run.NUM_ROWS
-    admitted, sequence = [], Admission._sequence
-    note = lambda self, prompt: admitted.append(prompt.row) or sequence(self, prompt)  # noqa: E731
-    monkeypatch.setattr(Admission, "_sequence", note)
+    admitted, sequence = [], Line._sequence
+    note = lambda self, prompt, *more: admitted.append(prompt.row) or sequence(self, prompt, *more)  # noqa: E731
+    monkeypatch.setattr(Line, "_sequence", note)
     assert main(small_run.command(folder, "resumed.h5", *lengths)) == 0
     assert sorted(admitted) == sorted(set(range(small_run.NUM_ROWS)) - before)
     assert main(small_run.command(folder, "whole.h5", *lengths)) == 0

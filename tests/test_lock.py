@@ -1,0 +1,85 @@
+"""The lock of an output: one holder, known by name, gone with its process."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from noria.config import InputError
+from noria.files.lock import OutputLock, lock_path
+
+HOLDER = {"job": "17", "host": "node3", "process": 4711, "start": "2026-11-23T03:15:02Z"}
+HOLD = """
+import sys, time
+from noria.files.lock import OutputLock
+lock = OutputLock(sys.argv[1], {"job": "", "host": "node4", "process": 5, "start": "then"}, print)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run.h5"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def take(tmp_path):
+    return OutputLock(tmp_path / "run.h5", HOLDER, print)
+
+
+def test_a_lock_says_who_holds_it_and_leaves_nothing_behind(tmp_path):
+    with take(tmp_path) as lock:
+        assert '"job": "17"' in lock_path(tmp_path / "run.h5").read_text()
+    assert list(tmp_path.iterdir()) == []
+    lock.close()
+
+
+def test_another_process_is_refused_with_the_holders_words(tmp_path, holder):
+    with pytest.raises(InputError, match=r"run\.h5 is being written by a run on node4 \(process 5, since then\): wait for it"):
+        take(tmp_path)
+
+
+def test_a_holder_that_is_killed_holds_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert lock_path(tmp_path / "run.h5").exists()
+    take(tmp_path).close()
+
+
+def test_words_that_cannot_be_read_are_no_reason_to_go_on(tmp_path, holder):
+    lock_path(tmp_path / "run.h5").write_text("[]")
+    with pytest.raises(InputError, match="is being written by another job"):
+        take(tmp_path)
+
+
+def test_a_file_that_its_holder_took_away_in_the_meantime_is_not_the_lock(tmp_path, monkeypatch):
+    lockf, first = fcntl.lockf, [True]
+
+    def late(handle, operation):
+        lockf(handle, operation)
+        if first.pop() if first else False:
+            os.unlink(lock_path(tmp_path / "run.h5"))
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with take(tmp_path):
+        assert lock_path(tmp_path / "run.h5").exists()
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+    said = []
+
+    def no_locks(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    OutputLock(tmp_path / "run.h5", HOLDER, said.append).close()
+    assert said == [f"{tmp_path} has no file locks: a second job on {tmp_path / 'run.h5'} would not be noticed"]
