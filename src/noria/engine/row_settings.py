@@ -150,6 +150,6 @@ def _ban(places: list[np.ndarray]) -> Edit:
     """min_new_tokens: transformers' MinNewTokensLengthLogitsProcessor."""
 
     def edit(scores: torch.Tensor, put) -> None:
-        scores[put(np.concatenate(places))] = -torch.inf
+        scores.index_fill_(0, put(np.concatenate(places)), -torch.inf)  # an assignment would wait for the device
 
     return edit

@@ -27,7 +27,10 @@ class Sampled:
 
 
 class Sampler:
-    """The settings of the rows in flight, by slot, and the draw. Nothing here waits for the device."""
+    """The settings of the rows in flight, by slot, and the draw. Nothing here waits for the device.
+
+    Rows that take the most likely token and ask for nothing else are not kept: they cost one maximum.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -37,11 +40,12 @@ class Sampler:
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
         for slot in step.released:
-            del self._settings[slot]
+            self._settings.pop(slot, None)
             self._counting.pop(slot, None)
         for admitted in step.admitted:
             settings = RowSettings.from_header(admitted.sampling)
-            self._settings[admitted.slot] = settings
+            if not settings.greedy or settings.logprobs >= 0:
+                self._settings[admitted.slot] = settings
             if settings.counts is not None:
                 self._counting[admitted.slot] = settings
 
@@ -58,7 +62,9 @@ class Sampler:
 
     def top(self, slots: np.ndarray) -> int:
         """The most of the likely ids that any of these rows asks for; -1 if none asks for log-probabilities."""
-        return max((self._settings[slot].logprobs for slot in slots.tolist()), default=-1)
+        if not self._settings:
+            return -1
+        return max((self._settings[slot].logprobs for slot in slots.tolist() if slot in self._settings), default=-1)
 
     def sample(
         self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray, positions: np.ndarray, top: int = -1
@@ -66,15 +72,17 @@ class Sampler:
         """Token ids for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
         sequence; `top`: as `self.top` says for all rows of the step."""
         ids = greedy(logits)
-        settings = [self._settings[slot] for slot in slots.tolist()]
-        for chunk in self._chunks([row for row, one in enumerate(settings) if not one.greedy], logits.shape[1]):
+        if not self._settings:
+            return Sampled(ids)
+        settings = {row: self._settings[slot] for row, slot in enumerate(slots.tolist()) if slot in self._settings}
+        for chunk in self._chunks([row for row, one in settings.items() if not one.greedy], logits.shape[1]):
             index = self._put(np.array(chunk))
             chosen = [settings[row] for row in chunk]
             found = self._choose(logits[index].double(), chosen, uniforms[chunk], positions[chunk])
             ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
         if top < 0:
             return Sampled(ids)
-        rows = [row for row, one in enumerate(settings) if one.logprobs >= 0]
+        rows = [row for row, one in settings.items() if one.logprobs >= 0]
         return Sampled(ids, *self._logprobs(logits, ids, rows, min(top, logits.shape[1])))
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
