@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from noria.config import Sampling
 from noria.files.convert import convert
 from noria.files.generations import open_generations
+from noria.files.parts import Parts
 from noria.launch.mpi import Solo
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
@@ -55,6 +56,7 @@ ROWS = [
     {"prompt": "I am", "stop_token_ids": [14, 396], "logit_bias": {"265": 2.5, "14": 1}, "top_k": 9},
     {"prompt": LONG, "max_new_tokens": 0, "logprobs": 0},
     {"prompt": LONG + " " + LONG, "prompt_logprobs": True, "n": 2, "temperature": 1, "max_new_tokens": 3},
+    {"prompt": "Grace be unto you", "stop": ["</s>", "never"], "ignore_eos": True, "logit_bias": {"1": 15.5}},
     {"prompt": "Amen", "n": 0},
     {"prompt": "Amen", "stop_token_ids": [2048]},
 ]
@@ -85,6 +87,8 @@ def expected(row, keys, sample):
     raw = torch.log_softmax(torch.from_numpy(reference.logits(CONFIG, STATE, one.prompt_token_ids)), -1)
     if sampling.scores_prompt:
         found["prompt"] = [raw[place, token].item() for place, token in enumerate(one.prompt_token_ids[1:])]
+    ends = [*([] if sampling.ignore_eos else [END]), *(sampling.stop_token_ids or [])]
+    ends += [END] if "</s>" in (sampling.stop or []) else []
     stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
     while len(one.token_ids) < sampling.max_new_tokens:
         logits = torch.from_numpy(reference.logits(CONFIG, STATE, one.prompt_token_ids + one.token_ids)[-1])
@@ -95,7 +99,7 @@ def expected(row, keys, sample):
         found["logprobs"].append(raw[token].item())
         found["top"].append((best.indices.tolist(), best.values.tolist()))
         found["text"] = text_of(one.token_ids)
-        if token == END or token in (sampling.stop_token_ids or []):
+        if token in ends:
             return found | {"reason": "stop", "text": text_of(one.token_ids[:-1])}
         least = max(sampling.min_new_tokens, 1)
         begun = len(text_of(one.token_ids[: least - 1]))
@@ -124,7 +128,7 @@ def wanted():
 def compare(path, wanted):
     with open_generations(path) as file:
         rows = list(file.rows())
-    assert [(row.row, row.sample) for row in rows] == [(row, sample) for row, sample, _, _ in wanted] + [(11, 0), (12, 0)]
+    assert [(row.row, row.sample) for row in rows] == [(row, sample) for row, sample, _, _ in wanted] + [(12, 0), (13, 0)]
     for found, (row, sample, keys, one) in zip(rows, wanted, strict=False):
         where = f"{path.name} row {row} sample {sample}: {keys}"
         assert (found.token_ids.tolist(), found.finish_reason, found.text) == (one["tokens"], one["reason"], one.get("text", "")), where
@@ -143,7 +147,7 @@ def compare(path, wanted):
 
 def test_the_reference_uses_every_feature(wanted):
     reasons = {row: one["reason"] for row, _, _, one in wanted}
-    assert all(reasons[row] == "stop" for row in (1, 3, 6, 7, 8))
+    assert all(reasons[row] == "stop" for row in (1, 3, 6, 7, 8, 11))
     assert wanted[[row for row, *_ in wanted].index(3)][3]["text"] == ", O my s"
     for row in (1, 2, 4, 10):
         assert len({tuple(one["tokens"]) for number, _, _, one in wanted if number == row}) == ROWS[row]["n"]
@@ -171,3 +175,20 @@ def test_rings_give_the_references_rows(folder, wanted):
     assert done.returncode == 0, describe(done)
     for name in CASES:
         compare(folder / f"{name}.h5", wanted)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_samples_and_the_log_probabilities_that_it_had(folder, wanted):
+    assert generate(folder, "whole", {"groups": 1}, Solo()) == 0
+    with open_generations(folder / "whole.h5") as file:
+        rows, header = list(file.rows()), json.loads(file.attrs["header"])
+    parts = Parts(folder / "resumed.h5", header)
+    for place, row in enumerate(rows):
+        if place % 3 == 1 and len(row.token_ids) > 3:
+            row.status, row.finish_reason, row.text, row.token_ids = "todo", "none", "", row.token_ids[:3]
+            for name in ("logprobs", "top_ids", "top_logprobs"):
+                setattr(row, name, getattr(row, name)[:3] if getattr(row, name) is not None else None)
+        if place % 3 < 2:
+            parts.add(row)
+    parts.seal()
+    assert generate(folder, "resumed", {"groups": 2}, Solo()) == 0
+    compare(folder / "resumed.h5", wanted)

@@ -5,8 +5,9 @@ Rank 0 alone has one. Knows slots, pages and tokens; nothing of devices, message
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -45,7 +46,8 @@ class Admission:
 
     `num_prompts` is how many of them have samples to generate: groups are kept equally full. `finished` is called with every sequence
     that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for it; `done` has the
-    (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer).
+    (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer),
+    `special_ids` are the special tokens by their text.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Admission:
         begun: Callable[[Sequence], None] = lambda sequence: None,
         done: Container[tuple[int, int]] = frozenset(),
         decode: Callable[[Iterable[int]], str] | None = None,
+        special_ids: Mapping[str, int] = MappingProxyType({}),
     ):
-        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, decode)
+        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, decode, special_ids)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < limits.vocab_size)
         self._limits, self._finished = limits, finished
         self._pages = Pages(limits.num_pages)

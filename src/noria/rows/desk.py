@@ -69,6 +69,7 @@ class Desk:
             self._take_up,
             done,
             self._tokenizer.decode if self._tokenizer.vocab_size else None,
+            self._tokenizer.special_ids,
         )
 
     @property
@@ -191,14 +192,14 @@ def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) 
 
 
 def check_shard(config: Config) -> None:
-    """Raises InputError if a row of the shard is sampled by its own keys and no seed says how: each shard would draw one."""
+    """Raises InputError if a row is sampled by its own keys and no seed says how: each shard would draw its own."""
     if config.job.shard is None or config.sampling.seed is not None:
         return
     for prompt in open_prompts(config.prompts):
         if prompt.sampling.get("temperature", 0) > 0 and prompt.sampling.get("seed") is None:
             raise InputError(
-                f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature is"
-                f" {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
+                f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature"
+                f" is {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
             )
 
 

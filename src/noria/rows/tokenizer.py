@@ -54,6 +54,12 @@ class Tokenizer:
         doubled = ids[:prefix] == ids[prefix : 2 * prefix]
         return ids[prefix:] if doubled else ids
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens by their text: what decode leaves out."""
+        added = self._backend.get_added_tokens_decoder() if self._backend else {}
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of generated tokens without special tokens; a character that is cut becomes U+FFFD.
 

@@ -5,7 +5,9 @@ Knows neither slots nor pages.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,8 +21,10 @@ from noria.step import PAGE_TOKENS
 class Line:
     """Sequences in the order of their prompts; samples whose prompt is computed go first.
 
-    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. `samples`: of each prompt read so far, in order, how many rows
-    it has (an error too: one for each sample); `num_rows` their sum.
+    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. `special_ids`
+    are special tokens by their text: a stop text that is one of them is that token, because texts do not show it.
+    `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample); `num_rows`
+    their sum.
     """
 
     def __init__(
@@ -34,10 +38,12 @@ class Line:
         begun: Callable[[Sequence], None],
         done: Container[tuple[int, int]],
         decode: Callable[[Iterable[int]], str] | None,
+        special_ids: Mapping[str, int] = MappingProxyType({}),
     ):
         self._prompts, self._num_unread = iter(prompts), num_prompts
         self._tokenize, self._sampling, self._limits = tokenize, sampling, limits
         self._finished, self._begun, self._done, self._decode = finished, begun, done, decode
+        self._special_ids = special_ids
         self._read: Sequence | None = None
         self._ready: deque[Family] = deque()
         self._num_waiting = 0
@@ -110,9 +116,16 @@ class Line:
         sampling = self._sampling
         try:
             sampling = self._sampling.override(prompt.sampling) if prompt.sampling else sampling
-            return sampling.check(), ""
+            return self._with_special_stops(sampling.check()), ""
         except ValueError as error:
             return sampling, str(error)
+
+    def _with_special_stops(self, sampling: Sampling) -> Sampling:
+        special = [text for text in sampling.stop_texts if text in self._special_ids]
+        if not special:
+            return sampling
+        ids = [*(sampling.stop_token_ids or []), *(self._special_ids[text] for text in special)]
+        return replace(sampling, stop=[text for text in sampling.stop_texts if text not in special], stop_token_ids=ids)
 
     def _sample(self, first: Sequence, sample: int) -> Sequence:
         """Another sequence like the first one of a prompt."""
