@@ -92,7 +92,13 @@ def test_a_row_left_half_way_stays_until_it_is_finished_and_then_goes(output):
 
 def test_which_of_two_versions_of_a_row_stands_does_not_change(output):
     def versions():
-        return [make_row(0), make_row(1, num_tokens=2), make_row(1, num_tokens=7), make_row(2, status="error"), make_row(2)]
+        return [
+            make_row(0),
+            make_row(1, num_tokens=2),
+            make_row(1, num_tokens=7),
+            make_row(2, status="error"),
+            make_row(2),
+        ]
 
     fill(Parts(output, HEADER), versions(), 1)
     plain = merge(Parts(output, HEADER), output, 3, {})

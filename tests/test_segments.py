@@ -29,7 +29,13 @@ def facts(job, hosts=("a", "b", "a")):
 
 
 def test_of_the_environment_only_the_schedulers_names_of_the_job_are_stored():
-    given = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "PBS_JOBID": "", "TOKEN": "hunter2"}
+    given = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "PBS_JOBID": "",
+        "TOKEN": "hunter2",
+    }
     assert job_ids(given) == {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
     assert job_ids({"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}) == {"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}
 
@@ -129,14 +135,26 @@ def test_half_written_segments_of_a_killed_run_are_removed(output):
 
 
 def test_a_line_says_who_where_when_and_how_much():
-    segment = {"start": "s", "end": "e", "ended": "", "hosts": ["h"], "ranks": 2, "rows": 1, "errors": 0, "tokens": 1234}
+    segment = {
+        "start": "s",
+        "end": "e",
+        "ended": "",
+        "hosts": ["h"],
+        "ranks": 2,
+        "rows": 1,
+        "errors": 0,
+        "tokens": 1234,
+    }
     job = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     assert segment_lines([segment | {"job_ids": job, "shard": "2/3"}]) == [
         "segment 1 of shard 2/3: s to e (no end recorded), job 12/3 on h, 2 ranks: 1 row, 0 errors, 1,234 tokens"
     ]
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(-1, "0 s ago"), (90, "90 s ago"), (600, "10 min ago"), (86400, "24 h ago"), (1e6, "12 days ago")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-1, "0 s ago"), (90, "90 s ago"), (600, "10 min ago"), (86400, "24 h ago"), (1e6, "12 days ago")],
+)
 def test_an_age_is_told_in_the_unit_that_fits(seconds, words):
     assert age(seconds) == words
 

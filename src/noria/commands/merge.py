@@ -19,7 +19,11 @@ from noria.text import plural
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT.h5", help="file to write; it must not be there yet")
     parser.add_argument(
-        "shards", type=Path, nargs="+", metavar="SHARD.h5", help="outputs of all shards, in any order; they stay as they are"
+        "shards",
+        type=Path,
+        nargs="+",
+        metavar="SHARD.h5",
+        help="outputs of all shards, in any order; they stay as they are",
     )
 
 
@@ -29,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     holder = {"job": job, "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(output, holder, to_stderr):
         count = merge_shards(shards, output, sys.argv)
-    words = "is the merge of these shards already" if count is None else f"{plural(count, 'row')} of {len(shards)} shards"
+    words = (
+        "is the merge of these shards already" if count is None else f"{plural(count, 'row')} of {len(shards)} shards"
+    )
     sys.stderr.write(f"{output}: {words}\n")
     return 0

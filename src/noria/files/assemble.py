@@ -28,9 +28,9 @@ def assemble(
 ) -> None:
     """Writes the selected rows of `files` to `target`, in order; what had that name before is replaced.
 
-    `attrs` must hold `header`; `timing` is that of merge.merge, `opened` that of sealed.gather. `check` looks at the new
-    file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with the
-    remedy, or the file does not read back as it was written; then there is nothing new.
+    `attrs` must hold `header`; `timing` is that of merge.merge, `opened` that of sealed.gather. `check` looks at the
+    new file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with
+    the remedy, or the file does not read back as it was written; then there is nothing new.
     """
     unchecked = temporary(target)
     try:

@@ -68,9 +68,10 @@ def merge_shards(
     attrs = _attrs(shards, total, argv)
     if _merged_before(output, attrs):
         return None
-    if shards[0].part.header.get("chat.date") != shards[-1].part.header.get("chat.date"):
-        dates = ", ".join(f"{shard.part.header.get('chat.date')} in {shard.name}" for shard in shards[:_SHOWN])
-        report(f"the chat template tells the date, and the shards began at different times: {dates}")
+    dates = {str(shard.part.header.get("chat.date"))[:10]: shard.name for shard in reversed(shards)}
+    if len(dates) > 1:
+        told = ", ".join(f"{date} in {name}" for date, name in sorted(dates.items(), key=lambda one: one[1])[:_SHOWN])
+        report(f"the chat template tells the date, and the shards began on different days: {told}")
     parts = [shard.part for shard in shards]
     selection = select(parts)
 
@@ -139,7 +140,9 @@ def _check_together(shards: list[Shard]) -> None:
     if missing and all(shard.n == first.n for shard in shards):
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         word = "shard" if len(missing) == 1 else "shards"
-        problems.append(f"{word} missing: {', '.join(missing[:_SHOWN])}{more}: give every shard, finished, of {first.n}")
+        problems.append(
+            f"{word} missing: {', '.join(missing[:_SHOWN])}{more}: give every shard, finished, of {first.n}"
+        )
     _refuse(problems)
 
 
@@ -158,7 +161,9 @@ def _check_rows(shards: list[Shard]) -> int:
     totals = {shard.attrs.get("prompt_rows") for shard in shards}
     total = totals.pop()
     if totals or not isinstance(total, int):
-        raise InputError(f"{shards[0].part.path} and the others do not tell the same number of prompts: {totals | {total}}")
+        raise InputError(
+            f"{shards[0].part.path} and the others do not tell the same number of prompts: {totals | {total}}"
+        )
     for shard in shards:
         part, wanted = shard.part, shard_rows(shard.name, total)
         begins = np.flatnonzero(part.sample == 0)
@@ -222,8 +227,13 @@ def _merged_before(output: Path, attrs: Mapping) -> bool:
         raise InputError(f"{output} is the output of a run that is not finished: name another file")
     if not output.exists():
         return False
-    with open_generations(output) as file:
-        shards = file.attrs.get("shards")
-        if file.complete and shards == json.dumps(attrs["shards"], ensure_ascii=False):
+    with open_generations(output) as file, damaged_is_input_error(output):
+        there = json.loads(file.attrs.get("shards", "[]"))
+        same = [(one["shard"], one["checksums"]) for one in there] == [
+            (one["shard"], one["checksums"]) for one in attrs["shards"]
+        ]
+        if file.complete and same:
             return True
-    raise InputError(f"{output} is there already, and not the merge of these shards: name another file, or move it away")
+    raise InputError(
+        f"{output} is there already, and not the merge of these shards: name another file, or move it away"
+    )

@@ -49,7 +49,7 @@ def job_ids(environment: Mapping[str, str]) -> dict[str, str]:
 def segment_of(
     environment: Mapping[str, str], hosts: Sequence[str], devices: Sequence[str], argv: Sequence[str], start: str
 ) -> dict[str, object]:
-    """What one job says of itself: job ids, rank 0's host, all hosts, ranks, devices (one a rank), argv, start in UTC."""
+    """What one job says of itself: job ids, rank 0's host, all hosts, ranks, devices (one a rank), argv, start (UTC)."""
     return {
         "job_ids": job_ids(environment),
         "host": hosts[0],

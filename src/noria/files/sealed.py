@@ -86,7 +86,8 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
     """What the parts of a folder hold; changes nothing there.
 
     A damaged part is reported and left out: its rows count as not generated. A part that a later one replaces is left
-    out too. Raises NewerVersion; FileNotFoundError for a part that was there a moment ago (a job that runs has merged it).
+    out too. Raises NewerVersion; FileNotFoundError for a part that was there a moment ago (a job that runs has put it
+    together with others).
     """
     parts: list[Part] = []
     damaged, replaced = [], set()
@@ -108,7 +109,7 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
 
 
 def scan_one(path: Path, verify: bool = True) -> Part:
-    """What one file of generations holds, a part or a finished output. Raises as open_generations and verify_checksums."""
+    """What one file holds, a part or a finished output. Raises as open_generations and verify_checksums."""
     with open_generations(path) as file:
         if verify:
             verify_checksums(file)

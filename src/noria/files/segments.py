@@ -18,7 +18,16 @@ FORMAT = "noria-segment"
 _NAME = re.compile(r"segment-(\d{6,})\.json")
 _INTERNAL = ("format", "header")
 _COUNTED = ("rows", "errors", "tokens")
-_EMPTY = {"start": "", "end": "", "ended": "", "of": 0, "hosts": [], "ranks": 0, "job_ids": {}, **dict.fromkeys(_COUNTED, 0)}
+_EMPTY = {
+    "start": "",
+    "end": "",
+    "ended": "",
+    "of": 0,
+    "hosts": [],
+    "ranks": 0,
+    "job_ids": {},
+    **dict.fromkeys(_COUNTED, 0),
+}
 
 
 def read_segments(folder: Path) -> list[dict]:
@@ -60,7 +69,13 @@ def history(folder: Path) -> dict[str, object]:
         return {}
     hosts = dict.fromkeys(host for one in segments for host in map(str, one["hosts"]))
     start, last = min(one["start"] for one in segments), segments[-1]
-    return {"segments": segments, "restarts": len(segments) - 1, "hosts": list(hosts), "start": start, "job_ids": last["job_ids"]}
+    return {
+        "segments": segments,
+        "restarts": len(segments) - 1,
+        "hosts": list(hosts),
+        "start": start,
+        "job_ids": last["job_ids"],
+    }
 
 
 def restore(folder: Path, attrs: Mapping) -> None:
