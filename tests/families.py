@@ -84,6 +84,7 @@ CONFIGS = {
     "mistral without a window": MISTRAL | {"sliding_window": None},
     "qwen2": QWEN2,
     "qwen2 with windows in its upper layers": QWEN2 | SLIDING | {"max_window_layers": 1, "tie_word_embeddings": False},
+    "qwen2 with windows that it does not use": QWEN2 | {"sliding_window": 5, "max_window_layers": 0},
     "qwen3": QWEN3,
     "qwen3 tied with biases": QWEN3 | {"tie_word_embeddings": True, "attention_bias": True},
     "qwen3 with layer types": QWEN3

@@ -356,7 +356,7 @@ def test_an_extent_beyond_its_file_is_refused_to_the_byte(tmp_path):
     [
         ({"version": 2}, ["is version 2 of the format, this Noria reads up to 1: use a newer Noria"]),
         ({"version": "1"}, ["version is '1', it should be a whole number"]),
-        ({"version": [1, 1]}, ["it should be a whole number"]),
+        ({"version": [1, 1]}, ["needs one value as its attribute 'version', it has shape [2]"]),
         ({"version": 0}, ["it should be a whole number from 1 on"]),
         ({"format": 7}, ["needs a text attribute 'format'"]),
         ({"dtype": "int4"}, ["dtype is 'int4'; known: float64"]),

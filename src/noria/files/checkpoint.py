@@ -17,6 +17,8 @@ from noria.config import InputError
 from noria.files.container import (
     Extent,
     LinkedFiles,
+    attribute,
+    bounded_memory,
     check_inside,
     damaged_is_input_error,
     read_full,
@@ -93,14 +95,17 @@ class Checkpoint:
         self._files = LinkedFiles(self.path)
         try:
             with damaged_is_input_error(self.path):
-                self._read_header(self._files.root)
+                with bounded_memory():
+                    texts = self._read_header(self._files.root)
+                self.tokenizer = self._read_tokenizer()
+                self.header_hash = self._hash(texts)
         except BaseException:
             self._files.close()
             raise
         self._files.close_hdf5()
         self._verified: set[str] = set()
 
-    def _read_header(self, root: h5py.File) -> None:
+    def _read_header(self, root: h5py.File) -> dict[str, str]:
         _check_format(root, self.path)
         self.source = text_attribute(root, "source", self.path)
         self.dtype = text_attribute(root, "dtype", self.path)
@@ -115,9 +120,8 @@ class Checkpoint:
         if family != self.family:
             raise InputError(f"{self.path}: family is {family!r}, its config says {self.family!r}")
         self._find_blocks(module)
-        self.tokenizer = self._read_tokenizer()
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
-        self.header_hash = self._hash(texts)
+        return texts
 
     def _find_blocks(self, module) -> None:
         # the file's own count bounds the loop: a config may claim any number of layers
@@ -228,7 +232,7 @@ def _check_format(root: h5py.File, path: Path) -> None:
         raise InputError(
             f"{path} is not a checkpoint: its format is {found!r}, not {FORMAT!r}; make one with noria convert"
         )
-    version = root.attrs.get("version")
+    version = attribute(root, "version", path)
     if getattr(version, "shape", None) != () or version.dtype.kind not in "iu" or version < 1:
         raise InputError(f"{path}: version is {version!r}, it should be a whole number from 1 on")
     if version > VERSION:

@@ -6,18 +6,23 @@ checked against the size of its file first, and a link never leaves the folder o
 
 import os
 import re
+import resource
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-from h5py import h5d, h5t
+from h5py import h5a, h5d, h5o, h5t
 
 from noria.config import InputError
 
+MAX_HEADER_NBYTES = 256 << 20  # of memory while a header is read
+MAX_ATTRIBUTES_NBYTES = 16 << 20  # of one object; long texts lie elsewhere in the file
 MAX_LINKS = 4  # links from file to file on the way to one object
+_LIMIT = threading.Lock()  # the limit is the process's: one at a time lowers and restores it
 _NUMPY_TYPES = {"float64": h5t.IEEE_F64LE, "float32": h5t.IEEE_F32LE, "float16": h5t.IEEE_F16LE, "uint8": h5t.STD_U8LE}
 
 
@@ -97,17 +102,61 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
+@contextmanager
+def bounded_memory(nbytes: int = MAX_HEADER_NBYTES) -> Iterator[None]:
+    """Inside, the process gets at most `nbytes` more memory: HDF5 asks for as much as a text in a file says it is long.
+
+    What goes beyond fails as MemoryError or as an error of HDF5. Does nothing where the system has no such limit.
+    """
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    with _LIMIT:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + nbytes
+        if soft == resource.RLIM_INFINITY or limit < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def format_of(path: Path) -> str:
     """The attribute `format` that every file of Noria carries, or an InputError if it has none."""
-    with open_hdf5(path) as file, damaged_is_input_error(path):
+    with open_hdf5(path) as file, damaged_is_input_error(path), bounded_memory():
         if "format" not in file.attrs:
             raise InputError(f"{path} is an HDF5 file, but not one of Noria's: it has no attribute 'format'")
         return text_attribute(file, "format", path)
 
 
+def attribute(node: h5py.Group, name: str, path: Path) -> object:
+    """One value, of an attribute that is no array; None if there is none. Raises InputError for one that is an array.
+
+    Looked at before it is read: what the file says of its size is the size that reading it would allocate.
+    """
+    if not h5a.exists(node.id, name.encode()):
+        return None
+    stored = h5o.get_info(node.id).meta_size.attr
+    if stored.heap_size > MAX_ATTRIBUTES_NBYTES:  # HDF5 reads an attribute whole when it opens it
+        raise InputError(
+            f"{path}: the attributes of {node.name!r} take {stored.heap_size} bytes, at most {MAX_ATTRIBUTES_NBYTES} are"
+            f" read for {name!r}: it is no file that Noria made, or damaged"
+        )
+    found = h5a.open(node.id, name.encode())
+    nbytes, whole = found.get_storage_size(), path.stat().st_size
+    if found.shape != () or nbytes > whole:
+        raise InputError(
+            f"{path}: {node.name!r} needs one value as its attribute {name!r}, it has shape {_shape(found.shape)}"
+            f" of {nbytes} bytes (the file has {whole}): it is damaged, convert the model again"
+        )
+    return node.attrs.get(name)
+
+
 def text_attribute(node: h5py.Group, name: str, path: Path) -> str:
     """A string attribute. Raises InputError if it is absent or no string."""
-    value = node.attrs.get(name)
+    value = attribute(node, name, path)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if not isinstance(value, str):
@@ -132,7 +181,7 @@ class LinkedFiles:
             part = parts.pop()
             link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             if isinstance(link, h5py.HardLink):
-                node = node[part]
+                node = self._open_object(node, part, path)
             elif isinstance(link, h5py.ExternalLink):
                 hops += 1
                 if hops > MAX_LINKS:
@@ -148,6 +197,12 @@ class LinkedFiles:
                     f"{self.path}: {path!r} is a {type(link).__name__}: links here are hard or to other files"
                 )
         return node
+
+    def _open_object(self, node: h5py.Group, part: str, path: str) -> h5py.Group | h5py.Dataset:
+        try:
+            return node[part]
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.path}: {path!r} is damaged: {str(error)[:200]}; copy or make it again") from error
 
     def _open(self, name: str, path: str) -> h5py.File:
         target = self._folder / name

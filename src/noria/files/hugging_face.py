@@ -12,6 +12,7 @@ from noria.files.checkpoint import TOKENIZER_FILES, parse_json
 from noria.files.shards import Tensor, list_tensors
 
 MAX_TEXT_NBYTES = 1 << 28  # of config.json, an index or a tokenizer file
+MAX_NAME_NBYTES = 255  # of a file name, on any file system
 # In the order of preference: files of torch only where there is nothing else.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -42,7 +43,9 @@ class Directory:
     def file(self, name: str) -> Path | None:
         """The path of a top-level file, or None. Raises InputError for a name or a link that leaves the directory."""
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            raise InputError(f"{self.path}: the file name {name!r} leaves the directory: names here are plain")
+            raise InputError(f"{self.path}: the file name {name[:80]!r} leaves the directory: names here are plain")
+        if len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
+            raise InputError(f"{self.path}: {name[:80]!r}... is no file name: it has {len(name)} characters")
         path = self.path / name
         if not path.is_symlink() and not path.exists():
             return None

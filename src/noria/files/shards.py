@@ -6,6 +6,8 @@ of models or checkpoints. The safetensors format: github.com/huggingface/safeten
 
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -129,18 +131,28 @@ def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torc
         yield from some.reshape(-1).split(CHUNK_NBYTES // whole.element_size())
 
 
+def _check_archive(path: Path) -> None:
+    """Raises InputError for a zip whose entries are compressed: torch stores them, and they could grow without bound."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {str(error)[:200]!r}") from error
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    nbytes, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if not stored or nbytes > size:
+        raise InputError(f"{path} is an archive whose {nbytes} bytes are compressed to {size}: torch saves it uncompressed")
+
+
 def _load(path: Path) -> dict[str, torch.Tensor]:
     with path.open("rb") as file:
         if file.read(8) == b"version ":
             raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    _check_archive(path)
     try:
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap can only be used with files saved with" not in str(error):
-                raise
-            # the format before torch 1.6 cannot be mapped: the whole file is in memory while it is read
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = _unpickle(path)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -149,13 +161,28 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         KeyError,
         TypeError,
         AttributeError,
+        IndexError,
         OSError,
     ) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason!r}") from error
     size = path.stat().st_size
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]:
         plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not plain or tensor.is_quantized or tensor.numel() * tensor.element_size() > size:
-            raise InputError(f"{path}: {name!r} is no plain tensor whose numbers are in the file")
+        there = plain and tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= size
+        if not there or tensor.is_quantized:
+            raise InputError(f"{path}: {str(name)[:80]!r} is no plain tensor whose numbers are in the file")
     return tensors
+
+
+def _unpickle(path: Path) -> object:
+    """What torch's own restricted unpickler makes of the file: no code of the file's runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with the file is said in one line, by the caller
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap can only be used with files saved with" not in str(error):
+                raise
+            # the format before torch 1.6 cannot be mapped: the whole file is in memory while it is read
+            return torch.load(path, map_location="cpu", weights_only=True)
