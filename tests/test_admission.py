@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noria.config import Sampling
-from noria.rows.admission import Admission, Limits, cut
+from noria.rows.admission import Admission, Limits
+from noria.rows.composing import cut
 from noria.rows.prompts import Prompt
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 

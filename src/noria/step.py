@@ -149,8 +149,9 @@ _RESULT = (
 class Result:
     """What the last virtual stage answers to a step: [S] sampled token ids, in the order of its samples.
 
-    NO_TOKEN stands where the logits were not finite. Where a row of the step asked for them: logprobs [S] of these tokens,
-    top_ids and top_logprobs [S, top] (rows that did not ask have NaN). prompt_logprobs: [P] of the step's score_ids.
+    NO_TOKEN stands where the logits were not finite. Where a row of the step asked for them: logprobs [S] of these
+    tokens, top_ids and top_logprobs [S, top] (rows that did not ask have NaN). prompt_logprobs: [P] of the step's
+    score_ids.
     """
 
     token_ids: np.ndarray

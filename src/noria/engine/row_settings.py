@@ -135,8 +135,8 @@ def _add(places: list[np.ndarray], values: list[np.ndarray]) -> Edit:
 
 
 def _penalise(places: list[np.ndarray], factors: list[np.ndarray]) -> Edit:
-    """repetition_penalty, over prompt and generated tokens: transformers' RepetitionPenaltyLogitsProcessor (CTRL, Keskar
-    et al. 2019): negative logits are multiplied by it, the others divided."""
+    """repetition_penalty, over prompt and generated tokens: transformers' RepetitionPenaltyLogitsProcessor (CTRL,
+    Keskar et al. 2019): negative logits are multiplied by it, the others divided."""
 
     def edit(scores: torch.Tensor, put) -> None:
         index, factor = put(np.concatenate(places)), put(np.concatenate(factors))

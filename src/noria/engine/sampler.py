@@ -100,7 +100,10 @@ class Sampler:
         if not rows:
             return ids
         index = self._put(np.array(rows))
-        column = lambda key, dtype: self._put(np.array([getattr(settings[row], key) for row in rows], dtype))  # noqa: E731
+
+        def column(key: str, dtype: type) -> torch.Tensor:
+            return self._put(np.array([getattr(settings[row], key) for row in rows], dtype))
+
         drawn = draw(
             scores if len(rows) == len(settings) else scores[index],
             column("temperature", np.float64),
@@ -113,8 +116,8 @@ class Sampler:
         return ids
 
     def _logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int) -> tuple:
-        """logprobs [S], top_ids and top_logprobs [S, top] (None without any): of the raw distribution, before penalties,
-        temperature and truncation."""
+        """logprobs [S], top_ids and top_logprobs [S, top] (None without any): of the raw distribution, before
+        penalties, temperature and truncation."""
         count, device = len(ids), self._device
         chosen = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
         top_ids = torch.full((count, top), NO_TOKEN, device=device) if top else None

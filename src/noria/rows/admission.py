@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from noria.config import Sampling
+from noria.rows.composing import compose
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
@@ -44,9 +45,9 @@ class Counted:
 class Admission:
     """The sequences of all groups and those that wait.
 
-    `num_prompts` is how many of them have samples to generate: groups are kept equally full. `finished` is called with every sequence
-    that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for it; `done` has the
-    (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer),
+    `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is called
+    with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for
+    it; `done` has the (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer),
     `special_ids` are the special tokens by their text.
     """
 
@@ -136,14 +137,15 @@ class Admission:
             rows.append((sequence, self._chunk(sequence, budget)))
             budget -= rows[-1][1]
         released, self._released[group] = tuple(self._released[group]), []
-        return self._step(round, group, released, tuple(admitted), rows)
+        return compose(round, group, released, tuple(admitted), rows, self._limits)
 
     def apply(self, step: Step, result: Result) -> None:
         """Takes the sampled tokens of a step in; sequences that end leave their slots and pages."""
         active = self._active[step.group]
         if len(step.score_rows):
             self._take_scores(step, result)
-        for place, (slot, token_id) in enumerate(zip(step.sample_slots.tolist(), result.token_ids.tolist(), strict=True)):
+        sampled = zip(step.sample_slots.tolist(), result.token_ids.tolist(), strict=True)
+        for place, (slot, token_id) in enumerate(sampled):
             sequence = active.get(slot)
             if sequence is None:
                 continue  # dropped by stop() while its step was under way
@@ -183,7 +185,8 @@ class Admission:
     def _take_scores(self, step: Step, result: Result) -> None:
         """Log-probabilities of prompts: of each row, those of the tokens after the ones that this step computed."""
         ends = np.searchsorted(step.score_rows, np.cumsum(step.counts)).tolist()
-        for slot, position, start, end in zip(step.slots.tolist(), step.positions.tolist(), [0, *ends], ends, strict=False):
+        rows = zip(step.slots.tolist(), step.positions.tolist(), [0, *ends], ends, strict=False)
+        for slot, position, start, end in rows:
             sequence = self._active[step.group].get(slot)
             if sequence is not None and end > start:
                 values = result.prompt_logprobs[start:end]
@@ -223,7 +226,8 @@ class Admission:
         if runs is None:
             return None
         self._pages.share(shared)
-        sequence.slot, sequence.runs, sequence.num_own_pages = self._free_slots[group].popleft(), (*shared, *runs), count
+        sequence.slot, sequence.num_own_pages = self._free_slots[group].popleft(), count
+        sequence.runs = (*shared, *runs)
         sequence.cached = sum(run.count for run in shared) * PAGE_TOKENS
         self._pages_of_group[group] += count
         active[sequence.slot] = sequence
@@ -260,56 +264,6 @@ class Admission:
         self._pages_of_group[group] -= sequence.num_own_pages
         self._released[group].append(sequence.slot)
         self._free_slots[group].append(sequence.slot)
-
-    def _step(self, round: int, group: int, released: tuple, admitted: tuple, rows: list[tuple[Sequence, int]]) -> Step:
-        token_ids: list[int] = []
-        positions, sampled, score_rows, score_ids = [], [], [], []
-        for sequence, count in rows:
-            positions.append(sequence.cached)
-            if sequence.scores:
-                following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
-                score_rows += range(len(token_ids), len(token_ids) + len(following))
-                score_ids += following
-            token_ids += sequence.pending(count)
-            sequence.cached += count
-            if sequence.cached == sequence.num_tokens and sequence.sampling.max_new_tokens:
-                sampled.append((len(token_ids) - 1, sequence))
-        counts = [count for _, count in rows]
-        return Step(
-            round,
-            group,
-            Word.RUN,
-            released,
-            admitted,
-            np.array([sequence.slot for sequence, _ in rows], np.int32),
-            np.array(counts, np.int32),
-            np.array(positions, np.int32),
-            np.array(token_ids, np.int32),
-            np.array(cut(counts, self._limits.microbatch_tokens, self._limits.microbatches), np.int32),
-            np.array([row for row, _ in sampled], np.int32),
-            np.array([sequence.slot for _, sequence in sampled], np.int32),
-            np.array([sequence.uniform() for _, sequence in sampled], np.float64),
-            np.array(score_rows, np.int32),
-            np.array(score_ids, np.int32),
-        )
-
-
-def cut(counts: list[int], microbatch_tokens: int, least: int) -> list[int]:
-    """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
-
-    At least `least` of them where there are as many rows; a row is never cut.
-    """
-    if not counts:
-        return [0]
-    target = min(microbatch_tokens, -(-sum(counts) // least))
-    borders, tokens = [0], 0
-    for row, count in enumerate(counts):
-        rows_left, cuts_left = len(counts) - row, least - len(borders)
-        if row > borders[-1] and (tokens + count > target or rows_left <= cuts_left):
-            borders.append(row)
-            tokens = 0
-        tokens += count
-    return [*borders, len(counts)]
 
 
 def _slots_of(group: int, per_group: int) -> range:

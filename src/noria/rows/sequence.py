@@ -19,8 +19,8 @@ from noria.step import PAGE_TOKENS, Run
 class Sequence:
     """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
 
-    logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where the
-    row asks for it. `text_end`: characters of the text before the stop text that ended it (None: no such text).
+    logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
+    the row asks for it. `text_end`: characters of the text before the stop text that ended it (None: no such text).
     """
 
     prompt: Prompt
@@ -66,7 +66,7 @@ class Sequence:
 
 @dataclass(eq=False)
 class Family:
-    """The samples of one prompt. The leader computes the prompt; the others wait until it has, and share its whole pages.
+    """The samples of one prompt. The leader computes it; the others wait until it has, and share its whole pages.
 
     The page that the prompt fills in part is not shared: what it holds, a token at least, each sample computes anew.
     `shared` are held by the family itself as long as a sample waits.

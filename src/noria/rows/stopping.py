@@ -13,16 +13,16 @@ def finish_reason(
 ) -> str:
     """Why a sequence with these generated tokens ends: `stop`, `length`, or `none` while it goes on.
 
-    `stop`: the last token is an end token or one of stop_token_ids, and it stays in `token_ids`; `length`: max_new_tokens
-    are generated, or prompt and generated tokens together fill the model's max_positions. An end token in the last place
-    is a `stop`. Before min_new_tokens none of these tokens is sampled.
+    `stop`: the last token is an end token or one of stop_token_ids, and it stays in `token_ids`; `length`:
+    max_new_tokens are generated, or prompt and generated tokens together fill the model's max_positions. An end token
+    in the last place is a `stop`. Before min_new_tokens none of these tokens is sampled.
     """
     if sampling.max_new_tokens == 0:
         return "length"
     if not token_ids:
         return "none"
     last = token_ids[-1]
-    if (not sampling.ignore_eos and last in end_token_ids) or (sampling.stop_token_ids and last in sampling.stop_token_ids):
+    if (not sampling.ignore_eos and last in end_token_ids) or last in (sampling.stop_token_ids or ()):
         return "stop"
     full = len(token_ids) >= sampling.max_new_tokens or prompt_length + len(token_ids) >= max_positions
     return "length" if full else "none"
@@ -32,8 +32,8 @@ class StopTexts:
     """Finds the first of some texts in what a sequence's tokens say, as the sequence grows.
 
     `decode` gives the text of token ids. Each token is decoded with the few before it, because what a token says may
-    depend on them: a character may be cut between byte-level tokens, and a first word has no space before it. A text that
-    ends within the first min_new_tokens - 1 tokens does not count.
+    depend on them: a character may be cut between byte-level tokens, and a first word has no space before it. A text
+    that ends within the first min_new_tokens - 1 tokens does not count.
     """
 
     def __init__(self, texts: Sequence[str], decode: Callable[[Sequence[int]], str], min_new_tokens: int = 0):

@@ -21,10 +21,10 @@ from noria.step import PAGE_TOKENS
 class Line:
     """Sequences in the order of their prompts; samples whose prompt is computed go first.
 
-    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. `special_ids`
-    are special tokens by their text: a stop text that is one of them is that token, because texts do not show it.
-    `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample); `num_rows`
-    their sum.
+    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others.
+    `special_ids` are special tokens by their text: a stop text that is one of them is that token, because texts do not
+    show it. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample);
+    `num_rows` their sum.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Line:
         self._ready.append(family)
 
     def _leader(self, prompt: Prompt) -> Sequence | None:
-        """The first sample of a prompt that is to be generated, with the others in its family; None if there is none."""
+        """The first sample of a prompt that is to be generated, with the others in its family; None without any."""
         sampling, error = self._settings(prompt)
         self.samples.append(sampling.n)
         self.num_rows += sampling.n

@@ -1,0 +1,68 @@
+"""A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
+
+import numpy as np
+
+from noria.rows.sequence import Sequence
+from noria.step import Admitted, Step, Word
+
+
+def compose(
+    round: int,
+    group: int,
+    released: tuple[int, ...],
+    admitted: tuple[Admitted, ...],
+    rows: list[tuple[Sequence, int]],
+    limits,
+) -> Step:
+    """The step in which each of these sequences advances by so many tokens; counts them as cached.
+
+    limits.microbatch_tokens and limits.microbatches say how it is cut.
+    """
+    token_ids: list[int] = []
+    positions, sampled, score_rows, score_ids = [], [], [], []
+    for sequence, count in rows:
+        positions.append(sequence.cached)
+        if sequence.scores:
+            following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
+            score_rows += range(len(token_ids), len(token_ids) + len(following))
+            score_ids += following
+        token_ids += sequence.pending(count)
+        sequence.cached += count
+        if sequence.cached == sequence.num_tokens and sequence.sampling.max_new_tokens:
+            sampled.append((len(token_ids) - 1, sequence))
+    counts = [count for _, count in rows]
+    return Step(
+        round,
+        group,
+        Word.RUN,
+        released,
+        admitted,
+        np.array([sequence.slot for sequence, _ in rows], np.int32),
+        np.array(counts, np.int32),
+        np.array(positions, np.int32),
+        np.array(token_ids, np.int32),
+        np.array(cut(counts, limits.microbatch_tokens, limits.microbatches), np.int32),
+        np.array([row for row, _ in sampled], np.int32),
+        np.array([sequence.slot for _, sequence in sampled], np.int32),
+        np.array([sequence.uniform() for _, sequence in sampled], np.float64),
+        np.array(score_rows, np.int32),
+        np.array(score_ids, np.int32),
+    )
+
+
+def cut(counts: list[int], microbatch_tokens: int, least: int) -> list[int]:
+    """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
+
+    At least `least` of them where there are as many rows; a row is never cut.
+    """
+    if not counts:
+        return [0]
+    target = min(microbatch_tokens, -(-sum(counts) // least))
+    borders, tokens = [0], 0
+    for row, count in enumerate(counts):
+        rows_left, cuts_left = len(counts) - row, least - len(borders)
+        if row > borders[-1] and (tokens + count > target or rows_left <= cuts_left):
+            borders.append(row)
+            tokens = 0
+        tokens += count
+    return [*borders, len(counts)]
