@@ -6,6 +6,7 @@ A key of the run file is a field here and a flag of the same name. Knows nothing
 import difflib
 import functools
 import json
+import re
 import tomllib
 import types
 import typing
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 MAX_GROUPS = 10_000  # as many as engine/order.py has tags for
+MAX_RUN_FILE = 2**18  # bytes
+_MAX_DOTS = 1000  # in a key: tomllib's work grows with their square
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Keys of the design that this version refuses by name instead of taking them for a typing error.
@@ -328,12 +331,18 @@ def section_of(name: str) -> str | None:
 
 def _read(path: str | Path) -> dict:
     try:
-        text = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            text = file.read(MAX_RUN_FILE + 1)
+        require(len(text) <= MAX_RUN_FILE, f"run file {path} is longer than {MAX_RUN_FILE} bytes: is it the right file?")
+        dots = max(map(lambda piece: piece.count(b"."), re.split(rb"[={},\[\]\n]", text)))
+        require(dots <= _MAX_DOTS, f"run file {path} has a key of more than {_MAX_DOTS} parts")
         return tomllib.loads(text.decode())
     except OSError as error:
         raise InputError(f"run file {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"run file {path} is not TOML: {error}") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of too many digits
+        raise InputError(f"run file {path} is not TOML: {str(error)[:200]}") from error
 
 
 def _build(tree: Mapping) -> Config:
@@ -365,7 +374,7 @@ def _value(prefix: str, kind: type, name: str, value):
         if other or name in _types(Config):
             raise InputError(f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}")
         everything = [*known, *SECTIONS] if kind is Config else known
-        raise InputError(f"unknown key {prefix}{name}{nearest(name, everything)}")
+        raise InputError(f"unknown key {prefix}{name[:100]}{nearest(name[:100], everything)}")
     value = checked(value, known[name], prefix + name)
     choices = next(f for f in fields(kind) if f.name == name).metadata["choices"]
     if choices and value not in choices:
