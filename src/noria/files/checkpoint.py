@@ -18,7 +18,6 @@ from noria.files.container import (
     Extent,
     LinkedFiles,
     attribute,
-    bounded_memory,
     check_inside,
     damaged_is_input_error,
     read_full,
@@ -95,8 +94,7 @@ class Checkpoint:
         self._files = LinkedFiles(self.path)
         try:
             with damaged_is_input_error(self.path):
-                with bounded_memory():
-                    texts = self._read_header(self._files.root)
+                texts = self._read_header(self._files.root)
                 self.tokenizer = self._read_tokenizer()
                 self.header_hash = self._hash(texts)
         except BaseException:

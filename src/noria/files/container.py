@@ -19,7 +19,7 @@ from h5py import h5a, h5d, h5o, h5t
 
 from noria.config import InputError
 
-MAX_HEADER_NBYTES = 256 << 20  # of memory while a header is read
+MAX_TEXT_NBYTES = 256 << 20  # of memory while an attribute is read
 MAX_ATTRIBUTES_NBYTES = 16 << 20  # of one object; long texts lie elsewhere in the file
 MAX_LINKS = 4  # links from file to file on the way to one object
 _LIMIT = threading.Lock()  # the limit is the process's: one at a time lowers and restores it
@@ -103,7 +103,7 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def bounded_memory(nbytes: int = MAX_HEADER_NBYTES) -> Iterator[None]:
+def bounded_memory(nbytes: int = MAX_TEXT_NBYTES) -> Iterator[None]:
     """Inside, the process gets at most `nbytes` more memory: HDF5 asks for as much as a text in a file says it is long.
 
     What goes beyond fails as MemoryError or as an error of HDF5. Does nothing where the system has no such limit.
@@ -125,7 +125,7 @@ def bounded_memory(nbytes: int = MAX_HEADER_NBYTES) -> Iterator[None]:
 
 def format_of(path: Path) -> str:
     """The attribute `format` that every file of Noria carries, or an InputError if it has none."""
-    with open_hdf5(path) as file, damaged_is_input_error(path), bounded_memory():
+    with open_hdf5(path) as file, damaged_is_input_error(path):
         if "format" not in file.attrs:
             raise InputError(f"{path} is an HDF5 file, but not one of Noria's: it has no attribute 'format'")
         return text_attribute(file, "format", path)
@@ -151,7 +151,8 @@ def attribute(node: h5py.Group, name: str, path: Path) -> object:
             f"{path}: {node.name!r} needs one value as its attribute {name!r}, it has shape {_shape(found.shape)}"
             f" of {nbytes} bytes (the file has {whole}): it is damaged, convert the model again"
         )
-    return node.attrs.get(name)
+    with bounded_memory():
+        return node.attrs.get(name)
 
 
 def text_attribute(node: h5py.Group, name: str, path: Path) -> str:
