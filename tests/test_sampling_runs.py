@@ -17,7 +17,7 @@ from test_row_settings import reference as processed
 from test_row_settings import warped
 from tokenizers import Tokenizer
 
-from noria.config import Sampling
+from noria.config import InputError, Sampling
 from noria.files.convert import convert
 from noria.files.generations import open_generations
 from noria.files.parts import Parts
@@ -128,10 +128,12 @@ def wanted():
 def compare(path, wanted):
     with open_generations(path) as file:
         rows = list(file.rows())
-    assert [(row.row, row.sample) for row in rows] == [(row, sample) for row, sample, _, _ in wanted] + [(12, 0), (13, 0)]
+    pairs = [(row, sample) for row, sample, _, _ in wanted]
+    assert [(row.row, row.sample) for row in rows] == [*pairs, (12, 0), (13, 0)]
     for found, (row, sample, keys, one) in zip(rows, wanted, strict=False):
         where = f"{path.name} row {row} sample {sample}: {keys}"
-        assert (found.token_ids.tolist(), found.finish_reason, found.text) == (one["tokens"], one["reason"], one.get("text", "")), where
+        said = (found.token_ids.tolist(), found.finish_reason, found.text)
+        assert said == (one["tokens"], one["reason"], one.get("text", "")), where
         asked = keys.get("logprobs") if keys.get("max_new_tokens") != 0 else None
         assert (found.logprobs is not None) == (asked is not None), where
         if asked is not None:
@@ -192,3 +194,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_samples_and_the_log_probabiliti
     parts.seal()
     assert generate(folder, "resumed", {"groups": 2}, Solo()) == 0
     compare(folder / "resumed.h5", wanted)
+
+
+def test_a_finished_run_of_lists_and_tables_is_known_again(folder):
+    keys = {"stop": ["never"], "logit_bias": {"5": 1.0}, "stop_token_ids": [4], "max_new_tokens": 1}
+    assert generate(folder, "again", keys, Solo()) == 0
+    before = (folder / "again.h5").stat()
+    assert generate(folder, "again", keys, Solo()) == 0
+    assert (folder / "again.h5").stat().st_mtime == before.st_mtime
+    with pytest.raises(InputError, match="sampling.stop"):
+        generate(folder, "again", keys | {"stop": ["ever"]}, Solo())
