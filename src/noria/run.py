@@ -99,7 +99,7 @@ def _generate(
         on_error.callback(ring.abandon)
         ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
         watchdog.doing = "loading its weights"
-        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device))
+        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2))
         executor = build(plan, checkpoint.shape, weights, ring, rank, device)
         next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
         comm.Barrier()

@@ -1,9 +1,12 @@
-"""Run by every rank: `noria run` in which, at a given place, a given thing happens to the job. It prints when, in seconds.
+"""Run by every rank: `noria run` in which, at a given place, a given thing happens to the job.
+
+The file NORIA_TEST_HAPPENED says when it happened, in seconds: what a rank prints may be lost.
 
 Usage: stopping_worker.py PLACE ACTION RANK run ARGUMENTS...   (RANK: where it happens)
 """
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -52,8 +55,14 @@ def slow_down():
 
 
 def launcher():
-    """mpirun's process, or this one where no launcher is."""
-    return os.getppid() if mpi.launched() > 1 else os.getpid()
+    """mpirun's process, which may have another between it and its ranks; this one where no launcher is."""
+    process = os.getpid()
+    while mpi.launched() > 1 and process > 1:
+        status = Path(f"/proc/{process}/status").read_text()
+        if status.split()[1] in ("prterun", "mpirun", "mpiexec", "mpiexec.hydra"):
+            return process
+        process = int(re.search(r"PPid:\s+(\d+)", status)[1])
+    return os.getpid()
 
 
 def twice(number):
@@ -106,7 +115,7 @@ ACTIONS = {
 
 
 def happen(action):
-    print(time.time(), flush=True)
+    Path(os.environ["NORIA_TEST_HAPPENED"]).write_text(f"{time.time()}")
     ACTIONS[action]()
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from noria.config import InputError
 # The first of these that is set says how many ranks the launcher started.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
+HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
 
 
 class Refused(InputError):
@@ -125,10 +127,19 @@ def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:
     return shared if share else value
 
 
-def on_every_rank(comm, action: Callable[[], Any]) -> Any:
-    """What `action` returns on this rank. The first rank's InputError is raised on every rank, as Refused."""
+def on_every_rank(comm, action: Callable[[], Any], hurry: Callable[[str], Any] | None = None) -> Any:
+    """What `action` returns on this rank. The first rank's InputError is raised on every rank, as Refused.
+
+    `hurry` is called with it, in another thread, if the other ranks are still at theirs after HURRY_SECONDS.
+    """
     value, error = _attempt(action)
+    timer = threading.Timer(HURRY_SECONDS, hurry, [error]) if hurry and error is not None else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
     errors = comm.allgather(error)
+    if timer is not None:
+        timer.cancel()
     first = next((rank for rank, error in enumerate(errors) if error is not None), None)
     if first is not None:
         raise Refused(errors[first] if len(set(errors)) == 1 else f"rank {first}: {errors[first]}")

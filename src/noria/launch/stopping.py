@@ -59,7 +59,7 @@ class Stopping:
                 return
             if came is not None:
                 self._heed(came)
-            elif self.seconds_left <= 0:
+            elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
             elif time.monotonic() > self._drained_by:
                 self._watchdog.end(f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED)
