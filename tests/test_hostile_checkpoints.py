@@ -411,3 +411,19 @@ def test_safetensors_that_claim_more_than_they_have_are_refused(folder, tmp_path
         assert "model.safetensors" in refuse("convert", source, tmp_path / "made.h5")
     (source / "model.safetensors").write_bytes(struct.pack("<Q", 90_000_000) + bytes(64))
     assert "is truncated" in refuse("convert", source, tmp_path / "made.h5")
+
+
+# ---- fuzz
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_changed_header_is_read_or_refused_in_one_line(folder, tmp_path, seed):
+    worker = Path(__file__).parent / "fuzz_worker.py"
+    command = [sys.executable, worker, folder / "model.h5", tmp_path, str(seed), "300"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    last = (tmp_path / "last").read_text() if (tmp_path / "last").exists() else "nothing"
+    assert done.returncode == 0, f"exit code {done.returncode} after {last}\n{done.stdout}\n{done.stderr[-3000:]}"
+    counts = json.loads(done.stdout.strip().replace("'", '"'))
+    assert counts["refused"] > 100
