@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below. Within a level there are no cycles.
 LEVELS = [
-    {"config", "text", "blocks", "step", "kinds", "streams", "progress"},
+    {"config", "keys", "sampling", "text", "blocks", "step", "kinds", "streams", "progress"},
     {"models", "attention", "transports", "readers"},
     {"files", "plan"},
     {"rows"},

@@ -3,16 +3,15 @@
 A key of the run file is a field here and a flag of the same name. Knows nothing of files, ranks or devices.
 """
 
-import difflib
-import functools
 import json
 import re
 import tomllib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from noria.keys import InputError, checked, key, nearest, require, types_of
+from noria.sampling import Sampling
 
 MAX_GROUPS = 10_000  # as many as engine/order.py has tags for
 MAX_RUN_FILE = 2**18  # bytes
@@ -26,11 +25,6 @@ NOT_YET = {
     "placement": "weights cache activations cpu_memory scratch stage",
     "job": "trace strict machine",
 }
-
-
-class InputError(ValueError):
-    """The user's input is wrong: the message says what, where, the numbers and the remedy. The command exits with 2."""
-
 
 WHOLE = "1/1"  # the shard that is the whole run
 
@@ -58,122 +52,6 @@ def parse_walltime(value: str | int) -> int:
     seconds = sum(int(part) * 60**place for place, part in enumerate(reversed(parts))) if digits else 0
     require(seconds > 0, f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00, or seconds")
     return seconds
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` if a known word is near, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def key(help: str, default=None, choices: tuple = (), text: bool = False):
-    """A field that is a key. `text`: its flag's value is taken as text, whatever it looks like."""
-    return field(default=default, metadata={"help": help, "choices": choices, "text": text})
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one row is sampled. Every key may stand in a row of the prompts too, where it overrides the run's."""
-
-    max_new_tokens: int = key("tokens to generate at most, per row; 0 scores the prompt alone", 256)
-    min_new_tokens: int = key("tokens to generate at least: until then nothing ends the row", 0)
-    temperature: float = key("0 takes the most likely token; above 0 the distribution's sharpness", 0.0)
-    top_k: int = key("sample among the k most likely tokens (0: all)", 0)
-    top_p: float = key("sample among the most likely tokens that together have this probability", 1.0)
-    min_p: float = key("sample among the tokens at least this times as likely as the most likely one", 0.0)
-    repetition_penalty: float = key("above 1: tokens of the prompt and the text so far are less likely", 1.0)
-    presence_penalty: float = key("subtracted from the logits of tokens generated before", 0.0)
-    frequency_penalty: float = key("subtracted as many times as the token was generated before", 0.0)
-    logit_bias: dict | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
-    seed: int | None = key("seed of the random numbers; a sampled run without one draws it and stores it")
-    n: int = key("samples of each prompt, each a row of the output", 1)
-    stop: str | list | None = key("text that ends a row and is cut from it; a list of such texts in a run file", text=True)
-    stop_token_ids: list | None = key("token ids that end a row, beside the model's own, such as 5,6")
-    ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
-    chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
-    system: str | None = key("with chat: a system message before the user's", text=True)
-    logprobs: int | None = key("log-probability of each token, and of the k most likely in its place (0: of the token alone)")
-    prompt_logprobs: bool = key("log-probability of each token of the prompt too", False)
-
-    def __post_init__(self):
-        for name, (least, most) in _SAMPLING_RANGES.items():
-            value = getattr(self, name)
-            bounds = f"in {least:g} .. {most:g}" if most < float("inf") else f"{least:g} or more"
-            inside = value is None or (least <= value <= most and value != float("inf"))
-            require(inside, f"sampling.{name} is {value}: it must be {bounds}")
-        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
-        require(
-            0 < self.repetition_penalty < float("inf"),
-            f"sampling.repetition_penalty is {self.repetition_penalty}: it must be above 0",
-        )
-        require(0 <= self.top_k < 2**31, f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1")
-        require(self.seed is None or 0 <= self.seed < 2**63, f"sampling.seed is {self.seed}: it must be in 0 .. 2^63-1")
-        _check_stop(self.stop_texts)
-        _check_token_ids("stop_token_ids", self.stop_token_ids or [])
-        _check_logit_bias(self.logit_bias or {})
-
-    @property
-    def stop_texts(self) -> list:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.prompt_logprobs or self.max_new_tokens == 0
-
-    def check(self) -> "Sampling":
-        """These settings, if their keys agree with each other. Raises InputError: a row's own keys may contradict the run's."""
-        most = self.max_new_tokens
-        require(
-            most > 0 or self.prompt_logprobs or self.logprobs is not None,
-            "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true, or generate at least 1",
-        )
-        require(most > 0 or self.n == 1, f"sampling.n is {self.n}, but with max_new_tokens 0 there is nothing to sample")
-        require(
-            self.min_new_tokens <= most,
-            f"sampling.min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({most}): lower it",
-        )
-        return self
-
-    def override(self, keys: Mapping) -> "Sampling":
-        """These settings with a row's own keys. Raises InputError for a value of the wrong type or range."""
-        types_of = _types(Sampling)
-        return replace(self, **{name: checked(value, types_of[name], name) for name, value in keys.items()})
-
-
-# Least and most of the keys that are numbers; None is never given.
-_SAMPLING_RANGES = {
-    "max_new_tokens": (0, float("inf")),
-    "min_new_tokens": (0, float("inf")),
-    "temperature": (0, float("inf")),
-    "min_p": (0, 1),
-    "presence_penalty": (-100, 100),
-    "frequency_penalty": (-100, 100),
-    "n": (1, 4096),
-    "logprobs": (0, 100),
-}
-MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
-
-
-def _check_stop(texts: list) -> None:
-    require(len(texts) <= MAX_STOPS, f"sampling.stop has {len(texts)} texts: it must be at most {MAX_STOPS}")
-    for text in texts:
-        right = isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH
-        require(right, f"sampling.stop has {str(text)[:20]!r}: it must be texts of 1 to {MAX_STOP_LENGTH} characters")
-
-
-def _check_token_ids(name: str, ids: Iterable) -> None:
-    for token_id in ids:
-        right = type(token_id) is int and 0 <= token_id < 2**31
-        require(right, f"sampling.{name} has {str(token_id)[:20]!r}: it must be token ids, integers from 0")
-
-
-def _check_logit_bias(bias: Mapping) -> None:
-    # JSON and TOML have texts for keys: "50" is the token id 50, "050" and "+50" are nobody's.
-    right = {text: int(text) if text.isascii() and text.isdigit() and len(text) < 11 else text for text in bias}
-    _check_token_ids("logit_bias", (token_id if str(token_id) == text else text for text, token_id in right.items()))
-    for text, value in bias.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1000
-        require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
 
 
 @dataclass(frozen=True)
@@ -300,12 +178,6 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def require(condition, message: str) -> None:
-    """Raises InputError(message) unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
 def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> Config:
     """The run of a TOML file with flags over it.
 
@@ -324,7 +196,7 @@ def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> 
 def section_of(name: str) -> str | None:
     """The section that the key belongs to, or None for a key of the run file's top level."""
     for section, kind in SECTIONS.items():
-        if name in _types(kind) or name in NOT_YET[section].split():
+        if name in types_of(kind) or name in NOT_YET[section].split():
             return section
     return None
 
@@ -366,12 +238,12 @@ def _section(section: str, tree: Mapping):
 
 
 def _value(prefix: str, kind: type, name: str, value):
-    known = _types(kind)
+    known = types_of(kind)
     if name not in known:
         other = section_of(name)
         if other and name in NOT_YET[other].split():
             raise InputError(f"{other}.{name} is not in this version of Noria yet")
-        if other or name in _types(Config):
+        if other or name in types_of(Config):
             raise InputError(f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}")
         everything = [*known, *SECTIONS] if kind is Config else known
         raise InputError(f"unknown key {prefix}{name[:100]}{nearest(name[:100], everything)}")
@@ -379,25 +251,6 @@ def _value(prefix: str, kind: type, name: str, value):
     choices = next(f for f in fields(kind) if f.name == name).metadata["choices"]
     if choices and value not in choices:
         raise InputError(f"{prefix}{name} is {value!r}{nearest(str(value), choices)}; it is one of {', '.join(choices)}")
-    return value
-
-
-@functools.cache  # every row of the prompts asks
-def _types(kind: type) -> dict:
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind) if f.name not in SECTIONS}
-
-
-def checked(value, kind, name: str):
-    """`value` if it is of this type (an int will do for a float). Raises InputError that names the key."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) < 2**63, f"{name} is {str(value)[:20]}...: the number is too large")
-        return float(value)
-    exact = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    if not exact:
-        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
-        raise InputError(f"{name} is {value!r}: it must be {wanted}")
     return value
 
 

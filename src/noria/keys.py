@@ -1,0 +1,52 @@
+"""What a key of the run file is: a field with words of help; its type, and what is said of a value that it does not take.
+
+Knows no key.
+"""
+
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import field, fields, is_dataclass
+
+
+class InputError(ValueError):
+    """The user's input is wrong: the message says what, where, the numbers and the remedy. The command exits with 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` if a known word is near, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def key(help: str, default=None, choices: tuple = (), text: bool = False):
+    """A field that is a key. `text`: its flag's value is taken as text, whatever it looks like."""
+    return field(default=default, metadata={"help": help, "choices": choices, "text": text})
+
+
+def require(condition, message: str) -> None:
+    """Raises InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@functools.cache  # every row of the prompts asks
+def types_of(kind: type) -> dict:
+    """The type of each key of a section, and of the run file's top level, by name."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind) if not is_dataclass(hints[f.name])}
+
+
+def checked(value, kind, name: str):
+    """`value` if it is of this type (an int will do for a float). Raises InputError that names the key."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**63, f"{name} is {str(value)[:20]}...: the number is too large")
+        return float(value)
+    exact = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not exact:
+        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        raise InputError(f"{name} is {value!r}: it must be {wanted}")
+    return value

@@ -1,0 +1,117 @@
+"""How a row is sampled: the keys of the section [sampling], which a row of the prompts may have too. Knows no model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from noria.keys import checked, key, require, types_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row is sampled. Every key may stand in a row of the prompts too, where it overrides the run's."""
+
+    max_new_tokens: int = key("tokens to generate at most, per row; 0 scores the prompt alone", 256)
+    min_new_tokens: int = key("tokens to generate at least: until then nothing ends the row", 0)
+    temperature: float = key("0 takes the most likely token; above 0 the distribution's sharpness", 0.0)
+    top_k: int = key("sample among the k most likely tokens (0: all)", 0)
+    top_p: float = key("sample among the most likely tokens that together have this probability", 1.0)
+    min_p: float = key("sample among the tokens at least this times as likely as the most likely one", 0.0)
+    repetition_penalty: float = key("above 1: tokens of the prompt and the text so far are less likely", 1.0)
+    presence_penalty: float = key("subtracted from the logits of tokens generated before", 0.0)
+    frequency_penalty: float = key("subtracted as many times as the token was generated before", 0.0)
+    logit_bias: dict | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
+    seed: int | None = key("seed of the random numbers; a sampled run without one draws it and stores it")
+    n: int = key("samples of each prompt, each a row of the output", 1)
+    stop: str | list | None = key(
+        "text that ends a row and is cut from it; a list of such texts in a run file", text=True
+    )
+    stop_token_ids: list | None = key("token ids that end a row, beside the model's own, such as 5,6")
+    ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
+    chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
+    system: str | None = key("with chat: a system message before the user's", text=True)
+    logprobs: int | None = key(
+        "log-probability of each token, and of the k most likely in its place (0: of the token alone)"
+    )
+    prompt_logprobs: bool = key("log-probability of each token of the prompt too", False)
+
+    def __post_init__(self):
+        for name, (least, most) in _SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            bounds = f"in {least:g} .. {most:g}" if most < float("inf") else f"{least:g} or more"
+            inside = value is None or (least <= value <= most and value != float("inf"))
+            require(inside, f"sampling.{name} is {value}: it must be {bounds}")
+        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
+        require(
+            0 < self.repetition_penalty < float("inf"),
+            f"sampling.repetition_penalty is {self.repetition_penalty}: it must be above 0",
+        )
+        require(0 <= self.top_k < 2**31, f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1")
+        require(self.seed is None or 0 <= self.seed < 2**63, f"sampling.seed is {self.seed}: it must be in 0 .. 2^63-1")
+        _check_stop(self.stop_texts)
+        _check_token_ids("stop_token_ids", self.stop_token_ids or [])
+        _check_logit_bias(self.logit_bias or {})
+
+    @property
+    def stop_texts(self) -> list:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.prompt_logprobs or self.max_new_tokens == 0
+
+    def check(self) -> "Sampling":
+        """These settings, if their keys agree: a row's own may contradict the run's. Raises InputError."""
+        most = self.max_new_tokens
+        require(
+            most > 0 or self.prompt_logprobs or self.logprobs is not None,
+            "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true,"
+            " or generate at least 1",
+        )
+        alone = most > 0 or self.n == 1
+        require(alone, f"sampling.n is {self.n}, but with max_new_tokens 0 there is nothing to sample")
+        require(
+            self.min_new_tokens <= most,
+            f"sampling.min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({most}): lower it",
+        )
+        return self
+
+    def override(self, keys: Mapping) -> "Sampling":
+        """These settings with a row's own keys. Raises InputError for a value of the wrong type or range."""
+        known = types_of(Sampling)
+        return replace(self, **{name: checked(value, known[name], name) for name, value in keys.items()})
+
+
+# Least and most of the keys that are numbers; None is never given.
+_SAMPLING_RANGES = {
+    "max_new_tokens": (0, float("inf")),
+    "min_new_tokens": (0, float("inf")),
+    "temperature": (0, float("inf")),
+    "min_p": (0, 1),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "n": (1, 4096),
+    "logprobs": (0, 100),
+}
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+
+
+def _check_stop(texts: list) -> None:
+    require(len(texts) <= MAX_STOPS, f"sampling.stop has {len(texts)} texts: it must be at most {MAX_STOPS}")
+    for text in texts:
+        right = isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH
+        require(right, f"sampling.stop has {str(text)[:20]!r}: it must be texts of 1 to {MAX_STOP_LENGTH} characters")
+
+
+def _check_token_ids(name: str, ids: Iterable) -> None:
+    for token_id in ids:
+        right = type(token_id) is int and 0 <= token_id < 2**31
+        require(right, f"sampling.{name} has {str(token_id)[:20]!r}: it must be token ids, integers from 0")
+
+
+def _check_logit_bias(bias: Mapping) -> None:
+    # JSON and TOML have texts for keys: "50" is the token id 50, "050" and "+50" are nobody's.
+    right = {text: int(text) if text.isascii() and text.isdigit() and len(text) < 11 else text for text in bias}
+    _check_token_ids("logit_bias", (token_id if str(token_id) == text else text for text, token_id in right.items()))
+    for text, value in bias.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1000
+        require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
