@@ -41,8 +41,8 @@ def count(path: str | Path) -> int:
 def _records(path: str | Path) -> Iterator[tuple[int, list[str] | BadRow]]:
     """Each record with the number of its first line. What is wrong with one ends with its last line."""
     feed = _Feed(path)
-    # A cell is as long as a line may be. The module keeps this limit for the whole process.
-    csv.field_size_limit(max(csv.field_size_limit(), readers.MAX_LINE_NBYTES))
+    # Above what _Feed lets through. The module keeps this limit for the whole process.
+    csv.field_size_limit(max(csv.field_size_limit(), 2 * readers.MAX_LINE_NBYTES))
     table = csv.reader(feed, delimiter=feed.delimiter, strict=True)
     while True:
         feed.begin()

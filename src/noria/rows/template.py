@@ -77,7 +77,8 @@ class _as_template_error:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, TemplateError):
             line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            reason = f"{str(error)[:300]}" if isinstance(error, jinja2.TemplateError) else type(error).__name__ + f" {str(error)[:300]}"
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__} "
+            reason = kind + " ".join(str(error).split())[:300]
             raise TemplateError(f"the chat template cannot be rendered{line}: {reason}") from None
 
 
