@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Compares a model of your own with transformers, on your machine: logits, greedy tokens, speed.
+
+    python jobs/local/compare.py HF_DIR [--dtype float32] [--device cpu] [--prompt TEXT ...] [--max-new-tokens 32]
+
+Converts HF_DIR to a checkpoint in a temporary folder, computes the same prompts with both, and says where the logits
+first differ by more than the tolerance, where the tokens first differ, and how fast each is. Needs `transformers`, and
+memory for the model twice. Exit codes: 0 they agree, 1 they do not, 2 the input is wrong.
+"""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from noria import attention, models, run
+from noria import config as configuration
+from noria.blocks import layer_name
+from noria.config import DTYPES, InputError
+from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.files.checkpoint import block_names, open_checkpoint
+from noria.files.convert import convert
+from noria.files.generations import open_generations
+from noria.launch.mpi import Solo
+from noria.step import PAGE_TOKENS, Run, Span
+
+PROMPTS = ["The quick brown fox jumps over the lazy dog.", "1, 2, 3, 4, 5,", "def main():\n    print(", "Once upon a time"]
+TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-1}  # transformers rotates in float32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, metavar="HF_DIR")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--tolerance", type=float, help="of logits; default by dtype")
+    arguments = parser.parse_args()
+    try:
+        import transformers
+    except ImportError:
+        print("compare: transformers is not installed: pip install transformers", file=sys.stderr)
+        return 2
+    transformers.logging.set_verbosity_error()
+    try:
+        with tempfile.TemporaryDirectory(prefix="noria-compare-") as folder, torch.inference_mode():
+            return compare(arguments, transformers, Path(folder))
+    except (InputError, OSError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(arguments, transformers, folder: Path) -> int:
+    """The whole comparison. Returns the exit code."""
+    convert(arguments.source, folder / "model.h5", arguments.dtype)
+    prompts = token_ids(arguments, transformers)
+    kind = {"torch_dtype" if transformers.__version__ < "4.56" else "dtype": TORCH_DTYPES[arguments.dtype]}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(arguments.source, **kind).eval().to(arguments.device)
+    references = [theirs(torch.tensor([ids], device=arguments.device)).logits[0].double().cpu() for ids in prompts]
+    expected, gaps, their_rate = generate(theirs, prompts, arguments)
+    del theirs
+    agree, largest = compare_logits(arguments, folder / "model.h5", prompts, references)
+    found, our_rate = generate_with_noria(arguments, folder, prompts)
+    agree &= compare_tokens(expected, found, gaps, largest)
+    print(f"speed  {their_rate:.1f} tokens/s transformers (one prompt at a time), {our_rate:.1f} noria (together, one rank)")
+    print("agree" if agree else "DIFFER")
+    return 0 if agree else 1
+
+
+def token_ids(arguments, transformers) -> list[list[int]]:
+    """The prompts as token ids, by the model's tokenizer; without one, ids by rule."""
+    try:
+        if not any((arguments.source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise OSError(f"none in {arguments.source}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.source)
+        return [tokenizer(prompt)["input_ids"] or [0] for prompt in arguments.prompt or PROMPTS]
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        print(f"no tokenizer ({str(error).splitlines()[0][:100]}): token ids by rule")
+        vocabulary = transformers.AutoConfig.from_pretrained(arguments.source).get_text_config().vocab_size
+        return [[(7 * row + 13 * index) % vocabulary for index in range(5 + 9 * row)] for row in range(4)]
+
+
+def generate(model, prompts: list[list[int]], arguments) -> tuple[list[list[int]], list[list[float]], float]:
+    """Greedy token ids, end tokens ignored, the gap of each to the second-best logit, and tokens per second."""
+    found, gaps, started = [], [], time.perf_counter()
+    for ids in prompts:
+        tokens, margins, cache, step = [], [], None, torch.tensor([ids], device=arguments.device)
+        for _ in range(arguments.max_new_tokens):
+            output = model(step, past_key_values=cache, use_cache=True)
+            best = output.logits[0, -1].double().topk(2)
+            cache, step = output.past_key_values, best.indices[None, :1]
+            tokens.append(int(step))
+            margins.append(float(best.values[0] - best.values[1]))
+        found.append(tokens)
+        gaps.append(margins)
+    return found, gaps, len(prompts) * arguments.max_new_tokens / (time.perf_counter() - started)
+
+
+def compare_logits(arguments, checkpoint_path: Path, prompts, references) -> tuple[bool, float]:
+    """Prints each prompt's largest difference and the first place beyond the tolerance: (agree, largest of all)."""
+    tolerance, agree, largest = arguments.tolerance or TOLERANCE[arguments.dtype], True, 0.0
+    with contextlib.closing(open_checkpoint(checkpoint_path)) as checkpoint:
+        device = torch.device(arguments.device)
+        weights = Weights(checkpoint, block_names(checkpoint.shape), arguments.dtype, device)
+        for row, (ids, expected) in enumerate(zip(prompts, references, strict=True)):
+            found = logits(checkpoint, weights, ids, TORCH_DTYPES[arguments.dtype], device).double().cpu()
+            difference = (found - expected).abs()
+            largest = max(largest, float(difference.max()))
+            line = f"prompt {row} ({len(ids)} tokens): logits differ by at most {difference.max():.2e}"
+            beyond = (difference > tolerance).nonzero()
+            if len(beyond) or not torch.isfinite(found).all():
+                agree = False
+                position, token = beyond[0].tolist() if len(beyond) else (0, 0)
+                line += (
+                    f"; first beyond {tolerance:g} at position {position}, token {token}:"
+                    f" {expected[position, token]:.6f} transformers, {found[position, token]:.6f} noria"
+                )
+            print(line)
+    return agree, largest
+
+
+def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[T, V] of one prompt through the model's own functions, with a cache of one layer that all layers use in turn."""
+    shape, model = checkpoint.shape, models.for_config(checkpoint.config)
+    num_pages = -(-len(ids) // PAGE_TOKENS)
+    kind = attention.choose(device, dtype, shape.head_dim)
+    plan = kind.prepare([Span(0, len(ids), len(ids), (Run(0, num_pages),))], device)
+    caches = torch.zeros(2, num_pages * PAGE_TOKENS, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
+
+    def attend(queries, keys, values, *, scale=None, window=None):
+        caches[0, : len(ids)], caches[1, : len(ids)] = keys, values
+        scale = queries.shape[-1] ** -0.5 if scale is None else scale
+        return kind.attention(plan, queries, *caches, scale, window)
+
+    positions = torch.arange(len(ids), device=device)
+    positional = model.positional(shape, positions, dtype)
+    hidden = model.embed(shape, weights.wait("embed"), torch.tensor(ids, device=device), positions)
+    for layer in range(shape.num_layers):
+        hidden = model.layer(shape, layer, weights.wait(layer_name(layer)), hidden, positional, attend)
+    return model.head(shape, weights.wait("head"), hidden)
+
+
+def generate_with_noria(arguments, folder: Path, prompts) -> tuple[list[list[int]], float]:
+    """The same through a whole run of one rank."""
+    lines = [f'{{"token_ids": {ids}}}\n' for ids in prompts]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    flags = {name: str(folder / file) for name, file in (("model", "model.h5"), ("prompts", "prompts.jsonl"), ("output", "o.h5"))}
+    flags |= {"dtype": arguments.dtype, "device": arguments.device, "max_new_tokens": arguments.max_new_tokens}
+    started = time.perf_counter()
+    run.run(configuration.load(None, flags | {"ignore_eos": True}), Solo())
+    seconds = time.perf_counter() - started
+    with open_generations(folder / "o.h5") as output:
+        found = [row.token_ids.tolist() for row in output.rows()]
+    return found, len(prompts) * arguments.max_new_tokens / seconds
+
+
+def compare_tokens(expected, found, gaps, largest: float) -> bool:
+    """Prints where tokens first differ. They agree still where the two best logits are nearer than rounding can tell."""
+    agree = True
+    for row, (one, other, margins) in enumerate(zip(expected, found, gaps, strict=True)):
+        at = next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))
+        if at == len(one):
+            print(f"prompt {row}: {at} new tokens are equal")
+            continue
+        tie = margins[at] < 2 * largest
+        agree &= tie
+        print(
+            f"prompt {row}: tokens differ from new token {at} on: {one[at : at + 5]} transformers,"
+            f" {other[at : at + 5]} noria; transformers' two best logits are {margins[at]:.2e} apart there"
+            + (", a tie within rounding" if tie else "")
+        )
+    return agree
+
+
+if __name__ == "__main__":
+    sys.exit(main())
