@@ -12,6 +12,7 @@ from noria.rows.randomness import uniform
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
 END = 7
+BUDGETS = st.tuples(st.integers(1, 20), st.integers(1, 20))  # of a step and of a microbatch, in tokens
 
 
 def prompt(row, length, **keys):
@@ -68,9 +69,8 @@ def run(prompts, limits, done=frozenset(), answer=None):
     """(finished sequences, admission, engine) of a whole run, with every step's promises checked."""
     finished = []
     unfinished = [one for one in prompts if (one.row, 0) not in done]
-    admission = Admission(
-        iter(prompts), len(unfinished), lambda p: p.token_ids, Sampling(), frozenset({END}), limits, finished.append, done=done
-    )
+    sampling, end, tokenize = Sampling(), frozenset({END}), lambda p: p.token_ids
+    admission = Admission(iter(prompts), len(unfinished), tokenize, sampling, end, limits, finished.append, done=done)
     engine, under_way = Engine(limits), [None] * limits.groups
     for round in range(20_000):
         words = set()
@@ -92,7 +92,8 @@ def run(prompts, limits, done=frozenset(), answer=None):
 @given(st.data())
 def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
     groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
-    limits = Limits(groups, data.draw(st.integers(5, 30)), step_tokens, data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3)), 64)
+    microbatch_tokens, least = data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3))
+    limits = Limits(groups, data.draw(st.integers(5, 30)), step_tokens, microbatch_tokens, least, 64)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30), st.integers(1, 6)), max_size=12))
     prompts = [prompt(row, length, max_new_tokens=new, n=n) for row, (length, new, n) in enumerate(shapes)]
     every = [(one.row, sample) for one in prompts for sample in range(one.sampling["n"])]
@@ -126,10 +127,10 @@ def test_samples_share_the_pages_that_would_not_hold_them_all():
     assert len(finished) == 6 and max(steps) == 6
 
 
-def test_families_that_wait_for_each_others_pages_give_theirs_back():
-    # Two prompts of 4 whole pages whose samples need 2 pages more: with both held, 1 of 9 pages is left.
-    limits = Limits(2, 9, 64, 64, 1, 96)
-    prompts = [prompt(row, 65, max_new_tokens=[1, 20][row % 2] if row else 1, n=3, ignore_eos=True) for row in range(4)]
+@pytest.mark.parametrize("num_pages", [6, 9, 10, 11, 14])
+def test_families_that_hold_nearly_all_pages_never_wait_for_each_other_for_ever(num_pages):
+    limits = Limits(2, num_pages, 64, 64, 1, 96)
+    prompts = [prompt(row, 65, max_new_tokens=[1, 20, 1, 3][row], n=3, ignore_eos=True) for row in range(4)]
     finished, _, _ = run(prompts, limits)
     assert len(finished) == 12
 
@@ -148,8 +149,9 @@ def test_a_family_is_spread_over_the_groups():
 
 def test_a_prompt_that_cannot_run_is_an_error_for_each_of_its_samples():
     bad = Prompt(1, "1", "", None, {}, "", "line 2 is not JSON")
-    finished, admission, _ = run([prompt(0, 64, n=3), bad, prompt(2, 3, n=2, max_new_tokens=2)], Limits(1, 100, 64, 64, 1, 64))
-    assert [(s.prompt.row, s.sample, bool(s.error)) for s in finished[:4]] == [(0, 0, True), (0, 1, True), (0, 2, True), (1, 0, True)]
+    prompts = [prompt(0, 64, n=3), bad, prompt(2, 3, n=2, max_new_tokens=2)]
+    finished, admission, _ = run(prompts, Limits(1, 100, 64, 64, 1, 64))
+    assert [(s.prompt.row, s.sample) for s in finished if s.error] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert len(finished) == 6 and list(admission.samples) == [3, 1, 2]
 
 
@@ -197,7 +199,7 @@ class Scores(Engine):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):
-    limits = Limits(data.draw(st.integers(1, 3)), 30, data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)), 1, 64)
+    limits = Limits(data.draw(st.integers(1, 3)), 30, *data.draw(BUDGETS), 1, 64)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["alone", "and more", "no"])), max_size=8))
     kinds = {
         "alone": {"max_new_tokens": 0, "logprobs": 0},

@@ -18,7 +18,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.stopping import finish_reason
 from noria.rows.waiting import Line, num_pages
-from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Run, Step, Word
+from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Admission:
         share = max(limits.num_pages // limits.groups, 1)
         if active and self._pages_of_group[group] + count > share:
             return None
-        runs = self._reserve(count, sequence)
+        runs = self._pages.reserve(count)
         if runs is None:
             return None
         self._pages.share(shared)
@@ -237,20 +237,12 @@ class Admission:
             self._hold(sequence, sequence.family)
         return sequence
 
-    def _reserve(self, count: int, sequence: Sequence) -> tuple[Run, ...] | None:
-        """Pages for a sequence. Where nothing is in flight that could give pages back, other families give theirs back:
-        their samples then compute the prompt themselves."""
-        runs = self._pages.reserve(count)
-        if runs is None and self.num_active == 0:
-            for family in self._line.ready:
-                if family is not sequence.family:
-                    self._pages.release(family.shared)
-                    family.shared = ()
-            runs = self._pages.reserve(count)
-        return runs
-
     def _hold(self, sequence: Sequence, family: Family) -> None:
-        """A family holds the pages of its prompt from its leader's admission to that of its last sample."""
+        """A family holds the pages of its prompt from its leader's admission to that of its last sample.
+
+        That never keeps the first in line waiting for ever: while the samples of a computed prompt wait, no other leader
+        is admitted. So all families of which samples wait had their leaders in flight at once, each with pages for itself.
+        """
         if family.leader is sequence:
             family.shared = whole_pages(sequence)
             self._pages.share(family.shared)

@@ -54,11 +54,6 @@ class Line:
         """Sequences that wait or are still in the prompts, as far as that can be known."""
         return self._num_unread * self._sampling.n + self._num_waiting
 
-    @property
-    def ready(self) -> Iterable[Family]:
-        """The families whose prompt is computed and of which samples wait, in order."""
-        return self._ready
-
     def first(self) -> Sequence | None:
         """The sequence that waits first. Prompts that cannot run are finished here, with their error."""
         if self._ready:
