@@ -120,6 +120,9 @@ def _write(path: Path, segment: Mapping) -> None:
     publish(unsealed, path)
 
 
+_DRAWN = ("sampling.seed", "chat.date")  # may be others in a job that begins anew
+
+
 class Segment:
     """The segment of this job: begun when the run knows what it will do, seen at each seal, ended in order if it can.
 
@@ -129,7 +132,7 @@ class Segment:
 
     def __init__(self, folder: Path, header: Mapping, facts: Mapping, report: Callable[[str], None] | None = None):
         self.folder, self._report = folder, report or (lambda message: print(message, file=sys.stderr))
-        own = {name: value for name, value in header.items() if name != "sampling.seed"}  # it may be drawn anew
+        own = {name: value for name, value in header.items() if name not in _DRAWN}
         self._header = json.loads(json.dumps(own))
         for path, other in _found(folder):
             if not other["rows"] and other.get("header") != self._header:
