@@ -10,7 +10,10 @@ import threading
 
 import noria.files.compact as compact_module
 import noria.files.export as export_module
+import noria.rows.desk as desk_module
 import pytest
+import small_run
+from noria.__main__ import main
 from noria.files.compact import FAN_IN, Compactor
 from noria.files.generations import open_generations
 from noria.files.merge import merge
@@ -232,3 +235,16 @@ def test_an_export_meanwhile_has_every_row_once(output, tmp_path, monkeypatch):
     assert export_module.export(output, tmp_path / "out.jsonl", lambda message: None) == 4
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row.id for row in rows] and not due
+
+
+def test_a_run_puts_its_parts_together_and_its_rows_are_those_of_one_that_does_not(tmp_path, monkeypatch):
+    small_run.write_files(tmp_path)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    rows = [f'{line[:-1]}, "max_new_tokens": {1 + 2 * row}}}' for row, line in enumerate(lines)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    assert main(small_run.command(tmp_path, "plain.h5")) == 0
+    made, put_together = [], compact_module._compact
+    monkeypatch.setattr(compact_module, "_compact", lambda *one: made.append(put_together(*one).name))
+    monkeypatch.setattr(desk_module, "Compactor", lambda parts: Compactor(parts, 3, report=refuse))
+    assert main(small_run.command(tmp_path, "compact.h5", "--seal-seconds", "0")) == 0
+    assert len(made) >= 4 and small_run.rows_of(tmp_path / "compact.h5") == small_run.rows_of(tmp_path / "plain.h5")

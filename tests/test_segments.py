@@ -5,7 +5,10 @@ import os
 import shutil
 
 import h5py
+import noria.run
 import pytest
+import small_run
+from noria.__main__ import main
 from noria.files.generations import describe
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -162,3 +165,30 @@ def test_an_age_is_told_in_the_unit_that_fits(seconds, words):
 def test_the_folder_of_parts_without_parts_is_no_run_to_resume(output):
     Parts(output, HEADER).begin(facts("1"))
     assert probe_output(output) == "absent" and os.listdir(parts_folder(output)) == ["segment-000000.json"]
+
+
+def test_a_run_that_broke_and_was_started_again_tells_of_both_jobs(tmp_path, monkeypatch):
+    small_run.write_files(tmp_path)
+    forward, left = noria.run.Stage.forward, [20]
+
+    def failing(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt("that is enough")
+        return forward(self, *arguments)
+
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    rows = [f'{line[:-1]}, "max_new_tokens": {1 + 2 * row}}}' for row, line in enumerate(lines)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "501")
+    with monkeypatch.context() as broken:
+        broken.setattr(noria.run.Stage, "forward", failing)
+        assert main(small_run.command(tmp_path, "out.h5", "--seal-seconds", "0")) == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "502")
+    assert main(small_run.command(tmp_path, "out.h5")) == 0
+    with h5py.File(tmp_path / "out.h5") as file:
+        segments, restarts = json.loads(file.attrs["segments"]), file.attrs["restarts"]
+    assert restarts == 1 and [one["job_ids"] for one in segments] == [{"SLURM_JOB_ID": "501"}, {"SLURM_JOB_ID": "502"}]
+    first, second = (one["rows"] for one in segments)
+    assert first >= 1 and second >= 1 and first + second == 12
+    assert [one["ended"] for one in segments][1] == "finished" and segments[0]["of"] == 12

@@ -90,7 +90,12 @@ def test_a_job_that_works_on_it_is_named(output, capsys):
 def test_a_job_that_has_sealed_nothing_yet_is_shown(tmp_path, capsys):
     Parts(tmp_path / "new.h5", HEADER).begin(JOB)
     code, out, _ = inspect(capsys, tmp_path / "new.h5")
-    assert code == 0 and "rows: 0 done, 0 error, 10 left of 10" in out and "0 parts in" in out and "last sealed never" in out
+    assert (
+        code == 0
+        and "rows: 0 done, 0 error, 10 left of 10" in out
+        and "0 parts in" in out
+        and "last sealed never" in out
+    )
 
 
 def test_verify_reads_every_part(output, capsys):
@@ -104,7 +109,9 @@ def test_verify_reads_every_part(output, capsys):
     assert code == 2 and "1 of 2 parts damaged" in err and path.name in err
     path.write_bytes(b"")
     code, out, _ = inspect(capsys, output)
-    assert code == 0 and f"part left out, its rows are generated again: {path}" in out and "rows: 3 done, 0 error" in out
+    assert (
+        code == 0 and f"part left out, its rows are generated again: {path}" in out and "rows: 3 done, 0 error" in out
+    )
 
 
 def test_a_row_tried_again_counts_as_it_stands(output, capsys):
