@@ -8,11 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import test_tokenizer
+import tiny_models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from noria.__main__ import main
 from noria.config import InputError, Sampling
-from noria.rows import template
+from noria.files.convert import convert
+from noria.files.generations import open_generations
+from noria.rows import desk, template
 from noria.rows.chat import Chat, Encoder, tells_date
 from noria.rows.prompts import Prompt
 from noria.rows.template import Template, TemplateError
@@ -380,3 +384,28 @@ def test_a_template_stops_by_the_clock_where_an_operation_is_dearer_than_its_pri
     monkeypatch.setattr(template, "SECONDS", 0.2)
     with pytest.raises(TemplateError, match="too many steps"):
         Template(HOSTILE["loops for ever"], DATE).render({})
+
+
+def test_a_resumed_run_tells_the_date_of_its_first_start(tmp_path, monkeypatch):
+    source = "{{ strftime_now('%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    files = files_with(source)
+    config = tiny_models.LLAMA | {"vocab_size": 400}
+    tiny_models.write_directory(tmp_path / "hf", config, tiny_models.state(config))
+    for name, content in files.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    convert(tmp_path / "hf", tmp_path / "model.h5")
+    arguments = ["--model", "model.h5", "--prompts", "p.jsonl", "--output", "out.h5", "--device", "cpu", "--chat"]
+    monkeypatch.chdir(tmp_path)
+    for year, more in (("2001", []), ("2030", ["--extend"])):
+        with open("p.jsonl", "a") as file:
+            file.write('{"prompt": "the cat"}\n')
+        monkeypatch.setattr(desk, "_now", lambda year=year: f"{year}-02-03T04:05:06")
+        assert main(["run", *arguments, "--max-new-tokens", "2", *more]) == 0
+    with open_generations("out.h5") as file:
+        first, second = file.rows()
+    expected = Tokenizer(files, {}, {}).encode("2001 the cat", add_special_tokens=False)
+    assert first.prompt_token_ids.tolist() == second.prompt_token_ids.tolist() == expected
+    monkeypatch.setattr(desk, "_now", lambda: "2030-02-03T04:05:06")
+    assert main(["run", *arguments[:4], "--output", "two.h5", *arguments[6:], "--max-new-tokens", "2"]) == 0
+    with open_generations("two.h5") as file:
+        assert next(iter(file.rows())).prompt_token_ids.tolist() != expected
