@@ -25,6 +25,7 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     tied: bool
+    mixture_size: int = 0  # numbers that a token takes while a mixture of experts is computed
     details: Mapping = field(default_factory=dict)
 
     def cache_nbytes_per_token(self, dtype: str) -> int:

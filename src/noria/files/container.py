@@ -141,8 +141,8 @@ def attribute(node: h5py.Group, name: str, path: Path) -> object:
     stored = h5o.get_info(node.id).meta_size.attr
     if stored.heap_size > MAX_ATTRIBUTES_NBYTES:  # HDF5 reads an attribute whole when it opens it
         raise InputError(
-            f"{path}: the attributes of {node.name!r} take {stored.heap_size} bytes, at most {MAX_ATTRIBUTES_NBYTES} are"
-            f" read for {name!r}: it is no file that Noria made, or damaged"
+            f"{path}: the attributes of {node.name!r} take {stored.heap_size} bytes, at most"
+            f" {MAX_ATTRIBUTES_NBYTES} are read for {name!r}: it is no file that Noria made, or damaged"
         )
     found = h5a.open(node.id, name.encode())
     nbytes, whole = found.get_storage_size(), path.stat().st_size

@@ -132,7 +132,7 @@ def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torc
 
 
 def _check_archive(path: Path) -> None:
-    """Raises InputError for a zip whose entries are compressed: torch stores them, and they could grow without bound."""
+    """Raises InputError for a zip with compressed entries: torch saves none, and they could grow without bound."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -143,7 +143,7 @@ def _check_archive(path: Path) -> None:
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     nbytes, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if not stored or nbytes > size:
-        raise InputError(f"{path} is an archive whose {nbytes} bytes are compressed to {size}: torch saves it uncompressed")
+        raise InputError(f"{path} is an archive of {nbytes} bytes compressed to {size}: torch saves it uncompressed")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

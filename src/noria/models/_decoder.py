@@ -33,8 +33,8 @@ def shape(
 ) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed.
 
-    window: the tokens that a query of these layers sees, and the layers. experts: number, chosen, inner, normalized, and
-    layers: those that have experts. partly_rotated: whether `partial_rotary_factor` may be below 1.
+    window: the tokens that a query of these layers sees, and the layers. experts: as _experts.settings gives them.
+    partly_rotated: whether `partial_rotary_factor` may be below 1.
     """
     read.refuse_quantized(config)
     read.only(config, "hidden_act", "silu", "Noria computes this family with silu alone")
@@ -67,6 +67,7 @@ def shape(
         vocab_size=read.integer(config, "vocab_size"),
         max_positions=read.integer(config, "max_position_embeddings", 2048),
         tied=read.flag(config, "tie_word_embeddings", False),
+        mixture_size=_experts.work_size(experts, hidden_size) if experts else 0,
         details=details,
     )
 
@@ -81,7 +82,8 @@ def window_of(config: Mapping, layers: Collection[int]) -> tuple[int, Collection
     if types is not None:
         known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
         count = num_layers(config)
-        require(known and len(types) == count, f"config.json: layer_types must be {count} times full_ or sliding_attention")
+        right = known and len(types) == count
+        require(right, f"config.json: layer_types must be {count} times full_ or sliding_attention")
         layers = frozenset(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
     if config.get("sliding_window") is None:
         return None
@@ -97,7 +99,7 @@ def has_experts(shape: ModelShape, layer: int) -> bool:
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    """In stored order. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`, experts in `experts`."""
+    """In stored order. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`."""
     hidden, inner, details = shape.hidden_size, shape.details["intermediate_size"], shape.details
     qkv, heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, shape.num_heads * shape.head_dim
     wanted: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "qkv": (qkv, hidden)}
@@ -134,7 +136,9 @@ MODULES = {
 EXPERTS = ("mlp.experts", "gate_proj", "up_proj", "down_proj")
 
 
-def sources(shape: ModelShape, block_name: str, modules: Mapping = MODULES, experts: tuple = EXPERTS) -> dict[str, tuple]:
+def sources(
+    shape: ModelShape, block_name: str, modules: Mapping = MODULES, experts: tuple = EXPERTS
+) -> dict[str, tuple]:
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py)."""
     tokens = "model.embed_tokens.weight"
     if block_name == "embed":

@@ -1,4 +1,4 @@
-"""Rotary positions: their settings in a config.json, their tables, and turning heads by them (RoFormer, arXiv 2104.09864).
+"""Rotary positions (RoFormer, arXiv 2104.09864): settings in a config.json, tables, and turning heads by them.
 
 Functions of tensors: nothing of a family, of ranks or of files. T tokens, N heads, D head dim, R rotated part of D.
 """

@@ -1,7 +1,7 @@
 """How a family says which tensors of a Hugging Face checkpoint make a parameter. Knows no tensor and no file.
 
-A parameter is its sources one after another along dim 0. A parameter of three dimensions is written as its rows are: the
-first two dimensions together.
+A parameter is its sources one after another along dim 0; of one with three dimensions the first two together are the
+rows.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3.x: RMSNorm, rotary positions, grouped queries, SwiGLU; as transformers' modeling_llama computes it."""
+"""Llama 1, 2 and 3.x: RMSNorm, rotary positions, grouped queries, SwiGLU; as transformers' modeling_llama has it."""
 
 from collections.abc import Mapping
 

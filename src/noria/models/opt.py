@@ -95,7 +95,8 @@ def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     top = "model.decoder"
     tokens = f"{top}.embed_tokens.weight"
     if block_name == "embed":
-        names = {"tokens": tokens, "positions": f"{top}.embed_positions.weight", "project_in": f"{top}.project_in.weight"}
+        names = {name: f"{top}.{name}.weight" for name in ("embed_positions", "project_in")}
+        names = {"tokens": tokens, "positions": names["embed_positions"], "project_in": names["project_in"]}
         return {parameter: (names[parameter],) for parameter in embed_parameters(shape)}
     if block_name == "head":
         names = {f"norm{end}": f"{top}.final_layer_norm.{word}" for end, word in (("", "weight"), ("_bias", "bias"))}

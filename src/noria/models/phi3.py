@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini: Llama stored with fused matrices, part of each head rotated; as transformers' modeling_phi3 has it."""
+"""Phi-3 and Phi-4-mini: Llama with fused matrices and heads rotated in part; as transformers' modeling_phi3 has it."""
 
 from collections.abc import Mapping
 

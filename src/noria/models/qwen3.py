@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with a norm of each query and key head, in place of biases; as transformers' modeling_qwen3 computes it."""
+"""Qwen3: Qwen2 with a norm of each head in place of biases; as transformers' modeling_qwen3 computes it."""
 
 from collections.abc import Mapping
 

@@ -53,7 +53,8 @@ class Sizes:
         layers = [block for block in self._held(rank) if block.name.startswith("layers/")]
         widest = max(parameter.shape[0] for block in layers for parameter in block.parameters)
         hidden = 2 * self.step_tokens * self.shape.hidden_size
-        work = (hidden + self.microbatch_tokens * (8 * self.shape.hidden_size + 3 * widest)) * itemsize
+        of_token = 8 * self.shape.hidden_size + max(3 * widest, self.shape.mixture_size)
+        work = (hidden + self.microbatch_tokens * of_token) * itemsize
         if rank == self.num_ranks - 1:
             work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size)
         return work

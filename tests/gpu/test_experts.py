@@ -1,0 +1,48 @@
+"""Mixtures of experts on a GPU: the grouped product against a plain sum in float64, without a wait of the host."""
+
+import pytest
+import torch
+
+from noria.models import _experts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def plain(hidden, chosen, weights, experts):
+    hidden, weights, experts = hidden.double(), weights.double(), experts.double()
+    mixed = torch.zeros_like(hidden)
+    for expert, matrices in enumerate(experts):
+        token, choice = (chosen == expert).nonzero(as_tuple=True)
+        gate, up, down = matrices.chunk(3)
+        output = torch.nn.functional.silu(hidden[token] @ gate.T) * (hidden[token] @ up.T) @ down
+        mixed.index_add_(0, token, output * weights[token, choice, None])
+    return mixed
+
+
+def case(num_tokens, count, num_experts, hidden, inner, dtype):
+    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    draw = lambda *size: torch.randn(*size, generator=generator, device="cuda")  # noqa: E731
+    experts = (draw(num_experts, 3 * inner, hidden) * hidden**-0.5).to(dtype)
+    chosen, weights = _experts.choose(draw(num_tokens, num_experts).to(dtype), count, True)
+    return draw(num_tokens, hidden).to(dtype), chosen, weights, experts
+
+
+@pytest.mark.parametrize(("num_tokens", "count", "num_experts"), [(1, 2, 8), (7, 8, 128), (300, 8, 128), (1000, 2, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_mixture_on_the_gpu_is_the_plain_sum(num_tokens, count, num_experts, dtype):
+    tensors = case(num_tokens, count, num_experts, 256, 96, dtype)
+    exact, found = plain(*tensors), _experts.mixture(*tensors).double()
+    assert (found - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * exact.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
+def test_the_host_does_not_wait_for_a_grouped_mixture():
+    tensors = case(300, 8, 128, 256, 96, torch.bfloat16)
+    _experts.mixture(*tensors)
+    assert _experts._groups(tensors[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _experts.choose(tensors[0][:, :128], 8, True)
+        _experts.mixture(*tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
