@@ -105,7 +105,9 @@ def test_any_tokens_stop_where_decoding_everything_anew_would_stop_them(token_id
 
 
 @pytest.mark.parametrize(
-    "token_ids", [TOKENIZER.encode("and the LORD said unto Moses ") * 40, [VOCAB[LETTERS[0xF0]]] * 200], ids=["text", "bad"]
+    "token_ids",
+    [TOKENIZER.encode("and the LORD said unto Moses ") * 40, [VOCAB[LETTERS[0xF0]]] * 200],
+    ids=["text", "bytes that are no characters"],
 )
 def test_a_token_costs_the_same_however_long_the_sequence_is(token_ids):
     decoded = []

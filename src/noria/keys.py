@@ -1,4 +1,4 @@
-"""What a key of the run file is: a field with words of help; its type, and what is said of a value that it does not take.
+"""What a key of the run file is: a field with words of help, its type, and what is said of a value it does not take.
 
 Knows no key.
 """

@@ -36,7 +36,12 @@ class Merged:
 
 
 def merge(
-    parts: Parts, output: str | Path, rows: int | range, attrs: Mapping, timing: Mapping | None = None, samples: int | np.ndarray = 1
+    parts: Parts,
+    output: str | Path,
+    rows: int | range,
+    attrs: Mapping,
+    timing: Mapping | None = None,
+    samples: int | np.ndarray = 1,
 ) -> Merged:
     """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
 

@@ -103,7 +103,7 @@ def schema(scores: Scores) -> dict[str, tuple[np.dtype, str]]:
 
 
 def scores_of(generations: Sequence[Generation]) -> Scores:
-    """What the rows hold together: float64 if any row has that, the widest top, chosen or prompts' if any row has them."""
+    """What the rows hold together: float64 if any row has that, the widest top, whatever any row has."""
     rows = [one for one in generations if one.logprobs is not None or one.prompt_logprobs is not None]
     arrays = [array for one in rows for array in (one.logprobs, one.prompt_logprobs) if array is not None]
     dtype = "float64" if any(np.asarray(array).dtype == np.float64 for array in arrays) else "float32"

@@ -45,10 +45,10 @@ class Counted:
 class Admission:
     """The sequences of all groups and those that wait.
 
-    `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is called
-    with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job generated for
-    it; `done` has the (row, sample) that an earlier job finished; `decode` is the text of token ids (None: no tokenizer),
-    `special_ids` are the special tokens by their text.
+    `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is
+    called with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job
+    generated for it; `done` has the (row, sample) that an earlier job finished; `decode` is the text of token ids
+    (None: no tokenizer), `special_ids` are the special tokens by their text.
     """
 
     def __init__(
@@ -240,8 +240,9 @@ class Admission:
     def _hold(self, sequence: Sequence, family: Family) -> None:
         """A family holds the pages of its prompt from its leader's admission to that of its last sample.
 
-        That never keeps the first in line waiting for ever: while the samples of a computed prompt wait, no other leader
-        is admitted. So all families of which samples wait had their leaders in flight at once, each with pages for itself.
+        That never keeps the first in line waiting for ever: while the samples of a computed prompt wait, no other
+        leader is admitted. So all families of which samples wait had their leaders in flight at once, each with pages
+        for itself.
         """
         if family.leader is sequence:
             family.shared = whole_pages(sequence)
