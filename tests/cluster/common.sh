@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154 # scratch, workplace, here, few and many are tests/cluster.sh's
+# shellcheck disable=SC2154 # scratch, workplace, here, few, many and part_seconds are tests/cluster.sh's
 # What the cases share: running one under a name, waiting for something, ending what was started. Sourced by tests/cluster.sh.
 
 num_passed=0 num_failed=0 num_skipped=0

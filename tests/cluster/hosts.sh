@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154 # scratch, workplace, here, few and many are tests/cluster.sh's
+# shellcheck disable=SC2154 # scratch, workplace, here, few, many and part_seconds are tests/cluster.sh's
 # Two hosts on this machine: namespaces of their own for network, names and mounts, with one cable (a veth pair) between
 # them. Each lives as long as the process that keeps it.
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154 # scratch, workplace, here, few and many are tests/cluster.sh's
+# shellcheck disable=SC2154 # scratch, workplace, here, few, many and part_seconds are tests/cluster.sh's
 # The PBS scripts under pbs_stand_in.py, which sets what OpenPBS was seen to set and refuses what it refuses.
 
 pbs_up() {
@@ -43,8 +43,10 @@ pbs_array() {
 # PBS sends nothing before the end: Noria asks qstat, stops in time, and the script has it run again.
 pbs_rerun() {
     noria run --help | grep -q -- --walltime || skip "noria run has no --walltime yet"
-    job=$(qsub -l select=1:ncpus=2:mpiprocs=2 -l walltime=00:00:30 -v RUN="${many[*]} --output outputs/rerun.h5" jobs/pbs/single_node.pbs)
-    pbs_finish "$job" 150 "noria.o${job%.stand-in}"
+    job=$(qsub -l select=1:ncpus=2:mpiprocs=2 -l walltime="00:00:$part_seconds" -v RUN="${many[*]} --output outputs/rerun.h5" \
+        jobs/pbs/single_node.pbs)
+    pbs_finish "$job" 240 "noria.o${job%.stand-in}"
+    echo "walltime $part_seconds s, started $(cat "$scratch/pbs/${job%.stand-in}/run_count") times"
     [ "$(cat "$scratch/pbs/${job%.stand-in}/run_count")" -ge 2 ]
     same_rows outputs/all.h5 outputs/rerun.h5
 }

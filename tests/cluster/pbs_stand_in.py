@@ -20,6 +20,7 @@ CHUNK_KEYS = {"ncpus", "mpiprocs", "ngpus", "mem", "ompthreads", "host"}
 JOB_KEYS = {"select", "place", "walltime", "filesystems"}
 HOME = Path(os.environ["PBS_STAND_IN"])
 HOST = os.uname().nodename
+GRACE = 20  # seconds over its walltime that a job is left: OpenPBS has 1, in which a busy test machine ends nothing in order
 
 
 def options() -> argparse.ArgumentParser:
@@ -134,9 +135,9 @@ def watch(job: str) -> None:
         process = subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True)
         (folder / "pid").write_text(str(process.pid))
         try:
-            code = process.wait(limit)
+            code = process.wait(limit + GRACE)
         except subprocess.TimeoutExpired:
-            log.write(f"=>> PBS: job killed: walltime {limit + 1} exceeded limit {limit}\n")
+            log.write(f"=>> PBS: job killed: walltime {limit + GRACE} exceeded limit {limit}\n")
             log.flush()
             end(process.pid)
             code = process.wait()

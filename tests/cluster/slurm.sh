@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154 # scratch, workplace, here, few and many are tests/cluster.sh's
+# shellcheck disable=SC2154 # scratch, workplace, here, few, many and part_seconds are tests/cluster.sh's
 # A real SLURM on loopback, without systemd or cgroups: one controller and two nodes that are both this machine.
 
 slurm_packages=(slurm-wlm munge libpmix2)
