@@ -90,7 +90,8 @@ def make(
     stages = partition(shape.num_layers, num_ranks * laps, pipeline.partition, costs.head_in_layers(blocks))
     sizes = costs.Sizes(shape, blocks, dtype, num_ranks, stages, groups, step_tokens, microbatch_tokens)
     num_pages = _num_pages(sizes, _limit(config, machine))
-    num_pages = min(num_pages, max(num_rows, 1) * -(-shape.max_positions // PAGE_TOKENS))
+    most = max(num_rows, 1) * config.sampling.n * -(-shape.max_positions // PAGE_TOKENS)
+    num_pages = min(num_pages, most)
     return Plan(
         num_ranks,
         laps,
