@@ -81,7 +81,7 @@ def test_a_silent_rank_is_missed_once_by_name_after_the_silence(wire):
 
 
 def test_a_job_that_was_put_to_sleep_as_a_whole_misses_nobody(wire):
-    wire.arriving = [(0, b"a"), (1003, b"a"), (1010, b"z")]
+    wire.arriving = [(0, b"a"), (1008, b"a"), (1012, b"z")]
     lost = []
     work = heartbeat.listen(wire, PLACE, 30.0, lambda *who: lost.append(who))
     assert turn(wire, work, 3)
