@@ -299,7 +299,9 @@ HOSTILE = {
     "doubles by %": DEEP.replace("STEP", "'%s%s' % (ns.x, ns.x)"),
     "doubles by join": DEEP.replace("STEP", "[ns.x, ns.x]|join"),
     "doubles by replace": DEEP.replace("STEP", "ns.x.replace('b', 'abb')|replace('a', 'bab')"),
-    "doubles by a block": DEEP.replace("{% set ns.x = STEP %}", "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"),
+    "doubles by a block": DEEP.replace(
+        "{% set ns.x = STEP %}", "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"
+    ),
     "doubles by a macro": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DEEP.replace("STEP", "f(ns.x)"),
     "nests lists that share": DEEP.replace("STEP", "[ns.x, ns.x]").replace("|length", ""),
     "nests tuples that share": DEEP.replace("STEP", "(ns.x, ns.x)").replace("|length", ""),
@@ -307,7 +309,8 @@ HOSTILE = {
     "nests dict() that share": DEEP.replace("STEP", "dict(a=ns.x, b=ns.x)").replace("|length", ""),
     "squares": DEEP.replace("'ab'", "3").replace("STEP", "ns.x * ns.x").replace("|length", ""),
     "keeps many slices": "{% set a = 'x'.ljust(1000000) %}" + "{% set b = a[1:] %}" * 3000,
-    "compares for ever": "{% set a = 'x'.ljust(1000000) %}{% set b = a[1:] ~ ' ' %}" + "{% if a == b %}{% endif %}" * 1900,
+    "compares for ever": "{% set a = 'x'.ljust(1000000) %}{% set b = a[1:] ~ ' ' %}"
+    + "{% if a == b %}{% endif %}" * 1900,
     "a long text": "{{ 'a' * 10**10 }}",
     "a large power": "{{ 10 ** 100000000 }}",
     "a wide centre": "{{ 'a'|center(10**9) }}",
@@ -374,7 +377,13 @@ def test_a_conversation_of_a_megabyte_and_one_of_a_thousand_turns_are_within_the
     many = [{"role": ("user", "assistant")[turn % 2], "content": f"turn {turn} " * 20} for turn in range(1001)]
     for messages in (long, many):
         text = Template(FORMATS[name], DATE).render(
-            {"messages": messages, "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True, "tools": None}
+            {
+                "messages": messages,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "add_generation_prompt": True,
+                "tools": None,
+            }
         )
         assert len(text) > 1000 and (name == "extras" or messages[-1]["content"].strip() in text)
 

@@ -154,7 +154,11 @@ def test_bad_rows_cost_no_other_row_its_result(folder, tmp_path):
 @pytest.mark.slow
 def test_a_compressed_bomb_is_a_bad_row_in_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE_NBYTES", 2**20)
-    for name, piece in (("line.jsonl.gz", b"x" * 2**20), ("text.txt.gz", b"y" * 2**20), ("open.csv.gz", b"a\n" * 2**19)):
+    for name, piece in (
+        ("line.jsonl.gz", b"x" * 2**20),
+        ("text.txt.gz", b"y" * 2**20),
+        ("open.csv.gz", b"a\n" * 2**19),
+    ):
         path = tmp_path / name
         with gzip.open(path, "wb", compresslevel=1) as file:
             file.write(b'prompt\n"' if "csv" in name else b"")
@@ -286,16 +290,29 @@ def test_a_hostile_hdf5_file_is_refused_in_one_line(make, folder, tmp_path, caps
     path = tmp_path / "prompts.h5"
     make(path)
     for command in ("validate",):
-        line = refusal(capsys, command, "--model", folder / "model.h5", "--prompts", path, "--output", tmp_path / "out.h5")
+        line = refusal(
+            capsys, command, "--model", folder / "model.h5", "--prompts", path, "--output", tmp_path / "out.h5"
+        )
         assert HDF5[make] in line and "prompts.h5" in line
     assert sorted(os.listdir(tmp_path)) == ["prompts.h5"]
 
 
 def test_an_output_is_not_taken_for_prompts(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "the"}\n')
-    arguments = ["--model", folder / "model.h5", "--output", tmp_path / "out.h5", "--device", "cpu", "--max-new-tokens", "1"]
+    arguments = [
+        "--model",
+        folder / "model.h5",
+        "--output",
+        tmp_path / "out.h5",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "1",
+    ]
     assert main(["run", *map(str, arguments), "--prompts", str(tmp_path / "p.jsonl")]) == 0
-    line = refusal(capsys, "validate", *arguments[:2], "--prompts", tmp_path / "out.h5", "--output", tmp_path / "two.h5")
+    line = refusal(
+        capsys, "validate", *arguments[:2], "--prompts", tmp_path / "out.h5", "--output", tmp_path / "two.h5"
+    )
     assert "it holds generations; make prompts of it with noria export" in line
 
 
@@ -394,7 +411,9 @@ def test_a_tokenizer_of_another_vocabulary_is_the_error_of_rows_whose_tokens_the
         outside = [token_id for token_id in say(text) if token_id >= 300]
         assert (row.status == "error") == bool(outside), text
         if outside:
-            assert row.error == f"token id {outside[0]} is not in the model's vocabulary of 300: check the tokenizer's ids"
+            assert (
+                row.error == f"token id {outside[0]} is not in the model's vocabulary of 300: check the tokenizer's ids"
+            )
     assert {row.status for row in rows.values()} == {"done", "error"}
 
 
@@ -425,7 +444,10 @@ def test_a_hostile_template_is_the_error_of_the_rows_that_it_renders(name, tmp_p
     ("name", "content"),
     [
         ("tokenizer.json", b'{"model": ' * 50_000),
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 99999999999999}, "merges": []}}'),
+        (
+            "tokenizer.json",
+            b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 99999999999999}, "merges": []}}',
+        ),
         ("tokenizer_config.json", b"[" * 200_000),
         ("chat_template.jinja", b"{% for x in y %}" * 3000),
         ("chat_template.jinja", b"\xff"),
@@ -440,7 +462,16 @@ def test_a_tokenizer_file_that_cannot_be_read_is_refused_before_the_run(name, co
         return
     (tmp_path / "p.jsonl").write_text('{"prompt": "the"}\n')
     for command in ("run", "validate"):
-        refusal(capsys, command, "--model", folder / "model.h5", "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "o.h5")
+        refusal(
+            capsys,
+            command,
+            "--model",
+            folder / "model.h5",
+            "--prompts",
+            tmp_path / "p.jsonl",
+            "--output",
+            tmp_path / "o.h5",
+        )
 
 
 # Anything at all.
@@ -464,7 +495,10 @@ FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=list(Healt
 names = st.sampled_from(["prompt", "id", "token_ids", "messages", "temperature", "stop", "n", "seed", "chat", "own", "custom_id", "body", "url", "logit_bias"])  # fmt: skip
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names | st.sampled_from(["role", "content", "type", "text"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(names | st.sampled_from(["role", "content", "type", "text"]), inner, max_size=4)
+    ),
     max_leaves=9,
 )
 records = st.lists(st.dictionaries(names, values, max_size=5) | values, max_size=5)
@@ -508,7 +542,11 @@ def test_tables_with_any_bytes_changed_are_read_or_refused_and_never_crash(tmp_p
     """In a process of its own: a crash of the libraries beneath would take this one along."""
     (tmp_path / f"good{suffix}").write_bytes(good_tables()[suffix])
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), suffix], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+        [sys.executable, __file__, str(tmp_path), suffix],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     assert done.stdout.endswith("looked at 400 files\n") and "Traceback" not in done.stderr

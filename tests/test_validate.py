@@ -96,7 +96,9 @@ def test_a_run_agrees_with_what_was_said_of_its_rows(validated, folder):
 
 
 def test_a_good_run_is_counted_and_nothing_is_wrong_with_it(validated):
-    code, said, _ = validated([{"token_ids": [5] * 9}, {"prompt": "the cat"}, {"messages": [{"role": "user", "content": "a"}]}])
+    code, said, _ = validated(
+        [{"token_ids": [5] * 9}, {"prompt": "the cat"}, {"messages": [{"role": "user", "content": "a"}]}]
+    )
     assert code == 0
     assert "llama, 3 layers, vocabulary 400, context 64" in said and "3 rows, 0 wrong" in said
     assert "(longest " in said and "to be made" in said and said.endswith("nothing is wrong\n")
@@ -147,7 +149,9 @@ def test_a_file_without_rows_and_a_disk_without_space_are_wrong(validated, monke
 
 
 def test_the_space_for_a_run_is_at_least_what_it_takes(folder, capsys):
-    arguments = small_run.command(folder, "took.h5", "--model", folder / "model.h5", "--prompts", folder / "space.jsonl")
+    arguments = small_run.command(
+        folder, "took.h5", "--model", folder / "model.h5", "--prompts", folder / "space.jsonl"
+    )
     (folder / "space.jsonl").write_text("".join(f'{{"prompt": "the cat {row}"}}\n' for row in range(300)))
     assert main(["validate", *arguments[1:]]) == 0
     needed = float(capsys.readouterr().out.split("at most ")[-1].split(" MiB")[0]) * 2**20
@@ -168,5 +172,7 @@ def test_neither_mpi_nor_a_device_is_touched(folder):
     """
     (folder / "p.jsonl").write_text('{"prompt": "the"}\n')
     files = ["--model", folder / "model.h5", "--prompts", folder / "p.jsonl", "--output", Path(folder) / "out.h5"]
-    done = subprocess.run([sys.executable, "-c", program, "validate", *map(str, files)], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "validate", *map(str, files)], capture_output=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr.decode()

@@ -1,4 +1,4 @@
-"""Writes generations for other programs, in the order of the prompts: as .jsonl, .csv or .parquet, by the file's name."""
+"""Writes generations for other programs, in the order of the prompts: .jsonl, .csv or .parquet, by the file's name."""
 
 import argparse
 import sys
@@ -21,5 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     count = export(arguments.output, arguments.file, format=arguments.format)
-    sys.stderr.write(f"{plural(count, 'row' if arguments.format == 'rows' else 'response')} written to {arguments.file}\n")
+    sys.stderr.write(
+        f"{plural(count, 'row' if arguments.format == 'rows' else 'response')} written to {arguments.file}\n"
+    )
     return 0

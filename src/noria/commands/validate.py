@@ -77,7 +77,9 @@ def _verdict(config: Config, found: Findings) -> int:
     if found.num_rows == 0:
         wrong.append(f"{config.prompts} has no rows")
     if found.num_wrong:
-        wrong.append(f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {config.prompts} would end with an error")
+        wrong.append(
+            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {config.prompts} would end with an error"
+        )
     if needed > free:
         wrong.append(
             f"output {config.output} may need {_size(needed)}, its folder has {_size(free)} free:"

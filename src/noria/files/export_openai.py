@@ -11,7 +11,7 @@ COMPLETIONS = "/v1/completions"
 
 
 def responses(rows: Iterable[dict], start: str) -> Iterator[dict]:
-    """One response for all samples of a row. `start` is when the job began (ISO 8601). Rows have `row`, and are in order."""
+    """One response for all samples of a row. `start` is when the job began (ISO 8601). Rows are in order of `row`."""
     created = _seconds(start)
     for row, samples in groupby(rows, key=lambda one: one["row"]):
         yield _response(row, list(samples), created)
@@ -38,7 +38,11 @@ def _response(row: int, samples: list[dict], created: int) -> dict:
 
 
 def _choice(one: dict, is_chat: bool) -> dict:
-    said = {"message": {"role": "assistant", "content": one["text"], "refusal": None}} if is_chat else {"text": one["text"]}
+    said = (
+        {"message": {"role": "assistant", "content": one["text"], "refusal": None}}
+        if is_chat
+        else {"text": one["text"]}
+    )
     return {"index": one["sample"], **said, "logprobs": _logprobs(one, is_chat), "finish_reason": one["finish_reason"]}
 
 

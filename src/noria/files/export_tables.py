@@ -19,7 +19,7 @@ Rows = Callable[[], Iterable[dict]]
 
 
 def write_csv(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
-    """Writes a header and a record a row (RFC 4180, UTF-8): texts as they are, lists and objects as JSON, null as nothing.
+    """Writes a header and a record a row (RFC 4180, UTF-8): texts as they are, lists, objects as JSON, null as nothing.
 
     `known` are the kinds of Noria's own columns by name, in their order. Returns the number of rows.
     """

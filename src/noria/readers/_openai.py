@@ -8,11 +8,32 @@ import json
 from noria.readers import BadRow
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_SAME = ("temperature", "top_p", "top_k", "min_p", "stop", "n", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
+_SAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "n",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 _SAME += ("repetition_penalty", "stop_token_ids", "ignore_eos")
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 # Asked for where the answer would be another one, and which cannot be had here: refused where they say anything.
-_REFUSED = ("tools", "tool_choice", "functions", "function_call", "response_format", "stream", "audio", "prediction", "echo")
+_REFUSED = (
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "response_format",
+    "stream",
+    "audio",
+    "prediction",
+    "echo",
+)
 _REFUSED += ("suffix", "best_of", "reasoning_effort", "web_search_options")
 _NO_WISH = (None, [], {}, "none", "auto", {"type": "text"})
 _CARRIED = ("model", "user", "metadata")

@@ -1,6 +1,6 @@
 """Prompts as a table in text: a header with the names of the columns, then a row a record (RFC 4180), plain or gzip.
 
-An empty cell is a key that is not given; numbers, lists and booleans are read as JSON. Knows no key of a row but its type.
+An empty cell is a key that is not given; numbers, lists, booleans are read as JSON. Knows no key of a row but its type.
 """
 
 import csv
@@ -17,7 +17,8 @@ from noria.readers import PROMPT_NAMES, BadRow, lines, too_long
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _HINTS = typing.get_type_hints(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
-_VALUES = {"messages", "token_ids", *(f.name for f in fields(Sampling) if str not in (_HINTS[f.name], *typing.get_args(_HINTS[f.name])))}
+_TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
+_VALUES = {"messages", "token_ids", *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
@@ -27,7 +28,9 @@ def read(path: str | Path) -> Iterator[dict | BadRow]:
     number, header = next(records, (1, None))
     if header is None:
         return
-    require(not isinstance(header, BadRow), f"prompts {path}: its header cannot be read: {getattr(header, 'error', '')}")
+    require(
+        not isinstance(header, BadRow), f"prompts {path}: its header cannot be read: {getattr(header, 'error', '')}"
+    )
     _check_header(path, header)
     for number, record in records:
         yield record if isinstance(record, BadRow) else _row(header, record, number)

@@ -52,21 +52,36 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, h5py.Dataset], int]]:
             yield columns, _num_rows(columns, path)
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"prompts {path}: cannot be read as HDF5 ({reason}): it is damaged, or of another kind") from error
+        raise InputError(
+            f"prompts {path}: cannot be read as HDF5 ({reason}): it is damaged, or of another kind"
+        ) from error
 
 
 def _columns(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     if file.attrs.get("format") == "noria-generations":
-        raise InputError(f"prompts {path}: it holds generations; make prompts of it with noria export {path} FILE.jsonl")
+        raise InputError(
+            f"prompts {path}: it holds generations; make prompts of it with noria export {path} FILE.jsonl"
+        )
     names = list(file)
     require(len(names) <= 1000, f"prompts {path}: it has {len(names)} datasets, at most 1000 are read")
     columns = {}
     for name in names:
         link = file.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise InputError(f"prompts {path}: {name!r} is a {type(link).__name__}: copy what it links to into the file")
+            raise InputError(
+                f"prompts {path}: {name!r} is a {type(link).__name__}: copy what it links to into the file"
+            )
         if isinstance(file[name], h5py.Dataset):
             columns[name] = file[name]
             _check(columns[name], f"prompts {path}: {name!r}", path.stat().st_size)

@@ -52,7 +52,9 @@ def _opened(path: str | Path):
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"prompts {path}: cannot be read as parquet ({reason}): it is damaged, or of another kind") from error
+        raise InputError(
+            f"prompts {path}: cannot be read as parquet ({reason}): it is damaged, or of another kind"
+        ) from error
 
 
 def _check(file, path: str | Path) -> None:

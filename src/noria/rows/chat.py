@@ -41,8 +41,8 @@ class Chat:
 class Encoder:
     """What a row feeds the model, with the run's settings and the row's own.
 
-    `warn` is told once if prompts are not wrapped although the model has a chat template. Raises InputError for settings
-    that the model cannot honour.
+    `warn` is told once if prompts are not wrapped although the model has a chat template. Raises InputError for
+    settings that the model cannot honour.
     """
 
     def __init__(

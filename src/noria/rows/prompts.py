@@ -28,8 +28,9 @@ _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 class Prompt:
     """One row of the prompts. `row` counts from 0 in the whole file.
 
-    `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the row's own keys of config.Sampling, checked; `extra`
-    the user's own columns as JSON text ("" without any); `error` says why the row cannot run (None: it can).
+    `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the
+    row's own keys of config.Sampling, checked; `extra` the user's own columns as JSON text ("" without any); `error`
+    says why the row cannot run (None: it can).
     """
 
     row: int

@@ -122,7 +122,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, now):
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False, finalize=self._shown
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,
+            finalize=self._shown,
         )
         self.left, self.deadline = 0, 0.0
         known = self.filters | {"tojson": _tojson}
@@ -190,7 +194,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return (allowed is None or attr in allowed) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value):
-        if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(getattr(value, "__self__", None), str):
+        if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(
+            getattr(value, "__self__", None), str
+        ):
             raise SecurityError("str.format is not for chat templates: join the pieces with ~")
         return None
 

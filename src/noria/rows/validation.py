@@ -40,7 +40,12 @@ class Findings:
 
 
 def examine(
-    prompts: Iterable[Prompt], rows: range, encode: Callable[[Prompt], list[int]], sampling: Sampling, limits: Limits, decode
+    prompts: Iterable[Prompt],
+    rows: range,
+    encode: Callable[[Prompt], list[int]],
+    sampling: Sampling,
+    limits: Limits,
+    decode,
 ) -> Findings:
     """Holds every prompt of `rows` against the model. `decode` is the tokenizer's, None if there is none."""
     found = Findings()
