@@ -69,7 +69,7 @@ PYTHON
     timeout 180 mpirun -n 1 noria run "${many[@]}" --output outputs/all.h5 || return
     # A walltime in which the long run gets going and does not get done; one too short only makes it start once more.
     part_seconds=$((start_seconds + 6))
-    many+=(--groups 1 --step-tokens 12)
+    many+=(--groups 1 --step-tokens 16)
 }
 mkdir -p "$workplace/outputs/demo"
 set_up > "$scratch/set_up.log" 2>&1 || { cat "$scratch/set_up.log"; echo "cluster: failed: setting up"; exit 1; }
@@ -84,6 +84,7 @@ plan=(
     "SLURM: signal, 75, requeue, whole output|slurm_requeue|slurm_up"
     "PBS: one node|pbs_single|pbs_up"
     "PBS: several nodes|pbs_nodes|pbs_up"
+    "PBS: an end with 0 but without output is none|pbs_lost|pbs_up"
     "PBS: an array of shards, merged|pbs_array|pbs_up"
     "PBS: walltime, 75, rerun, whole output|pbs_rerun|pbs_up"
     "PBS: unknown resources are refused|pbs_refuses|pbs_up"

@@ -31,6 +31,14 @@ pbs_nodes() {
     same_rows outputs/alone.h5 outputs/pbs-nodes.h5
 }
 
+# As mpirun of Open MPI 5 does when it has lost a node.
+pbs_lost() {
+    job=$(qsub -l select=2:ncpus=1:mpiprocs=1 -v NORIA_LAUNCH=true,RUN="${few[*]} --output outputs/lost.h5" jobs/pbs/several_nodes.pbs)
+    wait_for 60 pbs_ended "$job"
+    says "noria.o${job%.stand-in}" "the output is not finished"
+    [ "$(cat "$scratch/pbs/${job%.stand-in}/exit")" -eq 1 ]
+}
+
 pbs_array() {
     noria merge --help >/dev/null 2>&1 || skip "noria merge is not there yet"
     job=$(qsub -J 1-2 -l select=1:ncpus=1:mpiprocs=1 -v SHARDS=2,OUTPUT=outputs/pbs-array.h5,RUN="${few[*]}" jobs/pbs/array.pbs)
