@@ -56,7 +56,7 @@ import itertools, json
 texts = [json.loads(line)["prompt"] for line in open("inputs/demo/prompts.jsonl", encoding="utf-8")]
 short = [text for text in texts if len(text) < 80]
 with open("many.jsonl", "w", encoding="utf-8") as file:
-    for row, text in enumerate(itertools.islice(itertools.cycle(short), 200)):
+    for row, text in enumerate(itertools.islice(itertools.cycle(short), 100)):
         file.write(json.dumps({"id": row, "prompt": text, "ignore_eos": True, "max_new_tokens": 40 + row % 17}) + "\n")
 PYTHON
     local common=(inputs/demo/run.toml --device cpu --dtype float64 --seal-seconds 1)
@@ -68,7 +68,7 @@ PYTHON
     start_seconds=$SECONDS
     timeout 180 mpirun -n 1 noria run "${many[@]}" --output outputs/all.h5 || return
     # A walltime in which the long run gets going and does not get done; one too short only makes it start once more.
-    part_seconds=$((start_seconds + 6))
+    part_seconds=$((start_seconds + 8))
     many+=(--groups 1 --step-tokens 16)
 }
 mkdir -p "$workplace/outputs/demo"
