@@ -99,7 +99,10 @@ def qsub(arguments: list[str]) -> None:
 def start(job: str) -> None:
     """A process of its own watches the job, as pbs_mom does."""
     subprocess.Popen(
-        [sys.executable, __file__, "watch", job], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, __file__, "watch", job],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
 
 
