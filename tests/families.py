@@ -98,7 +98,8 @@ CONFIGS = {
     "phi3": PHI3,
     "phi3 partly rotated": PHI3 | {"partial_rotary_factor": 0.75, "sliding_window": None, "tie_word_embeddings": True},
     "gpt2": GPT2,
-    "gpt2 with settings": GPT2 | {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+    "gpt2 with settings": GPT2
+    | {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
     "opt": OPT,
     "opt untied": OPT | {"tie_word_embeddings": False},
     "opt without biases": OPT | {"enable_bias": False},

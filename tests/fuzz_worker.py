@@ -9,9 +9,9 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from hostile import repaired
 from noria.config import InputError
 from noria.files.checkpoint import describe, open_checkpoint
-from hostile import repaired
 
 MODEL, FOLDER, SEED, EXAMPLES = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 CONTENT = MODEL.read_bytes()
@@ -22,7 +22,9 @@ with open_checkpoint(MODEL) as whole:
     DATA += [(at := CONTENT.find(text), at + len(text)) for text in whole.tokenizer.values()]
 PLACES = [at for at in PLACES if not any(first <= at < last for first, last in DATA)]
 
-change = st.tuples(st.sampled_from(PLACES), st.sampled_from(["byte", "bit", "ones", "zeros", "number"]), st.integers(0, 255))
+change = st.tuples(
+    st.sampled_from(PLACES), st.sampled_from(["byte", "bit", "ones", "zeros", "number"]), st.integers(0, 255)
+)
 
 
 def changed(changes):
@@ -34,7 +36,11 @@ def changed(changes):
             content[at] ^= 1 << value % 8
         else:
             width = (1, 2, 4, 8)[value % 4]
-            new = {"ones": b"\xff" * width, "zeros": bytes(width), "number": (1 << value % (8 * width)).to_bytes(width, "little")}
+            new = {
+                "ones": b"\xff" * width,
+                "zeros": bytes(width),
+                "number": (1 << value % (8 * width)).to_bytes(width, "little"),
+            }
             content[at : at + width] = new[kind][: len(content) - at]
     return content
 

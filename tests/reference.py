@@ -47,7 +47,9 @@ def _rotary_decoder(config, weights, ids):
         k, v = (np.repeat(tensor, heads // kv_heads, axis=1) for tensor in (k, v))
         hidden = hidden + _linear(weights, name + "self_attn.o_proj", _attention(q, k, v, _window(config, layer)))
         x = _rms_norm(hidden, weights[name + "post_attention_layernorm.weight"], eps)
-        hidden = hidden + (_experts(config, weights, name, x) if _routers(weights, name) else _mlp(weights, name + "mlp.", x))
+        hidden = hidden + (
+            _experts(config, weights, name, x) if _routers(weights, name) else _mlp(weights, name + "mlp.", x)
+        )
     matrix = weights["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
     return _rms_norm(hidden, weights["model.norm.weight"], eps) @ matrix.T
 
@@ -99,7 +101,9 @@ def _gpt2(config, weights, ids):
         q = q / (layer + 1 if config.get("scale_attn_by_inverse_layer_idx") else 1)
         hidden = hidden + _linear(weights, name + "attn.c_proj", _attention(q, k, v))
         x = _linear(weights, name + "mlp.c_fc", _layer_norm(weights, name + "ln_2", hidden))
-        hidden = hidden + _linear(weights, name + "mlp.c_proj", _activation(config.get("activation_function", "gelu_new"), x))
+        hidden = hidden + _linear(
+            weights, name + "mlp.c_proj", _activation(config.get("activation_function", "gelu_new"), x)
+        )
     return _layer_norm(weights, "transformer.ln_f", hidden) @ weights["transformer.wte.weight"].T
 
 

@@ -3,7 +3,6 @@
 import json
 
 import tiny_models
-
 from noria.files.convert import convert
 from noria.files.generations import open_generations
 

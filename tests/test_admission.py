@@ -40,7 +40,9 @@ class Engine:
             del self.slots[slot], self.seen[slot]
         for admitted in step.admitted:
             assert admitted.slot not in self.slots
-            held = {page for runs in self.slots.values() for run in runs for page in range(run.start, run.start + run.count)}
+            held = {
+                page for runs in self.slots.values() for run in runs for page in range(run.start, run.start + run.count)
+            }
             mine = {page for run in admitted.runs for page in range(run.start, run.start + run.count)}
             assert not held & mine and max(mine) < self.limits.num_pages
             self.slots[admitted.slot], self.seen[admitted.slot] = admitted.runs, []
@@ -59,7 +61,9 @@ class Engine:
 
 def run(prompts, limits, answer=None):
     finished = []
-    admission = Admission(prompts, len(prompts), lambda p: p.token_ids, Sampling(), frozenset({END}), limits, finished.append)
+    admission = Admission(
+        prompts, len(prompts), lambda p: p.token_ids, Sampling(), frozenset({END}), limits, finished.append
+    )
     engine, under_way, steps = Engine(limits), [None] * limits.groups, []
     for round in range(10_000):
         words = set()
@@ -81,7 +85,14 @@ def run(prompts, limits, answer=None):
 @given(st.data())
 def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
     groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
-    limits = Limits(groups, data.draw(st.integers(5, 40)), step_tokens, data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3)), 64)
+    limits = Limits(
+        groups,
+        data.draw(st.integers(5, 40)),
+        step_tokens,
+        data.draw(st.integers(1, step_tokens)),
+        data.draw(st.integers(1, 3)),
+        64,
+    )
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), max_size=25))
     prompts = [prompt(row, length, max_new_tokens=new) for row, (length, new) in enumerate(shapes)]
     finished, _ = run(prompts, limits)
@@ -125,7 +136,9 @@ def test_a_row_that_cannot_run_ends_with_its_reason_and_costs_no_other_row(row, 
 
 
 def test_a_row_without_finite_logits_ends_with_an_error():
-    finished, _ = run([prompt(0, 3)], Limits(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN)))
+    finished, _ = run(
+        [prompt(0, 3)], Limits(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN))
+    )
     assert "not finite" in finished[0].error
 
 

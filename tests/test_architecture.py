@@ -25,7 +25,16 @@ LEVELS = [
 ALLOWED = {
     "mpi4py": {"launch/mpi.py", "transports/mpi_device.py", "transports/mpi_host.py"},
     "h5py": {"files/", "readers/hdf5.py"},
-    "torch": {"streams.py", "models/", "attention/", "transports/", "files/", "engine/", "launch/launcher.py", "run.py"},
+    "torch": {
+        "streams.py",
+        "models/",
+        "attention/",
+        "transports/",
+        "files/",
+        "engine/",
+        "launch/launcher.py",
+        "run.py",
+    },
 }
 
 
@@ -71,7 +80,9 @@ def test_no_modules_import_each_other_in_a_circle():
         - {name_of(path)}
         for path in modules()
     }
-    for path in modules():  # a package's own __init__ is imported with each of its modules, and imports none of them first
+    for (
+        path
+    ) in modules():  # a package's own __init__ is imported with each of its modules, and imports none of them first
         graph[name_of(path)] -= {name_of(path).rpartition(".")[0]}
     TopologicalSorter(graph).prepare()
 
@@ -81,7 +92,9 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     for path in modules():
         used = any(name.split(".")[0] == library for _, name in imports(ast.parse(path.read_text())))
         relative = str(path.relative_to(SOURCE))
-        assert not used or any(relative.startswith(place) for place in ALLOWED[library]), f"{relative} imports {library}"
+        assert not used or any(relative.startswith(place) for place in ALLOWED[library]), (
+            f"{relative} imports {library}"
+        )
 
 
 def test_imports_stand_at_the_top_of_their_file():
@@ -121,7 +134,11 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     on_disk = {file for file in tracked if not file.endswith("__init__.py") and not file.startswith(".")}
     shown = {entry for entry in told if not entry.endswith("/")}
-    collapsed = tuple(entry for entry in told if entry.endswith("/") and not any(e != entry and e.startswith(entry) for e in told))
+    collapsed = tuple(
+        entry for entry in told if entry.endswith("/") and not any(e != entry and e.startswith(entry) for e in told)
+    )
     missing = {file for file in on_disk - shown if not file.startswith(collapsed)}
-    assert not missing and not shown - on_disk, f"not in the README: {sorted(missing)}; not on disk: {sorted(shown - on_disk)}"
+    assert not missing and not shown - on_disk, (
+        f"not in the README: {sorted(missing)}; not on disk: {sorted(shown - on_disk)}"
+    )
     assert all(any(file.startswith(entry) for file in on_disk) for entry in told if entry.endswith("/"))

@@ -1,9 +1,9 @@
 """Every kind of attention against dense softmax; varlen with a kernel on the CPU that computes what flash promises."""
 
-import dense
 import pytest
 import torch
 
+import dense
 from noria import attention, kinds
 from noria.attention import sdpa, varlen
 from noria.step import Run, Span

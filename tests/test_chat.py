@@ -7,11 +7,11 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
-import test_tokenizer
-import tiny_models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+import test_tokenizer
+import tiny_models
 from noria.__main__ import main
 from noria.config import InputError, Sampling
 from noria.files.convert import convert

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 import noria.files.compact as compact_module
 import noria.files.export as export_module
 import noria.rows.desk as desk_module
-import pytest
 import small_run
 from noria.__main__ import main
 from noria.files.compact import FAN_IN, Compactor

@@ -6,10 +6,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import families
 import pytest
 import torch
 
+import families
 from noria.files.convert import convert
 
 SCRIPT = Path(__file__).parent.parent / "jobs" / "local" / "compare.py"

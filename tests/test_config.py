@@ -46,8 +46,14 @@ def test_flags_go_over_the_run_file(tmp_path):
         ("sampling = 3", "sampling is a section of the run file: write [sampling]"),
         ("[sampling]\ntemperature = '1'", "sampling.temperature is '1': it must be float"),
         ("[sampling]\nmax_new_tokens = true", "sampling.max_new_tokens is True: it must be int"),
-        ("[sampling]\nmax_new_tokens = 0", "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true"),
-        ("[sampling]\nmin_new_tokens = 300", "sampling.min_new_tokens is 300, more than max_new_tokens (256): lower it"),
+        (
+            "[sampling]\nmax_new_tokens = 0",
+            "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true",
+        ),
+        (
+            "[sampling]\nmin_new_tokens = 300",
+            "sampling.min_new_tokens is 300, more than max_new_tokens (256): lower it",
+        ),
         ("[sampling]\ntop_p = 1.5", "sampling.top_p is 1.5: it must be above 0 and at most 1"),
         ("[pipeline]\ngroups = 0", "pipeline.groups is 0: it must be at least 1"),
         ("[pipeline]\npartition = [3, 0]", "every virtual stage needs at least 1 layer"),

@@ -45,7 +45,15 @@ def test_what_is_no_walltime_is_refused(text):
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("1-02:03:04", 93784), ("02:03:04\n", 7384), ("3:04", 184), ("59", 59), ("UNLIMITED", None), ("", None), ("INVALID", None)],
+    [
+        ("1-02:03:04", 93784),
+        ("02:03:04\n", 7384),
+        ("3:04", 184),
+        ("59", 59),
+        ("UNLIMITED", None),
+        ("", None),
+        ("INVALID", None),
+    ],
 )
 def test_times_of_schedulers_may_have_days_or_be_words(text, seconds):
     assert seconds_of(text) == seconds

@@ -98,7 +98,8 @@ def test_the_citation_and_the_changelog_name_the_version_of_the_program():
 
 
 @pytest.mark.parametrize(
-    ("specifier", "expected"), [(">=4.0,<5", "4.0"), ("=3.12", "3.12"), ("==2.1", "2.1"), (">1", "1"), ("<5", None), ("", None)]
+    ("specifier", "expected"),
+    [(">=4.0,<5", "4.0"), ("=3.12", "3.12"), ("==2.1", "2.1"), (">1", "1"), ("<5", None), ("", None)],
 )
 def test_lower_bounds_are_read_from_specifiers(specifier, expected):
     assert lower_bound(specifier) == (expected and Version(expected))

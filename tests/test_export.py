@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from noria.commands import export as command
 from noria.config import InputError
 from noria.files import export as export_module
@@ -160,7 +161,10 @@ def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("out.xlsx", r"\.xlsx is not a format of export; export writes \.jsonl, \.csv, \.parquet: name the file out\.jsonl"),
+        (
+            "out.xlsx",
+            r"\.xlsx is not a format of export; export writes \.jsonl, \.csv, \.parquet: name the file out\.jsonl",
+        ),
         ("out.json", r"\.json is not a format of export; did you mean '\.jsonl'\?; export writes \.jsonl"),
         ("out", "a name without a suffix is not a format"),
     ],
@@ -214,12 +218,23 @@ def test_the_command_writes_the_file_and_says_how_many_rows(output, tmp_path, ca
 def table_rows():
     """Rows whose own columns are of every kind, here and there missing."""
     own = [
-        {"n": 1, "x": 0.5, "ok": True, "label": "a, \"b\"\nc", "mixed": 1, "list": [1, {"a": None}], "big": 2**80, "id": "mine"},
+        {
+            "n": 1,
+            "x": 0.5,
+            "ok": True,
+            "label": 'a, "b"\nc',
+            "mixed": 1,
+            "list": [1, {"a": None}],
+            "big": 2**80,
+            "id": "mine",
+        },
         {"n": None, "x": 2, "ok": False, "label": "é中😀", "mixed": "1", "list": [], "big": 1},
         {},
         {"n": -(2**63), "x": 1e300, "lone": "\ud800", "nan": float("nan")},
     ]
-    rows = [make_row(row, num_tokens=row, logprobs=row == 2) for row in range(3)] + [make_row(3, status="error", num_tokens=0)]
+    rows = [make_row(row, num_tokens=row, logprobs=row == 2) for row in range(3)] + [
+        make_row(3, status="error", num_tokens=0)
+    ]
     for row, columns in zip(rows, own, strict=True):
         row.extra = json.dumps(columns) if columns else ""
         row.text += " \r\n\t=1+1"
@@ -266,7 +281,9 @@ def test_a_parquet_file_has_columns_of_their_own_types(output, tmp_path):
         for name, value in record.items():
             if name in ("mixed", "list", "big") and value is not None:
                 value = json.loads(value)
-            assert value == (line.get(name).replace("\ud800", "\ufffd") if name == "lone" and name in line else line.get(name))
+            assert value == (
+                line.get(name).replace("\ud800", "\ufffd") if name == "lone" and name in line else line.get(name)
+            )
 
 
 def test_a_table_of_no_rows_has_its_header(output, tmp_path):

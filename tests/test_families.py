@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
+
+import families
 from families import CONFIGS
 from mpirun import describe, mpirun
-
 from noria.__main__ import main
 from noria.files.generations import open_generations
 

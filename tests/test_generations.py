@@ -10,10 +10,11 @@ import time
 import tracemalloc
 
 import h5py
-import noria.files.assemble as assemble_module
-import noria.files.generations as generations_module
 import numpy as np
 import pytest
+
+import noria.files.assemble as assemble_module
+import noria.files.generations as generations_module
 from noria.config import InputError
 from noria.files.generations import blocks, describe, open_generations
 from noria.files.merge import MissingRows, merge

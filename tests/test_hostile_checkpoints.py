@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import random
 import shutil
 import struct
 import subprocess
@@ -15,10 +14,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hostile import number, patch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from hostile import number, patch
 from noria.files.convert import convert
 from tiny_models import LLAMA, state, write_directory
 
@@ -64,7 +63,15 @@ def folder(tmp_path_factory):
 def child(folder):
     child = Child(folder)
     for _ in range(2):  # once, so that what every run needs is there before memory is measured
-        child.run("run", "--model", folder / "model.h5", "--prompts", folder / "prompts.jsonl", "--output", folder / "first.h5")
+        child.run(
+            "run",
+            "--model",
+            folder / "model.h5",
+            "--prompts",
+            folder / "prompts.jsonl",
+            "--output",
+            folder / "first.h5",
+        )
         child.run("convert", folder / "hf", folder / "first-model.h5", "--overwrite")
     yield child
     child.close()
@@ -299,7 +306,9 @@ def test_a_flipped_bit_of_any_block_is_found_before_it_is_used(folder, tmp_path,
 SIZES = [-1, 0, 2.5, "4", None, [4], {}, True, 10**9, 2**31, 2**63, 10**30, 10**4000, float("nan"), float("inf"), 1e308]
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size"]
+)
 def test_absurd_sizes_are_refused_by_name(folder, tmp_path, refuse, key):
     for size in SIZES:
         source = shutil.copytree(folder / "hf", tmp_path / "hf", dirs_exist_ok=True)
@@ -376,7 +385,9 @@ def test_an_archive_that_grows_when_it_is_opened_is_refused(folder, tmp_path, re
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
         for entry in old.infolist():
             content = old.read(entry)
-            bomb.writestr(entry.filename, content + bytes(600 << 20) if entry.filename.endswith("data.pkl") else content)
+            bomb.writestr(
+                entry.filename, content + bytes(600 << 20) if entry.filename.endswith("data.pkl") else content
+            )
     (tmp_path / "bomb").rename(file)
     assert file.stat().st_size < 2 << 20
     assert "pytorch_model.bin" in refuse("convert", source, tmp_path / "made.h5")

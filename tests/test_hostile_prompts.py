@@ -14,12 +14,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import test_tokenizer
-import tiny_models
 from h5py import h5d, h5p, h5s, h5t
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import test_tokenizer
+import tiny_models
 from noria import config as configuration
 from noria import kinds, readers
 from noria.__main__ import main

@@ -45,7 +45,9 @@ def test_a_rank_counts_the_ranks_of_its_own_host(monkeypatch):
     ],
     ids=["one core by default", "two cores", "another launcher", "asked for", "no core to spare"],
 )
-def test_a_binding_to_one_core_is_widened_only_where_nobody_asked_for_it(monkeypatch, bound, given, environment, widened):
+def test_a_binding_to_one_core_is_widened_only_where_nobody_asked_for_it(
+    monkeypatch, bound, given, environment, widened
+):
     for name in ("OMPI_COMM_WORLD_SIZE", *launcher.BINDING_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

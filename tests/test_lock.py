@@ -44,7 +44,9 @@ def test_a_lock_says_who_holds_it_and_leaves_nothing_behind(tmp_path):
 
 
 def test_another_process_is_refused_with_the_holders_words(tmp_path, holder):
-    with pytest.raises(InputError, match=r"run\.h5 is being written by a run on node4 \(process 5, since then\): wait for it"):
+    with pytest.raises(
+        InputError, match=r"run\.h5 is being written by a run on node4 \(process 5, since then\): wait for it"
+    ):
         take(tmp_path)
 
 

@@ -12,6 +12,7 @@ import time
 
 import h5py
 import pytest
+
 from noria.__main__ import main
 from noria.files.generations import open_generations
 from noria.files.merge import merge

@@ -1,18 +1,18 @@
 """Model families against transformers in float32, and against the dense float64 reference."""
 
 import copy
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import families
 import numpy as np
 import pytest
-import reference
 import safetensors
 import torch
-from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE
 
+import families
+import reference
+from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE
 from noria import models
 from noria.attention import sdpa
 from noria.blocks import layer_name
@@ -33,7 +33,7 @@ def one_thread():
         yield
 
 
-@lru_cache(maxsize=None)
+@cache
 def random_model(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model of transformers, and its tensors in float64 under the names with which transformers saves them."""
     with TemporaryDirectory() as folder:
@@ -121,7 +121,9 @@ def test_logits_are_those_of_the_dense_reference_in_float64(name):
     np.testing.assert_allclose(found.numpy(), reference.logits(config, state, token_ids), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama 3", "qwen2 with windows in its upper layers", "mixtral with a window"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "llama 3", "qwen2 with windows in its upper layers", "mixtral with a window"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_prompt_in_chunks_beside_decoding_rows_gives_what_it_gives_whole(name, dtype):
     config = CONFIGS[name]
@@ -218,7 +220,10 @@ def test_the_head_of_a_tied_model_is_its_embedding():
         (MISTRAL | {"sliding_window": -1}, ["sliding_window is -1"]),
         (QWEN2 | {"use_sliding_window": "no"}, ["use_sliding_window is 'no'"]),
         (QWEN2 | families.SLIDING | {"max_window_layers": -1}, ["max_window_layers is -1"]),
-        (QWEN2 | families.SLIDING | {"layer_types": ["full_attention"]}, ["layer_types must be 3 times full_ or sliding"]),
+        (
+            QWEN2 | families.SLIDING | {"layer_types": ["full_attention"]},
+            ["layer_types must be 3 times full_ or sliding"],
+        ),
         (QWEN2 | families.SLIDING | {"layer_types": ["linear_attention"] * 3}, ["layer_types must be 3 times"]),
         (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope type 'yarn'"]),
         (MIXTRAL | {"num_local_experts": 10**6}, ["num_local_experts is 1000000: it must be at most 4096"]),

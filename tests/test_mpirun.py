@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+
 from mpirun import RanksHung, mpirun
 
 pytestmark = pytest.mark.mpi

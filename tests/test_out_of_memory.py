@@ -1,12 +1,12 @@
 """A rank whose memory does not suffice for a microbatch cuts finer, says so, and changes no token."""
 
 import pytest
-import small_run
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import noria.models.llama
+import small_run
 from noria.__main__ import main
 from noria.engine.cuts import halved, largest, refined
 
@@ -39,7 +39,10 @@ def test_a_step_that_memory_does_not_hold_is_cut_finer_and_gives_the_same_tokens
     assert main(small_run.command(folder, "finer.h5", *FLOAT64, "--laps", "2")) == 0
     assert small_run.rows_of(folder / "finer.h5") == small_run.rows_of(folder / "undisturbed.h5")
     said = capsys.readouterr().err
-    assert "rank=0/1 out of memory with 36 tokens in a microbatch: this rank goes on with 2 microbatches of at most 18" in said
+    assert (
+        "rank=0/1 out of memory with 36 tokens in a microbatch: this rank goes on with 2 microbatches of at most 18"
+        in said
+    )
     assert said.count("out of memory") == 2, "36 -> 18 -> 9, and 9 from then on"
     assert [count for count in given if count > 10] == [36, 18]
 

@@ -8,6 +8,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+
 from noria.config import InputError
 from noria.files.generations import NewerVersion, open_generations
 from noria.files.parts import Parts, part_files, parts_folder, scan, select

@@ -6,7 +6,9 @@ from noria.config import InputError
 from noria.plan.placement import blocks_of, partition, stages_of
 
 
-@given(st.integers(1, 100), st.integers(1, 16), st.sampled_from(["greedy", "balanced"]), st.floats(0, 5), st.floats(0, 5))
+@given(
+    st.integers(1, 100), st.integers(1, 16), st.sampled_from(["greedy", "balanced"]), st.floats(0, 5), st.floats(0, 5)
+)
 def test_every_layer_is_in_exactly_one_stage_and_in_order(num_layers, num_stages, how, first, last):
     if num_stages > num_layers:
         return

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from noria import config
-from noria.blocks import ModelShape, layer_name, lay_out
+from noria.blocks import ModelShape, lay_out, layer_name
 from noria.config import InputError
 from noria.plan import planner
 from noria.plan.planner import GiB, Machine
@@ -44,14 +44,22 @@ def test_a_few_rows_get_no_more_pages_than_they_can_use():
 
 @pytest.mark.parametrize(
     ("num_ranks", "device", "flags", "groups"),
-    [(1, "cpu", {}, 1), (1, "cuda", {}, 2), (3, "cuda", {}, 4), (3, "cuda", {"blocking": True}, 3), (2, "cpu", {"groups": 7}, 7)],
+    [
+        (1, "cpu", {}, 1),
+        (1, "cuda", {}, 2),
+        (3, "cuda", {}, 4),
+        (3, "cuda", {"blocking": True}, 3),
+        (2, "cpu", {"groups": 7}, 7),
+    ],
 )
 def test_groups_keep_the_ring_full_unless_they_are_asked_for(num_ranks, device, flags, groups):
     assert make(num_ranks, Machine(device, 20 * GiB), **flags).groups == groups
 
 
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers_and_the_remedy():
-    with pytest.raises(InputError, match=r"rank 0 needs at least .* GiB .*weights 0\.\d GiB.*the limit is 100\.0 MiB: use more ranks"):
+    with pytest.raises(
+        InputError, match=r"rank 0 needs at least .* GiB .*weights 0\.\d GiB.*the limit is 100\.0 MiB: use more ranks"
+    ):
         make(gpu_memory="100MiB")
 
 

@@ -170,7 +170,9 @@ def test_under_mpirun_on_a_terminal_there_is_a_bar(tmp_path):
     draw = "from noria.progress import Progress; p = Progress(10); p.add(rows=3); p.close()"
     environment = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
     launch = f"source {environment}; stty rows 24 cols 90; timeout --foreground -k 5 30 mpirun -n 1 {sys.executable} -c '{draw}'"
-    seen = subprocess.run(["script", "-qec", f"bash -c {shlex.quote(launch)}", "/dev/null"], capture_output=True, text=True)
+    seen = subprocess.run(
+        ["script", "-qec", f"bash -c {shlex.quote(launch)}", "/dev/null"], capture_output=True, text=True
+    )
     assert "3/10 rows |" in seen.stdout
     piped = subprocess.run(["bash", "-c", launch.replace("stty rows 24 cols 90; ", "")], capture_output=True, text=True)
     assert "|" not in piped.stdout + piped.stderr

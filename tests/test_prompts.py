@@ -121,7 +121,10 @@ def test_null_is_a_key_that_is_not_given(tmp_path):
 
 
 def test_messages_are_a_conversation_and_their_prompt_is_their_json(tmp_path):
-    messages = [{"role": "user", "content": "größer", "name": "x"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    messages = [
+        {"role": "user", "content": "größer", "name": "x"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+    ]
     prompt = row_of(tmp_path, {"messages": messages})
     assert (prompt.error, prompt.messages, prompt.token_ids) == (None, messages, None)
     assert prompt.prompt == json.dumps(messages, ensure_ascii=False)
@@ -129,7 +132,9 @@ def test_messages_are_a_conversation_and_their_prompt_is_their_json(tmp_path):
 
 def test_the_parts_of_a_message_are_one_text_a_part_a_line(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert row_of(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == [{"role": "user", "content": "a\nb"}]
+    assert row_of(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == [
+        {"role": "user", "content": "a\nb"}
+    ]
 
 
 @pytest.mark.parametrize(

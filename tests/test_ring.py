@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mpirun import describe, mpirun
 
+from mpirun import describe, mpirun
 from noria import transports
 from noria.config import InputError
 from noria.engine.communication import Communication, CommunicationError

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-import small_run
-from mpirun import describe, mpirun
 
 import noria.run
+import small_run
+from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.files.parts import Parts, part_files, parts_folder
 from noria.rows.waiting import Line

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 import tiny_models
 from mpirun import describe, mpirun
-
 from noria.files.generations import open_generations
 
 MiB = 2**20

@@ -8,12 +8,12 @@ import time
 
 import h5py
 import pytest
-import small_run
-import tiny_models
 import torch
-from mpirun import describe, mpirun
 
 import noria.run
+import small_run
+import tiny_models
+from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.config import MAX_GROUPS, NOT_YET
 from noria.engine import order
@@ -314,7 +314,10 @@ def test_a_command_of_one_process_is_refused_under_mpirun_by_one_rank():
 
 @pytest.mark.parametrize(("redirection", "code"), [(">&-", 0), (">/dev/full", 1)])
 def test_a_closed_or_full_stdout_is_no_traceback(redirection, code, tmp_path):
-    convert(tiny_models.write_directory(tmp_path / "hf", tiny_models.LLAMA, tiny_models.state(tiny_models.LLAMA)), tmp_path / "m.h5")
+    convert(
+        tiny_models.write_directory(tmp_path / "hf", tiny_models.LLAMA, tiny_models.state(tiny_models.LLAMA)),
+        tmp_path / "m.h5",
+    )
     command = f"{sys.executable} -m noria inspect {tmp_path}/m.h5 {redirection}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == code, done

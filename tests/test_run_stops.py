@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import small_run
-from mpirun import ENVIRONMENT, describe, mpirun
 
 import noria.run
+import small_run
+from mpirun import ENVIRONMENT, describe, mpirun
 from noria.__main__ import main
 from noria.files.parts import Parts, part_files, parts_folder
 from noria.rows.admission import Admission
@@ -110,7 +110,14 @@ def test_a_run_stops_before_its_walltime_and_goes_on(folder, monkeypatch, capsys
 def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypatch, capsys):
     lengths = [{"token_ids": [5 + row, 6, 7], "max_new_tokens": 4} for row in range(small_run.NUM_ROWS)]
     (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lengths))
-    few = ["--step-tokens", "8", "--groups", "1", "--prompts", folder / "short.jsonl"]  # two prompts of three tokens a step
+    few = [
+        "--step-tokens",
+        "8",
+        "--groups",
+        "1",
+        "--prompts",
+        folder / "short.jsonl",
+    ]  # two prompts of three tokens a step
     left = iter([100.0] * 3 + [1e-9] * 10_000)  # the run has 100 s; after 3 looks at the clock hardly any
     run_looks = lambda self: next(left) if threading.current_thread() is threading.main_thread() else 100.0  # noqa: E731
     monkeypatch.setattr(noria.run.Stopping, "seconds_left", property(run_looks))
@@ -198,7 +205,9 @@ def test_a_line_that_goes_on_is_not_an_unchanged_row(folder, capsys):
     command = small_run.command(folder, "lines.h5", "--prompts", folder / "unended.jsonl")
     (folder / "unended.jsonl").write_text(json.dumps({"token_ids": [5, 6]}))
     assert main(command) == 0
-    (folder / "unended.jsonl").write_text(json.dumps({"token_ids": [5, 6]}) + " \n" + json.dumps({"token_ids": [7]}) + "\n")
+    (folder / "unended.jsonl").write_text(
+        json.dumps({"token_ids": [5, 6]}) + " \n" + json.dumps({"token_ids": [7]}) + "\n"
+    )
     assert main([*command, "--extend"]) == 2
     assert "holds rows of another run: prompts: " in capsys.readouterr().err
 
@@ -323,7 +332,10 @@ def test_a_disk_that_fails_ends_the_job_and_says_what_to_do(folder, action, said
     done = stopped(folder, output, "decode", action, 0, *more)
     assert done.returncode == 1, describe(done)
     assert f"rank=0/3 failed: {said}" in done.stderr, describe(done)
-    assert "rank=0/3 was on " in done.stderr and ", stage 0 (layers 0-0), waiting for results, or sealing rows, in round " in done.stderr, describe(done)
+    assert (
+        "rank=0/3 was on " in done.stderr
+        and ", stage 0 (layers 0-0), composing a step, or sealing rows, in round " in done.stderr
+    ), describe(done)
     assert all(path.stat().st_size > 1000 for path in part_files(parts_folder(folder / output)))
     goes_on(folder, output)
 
@@ -335,7 +347,9 @@ def test_a_folder_that_is_removed_under_the_run_ends_it(folder):
     gone.mkdir()
     done = stopped(folder, "gone/run.h5", "decode", "folder removed", 0)
     assert done.returncode == 1, describe(done)
-    assert "rank=0/3 failed: FileNotFoundError: [Errno 2] the sealed parts were taken away under the run: " in done.stderr
+    assert (
+        "rank=0/3 failed: FileNotFoundError: [Errno 2] the sealed parts were taken away under the run: " in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -344,7 +358,9 @@ def test_a_checkpoint_that_shrinks_under_the_run_ends_it_naming_the_block(folder
     small_run.write_model(folder, "shrinking.h5")
     done = stopped(folder, "shrinking_run.h5", "load", "truncate", 1, "--model", folder / "shrinking.h5")
     assert done.returncode == 2, describe(done)
-    found = re.search(r"noria: rank \d: .*/shrinking.h5 ends before byte \d+: it was truncated while it was read", done.stderr)
+    found = re.search(
+        r"noria: rank \d: .*/shrinking.h5 ends before byte \d+: it was truncated while it was read", done.stderr
+    )
     assert found, describe(done)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
-import tiny_models
 import torch
 import xxhash
-from mpirun import describe, mpirun
 
+import reference
+import tiny_models
+from mpirun import describe, mpirun
 from noria.files.convert import convert
 from noria.files.generations import open_generations
 

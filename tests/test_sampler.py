@@ -70,11 +70,16 @@ def test_a_row_without_finite_logits_gets_no_token():
 def test_a_row_samples_the_same_whatever_rides_beside_it():
     torch.manual_seed(0)
     logits = torch.randn(6, 40, dtype=torch.float64)
-    settings = [{"temperature": t, "top_k": k, "top_p": p} for t, k, p in [(0, 0, 1), (1, 0, 1), (1, 5, 1), (2, 0, 0.5), (0, 3, 1), (1, 4, 0.7)]]
+    settings = [
+        {"temperature": t, "top_k": k, "top_p": p}
+        for t, k, p in [(0, 0, 1), (1, 0, 1), (1, 5, 1), (2, 0, 0.5), (0, 3, 1), (1, 4, 0.7)]
+    ]
     uniforms = np.random.default_rng(1).random(6)
     sampler = Sampler(torch.device("cpu"))
     sampler.apply(Step(0, 0, admitted=tuple(Admitted(slot, (), row) for slot, row in enumerate(settings))))
     together = sampler.sample(logits, np.arange(6), uniforms, np.ones(6)).token_ids
-    alone = [sampler.sample(logits[[row]], np.array([row]), uniforms[[row]], np.ones(1)).token_ids.item() for row in range(6)]
+    alone = [
+        sampler.sample(logits[[row]], np.array([row]), uniforms[[row]], np.ones(1)).token_ids.item() for row in range(6)
+    ]
     assert together.tolist() == alone
     assert together[0] == logits[0].argmax() and together[4] == logits[4].argmax()

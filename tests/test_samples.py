@@ -200,7 +200,9 @@ class Scores(Engine):
 @given(st.data())
 def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):
     limits = Limits(data.draw(st.integers(1, 3)), 30, *data.draw(BUDGETS), 1, 64)
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["alone", "and more", "no"])), max_size=8))
+    shapes = data.draw(
+        st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["alone", "and more", "no"])), max_size=8)
+    )
     kinds = {
         "alone": {"max_new_tokens": 0, "logprobs": 0},
         "and more": {"max_new_tokens": 5, "prompt_logprobs": True, "n": 3},

@@ -52,7 +52,9 @@ def test_the_run_file_that_is_stored_gives_the_run_again():
     keys = {"stop": ['a\n"', "😀"], "logit_bias": {"5": -3.0}, "n": 3, "logprobs": 5, "stop_token_ids": [4]}
     run = config.load(None, NEEDED | keys)
     again = tomllib.loads(run.to_toml())
-    assert config.load(None, {**{k: v for k, v in again.items() if not isinstance(v, dict)}, **again["sampling"]}) == run
+    assert (
+        config.load(None, {**{k: v for k, v in again.items() if not isinstance(v, dict)}, **again["sampling"]}) == run
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
 import xxhash
-from mpirun import describe, mpirun
 from safetensors.torch import load_file
-from test_row_settings import reference as processed
-from test_row_settings import warped
 from tokenizers import Tokenizer
 
+import reference
+from mpirun import describe, mpirun
 from noria.config import InputError, Sampling
 from noria.files.convert import convert
 from noria.files.generations import open_generations
@@ -24,6 +22,8 @@ from noria.files.parts import Parts
 from noria.launch.mpi import Solo
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
+from test_row_settings import reference as processed
+from test_row_settings import warped
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))
 from sampling_worker import CASES, generate  # noqa: E402

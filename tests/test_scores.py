@@ -3,12 +3,12 @@
 import h5py
 import numpy as np
 import pytest
-from output_rows import as_tuple, fill, make_row
 
 from noria.config import InputError
 from noria.files.generations import describe, open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
+from output_rows import as_tuple, fill, make_row
 
 
 def scored_row(row, top, prompt=False, dtype=np.float32, sample=0):

@@ -5,8 +5,9 @@ import os
 import shutil
 
 import h5py
-import noria.run
 import pytest
+
+import noria.run
 import small_run
 from noria.__main__ import main
 from noria.files.generations import describe
@@ -86,7 +87,7 @@ def test_a_finished_output_tells_of_all_its_jobs_and_goes_on_counting_when_it_is
 
 
 def test_a_job_of_another_run_that_finished_nothing_is_forgotten(output):
-    for header, rows in ((HEADER | {"prompts": "old"}, []), (HEADER | {"sampling.seed": 6}, []), (HEADER, [])):
+    for header in (HEADER | {"prompts": "old"}, HEADER | {"sampling.seed": 6}, HEADER):
         parts = Parts(output, header)
         parts.begin(facts("1"))
     assert len(read_segments(parts.folder)) == 2, "a seed that was drawn anew is the same run"

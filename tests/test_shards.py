@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import small_run
 from mpirun import describe, mpirun
-
 from noria.__main__ import main
 from noria.config import InputError, load, parse_shard, shard_rows
 from noria.files.generations import open_generations

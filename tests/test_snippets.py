@@ -3,13 +3,14 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
-from output_rows import fill, make_row
 
 from noria.files.merge import merge
 from noria.files.parts import Parts
+from output_rows import fill, make_row
 
 PANDAS = """
 import h5py, pandas
@@ -30,6 +31,12 @@ tokens <- file[["tokens"]][]
 first <- tokens[seq_len(offsets[2])]
 """
 ROWS = [make_row(row, num_tokens=row + 2, status="error" if row == 3 else "done") for row in range(6)]
+
+
+def test_the_readme_shows_what_is_run_here():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(snippet.strip() in readme for snippet in (PANDAS, H5DUMP, R))
+    assert "MEASURED_TABLE" not in readme and "_LINE\n" not in readme, "a figure is missing"
 
 
 @pytest.fixture

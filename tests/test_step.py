@@ -24,7 +24,11 @@ STEP = Step(
 def test_a_header_decodes_to_the_step_that_it_encodes(step):
     again = Step.decode(step.encode())
     for name, value in vars(step).items():
-        assert np.array_equal(getattr(again, name), value) if isinstance(value, np.ndarray) else getattr(again, name) == value
+        assert (
+            np.array_equal(getattr(again, name), value)
+            if isinstance(value, np.ndarray)
+            else getattr(again, name) == value
+        )
 
 
 def test_a_result_keeps_every_token_id():

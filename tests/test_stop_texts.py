@@ -98,7 +98,9 @@ def test_bytes_that_never_become_a_character_do_not_hide_what_follows():
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from([*byte_tokens("aé😀中b"), *TOKENIZER.encode("and the LORD said. aaab")]), max_size=30),
-    st.lists(st.sampled_from(["a", "é", "😀中", "aa", " the L", "b😀", "and", "D s", ".", "中a"]), min_size=1, max_size=3),
+    st.lists(
+        st.sampled_from(["a", "é", "😀中", "aa", " the L", "b😀", "and", "D s", ".", "中a"]), min_size=1, max_size=3
+    ),
 )
 def test_any_tokens_stop_where_decoding_everything_anew_would_stop_them(token_ids, texts):
     assert grow(token_ids, texts) == expected(token_ids, texts)

@@ -48,9 +48,7 @@ def byte_level(specials=("<s>", "</s>", "<|end|>")):
 
 def byte_level_with_bos():
     backend = byte_level()
-    backend.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), bos_template(backend)]
-    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_template(backend)])
     return backend
 
 

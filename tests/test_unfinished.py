@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 import noria.files.sealed as sealed
 import noria.files.unfinished as unfinished_module
-import pytest
 from noria.__main__ import main
 from noria.files.compact import Compactor
 from noria.files.merge import merge

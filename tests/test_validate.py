@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import small_run
 import test_tokenizer
 import tiny_models
-
 from noria.__main__ import main
 from noria.commands import validate
 from noria.files.convert import convert

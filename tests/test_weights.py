@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from noria.engine.weights import Weights, cast_block, views
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
@@ -35,7 +35,10 @@ def test_every_parameter_is_the_checkpoints_in_the_runs_dtype(model, dtype):
 def test_a_rank_reads_its_own_blocks_alone(model):
     checkpoint, _ = model
     read = []
-    original, checkpoint.read_block = checkpoint.read_block, lambda name, into: (read.append(name), original(name, into))
+    original, checkpoint.read_block = (
+        checkpoint.read_block,
+        lambda name, into: (read.append(name), original(name, into)),
+    )
     weights = Weights(checkpoint, ["layers/0001"], "float32", CPU)
     assert read == ["layers/0001"]
     assert weights.nbytes == checkpoint.blocks["layers/0001"].nbytes

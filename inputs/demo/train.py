@@ -205,7 +205,7 @@ def show_samples(model, tokenizer):
         ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
         ended = "EOS" if out[0, -1] == EOS_ID else "length"
-        print(f"--- {prompt!r} [{ended}]\n{tokenizer.decode(out[0, ids.shape[1]:].tolist())}", flush=True)
+        print(f"--- {prompt!r} [{ended}]\n{tokenizer.decode(out[0, ids.shape[1] :].tolist())}", flush=True)
 
 
 def parse_options():

@@ -54,7 +54,9 @@ def padded(model, work: list[dict], order: str, batch_size: int) -> tuple[float,
         mask = torch.tensor([[0] * (width - len(row["token_ids"])) + [1] * len(row["token_ids"]) for row in batch])
         limit = max(row["max_new_tokens"] for row in batch)
         settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, min_new_tokens=limit, **settings)
+        found = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=limit, min_new_tokens=limit, **settings
+        )
         for row, new in zip(numbers[first : first + batch_size], found[:, width:].tolist(), strict=True):
             tokens[row] = new[: work[row]["max_new_tokens"]]
     return time.perf_counter() - started, tokens
@@ -62,7 +64,16 @@ def padded(model, work: list[dict], order: str, batch_size: int) -> tuple[float,
 
 def noria(folder: Path, threads: int) -> tuple[float, dict]:
     """Seconds from the first step to the last of one rank, and the tokens by row."""
-    command = [sys.executable, "-m", "noria", "run", "--model", folder / "model.h5", "--prompts", folder / "prompts.jsonl"]
+    command = [
+        sys.executable,
+        "-m",
+        "noria",
+        "run",
+        "--model",
+        folder / "model.h5",
+        "--prompts",
+        folder / "prompts.jsonl",
+    ]
     command += ["--output", folder / "run.h5", "--ignore-eos", "--device", "cpu", "--overwrite"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, env=environment)
@@ -103,7 +114,10 @@ def main() -> None:
         "transformers_tokens_per_second": round(useful / peers[best], 1),
         "transformers_best": f"sorted by {best} a batch",
         "ratio": round(peers[best] / min(ours, again), 2),
-        "all_seconds": {"noria": [round(ours, 1), round(again, 1)], **{key: round(value, 1) for key, value in peers.items()}},
+        "all_seconds": {
+            "noria": [round(ours, 1), round(again, 1)],
+            **{key: round(value, 1) for key, value in peers.items()},
+        },
         "rows_with_the_same_tokens": f"{same}/{len(work)}",
     }
     print(json.dumps(line))

@@ -44,8 +44,24 @@ def write_inputs(folder: Path, shape: dict, num_prompts: int, length: int) -> No
 
 def run(folder: Path, ranks: int, max_new_tokens: int, flags: list[str]) -> dict:
     """One job; what its output measured."""
-    noria = [sys.executable, "-m", "noria", "run", "--random-weights", folder / "config.json", "--ignore-eos", "--overwrite"]
-    files = ["--prompts", folder / "prompts.jsonl", "--output", folder / "run.h5", "--max-new-tokens", str(max_new_tokens)]
+    noria = [
+        sys.executable,
+        "-m",
+        "noria",
+        "run",
+        "--random-weights",
+        folder / "config.json",
+        "--ignore-eos",
+        "--overwrite",
+    ]
+    files = [
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--output",
+        folder / "run.h5",
+        "--max-new-tokens",
+        str(max_new_tokens),
+    ]
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     subprocess.run([*launch, *noria, *files, *flags], check=True, timeout=560)
     with h5py.File(folder / "run.h5") as output:

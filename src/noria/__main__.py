@@ -56,7 +56,9 @@ def _command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
     if name != "run" and mpi.launched() > 1:
-        raise InputError(f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)")
+        raise InputError(
+            f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)"
+        )
     command = importlib.import_module(f"noria.commands.{name}")
     parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)

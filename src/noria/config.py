@@ -93,7 +93,9 @@ class Pipeline:
 class Placement:
     """Where bytes live. All sizes are per rank."""
 
-    gpu_memory: str | None = key('memory of the device that a rank may use, such as "16GiB" (default: 90 % of what is free)')
+    gpu_memory: str | None = key(
+        'memory of the device that a rank may use, such as "16GiB" (default: 90 % of what is free)'
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Config:
     model: str | None = key("checkpoint made by noria convert")
     prompts: str | None = key("file of prompts: .jsonl or .txt")
     output: str | None = key("HDF5 file for the generations")
-    dtype: str = key("numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES))
+    dtype: str = key(
+        "numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES)
+    )
     device: str = key("auto takes the GPU where there is one", "auto", ("auto", "cuda", "cpu"))
     sampling: Sampling = field(default_factory=Sampling)
     pipeline: Pipeline = field(default_factory=Pipeline)
@@ -205,7 +209,9 @@ def _read(path: str | Path) -> dict:
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_RUN_FILE + 1)
-        require(len(text) <= MAX_RUN_FILE, f"run file {path} is longer than {MAX_RUN_FILE} bytes: is it the right file?")
+        require(
+            len(text) <= MAX_RUN_FILE, f"run file {path} is longer than {MAX_RUN_FILE} bytes: is it the right file?"
+        )
         dots = max(map(lambda piece: piece.count(b"."), re.split(rb"[={},\[\]\n]", text)))
         require(dots <= _MAX_DOTS, f"run file {path} has a key of more than {_MAX_DOTS} parts")
         return tomllib.loads(text.decode())
@@ -244,19 +250,27 @@ def _value(prefix: str, kind: type, name: str, value):
         if other and name in NOT_YET[other].split():
             raise InputError(f"{other}.{name} is not in this version of Noria yet")
         if other or name in types_of(Config):
-            raise InputError(f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}")
+            raise InputError(
+                f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}"
+            )
         everything = [*known, *SECTIONS] if kind is Config else known
         raise InputError(f"unknown key {prefix}{name[:100]}{nearest(name[:100], everything)}")
     value = checked(value, known[name], prefix + name)
     choices = next(f for f in fields(kind) if f.name == name).metadata["choices"]
     if choices and value not in choices:
-        raise InputError(f"{prefix}{name} is {value!r}{nearest(str(value), choices)}; it is one of {', '.join(choices)}")
+        raise InputError(
+            f"{prefix}{name} is {value!r}{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
+        )
     return value
 
 
 def parse_nbytes(text: str, name: str) -> int:
     """Bytes of a size such as `16GiB`, `500MB` or `1048576`. Raises InputError that names the key."""
-    units = {"": 1, "B": 1} | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    units = (
+        {"": 1, "B": 1}
+        | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+        | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    )
     digits = text.strip().rstrip("BKMGTi ")
     unit = text.strip()[len(digits) :].strip()
     try:

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 
 from noria import attention, kinds, streams, transports
-from noria.blocks import Block, ModelShape
-from noria.config import Config, InputError, require
+from noria.blocks import ModelShape
+from noria.config import Config, InputError
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.heartbeat import SILENCE
 from noria.engine.kv_cache import KvCache
@@ -18,11 +17,8 @@ from noria.engine.ring import open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
 from noria.engine.weights import TORCH_DTYPES, Weights
-from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.lock import OutputLock
-from noria.files.output import probe_output, reopen
 from noria.files.provenance import now, provenance, segment_of
-from noria.files.random_weights import random_checkpoint
 from noria.launch import deadline, launcher, mpi
 from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
@@ -30,20 +26,8 @@ from noria.launch.watchdog import Watchdog
 from noria.plan import planner
 from noria.plan.placement import blocks_of, stages_of
 from noria.progress import log
-from noria.rows.desk import Desk, check_finished, check_shard, header
-from noria.rows.prompts import content_hash, count
-
-
-@dataclass(frozen=True)
-class Work:
-    """What rank 0 found in the user's files before anything was allocated."""
-
-    state: str  # of the output: absent, parts or finished
-    num_rows: int
-    shape: ModelShape
-    blocks: dict[str, Block]
-    dtype: str
-    prompts_hash: str
+from noria.rows.desk import Desk
+from noria.rows.examination import Work, examine, open_model
 
 
 def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals | None = None) -> int:
@@ -54,7 +38,9 @@ def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals
     with contextlib.ExitStack() as held:
         stopping = None
         if comm.Get_rank() == 0:
-            stopping = held.enter_context(Stopping(signals, deadline.find(config.job.walltime, watchdog.began), watchdog))
+            stopping = held.enter_context(
+                Stopping(signals, deadline.find(config.job.walltime, watchdog.began), watchdog)
+            )
         place = launcher.place(comm)
         launcher.set_threads(place)
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
@@ -84,7 +70,7 @@ def _generate(
     plan = mpi.on_first_rank(
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
-    watchdog.stage = _stage_words(plan, rank)
+    watchdog.stage = plan.stage_words(rank)
     devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)
     segment = segment_of(os.environ, hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
@@ -99,7 +85,9 @@ def _generate(
         on_error.callback(ring.abandon)
         ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
         watchdog.doing = "loading its weights"
-        weights = mpi.on_every_rank(comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2))
+        weights = mpi.on_every_rank(
+            comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2)
+        )
         executor = build(plan, checkpoint.shape, weights, ring, rank, device)
         next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
         comm.Barrier()
@@ -138,21 +126,6 @@ def _own(config: Config, host: str) -> OutputLock:
     return OutputLock(config.output, holder, lambda message: log(0, 1, message))
 
 
-def examine(config: Config, num_ranks: int, device: str) -> Work:
-    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
-    num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
-    with contextlib.closing(open_model(config, _dtype(config, None, device))) as checkpoint:
-        planner.check(config, num_ranks, checkpoint.shape.num_layers)
-        dtype = _dtype(config, checkpoint.dtype, device)
-        check_shard(config)
-        # Last, because it moves an old output aside where the user asks for it.
-        state = probe_output(config.output, config.job.overwrite)
-        if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
-            reopen(config.output)
-            state = "parts"
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
-
-
 def _check_same(comm, hosts: list[str], config: Config, checkpoint) -> None:
     """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name."""
     seen = comm.allgather((checkpoint.nbytes, checkpoint.header_hash))
@@ -167,13 +140,8 @@ def _check_same(comm, hosts: list[str], config: Config, checkpoint) -> None:
 
 def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, seconds: float) -> None:
     """Ends the job when a rank has not been heard of."""
-    who = f"rank {rank} on {hosts[rank]}, {_stage_words(plan, rank)}"
+    who = f"rank {rank} on {hosts[rank]}, {plan.stage_words(rank)}"
     watchdog.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
-
-
-def _stage_words(plan: planner.Plan, rank: int) -> str:
-    layers = ", ".join(f"{first}-{last - 1}" for first, last in plan.stages[rank :: plan.num_ranks])
-    return f"stage {rank} (layers {layers})"
 
 
 def load(plan: planner.Plan, checkpoint, rank: int, device: torch.device) -> Weights:
@@ -188,7 +156,17 @@ def build(plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: i
     layers = [layer for stage in stages for layer in stage]
     cache = KvCache(shape, layers, plan.num_pages, dtype, device)
     kind = attention.choose(device, dtype, shape.head_dim)
-    stage = Stage(model, kind, shape, weights, cache, Sampler(device), dtype, device, lambda message: log(rank, plan.num_ranks, message))
+    stage = Stage(
+        model,
+        kind,
+        shape,
+        weights,
+        cache,
+        Sampler(device),
+        dtype,
+        device,
+        lambda message: log(rank, plan.num_ranks, message),
+    )
     return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams.streams_of(device))
 
 
@@ -207,27 +185,6 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, d
         streams.streams_of(device),
         plan.blocking,
     )
-
-
-def open_model(config: Config, dtype: str | None):
-    """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
-    if config.job.random_weights is None:
-        model = Path(config.model)
-        found = "is a folder" if model.is_dir() else "does not exist"
-        require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
-        return open_checkpoint(config.model)
-    try:
-        text = Path(config.job.random_weights).read_bytes()
-    except OSError as error:
-        raise InputError(f"random_weights {config.job.random_weights}: {error.strerror}") from error
-    return random_checkpoint(parse_json(text, config.job.random_weights), dtype)
-
-
-def _dtype(config: Config, stored: str | None, device: str) -> str:
-    """The run's dtype: what was asked, else the checkpoint's on a GPU and float32 on a CPU."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if device == "cpu" else stored or "bfloat16"
 
 
 def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:

@@ -131,9 +131,7 @@ class Step:
         for (name, dtype), size in zip(_ARRAYS, words["sizes"], strict=True):
             arrays[name] = np.frombuffer(header, dtype, size, end)
             end += arrays[name].nbytes
-        return cls(
-            words["round"], words["group"], Word(words["word"]), tuple(words["released"]), admitted, **arrays
-        )
+        return cls(words["round"], words["group"], Word(words["word"]), tuple(words["released"]), admitted, **arrays)
 
 
 _RESULT = (

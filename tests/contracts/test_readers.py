@@ -20,7 +20,6 @@ from noria.readers import BadRow
 pyarrow = pytest.importorskip("pyarrow")
 
 
-
 def as_csv(prompts, delimiter=",", more=()):
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
@@ -38,7 +37,9 @@ def as_hdf5(prompts):
 def as_parquet(prompts):
     parquet = pytest.importorskip("pyarrow.parquet")
     content = io.BytesIO()
-    parquet.write_table(pyarrow.table({"prompt": pyarrow.array(list(prompts), pyarrow.string())}), content, row_group_size=1000)
+    parquet.write_table(
+        pyarrow.table({"prompt": pyarrow.array(list(prompts), pyarrow.string())}), content, row_group_size=1000
+    )
     return content.getvalue()
 
 
@@ -50,7 +51,14 @@ WRITE = {
     "hdf5": as_hdf5,
     "parquet": as_parquet,
 }
-PROMPTS = ["one", " two ", "größer 東京 🎉", 'with\ttab, "quotes" and \\', "no line ends: \u2028 \x0b \x85", "x" * 2**20]
+PROMPTS = [
+    "one",
+    " two ",
+    "größer 東京 🎉",
+    'with\ttab, "quotes" and \\',
+    "no line ends: \u2028 \x0b \x85",
+    "x" * 2**20,
+]
 ALL = [(name, suffix) for name in kinds.names("readers") for suffix in kinds.load("readers", name).SUFFIXES]
 CASES = [case for case in ALL if case[0] not in ("hdf5", "parquet")]  # kinds of text, whose rows are lines
 HEADER_LINES = {"csv": 1}
@@ -197,7 +205,8 @@ def test_cells_of_a_table_are_values_where_the_key_has_one_and_text_elsewhere(tm
     header = "id,prompt,temperature,max_new_tokens,chat,stop,system,label,messages,token_ids"
     rows = table(
         tmp_path,
-        header + '\n7,"say ""hi"", 5",0.5,3,True,".",5,08,,\n,,,,false,"["".""]",,"[1]","[{}]","[1, 2]"\nx,y,hot,3.0,,,,,,[\n',
+        header
+        + '\n7,"say ""hi"", 5",0.5,3,True,".",5,08,,\n,,,,false,"["".""]",,"[1]","[{}]","[1, 2]"\nx,y,hot,3.0,,,,,,[\n',
     )
     names = header.split(",")
     assert rows[0] == dict(zip(names, ["7", 'say "hi", 5', 0.5, 3, True, ".", "5", "08", None, None], strict=True))
@@ -316,7 +325,16 @@ def request(tmp_path, body, **more):
 
 
 def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
-    body = {"model": "m", "messages": TALK, "temperature": 0.5, "stop": "x", "n": 2, "seed": 4, "max_tokens": 9, "top_p": 1}
+    body = {
+        "model": "m",
+        "messages": TALK,
+        "temperature": 0.5,
+        "stop": "x",
+        "n": 2,
+        "seed": 4,
+        "max_tokens": 9,
+        "top_p": 1,
+    }
     row = request(tmp_path, body, label=7)
     expected = {"id": "a-1", "url": REQUEST["url"], "model": "m", "messages": TALK, "max_new_tokens": 9, "label": 7}
     assert row == expected | {name: body[name] for name in ("temperature", "stop", "n", "seed", "top_p")}
@@ -336,7 +354,7 @@ def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
         ({"messages": TALK, "tools": [{}]}, {}, "line 1: body.tools is not in this version"),
         ({"messages": TALK, "stream": True}, {}, "body.stream"),
         ({"messages": TALK, "response_format": {"type": "json_object"}}, {}, "body.response_format"),
-        ({"input": "x"}, {"url": "/v1/embeddings"}, "url is \"/v1/embeddings\""),
+        ({"input": "x"}, {"url": "/v1/embeddings"}, 'url is "/v1/embeddings"'),
         ([], {}, "body is list"),
         (None, {}, "body is NoneType"),
     ],
@@ -351,7 +369,9 @@ def test_a_request_that_cannot_be_honoured_is_refused_by_name(tmp_path, body, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".txt", ".csv", ".h5", ".parquet"])
 def test_memory_stays_flat_over_many_rows(tmp_path, suffix):
-    name = kinds.names("readers")[[suffix in kinds.load("readers", n).SUFFIXES for n in kinds.names("readers")].index(True)]
+    name = kinds.names("readers")[
+        [suffix in kinds.load("readers", n).SUFFIXES for n in kinds.names("readers")].index(True)
+    ]
     path = write(tmp_path / f"many{suffix}", WRITE[name](f"short prompt {row}" for row in range(120_000)))
     program = """if True:
         import sys

@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from mpirun import describe, mpirun
 
+from mpirun import describe, mpirun
 from noria import attention, kinds
 from noria.blocks import layer_name
 from noria.engine.kv_cache import KvCache

@@ -12,7 +12,13 @@ VOCAB, ROWS = 32_000, 96
 KINDS = [
     {"temperature": 0.0},
     {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "logprobs": 4},
-    {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "prompt_length": 8},
+    {
+        "temperature": 1.0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "prompt_length": 8,
+    },
     {"temperature": 0.0, "logit_bias": {"5": 9.0, "31999": 3.5}, "banned": [2, 7], "min_new_tokens": 99, "logprobs": 0},
 ]
 

@@ -1,9 +1,9 @@
 """Attention on a CUDA device: torch's flash kernels and sdpa against dense softmax, without waiting for the device."""
 
-import dense
 import pytest
 import torch
 
+import dense
 from noria import attention
 from noria.attention import sdpa, varlen
 

@@ -71,7 +71,9 @@ def _reader(kind, is_text: bool):
             return text
         try:
             if dict in kinds:
-                return {name.strip(): float(value) for name, _, value in (one.partition("=") for one in text.split(","))}
+                return {
+                    name.strip(): float(value) for name, _, value in (one.partition("=") for one in text.split(","))
+                }
             if list in kinds and text.replace(",", "").isdigit():
                 return [int(part) for part in text.split(",")]
             return number(text)

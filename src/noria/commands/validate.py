@@ -17,10 +17,10 @@ from noria.files.atomic import check_folder
 from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
+from noria.rows.examination import open_model
 from noria.rows.prompts import count, open_prompts
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.validation import Findings, Limits, examine
-from noria.run import open_model
 from noria.text import plural, printable
 
 

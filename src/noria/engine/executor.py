@@ -32,7 +32,6 @@ class Executor:
         self._stage, self._stages, self._ring = stage, stages, ring
         self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
         self._groups, self._streams = groups, streams
-        self._between = "waiting for results, or sealing rows," if rank == 0 else "waiting for the next step"
         self.timing = Timing()
         self._at: tuple[int, int, int] | None = None
         self._doing = "computing"
@@ -45,7 +44,7 @@ class Executor:
         return f"{self._doing} in round {round}, lap {lap}, group {group}"
 
     @torch.inference_mode()
-    def run(self, next_step: Callable[[int, int], Step]) -> Timing:
+    def run(self, next_step: "NextStep") -> Timing:
         """All rounds, until every header of one says STOP."""
         started = time.perf_counter()
         steps: list[Prepared | None] = [None] * self._groups
@@ -55,7 +54,7 @@ class Executor:
                 for group in range(self._groups):
                     self._at = round, lap, group
                     if lap == 0:
-                        step = self._wait(self._between, next_step, round, group)
+                        step = self._next(next_step, round, group)
                         stopped += step.word is Word.STOP
                         steps[group] = self._stage.prepare(step)
                         self.timing.tokens += step.num_tokens
@@ -88,25 +87,35 @@ class Executor:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return host.copy_(values, non_blocking=True)
 
-    def _wait(self, doing: str, call: Callable, *arguments):
-        before, self._doing = time.perf_counter(), doing
-        value = call(*arguments)
+    def _next(self, next_step: "NextStep", round: int, group: int) -> Step:
+        self._doing = "composing a step, or sealing rows,"
+        step = next_step(round, group, self._wait)
         self._doing = "computing"
+        return step
+
+    def _wait(self, doing: str, call: Callable, *arguments):
+        """What `call` returns; the time that it takes counts as waiting for the ring."""
+        before, self._doing, done_before = time.perf_counter(), doing, self._doing
+        value = call(*arguments)
+        self._doing = done_before
         self.timing.waited += time.perf_counter() - before
         return value
 
 
-def lead(
-    ring, admission, groups: int, after_step: Callable[[], None], lock=contextlib.nullcontext()
-) -> Callable[[int, int], Step]:
+# A source of steps: next_step(round, group, wait), where wait(words, call, *arguments) is how it waits for the ring.
+NextStep = Callable[[int, int, Callable], Step]
+
+
+def lead(ring, admission, groups: int, after_step: Callable[[], None], lock=contextlib.nullcontext()) -> NextStep:
     """Rank 0's source of steps: takes the group's last result in, composes its next step and sends the header ahead.
 
     `lock` is held while the admission is touched, and never while this rank waits.
     """
     under_way: list[Step | None] = [None] * groups
 
-    def next_step(round: int, group: int) -> Step:
-        result = ring.receive_result(group) if under_way[group] is not None else None
+    def next_step(round: int, group: int, wait: Callable) -> Step:
+        expected = under_way[group] is not None
+        result = wait("waiting for results", ring.receive_result, group) if expected else None
         with lock:
             if result is not None:
                 admission.apply(under_way[group], result)
@@ -119,6 +128,6 @@ def lead(
     return next_step
 
 
-def follow(ring) -> Callable[[int, int], Step]:
+def follow(ring) -> NextStep:
     """The other ranks' source of steps: the headers, in the order in which rank 0 sent them."""
-    return lambda round, group: ring.receive_header(group)
+    return lambda round, group, wait: wait("waiting for the next step", ring.receive_header, group)

@@ -24,9 +24,7 @@ def beat(transport, place: Place, silence: float, ending: Callable[[], bool]) ->
     yield from transport.send_bytes(_LAST, place.next, tag(BEAT))
 
 
-def listen(
-    transport, place: Place, silence: float, lost: Callable[[int, float], None]
-) -> Generator[None, None, None]:
+def listen(transport, place: Place, silence: float, lost: Callable[[int, float], None]) -> Generator[None, None, None]:
     """Hears the previous rank's beats until its last one; calls `lost(rank, seconds)` once when they stay away."""
     last = time.monotonic()
     look, quiet = last, 0.0

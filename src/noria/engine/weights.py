@@ -51,7 +51,11 @@ class Weights:
                 read["tokens"] = self._parameters["head"]["lm_head"]
             self._parameters[name] = read
             loaded(checkpoint.blocks[name].nbytes)
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for b in self._parameters.values() for p in b.values()}
+        storages = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+            for b in self._parameters.values()
+            for p in b.values()
+        }
         self.nbytes = sum(storages.values())
 
     def wait(self, name: str) -> dict[str, torch.Tensor]:

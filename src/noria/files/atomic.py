@@ -54,12 +54,14 @@ def check_folder(path: Path) -> None:
 class GuardedFile:
     """A new file for HDF5 to write to (a file object of h5py): a failed write is kept, and HDF5 is told all is well.
 
-    HDF5 does not survive a full disk: it goes on with a file that it cannot flush, and ends in a segmentation fault.
-    Call `check` after each block of writes and when HDF5 has closed the file. A context manager.
+    HDF5 does not survive a full disk: it goes on with a file that it cannot flush, and ends in a segmentation fault. What
+    the disk did not take stays in memory until the end, so that HDF5 reads back what it wrote: call `check` after each
+    block of writes, which bounds it, and when HDF5 has closed the file. A context manager.
     """
 
     def __init__(self, path: Path):
-        self.path, self.error, self.place = path, None, 0
+        self.path, self.error, self.place, self.end = path, None, 0, 0
+        self.not_taken: list[tuple[int, bytes]] = []  # (offset, bytes), in the order of the writes
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def __enter__(self) -> "GuardedFile":
@@ -74,7 +76,7 @@ class GuardedFile:
             raise OSError(self.error.errno, f"{self.error.strerror} ({remedy})", str(self.path)) from self.error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: os.fstat(self.handle).st_size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.end}[whence]
         self.place = start + offset
         return self.place
 
@@ -82,7 +84,14 @@ class GuardedFile:
         return self.place
 
     def readinto(self, buffer) -> int:
-        count = os.preadv(self.handle, [buffer], self.place)
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self.end - self.place))
+        found = os.preadv(self.handle, [view[:count]], self.place)
+        view[found:count] = bytes(count - found)
+        for offset, data in self.not_taken:
+            start, stop = max(offset, self.place), min(offset + len(data), self.place + count)
+            if start < stop:
+                view[start - self.place : stop - self.place] = data[start - offset : stop - offset]
         self.place += count
         return count
 
@@ -91,13 +100,16 @@ class GuardedFile:
         done = 0
         while self.error is None and done < len(view):
             done += self._try(os.pwrite, view[done:], self.place + done) or 0
+        if done < len(view):
+            self.not_taken.append((self.place + done, bytes(view[done:])))
         self.place += len(view)
+        self.end = max(self.end, self.place)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        size = self.place if size is None else size
-        self._try(os.ftruncate, size)
-        return size
+        self.end = self.place if size is None else size
+        self._try(os.ftruncate, self.end)
+        return self.end
 
     def flush(self) -> None:
         pass

@@ -29,7 +29,14 @@ from noria.text import plural, printable
 
 __all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
 
-_TOLD = ("format", "version", "complete", "checksums", "segments", "shards")  # attributes that describe says in its own words
+_TOLD = (
+    "format",
+    "version",
+    "complete",
+    "checksums",
+    "segments",
+    "shards",
+)  # attributes that describe says in its own words
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
 

@@ -61,14 +61,18 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise InputError(f"output {output}: {path} cannot be written ({reason}): it belongs to another user's job") from error
+            raise InputError(
+                f"output {output}: {path} cannot be written ({reason}): it belongs to another user's job"
+            ) from error
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             said = os.pread(handle, 4096, 0)
             os.close(handle)
             if error.errno in _HELD:
-                raise InputError(f"output {output} is being written by {_words(said)}: wait for it, or name another output") from None
+                raise InputError(
+                    f"output {output} is being written by {_words(said)}: wait for it, or name another output"
+                ) from None
             if error.errno not in _NO_LOCKS:
                 raise
             report(f"{path.parent} has no file locks: a second job on {output} would not be noticed")

@@ -132,8 +132,11 @@ class Parts:
 
     def done(self) -> set[tuple[int, int]]:
         """(row, sample) of every row that is done, errors left out, in a sealed part."""
-        done = STATUS.index("done")
-        return {pair for part in self.parts for pair in zip(*(a[part.status == done].tolist() for a in (part.row, part.sample)))}
+        found = set()
+        for part in self.parts:
+            done = part.status == STATUS.index("done")
+            found |= set(zip(part.row[done].tolist(), part.sample[done].tolist(), strict=True))
+        return found
 
     @property
     def num_finished(self) -> int:

@@ -52,7 +52,11 @@ def _widen(local_rank: int, ranks_on_host: int) -> None:
     A rank computes in one thread and talks to MPI in another: on one core each would wait for the other.
     """
     bound = os.sched_getaffinity(0)
-    if len(bound) > 1 or "OMPI_COMM_WORLD_SIZE" not in os.environ or any(name in os.environ for name in BINDING_VARIABLES):
+    if (
+        len(bound) > 1
+        or "OMPI_COMM_WORLD_SIZE" not in os.environ
+        or any(name in os.environ for name in BINDING_VARIABLES)
+    ):
         return
     cores = sorted(os.sched_getaffinity(os.getppid()))
     share = len(cores) // ranks_on_host
@@ -71,12 +75,16 @@ def device_of(config: Config, place: Place) -> torch.device:
     if config.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        given = [name for name in GPU_VARIABLES if os.environ.get(name)] or [p for p in ("/dev/nvidia0",) if os.path.exists(p)]
+        given = [name for name in GPU_VARIABLES if os.environ.get(name)] or [
+            p for p in ("/dev/nvidia0",) if os.path.exists(p)
+        ]
         if config.device == "auto" and not given:
             return torch.device("cpu")
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no GPU"
         seen = f"; {given[0]} says there is one" if given else ""
-        raise InputError(f"device = {config.device!r} on {place.host}: {reason}{seen}: mend that, or run with --device cpu")
+        raise InputError(
+            f"device = {config.device!r} on {place.host}: {reason}{seen}: mend that, or run with --device cpu"
+        )
     return torch.device("cuda", place.local_rank % torch.cuda.device_count())
 
 

@@ -29,7 +29,9 @@ class Stopping:
     def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
         self._signals, self._deadline, self._watchdog = signals, deadline, watchdog
         part, least, most = MARGIN
-        self.margin = min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
+        self.margin = (
+            min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
+        )
         self.seal: Callable[[str], tuple[str, float]] | None = None
         self.merging = False
         self.reason = ""
@@ -62,7 +64,9 @@ class Stopping:
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
             elif time.monotonic() > self._drained_by:
-                self._watchdog.end(f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED)
+                self._watchdog.end(
+                    f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED
+                )
 
     def _heed(self, came: signal.Signals) -> None:
         if came is signal.SIGINT:

@@ -31,7 +31,7 @@ def shape(config: Mapping) -> ModelShape:
     config = DEFAULTS | dict(config)
     num_layers, step = _decoder.num_layers(config), read.integer(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
-    known = isinstance(dense, list) and all(isinstance(layer, int) for layer in dense)
+    known = isinstance(dense, list) and all(isinstance(number, int) for number in dense)
     require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
     layers = frozenset(range(step - 1, num_layers, step)) - frozenset(dense)
     inner, normalized = read.integer(config, "moe_intermediate_size"), read.flag(config, "norm_topk_prob", False)

@@ -56,7 +56,9 @@ class Sizes:
         of_token = 8 * self.shape.hidden_size + max(3 * widest, self.shape.mixture_size)
         work = (hidden + self.microbatch_tokens * of_token) * itemsize
         if rank == self.num_ranks - 1:
-            work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size)
+            work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
+                DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
+            )
         return work
 
 

@@ -10,7 +10,9 @@ from noria.blocks import layer_name
 from noria.config import InputError
 
 
-def partition(num_layers: int, num_stages: int, how: str | Sequence[int], extra: tuple[float, float] = (0.0, 0.0)) -> list[range]:
+def partition(
+    num_layers: int, num_stages: int, how: str | Sequence[int], extra: tuple[float, float] = (0.0, 0.0)
+) -> list[range]:
     """The layers of each virtual stage.
 
     `how`: "greedy" (equal, the first `num_layers mod num_stages` get one more), "balanced" (the heaviest stage as light as can

@@ -46,6 +46,13 @@ class Plan:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def stage_words(self, rank: int) -> str:
+        """A rank's place, as `stage 1 (layers 4-7)`."""
+        return f"stage {rank} (layers {self._layers(rank)})"
+
+    def _layers(self, rank: int) -> str:
+        return ", ".join(f"{first}-{last - 1}" for first, last in self.stages[rank :: self.num_ranks])
+
     def lines(self) -> list[str]:
         """The plan as people read it."""
         head = (
@@ -55,9 +62,8 @@ class Plan:
         )
         rows = []
         for rank, memory in enumerate(self.memory):
-            layers = ", ".join(f"{first}-{last - 1}" for first, last in self.stages[rank :: self.num_ranks])
             sizes = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in memory.items())
-            rows.append(f"plan: rank {rank}: layers {layers}; {sizes}")
+            rows.append(f"plan: rank {rank}: layers {self._layers(rank)}; {sizes}")
         return [head, *rows]
 
 
@@ -75,7 +81,13 @@ def check(config: Config, num_ranks: int, num_layers: int) -> None:
 
 
 def make(
-    config: Config, shape: ModelShape, blocks: Mapping[str, Block], dtype: str, num_ranks: int, machine: Machine, num_rows: int
+    config: Config,
+    shape: ModelShape,
+    blocks: Mapping[str, Block],
+    dtype: str,
+    num_ranks: int,
+    machine: Machine,
+    num_rows: int,
 ) -> Plan:
     """The plan of a run whose weights and cache all live on the device.
 

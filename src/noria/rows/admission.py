@@ -261,4 +261,3 @@ class Admission:
 
 def _slots_of(group: int, per_group: int) -> range:
     return range(group * per_group, (group + 1) * per_group)
-

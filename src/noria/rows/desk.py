@@ -117,7 +117,10 @@ class Desk:
             return
         self._step_seconds += (now - self._last - self._step_seconds) / 8
         self._last = now
-        if left < min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10) and not self._closed_for_deadline:
+        if (
+            left < min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10)
+            and not self._closed_for_deadline
+        ):
             self._closed_for_deadline = True
             self.admission.admit_no_more()
 
@@ -166,7 +169,9 @@ class Desk:
             stored = [part.header.get("sampling.seed") for part in parts.parts]
             sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
             parts.header["sampling.seed"] = sampling.seed
-        if tells_date(self._checkpoint.tokenizer):  # of the job's first start: a row is the same whenever it is generated
+        if tells_date(
+            self._checkpoint.tokenizer
+        ):  # of the job's first start: a row is the same whenever it is generated
             stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
             parts.header["chat.date"] = stored[0] if stored else _now()
         if self._config.job.extend:
@@ -211,7 +216,9 @@ def check_finished(config: Config, header: Mapping) -> bool:
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))
         errors = bool((output.column("status") == STATUS.index("error")).any())
-    extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(config.prompts, theirs["prompts"])
+    extended = (
+        config.job.extend and theirs.get("prompts") != header["prompts"] and extends(config.prompts, theirs["prompts"])
+    )
     if extended:
         theirs["prompts"] = header["prompts"]
     names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]

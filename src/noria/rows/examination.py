@@ -1,0 +1,65 @@
+"""What rank 0 finds in the user's files before anything is loaded: a run is refused here or not at all.
+
+Opens model, prompts and output; knows no device and no rank.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from noria.blocks import Block, ModelShape
+from noria.config import Config, InputError, require
+from noria.files.checkpoint import open_checkpoint, parse_json
+from noria.files.output import probe_output, reopen
+from noria.files.random_weights import random_checkpoint
+from noria.plan import planner
+from noria.rows.desk import check_finished, check_shard, header
+from noria.rows.prompts import content_hash, count
+
+
+@dataclass(frozen=True)
+class Work:
+    """What rank 0 found in the user's files before anything was allocated."""
+
+    state: str  # of the output: absent, parts or finished
+    num_rows: int
+    shape: ModelShape
+    blocks: dict[str, Block]
+    dtype: str
+    prompts_hash: str
+
+
+def examine(config: Config, num_ranks: int, device: str) -> Work:
+    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
+    num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
+    with contextlib.closing(open_model(config, _dtype(config, None, device))) as checkpoint:
+        planner.check(config, num_ranks, checkpoint.shape.num_layers)
+        dtype = _dtype(config, checkpoint.dtype, device)
+        check_shard(config)
+        # Last, because it moves an old output aside where the user asks for it.
+        state = probe_output(config.output, config.job.overwrite)
+        if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
+            reopen(config.output)
+            state = "parts"
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
+
+
+def open_model(config: Config, dtype: str | None):
+    """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
+    if config.job.random_weights is None:
+        model = Path(config.model)
+        found = "is a folder" if model.is_dir() else "does not exist"
+        require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
+        return open_checkpoint(config.model)
+    try:
+        text = Path(config.job.random_weights).read_bytes()
+    except OSError as error:
+        raise InputError(f"random_weights {config.job.random_weights}: {error.strerror}") from error
+    return random_checkpoint(parse_json(text, config.job.random_weights), dtype)
+
+
+def _dtype(config: Config, stored: str | None, device: str) -> str:
+    """The run's dtype: what was asked, else the checkpoint's on a GPU and float32 on a CPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device == "cpu" else stored or "bfloat16"

@@ -1,0 +1,44 @@
+import os
+import resource
+
+import numpy as np
+import pytest
+
+from noria.files.atomic import GuardedFile
+
+
+@pytest.fixture
+def small_disk():
+    """A disk that takes 1000 bytes a file."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_full_disk_did_not_take_reads_back_as_it_was_written(tmp_path, small_disk, seed):
+    random, expected = np.random.default_rng(seed), bytearray()
+    with GuardedFile(tmp_path / "file") as file:
+        for _ in range(60):
+            offset, data = int(random.integers(0, 3000)), random.bytes(int(random.integers(1, 400)))
+            expected += bytes(max(0, offset + len(data) - len(expected)))
+            expected[offset : offset + len(data)] = data
+            file.seek(offset)
+            assert file.write(data) == len(data) and file.tell() == offset + len(data)
+        assert file.seek(0, os.SEEK_END) == len(expected)
+        for _ in range(60):
+            offset, buffer = int(random.integers(0, len(expected))), bytearray(b"x" * 500)
+            file.seek(offset)
+            count = file.readinto(buffer)
+            assert buffer[:count] == expected[offset : offset + 500] and count == min(500, len(expected) - offset)
+        with pytest.raises(OSError, match="File too large \\(make room\\)"):
+            file.check("make room")
+
+
+def test_a_disk_with_room_is_written_to_and_truncated(tmp_path):
+    with GuardedFile(tmp_path / "file") as file:
+        file.write(b"0123456789")
+        file.truncate(4)
+        file.check("")
+    assert (tmp_path / "file").read_bytes() == b"0123"
