@@ -1,5 +1,6 @@
 import os
 import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -7,19 +8,21 @@ import pytest
 from noria.files.atomic import GuardedFile
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """A disk that takes 1000 bytes a file."""
+    """A disk that takes 1000 bytes a file. Not a fixture: the log of the tests is a file too."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_a_full_disk_did_not_take_reads_back_as_it_was_written(tmp_path, small_disk, seed):
+def test_what_a_full_disk_did_not_take_reads_back_as_it_was_written(tmp_path, seed):
     random, expected = np.random.default_rng(seed), bytearray()
-    with GuardedFile(tmp_path / "file") as file:
+    with small_disk(), GuardedFile(tmp_path / "file") as file:
         for _ in range(60):
             offset, data = int(random.integers(0, 3000)), random.bytes(int(random.integers(1, 400)))
             expected += bytes(max(0, offset + len(data) - len(expected)))
