@@ -59,10 +59,12 @@ def test_times_of_schedulers_may_have_days_or_be_words(text, seconds):
     assert seconds_of(text) == seconds
 
 
-def test_the_own_walltime_counts_from_the_start_and_asks_nobody():
-    ask, commands = asked({})
+def test_the_own_walltime_counts_from_the_start_unless_the_scheduler_ends_the_job_earlier():
+    ask, _ = asked({})
     found = find("00:10:00", BEGAN, {"SLURM_JOB_ID": "5"}, ask)
-    assert (found.at, found.source, commands) == (BEGAN + 600, "walltime 00:10:00", [])
+    assert (found.at, found.source) == (BEGAN + 600, "walltime 00:10:00")
+    found = find("00:10:00", BEGAN, {"SLURM_JOB_ID": "5", "SLURM_JOB_END_TIME": str(int(BEGAN) + 60)}, ask)
+    assert (found.at, found.source) == (BEGAN + 60, "SLURM_JOB_END_TIME")
 
 
 def test_slurm_says_its_end_by_a_variable_or_is_asked():

@@ -57,6 +57,7 @@ ROWS = [
     {"prompt": LONG, "max_new_tokens": 0, "logprobs": 0},
     {"prompt": LONG + " " + LONG, "prompt_logprobs": True, "n": 2, "temperature": 1, "max_new_tokens": 3},
     {"prompt": "Grace be unto you", "stop": ["</s>", "never"], "ignore_eos": True, "logit_bias": {"1": 15.5}},
+    {"prompt": LONG, "n": 3, "frequency_penalty": 2.0, "ignore_eos": True},  # followers share the prompt's pages
     {"prompt": "Amen", "n": 0},
     {"prompt": "Amen", "stop_token_ids": [2048]},
 ]
@@ -129,7 +130,7 @@ def compare(path, wanted):
     with open_generations(path) as file:
         rows = list(file.rows())
     pairs = [(row, sample) for row, sample, _, _ in wanted]
-    assert [(row.row, row.sample) for row in rows] == [*pairs, (12, 0), (13, 0)]
+    assert [(row.row, row.sample) for row in rows] == [*pairs, (len(ROWS) - 2, 0), (len(ROWS) - 1, 0)]
     for found, (row, sample, keys, one) in zip(rows, wanted, strict=False):
         where = f"{path.name} row {row} sample {sample}: {keys}"
         said = (found.token_ids.tolist(), found.finish_reason, found.text)

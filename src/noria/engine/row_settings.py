@@ -33,6 +33,7 @@ class Counts:
 
     def add(self, token_ids: list[int], position: int) -> None:
         """The tokens from this position of the sequence on; those that were given before count once."""
+        assert position <= self._length, "tokens between are missing: every later one would be counted as another"
         fresh = token_ids[self._length - position :]
         for place, token_id in enumerate(fresh, self._length):
             index = self._place.setdefault(token_id, len(self._place))

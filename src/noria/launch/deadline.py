@@ -47,7 +47,7 @@ def find(walltime: str | int | None, started: float, environment: Mapping[str, s
     found = [NONE]
     if walltime is not None:
         found.append(Deadline(started + parse_walltime(walltime), f"walltime {walltime}"))
-    elif environment.get("SLURM_JOB_END_TIME", "").isdigit():
+    if environment.get("SLURM_JOB_END_TIME", "").isdigit():
         found.append(Deadline(float(environment["SLURM_JOB_END_TIME"]), "SLURM_JOB_END_TIME"))
     elif environment.get("SLURM_JOB_ID"):
         left = seconds_of(ask(["squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%L"]))

@@ -95,6 +95,8 @@ class Desk:
     def leave(self) -> None:
         """Says how far a run came that stops before its end."""
         self._seal()
+        if not self._dropped:  # nothing was dropped by a signal: admission ended in time for the walltime
+            self._parts.end("walltime")
         self._progress.end(self._config.output)
 
     def tick(self) -> None:
@@ -166,9 +168,12 @@ class Desk:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
         sampling, parts = self._config.sampling, self._parts
         if sampling.seed is None and not self._config.job.shard:
-            stored = [part.header.get("sampling.seed") for part in parts.parts]
+            stored = [seed for part in parts.parts if (seed := part.header.get("sampling.seed")) is not None]
             sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
             parts.header["sampling.seed"] = sampling.seed
+        for part in parts.parts:  # a greedy shard drew nothing: any seed agrees with it
+            if part.header.get("sampling.seed") is None:
+                part.header["sampling.seed"] = parts.header["sampling.seed"]
         if tells_date(
             self._checkpoint.tokenizer
         ):  # of the job's first start: a row is the same whenever it is generated
@@ -221,6 +226,8 @@ def check_finished(config: Config, header: Mapping) -> bool:
     )
     if extended:
         theirs["prompts"] = header["prompts"]
+    if theirs.get("sampling.seed") is None:  # greedy shards: any seed agrees with them
+        theirs.pop("sampling.seed", None)
     names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
     if names:
         different = [f"{name}: {json.dumps(theirs[name])} there, {json.dumps(header[name])} now" for name in names]

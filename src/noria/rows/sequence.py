@@ -109,6 +109,7 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict:
         settings["banned"] = sorted({*ends, *(sampling.stop_token_ids or ())})
         settings["min_new_tokens"] = sampling.min_new_tokens
     settings["prompt_length"] = len(sequence.prompt_token_ids)
-    if sampling.repetition_penalty != default.repetition_penalty:
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    if any(getattr(sampling, name) != getattr(default, name) for name in penalties):
         settings["shared"] = sequence.prompt_token_ids[: sequence.cached]
     return settings
