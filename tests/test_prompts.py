@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from noria.config import InputError, Sampling
 from noria.rows import prompts
-from noria.rows.prompts import content_hash, count, edit_distance, misspelt, open_prompts
+from noria.rows.prompts import content_hash, count, edit_distance, extends, misspelt, open_prompts
 
 
 def rows_of(tmp_path, *records):
@@ -358,3 +358,14 @@ def test_the_rows_own_keys_are_ready_for_the_runs_settings(tmp_path):
     prompt = row_of(tmp_path, {"prompt": "p", "top_k": 3, "seed": 0})
     merged = Sampling(temperature=0.7, top_k=9).override(prompt.sampling)
     assert (merged.temperature, merged.top_k, merged.seed) == (0.7, 3, 0)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv"])
+def test_a_format_in_which_more_bytes_may_change_an_old_row_is_not_extended(tmp_path, name):
+    path, write = tmp_path / name, gzip.compress if name.endswith(".gz") else bytes
+    path.write_bytes(write(b'{"prompt": "a"}'))
+    key = f"{content_hash(path)} of {path.stat().st_size} bytes"
+    assert extends(path, key)
+    path.write_bytes(path.read_bytes() + write(b'{"prompt": "b"}\n'))
+    with pytest.raises(InputError, match="job.extend needs a format whose rows are lines"):
+        extends(path, key)

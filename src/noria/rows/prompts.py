@@ -19,6 +19,7 @@ from noria.readers import BadRow
 RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
 SAMPLING_NOT_YET = tuple(NOT_YET["sampling"].split())
+EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
 _MAX_DISTANCE = 2  # a key this near to a sampling key is a typing error, not the user's own column
 _LONGEST_KEY = max(map(len, SAMPLING + SAMPLING_NOT_YET)) + _MAX_DISTANCE
 _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
@@ -82,15 +83,26 @@ def content_key(path: str | Path, content: str) -> str:
 
 
 def extends(path: str | Path, key: str) -> bool:
-    """Whether the file begins with the bytes of the one that had this key, up to the end of a line."""
+    """Whether the file begins with the bytes of the one that had this key, up to the end of a line.
+
+    Raises InputError for formats in which more bytes can change an old row: an open quotation mark of a CSV, a line that
+    goes on in the next piece of a gzip file.
+    """
     content, _, nbytes = key.removesuffix(" bytes").partition(" of ")
     path = Path(path)
     if not nbytes.isdigit() or path.stat().st_size < int(nbytes) or content_hash(path, int(nbytes)) != content:
         return False
+    if path.stat().st_size == int(nbytes):
+        return True
+    if path.suffix not in EXTENDABLE:
+        raise InputError(
+            f"prompts {path}: job.extend needs a format whose rows are lines ({', '.join(EXTENDABLE)}):"
+            f" in {path.suffix} an old row may change; put the new rows in a file and an output of their own"
+        )
     with open(path, "rb") as file:
         file.seek(max(int(nbytes) - 1, 0))
         border = file.read(2)
-    return path.suffix == ".gz" or len(border) < 2 or b"\n" in border
+    return b"\n" in border
 
 
 def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
