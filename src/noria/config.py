@@ -19,12 +19,10 @@ _MAX_DOTS = 1000  # in a key: tomllib's work grows with their square
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Keys of the design that this version refuses by name instead of taking them for a typing error.
-NOT_YET = {
-    "sampling": "",
-    "pipeline": "schedule",
-    "placement": "weights cache activations cpu_memory scratch stage",
-    "job": "trace strict machine",
-}
+NOT_YET = {"sampling": "", "pipeline": "", "placement": "", "job": ""}
+
+TIERS = ("gpu", "cpu", "disk")
+SCHEDULES = ("sequential", "single_batch", "multi_batch")
 
 WHOLE = "1/1"  # the shard that is the whole run
 
@@ -68,6 +66,13 @@ class Pipeline:
         " embedding), or a list such as 10,10,11,9",
         "greedy",
     )
+    schedule: str | None = key(
+        "how copies overlap compute: sequential (not at all), single_batch (the next layer's weights and cache load during"
+        " this one), multi_batch (also the neighbouring microbatches' cache) (default: multi_batch where cache or"
+        " activations are not on the GPU, else single_batch)",
+        None,
+        SCHEDULES,
+    )
     transport: str = key("how hidden states travel", "auto", ("auto", "mpi_device", "mpi_host"))
     blocking: bool = key("the textbook ring of blocking sends and receives; needs 2 <= groups <= ranks", False)
 
@@ -93,9 +98,56 @@ class Pipeline:
 class Placement:
     """Where bytes live. All sizes are per rank."""
 
+    weights: dict | None = key(
+        "where layers and head live: shares in %, gpu=60,cpu=40, or sizes that are filled in this order,"
+        " gpu=40GiB,cpu=60GiB,disk=1TiB (default: what fits on the GPU, then in CPU memory, then on disk)",
+        text=True,
+    )
+    cache: dict | None = key(
+        "where the KV cache lives: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
+        " on the GPU)",
+        text=True,
+    )
+    activations: str | None = key("where hidden states of waiting groups live (default: gpu)", None, ("gpu", "cpu"))
     gpu_memory: str | None = key(
         'memory of the device that a rank may use, such as "16GiB" (default: 90 % of what is free)'
     )
+    cpu_memory: str | None = key(
+        "host memory that a rank may fill with weights, cache and activations (default: its share of 90 % of what is free"
+        " on the machine and under the job's limit, SLURM's --mem)"
+    )
+    scratch: str | None = key(
+        "folder on a disk of the node itself for a cache on disk and for stage (default: $SLURM_TMPDIR, else $TMPDIR, else"
+        " the output's folder); what a run puts there it removes"
+    )
+    stage: bool = key("copy the weights that live on disk to scratch once, and read them there", False)
+
+    def __post_init__(self):
+        for name in ("weights", "cache"):
+            if getattr(self, name) is not None:
+                _check_shares(f"placement.{name}", getattr(self, name))
+        for name in ("gpu_memory", "cpu_memory"):
+            if getattr(self, name) is not None:
+                parse_nbytes(getattr(self, name), f"placement.{name}")
+
+
+def _check_shares(name: str, shares: dict) -> None:
+    """Raises InputError unless these are shares in % with sum 100, or sizes, by tier."""
+    require(shares, f'{name} is empty: give shares in %, such as gpu = 60, cpu = 40, or sizes, such as gpu = "40GiB"')
+    for tier in shares:
+        known = f"unknown tier {tier!r} in {name}{nearest(str(tier), TIERS)}; it is one of {', '.join(TIERS)}"
+        require(tier in TIERS, known)
+    if all(isinstance(share, str) for share in shares.values()):
+        for tier, size in shares.items():
+            parse_nbytes(size, f"{name}.{tier}")
+        return
+    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
+    said = ", ".join(f"{tier} = {share!r}" for tier, share in shares.items())
+    require(numbers, f'{name} is {said}: give shares in % or sizes such as "40GiB", not both')
+    for tier, share in shares.items():
+        require(0 <= share <= 100, f"{name}.{tier} is {share:g}: a share must be 0 .. 100 %")
+    total = sum(shares.values())
+    require(abs(total - 100) < 0.01, f"{name} is {said}: the shares sum to {total:g} %, they must sum to 100")
 
 
 @dataclass(frozen=True)
@@ -116,6 +168,14 @@ class Job:
     shard: str | None = key(
         "i/n: generate only every n-th row, from row i on (1/4, 2/4, 3/4, 4/4: as job arrays count from 1);"
         " each shard is a job with an output of its own, which noria merge makes into one"
+    )
+
+    trace: str | None = key(
+        "file for a trace of all ranks that Perfetto opens: compute, copies, messages and waits (JSON)"
+    )
+    strict: bool = key("fail, after the output is written, if the run did otherwise than planned", False)
+    machine: str | None = key(
+        "machine.toml of noria probe: measured rates to plan with (default: built-in figures, marked as assumed)"
     )
 
     def __post_init__(self):

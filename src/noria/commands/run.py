@@ -67,19 +67,33 @@ def _reader(kind, is_text: bool):
 
     def read(text: str):
         number = next((k for k in (int, float) if k in kinds), str)
-        if is_text:
+        if is_text and dict not in kinds:
             return text
         try:
             if dict in kinds:
-                return {
-                    name.strip(): float(value) for name, _, value in (one.partition("=") for one in text.split(","))
-                }
+                pairs = (one.partition("=") for one in text.split(","))
+                return {name.strip(): _share(value) if is_text else float(value) for name, _, value in pairs}
             if list in kinds and text.replace(",", "").isdigit():
                 return [int(part) for part in text.split(",")]
             return number(text)
         except ValueError:
             wanted = "a list such as 10,10,9" if list in kinds else number.__name__
-            wanted = "numbers by name, such as 50=-100,7=2.5" if dict in kinds else wanted
+            if dict in kinds:
+                wanted = (
+                    "shares or sizes by tier, such as gpu=60,cpu=40"
+                    if is_text
+                    else "numbers by name, such as 50=-100,7=2.5"
+                )
             raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}") from None
 
     return read
+
+
+def _share(text: str) -> float | str:
+    """A share in %, or the text of a size. Raises ValueError for nothing."""
+    if not text.strip():
+        raise ValueError(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
