@@ -140,6 +140,27 @@ def test_a_part_sealed_while_others_are_put_together_comes_after_them(output, mo
     assert len(rows_of(output)[2][7]) == 3
 
 
+def test_parts_put_together_while_somebody_looks_for_them_were_not_taken_away(output):
+    parts = Parts(output, HEADER)
+    fill(parts, [make_row(row) for row in range(4)], 1)
+
+    class Looking(list):
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            if place == -1 and not thread.ident:
+                thread.start()
+                thread.join(1.0)  # a second is enough to put four parts together, if nothing holds it back
+            return found
+
+    thread = threading.Thread(target=Compactor(parts, 4, report=refuse).compact_if_due)
+    parts.parts = Looking(parts.parts)
+    assert not parts.taken_away()
+    thread.join()
+    assert names(output) == ["part-000004.h5"] and not parts.taken_away()
+    (parts.folder / "part-000004.h5").unlink()
+    assert parts.taken_away()
+
+
 def test_parts_of_an_earlier_header_are_not_put_together_with_later_ones(output):
     fill(Parts(output, HEADER | {"prompts": "old"}), [make_row(row) for row in range(3)], 1)
     fill_and_compact(Parts(output, HEADER), [make_row(row) for row in range(3, 7)], 4)

@@ -206,6 +206,32 @@ def test_an_old_output_stays_where_it_is_when_the_run_is_refused(refusal, folder
     assert (folder / "old.h5.parts" / "part-000000.h5").exists()
 
 
+def test_a_refused_run_makes_no_folder_for_parts(refusal):
+    said = refusal("--chat", output="chat.h5")  # the fixture looks whether the folder is as it was
+    assert "sampling.chat: the model has no chat template" in said
+    assert "sampling.system needs sampling.chat" in refusal("--system", "Be kind.", output="chat.h5")
+
+
+@pytest.mark.parametrize("why", [["--gpu-memory", "1KiB"], ["--chat"]])
+def test_a_finished_output_stays_where_it_is_when_the_run_is_refused(refusal, folder, finished, why):
+    before = finished.read_bytes()
+    refusal("--overwrite", *why, output="finished.h5")
+    shutil.copy(folder / "prompts.jsonl", folder / "longer.jsonl")
+    with open(folder / "longer.jsonl", "a") as file:
+        file.write('{"token_ids": [7, 8]}\n')
+    if "--chat" not in why:
+        refusal("--extend", "--prompts", folder / "longer.jsonl", *why, output="finished.h5")
+    assert finished.read_bytes() == before
+
+
+def test_a_run_refused_where_nobody_looked_before_takes_its_empty_folder_away(refusal, monkeypatch):
+    def damaged(*arguments):
+        raise noria.run.InputError("the tokenizer is damaged")
+
+    monkeypatch.setattr("noria.rows.desk.Admission", damaged)
+    assert "the tokenizer is damaged" in refusal(output="tokenizer.h5")
+
+
 # The machine.
 
 

@@ -10,6 +10,7 @@ import pytest
 import noria.run
 import small_run
 from noria.__main__ import main
+from noria.config import InputError
 from noria.files.generations import describe
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -84,6 +85,27 @@ def test_a_finished_output_tells_of_all_its_jobs_and_goes_on_counting_when_it_is
     parts.begin(facts("3"))
     assert [one["job_ids"]["SLURM_JOB_ID"] for one in read_segments(parts.folder)] == ["1", "2", "3"]
     assert history(parts.folder)["restarts"] == 2
+
+
+def test_a_reopened_output_still_tells_of_a_job_that_finished_nothing(output):
+    for job, rows in (("1", []), ("2", [0]), ("3", [])):
+        parts = Parts(output, HEADER)
+        parts.begin(facts(job))
+        fill(parts, [make_row(row) for row in rows])
+    merge(parts, output, 1, history(parts.folder))
+    reopen(output)
+    parts = Parts(output, HEADER | {"prompts": "longer"})
+    parts.begin(facts("4"))
+    assert [one["job_ids"]["SLURM_JOB_ID"] for one in read_segments(parts.folder)] == ["1", "2", "3", "4"]
+
+
+def test_an_output_is_not_reopened_over_the_parts_of_another_run(output, tmp_path):
+    merge(Parts(output, HEADER), output, 0, {})
+    other = Parts(output, HEADER | {"prompts": "other"})
+    fill(other, [make_row(0)])
+    with pytest.raises(InputError, match=r"run\.h5\.parts holds parts of another run: move that folder away"):
+        reopen(output)
+    assert Parts(output, {}).num_finished == 1 and probe_output(output) == "finished"
 
 
 def test_a_job_of_another_run_that_finished_nothing_is_forgotten(output):

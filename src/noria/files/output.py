@@ -15,11 +15,11 @@ from noria.files.sealed import part_files, parts_folder, scan
 from noria.files.segments import restore
 
 
-def probe_output(path: str | Path, overwrite: bool = False) -> str:
+def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -> str:
     """What lies at `path` before a run: "absent", "finished", or "parts" of a run that can be resumed.
 
     Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
-    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`), and the answer is "absent". Raises InputError for a folder that is
+    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for a folder that is
     missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a mistyped path), a
     newer version.
     """
@@ -32,7 +32,8 @@ def probe_output(path: str | Path, overwrite: bool = False) -> str:
         raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
     header = _finished_header(path, overwrite)
     if overwrite:
-        _move_aside(path)
+        if move:
+            _move_aside(path)
         return "absent"
     if header is not None:
         _finish_removal(path, header)
@@ -41,9 +42,14 @@ def probe_output(path: str | Path, overwrite: bool = False) -> str:
 
 
 def reopen(path: str | Path) -> None:
-    """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again."""
+    """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again.
+
+    Raises InputError if parts of another run lie there.
+    """
     path = Path(path)
     folder = parts_folder(path)
+    if part_files(folder):
+        raise InputError(f"output {path} is finished, and {folder} holds parts of another run: move that folder away")
     folder.mkdir(exist_ok=True)
     with open_generations(path) as file:
         restore(folder, file.attrs)

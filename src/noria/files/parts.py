@@ -3,6 +3,7 @@
 A part is never changed once it has its name. Knows the order of parts, nothing of the run that fills them.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -67,6 +68,16 @@ class Parts:
     def begin(self, facts: Mapping) -> None:
         """Records this job among those that worked on the output: see segments.py. `facts`: provenance.segment_of."""
         self.segment = Segment(self.folder, self.header, facts)
+
+    def withdraw(self) -> None:
+        """Takes the folder away again if nothing is in it: the run is refused."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def taken_away(self) -> bool:
+        """Whether somebody has removed the folder, or the latest part."""
+        with self.lock:  # parts that were put together leave the list before their files go
+            return not self.folder.is_dir() or bool(self.parts and not self.parts[-1].path.exists())
 
     def add(self, generation: Generation) -> None:
         """Keeps a finished row, or one that stopped half-way (status todo), in memory until the next seal."""

@@ -126,15 +126,16 @@ _DRAWN = ("sampling.seed", "chat.date")  # may be others in a job that begins an
 class Segment:
     """The segment of this job: begun when the run knows what it will do, seen at each seal, ended in order if it can.
 
-    `header`: what rows of the run have in common. Segments of another run that finished no row are deleted. A file that
-    cannot be written is reported: it does not end the run, which ends soon enough if its rows cannot be written either.
+    `header`: what rows of the run have in common. Where no part is, segments of another run that finished no row are
+    deleted; beside parts, which are of this run, all stay. A file that cannot be written is reported: it does not end the
+    run, which ends soon enough if its rows cannot be written either.
     """
 
     def __init__(self, folder: Path, header: Mapping, facts: Mapping, report: Callable[[str], None] | None = None):
         self.folder, self._report = folder, report or (lambda message: print(message, file=sys.stderr))
         own = {name: value for name, value in header.items() if name not in _DRAWN}
         self._header = json.loads(json.dumps(own))
-        for path, other in _found(folder):
+        for path, other in [] if any(folder.glob("part-*.h5")) else _found(folder):
             if not other["rows"] and other.get("header") != self._header:
                 path.unlink(missing_ok=True)
         taken = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard
 from noria.files.compact import Compactor
 from noria.files.generations import open_generations
 from noria.files.merge import merge
+from noria.files.output import probe_output, reopen
 from noria.files.parts import Parts
 from noria.files.schema import STATUS
 from noria.files.segments import history
@@ -44,33 +46,44 @@ class Desk:
 
     def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint, segment: Mapping):
         self._config, self._checkpoint = config, checkpoint
-        self._num_prompts, self._rows = num_rows, (rows := shard_rows(config.job.shard, num_rows))
+        self._num_prompts, self._rows = num_rows, shard_rows(config.job.shard, num_rows)
         self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-        self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
-        self.sampling = self._agree()
-        self._compactor = Compactor(self._parts)
-        self._parts.begin({**segment, "of": len(rows) * self.sampling.n})
         self.lock = threading.RLock()
         self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds, self._last = plan.groups, 0.0, None
-        self._closed_for_deadline = False
-        done = self._parts.done() if config.job.retry_errors else self._parts.finished()
+        self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
-        self._dropped, self._begun = False, self._parts.unfinished()
-        self._progress = Progress(len(rows) * self.sampling.n, len(done))
+        make_room(config)
+        self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
+        try:
+            self._open(plan, segment)
+        except BaseException:
+            self._parts.withdraw()
+            raise
+
+    def _open(self, plan: Plan, segment: Mapping) -> None:
+        """From the parts that are there to the admission of what is left; last of all the record of this job."""
+        config, parts = self._config, self._parts
+        self.sampling = self._agree()
+        num_rows = len(self._rows) * self.sampling.n
+        self._compactor = Compactor(parts)
+        done = parts.done() if config.job.retry_errors else parts.finished()
+        self._begun = parts.unfinished()
+        self._progress = Progress(num_rows, len(done))
         self.admission = Admission(
-            (prompt for prompt in open_prompts(config.prompts) if prompt.row in rows),
-            len(rows) - len(done) // self.sampling.n,
+            (prompt for prompt in open_prompts(config.prompts) if prompt.row in self._rows),
+            len(self._rows) - len(done) // self.sampling.n,
             self._encoder(plan.num_ranks),
             self.sampling,
             self._tokenizer.end_token_ids,
-            _limits(plan, checkpoint.shape),
+            _limits(plan, self._checkpoint.shape),
             self._finish,
             self._take_up,
             done,
             self._tokenizer.decode if self._tokenizer.vocab_size else None,
             self._tokenizer.special_ids,
         )
+        parts.begin({**segment, "of": num_rows})
 
     @property
     def complete(self) -> bool:
@@ -81,6 +94,9 @@ class Desk:
     def stop(self, reason: str) -> tuple[str, float]:
         """Drops what is in flight and seals it with its tokens so far. Returns words for the user and the seconds of a round."""
         with self.lock:
+            if self._merging:
+                return "every row is sealed", 0.0
+            self._stopped = True
             unfinished = self.admission.stop()
             self._dropped = self._dropped or bool(unfinished)
             waiting = sum(row.status != "todo" for row in self._parts.pending)
@@ -94,9 +110,10 @@ class Desk:
 
     def leave(self) -> None:
         """Says how far a run came that stops before its end."""
-        self._seal()
-        if not self._dropped:  # nothing was dropped by a signal: admission ended in time for the walltime
-            self._parts.end("walltime")
+        with self.lock:
+            self._seal()
+            if not self._stopped:  # by a signal: admission ended in time for the walltime
+                self._parts.end("walltime")
         self._progress.end(self._config.output)
 
     def tick(self) -> None:
@@ -129,7 +146,7 @@ class Desk:
     def _seal(self, due: float | None = None) -> None:
         """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
         parts = self._parts
-        if not parts.folder.is_dir() or (parts.parts and not parts.parts[-1].path.exists()):
+        if parts.taken_away():
             raise FileNotFoundError(errno.ENOENT, "the sealed parts were taken away under the run", str(parts.folder))
         try:
             parts.seal() if due is None else parts.seal_if_due(due)
@@ -141,8 +158,10 @@ class Desk:
     def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
-        self._parts.seal()
-        self._parts.end("finished")
+        with self.lock:
+            self._seal()
+            self._parts.end("finished")
+            self._merging = True  # from here on the parts may go at any moment
         attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
         merge(self._parts, self._config.output, self._rows, attrs, columns, np.array(self.admission.samples))
         self._progress.end(self._config.output)
@@ -160,9 +179,9 @@ class Desk:
 
     def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
-        chat = Chat(self._checkpoint.tokenizer, self._tokenizer.special_tokens, date)
-        vocab_size = self._checkpoint.shape.vocab_size
-        return Encoder(self._tokenizer, chat, self.sampling, vocab_size, lambda message: log(0, num_ranks, message))
+        return _encoder(
+            self._checkpoint, self._tokenizer, self.sampling, date, lambda message: log(0, num_ranks, message)
+        )
 
     def _agree(self) -> Sampling:
         """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
@@ -189,6 +208,14 @@ class Desk:
         return sampling
 
 
+def make_room(config: Config) -> None:
+    """For a run that nothing refuses any more: moves an old output aside, or lets a finished one be its first part."""
+    if config.job.overwrite:
+        probe_output(config.output, overwrite=True)
+    elif Path(config.output).exists():
+        reopen(config.output)
+
+
 def _now() -> str:
     return datetime.now().isoformat(timespec="seconds")
 
@@ -211,6 +238,17 @@ def check_shard(config: Config) -> None:
                 f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature"
                 f" is {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
             )
+
+
+def check_encoder(config: Config, checkpoint) -> None:
+    """Raises InputError for what the model's tokenizer or chat template cannot honour."""
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+    _encoder(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
+
+
+def _encoder(checkpoint, tokenizer: Tokenizer, sampling: Sampling, date: datetime, warn: Callable) -> Encoder:
+    chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, date)
+    return Encoder(tokenizer, chat, sampling, checkpoint.shape.vocab_size, warn)
 
 
 def check_finished(config: Config, header: Mapping) -> bool:

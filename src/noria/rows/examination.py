@@ -10,10 +10,10 @@ from pathlib import Path
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, require
 from noria.files.checkpoint import open_checkpoint, parse_json
-from noria.files.output import probe_output, reopen
+from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
-from noria.rows.desk import check_finished, check_shard, header
+from noria.rows.desk import check_encoder, check_finished, check_shard, header
 from noria.rows.prompts import content_hash, count
 
 
@@ -36,10 +36,10 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = _dtype(config, checkpoint.dtype, device)
         check_shard(config)
-        # Last, because it moves an old output aside where the user asks for it.
-        state = probe_output(config.output, config.job.overwrite)
+        check_encoder(config, checkpoint)
+        # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
+        state = probe_output(config.output, config.job.overwrite, move=False)
         if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
-            reopen(config.output)
             state = "parts"
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
 
