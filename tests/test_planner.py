@@ -26,8 +26,8 @@ def make(num_ranks=1, machine=Machine("cuda", 20 * GiB), rows=10_000, dtype="bfl
 def test_the_plan_fills_the_memory_it_was_given_and_no_more():
     for num_ranks in (1, 2, 3):
         plan = make(num_ranks)
-        used = [sum(memory.values()) for memory in plan.memory]
-        page = plan.memory[used.index(max(used))]["cache"] / plan.num_pages
+        used = [sum(memory["gpu"].values()) for memory in plan.memory]
+        page = plan.memory[used.index(max(used))]["gpu"]["cache"] / plan.num_pages
         assert max(used) <= 20 * GiB < max(used) + page
 
 
@@ -35,7 +35,7 @@ def test_the_weights_of_the_ranks_are_the_models_bytes_in_the_runs_dtype():
     total = sum(block.nbytes for block in blocks().values())
     for dtype, factor in (("bfloat16", 1), ("float32", 2), ("float64", 4)):
         plan = make(3, dtype=dtype, laps=2)
-        assert sum(memory["weights"] for memory in plan.memory) == pytest.approx(total * factor, rel=0.001)
+        assert sum(memory["gpu"]["weights"] for memory in plan.memory) == pytest.approx(total * factor, rel=0.001)
 
 
 def test_a_few_rows_get_no_more_pages_than_they_can_use():
@@ -58,7 +58,7 @@ def test_groups_keep_the_ring_full_unless_they_are_asked_for(num_ranks, device, 
 
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers_and_the_remedy():
     with pytest.raises(
-        InputError, match=r"rank 0 needs at least .* GiB .*weights 0\.\d GiB.*the limit is 100\.0 MiB: use more ranks"
+        InputError, match=r"gpu tier needs .* GiB, the limit is 100\.0 MiB: use more ranks.*rank 0 .*weights 0\.\d GiB"
     ):
         make(gpu_memory="100MiB")
 

@@ -1,0 +1,119 @@
+"""What a placement takes: bytes of each tier on each rank, by purpose. Work space is estimated generously, so that a plan is kept.
+
+Arithmetic on sizes alone: no torch, no MPI, no GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape
+from noria.config import TIERS
+from noria.step import PAGE_TOKENS
+
+LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)
+DRAW_NBYTES = 2**29  # sorted and cumulated float64 copies of a chunk of logits (engine.sampler.CHUNK_ELEMENTS)
+DISK_SLOTS = 3  # host buffers through which a rank reads blocks from disk
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model cut into stages on ranks, its blocks in tiers, and the steps that pass through them."""
+
+    shape: ModelShape
+    blocks: Mapping[str, Block]
+    dtype: str
+    num_ranks: int
+    stages: list[range]
+    groups: int
+    step_tokens: int
+    microbatch_tokens: int
+    weight_tiers: tuple[dict[str, str], ...]
+    weight_slots: int = 0
+    cache_slots: int = 0
+    cache_slot_pages: int = 0
+    activations: str = "gpu"
+
+    def block(self, name: str) -> int:
+        """Bytes of a block in the run's dtype."""
+        return block_nbytes(self.blocks[name], self.dtype)
+
+    def page(self, rank: int) -> int:
+        """Bytes of one page of the cache in all layers of the rank."""
+        return self.layer_page * sum(len(stage) for stage in self.stages[rank :: self.num_ranks])
+
+    @property
+    def layer_page(self) -> int:
+        """Bytes of one page of the cache in one layer."""
+        return PAGE_TOKENS * self.shape.cache_nbytes_per_token(self.dtype)
+
+    def weights(self, rank: int, tier: str) -> int:
+        return sum(self.block(name) for name, at in self.weight_tiers[rank].items() if at == tier)
+
+    def slot(self, rank: int) -> int:
+        """Bytes of a weight slot: the rank's largest streamed block."""
+        return max(map(self.block, streamed(self.weight_tiers[rank])), default=0)
+
+    def fixed(self, rank: int, tier: str) -> dict[str, int]:
+        """Bytes that the rank needs in a tier besides its cache's pages, by purpose."""
+        items = {"weights": self.weights(rank, tier)}
+        slots = self.cache_slots * self.cache_slot_pages * self.layer_page
+        if tier == "gpu":
+            items["weight slots"] = self.weight_slots * self.slot(rank)
+            items["cache slots"] = slots
+            items["messages"] = self._messages() if self.activations == "gpu" else 0
+            items["work space"] = self._work_space(rank)
+        elif tier == "cpu":
+            items["disk slots"] = DISK_SLOTS * self._disk_block(rank)
+            items["messages"] = self._messages() if self.activations == "cpu" else 0
+        return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
+
+    def tables(self, cache_pages: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], ...]:
+        """Per rank and tier the bytes by purpose, with so many pages of cache in each tier."""
+        tables = []
+        for rank in range(self.num_ranks):
+            table = {tier: self.fixed(rank, tier) for tier in TIERS}
+            for tier, pages in cache_pages.items():
+                if pages:
+                    table[tier]["cache"] = pages * self.page(rank)
+            if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
+                slots = self.cache_slots * self.cache_slot_pages * self.layer_page
+                table["cpu"]["disk slots"] = table["cpu"].get("disk slots", 0) + slots
+            tables.append(table)
+        return tuple(tables)
+
+    def _disk_block(self, rank: int) -> int:
+        return max((self.block(name) for name, at in self.weight_tiers[rank].items() if at == "disk"), default=0)
+
+    def _messages(self) -> int:
+        """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
+        buffers = 2 if self.num_ranks > 1 else int(len(self.stages) > 1)
+        return buffers * self.groups * self.step_tokens * self.shape.hidden_size * DTYPE_NBYTES[self.dtype]
+
+    def _work_space(self, rank: int) -> int:
+        itemsize = DTYPE_NBYTES[self.dtype]
+        layers = [self.blocks[name] for name in self.weight_tiers[rank] if name.startswith("layers/")]
+        widest = max(parameter.shape[0] for block in layers for parameter in block.parameters)
+        hidden = 2 * self.step_tokens * self.shape.hidden_size
+        of_token = 8 * self.shape.hidden_size + max(3 * widest, self.shape.mixture_size)
+        work = (hidden + self.microbatch_tokens * of_token) * itemsize
+        if rank == self.num_ranks - 1:
+            work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
+                DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
+            )
+        return work
+
+
+def block_nbytes(block: Block, dtype: str) -> int:
+    """Bytes of a block in this dtype."""
+    return block.nbytes * DTYPE_NBYTES[dtype] // DTYPE_NBYTES[block.dtype]
+
+
+def streamed(tiers: Mapping[str, str]) -> list[str]:
+    """The blocks that pass through weight slots, in the order of visits. The embedding is never one of them."""
+    return [name for name, tier in tiers.items() if tier != "gpu" and name != "embed"]
+
+
+def head_in_layers(blocks: Mapping[str, Block]) -> tuple[float, float]:
+    """What embedding and head weigh, in layers: the row gather nothing, the head by its bytes."""
+    layers = [block.nbytes for name, block in blocks.items() if name.startswith("layers/")]
+    return 0.0, blocks["head"].nbytes * len(layers) / sum(layers)

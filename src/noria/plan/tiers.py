@@ -1,0 +1,78 @@
+"""Which tier each block lives in: shares in % or budgets in bytes, spread evenly over a rank's blocks. Pure arithmetic."""
+
+from collections.abc import Mapping, Sequence
+
+from noria.config import TIERS, InputError, parse_nbytes
+
+
+def is_budget(shares: Mapping) -> bool:
+    """Whether the key gives sizes, not shares in %."""
+    return any(isinstance(share, str) for share in shares.values())
+
+
+def by_share(sizes: Sequence[int], shares: Mapping[str, float]) -> list[str]:
+    """The tier of each block, whose bytes are `sizes` in the order of visits.
+
+    Error diffusion: each block goes to the tier that is furthest behind its share, so that every tier has its share to
+    within a block, at every point of the way.
+    """
+    total = sum(shares.values())
+    behind, tiers = dict.fromkeys(TIERS, 0.0), []
+    for size in sizes:
+        for tier in TIERS:
+            behind[tier] += size * shares.get(tier, 0) / total
+        chosen = max((tier for tier in TIERS if shares.get(tier, 0)), key=behind.get)
+        behind[chosen] -= size
+        tiers.append(chosen)
+    return tiers
+
+
+def by_budget(sizes: Sequence[int], budgets: Mapping[str, int], name: str = "placement.weights") -> list[str]:
+    """The tier of each block: budgets are filled in the order gpu, cpu, disk, and what lies in each is spread evenly.
+
+    No budget is exceeded. Raises InputError, with the bytes that are missing, if they do not cover the blocks.
+    """
+    left, filled, rest = {tier: budgets.get(tier, 0) for tier in TIERS}, [], 0
+    for size in sizes:
+        tier = next((tier for tier in TIERS if size <= left[tier]), None)
+        if tier is None:
+            rest += size
+            continue
+        left[tier] -= size
+        filled.append(tier)
+    if rest:
+        said = ", ".join(f"{tier} = {size_words(budgets[tier])}" for tier in TIERS if tier in budgets)
+        raise InputError(
+            f"{name} covers too little: {said} hold all blocks but {size_words(rest)} of {size_words(sum(sizes))}: raise one"
+        )
+    return _spread(sizes, filled)
+
+
+def budgets_of(shares: Mapping[str, str], name: str) -> dict[str, int]:
+    """Bytes of each tier."""
+    return {tier: parse_nbytes(size, f"{name}.{tier}") for tier, size in shares.items()}
+
+
+def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
+    """A filling with the same bytes in each tier, evenly mixed; the filling itself where blocks are too unlike for that."""
+    held = {tier: sum(size for size, at in zip(sizes, filled, strict=True) if at == tier) for tier in TIERS}
+    behind, left, tiers = dict.fromkeys(TIERS, 0.0), dict(held), []
+    for size in sizes:
+        for tier in TIERS:
+            behind[tier] += size * held[tier] / sum(sizes)
+        fitting = [tier for tier in TIERS if size <= left[tier]]
+        if not fitting:
+            return list(filled)
+        chosen = max(fitting, key=behind.get)
+        behind[chosen] -= size
+        left[chosen] -= size
+        tiers.append(chosen)
+    return tiers
+
+
+def size_words(nbytes: int) -> str:
+    """Bytes as people read them."""
+    for unit, words in ((1024**4, "TiB"), (1024**3, "GiB")):
+        if nbytes >= unit / 10:
+            return f"{nbytes / unit:.1f} {words}"
+    return f"{nbytes / 1024**2:.1f} MiB"
