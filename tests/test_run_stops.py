@@ -17,6 +17,7 @@ import small_run
 from mpirun import ENVIRONMENT, describe, mpirun
 from noria.__main__ import main
 from noria.files.parts import Parts, part_files, parts_folder
+from noria.files.sealed import scan
 from noria.rows.admission import Admission
 
 WORKER = Path(__file__).parent / "mpi" / "stopping_worker.py"
@@ -105,6 +106,92 @@ def test_a_run_stops_before_its_walltime_and_goes_on(folder, monkeypatch, capsys
     assert begun_rows(folder, "walltime.h5")
     assert main(small_run.command(folder, "walltime.h5", *FLOAT64)) == 0
     assert small_run.rows_of(folder / "walltime.h5") == undisturbed(folder)
+
+
+def sealed_after_a_signal_between_the_last_step_and_the_end(folder, output, monkeypatch, *more):
+    """Exit code, and the rows that were sealed a moment after a TERM that came when the ring had just drained."""
+    described, sealed = noria.run.asdict, []
+
+    def late(timing):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.0)
+        sealed.append(sum(len(part.row) for part in scan(parts_folder(folder / output))))
+        return described(timing)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(noria.run, "asdict", late)
+        code = main(small_run.command(folder, output, *FLOAT64, "--seal-seconds", "600", *more))
+    return code, sealed
+
+
+def test_rows_finished_since_the_last_seal_are_sealed_by_a_signal_after_the_last_step(folder, monkeypatch, capsys):
+    code, sealed = sealed_after_a_signal_between_the_last_step_and_the_end(folder, "last.h5", monkeypatch)
+    assert (code, sealed) == (0, [small_run.NUM_ROWS])
+    assert "SIGTERM: every row is finished, the output is being written: that goes on" in capsys.readouterr().err
+    assert small_run.rows_of(folder / "last.h5") == undisturbed(folder)
+
+
+def test_rows_finished_by_a_run_short_of_time_are_sealed_by_a_signal_after_the_last_step(folder, monkeypatch, capsys):
+    few = ["--step-tokens", "8", "--groups", "1", "--max-new-tokens", "4"]
+    left = iter([100.0] * 3 + [1e-9] * 10_000)
+    run_looks = lambda self: next(left) if threading.current_thread() is threading.main_thread() else 100.0  # noqa: E731
+    monkeypatch.setattr(noria.run.Stopping, "seconds_left", property(run_looks))
+    code, sealed = sealed_after_a_signal_between_the_last_step_and_the_end(folder, "short.h5", monkeypatch, *few)
+    assert code == 75 and 0 < sealed[0] < small_run.NUM_ROWS
+    assert f"stopping (SIGTERM): {sealed[0]} finished rows and 0 rows half-way are sealed" in capsys.readouterr().err
+    assert json.loads(next(parts_folder(folder / "short.h5").glob("segment-*")).read_text())["ended"] == "SIGTERM"
+
+
+def test_a_merge_that_was_killed_is_done_again_without_loading_the_model(folder, monkeypatch, capsys):
+    def killed(*arguments):
+        raise KeyboardInterrupt("in the merge")
+
+    def loaded(*arguments):
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(noria.rows.desk, "merge", killed)
+        assert main(small_run.command(folder, "unmerged.h5", *FLOAT64)) == 1
+    assert not (folder / "unmerged.h5").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(noria.run, "Weights", loaded)
+    monkeypatch.setattr(noria.run, "open_the_ring", loaded)
+    assert main(small_run.command(folder, "unmerged.h5", *FLOAT64)) == 0
+    assert "no row is left to generate: the output is written without loading the model" in capsys.readouterr().err
+    assert small_run.rows_of(folder / "unmerged.h5") == undisturbed(folder)
+
+
+EARLY = """
+import importlib, os, signal, sys, time
+from noria.__main__ import main
+import_module = importlib.import_module
+
+def slowly(name, *more):
+    if name == "noria.commands.run":
+        for _ in range(int(sys.argv[2])):
+            os.kill(os.getpid(), int(sys.argv[1]))
+            time.sleep(0.7)
+    return import_module(name, *more)
+
+importlib.import_module = slowly
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "code", "said"),
+    [
+        (signal.SIGUSR1, 2, 75, "stopped (SIGUSR1) before the first step: start the same run again to go on"),
+        (signal.SIGTERM, 1, 75, "stopped (SIGTERM) before the first step"),
+        (signal.SIGINT, 2, 130, ""),
+    ],
+)
+def test_a_signal_that_comes_while_the_program_is_imported_is_heard(folder, number, times, code, said):
+    output = f"early{number}.h5"
+    command = [sys.executable, "-c", EARLY, int(number), times, *small_run.command(folder, output)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert not (folder / output).exists()
 
 
 def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypatch, capsys):

@@ -100,6 +100,36 @@ def test_a_ring_that_does_not_drain_is_ended_with_75(monkeypatch):
     assert dog.ended[0] == ("stopped (walltime 3: 2 s are left): everything is sealed, but the ring did not drain", 75)
 
 
+def test_a_second_interrupt_is_heard_while_the_disk_keeps_the_seal_waiting():
+    dog, disk = Recorder(), threading.Event()
+    with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
+        signals.attended = True
+        stopping.seal = lambda reason: (disk.wait(60) and "everything is sealed", 0.0)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # a terminal and a launcher hand on the same one
+        time.sleep(0.7)
+        assert not dog.ended
+        signal.raise_signal(signal.SIGINT)
+        until(lambda: dog.ended)
+        disk.set()
+        until(lambda: dog.said)
+    assert dog.ended == [("stopped at once: interrupted again", 130)]
+    assert dog.said == ["stopping (SIGUSR1): everything is sealed"]
+
+
+def test_a_long_merge_is_not_taken_for_a_ring_that_does_not_drain(monkeypatch):
+    monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.1)
+    dog = Recorder()
+    with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
+        stopping.seal = lambda reason: ("everything is sealed", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        until(lambda: dog.said)
+        stopping.merging = True
+        time.sleep(1.5)
+    assert not dog.ended
+
+
 @pytest.mark.parametrize(("left", "margin"), [(20, 2), (400, 20), (4000, 60), (float("inf"), 0)])
 def test_a_run_stops_a_while_before_its_deadline(left, margin):
     deadline = NONE if left == float("inf") else Deadline(time.time() + left, "walltime")

@@ -8,6 +8,7 @@ import sys
 import noria
 from noria.config import InputError, nearest
 from noria.launch import mpi
+from noria.launch.signals import Signals
 from noria.text import printable
 
 COMMANDS = {
@@ -59,6 +60,13 @@ def _command(name: str, argv: list[str]) -> int:
         raise InputError(
             f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)"
         )
+    if name != "run":
+        return _start(name, argv)
+    with Signals() as signals:  # before torch, which takes seconds to import: a signal then would end the job unheard
+        return _start(name, argv, signals)
+
+
+def _start(name: str, argv: list[str], *more) -> int:
     command = importlib.import_module(f"noria.commands.{name}")
     parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)
@@ -66,7 +74,7 @@ def _command(name: str, argv: list[str]) -> int:
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise InputError(f"noria {name} does not know {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
-    return command.run(arguments)
+    return command.run(arguments, *more)
 
 
 def _help(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ import torch
 from noria import attention, kinds, streams, transports
 from noria.blocks import ModelShape
 from noria.config import Config, InputError
-from noria.engine.executor import Executor, follow, lead
+from noria.engine.executor import Executor, Timing, follow, lead
 from noria.engine.heartbeat import SILENCE
 from noria.engine.kv_cache import KvCache
 from noria.engine.ring import open_ring
@@ -33,6 +33,7 @@ from noria.rows.examination import Work, examine, open_model
 def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals | None = None) -> int:
     """One job on the ranks of `comm`. Returns its exit code; raises InputError, on every rank, for the user's mistakes."""
     watchdog, signals = watchdog or Watchdog(), signals or Signals()
+    signals.attended = True
     comm = launcher.ring_order(comm)
     watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
     with contextlib.ExitStack() as held:
@@ -81,22 +82,26 @@ def _generate(
             comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
-        ring = open_the_ring(plan, checkpoint.shape, transport, rank, device)
-        on_error.callback(ring.abandon)
-        ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
-        watchdog.doing = "loading its weights"
-        weights = mpi.on_every_rank(
-            comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2)
-        )
-        executor = build(plan, checkpoint.shape, weights, ring, rank, device)
-        next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
-        comm.Barrier()
-        watchdog.doing = executor.doing
-        if rank == 0:
-            desk.seconds_left, stopping.seal = lambda: stopping.seconds_left, desk.stop
-        timing = executor.run(next_step)
-        if rank == 0:
-            stopping.merging, stopping.seal = desk.complete, None
+        ring, timing = None, Timing()
+        if mpi.on_first_rank(comm, lambda: desk.complete):
+            _say_once(comm, "no row is left to generate: the output is written without loading the model")
+        else:
+            ring = open_the_ring(plan, checkpoint.shape, transport, rank, device)
+            on_error.callback(ring.abandon)
+            ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
+            watchdog.doing = "loading its weights"
+            weights = mpi.on_every_rank(
+                comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2)
+            )
+            executor = build(plan, checkpoint.shape, weights, ring, rank, device)
+            next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
+            comm.Barrier()
+            watchdog.doing = executor.doing
+            if rank == 0:
+                desk.seconds_left, stopping.seal = lambda: stopping.seconds_left, desk.stop
+            timing = executor.run(next_step)
+        if rank == 0:  # until the last row is sealed a signal must find who seals it
+            stopping.merging, stopping.seal = desk.complete, desk.stop
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
         if rank == 0 and not desk.complete:
@@ -115,7 +120,8 @@ def _generate(
             )
             desk.close(attrs, timings)
         complete = mpi.on_first_rank(comm, lambda: desk.complete)
-        ring.close()
+        if ring is not None:
+            ring.close()
         on_error.pop_all()
     return 0 if complete else STOPPED
 
@@ -190,9 +196,13 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, d
 def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
     """Once, before the weights are loaded: who runs where, and the plan."""
     placed = comm.allgather(f"{_device_name(place, device)}, {place.cores} cores")
+    for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
+        _say_once(comm, line)
+
+
+def _say_once(comm, line: str) -> None:
     if comm.Get_rank() == 0:
-        for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
-            log(0, comm.Get_size(), line)
+        log(0, comm.Get_size(), line)
 
 
 def _device_name(place: launcher.Place, device: torch.device) -> str:

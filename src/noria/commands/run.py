@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), nargs="*", help=argparse.SUPPRESS)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, signals: Signals) -> int:
     """The exit code of this rank. An error that the other ranks do not share ends them all at once.
 
     Raises mpi.Refused, on every rank, for the user's mistakes.
     """
     flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
-    with Watchdog() as watchdog, Signals() as signals:
+    with Watchdog() as watchdog:
         try:
             comm = mpi.start()
             config = mpi.on_first_rank(comm, lambda: configuration.load(arguments.run_file, flags))

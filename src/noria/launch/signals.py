@@ -8,14 +8,21 @@ import os
 import select
 import signal
 import threading
+import time
 
 STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
 
 
 class Signals:
-    """Holds STOPS back inside its `with`. Elsewhere than in the main thread it does nothing."""
+    """Holds STOPS back inside its `with`. Elsewhere than in the main thread it does nothing.
+
+    `attended`: the run listens, on this rank or another. Until then a second SIGINT ends the process at once.
+    """
 
     def __init__(self):
+        self.attended = False
+        self._interrupted = float("inf")
         self._read, self._write = -1, -1
         self._before: dict[int, object] = {}
         self._wakeup = -1
@@ -25,7 +32,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, _ignore) for number in STOPS}
+            self._before = {number: signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -54,6 +61,10 @@ class Signals:
         if self._read >= 0:
             os.write(self._write, b"\0")
 
-
-def _ignore(number, frame) -> None:
-    """A handler, so that the signal does not end the process; the pipe has it."""
+    def _note(self, number: int, frame) -> None:
+        """A handler, so that the signal does not end the process; the pipe has it."""
+        if number == signal.SIGINT and not self.attended:
+            now = time.monotonic()
+            if now - self._interrupted > AGAIN_SECONDS:
+                os._exit(128 + signal.SIGINT)
+            self._interrupted = min(self._interrupted, now)

@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable
 
 from noria.launch.deadline import Deadline
-from noria.launch.signals import Signals
+from noria.launch.signals import AGAIN_SECONDS, Signals
 from noria.launch.watchdog import Watchdog, abort
 
 STOPPED = 75  # the exit code of a job that the same command takes up again
 MARGIN = 0.05, 2.0, 60.0  # stop this part of the time left before the deadline, at least and at most these seconds
 DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
-AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
 
 
 class Stopping:
     """Rank 0's own; the thread lives inside its `with`.
 
-    `seal(reason)`: what to do while the ring turns; returns words for the user and the seconds of a round. None before
-    the first step and after the last.
+    `seal(reason)`: brings what there is to the disk; returns words for the user and the seconds of a round. None before
+    the first step. It has a thread of its own, so that a second SIGINT is heard while a disk keeps it waiting.
     """
 
     def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
@@ -35,10 +34,11 @@ class Stopping:
         self.seal: Callable[[str], tuple[str, float]] | None = None
         self.merging = False
         self.reason = ""
-        self._interrupted = float("-inf")
+        self._interrupted = float("inf")
         self._drained_by = float("inf")
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="noria-stopping", daemon=True)
+        self._sealing = threading.Thread(target=self._seal, name="noria-sealing", daemon=True)
 
     def __enter__(self) -> "Stopping":
         self._thread.start()
@@ -48,6 +48,8 @@ class Stopping:
         self._closed = True
         self._signals.wake()
         self._thread.join(1.0)
+        if self._sealing.ident:
+            self._sealing.join(1.0)
 
     @property
     def seconds_left(self) -> float:
@@ -63,15 +65,15 @@ class Stopping:
                 self._heed(came)
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
-            elif time.monotonic() > self._drained_by:
+            elif time.monotonic() > self._drained_by and not self.merging:
                 self._watchdog.end(
                     f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED
                 )
 
     def _heed(self, came: signal.Signals) -> None:
         if came is signal.SIGINT:
-            again = self.reason and time.monotonic() - self._interrupted > AGAIN_SECONDS
-            self._interrupted = time.monotonic()
+            again = time.monotonic() - self._interrupted > AGAIN_SECONDS
+            self._interrupted = min(self._interrupted, time.monotonic())
             if again:
                 self._watchdog.end("stopped at once: interrupted again", 128 + signal.SIGINT)
         self._stop(came.name)
@@ -81,11 +83,15 @@ class Stopping:
             return
         self.reason = reason
         if self.seal is not None:
-            words, round_seconds = self.seal(reason)
-            self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)
-            self._watchdog.say(f"stopping ({reason}): {words}")
-        elif self.merging:
-            self._watchdog.say(f"{reason}: every row is finished, the output is being written: that goes on")
+            self._sealing.start()
         else:
             self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)
+
+    def _seal(self) -> None:
+        words, round_seconds = self.seal(self.reason)
+        if self.merging:
+            self._watchdog.say(f"{self.reason}: every row is finished, the output is being written: that goes on")
+        else:
+            self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)
+            self._watchdog.say(f"stopping ({self.reason}): {words}")
