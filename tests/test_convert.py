@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -420,3 +421,32 @@ def test_hdf5_alone_reads_true_values_of_each_dtype(tmp_path):
         with h5py.File(tmp_path / "model.h5") as file:
             for name, value in values.items():
                 assert np.array_equal(file[name][()], value.to(getattr(torch, dtype)).double().numpy()), (dtype, name)
+
+
+def test_two_conversions_of_one_target_are_one_too_many(tmp_path):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    command = [sys.executable, "-m", "noria", "convert", source, target, "--overwrite"]
+    others = []
+
+    def meanwhile(block, done, total):
+        if not others:
+            others.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
+
+    made = convert(source, target, progress=meanwhile)
+    assert others[0].returncode == 2 and made.notes == convert(source, tmp_path / "other.h5").notes
+    assert re.fullmatch(
+        rf"noria: output {target} is being written by noria convert on \S+ \(process {os.getpid()}, since \S+\):"
+        r" wait for it, or name another output\n",
+        others[0].stderr,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.h5", "other.h5"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    for name in ("model.h5.4711.tmp", "model.h5.notes.tmp", "othermodel.h5.4711.tmp", "model.h5.tmp"):
+        (tmp_path / name).write_text("half")
+    made = convert(source, target)
+    assert "model.h5.4711.tmp, left by a conversion that was killed, is removed" in made.notes
+    left = ["hf", "model.h5", "model.h5.notes.tmp", "model.h5.tmp", "othermodel.h5.4711.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

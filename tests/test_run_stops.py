@@ -154,7 +154,7 @@ def test_a_merge_that_was_killed_is_done_again_without_loading_the_model(folder,
         assert main(small_run.command(folder, "unmerged.h5", *FLOAT64)) == 1
     assert not (folder / "unmerged.h5").exists()
     capsys.readouterr()
-    monkeypatch.setattr(noria.run, "Weights", loaded)
+    monkeypatch.setattr(noria.run, "load", loaded)
     monkeypatch.setattr(noria.run, "open_the_ring", loaded)
     assert main(small_run.command(folder, "unmerged.h5", *FLOAT64)) == 0
     assert "no row is left to generate: the output is written without loading the model" in capsys.readouterr().err

@@ -5,10 +5,12 @@ space on the disk. Which tensors make a parameter is the model family's to say.
 """
 
 import errno
+import glob
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from noria.files import atomic
 from noria.files.checkpoint import block_names, model_block, model_shape, open_checkpoint
 from noria.files.checkpoint_writer import Header, file_nbytes, replacing, write_checkpoint
 from noria.files.hugging_face import Directory
+from noria.files.lock import OutputLock
+from noria.files.provenance import now
 from noria.files.shards import CHUNK_NBYTES, Reader, Tensor
 from noria.models._sources import Transposed
 from noria.text import plural
@@ -66,10 +70,30 @@ def convert(
     """Converts the model in directory `source` into the checkpoint `target`.
 
     dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right,
-    before the target is touched; the target appears whole or not at all.
+    before the target is touched, and while another process makes it; the target appears whole or not at all.
     """
-    target = Path(target)
+    target, notes = Path(target), []
     _check_target(target, overwrite)
+    holder = {"job": "", "what": "noria convert", "host": socket.gethostname(), "process": os.getpid(), "start": now()}
+    with OutputLock(target, holder, notes.append) as lock:
+        if lock.held:
+            notes += _remove_leftovers(target)
+        made = _convert(source, target, dtype, progress, overwrite)
+    return replace(made, notes=notes + made.notes)
+
+
+def _remove_leftovers(target: Path) -> list[str]:
+    """Takes away what conversions of this target left that were killed. Only for the holder of its lock."""
+    found = [
+        path for path in target.parent.glob(f"{glob.escape(target.name)}.*.tmp") if path.suffixes[-2][1:].isdigit()
+    ]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return [f"{path.name}, left by a conversion that was killed, is removed" for path in found]
+
+
+def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool) -> Converted:
+    _check_target(target, overwrite)  # again: the holder before may have made it
     directory = Directory(source)
     config_text, config = directory.json("config.json")
     generation = directory.json("generation_config.json")

@@ -27,8 +27,8 @@ def lock_path(output: str | Path) -> Path:
 class OutputLock:
     """Held from the making to `close` or the process's death. A context manager.
 
-    `holder` (job id, host, process, start) is what a second job is told. Raises InputError, with the holder's words, where
-    another process has it. A file system that knows no locks is reported and used without.
+    `holder` (job id, host, process, start; `what`, if it is not a run) is what a second job is told. Raises InputError,
+    with the holder's words, where another process has it. A file system that knows no locks is reported and used without.
     """
 
     def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
@@ -44,6 +44,11 @@ class OutputLock:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    @property
+    def held(self) -> bool:
+        """Nobody else has it; not where the file system knows no locks."""
+        return self._handle is not None
 
     def close(self) -> None:
         """Lets go and takes the file away. May be called twice."""
@@ -106,7 +111,7 @@ def _words(said: bytes) -> str:
     """`job 17 on node3 (process 4711, since 2026-11-23T03:15:02Z)`."""
     try:
         holder = json.loads(said)
-        job = f"job {holder['job']}" if holder["job"] else "a run"
+        job = f"job {holder['job']}" if holder["job"] else holder.get("what", "a run")
         return f"{job} on {holder['host']} (process {holder['process']}, since {holder['start']})"
     except (ValueError, KeyError, TypeError):
         return "another job"
