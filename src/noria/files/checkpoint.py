@@ -182,9 +182,18 @@ class Checkpoint:
         assert len(view) == self.blocks[name].nbytes, (name, len(view), self.blocks[name].nbytes)
         extent = self._extents[name]
         read_full(extent.fd, view, extent.offset, extent.path)
-        if name not in self._verified:
-            self._check(name, xxhash.xxh3_128(view).hexdigest())
-            self._verified.add(name)
+        check = self.checking(name)
+        if check is not None:
+            check.update(view)
+            check.finish()
+
+    def extent(self, name: str) -> Extent:
+        """Where a block lies. The descriptor stays the checkpoint's and is closed with it."""
+        return self._extents[name]
+
+    def checking(self, name: str) -> "Checking | None":
+        """What checks the bytes of a block that the caller reads itself; None if they were found right before."""
+        return None if name in self._verified else Checking(self, name)
 
     def _check(self, name: str, found: str) -> None:
         if found != self._checksums[name]:
@@ -193,6 +202,11 @@ class Checkpoint:
                 f"{path}: block {name!r} is damaged: its checksum is {found}, the header says"
                 f" {self._checksums[name][:32]!r}; copy or convert the model again"
             )
+
+    def verified(self, name: str, found: str) -> None:
+        """Takes the checksum found of a block's bytes. Raises InputError, naming the block, if it is another."""
+        self._check(name, found)
+        self._verified.add(name)
 
     def verify_block(self, name: str) -> None:
         """Reads a block and drops it, in a few MiB of memory. Raises InputError, naming it, if its bytes changed."""
@@ -222,6 +236,20 @@ class Checkpoint:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class Checking:
+    """Takes the bytes of one block in order, in pieces of any size; `finish` raises InputError if they are damaged."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str):
+        self._checkpoint, self._name, self._digest = checkpoint, name, xxhash.xxh3_128()
+
+    def update(self, data: memoryview) -> None:
+        for at in range(0, len(data), _VERIFY_NBYTES):  # in turns with threads that read
+            self._digest.update(data[at : at + _VERIFY_NBYTES])
+
+    def finish(self) -> None:
+        self._checkpoint.verified(self._name, self._digest.hexdigest())
 
 
 def _check_format(root: h5py.File, path: Path) -> None:

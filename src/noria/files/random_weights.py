@@ -4,6 +4,8 @@ For trying a shape, a placement or a machine. Has the interface of checkpoint.Ch
 """
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from noria.files.checkpoint import block_names, model_block, model_shape
 
 # Numbers drawn per parameter; they repeat with this period, a prime, so that no two rows of a matrix are equal.
 PERIOD = 1_048_583
+TILES = 16  # periods that one thread copies at a time
+MAX_THREADS = 16
 
 
 class RandomCheckpoint:
@@ -40,17 +44,24 @@ class RandomCheckpoint:
         assert len(view) == block.nbytes, (name, len(view), block.nbytes)
         sources = self._module.sources(self.shape, name)
         bytes_ = np.frombuffer(view, np.uint8)
-        end = 0
-        for parameter in block.parameters:
-            bytes_[end : parameter.offset] = 0
-            end = parameter.offset + parameter.nbytes
-            # the tensors' names are the seed: a tied embedding has one name and so one content
-            seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
-            numbers = self._numbers(
-                parameter.name, len(parameter.shape), parameter.nbytes // DTYPE_NBYTES[self.dtype], seed
-            )
-            _tile(bytes_[parameter.offset : end], numbers)
-        bytes_[end:] = 0
+        with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+            periods, end = [], 0
+            for parameter in block.parameters:
+                bytes_[end : parameter.offset] = 0
+                end = parameter.offset + parameter.nbytes
+                # the tensors' names are the seed: a tied embedding has one name and so one content
+                seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
+                size = parameter.nbytes // DTYPE_NBYTES[self.dtype]
+                numbers = pool.submit(self._numbers, parameter.name, len(parameter.shape), size, seed)
+                periods.append((bytes_[parameter.offset : end], numbers))
+            bytes_[end:] = 0
+            copies = []
+            for target, numbers in periods:
+                step = max(TILES * len(numbers.result()), 1)
+                parts = [target[begin : begin + step] for begin in range(0, len(target), step)]
+                copies += [pool.submit(_tile, part, numbers.result()) for part in parts]
+            for copy in copies:
+                copy.result()
 
     def _numbers(self, parameter: str, rank: int, size: int, seed: int) -> np.ndarray:
         """The bytes of one period of a parameter."""
@@ -66,13 +77,10 @@ class RandomCheckpoint:
 
 
 def _tile(target: np.ndarray, period: np.ndarray) -> None:
-    """Fills `target` with repetitions of `period`, by copies that double."""
-    done = min(len(period), len(target))
-    target[:done] = period[:done]
-    while done < len(target):
-        count = min(done, len(target) - done)
-        target[done : done + count] = target[:count]
-        done += count
+    """Fills `target` with repetitions of `period`, which stays in a core's cache: only the target passes the memory."""
+    for begin in range(0, len(target), max(len(period), 1)):
+        part = target[begin : begin + len(period)]
+        part[:] = period[: len(part)]
 
 
 def random_checkpoint(config: dict, dtype: str) -> RandomCheckpoint:

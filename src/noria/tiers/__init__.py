@@ -31,6 +31,10 @@ class Transfer:
     def failed(self, error: BaseException) -> None:
         self._future.set_exception(error)
 
+    @property
+    def settled(self) -> bool:
+        return self._future.done()
+
     def event(self):
         """The event after which the device's bytes are there (load), or may be written again (store).
 

@@ -1,0 +1,135 @@
+"""Where the bytes of the disk tier lie, and how a transfer is cut into slots, and a slot into chunks for threads.
+
+Knows files, offsets and memory; nothing of threads or streams.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from noria.blocks import ALIGNMENT, round_up
+from noria.direct import CHUNK_NBYTES, DirectFile, chunks
+
+
+@dataclass
+class Region:
+    """`nbytes` at byte `offset` of a file. The tier's own offsets count through its regions, one after another.
+
+    check: called once, when the whole region is first loaded as one piece, for something with `update(bytes)` and
+    `finish()`, which raises InputError if the bytes were damaged; or None.
+    """
+
+    file: DirectFile
+    offset: int
+    nbytes: int
+    check: Callable[[], object] | None = None
+
+
+@dataclass
+class _Part:
+    """A run of bytes in one region: `at` in its file, `place` in the slot, `data` on the device."""
+
+    region: Region
+    at: int
+    place: int
+    data: torch.Tensor
+
+
+@dataclass
+class Part:
+    """A run of bytes in one region: `at` in its file, `place` in the slot, `data` on the device."""
+
+    region: Region
+    at: int
+    place: int
+    data: torch.Tensor
+
+
+class Regions:
+    """Regions one after another, as one range of offsets from 0 to `nbytes`."""
+
+    def __init__(self, regions: Sequence[Region]):
+        self._regions = list(regions)
+        self._starts = list(accumulate((region.nbytes for region in self._regions), initial=0))
+        self.nbytes = self._starts[-1]
+
+    def _find(self, offset: int) -> int:
+        return bisect_right(self._starts, offset) - 1
+
+    def whole(self, offset: int, nbytes: int) -> Region | None:
+        """The region that is exactly these bytes, if one is."""
+        index = self._find(offset)
+        region = self._regions[index]
+        return region if (offset, nbytes) == (self._starts[index], region.nbytes) else None
+
+    def cut(self, pieces: Iterable[tuple[int, torch.Tensor]], slot_nbytes: int) -> Iterator[list[Part]]:
+        """The pieces cut into what fits a slot. Each part lies in its slot as its sectors do on the disk."""
+        parts, used = [], 0
+        for offset, data in pieces:
+            done = 0
+            while done < data.numel():
+                index = self._find(offset + done)
+                region, start = self._regions[index], self._starts[index]
+                at = region.offset + offset + done - start
+                place = used + at % ALIGNMENT
+                if place >= slot_nbytes:
+                    yield parts
+                    parts, used = [], 0
+                    continue
+                count = min(data.numel() - done, slot_nbytes - place, region.offset + region.nbytes - at)
+                parts.append(Part(region, at, place, data[done : done + count]))
+                used, done = round_up(place + count), done + count
+        if parts:
+            yield parts
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in {id(region.file): region.file for region in self._regions}.values():
+            file.close()
+
+
+def covers(parts: list[Part], slot: torch.Tensor) -> list[tuple]:
+    """(file, offset, memory, bytes needed) of whole sectors that hold the parts, in chunks."""
+    covers = []
+    for part in parts:
+        head = part.at % ALIGNMENT
+        needed = head + part.data.numel()
+        view = memoryview(slot[part.place - head : part.place - head + round_up(needed)].numpy())
+        for begin, end in chunks(len(view)):
+            covers.append((part.region.file, part.at - head + begin, view[begin:end], min(end, needed) - begin))
+    return covers
+
+
+def exact(parts: list[Part], slot: torch.Tensor) -> list[tuple]:
+    """(file, offset, memory, bytes) of the parts, in chunks."""
+    exact = []
+    for part in parts:
+        view = memoryview(slot[part.place : part.place + part.data.numel()].numpy())
+        for begin, end in chunks(len(view)):
+            exact.append((part.region.file, part.at + begin, view[begin:end], end - begin))
+    return exact
+
+
+def in_tasks(pieces: list[tuple]) -> list[list[tuple]]:
+    """Small pieces together, so that each task is worth a thread's while."""
+    tasks, nbytes = [[]], 0
+    for piece in pieces:
+        if tasks[-1] and nbytes + len(piece[2]) > CHUNK_NBYTES:
+            tasks.append([])
+            nbytes = 0
+        tasks[-1].append(piece)
+        nbytes += len(piece[2])
+    return tasks
+
+
+def read(task: list[tuple]) -> None:
+    for file, offset, view, needed in task:
+        file.read(offset, view, needed)
+
+
+def write(task: list[tuple]) -> None:
+    for file, offset, view, _ in task:
+        file.write(offset, view)

@@ -1,0 +1,301 @@
+"""Each tier against its contract, with streams that copy at once and with a twin that copies as late as events allow."""
+
+import contextlib
+import errno
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from noria import direct
+from noria.keys import InputError
+from noria.streams import CpuStreams
+from noria.tiers.cpu import Cpu
+from noria.tiers.disk import Disk, Region
+
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS))
+from late_streams import LateStreams  # noqa: E402
+
+NBYTES = 300_000
+CPU = torch.device("cpu")
+
+
+def disk(folder, streams, directly, slot_nbytes=16_384, num_slots=2, nbytes=NBYTES):
+    """Two regions, of which neither the size nor the place is a multiple of a sector."""
+    first = 70_001
+    files = [
+        direct.scratch_file(folder, 8192 + first, "key", directly),
+        direct.scratch_file(folder, nbytes, "key", directly),
+    ]
+    regions = [Region(files[0], 8192, first), Region(files[1], 0, nbytes - first)]
+    return Disk(regions, streams, slot_nbytes, num_slots, num_threads=2)
+
+
+def cpu(folder, streams):
+    tier = Cpu(NBYTES, streams)
+    tier.touch()
+    tier.register()
+    return tier
+
+
+KINDS = {
+    "cpu": cpu,
+    "disk direct": lambda folder, streams: disk(folder, streams, True),
+    "disk buffered": lambda folder, streams: disk(folder, streams, False),
+    "disk one slot": lambda folder, streams: disk(folder, streams, True, slot_nbytes=1, num_slots=1),
+}
+
+
+@pytest.fixture(params=[CpuStreams, LateStreams])
+def streams(request):
+    return request.param(CPU)
+
+
+@pytest.fixture(params=KINDS)
+def tier(request, streams, tmp_path):
+    tier = KINDS[request.param](tmp_path, streams)
+    yield tier
+    tier.close()
+
+
+def numbers(nbytes, seed):
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def load(tier, streams, offset, nbytes):
+    data = torch.zeros(nbytes, dtype=torch.uint8)
+    streams.wait(tier.load([(offset, data)]).event())
+    return data
+
+
+def test_what_was_stored_is_loaded(tier, streams):
+    data = numbers(NBYTES, 1)
+    streams.wait(tier.store([(0, data)]).event())
+    assert torch.equal(load(tier, streams, 0, NBYTES), data)
+    assert torch.equal(load(tier, streams, 4095, 77_777), data[4095 : 4095 + 77_777])
+
+
+def test_pieces_of_any_place_and_size_go_where_they_belong(tier, streams):
+    draw, held = random.Random(3), torch.zeros(NBYTES, dtype=torch.uint8)
+    streams.wait(tier.store([(0, held)]).event())
+    for turn in range(20):
+        cuts = sorted(draw.sample(range(NBYTES), 8))
+        pieces = [(begin, numbers(end - begin, turn)) for begin, end in zip(cuts[::2], cuts[1::2], strict=True)]
+        draw.shuffle(pieces)
+        for begin, data in pieces:
+            held[begin : begin + len(data)] = data
+        streams.wait(tier.store(pieces).event())
+        targets = [(cut, torch.zeros(min(5000, NBYTES - cut), dtype=torch.uint8)) for cut in cuts]
+        streams.wait(tier.load(targets).event())
+        for begin, data in targets:
+            assert torch.equal(data, held[begin : begin + len(data)]), (turn, begin)
+
+
+def test_aligned_pieces_of_many_slots_are_whole(tier, streams):
+    data = numbers(200_704, 5)  # 49 sectors
+    streams.wait(tier.store([(69_632, data)]).event())
+    assert torch.equal(load(tier, streams, 69_632, len(data)), data)
+
+
+def test_the_device_is_not_touched_before_the_events(tier):
+    late = LateStreams(CPU)
+    tier._streams = late  # events of one stream
+    data, target = numbers(5000, 2), torch.zeros(5000, dtype=torch.uint8)
+    late.wait(tier.store([(100, data)]).event())
+    order = []
+
+    class After:
+        def synchronize(self):
+            order.append(target.clone())
+
+    late.wait(tier.load([(100, target)], [After()]).event())
+    assert order and not order[0].any()
+    assert torch.equal(target, data)
+
+
+def test_nothing_to_move_is_a_transfer_too(tier, streams):
+    streams.wait(tier.load([]).event())
+    streams.wait(tier.store([]).event())
+
+
+def test_a_disk_reads_after_what_it_was_told_to_write(tmp_path, streams):
+    """Without a wait in between, in both directions, many times."""
+    tier = disk(tmp_path, streams, True, num_slots=4)
+    loads = []
+    for turn in range(100):
+        offset = turn * 37 % 50_000
+        stored = tier.store([(offset, numbers(20_000, turn))])
+        target = torch.zeros(20_000, dtype=torch.uint8)
+        loads.append((turn, target, tier.load([(offset, target)], [stored.event()])))
+    for turn, target, transfer in loads:
+        streams.wait(transfer.event())
+        assert torch.equal(target, numbers(20_000, turn)), turn
+    tier.close()
+
+
+def test_bytes_are_counted(tmp_path, streams):
+    memory, file = cpu(tmp_path, streams), disk(tmp_path, streams, True)
+    for tier in (memory, file):
+        streams.wait(tier.store([(0, numbers(1000, 1)), (5000, numbers(24, 1))]).event())
+        load(tier, streams, 0, 100)
+    assert (memory.nbytes_loaded, memory.nbytes_stored) == (100, 1024)
+    assert (file.nbytes_read, file.nbytes_written) == (100, 1024)
+    memory.close()
+    file.close()
+
+
+def test_a_view_outlives_the_memory_tier(tmp_path):
+    tier = cpu(tmp_path, CpuStreams(CPU))
+    view = tier.memory[10:20]
+    tier.close()
+    tier.close()
+    assert view.tolist() == [0] * 10
+
+
+def test_memory_that_cannot_be_locked_is_refused_with_the_remedy(monkeypatch):
+    class Refusing:
+        def cudaHostRegister(self, *_):
+            return 2
+
+    streams = CpuStreams(CPU)
+    tier = Cpu(4096, streams)
+    streams.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    with pytest.raises(OSError, match=r"4096 bytes.*CUDA error 2.*ulimit -l"):
+        tier.register()
+
+
+@pytest.mark.parametrize("directly", [True, False])
+def test_a_file_that_was_truncated_is_named_at_the_wait(tmp_path, streams, directly):
+    path = tmp_path / "model.h5"
+    path.write_bytes(bytes(40_960))
+    with path.open("rb") as file:
+        region = Region(direct.DirectFile(file.fileno(), path, direct=directly), 4096, 36_864)
+    tier = Disk([region], streams, 8192, 2)
+    os.truncate(path, 20_000)
+    transfer = tier.load([(0, torch.zeros(36_864, dtype=torch.uint8))])
+    with pytest.raises(InputError, match=r"model.h5 is truncated: .* bytes were to be read at byte .*20000"):
+        transfer.event()
+    load(tier, streams, 0, 8192)  # the tier goes on
+    tier.close()
+
+
+def broken(call, number, after=0):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise OSError(number, os.strerror(number))
+        return call(*arguments)
+
+    return fail
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_disk_that_cannot_be_read_is_named_at_the_wait(tmp_path, streams, monkeypatch, after):
+    tier = disk(tmp_path, streams, True)
+    monkeypatch.setattr(os, "preadv", broken(os.preadv, errno.EIO, after))
+    with pytest.raises(OSError, match=r"scratch file: reading \d+ bytes at byte \d+") as raised:
+        tier.load([(0, torch.zeros(NBYTES, dtype=torch.uint8))]).event()
+    assert raised.value.errno == errno.EIO
+    tier.close()
+
+
+def test_a_disk_that_cannot_be_written_fails_what_comes_later(tmp_path, streams, monkeypatch):
+    tier = disk(tmp_path, streams, True, num_slots=1)
+    monkeypatch.setattr(os, "pwritev", broken(os.pwritev, errno.ENOSPC))
+    with pytest.raises(OSError, match="writing"):
+        tier.store([(0, numbers(100_000, 1))]).event()
+        tier.load([(0, torch.zeros(100_000, dtype=torch.uint8))]).event()
+    with pytest.raises(OSError, match="writing"):
+        tier.load([(0, torch.zeros(10, dtype=torch.uint8))]).event()
+    tier.close()
+
+
+def test_a_file_system_that_refuses_direct_reads_is_read_through_its_cache(tmp_path, streams, monkeypatch):
+    tier = disk(tmp_path, streams, True)
+    file = tier._regions._regions[1].file
+    plain, refused = os.preadv, []
+
+    def preadv(descriptor, buffers, offset):
+        if descriptor == file._direct:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "no")
+        return plain(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    load(tier, streams, 0, NBYTES)
+    assert refused and not file.direct
+    tier.close()
+
+
+class Sum:
+    def __init__(self, found):
+        self.found, self.taken = found, b""
+
+    def update(self, data):
+        self.taken += bytes(data)
+
+    def finish(self):
+        self.found.append(self.taken)
+        if not any(self.taken):
+            raise InputError("damaged")
+
+
+def test_a_region_is_checked_once_in_order_when_it_is_first_loaded_whole(tmp_path, streams):
+    path, found = tmp_path / "file", []
+    data = numbers(100_000, 9)
+    path.write_bytes(bytes(data.numpy()) + bytes(50_000))
+    with path.open("rb") as file:
+        opened = direct.DirectFile(file.fileno(), path)
+    checks = [lambda: Sum(found), lambda: Sum(found)]
+    tier = Disk([Region(opened, 0, 100_000, checks[0]), Region(opened, 100_000, 50_000, checks[1])], streams, 8192, 3)
+    load(tier, streams, 0, 5000)
+    assert not found
+    for _ in range(2):
+        assert torch.equal(load(tier, streams, 0, 100_000), data)
+    assert found == [bytes(data.numpy())]
+    with pytest.raises(InputError, match="damaged"):
+        tier.load([(100_000, torch.zeros(50_000, dtype=torch.uint8))]).event()
+    tier.close()
+
+
+def test_a_scratch_folder_without_room_is_refused_with_the_numbers(tmp_path):
+    with pytest.raises(InputError, match=r"needs 9313225.75 GiB .* bytes too few: lower placement.cache.disk"):
+        direct.scratch_file(tmp_path, 10**16, "placement.cache.disk")
+    with pytest.raises(InputError, match="set placement.scratch"):
+        direct.scratch_file(tmp_path / "absent", 1, "placement.cache.disk")
+    assert not list(tmp_path.iterdir())
+
+
+CHILD = """
+import sys, time, torch
+from noria import direct
+from noria.streams import CpuStreams
+from noria.tiers.disk import Disk, Region
+streams = CpuStreams(torch.device("cpu"))
+tier = Disk([Region(direct.scratch_file(sys.argv[1], 1 << 20, "key"), 0, 1 << 20)], streams, 1 << 16, 2)
+tier.store([(0, torch.ones(1 << 20, dtype=torch.uint8))]).event()
+print("stored", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_killed_leaves_no_scratch_file(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent / "src")}
+    arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout.readline() == b"stored\n"
+        opened = [os.readlink(entry) for entry in Path(f"/proc/{child.pid}/fd").iterdir()]
+        assert any(str(tmp_path) in name and name.endswith("(deleted)") for name in opened)
+        child.kill()
+    time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
