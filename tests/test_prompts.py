@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from noria.config import InputError, Sampling
 from noria.rows import prompts
-from noria.rows.prompts import content_hash, count, edit_distance, extends, misspelt, open_prompts
+from noria.rows.prompts import content_hash, count, extends, open_prompts
+from noria.sampling import _WORDS, edit_distance, misspelt
 
 
 def rows_of(tmp_path, *records):
@@ -95,6 +96,10 @@ def test_every_sampling_key_may_stand_in_a_row(tmp_path):
         ("top_p", 0),
         ("top_p", 1.01),
         ("top_k", -1),
+        ("top_k", 1e300),
+        ("seed", 2.0**60),
+        ("n", float("inf")),
+        ("stop_token_ids", [1.5]),
         ("seed", -1),
         ("seed", 2**63),
         ("ignore_eos", 1),
@@ -109,9 +114,42 @@ def test_a_sampling_key_of_the_wrong_type_or_range_is_that_rows_error(key, value
 
 
 def test_a_value_is_checked_by_its_type_even_after_an_equal_one_of_another_type(tmp_path):
-    values = [1, True, 1.0, 1]
+    values = [1, True, 1.5, 1]
     found = rows_of(tmp_path, *({"prompt": "p", "top_k": value} for value in values))
     assert [prompt.error is None for prompt in found] == [True, False, False, True]
+
+
+def test_floats_that_are_integers_are_integers_where_a_key_wants_one(tmp_path):
+    given = {"max_new_tokens": 3.0, "top_k": -0.0, "seed": 2.0**53, "n": 2.0, "logprobs": 1.0, "stop_token_ids": [4.0]}
+    prompt = row_of(tmp_path, {"id": 7.0, "token_ids": [5.0, 6], "own": 3.0, "temperature": 1.0} | given)
+    assert prompt.error is None and (prompt.id, prompt.token_ids) == ("7", [5, 6])
+    assert prompt.sampling == given | {"temperature": 1.0} and prompt.extra == '{"own": 3.0}'
+    integers = [*prompt.token_ids, *prompt.sampling["stop_token_ids"], *(prompt.sampling[name] for name in given)]
+    assert {type(value) for value in integers} == {int, list}
+    assert type(prompt.sampling["temperature"]) is float
+    assert "token_ids[1] is 6.5" in row_of(tmp_path, {"token_ids": [5, 6.5]}).error
+    assert "token_ids[0] is nan" in row_of(tmp_path, {"token_ids": [float("nan")]}).error
+
+
+def test_a_table_of_pandas_with_a_missing_integer_runs(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"id": [1, 2], "prompt": ["a", "b"], "max_new_tokens": [3, None], "top_k": [None, 5]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        first, second = open_prompts(tmp_path / name)
+        assert (first.error, second.error) == (None, None)
+        assert (first.sampling, second.sampling) == ({"max_new_tokens": 3}, {"top_k": 5})
+
+
+def test_a_row_that_could_not_be_read_has_the_id_that_it_gave_itself(tmp_path):
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    requests = [{"custom_id": "a", "body": body | {"stream": True}}, {"custom_id": "b", "body": body}]
+    bad, good, twice, odd = rows_of(tmp_path, *requests, requests[0], {"custom_id": ["x"], "body": []})
+    assert (bad.id, good.id, twice.id, odd.id) == ("a", "b", "a", "3")
+    assert "body.stream" in bad.error and good.error is None
+    assert "id 'a' is that of an earlier row" in twice.error and "id is ['x']" in odd.error
 
 
 def test_null_is_a_key_that_is_not_given(tmp_path):
@@ -167,7 +205,6 @@ def test_messages_of_another_shape_are_that_rows_error(messages, words, tmp_path
         ("topk", "top_k"),
         ("top-p", "top_p"),
         ("sede", "seed"),
-        ("stops", "stop"),
         ("ignore_eso", "ignore_eos"),
         ("repetition_penality", "repetition_penalty"),
         ("stop_token_id", "stop_token_ids"),
@@ -199,6 +236,10 @@ def test_the_edit_distance_is_that_of_its_definition(a, b):
     assert edit_distance(a, b) == distance(a, b)
 
 
+VALUES = {key: 1 for key in prompts.SAMPLING} | {"stop": "x", "system": "x", "stop_token_ids": [1]}
+VALUES |= {"logit_bias": {}} | dict.fromkeys(("ignore_eos", "chat", "prompt_logprobs"), True)
+
+
 def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
     """All edits of one letter, and a sample of those of two: deletions, insertions and replacements."""
 
@@ -213,9 +254,64 @@ def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
     for key in sorted(known):
         once = sorted(set(edits(key)))
         twice = [choose.choice(sorted(set(edits(word)))) for word in choose.choices(once, k=20)]
-        for word in {*once, *twice} - known:
-            assert misspelt(word) is not None
-            assert edit_distance(misspelt(word), word) <= edit_distance(key, word)
+        for word in {*once, *twice} - known - _WORDS:
+            assert misspelt(word, VALUES[key]) is not None, (word, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("topP", "x", "top_p"),
+        ("Top-K", None, "top_k"),
+        ("SEED", [], "seed"),
+        ("maxNewTokens", {}, "max_new_tokens"),
+        ("max_tokns", 5, "max_new_tokens"),
+        ("max_tokens", 5, "max_new_tokens"),
+        ("max_tokens", "5", "max_new_tokens"),
+        ("max_length", 5.0, "max_new_tokens"),
+        ("min_tokens", 1, "min_new_tokens"),
+        ("stop_sequences", ["x"], "stop"),
+        ("num_return_sequences", 2, "n"),
+        ("random_seed", 5, "seed"),
+        ("system_prompt", "be kind", "system"),
+        ("top_logprobs", 5, "logprobs"),
+        ("temp", 0.5, "temperature"),
+        ("stops", ["x"], "stop"),
+        ("stpo", "x", "stop"),
+        ("cht", "True", "chat"),
+        ("sede", "5", "seed"),
+        ("temprature", "hot", "temperature"),
+    ],
+)
+def test_names_of_other_programs_and_misspelt_ones_are_known_by_the_value_too(key, value, meant, tmp_path):
+    assert f"did you mean {meant!r}" in row_of(tmp_path, {"prompt": "p", key: value}).error
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("topic", "physics"),
+        ("topic", 3),
+        ("store", "north"),
+        ("step", 4),
+        ("shop", "x"),
+        ("speed", 30),
+        ("minor", 0.5),
+        ("top_1", "cat"),
+        ("spam", {"x": 1}),
+        ("sede", "Roma"),
+        ("max_length", "long"),
+        ("stop_words", 17),
+        ("temp", "cold"),
+        ("char", True),
+        ("Step", 5),
+        ("num_tokens", 5),
+        ("min_l", None),
+    ],
+)
+def test_words_near_a_short_key_and_values_that_it_cannot_have_are_the_users_own(key, value, tmp_path):
+    prompt = row_of(tmp_path, {"prompt": "p", key: value})
+    assert prompt.error is None and json.loads(prompt.extra) == {key: value}
 
 
 def test_a_missing_id_is_the_row_number_and_integers_are_ids_too(tmp_path):
@@ -259,7 +355,7 @@ def test_an_id_of_the_wrong_type_is_that_rows_error_and_its_id_is_its_number(val
         ({"token_ids": []}, "token_ids is empty"),
         ({"token_ids": "12"}, "must be a list"),
         ({"token_ids": [1, -1]}, r"token_ids\[1\] is -1"),
-        ({"token_ids": [1.0]}, r"token_ids\[0\] is 1.0"),
+        ({"token_ids": [1.5]}, r"token_ids\[0\] is 1.5"),
         ({"token_ids": [True]}, r"token_ids\[0\] is True"),
         ({"token_ids": [2**31]}, r"token_ids\[0\] is 2147483648"),
         ({"token_ids": [[1]]}, r"token_ids\[0\]"),

@@ -366,6 +366,39 @@ def test_a_request_that_cannot_be_honoured_is_refused_by_name(tmp_path, body, mo
     assert "messages" in request(tmp_path, calm)
 
 
+def test_a_bad_request_keeps_its_own_id(tmp_path):
+    row = request(tmp_path, {"messages": TALK, "stream": True})
+    assert isinstance(row, BadRow) and row.id == "a-1"
+    path = write(tmp_path / "batch.jsonl", b'{"prompt"\n')
+    assert next(kinds.load("readers", "jsonl").read(path)).id is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("max_tokns", 5, "did you mean 'max_new_tokens'"),
+        ("temprature", 0.5, "did you mean 'temperature'"),
+        ("topP", 0.5, "did you mean 'top_p'"),
+        ("message", TALK, "did you mean 'messages'"),
+        ("guided_json", {}, "body.guided_json is no key of a request"),
+        ("label", 1, "go into metadata or beside body"),
+        ("modalities", ["audio"], "only text"),
+        ("verbosity", "low", "body.verbosity is not in this version"),
+    ],
+)
+def test_a_key_of_a_request_that_nobody_knows_is_refused_and_the_right_one_named(tmp_path, key, value, words):
+    row = request(tmp_path, {"messages": TALK, key: value})
+    assert isinstance(row, BadRow) and words in row.error and row.id == "a-1"
+
+
+def test_norias_own_keys_may_stand_in_a_request_and_those_that_change_no_answer_are_left_out(tmp_path):
+    own = {"min_new_tokens": 2, "system": "s", "prompt_logprobs": True, "max_new_tokens": 7, "repetition_penalty": 1.5}
+    none = {"store": True, "service_tier": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
+    row = request(tmp_path, {"messages": TALK} | own | none)
+    assert row == {"id": "a-1", "url": REQUEST["url"], "messages": TALK} | own
+    assert request(tmp_path, {"prompt": "p", "chat": True}, url="/v1/completions")["chat"] is True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".txt", ".csv", ".h5", ".parquet"])
 def test_memory_stays_flat_over_many_rows(tmp_path, suffix):

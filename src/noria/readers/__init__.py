@@ -23,9 +23,10 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be read, and why."""
+    """A row that could not be read, and why; `id`: the id that it gave itself, if it came so far."""
 
     error: str
+    id: str | int | None = None
 
 
 def for_path(path: str | Path) -> ModuleType:

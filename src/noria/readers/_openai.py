@@ -4,24 +4,15 @@ Knows the format's keys and what Noria calls them; what a value may be is checke
 """
 
 import json
+from dataclasses import fields
 
+from noria.keys import nearest
 from noria.readers import BadRow
+from noria.sampling import Sampling, misspelt
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "stop",
-    "n",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-)
-_SAME += ("repetition_penalty", "stop_token_ids", "ignore_eos")
 _LENGTHS = ("max_completion_tokens", "max_tokens")
+_OURS = tuple(field.name for field in fields(Sampling) if field.name != "logprobs")
 # Asked for where the answer would be another one, and which cannot be had here: refused where they say anything.
 _REFUSED = (
     "tools",
@@ -33,10 +24,25 @@ _REFUSED = (
     "audio",
     "prediction",
     "echo",
+    "suffix",
+    "best_of",
+    "reasoning_effort",
+    "verbosity",
+    "web_search_options",
 )
-_REFUSED += ("suffix", "best_of", "reasoning_effort", "web_search_options")
 _NO_WISH = (None, [], {}, "none", "auto", {"type": "text"})
+# They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
+_LEFT_OUT = (
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "stream_options",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", *_LENGTHS, *_OURS, *_REFUSED, *_CARRIED, *_LEFT_OUT}
 
 
 def is_request(record: dict) -> bool:
@@ -45,18 +51,17 @@ def is_request(record: dict) -> bool:
 
 
 def as_row(record: dict) -> dict | BadRow:
-    """The request as a row: Noria's keys, and `model`, `url`, `user`, `metadata` as the user's own columns."""
+    """The request as a row: Noria's keys, and `model`, `url`, `user`, `metadata` as the user's own columns.
+
+    A key of the body that is neither OpenAI's nor Noria's is refused, as OpenAI does: what it asks for could not be
+    honoured. A bad request has its custom_id.
+    """
     body, url = record["body"], record.get("url", CHAT)
-    if not isinstance(body, dict):
-        return BadRow(f"body is {type(body).__name__}: it must be an object with messages or a prompt")
-    if url not in (CHAT, COMPLETIONS):
-        return BadRow(f"url is {json.dumps(url)[:60]}: {CHAT} and {COMPLETIONS} can be run")
-    refused = [name for name in _REFUSED if _wished(body.get(name))]
-    if refused:
-        return BadRow(f"body.{refused[0]} is not in this version of Noria: take it out of the request")
+    if error := _error(body, url):
+        return BadRow(error, record["custom_id"])
     row = {name: value for name, value in record.items() if name not in ("custom_id", "body", "method", "url")}
     row = {"id": record["custom_id"], "url": url} | row
-    row |= {name: body[name] for name in (*_SAME, *_CARRIED) if name in body}
+    row |= {name: body[name] for name in (*_OURS, *_CARRIED) if name in body}
     length = next((body[name] for name in _LENGTHS if body.get(name) is not None), None)
     if length is not None:
         row["max_new_tokens"] = length
@@ -64,7 +69,26 @@ def as_row(record: dict) -> dict | BadRow:
     if url == CHAT:
         return row | {"messages": body.get("messages")}
     prompt = body.get("prompt")
-    return row | ({"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt, "chat": False})
+    return {"chat": False} | row | ({"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt})
+
+
+def _error(body, url) -> str | None:
+    """What is wrong with a request."""
+    if not isinstance(body, dict):
+        return f"body is {type(body).__name__}: it must be an object with messages or a prompt"
+    if url not in (CHAT, COMPLETIONS):
+        return f"url is {json.dumps(url)[:60]}: {CHAT} and {COMPLETIONS} can be run"
+    if body.get("modalities") not in (None, [], ["text"]):
+        return "body.modalities: only text can be generated"
+    for name in _REFUSED:
+        if _wished(body.get(name)):
+            return f"body.{name} is not in this version of Noria: take it out of the request"
+    unknown = next((name for name in body if name not in _KNOWN and name != "modalities"), None)
+    if unknown is None:
+        return None
+    near = misspelt(unknown, body[unknown])
+    hint = f"; did you mean {near!r}?" if near else nearest(unknown[:100], _KNOWN)
+    return f"body.{unknown[:100]} is no key of a request{hint} (columns of your own go into metadata or beside body)"
 
 
 def _wished(value) -> bool:

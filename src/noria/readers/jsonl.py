@@ -41,4 +41,4 @@ def _parse(line: bytes, number: int) -> dict | BadRow:
     if not _openai.is_request(record):
         return record
     row = _openai.as_row(record)
-    return BadRow(f"line {number}: {row.error}") if isinstance(row, BadRow) else row
+    return BadRow(f"line {number}: {row.error}", row.id) if isinstance(row, BadRow) else row

@@ -15,13 +15,12 @@ import xxhash
 from noria import readers
 from noria.config import NOT_YET, InputError, Sampling
 from noria.readers import BadRow
+from noria.sampling import misspelt, whole
 
 RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
 SAMPLING_NOT_YET = tuple(NOT_YET["sampling"].split())
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
-_MAX_DISTANCE = 2  # a key this near to a sampling key is a typing error, not the user's own column
-_LONGEST_KEY = max(map(len, SAMPLING + SAMPLING_NOT_YET)) + _MAX_DISTANCE
 _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 
 
@@ -109,7 +108,8 @@ def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
     ids = _Ids()
     for row, record in enumerate(records):
         if isinstance(record, BadRow):
-            yield Prompt(row, str(row), "", None, {}, "", record.error[:_MAX_ERROR])
+            id, id_error = _id(row, record.id, ids)
+            yield Prompt(row, id, "", None, {}, "", "; ".join(filter(None, [record.error, id_error]))[:_MAX_ERROR])
         else:
             yield _prompt(row, record, ids)
 
@@ -118,7 +118,7 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
     own, extra, key_errors = _sort_keys(record)
     id, id_error = _id(row, record.get("id"), ids)
     sampling, sampling_error = _sampling(own) if own else ({}, None)
-    prompt, token_ids = record.get("prompt"), record.get("token_ids")
+    prompt, token_ids = record.get("prompt"), _whole_ids(record.get("token_ids"))
     content_error = _content_error(record, prompt, token_ids)
     messages = None
     if content_error is None and record.get("messages") is not None:
@@ -149,38 +149,16 @@ def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
         elif name in SAMPLING_NOT_YET:
             if value is not None:
                 errors.append(f"{name} is not in this version of Noria yet")
-        elif len(name) <= _LONGEST_KEY and (meant := misspelt(name)):
+        elif meant := misspelt(name, value):
             errors.append(f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)")
         else:
             extra[name] = value
     return own, extra, errors
 
 
-@lru_cache(maxsize=4096)
-def misspelt(name: str) -> str | None:
-    """The sampling key that `name` was probably meant to be: the nearest within edit distance 2, or None.
-
-    A key must share something with it: for `n`, of one letter, every key of up to two letters would be as near.
-    """
-    near = [(edit_distance(name, key), key) for key in SAMPLING + SAMPLING_NOT_YET]
-    near = [(distance, key) for distance, key in near if distance <= _MAX_DISTANCE and distance < len(key)]
-    return min(near)[1] if near else None
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The least number of letters to insert, delete or replace that turns `a` into `b` (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
-    return row[-1]
-
-
 def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
     """The row's id and what is wrong with it. Without one it is the row's number."""
-    if value is None:
-        value = row
+    value = row if value is None else whole(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return str(row), f"id is {_short(value)}: it must be a string or an integer"
     if ids.add(str(value)):
@@ -232,6 +210,13 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
         else message
         for message in messages
     ]
+
+
+def _whole_ids(token_ids):
+    """Token ids as integers where a table has them as floats."""
+    if isinstance(token_ids, list) and float in map(type, token_ids):
+        return [whole(token_id) for token_id in token_ids]
+    return token_ids
 
 
 def _token_ids_error(token_ids) -> str | None:
