@@ -102,3 +102,31 @@ def test_what_rank_0_refuses_every_rank_refuses():
     with pytest.raises(InputError, match="^no$"):
         mpi.on_every_rank(Solo(), refuse)
     assert mpi.on_first_rank(Solo(), lambda: 5, share=False) == 5
+
+
+def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [400])
+    place, cpu = launcher.Place("here", 0, 2, 1), launcher.torch.device("cpu")
+    found = launcher.machine(config.load(None, RUN), Solo(), place, cpu)
+    assert (found.device, found.memory_nbytes, found.cpu_memory_nbytes, found.scratch_nbytes) == ("cpu", 180, 180, None)
+    asked = config.load(None, RUN | {"cache": {"disk": 100}, "scratch": str(tmp_path)})
+    assert launcher.machine(asked, Solo(), place, cpu).scratch_nbytes > 0
+
+
+def test_a_scratch_folder_that_is_none_is_refused_where_it_is_needed(tmp_path):
+    place, cpu = launcher.Place("here", 0, 1, 1), launcher.torch.device("cpu")
+    nowhere = RUN | {"scratch": str(tmp_path / "nowhere")}
+    launcher.machine(config.load(None, nowhere), Solo(), place, cpu)
+    with pytest.raises(launcher.InputError, match="nowhere is not a folder on here: name a folder"):
+        launcher.machine(config.load(None, nowhere | {"cache": {"disk": 100}}), Solo(), place, cpu)
+
+
+def test_scratch_is_the_schedulers_folder_before_the_outputs(monkeypatch, tmp_path):
+    for name in ("SLURM_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    output = RUN | {"output": str(tmp_path / "o.h5")}
+    assert launcher.scratch_folder(config.load(None, output)) == tmp_path
+    monkeypatch.setenv("SLURM_TMPDIR", "/local")
+    assert str(launcher.scratch_folder(config.load(None, output))) == "/local"
+    assert str(launcher.scratch_folder(config.load(None, output | {"scratch": "/mine"}))) == "/mine"

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from noria.config import Config, InputError
+from noria.plan.planner import Machine
+from noria.plan.planner import Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 # Where one of these is set, the user has said how ranks are to be bound.
@@ -104,7 +106,38 @@ def device_memory(comm, place: Place, device: torch.device) -> int:
         sharing = comm.allgather((place.host, uuid)).count((place.host, uuid))
         return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE / sharing)
     comm.allgather(None)  # one collective on every rank, whatever its device
+    return host_memory(place)
+
+
+def host_memory(place: Place) -> int:
+    """Bytes of host memory that this rank may fill: its share of what its machine and its cgroup have free."""
     return int(min(_free_memory(), *_cgroup_limits()) * MEMORY_SHARE / place.ranks_on_host)
+
+
+def machine(config: Config, comm, place: Place, device: torch.device) -> Machine:
+    """What the tightest rank has, for the planner. Collective. Raises InputError for a scratch folder that is none."""
+    folder, placement = scratch_folder(config), config.placement
+    needed = placement.stage or bool((placement.cache or {}).get("disk"))
+    usable = folder.is_dir() and os.access(folder, os.W_OK)
+    own = device_memory(comm, place, device), host_memory(place), _share_of_disk(folder, place) if usable else 0
+    memory, cpu_memory, scratch = map(min, zip(*comm.allgather(own), strict=True))
+    if needed and not usable:
+        why = "cannot be written to" if folder.is_dir() else "is not a folder"
+        raise InputError(
+            f"placement.scratch: {folder} {why} on {place.host}: name a folder on a disk of the node itself"
+        )
+    return Machine(device.type, memory, cpu_memory, scratch if needed else None)
+
+
+def scratch_folder(config: Config) -> Path:
+    """Where this rank puts what lives on disk for the run alone."""
+    named = config.placement.scratch or os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR")
+    return Path(named or Path(config.output).absolute().parent)
+
+
+def _share_of_disk(folder: Path, place: Place) -> int:
+    space = os.statvfs(folder)
+    return int(space.f_bavail * space.f_frsize * MEMORY_SHARE / place.ranks_on_host)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -218,7 +218,7 @@ def _cache_pages(work: _Work, sizes: Sizes, shares: Mapping) -> dict[str, int]:
             pages[tier] = wanted
             left -= wanted
         require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page is {size_words(largest)} on a rank")
-        return pages
+        return dict.fromkeys(TIERS, 0) | pages
     for tier in cache_tiers:
         _require_room(work, sizes, tier, 1, room[tier])
     total = min(int(room[tier] / (shares[tier] / 100)) for tier in cache_tiers)
@@ -226,7 +226,7 @@ def _cache_pages(work: _Work, sizes: Sizes, shares: Mapping) -> dict[str, int]:
     counts = {tier: int(total * shares[tier] / 100 + 1e-9) for tier in cache_tiers}
     first = max(cache_tiers, key=lambda tier: room[tier] - counts[tier])
     counts[first] += min(total - sum(counts.values()), room[first] - counts[first])
-    return counts
+    return dict.fromkeys(TIERS, 0) | counts
 
 
 def _room(work: _Work, sizes: Sizes) -> dict[str, int]:
