@@ -83,7 +83,7 @@ def run(prompts, limits, done=frozenset(), answer=None):
             under_way[group] = (step, result) if step.num_tokens else None
         if Word.STOP in words:
             assert words == {Word.STOP}
-            assert admission._pages.num_free == limits.num_pages, "pages that nobody gave back"
+            assert sum(pages.num_free for pages in admission._pages) == limits.num_pages, "pages that nobody gave back"
             return finished, admission, engine
     raise AssertionError("the run does not end")
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -12,10 +13,12 @@ from noria.blocks import ModelShape
 from noria.config import Config, InputError
 from noria.engine.executor import Executor, Timing, follow, lead
 from noria.engine.heartbeat import SILENCE
-from noria.engine.kv_cache import KvCache
+from noria.engine.kv_cache import KvCache, open_shares
+from noria.engine.loading import Loader
 from noria.engine.ring import open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
+from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
@@ -24,7 +27,7 @@ from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
 from noria.plan import planner
-from noria.plan.placement import blocks_of, stages_of
+from noria.plan.placement import stages_of
 from noria.progress import log
 from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
@@ -67,7 +70,7 @@ def _generate(
     started, rank, num_ranks = now(), comm.Get_rank(), comm.Get_size()
     transport_name, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, device, config.pipeline.transport))
     transport = transports.open_transport(transport_name, comm, device)
-    machine = planner.Machine(device.type, min(comm.allgather(launcher.device_memory(comm, place, device))))
+    machine = mpi.on_every_rank(comm, lambda: launcher.machine(config, comm, place, device))
     plan = mpi.on_first_rank(
         comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
     )
@@ -82,28 +85,34 @@ def _generate(
             comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
+        its_streams, traffic = streams.streams_of(device), Traffic()
+        scratch = launcher.scratch_folder(config)
+        staged = scratch if config.placement.stage else None
         ring, timing = None, Timing()
         if mpi.on_first_rank(comm, lambda: desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
-            ring = open_the_ring(plan, checkpoint.shape, transport, rank, device)
+            ring = open_the_ring(plan, checkpoint.shape, transport, rank, its_streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
             watchdog.doing = "loading its weights"
             weights = mpi.on_every_rank(
-                comm, lambda: load(plan, checkpoint, rank, device), lambda said: watchdog.end(said, 2)
+                comm,
+                lambda: load(plan, checkpoint, rank, its_streams, traffic, staged),
+                lambda said: watchdog.end(said, 2),
             )
-            executor = build(plan, checkpoint.shape, weights, ring, rank, device)
+            executor = build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch)
             next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
             comm.Barrier()
             watchdog.doing = executor.doing
             if rank == 0:
                 desk.seconds_left, stopping.seal = lambda: stopping.seconds_left, desk.stop
             timing = executor.run(next_step)
+            weights.close()
         if rank == 0:  # until the last row is sealed a signal must find who seals it
             stopping.merging, stopping.seal = desk.complete, desk.stop
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
-        timings = comm.allgather(asdict(timing) | launcher.peak_memory(device))
+        timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))
         if rank == 0 and not desk.complete:
             desk.leave()
         elif rank == 0:
@@ -150,33 +159,50 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
     watchdog.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
 
 
-def load(plan: planner.Plan, checkpoint, rank: int, device: torch.device) -> Weights:
-    """This rank's weights. Raises InputError for a block that is damaged."""
-    return Weights(checkpoint, blocks_of(rank, plan.num_ranks, plan.ranges()), plan.dtype, device)
+def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, scratch: Path | None) -> Weights:
+    """This rank's weights, where the plan has them; those on disk go to `scratch` first, if it is given.
+
+    Raises InputError for a block that is damaged.
+    """
+    stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
+    loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch)
+    return loader.load(stages, plan.groups, plan.weight_slots, traffic, ahead)
 
 
-def build(plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: int, device: torch.device) -> Executor:
-    """This rank's engine: its cache and stage around its weights, in the ring."""
-    model = kinds.load("models", shape.family)
+def build(
+    plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: int, streams, traffic: Traffic, scratch: Path
+) -> Executor:
+    """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
     layers = [layer for stage in stages for layer in stage]
-    cache = KvCache(shape, layers, plan.num_pages, dtype, device)
-    kind = attention.choose(device, dtype, shape.head_dim)
+    shares = open_shares(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
+    cache = KvCache(
+        shape,
+        layers,
+        plan.cache_pages.get("gpu", 0),
+        dtype,
+        streams,
+        shares,
+        plan.cache_slots,
+        plan.cache_slot_pages,
+        traffic,
+    )
     stage = Stage(
-        model,
-        kind,
+        kinds.load("models", shape.family),
+        attention.choose(streams.device, dtype, shape.head_dim),
         shape,
         weights,
         cache,
-        Sampler(device),
+        Sampler(streams.device),
+        kinds.load("schedules", plan.schedule),
         dtype,
-        device,
+        streams,
         lambda message: log(rank, plan.num_ranks, message),
     )
-    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams.streams_of(device))
+    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic)
 
 
-def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, device: torch.device):
+def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
     """This rank's place in the ring, with the buffers of its messages."""
     return open_ring(
         transport,
@@ -187,8 +213,8 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, d
         shape.hidden_size,
         plan.step_tokens,
         TORCH_DTYPES[plan.dtype],
-        device,
-        streams.streams_of(device),
+        streams.device,
+        streams,
         plan.blocking,
     )
 

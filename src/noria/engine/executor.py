@@ -17,18 +17,37 @@ from noria.step import Result, Step, Word
 
 @dataclass
 class Timing:
-    """Seconds of a rank between its first step and its last; `waited` of them for the ring."""
+    """Seconds of a rank between its first step and its last; `waited` of them for the ring.
+
+    Rounds with any chunk of a prompt are prefill, the others decode.
+    """
 
     rounds: int = 0
+    visits: int = 0  # of each lap, by groups that had something to compute
     tokens: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    prefill_rounds: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_rounds: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def end_round(self, prefill: bool, tokens: int, seconds: float) -> None:
+        """Adds a round to its phase."""
+        self.rounds, self.tokens, phase = self.rounds + 1, self.tokens + tokens, "prefill" if prefill else "decode"
+        for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
+            setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
 
 
 class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
-    def __init__(self, stage: Stage, stages: list[range], ring, rank: int, num_ranks: int, groups: int, streams):
+    def __init__(
+        self, stage: Stage, stages: list[range], ring, rank: int, num_ranks: int, groups: int, streams, traffic
+    ):
+        self._traffic = traffic
         self._stage, self._stages, self._ring = stage, stages, ring
         self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
         self._groups, self._streams = groups, streams
@@ -46,25 +65,31 @@ class Executor:
     @torch.inference_mode()
     def run(self, next_step: "NextStep") -> Timing:
         """All rounds, until every header of one says STOP."""
-        started = time.perf_counter()
+        started = before = time.perf_counter()
         steps: list[Prepared | None] = [None] * self._groups
         for round in count():
-            stopped = 0
             for lap, layers in enumerate(self._stages):
                 for group in range(self._groups):
                     self._at = round, lap, group
                     if lap == 0:
-                        step = self._next(next_step, round, group)
-                        stopped += step.word is Word.STOP
-                        steps[group] = self._stage.prepare(step)
-                        self.timing.tokens += step.num_tokens
-                    if steps[group].step.num_tokens:
+                        steps[group] = self._stage.prepare(self._next(next_step, round, group))
+                    empty = not steps[group].step.num_tokens
+                    self._stage.begin(round, lap, group, empty)
+                    self.timing.visits += lap == 0 and not empty
+                    if not empty:
                         self._visit(steps[group], group, lap, layers)
-            self.timing.rounds = round + 1
-            if stopped == self._groups:
+            now = time.perf_counter()
+            self._end_round([prepared.step for prepared in steps], now - before)
+            before = now
+            if all(prepared.step.word is Word.STOP for prepared in steps):
                 break
         self.timing.seconds = time.perf_counter() - started
         return self.timing
+
+    def _end_round(self, steps: list[Step], seconds: float) -> None:
+        prefill = any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
+        self.timing.end_round(prefill, sum(step.num_tokens for step in steps), seconds)
+        self._traffic.end_round(prefill)
 
     def _visit(self, prepared: Prepared, group: int, lap: int, layers: range) -> None:
         """One group's way through one virtual stage."""
@@ -79,6 +104,8 @@ class Executor:
             self._ring.send_result(group, self._streams.event(), make)
         else:
             self._ring.send(group, lap, hidden)
+            if not (self._first_rank and self._last_rank):
+                self._traffic.add("rank_to_rank", hidden.nbytes)
 
     def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, complete when an event recorded now is."""

@@ -1,28 +1,98 @@
 """This rank's KV cache: pages of 16 tokens for each of its layers, and which pages each slot holds.
 
 Slots and pages are given by rank 0 and are the same on all ranks; this file only executes the changes that headers carry.
+Pages beyond those on the device live in other tiers: a microbatch's are loaded into a staging buffer, a layer at a time.
 """
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from noria.blocks import ModelShape
+from noria.engine.traffic import Traffic
+from noria.files.staged import scratch_region
 from noria.step import PAGE_TOKENS, Run, Span, Step
+from noria.tiers import Transfer
+from noria.tiers.cpu import Cpu
+from noria.tiers.disk import Disk
+
+
+@dataclass(frozen=True)
+class Share:
+    """Pages of the cache that live in a tier other than the device: `num_pages` from page `first` on."""
+
+    first: int
+    num_pages: int
+    tier: object
+    load_links: tuple[str, ...]
+    store_links: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it.
+
+    Triples of rows (the first in the tier, the first in the staging buffer, how many).
+    """
+
+    share: Share
+    loads: tuple[tuple[int, int, int], ...]
+    stores: tuple[tuple[int, int, int], ...]
+
+
+@dataclass
+class Buffer:
+    """A staging buffer [2, rows, Hkv, D] for keys and values of one layer.
+
+    `busy`: transfers and events after which it may be rewritten; `coming`: those after which it may be computed with.
+    """
+
+    rows: torch.Tensor
+    busy: list = field(default_factory=list)
+    coming: list = field(default_factory=list)
 
 
 class KvCache:
-    """K and V of this rank's layers, each `[layer][page * token][kv head][head dim]`, so that a run of pages is a view."""
+    """K and V of this rank's layers, each `[layer][page * token][kv head][head dim]`, so that a run of pages is a view.
 
-    def __init__(self, shape: ModelShape, layers: list[int], num_pages: int, dtype: torch.dtype, device: torch.device):
-        size = (len(layers), num_pages * PAGE_TOKENS, shape.num_kv_heads, shape.head_dim)
+    `num_pages` pages live on the device; `shares` are the others. `slots` staging buffers of `slot_pages` pages.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layers: list[int],
+        num_pages: int,
+        dtype: torch.dtype,
+        streams,
+        shares: Iterable[Share] = (),
+        slots: int = 0,
+        slot_pages: int = 0,
+        traffic: Traffic | None = None,
+    ):
+        row = (shape.num_kv_heads, shape.head_dim)
+        size, device = (len(layers), num_pages * PAGE_TOKENS, *row), streams.device
         self._keys = torch.empty(size, dtype=dtype, device=device)
         self._values = torch.empty(size, dtype=dtype, device=device)
+        self._row_nbytes = row[0] * row[1] * self._keys.element_size()
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._runs: dict[int, tuple[Run, ...]] = {}
+        self._shares, self._streams, self._traffic = list(shares), streams, traffic or Traffic()
+        self._slot_pages = slot_pages
+        staging = (2, slot_pages * PAGE_TOKENS, *row)
+        self._free = deque(Buffer(torch.empty(staging, dtype=dtype, device=device)) for _ in range(slots))
+        self._staged: dict[tuple[int, int], Buffer] = {}
+        self._stored: dict[int, object] = {}  # of each layer the last store under way
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes on the device."""
+        buffers = [*self._free, *self._staged.values()]
+        return self._keys.nbytes + self._values.nbytes + sum(buffer.rows.nbytes for buffer in buffers)
 
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
@@ -32,7 +102,7 @@ class KvCache:
             self._runs[admitted.slot] = admitted.runs
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, each [pages * 16, Hkv, D]."""
+        """Keys and values of one layer on the device, each [pages * 16, Hkv, D]."""
         index = self._index[layer]
         return self._keys[index], self._values[index]
 
@@ -44,6 +114,123 @@ class KvCache:
             spans.append(Span(first, count, position + count, self._runs[slot]))
             first += count
         return spans
+
+    def stage(self, spans: list[Span]) -> tuple[list[Span], Staged | None]:
+        """The spans with their pages where attention will find them, and what to move for that (None: nothing).
+
+        The spans of a microbatch are all in one tier.
+        """
+        first = spans[0].runs[0].start if spans else -1
+        share = next((share for share in reversed(self._shares) if first >= share.first), None)
+        if share is None:
+            return spans, None
+        moved, loads, stores, page = [], [], [], 0
+        for span in spans:
+            tier_rows = cache_rows([replace(span, first=0, count=span.length)]) - share.first * PAGE_TOKENS
+            assert tier_rows[0] >= 0 and tier_rows[-1] < share.num_pages * PAGE_TOKENS, span
+            pages = -(-span.length // PAGE_TOKENS)
+            old = span.length - span.count
+            loads += _pieces(tier_rows[:old], page * PAGE_TOKENS)
+            stores += _pieces(tier_rows[old:], page * PAGE_TOKENS + old)
+            moved.append(replace(span, runs=(Run(page, pages),)))
+            page += pages
+        assert page <= self._slot_pages, f"a microbatch of {page} pages"
+        return moved, Staged(share, tuple(loads), tuple(stores))
+
+    def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable = ()) -> None:
+        """Sends a microbatch's keys and values of a layer on their way to the device."""
+        if staged is None or (layer, microbatch) in self._staged:
+            return
+        buffer = self._staged[layer, microbatch] = self._free.popleft()
+        share, stored = staged.share, self._stored.get(layer)
+        waits = [*after, *map(event_of, buffer.busy), *([event_of(stored)] if stored is not None else [])]
+        pieces = self._pieces(layer, buffer, share, staged.loads)
+        buffer.busy, buffer.coming = [], [share.tier.load(pieces, waits)] if pieces else waits
+        self._count(share.load_links, staged.loads)
+
+    def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values for a microbatch in a layer, each [rows, Hkv, D], ready on the compute stream."""
+        if staged is None:
+            return self.layer(layer)
+        buffer = self._staged[layer, microbatch]
+        for coming in buffer.coming:
+            self._streams.wait(event_of(coming))
+        buffer.coming = []
+        return buffer.rows[0], buffer.rows[1]
+
+    def store(self, layer: int, microbatch: int, staged: Staged | None) -> None:
+        """Sends the new keys and values, queued on the compute stream so far, on their way back to their tier."""
+        if staged is None:
+            return
+        buffer, share = self._staged.pop((layer, microbatch)), staged.share
+        pieces = self._pieces(layer, buffer, share, staged.stores)
+        buffer.busy = [share.tier.store(pieces, [self._streams.event()])]
+        self._stored[layer] = buffer.busy[0]
+        self._free.append(buffer)
+        self._count(share.store_links, staged.stores)
+
+    def drop(self) -> None:
+        """Lets staged keys and values go that will not be computed with: the step is cut anew."""
+        for buffer in self._staged.values():
+            buffer.busy, buffer.coming = [self._streams.event(), *buffer.coming], []
+            self._free.append(buffer)
+        self._staged.clear()
+
+    def _pieces(self, layer: int, buffer: Buffer, share: Share, triples) -> list[tuple[int, torch.Tensor]]:
+        """(offset in the tier, bytes in the staging buffer) of keys and values. In a tier: [layer][K, V][row]."""
+        start = self._index[layer] * 2 * share.num_pages * PAGE_TOKENS
+        pieces = []
+        for which, rows in enumerate(buffer.rows):
+            base = start + which * share.num_pages * PAGE_TOKENS
+            for tier_row, row, count in triples:
+                bytes_ = rows[row : row + count].view(torch.uint8).reshape(-1)
+                pieces.append(((base + tier_row) * self._row_nbytes, bytes_))
+        return pieces
+
+    def _count(self, links: Iterable[str], triples) -> None:
+        nbytes = 2 * self._row_nbytes * sum(count for _, _, count in triples)
+        for link in links:
+            self._traffic.add(link, nbytes)
+
+
+def open_shares(
+    cache_pages: dict[str, int], shape: ModelShape, num_layers: int, dtype: str, streams, scratch: Path
+) -> list[Share]:
+    """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
+    shares, first = [], 0
+    for name, num_pages in cache_pages.items():
+        nbytes = share_nbytes(shape, num_layers, num_pages, dtype)
+        if name == "cpu" and num_pages:
+            tier = Cpu(nbytes, streams)
+            tier.touch()
+            tier.register()
+            shares.append(Share(first, num_pages, tier, ("host_to_gpu",), ("gpu_to_host",)))
+        elif name == "disk" and num_pages:
+            tier = Disk(scratch_region(scratch, nbytes), streams)
+            links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
+            shares.append(Share(first, num_pages, tier, *links))
+        first += num_pages
+    return shares
+
+
+def share_nbytes(shape: ModelShape, num_layers: int, num_pages: int, dtype: str) -> int:
+    """Bytes that so many pages take in a tier, in all layers of a rank."""
+    return num_layers * num_pages * PAGE_TOKENS * shape.cache_nbytes_per_token(dtype)
+
+
+def event_of(awaited):
+    """The event of a transfer, once it has one; an event is its own."""
+    return awaited.event() if isinstance(awaited, Transfer) else awaited
+
+
+def _pieces(tier_rows: np.ndarray, first: int) -> list[tuple[int, int, int]]:
+    """Consecutive rows of a tier as (first there, first in the staging buffer, how many)."""
+    if not len(tier_rows):
+        return []
+    borders = np.flatnonzero(np.diff(tier_rows) != 1) + 1
+    starts = [0, *borders.tolist()]
+    ends = [*borders.tolist(), len(tier_rows)]
+    return [(int(tier_rows[a]), first + a, b - a) for a, b in zip(starts, ends, strict=True)]
 
 
 def cache_rows(spans: list[Span]) -> np.ndarray:

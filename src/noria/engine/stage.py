@@ -3,7 +3,7 @@
 Knows the model, its weights and its cache; nothing of the ring, of rounds or of other ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from noria import blocks
 from noria.engine import kv_cache
 from noria.engine.cuts import halved, largest, refined
-from noria.engine.kv_cache import KvCache
+from noria.engine.kv_cache import KvCache, Staged
 from noria.engine.sampler import Sampler
 from noria.engine.weights import Weights
+from noria.schedules import Actions, Cell
 from noria.step import Step
 
 HEAD_ROWS = 512  # logits of this many rows at a time: 512 x 128k ids in float32 are 256 MiB
@@ -30,6 +31,7 @@ class Microbatch:
     rows: torch.Tensor  # [T] int64: where in the cache the new keys and values belong
     positional: object
     attention_plan: object
+    staged: Staged | None  # what of the cache to move, where its pages are not on the device
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Prepared:
 
 
 class Stage:
-    """The layers of this rank. `model` is a module of models/, `attention` one of attention/.
+    """The layers of this rank. `model` is a module of models/, `attention` one of attention/, `schedule` of schedules/.
 
     Where memory does not suffice for a microbatch, this rank cuts its steps finer from then on, and says so by `report`.
     """
@@ -60,15 +62,21 @@ class Stage:
         weights: Weights,
         cache: KvCache,
         sampler: Sampler,
+        schedule,
         dtype,
-        device,
+        streams,
         report: Callable[[str], None] = lambda message: None,
     ):
         self._model, self._attention, self._shape = model, attention, shape
         self._weights, self._cache, self._sampler = weights, cache, sampler
-        self._dtype, self._device, self._report = dtype, device, report
+        self._schedule, self._streams = schedule.schedule, streams
+        self._dtype, self._device, self._report = dtype, streams.device, report
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._head_rows = HEAD_ROWS
+
+    def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
+        """A visit begins, or is passed over because the group has nothing to compute."""
+        self._weights.begin(round, lap, group, empty)
 
     def prepare(self, step: Step) -> Prepared:
         """Takes over the step's changes of slots and puts its index tensors on the device."""
@@ -82,49 +90,86 @@ class Stage:
         return Prepared(step, token_ids, positions, sample_rows, score_rows, score_ids, microbatches, borders)
 
     def _spans(self, step: Step, borders: list[int]) -> tuple[list, list[np.ndarray]]:
-        """Of each microbatch its sequences as attention sees them, and where in the cache its tokens belong."""
-        spans = [self._cache.spans(step, first, last) for first, last in zip(borders[:-1], borders[1:], strict=True)]
-        return spans, [kv_cache.cache_rows(part) for part in spans]
+        """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
+        pairs = zip(borders[:-1], borders[1:], strict=True)
+        spans = [self._cache.stage(self._cache.spans(step, first, last)) for first, last in pairs]
+        return spans, [kv_cache.cache_rows(part) for part, _ in spans]
 
     def _microbatches(self, positions: torch.Tensor, spans: list, rows: list[torch.Tensor]) -> tuple[Microbatch, ...]:
         microbatches, first = [], 0
-        for part, its_rows in zip(spans, rows, strict=True):
+        for (part, staged), its_rows in zip(spans, rows, strict=True):
             last = first + len(its_rows)
             its_positions = positions[first:last]
             positional = self._model.positional(self._shape, its_positions, self._dtype)
             plan = self._attention.prepare(part, self._device)
-            microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan))
+            microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan, staged))
             first = last
         return tuple(microbatches)
 
     def embed(self, prepared: Prepared) -> torch.Tensor:
-        """[T, E] hidden states of the step's tokens."""
-        return self._model.embed(self._shape, self._weights.wait("embed"), prepared.token_ids, prepared.positions)
+        """[T, E] hidden states of the step's tokens, gathered where the table lives."""
+        parameters = self._weights.wait("embed")
+        if parameters["tokens"].device == self._device:
+            return self._model.embed(self._shape, parameters, prepared.token_ids, prepared.positions)
+        ids, positions = (
+            torch.from_numpy(array.astype(np.int64)) for array in (prepared.step.token_ids, positions_of(prepared.step))
+        )
+        hidden = self._model.embed(self._shape, parameters, ids, positions)
+        return hidden.pin_memory().to(self._device, non_blocking=True)
 
     def forward(self, prepared: Prepared, layers: range, hidden: torch.Tensor) -> torch.Tensor:
         """[T, E] after these layers; each layer's weights serve all microbatches of the step."""
-        parts = [hidden[m.first : m.last] for m in prepared.microbatches]
-        for layer in layers:
-            while (after := self._layer(prepared, layer, parts)) is None:
-                parts = self._cut_finer(prepared, parts)
-            parts = after
+        parts, start = [hidden[m.first : m.last] for m in prepared.microbatches], 0
+        while start < len(layers):
+            start, parts = self._pass(prepared, layers, start, parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _layer(self, prepared: Prepared, layer: int, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """The parts after this layer; None if memory did not suffice. It may be tried again: it writes only to the cache,
-        and there the same values."""
-        parameters = self._weights.wait(blocks.layer_name(layer))
-        keys, values = self._cache.layer(layer)
-        after = []
+    def _pass(self, prepared: Prepared, layers: range, start: int, parts: list) -> tuple[int, list[torch.Tensor]]:
+        """Goes through the layers from `start` on as the schedule says. Returns how far it came and the parts there.
+
+        Where memory does not suffice that is the layer that was begun, with its microbatches cut finer. It may be
+        computed again: it writes only to the cache, and there the same values.
+        """
+        layers, after = layers[start:], []
+        for actions in self._schedule(len(layers), len(parts)):
+            self._move(prepared, layers, actions)
+            if actions.compute is None:
+                continue
+            layer, microbatch = actions.compute
+            part = self._compute(prepared, layers[layer], microbatch, parts[microbatch])
+            if part is None:
+                if len(halved(prepared.borders)) == len(prepared.borders):
+                    raise torch.OutOfMemoryError("out of memory with one row in a microbatch: nothing is left to cut")
+                self._cache.drop()
+                return start + layer, self._cut_finer(prepared, parts)
+            after.append(part)
+            self._store(prepared, layers, [cell for cell in actions.store_cache if cell == actions.compute])
+            if len(after) == len(parts):
+                parts, after = after, []
+                self._weights.done(blocks.layer_name(layers[layer]))
+        return start + len(layers), parts
+
+    def _move(self, prepared: Prepared, layers: range, actions: Actions) -> None:
+        """Sends the loads and stores of a row of the schedule on their way."""
+        self._store(prepared, layers, [cell for cell in actions.store_cache if cell != actions.compute])
+        if actions.load_weight is not None:
+            self._weights.prefetch()
+        after = [self._streams.event()] if actions.waits and actions.load_cache else ()
+        for layer, microbatch in actions.load_cache:
+            self._cache.load(layers[layer], microbatch, prepared.microbatches[microbatch].staged, after)
+
+    def _store(self, prepared: Prepared, layers: range, cells: Iterable[Cell]) -> None:
+        for layer, microbatch in cells:
+            self._cache.store(layers[layer], microbatch, prepared.microbatches[microbatch].staged)
+
+    def _compute(self, prepared: Prepared, layer: int, microbatch: int, part: torch.Tensor) -> torch.Tensor | None:
+        """A microbatch's part after a layer; None if memory did not suffice."""
+        parameters, its = self._weights.wait(blocks.layer_name(layer)), prepared.microbatches[microbatch]
+        attend = self._attend(its, *self._cache.tensors(layer, microbatch, its.staged))
         try:
-            for microbatch, part in zip(prepared.microbatches, parts, strict=True):
-                attend = self._attend(microbatch, keys, values)
-                after.append(self._model.layer(self._shape, layer, parameters, part, microbatch.positional, attend))
+            return self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
         except torch.OutOfMemoryError:
-            if len(halved(prepared.borders)) == len(prepared.borders):
-                raise  # a row each: there is nothing left to cut
             return None
-        return after
 
     def _cut_finer(self, prepared: Prepared, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Cuts each microbatch of the step in two. Returns the parts that belong to them, as views."""
@@ -154,6 +199,7 @@ class Stage:
         Logits are computed for sampled rows, and for prompts whose tokens are scored, alone.
         """
         step, sampler = prepared.step, self._sampler
+        self._weights.wait("head")  # also where no row is sampled: it is in the cycle of loads
         sampler.count(step)
         top, positions = sampler.top(step.sample_slots), positions_of(step)[step.sample_rows] + 1
         pieces = []
@@ -164,6 +210,7 @@ class Stage:
             sampler.score(logits, prepared.score_ids[chunk])
             for chunk, logits in self._logits(hidden, prepared.score_rows)
         ]
+        self._weights.done("head")
         result = {"token_ids": torch.empty(0, dtype=torch.int64, device=self._device)}
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
             if pieces and getattr(pieces[0], name) is not None:

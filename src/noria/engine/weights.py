@@ -1,13 +1,17 @@
-"""This rank's weights: the layer blocks it holds, read from the checkpoint and cast to the dtype of the run.
+"""This rank's weights: blocks that stay on the device, and the endless cycle that streams the others through its slots.
 
-Knows blocks and bytes, not what a layer computes.
+Knows blocks, bytes and tiers, not what a layer computes nor what a schedule is.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from noria.blocks import Block, lay_out
+from noria.engine.cycle import Cycle
+from noria.engine.traffic import Traffic
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -15,9 +19,10 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+Parameters = dict[str, torch.Tensor]
 
 
-def views(buffer: torch.Tensor, block: Block) -> dict[str, torch.Tensor]:
+def views(buffer: torch.Tensor, block: Block) -> Parameters:
     """The block's parameters as views into `buffer` ([block.nbytes] uint8)."""
     dtype = TORCH_DTYPES[block.dtype]
     return {p.name: buffer[p.offset : p.offset + p.nbytes].view(dtype).view(p.shape) for p in block.parameters}
@@ -28,50 +33,134 @@ def cast_block(block: Block, dtype: str) -> Block:
     return lay_out(block.name, {p.name: p.shape for p in block.parameters}, dtype)
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a streamed block lives: its layout, the tier that holds it, its place there and the links that it crosses."""
+
+    block: Block
+    tier: object
+    offset: int
+    links: tuple[str, ...]
+
+
+@dataclass
+class Slot:
+    """A buffer on the device that holds one block while it is used; `free`: the event after which it may be rewritten."""
+
+    buffer: torch.Tensor
+    free: object = None
+    views: dict[str, Parameters] = field(default_factory=dict)
+
+
+@dataclass
+class Load:
+    """A block on its way into a slot, or there."""
+
+    name: str
+    slot: Slot
+    transfer: object
+
+
 class Weights:
-    """Blocks resident on the device. `wait(name)` gives a block's parameters by name."""
+    """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
+
+    `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks; `visits`:
+    those of each lap, in order. The slots are `num_slots` buffers of the largest of them, fixed for the run; with
+    `ahead` a slot that goes free is filled at once with the next block of the cycle.
+    """
 
     def __init__(
         self,
-        checkpoint,
-        names: Iterable[str],
-        dtype: str,
-        device: torch.device,
-        loaded: Callable[[int], None] = lambda nbytes: None,
+        resident: Mapping[str, Parameters],
+        homes: Mapping[str, Home],
+        visits: Sequence[Sequence[str]],
+        groups: int,
+        num_slots: int,
+        streams,
+        traffic: Traffic | None = None,
+        ahead: bool = True,
     ):
-        """Reads the named blocks, one at a time; `loaded` hears of each block's bytes as it is in place."""
-        self.nbytes = 0
-        self._parameters: dict[str, dict[str, torch.Tensor]] = {}
-        names = list(names)
-        shared = checkpoint.shape.tied and {"embed", "head"} <= set(names)
-        for name in sorted(names, key=lambda name: name == "embed"):
-            read = _read(checkpoint, name, dtype, device)
-            if shared and name == "embed":
-                read = {key: value.clone() for key, value in read.items() if key != "tokens"}
-                read["tokens"] = self._parameters["head"]["lm_head"]
-            self._parameters[name] = read
-            loaded(checkpoint.blocks[name].nbytes)
-        storages = {
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-            for b in self._parameters.values()
-            for p in b.values()
-        }
-        self.nbytes = sum(storages.values())
+        self._resident, self._homes, self._streams, self._prefetches = dict(resident), dict(homes), streams, ahead
+        self._traffic, self._groups = traffic or Traffic(), groups
+        self._cycle = Cycle(visits, groups, num_slots) if homes else None
+        largest = max((home.block.nbytes for home in homes.values()), default=0)
+        buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(num_slots)]
+        self._free = deque(Slot(buffer) for buffer in buffers if homes)
+        self._ahead: deque[Load] = deque()
+        self._held: dict[str, Load] = {}
+        self._at = (0, 0, 0)
 
-    def wait(self, name: str) -> dict[str, torch.Tensor]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the resident blocks, what two of them share counted once, and of the slots."""
+        blocks = [p.untyped_storage() for block in self._resident.values() for p in block.values()]
+        slots = [load.slot for load in (*self._ahead, *self._held.values())] + list(self._free)
+        storages = blocks + [slot.buffer.untyped_storage() for slot in slots]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def begin(self, round: int, lap: int, group: int, empty: bool = False) -> None:
+        """A visit begins, or is passed over because the group has nothing to compute."""
+        if (round, lap) != self._at[:2]:
+            for name in list(self._held):
+                self._release(name)
+        self._at = round, lap, group
+        if empty and lap == 0 and self._cycle:
+            self._cycle.skip(round)
+        if self._prefetches:
+            self.prefetch()
+
+    def prefetch(self) -> None:
+        """Sends the next blocks of the cycle on their way into the slots that are free."""
+        while self._cycle and self._free:
+            name, slot = self._cycle.next(), self._free.popleft()
+            home = self._homes[name]
+            after = [] if slot.free is None else [slot.free]
+            transfer = home.tier.load([(home.offset, slot.buffer[: home.block.nbytes])], after)
+            self._ahead.append(Load(name, slot, transfer))
+
+    def wait(self, name: str) -> Parameters:
         """The parameters of a block, ready to be used on the compute stream."""
-        return self._parameters[name]
+        if name in self._resident:
+            return self._resident[name]
+        if name not in self._held:
+            self._held[name] = self._arrive(name)
+        slot = self._held[name].slot
+        if name not in slot.views:
+            slot.views[name] = views(slot.buffer, self._homes[name].block)
+        return slot.views[name]
 
+    def done(self, name: str) -> None:
+        """This visit has queued all its work with the block. Its slot goes free unless another group needs it."""
+        round, lap, group = self._at
+        if name in self._held and (not self._cycle.once[lap] or group == self._groups - 1):
+            self._release(name)
+            if self._prefetches:
+                self.prefetch()
 
-def _read(checkpoint, name: str, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
-    source = checkpoint.blocks[name]
-    host = torch.empty(source.nbytes, dtype=torch.uint8)
-    checkpoint.read_block(name, memoryview(host.numpy()))
-    if source.dtype == dtype:
-        return views(host.to(device), source)
-    target = cast_block(source, dtype)
-    buffer = torch.empty(target.nbytes, dtype=torch.uint8, device=device)
-    parameters = views(buffer, target)
-    for key, value in views(host, source).items():
-        parameters[key].copy_(value)
-    return parameters
+    def _arrive(self, name: str) -> Load:
+        """The next load of this name; those before it belong to visits that were passed over."""
+        while True:
+            self.prefetch()
+            assert self._ahead, f"no weight slot is free for {name}"
+            load, home = self._ahead.popleft(), self._homes[name]
+            ready = load.transfer.event()
+            if load.name == name:
+                self._streams.wait(ready)
+                for link in home.links:
+                    self._traffic.add(link, home.block.nbytes)
+                return load
+            self._traffic.weights_unused += self._homes[load.name].block.nbytes
+            load.slot.free = ready
+            self._free.append(load.slot)
+
+    def _release(self, name: str) -> None:
+        slot = self._held.pop(name).slot
+        slot.free = self._streams.event()
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Waits for loads under way; they were for rounds that did not come."""
+        while self._ahead:
+            load = self._ahead.popleft()
+            load.transfer.event().synchronize()
+            self._traffic.weights_unused += self._homes[load.name].block.nbytes

@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 
 import numpy as np
@@ -23,7 +24,11 @@ from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
 
 @dataclass(frozen=True)
 class Limits:
-    """What admission may fill: see plan.planner, which chooses these numbers."""
+    """What admission may fill: see plan.planner, which chooses these numbers.
+
+    `tier_pages`: how many of the pages each tier has, the device's first (empty: all are the device's). A sequence has its
+    pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has.
+    """
 
     groups: int
     num_pages: int
@@ -32,6 +37,18 @@ class Limits:
     microbatches: int
     max_positions: int
     vocab_size: int = 2**31
+    tier_pages: tuple[int, ...] = ()
+    slot_pages: int = 0
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        return self.tier_pages or (self.num_pages,)
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that one sequence can have."""
+        device, *others = self.tiers
+        return max(device, *(min(pages, self.slot_pages) for pages in others)) if others else device
 
 
 @dataclass
@@ -68,10 +85,11 @@ class Admission:
         self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, decode, special_ids)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < limits.vocab_size)
         self._limits, self._finished = limits, finished
-        self._pages = Pages(limits.num_pages)
+        firsts = accumulate(limits.tiers, initial=0)
+        self._pages = [Pages(count, first) for count, first in zip(limits.tiers, firsts, strict=False)]
         self._free_slots = [deque(_slots_of(group, limits.step_tokens)) for group in range(limits.groups)]
         self._active: list[dict[int, Sequence]] = [{} for _ in range(limits.groups)]
-        self._pages_of_group = [0] * limits.groups
+        self._pages_of_group = [[0] * len(self._pages) for _ in range(limits.groups)]
         self._released: list[list[int]] = [[] for _ in range(limits.groups)]
         self.counted = Counted()
         self._stopping = False
@@ -136,6 +154,7 @@ class Admission:
             admitted.append(Admitted(sequence.slot, sequence.runs, sampler_settings(sequence, self._end_token_ids)))
             rows.append((sequence, self._chunk(sequence, budget)))
             budget -= rows[-1][1]
+        rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released, self._released[group] = tuple(self._released[group]), []
         return compose(round, group, released, tuple(admitted), rows, self._limits)
 
@@ -219,23 +238,31 @@ class Admission:
         follows = sequence.family is not None and sequence.family.leader is not sequence
         shared = sequence.family.shared if follows else ()
         count = num_pages(sequence, limits.max_positions) - sum(run.count for run in shared)
-        share = max(limits.num_pages // limits.groups, 1)
-        if active and self._pages_of_group[group] + count > share:
-            return None
-        runs = self._pages.reserve(count)
+        tiers = [sequence.family.leader.tier] if follows else range(len(self._pages))
+        tier = next((tier for tier in tiers if self._has_room(group, tier, count, shared)), None)
+        runs = None if tier is None else self._pages[tier].reserve(count)
         if runs is None:
             return None
-        self._pages.share(shared)
-        sequence.slot, sequence.num_own_pages = self._free_slots[group].popleft(), count
+        self._pages[tier].share(shared)
+        sequence.slot, sequence.num_own_pages, sequence.tier = self._free_slots[group].popleft(), count, tier
         sequence.runs = (*shared, *runs)
         sequence.cached = sum(run.count for run in shared) * PAGE_TOKENS
-        self._pages_of_group[group] += count
+        self._pages_of_group[group][tier] += count
         active[sequence.slot] = sequence
         self.counted.prompt_tokens += len(sequence.prompt_token_ids) - sequence.cached
         self._line.take()
         if sequence.family is not None:
             self._hold(sequence, sequence.family)
         return sequence
+
+    def _has_room(self, group: int, tier: int, count: int, shared: tuple) -> bool:
+        """Whether a sequence of this group may take so many pages of a tier: the group's equal share, or all if it is empty."""
+        pages = self._pages[tier]
+        if tier and count + sum(run.count for run in shared) > self._limits.slot_pages:
+            return False
+        share = max(pages.num_pages // self._limits.groups, 1)
+        fair = not self._active[group] or self._pages_of_group[group][tier] + count <= share
+        return fair and count <= pages.num_free
 
     def _hold(self, sequence: Sequence, family: Family) -> None:
         """A family holds the pages of its prompt from its leader's admission to that of its last sample.
@@ -246,15 +273,15 @@ class Admission:
         """
         if family.leader is sequence:
             family.shared = whole_pages(sequence)
-            self._pages.share(family.shared)
+            self._pages[sequence.tier].share(family.shared)
         elif not family.waiting:
-            self._pages.release(family.shared)
+            self._pages[sequence.tier].release(family.shared)
             family.shared = ()
 
     def _leave(self, group: int, sequence: Sequence) -> None:
         del self._active[group][sequence.slot]
-        self._pages.release(sequence.runs)
-        self._pages_of_group[group] -= sequence.num_own_pages
+        self._pages[sequence.tier].release(sequence.runs)
+        self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
         self._released[group].append(sequence.slot)
         self._free_slots[group].append(sequence.slot)
 

@@ -1,9 +1,11 @@
 """A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
 
+from itertools import groupby
+
 import numpy as np
 
 from noria.rows.sequence import Sequence
-from noria.step import Admitted, Step, Word
+from noria.step import PAGE_TOKENS, Admitted, Step, Word
 
 
 def compose(
@@ -41,7 +43,7 @@ def compose(
         np.array(counts, np.int32),
         np.array(positions, np.int32),
         np.array(token_ids, np.int32),
-        np.array(cut(counts, limits.microbatch_tokens, limits.microbatches), np.int32),
+        np.array(_borders(rows, positions, limits), np.int32),
         np.array([row for row, _ in sampled], np.int32),
         np.array([sequence.slot for _, sequence in sampled], np.int32),
         np.array([sequence.uniform() for _, sequence in sampled], np.float64),
@@ -50,19 +52,39 @@ def compose(
     )
 
 
-def cut(counts: list[int], microbatch_tokens: int, least: int) -> list[int]:
+def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits) -> list[int]:
+    """Borders [K+1] of the step's microbatches: each in one tier, and beyond the device within a staging buffer's pages."""
+    counts = [count for _, count in rows]
+    borders = [0]
+    for tier, members in groupby(range(len(rows)), key=lambda row: rows[row][0].tier):
+        first, *_ = members = list(members)
+        pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members] if tier else None
+        its = [counts[row] for row in members]
+        borders += [
+            first + border
+            for border in cut(its, limits.microbatch_tokens, limits.microbatches, pages, limits.slot_pages)[1:]
+        ]
+    return borders
+
+
+def cut(
+    counts: list[int], microbatch_tokens: int, least: int, pages: list[int] | None = None, most_pages: int = 0
+) -> list[int]:
     """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
 
-    At least `least` of them where there are as many rows; a row is never cut.
+    With `pages`, of each row, a microbatch has at most `most_pages` too. At least `least` microbatches where there are as
+    many rows; a row is never cut.
     """
     if not counts:
         return [0]
     target = min(microbatch_tokens, -(-sum(counts) // least))
-    borders, tokens = [0], 0
+    borders, tokens, held = [0], 0, 0
     for row, count in enumerate(counts):
         rows_left, cuts_left = len(counts) - row, least - len(borders)
-        if row > borders[-1] and (tokens + count > target or rows_left <= cuts_left):
+        own = pages[row] if pages else 0
+        full = tokens + count > target or held + own > most_pages
+        if row > borders[-1] and (full or rows_left <= cuts_left):
             borders.append(row)
-            tokens = 0
-        tokens += count
+            tokens, held = 0, 0
+        tokens, held = tokens + count, held + own
     return [*borders, len(counts)]

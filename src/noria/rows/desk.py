@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from noria.blocks import ModelShape
-from noria.config import WHOLE, Config, InputError, Sampling, parse_shard, shard_rows
+from noria.config import TIERS, WHOLE, Config, InputError, Sampling, parse_shard, shard_rows
 from noria.files.compact import Compactor
 from noria.files.generations import open_generations
 from noria.files.merge import merge
@@ -289,4 +289,6 @@ def _limits(plan: Plan, shape: ModelShape) -> Limits:
         plan.microbatches,
         shape.max_positions,
         shape.vocab_size,
+        tuple(plan.cache_pages.get(tier, 0) for tier in TIERS),
+        plan.cache_slot_pages,
     )

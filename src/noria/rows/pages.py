@@ -13,22 +13,22 @@ from noria.step import Run
 
 
 class Pages:
-    """`num_pages` reference-counted pages, of which `num_free` are free.
+    """`num_pages` reference-counted pages from page `first` on, of which `num_free` are free.
 
     Free runs are maximal (two are never neighbours) and kept three ways: by size for the search, by start and by end
     for merging. A reservation takes the smallest free run that holds it (best fit, lowest start): long ones stay whole.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, first: int = 0):
         assert num_pages >= 0
-        self.num_pages = num_pages
+        self.num_pages, self._first = num_pages, first
         self.num_free = 0
         self._holders = np.zeros(num_pages, np.int32)
         self._by_size: list[tuple[int, int]] = []  # (count, start), sorted
         self._count_at: dict[int, int] = {}  # start -> count
         self._start_at: dict[int, int] = {}  # end -> start
         if num_pages:
-            self._add(0, num_pages)
+            self._add(first, num_pages)
 
     def reserve(self, count: int) -> tuple[Run, ...] | None:
         """`count` free pages with one holder each: one run where a free run holds them, else several, longest first.
@@ -71,8 +71,9 @@ class Pages:
                     self._free(start, end - start)
 
     def _held(self, run: Run) -> np.ndarray:
-        assert 0 <= run.start and run.count >= 0 and run.start + run.count <= self.num_pages, f"no such pages: {run}"
-        holders = self._holders[run.start : run.start + run.count]
+        start = run.start - self._first
+        assert 0 <= start and run.count >= 0 and start + run.count <= self.num_pages, f"no such pages: {run}"
+        holders = self._holders[start : start + run.count]
         assert holders.all(), f"pages of {run} are free already"
         return holders
 

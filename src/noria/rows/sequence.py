@@ -34,6 +34,7 @@ class Sequence:
     slot: int = -1
     runs: tuple[Run, ...] = ()
     num_own_pages: int = 0
+    tier: int = 0  # in which its pages are, counted as in Limits.tier_pages
     family: "Family | None" = None
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)

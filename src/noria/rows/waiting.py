@@ -157,8 +157,8 @@ class Line:
         pages = num_pages(sequence, limit)
         if length + (sequence.sampling.max_new_tokens > 0) > limit:
             return f"the prompt has {length} tokens, the model's context {limit}: shorten it"
-        if pages > self._limits.num_pages:
-            room = self._limits.num_pages * PAGE_TOKENS
+        if pages > self._limits.most_pages:
+            room = self._limits.most_pages * PAGE_TOKENS
             return (
                 f"prompt and max_new_tokens need {pages * PAGE_TOKENS} tokens of cache, there is room for {room}:"
                 " lower max_new_tokens or raise placement.gpu_memory"

@@ -1,0 +1,121 @@
+"""Puts a rank's blocks where its plan has them: on the device, in CPU memory, or left on disk, cast to the run's dtype.
+
+Knows files and tiers; nothing of steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from noria.blocks import layer_name
+from noria.engine.traffic import Traffic
+from noria.engine.weights import Home, Parameters, Weights, cast_block, views
+from noria.files.reading import read_ahead
+from noria.files.staged import checkpoint_regions, stage
+from noria.tiers.cpu import Cpu
+from noria.tiers.disk import Disk
+
+
+class Loader:
+    """Reads the blocks that `tiers` names, each into its tier.
+
+    `scratch`: the folder that the disk tier's blocks are copied to first (None: they are read where they lie).
+    """
+
+    def __init__(self, checkpoint, tiers: Mapping[str, str], dtype: str, streams, scratch: Path | None = None):
+        self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
+        self._targets = {name: cast_block(checkpoint.blocks[name], dtype) for name in tiers}
+        self._resident: dict[str, Parameters] = {}
+        self._homes: dict[str, Home] = {}
+        self._regions: dict[str, torch.Tensor] = {}
+
+    def load(
+        self,
+        stages: Sequence[range],
+        groups: int,
+        num_slots: int,
+        traffic: Traffic,
+        ahead: bool = True,
+        loaded: Callable[[int], None] = lambda nbytes: None,
+    ) -> Weights:
+        """The rank's weights; `stages` are its layers, a range a lap. `loaded` hears of each block's bytes in place.
+
+        Raises InputError for a block that is damaged, or a scratch folder without room.
+        """
+        memory = self._host_memory()
+        straight = {name: region for name, region in self._regions.items() if not self._is_cast(name)}
+        names = sorted((name for name, tier in self._tiers.items() if tier != "disk"), key=lambda name: name == "embed")
+        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device):
+            if self._tiers[name] == "gpu":
+                self._put_on_device(name, host)
+            elif name in self._regions and self._is_cast(name):
+                self._cast(name, host, self._regions[name])
+            loaded(self._checkpoint.blocks[name].nbytes)
+        if memory is not None:
+            memory.register()
+        self._open_disk()
+        return Weights(
+            self._resident, self._homes, self._visits(stages), groups, num_slots, self._streams, traffic, ahead
+        )
+
+    def _host_memory(self) -> Cpu | None:
+        """The memory of the cpu tier, exactly as large as its blocks, with a place for each."""
+        held = [name for name, tier in self._tiers.items() if tier == "cpu"]
+        if not held:
+            return None
+        memory, offset = Cpu(sum(self._targets[name].nbytes for name in held), self._streams), 0
+        for name in held:
+            target = self._targets[name]
+            self._regions[name] = memory.memory[offset : offset + target.nbytes]
+            if name == "embed":
+                self._resident[name] = views(self._regions[name], target)
+            else:
+                self._homes[name] = Home(target, memory, offset, ("host_to_gpu",))
+            offset += target.nbytes
+        return memory
+
+    def _put_on_device(self, name: str, host: torch.Tensor) -> None:
+        """A block that stays on the device. A tied embedding has no table of its own beside the head's."""
+        head = self._resident.get("head") if name == "embed" and self._checkpoint.shape.tied else None
+        if head is None:
+            buffer = torch.empty(self._targets[name].nbytes, dtype=torch.uint8, device=self._streams.device)
+            self._cast(name, host, buffer)
+            self._resident[name] = views(buffer, self._targets[name])
+            return
+        own = {key: value for key, value in views(host, self._checkpoint.blocks[name]).items() if key != "tokens"}
+        dtype, device = head["lm_head"].dtype, self._streams.device
+        self._resident[name] = {key: value.to(device, dtype, copy=True) for key, value in own.items()}
+        self._resident[name]["tokens"] = head["lm_head"]
+
+    def _is_cast(self, name: str) -> bool:
+        return self._checkpoint.blocks[name].dtype != self._targets[name].dtype
+
+    def _cast(self, name: str, host: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies a block's bytes, parameter by parameter where they are cast. Complete when it returns."""
+        if not self._is_cast(name):
+            target.copy_(host)
+            return
+        parameters = views(target, self._targets[name])
+        for key, value in views(host, self._checkpoint.blocks[name]).items():
+            parameters[key].copy_(value)
+
+    def _open_disk(self) -> None:
+        names = [name for name, tier in self._tiers.items() if tier == "disk"]
+        if not names:
+            return
+        if self._scratch is None:
+            regions = checkpoint_regions(self._checkpoint, names)
+        else:
+            regions = stage(self._checkpoint, names, self._scratch)
+        disk, offset = Disk(regions, self._streams), 0
+        for name in names:
+            self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"))
+            offset += self._targets[name].nbytes
+
+    def _visits(self, stages: Sequence[range]) -> list[list[str]]:
+        """The streamed blocks of each lap; the head belongs to the last one."""
+        visits = [[layer_name(layer) for layer in its_layers] for its_layers in stages]
+        if "head" in self._tiers:
+            visits[-1].append("head")
+        return [[name for name in names if name in self._homes] for names in visits]

@@ -1,0 +1,71 @@
+"""Run by every rank: the same prompts under every placement, schedule and number of laps, on sub-communicators.
+
+Usage: placement_worker.py FOLDER. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
+"""
+
+import sys
+import traceback
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from noria import config, streams
+from noria.launch import mpi
+from noria.run import run
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from late_streams import LateStreams  # noqa: E402
+
+WEIGHTS = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"cpu": 50, "disk": 50}, {"disk": 100}]
+CACHE = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"gpu": 30, "cpu": 30, "disk": 40}]
+SCHEDULES = ["sequential", "single_batch", "multi_batch"]
+
+
+def cases(num_ranks):
+    """(name, keys of the run file): all of them on 1 and 2 ranks, beyond that each pair of values at least once."""
+    every = list(product(range(len(WEIGHTS)), range(len(CACHE)), range(len(SCHEDULES)), (1, 2, 3)))
+    if num_ranks > 2:  # rows of a Latin square: any two of the four columns meet
+        every = [case for case in every if (case[0] + case[1] + 2 * case[2] + 3 * case[3] + num_ranks) % 5 == 0]
+    for weights, cache, schedule, laps in every:
+        keys = {
+            "weights": WEIGHTS[weights],
+            "cache": CACHE[cache],
+            "schedule": SCHEDULES[schedule],
+            "laps": laps,
+            "microbatches": 1 + (weights + cache) % 3,
+            "groups": num_ranks + laps % 2,
+        }
+        yield f"N{num_ranks}-W{weights}-C{cache}-{SCHEDULES[schedule]}-V{laps}", keys
+
+
+def work(world, folder):
+    torch.set_num_threads(1)
+    streams.streams_of = LateStreams  # every copy as late as its events allow
+    for num_ranks in range(1, world.Get_size() + 1):
+        mine = list(cases(num_ranks))
+        teams = world.Get_size() // num_ranks
+        team = world.Get_rank() // num_ranks
+        comm = world.Split(min(team, teams), world.Get_rank())
+        if team >= teams:
+            continue
+        for name, keys in mine[team::teams]:
+            files = {
+                "model": str(folder / "model.h5"),
+                "prompts": str(folder / "prompts.jsonl"),
+                "output": str(folder / f"{name}.h5"),
+                "scratch": str(folder),
+            }
+            run(config.load(folder / "run.toml", files | keys), comm)
+            if comm.Get_rank() == 0:
+                print(name, flush=True)
+    world.Barrier()
+
+
+if __name__ == "__main__":
+    try:
+        work(mpi.start(), Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        mpi.abort(1)
+        raise

@@ -1,0 +1,85 @@
+"""Tokens do not depend on where weights and cache live, on the schedule or on laps; every byte over a link is counted."""
+
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from late_streams import LateStreams
+from mpirun import describe, mpirun
+from noria import config, streams
+from noria.blocks import layer_name
+from noria.engine.cycle import once
+from noria.files.checkpoint import open_checkpoint
+from noria.launch.mpi import Solo
+from noria.run import run
+from test_same import compare, folder  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parent / "mpi"))
+from placement_worker import CACHE, SCHEDULES, WEIGHTS, cases  # noqa: E402
+
+
+def alone(folder, name, **keys):
+    files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": f"{name}.h5", "scratch": "."}
+    flags = {key: str(folder / file) for key, file in files.items()}
+    assert run(config.load(folder / "run.toml", flags | keys), Solo()) == 0
+    return folder / f"{name}.h5"
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr(streams, "streams_of", LateStreams)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("weights", range(1, len(WEIGHTS)))
+def test_one_rank_gives_the_references_tokens_wherever_its_weights_are(folder, late, weights, schedule):  # noqa: F811
+    name = f"weights-{weights}-{schedule}"
+    alone(folder, name, weights=WEIGHTS[weights], schedule=schedule, groups=2)
+    compare(folder, [name])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cache", range(1, len(CACHE)))
+def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late, cache, schedule):  # noqa: F811
+    name = f"cache-{cache}-{schedule}"
+    alone(folder, name, cache=CACHE[cache], weights={"gpu": 40, "cpu": 60}, schedule=schedule, microbatches=3)
+    compare(folder, [name])
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):  # noqa: F811
+    names = [name for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
+    worker = Path(__file__).parent / "mpi" / "placement_worker.py"
+    done = mpirun(4, [sys.executable, worker, folder], timeout=900)
+    assert done.returncode == 0, describe(done)
+    compare(folder, names)
+
+
+def bytes_of(path):
+    """The output's plan, and the sums over the ranks of what its `timing` counts."""
+    with h5py.File(path) as file:
+        plan = json.loads(file.attrs["plan"])
+        return plan, {name: column[:].sum() for name, column in file["timing"].items()}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("weights", range(len(WEIGHTS)))
+def test_weights_over_the_link_are_what_the_rounds_need(folder, weights, groups):  # noqa: F811
+    path = alone(folder, f"bytes-{weights}-{groups}", weights=WEIGHTS[weights], groups=groups, max_new_tokens=3)
+    plan, found = bytes_of(path)
+    with open_checkpoint(folder / "model.h5") as checkpoint:
+        blocks = checkpoint.blocks
+    tiers = {name: tier for name, tier in plan["weight_tiers"][0].items() if tier != "gpu" and name != "embed"}
+    each_group = not once(len(tiers), groups, plan["weight_slots"])
+    visits = found["visits"] if each_group else found["rounds"] - 1  # the last round says STOP
+    wanted = visits * sum(blocks[name].nbytes for name in tiers)
+    assert found["prefill_host_to_gpu_nbytes"] + found["decode_host_to_gpu_nbytes"] == wanted
+    assert (wanted > 0) == bool(tiers)
+    on_disk = visits * sum(blocks[name].nbytes for name, tier in tiers.items() if tier == "disk")
+    assert found["prefill_disk_to_host_nbytes"] + found["decode_disk_to_host_nbytes"] == on_disk
+    assert found["weights_unused_nbytes"] <= 2 * plan["weight_slots"] * max(block.nbytes for block in blocks.values())
+    assert layer_name(0) in blocks

@@ -1,0 +1,74 @@
+"""The schedules as tables, and what every table must keep to."""
+
+import pytest
+
+from noria import kinds
+from noria.schedules import table
+
+NAMES = kinds.names("schedules")
+
+
+def rows(name, layers, microbatches):
+    return list(kinds.load("schedules", name).schedule(layers, microbatches))
+
+
+def test_sequential_does_one_thing_after_the_other():
+    assert table(rows("sequential", 2, 2)) == [
+        "load_weight(0) | load_cache(0,0) | compute(0,0) | store_cache(0,0)",
+        " | load_cache(0,1) | compute(0,1) | store_cache(0,1)",
+        "load_weight(1) | load_cache(1,0) | compute(1,0) | store_cache(1,0)",
+        " | load_cache(1,1) | compute(1,1) | store_cache(1,1)",
+    ]
+
+
+def test_single_batch_loads_the_next_layer_beside_this_one():
+    assert table(rows("single_batch", 3, 1)) == [
+        "load_weight(1) | load_cache(0,0) load_cache(1,0) | compute(0,0) |",
+        "load_weight(2) | load_cache(2,0) | compute(1,0) | store_cache(0,0)",
+        "load_weight(3) |  | compute(2,0) | store_cache(1,0)",
+        " |  |  | store_cache(2,0)",
+    ]
+
+
+def test_single_batch_loads_the_other_microbatches_of_a_layer_when_their_turn_comes():
+    waiting = [row.compute for row in rows("single_batch", 2, 3) if row.waits]
+    assert waiting == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert all(row.compute in row.load_cache for row in rows("single_batch", 2, 3) if row.waits)
+
+
+def test_multi_batch_loads_the_next_microbatch_and_stores_the_one_before():
+    assert table(rows("multi_batch", 2, 2)) == [
+        "load_weight(1) | load_cache(0,0) load_cache(0,1) | compute(0,0) |",
+        " | load_cache(1,0) | compute(0,1) | store_cache(0,0)",
+        "load_weight(2) | load_cache(1,1) | compute(1,0) | store_cache(0,1)",
+        " |  | compute(1,1) | store_cache(1,0)",
+        " |  |  | store_cache(1,1)",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_every_cell_is_loaded_before_it_is_computed_and_stored_after_it_in_at_most_three_buffers(
+    name, layers, microbatches
+):
+    buffers, most, computed, stored, weights = set(), 0, [], [], []
+    for row in rows(name, layers, microbatches):
+        before = row.store_cache if name != "sequential" else ()
+        for cell in before:  # engine.stage stores what a row stores before it loads what the row loads
+            buffers.remove(cell)
+        buffers |= set(row.load_cache)
+        most = max(most, len(buffers))
+        weights += [row.load_weight] * (row.load_weight is not None)
+        if row.compute is not None:
+            assert row.compute in buffers
+            computed.append(row.compute)
+        for cell in row.store_cache:
+            assert cell in computed
+            stored.append(cell)
+        if name == "sequential":
+            buffers -= set(row.store_cache)
+    cells = [(layer, microbatch) for layer in range(layers) for microbatch in range(microbatches)]
+    assert computed == stored == cells and not buffers
+    assert most <= (1 if name == "sequential" else 3)
+    assert weights == (list(range(layers)) if name == "sequential" else list(range(1, layers + 1)))
