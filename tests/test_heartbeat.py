@@ -1,5 +1,7 @@
 """Heartbeats between ranks, with a clock of the test's own."""
 
+import time
+
 import pytest
 
 from noria.engine import heartbeat
@@ -87,3 +89,44 @@ def test_a_job_that_was_put_to_sleep_as_a_whole_misses_nobody(wire):
     assert turn(wire, work, 3)
     wire.clock.now += 1000
     assert not turn(wire, work, 20) and lost == []
+
+
+class Pipe:
+    """What one rank says to the next, as it is sent."""
+
+    def __init__(self):
+        self.messages = {}
+
+    def of(self, rank):
+        return Side(self.messages, rank)
+
+
+class Side:
+    def __init__(self, messages, rank):
+        self.messages, self.rank = messages, rank
+
+    def send_bytes(self, data, dest, tag):
+        self.messages.setdefault((self.rank, dest), []).append(data)
+        yield
+
+    def receive_bytes(self, source, tag):
+        while not self.messages.get((source, self.rank)):
+            yield
+        return self.messages[source, self.rank].pop(0)
+
+
+def test_hearts_of_their_own_hear_each_other_until_they_are_closed_and_miss_one_that_stops():
+    pipe, lost = Pipe(), []
+    places = [Place(rank, 2, 2, 1) for rank in (0, 1)]
+    hearts = [
+        heartbeat.Heart(pipe.of(place.rank), place, 0.5, lambda rank, seconds: lost.append(rank)) for place in places
+    ]
+    time.sleep(1.2)
+    assert lost == []
+    hearts[1].abandon()
+    time.sleep(1.2)
+    assert lost == [1], "rank 0 misses rank 1"
+    both = [heartbeat.Heart(Pipe().of(0), Place(0, 1, 1, 1), 30, lambda *who: lost.append(who)) for _ in range(2)]
+    for heart in both:
+        heart.close()
+    assert lost == [1]

@@ -1,4 +1,4 @@
-"""The textbook ring of blocking sends and receives: no communication thread, nothing overlaps.
+"""The textbook ring of blocking sends and receives: nothing overlaps, and no thread but the one that beats.
 
 Sends are synchronous, so that it finishes only where theory says so (plan.placement.check_blocking). Kept as the plain reference
 beside engine.ring.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from noria.engine.heartbeat import SILENCE, Heart
 from noria.engine.order import HEADER, HIDDEN, RESULT, Place, tag
 from noria.step import Result, Step
 
@@ -36,10 +37,12 @@ class BlockingRing:
         self._num_tokens = [0] * place.groups  # of each group's latest step
         self._header: bytes | None = None  # waits for its hidden states
         self._received: dict[tuple[int, int], object] = {}  # rank 0: (lap, group) -> what the visit needs
+        self._heart: Heart | None = None
         streams.set_device()
 
-    def watch(self, lost: Callable[[int, float], None], silence: float = 0.0) -> None:
-        """No heartbeats: there is no thread that could send them."""
+    def watch(self, lost: Callable[[int, float], None], silence: float = SILENCE) -> None:
+        """As in engine.ring; `lost` is called in a thread of the heartbeats' own."""
+        self._heart = Heart(self._transport, self.place, silence, lost)
 
     def send_header(self, step: Step) -> None:
         """Rank 0: sent with the step's hidden states, or now if it has none."""
@@ -96,9 +99,12 @@ class BlockingRing:
 
     def close(self) -> None:
         assert not self._received, "messages that nobody asked for"
+        if self._heart is not None:
+            self._heart.close()
 
     def abandon(self) -> None:
-        pass
+        if self._heart is not None:
+            self._heart.abandon()
 
     def _check_round(self, step: Step, group: int) -> None:
         expected = self._rounds[group], group

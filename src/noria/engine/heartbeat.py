@@ -3,6 +3,7 @@
 A rank that was stopped, or whose machine is gone without a word, is missed by the next one. Knows no MPI.
 """
 
+import threading
 import time
 from collections.abc import Callable, Generator
 
@@ -11,6 +12,7 @@ from noria.engine.order import BEAT, Place, tag
 SILENCE = 30.0  # seconds without a beat after which a rank counts as lost
 BEATS = 8  # in that time
 AWAKE = 1.0  # seconds: a longer gap between two looks was this rank's own sleep, and nobody else's silence
+PAUSE = 0.02  # seconds between two looks of a thread that has nothing else to do
 _ALIVE, _LAST = b"a", b"z"
 
 
@@ -45,3 +47,32 @@ def listen(transport, place: Place, silence: float, lost: Callable[[int, float],
             lost(place.previous, quiet)
             return
         yield
+
+
+class Heart:
+    """Beats and listens in a thread of its own: for a ring that has no communication thread, whose calls block."""
+
+    def __init__(self, transport, place: Place, silence: float, lost: Callable[[int, float], None]):
+        self._closing = self._abandoned = False
+        self._work = [
+            beat(transport, place, silence, lambda: self._closing),
+            listen(transport, place, silence, lost),
+        ]
+        self._thread = threading.Thread(target=self._run, name="noria-heart", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Sends the last beat and waits for that of the previous rank."""
+        self._closing = True
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """Stops, whatever is under way."""
+        self._abandoned = True
+        self._thread.join(50 * PAUSE)
+
+    def _run(self) -> None:
+        ended = object()
+        while self._work and not self._abandoned:
+            self._work = [one for one in self._work if next(one, ended) is not ended]
+            time.sleep(PAUSE)
