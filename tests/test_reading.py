@@ -135,6 +135,15 @@ def test_a_damaged_block_is_not_staged_and_leaves_nothing(checkpoint, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_scratch_disk_that_fails_while_it_is_staged_is_named(checkpoint, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(direct.os, "pwritev", fail)
+    with pytest.raises(OSError, match=r"scratch file: writing \d+ bytes at byte 0: Input/output error"):
+        stage(checkpoint, ["head"], tmp_path)
+
+
 def test_a_disk_that_is_full_refuses_to_stage_and_to_hold_a_cache(checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -182,8 +182,7 @@ class Checkpoint:
         assert len(view) == self.blocks[name].nbytes, (name, len(view), self.blocks[name].nbytes)
         extent = self._extents[name]
         read_full(extent.fd, view, extent.offset, extent.path)
-        check = self.checking(name)
-        if check is not None:
+        if check := self.checking(name):
             check.update(view)
             check.finish()
 

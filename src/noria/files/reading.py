@@ -98,8 +98,7 @@ class _FileSource:
         return [pool.submit(file.read, extent.offset + begin, view[begin:end]) for begin, end in chunks(extent.nbytes)]
 
     def check(self, name: str, memory: torch.Tensor) -> None:
-        check = self._checkpoint.checking(name)
-        if check is not None:
+        if check := self._checkpoint.checking(name):
             check.update(memoryview(memory.numpy()))
             check.finish()
 
