@@ -1,6 +1,7 @@
 """Wrong input of a run: exit code 2 and one line that says what, where and what to do, before the model is loaded."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -327,6 +328,26 @@ def test_a_finished_output_ends_many_ranks_with_success(finished, folder):
     done = mpirun(3, ["noria", *small_run.command(folder, "finished.h5")])
     assert done.returncode == 0 and time.monotonic() - started < 60, describe(done)
     assert done.stderr.count("is finished: nothing to do") == 1 and "plan:" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_ranks_that_see_different_checkpoints_under_one_name_are_refused(folder, tmp_path):
+    for rank, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(rank)).mkdir()
+        small_run.write_model(tmp_path / str(rank), "model.h5", seed)
+    own_folder = 'cd "$1/${OMPI_COMM_WORLD_RANK:-$PMI_RANK}"; shift; exec "$@"'
+    command = ["noria", *small_run.command(folder, tmp_path / "out.h5", "--model", "model.h5")]
+    done = mpirun(3, ["bash", "-c", own_folder, "bash", tmp_path, *command])
+    said = (
+        r"noria: model model\.h5 is ([\d,]+) bytes with header (\w+) on \S+ \(rank 0\) but ([\d,]+) bytes with header"
+    )
+    (line,) = said_by_ranks(done)
+    found = re.match(
+        said + r" (\w+) on \S+ \(rank 2\): every rank must see the same checkpoint, so copy it again", line
+    )
+    assert done.returncode == 2 and found and found[2] != found[4], describe(done)
+    assert not list(tmp_path.glob("out.h5*")), "a refused run leaves nothing behind"
 
 
 @pytest.mark.mpi

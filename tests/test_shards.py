@@ -182,6 +182,22 @@ def test_greedy_shards_need_no_seed_and_merge(folder):
     assert tokens(folder / "both.h5") == tokens(folder / "greedy.h5")
 
 
+@pytest.mark.parametrize("seed", [[], ["--seed", "5"]])
+def test_greedy_shards_that_were_merged_take_longer_prompts_with_any_seed(folder, tmp_path, seed):
+    lines = (folder / "greedy.jsonl").read_text().splitlines(keepends=True)
+    greedy = ["--prompts", tmp_path / "p.jsonl", "--temperature", "0"]
+    (tmp_path / "p.jsonl").write_text("".join(lines[:9]))
+    shards, merged = [tmp_path / f"{i}.h5" for i in (1, 2)], tmp_path / "merged.h5"
+    for i, output in enumerate(shards, 1):
+        assert main(without_seed(arguments(folder, output, *greedy, "--shard", f"{i}/2"))) == 0
+    assert main(["merge", str(merged), *map(str, shards)]) == 0
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    longer = [*without_seed(arguments(folder, merged, *greedy)), *seed]
+    assert main(longer) == 2 and main([*longer, "--extend"]) == 0
+    assert main(without_seed(arguments(folder, tmp_path / "whole.h5", *greedy))) == 0
+    assert tokens(merged) == tokens(tmp_path / "whole.h5") and len(tokens(merged)) == NUM_ROWS
+
+
 def test_shards_of_several_samples_a_prompt_merge_too(folder):
     several = ["--n", "3"]
     assert main(arguments(folder, "samples.h5", *several)) == 0
