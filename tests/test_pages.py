@@ -148,3 +148,15 @@ def test_a_hundred_thousand_pages_and_thousands_of_reservations_are_quick():
             held.append(runs)
     assert len(held) > 2000
     assert time.process_time() - begin < 5  # it takes 0.2 s; a search through all free runs or pages takes minutes
+
+
+def test_pages_that_begin_elsewhere_are_given_out_and_taken_back_all_the_same():
+    pages = Pages(10, first=7)
+    first, second = pages.reserve(6), pages.reserve(4)
+    assert (first, second) == ((Run(7, 6),), (Run(13, 4),)) and pages.reserve(1) is None
+    pages.share(first)
+    pages.release(first)
+    assert pages.num_free == 0
+    pages.release(first)
+    pages.release(second)
+    assert pages.num_free == 10 and pages.reserve(10) == (Run(7, 10),)
