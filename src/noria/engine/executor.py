@@ -19,7 +19,7 @@ from noria.step import Result, Step, Word
 class Timing:
     """Seconds of a rank between its first step and its last; `waited` of them for the ring.
 
-    Rounds with any chunk of a prompt are prefill, the others decode.
+    Rounds with any chunk of a prompt are prefill, the others with tokens decode.
     """
 
     rounds: int = 0
@@ -37,6 +37,8 @@ class Timing:
     def end_round(self, prefill: bool, tokens: int, seconds: float) -> None:
         """Adds a round to its phase."""
         self.rounds, self.tokens, phase = self.rounds + 1, self.tokens + tokens, "prefill" if prefill else "decode"
+        if not tokens:
+            return
         for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
 
