@@ -1,0 +1,139 @@
+"""Weights or cache beyond the GPU: an OPT shape with random weights, prompts of one length, greedy, every row as long:
+
+    python jobs/bench/streamed.py --ranks 1 2 [--shape opt-30b] [--prompts 128] [-- flags of noria run]
+
+Prints one JSON line a run: seconds of a decode round and of prefill, bytes over each link in a decode round, and what share
+of the link's own rate, measured on all GPUs at once just before, that is. Starts mpirun itself.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+SHAPES = {  # hidden size, layers, heads
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 48, 56),
+    "opt-175b": (12288, 96, 96),
+}
+LINK = """
+import threading, time, torch
+def rate(device, found):
+    host = torch.empty(2**30, dtype=torch.uint8).fill_(1)
+    assert not torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
+    target = torch.empty(2**30, dtype=torch.uint8, device=device)
+    ready.wait()
+    for repeat in range(4):
+        torch.cuda.synchronize(device); before = time.perf_counter()
+        for _ in range(4): target.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(device); found.append(4 * 2**30 / (time.perf_counter() - before))
+ready, rates = threading.Barrier(RANKS), [[] for _ in range(RANKS)]
+threads = [threading.Thread(target=rate, args=(f"cuda:{i}", rates[i])) for i in range(RANKS)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(min(sorted(its)[len(its) // 2] for its in rates))
+"""
+
+
+def config_of(shape: str) -> dict:
+    hidden, layers, heads = SHAPES[shape]
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "torch_dtype": "float16",
+        "init_std": 0.006,
+    }
+
+
+def link_rate(ranks: int) -> float:
+    """Bytes a second from page-locked memory to each of so many GPUs at once, the slowest one's."""
+    done = subprocess.run(
+        [sys.executable, "-c", LINK.replace("RANKS", str(ranks))], check=True, capture_output=True, text=True
+    )
+    return float(done.stdout)
+
+
+def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
+    """One job; what its output measured."""
+    random = np.random.default_rng(0)
+    (folder / "config.json").write_text(json.dumps(config_of(arguments.shape)))
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(arguments.prompts):
+            file.write(json.dumps({"token_ids": random.integers(4, 50000, arguments.prompt_tokens).tolist()}) + "\n")
+    link = link_rate(ranks) if arguments.link else None
+    files = ["--random-weights", "config.json", "--prompts", "prompts.jsonl", "--output", "run.h5", "--overwrite"]
+    noria = [sys.executable, "-m", "noria", "run", *files, "--dtype", "float16", "--ignore-eos"]
+    noria += ["--max-new-tokens", str(arguments.max_new_tokens), *arguments.flags]
+    launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+    subprocess.run([*launch, *noria], check=True, timeout=560, cwd=folder)
+    with h5py.File(folder / "run.h5") as output:
+        timing = {name: column[:] for name, column in output["timing"].items()}
+        plan = json.loads(output.attrs["plan"])
+    return measured(timing, plan, link, arguments.prompts)
+
+
+def measured(timing: dict, plan: dict, link: float | None, prompts: int) -> dict:
+    """The figures of a run, of its slowest rank."""
+    rounds = int(timing["decode_rounds"].max())
+    seconds = float(timing["decode_seconds"].max()) / max(rounds, 1)
+    to_gpu = float(timing["decode_host_to_gpu_nbytes"].max()) / max(rounds, 1)
+    figures = {
+        "plan": {name: plan[name] for name in ("laps", "groups", "step_tokens", "microbatch_tokens", "schedule")},
+        "decode_rounds": rounds,
+        "decode_seconds_a_round": round(seconds, 4),
+        "decode_tokens_per_second": round(
+            float(timing["decode_tokens"].max()) / float(timing["decode_seconds"].max()), 1
+        ),
+        "full_round_tokens_per_second": round(prompts / seconds, 1),
+        "prefill_rounds": int(timing["prefill_rounds"].max()),
+        "prefill_seconds": round(float(timing["prefill_seconds"].max()), 2),
+        "prefill_tokens_per_second": round(
+            float(timing["prefill_tokens"].max()) / float(timing["prefill_seconds"].max()), 1
+        ),
+        "bytes_a_decode_round": {
+            link_name: [round(float(value) / max(rounds, 1)) for value in timing[f"decode_{link_name}_nbytes"]]
+            for link_name in ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_rank")
+        },
+        "weights_unused": [int(value) for value in timing["weights_unused_nbytes"]],
+        "waited_share": [round(float(share), 3) for share in timing["waited"] / timing["seconds"]],
+        "peak_device_gib": [round(float(value) / 2**30, 1) for value in timing["peak_device_nbytes"]],
+        "peak_host_gib": [round(float(value) / 2**30, 1) for value in timing["peak_host_nbytes"]],
+    }
+    if link:
+        figures |= {"link": round(link / 1e9, 2), "share_of_the_link": round(to_gpu / seconds / link, 4)}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--shape", choices=SHAPES, default="opt-30b")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--no-link", dest="link", action="store_false", help="do not measure the link")
+    parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
+    arguments = parser.parse_args()
+    for ranks in arguments.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = run(Path(folder), arguments, ranks)
+        asked = {"ranks": ranks, "shape": arguments.shape, "prompts": arguments.prompts, "flags": arguments.flags}
+        print(json.dumps({"bench": "streamed", **asked, **figures}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
