@@ -46,7 +46,7 @@ class Pages:
             self._remove(start, size)
             if size > run.count:
                 self._add(start + run.count, size - run.count)
-            self._holders[start : start + run.count] = 1
+            self._holders[start - self._first : start - self._first + run.count] = 1
             runs.append(run)
             count -= run.count
         return tuple(runs)
