@@ -13,7 +13,6 @@ import torch
 
 from noria.config import Config, InputError
 from noria.plan.planner import Machine
-from noria.plan.planner import Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 # Where one of these is set, the user has said how ranks are to be bound.
