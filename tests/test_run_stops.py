@@ -142,6 +142,28 @@ def test_rows_finished_by_a_run_short_of_time_are_sealed_by_a_signal_after_the_l
     assert json.loads(next(parts_folder(folder / "short.h5").glob("segment-*")).read_text())["ended"] == "SIGTERM"
 
 
+def test_finished_rows_are_sealed_in_time_though_a_step_takes_long(folder, monkeypatch):
+    finished, sealed = [], []
+    finish = noria.rows.desk.generation
+    monkeypatch.setattr(noria.rows.desk, "generation", lambda *one: finished.append(1) or finish(*one))
+
+    def take_long():
+        parts = parts_folder(folder / "long.h5")
+        assert not part_files(parts), "nothing is due yet"
+        end = time.monotonic() + 20
+        while not part_files(parts) and time.monotonic() < end:
+            time.sleep(0.1)
+        sealed.append(sum(len(part.row) for part in scan(parts)))
+        assert sealed == [len(finished)] and 0 < len(finished) < small_run.NUM_ROWS
+
+    act_in_visit(monkeypatch, 9, take_long)
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    rows = [f'{line[:-1]}, "max_new_tokens": {1 + 2 * row}}}' for row, line in enumerate(lines)]
+    (folder / "lengths.jsonl").write_text("\n".join(rows) + "\n")
+    more = ["--prompts", folder / "lengths.jsonl", "--seal-seconds", "3"]
+    assert main(small_run.command(folder, "long.h5", *FLOAT64, *more)) == 0 and sealed
+
+
 def test_a_merge_that_was_killed_is_done_again_without_loading_the_model(folder, monkeypatch, capsys):
     def killed(*arguments):
         raise KeyboardInterrupt("in the merge")

@@ -106,7 +106,8 @@ def _generate(
             comm.Barrier()
             watchdog.doing = executor.doing
             if rank == 0:
-                desk.seconds_left, stopping.seal = lambda: stopping.seconds_left, desk.stop
+                desk.seconds_left = lambda: stopping.seconds_left
+                stopping.seal, stopping.tend = desk.stop, desk.tend
             timing = executor.run(next_step)
             weights.close()
         if rank == 0:  # until the last row is sealed a signal must find who seals it

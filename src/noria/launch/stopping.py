@@ -15,6 +15,7 @@ from noria.launch.watchdog import Watchdog, abort
 
 STOPPED = 75  # the exit code of a job that the same command takes up again
 MARGIN = 0.05, 2.0, 60.0  # stop this part of the time left before the deadline, at least and at most these seconds
+TEND_SECONDS = 1.0
 DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
 
 
@@ -22,7 +23,8 @@ class Stopping:
     """Rank 0's own; the thread lives inside its `with`.
 
     `seal(reason)`: brings what there is to the disk; returns words for the user and the seconds of a round. None before
-    the first step. It has a thread of its own, so that a second SIGINT is heard while a disk keeps it waiting.
+    the first step. `tend`: called every second until then. Both have a second thread, so that a second SIGINT is heard
+    while a disk keeps them waiting.
     """
 
     def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
@@ -32,24 +34,27 @@ class Stopping:
             min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
         )
         self.seal: Callable[[str], tuple[str, float]] | None = None
+        self.tend: Callable[[], None] | None = None
         self.merging = False
         self.reason = ""
         self._interrupted = float("inf")
         self._drained_by = float("inf")
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="noria-stopping", daemon=True)
-        self._sealing = threading.Thread(target=self._seal, name="noria-sealing", daemon=True)
+        self._sealing = threading.Thread(target=self._tend_and_seal, name="noria-sealing", daemon=True)
+        self._due = threading.Event()
 
     def __enter__(self) -> "Stopping":
         self._thread.start()
+        self._sealing.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._closed = True
         self._signals.wake()
+        self._due.set()
         self._thread.join(1.0)
-        if self._sealing.ident:
-            self._sealing.join(1.0)
+        self._sealing.join(1.0)
 
     @property
     def seconds_left(self) -> float:
@@ -83,12 +88,17 @@ class Stopping:
             return
         self.reason = reason
         if self.seal is not None:
-            self._sealing.start()
+            self._due.set()
         else:
             self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)
 
-    def _seal(self) -> None:
+    def _tend_and_seal(self) -> None:
+        while not self._due.wait(TEND_SECONDS):
+            if self.tend is not None:
+                self.tend()
+        if self._closed and not self.reason:
+            return
         words, round_seconds = self.seal(self.reason)
         if self.merging:
             self._watchdog.say(f"{self.reason}: every row is finished, the output is being written: that goes on")

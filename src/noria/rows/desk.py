@@ -35,6 +35,7 @@ from noria.rows.tokenizer import Tokenizer
 from noria.text import plural
 
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
+OVERDUE_SECONDS = 1.0  # so long after its time a seal is no longer left to the next step
 
 
 class Desk:
@@ -115,6 +116,15 @@ class Desk:
             if not self._stopped:  # by a signal: admission ended in time for the walltime
                 self._parts.end("walltime")
         self._progress.end(self._config.output)
+
+    def tend(self) -> None:
+        """From another thread, about every second: seals what is overdue, for a step may take longer than `seal_seconds`."""
+        if self.lock.acquire(blocking=False):  # else the run itself is at it
+            try:
+                if not self._merging:
+                    self._seal(self._config.job.seal_seconds + OVERDUE_SECONDS)
+            finally:
+                self.lock.release()
 
     def tick(self) -> None:
         """Between two steps: seals what is due, shows how far the run is and looks at the time."""
