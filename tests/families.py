@@ -67,6 +67,10 @@ OPT = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 11}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# Numbers of their own for each of the four frequencies of a head; the long ones must never be used.
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [4.0, 4.0, 8.0, 9.0]}
+LONG_PHI3 = {"original_max_position_embeddings": 100, "max_position_embeddings": 800, "sliding_window": None}
 GALACTICA = {"activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False}
 CONFIGS = {
     "llama": LLAMA,
@@ -80,6 +84,10 @@ CONFIGS = {
     "llama 3": LLAMA | {"rope_theta": 500.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
     "llama 3 as written now": LLAMA
     | {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 32}},
+    "llama yarn": LLAMA | {"rope_scaling": YARN},
+    "llama yarn with its own numbers": LLAMA
+    | {"rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 4, "beta_slow": 2, "truncate": False}},
+    "qwen2 yarn with two scales": QWEN2 | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}},
     "mistral": MISTRAL,
     "mistral without a window": MISTRAL | {"sliding_window": None},
     "qwen2": QWEN2,
@@ -97,6 +105,13 @@ CONFIGS = {
     "qwen3_moe with every second layer dense": QWEN3_MOE | SLIDING | {"decoder_sparse_step": 2},
     "phi3": PHI3,
     "phi3 partly rotated": PHI3 | {"partial_rotary_factor": 0.75, "sliding_window": None, "tie_word_embeddings": True},
+    "phi3 longrope": PHI3 | LONG_PHI3 | {"rope_scaling": LONGROPE},
+    "phi3 longrope partly rotated": PHI3
+    | LONG_PHI3
+    | {
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": LONGROPE | {"short_factor": [1.0, 1.2], "long_factor": [3.0, 4.0]},
+    },
     "gpt2": GPT2,
     "gpt2 with settings": GPT2
     | {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},

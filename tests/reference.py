@@ -31,7 +31,7 @@ def _rotary_decoder(config, weights, ids):
     hidden = weights["model.embed_tokens.weight"][ids]
     rotated = int(head_dim * config.get("partial_rotary_factor", 1.0))
     angles = np.arange(len(ids))[:, None] * _frequencies(config, rotated)
-    eps = config.get("rms_norm_eps", 1e-6)
+    eps, scale = config.get("rms_norm_eps", 1e-6), _rotary_scale(config)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}."
         x = _rms_norm(hidden, weights[name + "input_layernorm.weight"], eps)
@@ -43,7 +43,8 @@ def _rotary_decoder(config, weights, ids):
         q, k, v = _split(q, heads), _split(k, kv_heads), _split(v, kv_heads)
         if name + "self_attn.q_norm.weight" in weights:
             q, k = (_rms_norm(y, weights[f"{name}self_attn.{p}_norm.weight"], eps) for p, y in (("q", q), ("k", k)))
-        q, k = (np.concatenate((_rotate(y[..., :rotated], angles), y[..., rotated:]), axis=-1) for y in (q, k))
+        turned = (scale * _rotate(y[..., :rotated], angles) for y in (q, k))
+        q, k = (np.concatenate((t, y[..., rotated:]), axis=-1) for t, y in zip(turned, (q, k), strict=True))
         k, v = (np.repeat(tensor, heads // kv_heads, axis=1) for tensor in (k, v))
         hidden = hidden + _linear(weights, name + "self_attn.o_proj", _attention(q, k, v, _window(config, layer)))
         x = _rms_norm(hidden, weights[name + "post_attention_layernorm.weight"], eps)
@@ -173,6 +174,19 @@ def _rotate(x, angles):
     return np.concatenate((turned.real, turned.imag), axis=-1)
 
 
+def _rotary_scale(config):
+    """By how much longer contexts sharpen attention: YaRN's 0.1 ln s + 1, LongRoPE's sqrt(1 + ln s / ln L)."""
+    rope = config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind == "longrope":
+        old = config["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(config["max_position_embeddings"] / old) / math.log(old))
+    if kind != "yarn":
+        return 1.0
+    above, below = (0.1 * rope.get(name, 0) * math.log(rope["factor"]) + 1 for name in ("mscale", "mscale_all_dim"))
+    return rope.get("attention_factor") or (above / below if below > 1 else 0.1 * math.log(rope["factor"]) + 1)
+
+
 def _frequencies(config, head_dim):
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
@@ -180,6 +194,19 @@ def _frequencies(config, head_dim):
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "linear":
         return frequencies / rope["factor"]
+    if kind == "longrope":
+        return frequencies / rope["short_factor"]
+    if kind == "yarn":
+        # The index at which a frequency turns so often in the old context: it stays above the one and slows below the other.
+        old, index = rope["original_max_position_embeddings"], np.arange(head_dim // 2)
+        at = [
+            math.log(old / (2 * math.pi * rope.get(name, turns)), theta) * head_dim / 2
+            for name, turns in (("beta_fast", 32), ("beta_slow", 1))
+        ]
+        fast, slow = (math.floor(at[0]), math.ceil(at[1])) if rope.get("truncate", True) else at
+        fast, slow = max(fast, 0), min(slow, head_dim - 1)
+        share = np.clip((index - fast) / (slow - fast), 0, 1)
+        return frequencies * (1 - share + share / rope["factor"])
     if kind != "llama3":
         return frequencies
     # Turns that a frequency makes in the context it was trained with: many stay, few slow down, a ramp between.

@@ -184,6 +184,18 @@ def test_llama3_without_its_own_context_uses_the_models():
     assert shape.details["rope_scaling"][-1] == 128.0
 
 
+def test_the_context_of_yarn_is_its_factor_times_the_old_and_that_of_longrope_ends_before_the_long_factors():
+    shape = models.for_config(LLAMA).shape
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+    assert shape(LLAMA | {"rope_scaling": yarn}).max_positions == 400
+    assert shape(LLAMA | {"rope_scaling": yarn, "max_position_embeddings": 500}).max_positions == 500
+    assert shape(LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}).max_positions == 512
+    old = {"rope_scaling": families.LONGROPE | {"type": "su"}}
+    phi3 = models.for_config(families.PHI3).shape(families.PHI3 | families.LONG_PHI3 | old)
+    assert phi3 == models.for_config(families.PHI3).shape(CONFIGS["phi3 longrope"])
+    assert phi3.max_positions == 100
+
+
 def test_shapes_count_heads_positions_and_ties():
     llama, opt = models.for_config(LLAMA).shape(LLAMA), models.for_config(OPT).shape(OPT)
     assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.tied) == (4, 2, 8, False)
@@ -202,7 +214,11 @@ def test_the_head_of_a_tied_model_is_its_embedding():
     ("config", "words"),
     [
         (LLAMA | {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, ["'ntk'", "yarn, longrope"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, ["factor is missing"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 1e9}}, ["factor is 1e+09", "too long"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_slow": 50}}, ["beta_slow (50)"]),
+        (LLAMA | {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, ["rope_theta is 1"]),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, ["factor", "missing"]),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
         (LLAMA | {"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
@@ -225,11 +241,12 @@ def test_the_head_of_a_tied_model_is_its_embedding():
             ["layer_types must be 3 times full_ or sliding"],
         ),
         (QWEN2 | families.SLIDING | {"layer_types": ["linear_attention"] * 3}, ["layer_types must be 3 times"]),
-        (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope type 'yarn'"]),
         (MIXTRAL | {"num_local_experts": 10**6}, ["num_local_experts is 1000000: it must be at most 4096"]),
         (MIXTRAL | {"num_experts_per_tok": 6}, ["num_experts_per_tok (6) is more than num_local_experts (5)"]),
         (QWEN3_MOE | {"mlp_only_layers": ["one"]}, ["mlp_only_layers is ['one']"]),
-        (families.PHI3 | {"rope_scaling": {"type": "longrope"}}, ["rope type 'longrope'"]),
+        (families.PHI3 | {"rope_scaling": {"type": "longrope"}}, ["short_factor is None"]),
+        (families.PHI3 | {"rope_scaling": {"type": "su", "short_factor": [1, 2]}}, ["short_factor has 2 numbers", "4"]),
+        (families.PHI3 | {"rope_scaling": {"type": "su", "short_factor": [1, "2"] * 2}}, ["short_factor is '2'"]),
         (families.PHI3 | {"partial_rotary_factor": 0.9}, ["7 of head_dim 8 are rotated"]),
         (LLAMA | {"num_hidden_layers": 10**9}, ["num_hidden_layers is 1000000000: it must be at most 10000"]),
         (LLAMA | {"hidden_size": 2**31}, ["hidden_size is 2147483648: it must be at most 2147483647"]),

@@ -65,7 +65,7 @@ def shape(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=read.integer(config, "vocab_size"),
-        max_positions=read.integer(config, "max_position_embeddings", 2048),
+        max_positions=_rotary.context(scaling, read.integer(config, "max_position_embeddings", 2048)),
         tied=read.flag(config, "tie_word_embeddings", False),
         mixture_size=_experts.work_size(experts, hidden_size) if experts else 0,
         details=details,

@@ -12,47 +12,101 @@ import torch
 from noria.config import InputError, require
 from noria.models import _config as read
 
-TYPES = ("default", "linear", "dynamic", "llama3")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def settings(config: Mapping) -> tuple[float, tuple]:
-    """Theta, and the scaling as a tuple: () for none, ("linear", factor), or ("llama3", factor, low, high, context).
+    """Theta, and the scaling as a tuple: () for none, else its type and the type's numbers (see _frequencies).
 
     `rope_scaling` and its successor `rope_parameters` are both understood. The type `dynamic` changes nothing up to
     max_position_embeddings, which is where Noria ends a sequence, so it is computed as `default`. Raises InputError.
     """
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    require(isinstance(parameters, Mapping), f"config.json: rope_scaling is {read.shown(parameters)}: no object")
+    parameters = _parameters(config)
     theta = read.number(parameters, "rope_theta", read.number(config, "rope_theta", 10000.0))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind in ("default", "dynamic"):
         return theta, ()
     if kind == "linear":
         return theta, ("linear", read.number(parameters, "factor"))
-    if kind == "llama3":
-        context = config.get("max_position_embeddings") or 2048
-        for place in (parameters, config):
-            context = read.integer(place, "original_max_position_embeddings", context)
-        factors = [read.number(parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
-        require(
-            factors[1] < factors[2],
-            f"config.json: low_freq_factor ({factors[1]}) must be below high_freq_factor ({factors[2]})",
+    if kind not in TYPES:
+        raise InputError(
+            f"config.json: rope type {read.shown(kind)} is not in this version of Noria; known: {', '.join(TYPES)}"
         )
-        return theta, ("llama3", *factors, float(context))
-    raise InputError(
-        f"config.json: rope type {read.shown(kind)} is not in this version of Noria; known: {', '.join(TYPES)}"
+    most = context = read.integer(config, "max_position_embeddings", 2048)
+    for place in (parameters, config):
+        context = read.integer(place, "original_max_position_embeddings", context)
+    if kind == "yarn":
+        require(theta > 1, f"config.json: rope_theta is {theta:g}: yarn needs one above 1")
+        return theta, _yarn(parameters, float(context))
+    if kind == "longrope":
+        return theta, _longrope(parameters, float(context), most)
+    factors = [read.number(parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
+    require(
+        factors[1] < factors[2],
+        f"config.json: low_freq_factor ({factors[1]}) must be below high_freq_factor ({factors[2]})",
     )
+    return theta, ("llama3", *factors, float(context))
+
+
+def _yarn(parameters: Mapping, context: float) -> tuple:
+    """("yarn", scale, context, factor, fast, slow, truncated); the scale of cosines and sines is YaRN's (2309.00071)."""
+    factor = read.number(parameters, "factor")
+    require(factor * context < 2**31, f"config.json: factor is {factor:g}: the context would be too long")
+    growth = math.log(max(factor, 1.0))
+    scale, names = 0.1 * growth + 1, ("mscale", "mscale_all_dim")
+    if all(parameters.get(name) for name in names):
+        above, below = (0.1 * read.number(parameters, name) * growth + 1 for name in names)
+        scale = above / below
+    fast, slow = read.number(parameters, "beta_fast", 32.0), read.number(parameters, "beta_slow", 1.0)
+    require(slow <= fast, f"config.json: beta_slow ({slow:g}) must not be above beta_fast ({fast:g})")
+    truncated = read.flag(parameters, "truncate", True)
+    return "yarn", read.number(parameters, "attention_factor", scale), context, factor, fast, slow, truncated
+
+
+def _longrope(parameters: Mapping, context: float, most: int) -> tuple:
+    """("longrope", scale, context, *factors) with the factors for the context of the first training.
+
+    A longer sequence has other factors, for all of its positions, the cached ones too: see `context`.
+    """
+    factor = read.number(parameters, "factor", most / context)
+    scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 and context > 1 else 1.0
+    short = parameters.get("short_factor")
+    require(isinstance(short, list), f"config.json: short_factor is {read.shown(short)}: it must be a list of numbers")
+    short = [read.number({"short_factor": one}, "short_factor") for one in short]
+    return "longrope", read.number(parameters, "attention_factor", scale), context, *short
+
+
+def context(scaling: tuple, most: int) -> int:
+    """The positions that a model has, of which its config.json says `most`.
+
+    YaRN's has its factor times those of its first training, which a config.json may leave at the old number. With longrope
+    Noria ends where the other factors would begin: the turn of a position would depend on what comes after it.
+    """
+    if scaling and scaling[0] == "yarn":
+        return max(most, int(scaling[2] * scaling[3]))
+    return min(most, int(scaling[2])) if scaling and scaling[0] == "longrope" else most
+
+
+def _parameters(config: Mapping) -> Mapping:
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    require(isinstance(parameters, Mapping), f"config.json: rope_scaling is {read.shown(parameters)}: no object")
+    return parameters
 
 
 def rotated_size(config: Mapping, head_dim: int, part: bool) -> int:
     """R: how many numbers of each head are rotated, all unless a `part` may be. Raises InputError."""
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parameters = _parameters(config)
     for place in () if part else (config, parameters):
         read.only(place, "partial_rotary_factor", 1.0, "Noria computes this family with all of each head rotated")
     factor = read.number(parameters, "partial_rotary_factor", read.number(config, "partial_rotary_factor", 1.0))
     size = int(head_dim * factor)
     right = factor <= 1 and size >= 2 and size % 2 == 0
     require(right, f"config.json: {size} of head_dim {head_dim} are rotated: rotary positions need an even number")
+    short = parameters.get("short_factor")
+    if isinstance(short, list):
+        require(
+            len(short) == size // 2, f"config.json: short_factor has {len(short)} numbers, it must have {size // 2}"
+        )
     return size
 
 
@@ -64,19 +118,37 @@ def tables(theta: float, scaling: tuple, size: int, positions: torch.Tensor, dty
     """
     table = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions[:, None].to(table) * _frequencies(theta, size, scaling, table, positions.device)
-    cosines, sines = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    scale = scaling[1] if scaling and scaling[0] in ("yarn", "longrope") else 1.0
+    cosines, sines = ((turn * scale).to(dtype)[:, None] for turn in (angles.cos(), angles.sin()))
     return torch.cat((cosines, cosines), dim=-1), sines
 
 
 @lru_cache(maxsize=16)
 def _frequencies(theta: float, size: int, scaling: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[R/2] radians per position. llama3: long wavelengths slowed by `factor`, a smooth ramp between (Llama 3.1)."""
+    """[R/2] radians per position.
+
+    linear: all slowed by `factor`; longrope: each by its own (LongRoPE, arXiv 2402.13753). llama3: long wavelengths slowed
+    by `factor`, a smooth ramp between (Llama 3.1). yarn: those that turn less than `slow` times in the context slowed by
+    `factor`, those that turn more than `fast` times left, a ramp over the indices between (YaRN, arXiv 2309.00071).
+    """
     exponents = torch.arange(0, size, 2, dtype=torch.int64).to(dtype) / size
     frequencies = 1.0 / theta**exponents
-    if scaling and scaling[0] == "linear":
-        frequencies = frequencies / scaling[1]
-    elif scaling:
-        _, factor, low, high, context = scaling
+    kind, *numbers = scaling or ("default",)
+    if kind == "linear":
+        frequencies = frequencies / numbers[0]
+    elif kind == "longrope":
+        frequencies = frequencies / torch.tensor(numbers[2:], dtype=dtype)
+    elif kind == "yarn":
+        _, context, factor, fast, slow, truncated = numbers
+        first, last = (
+            size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)
+        )
+        first, last = (math.floor(first), math.ceil(last)) if truncated else (first, last)
+        first, last = max(first, 0), min(last, size - 1)
+        ramp = (torch.arange(size // 2, dtype=dtype) - first) / (last - first if last != first else 0.001)
+        frequencies = torch.lerp(frequencies, frequencies / factor, ramp.clamp(0, 1))
+    elif kind == "llama3":
+        factor, low, high, context = numbers
         wavelengths = 2 * math.pi / frequencies
         ramp = (context / wavelengths - low) / (high - low)
         smooth = (1 - ramp) * frequencies / factor + ramp * frequencies

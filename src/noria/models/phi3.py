@@ -22,9 +22,20 @@ MODULES = _decoder.MODULES | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.g
 
 def shape(config: Mapping) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    config = DEFAULTS | dict(config)
+    config = _with_longrope(DEFAULTS | dict(config))
     window = _decoder.window_of(config, range(_decoder.num_layers(config)))
     return _decoder.shape("phi3", config, window=window, partly_rotated=True)
+
+
+def _with_longrope(config: dict) -> dict:
+    """What Phi-3 calls `su` or `yarn` is longrope."""
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(key)
+        if isinstance(parameters, Mapping):
+            kind = parameters.get("rope_type") or parameters.get("type")
+            parameters = dict(parameters, rope_type="longrope") if kind in ("su", "yarn") else parameters
+            config[key] = parameters
+    return config
 
 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple]:
