@@ -26,7 +26,7 @@ LINK = """
 import threading, time, torch
 def rate(device, found):
     host = torch.empty(2**30, dtype=torch.uint8).fill_(1)
-    assert not torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
+    assert not int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
     target = torch.empty(2**30, dtype=torch.uint8, device=device)
     ready.wait()
     for repeat in range(4):

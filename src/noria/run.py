@@ -109,8 +109,7 @@ def _generate(
                 desk.seconds_left = lambda: stopping.seconds_left
                 stopping.seal, stopping.tend = desk.stop, desk.tend
             timing = executor.run(next_step)
-            weights.close()
-        if rank == 0:  # until the last row is sealed a signal must find who seals it
+            if rank == 0:  # until the last row is sealed a signal must find who seals it
             stopping.merging, stopping.seal = desk.complete, desk.stop
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))

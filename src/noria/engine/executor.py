@@ -86,6 +86,7 @@ class Executor:
             if all(prepared.step.word is Word.STOP for prepared in steps):
                 break
         self.timing.seconds = time.perf_counter() - started
+        self._stage.close()
         return self.timing
 
     def _end_round(self, steps: list[Step], seconds: float) -> None:

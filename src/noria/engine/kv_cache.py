@@ -176,6 +176,13 @@ class KvCache:
             self._free.append(buffer)
         self._staged.clear()
 
+    def close(self) -> None:
+        """Waits for stores under way and closes the tiers."""
+        for stored in self._stored.values():
+            stored.event().synchronize()
+        for share in self._shares:
+            share.tier.close()
+
     def _pieces(self, layer: int, buffer: Buffer, share: Share, triples) -> list[tuple[int, torch.Tensor]]:
         """(offset in the tier, bytes in the staging buffer) of keys and values. In a tier: [layer][K, V][row]."""
         start = self._index[layer] * 2 * share.num_pages * PAGE_TOKENS

@@ -78,6 +78,11 @@ class Stage:
         """A visit begins, or is passed over because the group has nothing to compute."""
         self._weights.begin(round, lap, group, empty)
 
+    def close(self) -> None:
+        """Lets go of the tiers, when nothing is to be computed any more."""
+        self._weights.close()
+        self._cache.close()
+
     def prepare(self, step: Step) -> Prepared:
         """Takes over the step's changes of slots and puts its index tensors on the device."""
         self._cache.apply(step)

@@ -159,8 +159,10 @@ class Weights:
         self._free.append(slot)
 
     def close(self) -> None:
-        """Waits for loads under way; they were for rounds that did not come."""
+        """Waits for loads under way, which were for rounds that did not come, and closes the tiers."""
         while self._ahead:
             load = self._ahead.popleft()
             load.transfer.event().synchronize()
             self._traffic.weights_unused += self._homes[load.name].block.nbytes
+        for tier in {id(home.tier): home.tier for home in self._homes.values()}.values():
+            tier.close()
