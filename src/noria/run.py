@@ -110,7 +110,7 @@ def _generate(
                 stopping.seal, stopping.tend = desk.stop, desk.tend
             timing = executor.run(next_step)
             if rank == 0:  # until the last row is sealed a signal must find who seals it
-            stopping.merging, stopping.seal = desk.complete, desk.stop
+                stopping.merging, stopping.seal = desk.complete, desk.stop
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))
         if rank == 0 and not desk.complete:
