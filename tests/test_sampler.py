@@ -3,9 +3,11 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from noria.engine import sampler as module
 from noria.engine.sampler import Sampler, draw, greedy, truncate
 from noria.step import NO_TOKEN, Admitted, Step
 
+LIMITS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -83,3 +85,26 @@ def test_a_row_samples_the_same_whatever_rides_beside_it():
     ]
     assert together.tolist() == alone
     assert together[0] == logits[0].argmax() and together[4] == logits[4].argmax()
+
+
+def test_rows_that_exclude_no_token_are_not_sorted_and_draw_what_they_would_draw_sorted(monkeypatch):
+    random = np.random.default_rng(2)
+    logits = torch.from_numpy(random.normal(0, 3, (60, 500)))
+    choices = [{}, {"top_k": 7}, {}, {"top_p": 0.8}, {"min_p": 0.1}, {}]
+    rows = [{"temperature": 0.5 + row / 60} | choices[row % 6] for row in range(60)]
+    limits = [torch.tensor([row.get(key, least) for row in rows]) for key, least in LIMITS.items()]
+    uniforms, sizes = random.random(60), []
+    expected = draw(logits, *limits, torch.from_numpy(uniforms)).tolist()
+
+    def counting(scaled, *limits):
+        sizes.append(len(scaled))
+        return truncate(scaled, *limits)
+
+    monkeypatch.setattr(module, "truncate", counting)
+    sampler = Sampler(torch.device("cpu"))
+    sampler.apply(Step(0, 0, admitted=tuple(Admitted(slot, (), row) for slot, row in enumerate(rows))))
+    assert sampler.sample(logits, np.arange(60), uniforms, np.ones(60)).token_ids.tolist() == expected
+    assert sizes == [30]
+    plain = np.array([row for row in range(60) if row % 6 == 0])
+    found = sampler.sample(logits[plain], plain, uniforms[plain], np.ones(10)).token_ids.tolist()
+    assert found == [expected[row] for row in plain] and sizes == [30]

@@ -104,6 +104,7 @@ class Sampler:
         def column(key: str, dtype: type) -> torch.Tensor:
             return self._put(np.array([getattr(settings[row], key) for row in rows], dtype))
 
+        excluding = np.flatnonzero([_excludes(settings[row]) for row in rows])
         drawn = draw(
             scores if len(rows) == len(settings) else scores[index],
             column("temperature", np.float64),
@@ -111,6 +112,7 @@ class Sampler:
             column("top_p", np.float64),
             column("min_p", np.float64),
             self._put(uniforms[rows]),
+            None if len(excluding) == len(rows) else self._put(excluding),
         )
         ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, drawn)
         return ids
@@ -153,15 +155,21 @@ def draw(
     top_p: torch.Tensor,
     min_p: torch.Tensor,
     uniforms: torch.Tensor,
+    excluding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[S] ids drawn by the inverse of the cumulative distribution, in order of ids, summed in float64.
 
     Temperature first, then top_k (0: all), then top_p on what top_k left, then min_p, as in transformers. All arguments
-    are [S].
+    are [S], but for `excluding`: the rows whose top_k, top_p or min_p may exclude an id, which alone are sorted (None: all).
     """
     # The largest becomes 0, which no temperature, however small, turns into infinity.
     scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
-    probabilities = torch.softmax(truncate(scaled, top_k, top_p, min_p), dim=-1)
+    if excluding is None:
+        scaled = truncate(scaled, top_k, top_p, min_p)
+    elif len(excluding):
+        limits = (limit[excluding] for limit in (top_k, top_p, min_p))
+        scaled.index_copy_(0, excluding, truncate(scaled[excluding], *limits))
+    probabilities = torch.softmax(scaled, dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -183,6 +191,10 @@ def truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min
     excluded |= (before >= top_p[:, None]) & (rank > 0)
     excluded |= probabilities < min_p[:, None] * probabilities[:, :1]
     return scaled.masked_fill(torch.zeros_like(excluded).scatter_(-1, order, excluded), -torch.inf)
+
+
+def _excludes(row: RowSettings) -> bool:
+    return row.top_k > 0 or row.top_p < 1 or row.min_p > 0
 
 
 def _pick(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
