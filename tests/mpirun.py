@@ -3,16 +3,19 @@
 Knows nothing of Noria's commands: `argv` is the whole command line that each rank runs.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
 ENVIRONMENT = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
 MARK = "NORIA_TEST_LAUNCH"
+ORPHAN_SECONDS = 10.0
 
 
 class RanksHung(AssertionError):
@@ -22,8 +25,9 @@ class RanksHung(AssertionError):
 def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
     """Run `mpirun -n num_ranks argv...` and return its CompletedProcess, with stdout and stderr as text.
 
-    The exit code is the caller's to check. `env` is added to the environment; a value of None takes a variable away.
-    Raises RanksHung, with the output so far, after `timeout` seconds; no rank outlives the call.
+    The exit code is the caller's to check, and `orphans`: the ranks that were there ORPHAN_SECONDS after mpirun. `env` is
+    added to the environment; a value of None takes a variable away. Raises RanksHung, with the output so far, after
+    `timeout` seconds; no rank outlives the call.
     """
     script = 'source "$1"; PATH="$2:$PATH"; exec timeout -k 5 "${@:3}"'
     launch = [str(timeout), "mpirun", "-n", str(num_ranks), *map(str, argv)]
@@ -32,14 +36,17 @@ def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
     variables = os.environ | {"OMP_NUM_THREADS": "1", MARK: mark} | (env or {})
     variables = {name: value for name, value in variables.items() if value is not None}
     # Files and not pipes: a rank that outlives mpirun would hold a pipe open, and reading it would hang too.
+    orphans = []
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         try:
             code = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=variables, cwd=cwd
             ).returncode
+            orphans = _left_behind(mark)
         finally:
-            _kill_marked(mark)
+            _kill(_marked(mark))
         result = subprocess.CompletedProcess(launch[1:], code, _text(stdout), _text(stderr))
+    result.orphans = orphans
     # 124: ended by SIGTERM; 137: it took SIGKILL, which a rank that was killed for its memory also shows.
     if code == 124 or (code in (137, -9) and "timeout: the monitored command" in result.stderr):
         raise RanksHung(f"still running after {timeout} s\n{describe(result)}")
@@ -57,12 +64,27 @@ def _text(file):
     return file.read().decode(errors="replace")
 
 
-def _kill_marked(mark):
-    """Kill what this launch left behind: mpirun puts ranks in process groups of their own, and they carry the mark."""
-    wanted = f"{MARK}={mark}".encode()
+def _marked(mark):
+    """The processes of this launch: mpirun puts ranks in process groups of their own, and they carry the mark."""
+    wanted, found = f"{MARK}={mark}".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if wanted in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+                found.append(int(process.name))
         except OSError:
             continue
+    return found
+
+
+def _left_behind(mark):
+    """Those that do not end by themselves."""
+    end = time.monotonic() + ORPHAN_SECONDS
+    while (left := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
+
+
+def _kill(processes):
+    for process in processes:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)

@@ -1,5 +1,7 @@
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +72,48 @@ def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
     with pytest.raises(InputError, match="SLURM_JOB_GPUS says there is one: mend that, or run with --device cpu"):
         launcher.device_of(config.load(None, RUN), place)
     assert launcher.device_of(config.load(None, RUN | {"device": "cpu"}), place).type == "cpu"
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(4, [0, 1, 2, 3]), (2, [0, 1, 0, 1]), (1, [0, 0, 0, 0])])
+def test_a_rank_takes_the_gpu_of_its_place_on_the_node_of_those_that_it_sees(monkeypatch, visible, devices):
+    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: visible)
+    places = [launcher.Place("here", local_rank, 4, 1) for local_rank in range(4)]
+    assert [launcher.device_of(config.load(None, RUN), place).index for place in places] == devices
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        ([("a", "x"), ("a", "y"), ("b", "x")], None),
+        (
+            [("a", "x"), ("b", "x"), ("a", "x")],
+            "2 ranks on GPU x of a: start one rank per GPU, or set job.allow_gpu_sharing",
+        ),
+    ],
+)
+def test_two_ranks_on_one_gpu_are_refused_unless_they_are_allowed(monkeypatch, gpus, said):
+    monkeypatch.setattr(launcher.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
+
+    class Ranks(Solo):
+        def allgather(self, value):
+            assert value == gpus[0]
+            return gpus
+
+    arguments = Ranks(), launcher.Place("a", 0, 2, 1), launcher.torch.device("cuda", 0)
+    with pytest.raises(InputError, match=said) if said else nullcontext():
+        launcher.check_sharing(config.load(None, RUN), *arguments)
+    launcher.check_sharing(config.load(None, RUN | {"allow_gpu_sharing": True}), *arguments)
+
+
+def test_a_rank_computes_in_as_many_threads_as_it_has_cores_unless_the_user_says_otherwise(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(launcher.torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launcher.set_threads(launcher.Place("here", 0, 2, 3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launcher.set_threads(launcher.Place("here", 0, 2, 3))
+    assert chosen == [3]
 
 
 def test_the_memory_of_a_rank_is_its_share_of_the_tightest_limit(monkeypatch):

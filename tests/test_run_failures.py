@@ -31,8 +31,14 @@ def breaks(folder, output, place, rank, *more):
     done = mpirun(3, [sys.executable, WORKER, place, rank, *small_run.command(folder, output, *more)], timeout=90)
     broke = float(done.stdout.split()[0])
     assert time.time() - broke < SECONDS, describe(done)
-    assert not (folder / output).exists(), describe(done)
+    assert not (folder / output).exists() and not done.orphans, describe(done)
     return done
+
+
+def was(done, rank):
+    """What the rank that failed says of its place: host, stage, and what it was doing."""
+    words = rf"rank={rank}/3 was on \S+, stage {rank} \(layers {rank}\), (.*)"
+    return next((match[1] for line in done.stderr.splitlines() if (match := re.search(words, line))), "")
 
 
 def failures(done):
@@ -132,6 +138,8 @@ def test_an_exception_on_any_rank_ends_all_with_its_message(folder, place, rank)
     done = breaks(folder, f"{place}{rank}.h5", place, rank)
     assert done.returncode == 1, describe(done)
     assert failures(done) == [(f"rank={rank}/3", "FloatingPointError: the bucket has a hole")], describe(done)
+    doing = "loading its weights" if place == "load" else r"computing in round \d+, lap 0, group \d+"
+    assert re.fullmatch(doing, was(done, rank)), describe(done)
 
 
 @pytest.mark.slow

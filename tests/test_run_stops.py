@@ -49,6 +49,14 @@ def begun_rows(folder, output):
     return {row: begun.token_ids.tolist() for (row, _), begun in found.items()}
 
 
+def many_lengths(folder):
+    """Prompts whose rows end one after another."""
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    rows = [f'{line[:-1]}, "max_new_tokens": {1 + 2 * row}}}' for row, line in enumerate(lines)]
+    (folder / "lengths.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "lengths.jsonl"
+
+
 def act_in_visit(monkeypatch, number, act, seconds=0.0):
     """Every visit takes so many seconds; in that one `act` is called."""
     forward, visits = noria.run.Stage.forward, [0]
@@ -157,10 +165,7 @@ def test_finished_rows_are_sealed_in_time_though_a_step_takes_long(folder, monke
         assert sealed == [len(finished)] and 0 < len(finished) < small_run.NUM_ROWS
 
     act_in_visit(monkeypatch, 9, take_long)
-    lines = (folder / "prompts.jsonl").read_text().splitlines()
-    rows = [f'{line[:-1]}, "max_new_tokens": {1 + 2 * row}}}' for row, line in enumerate(lines)]
-    (folder / "lengths.jsonl").write_text("\n".join(rows) + "\n")
-    more = ["--prompts", folder / "lengths.jsonl", "--seal-seconds", "3"]
+    more = ["--prompts", many_lengths(folder), "--seal-seconds", "3"]
     assert main(small_run.command(folder, "long.h5", *FLOAT64, *more)) == 0 and sealed
 
 
@@ -345,13 +350,18 @@ def stopped(folder, output, place, action, rank, *more, num_ranks=3, within=SECO
     worker = [sys.executable, WORKER, place, action, rank, *command]
     done = mpirun(num_ranks, worker, timeout=120, env={"NORIA_TEST_HAPPENED": str(happened)})
     assert happened.exists() and time.time() - float(happened.read_text()) < within, describe(done)
+    assert not done.orphans, describe(done)
     return done
 
 
 def goes_on(folder, output, num_ranks=2):
-    """The next job on the output ends it as if undisturbed."""
-    done = mpirun(num_ranks, ["noria", *small_run.command(folder, output, *FLOAT64)], timeout=120)
+    """The next job on the output, of another shape, ends it as if undisturbed; it says once who runs where, and what."""
+    shape = ["--laps", "3", "--groups", "5", "--step-tokens", "16"] if num_ranks == 1 else []
+    done = mpirun(num_ranks, ["noria", *small_run.command(folder, output, *FLOAT64, *shape)], timeout=120)
     assert done.returncode == 0, describe(done)
+    for rank in range(num_ranks):
+        assert len(re.findall(rf"rank=0/{num_ranks} rank {rank}: \S+ cpu \(CPU\), \d+ cores", done.stderr)) == 1
+        assert len(re.findall(rf"rank=0/{num_ranks} plan: rank {rank}: layers ", done.stderr)) == 1, describe(done)
     assert small_run.rows_of(folder / output) == undisturbed(folder)
 
 
@@ -390,11 +400,40 @@ def test_a_job_that_is_stopped_while_it_writes_its_output_finishes_it(folder):
 
 @pytest.mark.slow
 @pytest.mark.mpi
-def test_rows_are_sealed_before_open_mpi_kills_its_ranks_after_term(folder):
-    done = stopped(folder, "term.h5", "decode", "TERM", 1)
+@pytest.mark.parametrize("action", ["TERM", "INT"])
+def test_rows_are_sealed_before_open_mpi_kills_its_ranks_after_term_or_an_interrupt(folder, action):
+    done = stopped(folder, f"{action}.h5", "decode", action, 1)
     assert done.returncode not in (0, 2), describe(done)
-    assert len(begun_rows(folder, "term.h5")) == small_run.NUM_ROWS, describe(done)
-    goes_on(folder, "term.h5", 1)
+    assert len(begun_rows(folder, f"{action}.h5")) == small_run.NUM_ROWS, describe(done)
+    goes_on(folder, f"{action}.h5", 1)
+
+
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=1m none "$1"
+dd if=/dev/zero of="$1/ballast" bs=1k count="$2" status=none
+shift 2
+set +e
+"$@"
+code=$?
+ls -l "$(dirname "${@: -1}")"/*.parts/part-*.h5
+exit $code
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_small_disk_that_fills_ends_the_job_and_says_what_to_do(folder, tmp_path):
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    more = ["--prompts", many_lengths(folder), "--seal-seconds", "0", "--output", tmp_path / "run.h5"]
+    command = [tmp_path, 1024 - 60, "noria", *small_run.command(folder, "x", *more)]  # 60 KiB: some parts, not all
+    done = mpirun(1, [*unshare, "bash", "-c", SMALL_DISK, "bash", *command])
+    assert done.returncode == 1, describe(done)
+    said = r"failed: OSError: \[Errno 28\] No space left on device: \d+ rows? could not be sealed; what is sealed stays"
+    assert re.search(said, done.stderr) and "make room and start the same run again" in done.stderr, describe(done)
+    assert done.stdout.count("part-") >= 1, describe(done)
 
 
 @pytest.mark.slow

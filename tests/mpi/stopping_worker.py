@@ -103,6 +103,7 @@ ACTIONS = {
     "USR1": lambda: once(signal.SIGUSR1),
     "USR1 twice": lambda: twice(signal.SIGUSR1),
     "TERM": lambda: once(signal.SIGTERM),
+    "INT": lambda: once(signal.SIGINT),
     "INT twice": interrupt_twice,
     "STOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "full": fill_the_disk,
