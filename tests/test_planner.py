@@ -58,7 +58,8 @@ def test_groups_keep_the_ring_full_unless_they_are_asked_for(num_ranks, device, 
 
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers_and_the_remedy():
     with pytest.raises(
-        InputError, match=r"gpu tier needs .* GiB, the limit is 100\.0 MiB: use more ranks.*rank 0 .*weights 0\.\d GiB"
+        InputError,
+        match=r"gpu tier needs .* GiB, the limit is 100\.0 MiB: use more ranks.*rank 0 .*work space 0\.\d GiB",
     ):
         make(gpu_memory="100MiB")
 

@@ -49,10 +49,11 @@ class Plan:
         return f"stage {rank} (layers {self._layers(rank)})"
 
     def _layers(self, rank: int) -> str:
-        return ", ".join(
+        pieces = [
             f"{first}-{last - 1}" if last - first > 1 else f"{first}"
             for first, last in self.stages[rank :: self.num_ranks]
-        )
+        ]
+        return ", ".join(pieces if len(pieces) <= 6 else [*pieces[:3], "...", pieces[-1]])
 
     def lines(self) -> list[str]:
         """The plan as people read it."""

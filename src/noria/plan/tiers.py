@@ -2,7 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from noria.config import TIERS, InputError, parse_nbytes
+from noria.config import TIERS, parse_nbytes
+
+
+class Uncovered(ValueError):
+    """Budgets do not hold all blocks: `missing` bytes of `total`."""
+
+    def __init__(self, missing: int, total: int):
+        super().__init__(f"{missing} of {total} bytes")
+        self.missing, self.total = missing, total
 
 
 def is_budget(shares: Mapping) -> bool:
@@ -27,10 +35,10 @@ def by_share(sizes: Sequence[int], shares: Mapping[str, float]) -> list[str]:
     return tiers
 
 
-def by_budget(sizes: Sequence[int], budgets: Mapping[str, int], name: str = "placement.weights") -> list[str]:
+def by_budget(sizes: Sequence[int], budgets: Mapping[str, int]) -> list[str]:
     """The tier of each block: budgets are filled in the order gpu, cpu, disk, and what lies in each is spread evenly.
 
-    No budget is exceeded. Raises InputError, with the bytes that are missing, if they do not cover the blocks.
+    No budget is exceeded. Raises Uncovered if they do not hold all blocks.
     """
     left, filled, rest = {tier: budgets.get(tier, 0) for tier in TIERS}, [], 0
     for size in sizes:
@@ -41,10 +49,7 @@ def by_budget(sizes: Sequence[int], budgets: Mapping[str, int], name: str = "pla
         left[tier] -= size
         filled.append(tier)
     if rest:
-        said = ", ".join(f"{tier} = {size_words(budgets[tier])}" for tier in TIERS if tier in budgets)
-        raise InputError(
-            f"{name} covers too little: {said} hold all blocks but {size_words(rest)} of {size_words(sum(sizes))}: raise one"
-        )
+        raise Uncovered(rest, sum(sizes))
     return _spread(sizes, filled)
 
 
@@ -72,7 +77,6 @@ def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
 
 def size_words(nbytes: int) -> str:
     """Bytes as people read them."""
-    for unit, words in ((1024**4, "TiB"), (1024**3, "GiB")):
-        if nbytes >= unit / 10:
-            return f"{nbytes / unit:.1f} {words}"
-    return f"{nbytes / 1024**2:.1f} MiB"
+    if nbytes >= 2 * 1024**4:
+        return f"{nbytes / 1024**4:.1f} TiB"
+    return f"{nbytes / 1024**3:.1f} GiB" if nbytes >= 1024**3 / 10 else f"{nbytes / 1024**2:.1f} MiB"

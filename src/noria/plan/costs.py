@@ -1,0 +1,179 @@
+"""How long a plan takes: seconds of a round by what it moves and computes, and the bytes that must pass each link.
+
+Copies hide behind compute, so that a rank takes as long as its slowest resource; with the sequential schedule, their sum.
+A round takes as long as the slowest rank, or as one group's way round the ring if that is longer. Pure arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape, layer_name
+from noria.plan.memory import block_nbytes
+from noria.plan.plans import Plan
+from noria.plan.rates import Rates
+from noria.step import PAGE_TOKENS
+
+MANY = 4  # times as many rows as are in flight: from there on a slot that gets free is filled at once
+RESOURCES = ("link", "disk", "device memory", "matmul", "launches")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
+
+    `total_pages`: what all rows reserve together, if somebody looked at them.
+    """
+
+    num_rows: int
+    prompt_tokens: float
+    new_tokens: float
+    total_pages: int | None = None
+
+    @property
+    def pages(self) -> int:
+        """Pages that a row reserves."""
+        return max(-(-round(self.prompt_tokens + self.new_tokens) // PAGE_TOKENS), 1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of every group: its tokens (the same number in every group), the rows that they belong to, and what they see.
+
+    `context`: tokens of cache that a token attends to, on average.
+    """
+
+    tokens: float
+    rows: float
+    context: float
+    prefill: bool
+
+
+def once(plan: Plan, rank: int, lap: int) -> bool:
+    """Whether a streamed block of this visit is loaded once a round for all groups, not once a group."""
+    return plan.groups == 1 or len(_streamed_of(plan, rank, lap)) <= plan.weight_slots - 1
+
+
+def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[str, int]:
+    """Bytes of weights a round that go to the rank's device ("link") and come from disk ("disk")."""
+    moved = {"link": 0, "disk": 0}
+    for lap in range(plan.laps):
+        names = _streamed_of(plan, rank, lap)
+        times = 1 if plan.groups == 1 or len(names) <= plan.weight_slots - 1 else plan.groups
+        for name in names:
+            nbytes = times * block_nbytes(blocks[name], plan.dtype)
+            moved["link"] += nbytes
+            moved["disk"] += nbytes * (plan.weight_tiers[rank][name] == "disk")
+    return moved
+
+
+def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
+    """Bytes of hidden states that so many tokens send round the ring: all hops but the last one, which brings token ids."""
+    hops = plan.num_ranks * plan.laps - 1 if plan.num_ranks > 1 else 0
+    return tokens * shape.hidden_size * DTYPE_NBYTES[plan.dtype] * hops
+
+
+def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, float]:
+    """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
+    layers = sum(last - first for first, last in plan.stages[rank :: plan.num_ranks])
+    token = layers * shape.cache_nbytes_per_token(plan.dtype)
+    moved = {}
+    for tier in ("cpu", "disk"):
+        share = plan.cache_pages.get(tier, 0) / max(plan.num_pages, 1)
+        loaded = 0.0 if turn.prefill else turn.rows * turn.context * token * share
+        moved[tier] = {"load": loaded, "store": turn.tokens * token * share}
+    return moved
+
+
+def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, turn: Round) -> tuple[float, str]:
+    """Seconds of a round, and what binds it: one of RESOURCES, or "ring"."""
+    ranks = [resources(plan, shape, blocks, rates, rank, turn) for rank in range(plan.num_ranks)]
+    combine = sum if plan.schedule == "sequential" else max
+    slowest = max(ranks, key=lambda used: combine(used.values()))
+    longest, binds = combine(slowest.values()), max(slowest, key=slowest.get)
+    message = turn.tokens / plan.groups * shape.hidden_size * DTYPE_NBYTES[plan.dtype]
+    hops = plan.num_ranks * plan.laps * (rates.hop_seconds + message / rates.hop) if plan.num_ranks > 1 else 0.0
+    way = sum(combine(used.values()) for used in ranks) / plan.groups + hops
+    sent = plan.groups * plan.laps * message / rates.hop if plan.num_ranks > 1 else 0.0
+    ring = max(way, sent)
+    return (ring, "ring") if ring > longest and plan.num_ranks > 1 else (longest, binds)
+
+
+def resources(
+    plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, rank: int, turn: Round
+) -> dict[str, float]:
+    """Seconds that a round keeps each of the rank's RESOURCES busy."""
+    itemsize = DTYPE_NBYTES[plan.dtype]
+    names = [name for name in plan.weight_tiers[rank] if name != "embed"]
+    layers = [name for name in names if name != "head"]
+    layer_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in layers)
+    head_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in names if name == "head")
+    moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)
+    loaded = moved["link"] + sum(tier["load"] for tier in cache.values())
+    stored = sum(tier["store"] for tier in cache.values())
+    passes = plan.groups * _microbatches(plan, turn)
+    seen = turn.rows * turn.context * len(layers) * shape.cache_nbytes_per_token(plan.dtype)
+    sampled = turn.rows
+    attended = 4 * turn.tokens * turn.context * len(layers) * shape.num_heads * shape.head_dim
+    flops = 2 * (layer_nbytes * turn.tokens + head_nbytes * sampled) / itemsize + attended
+    both = loaded > 0 and stored > 0.1 * loaded
+    return {
+        "link": max(
+            loaded / (rates.both_directions if both else rates.host_to_device),
+            stored / (rates.both_directions if both else rates.device_to_host),
+        ),
+        "disk": (moved["disk"] + cache["disk"]["load"]) / rates.disk_read + cache["disk"]["store"] / rates.disk_write,
+        "device memory": (passes * (layer_nbytes + head_nbytes) + seen + loaded + stored) / rates.device_memory,
+        "matmul": flops / rates.matmul[plan.dtype],
+        "launches": passes * len(layers) * rates.layer_seconds,
+    }
+
+
+def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, load: Load) -> dict:
+    """What the plan should reach: rows in flight, seconds and tokens/s of prefill and decode, tokens/s overall, what binds."""
+    rows = rows_in_flight(plan, load)
+    in_group = rows / plan.groups
+    rounds = max(-(-in_group * load.prompt_tokens // plan.step_tokens), 1)
+    filling = Round(rows * load.prompt_tokens / rounds, rows / rounds, load.prompt_tokens / 2, True)
+    growing = Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
+    prefill, decode = (seconds(plan, shape, blocks, rates, turn) for turn in (filling, growing))
+    times = load.num_rows / rows
+    waves = -(-load.num_rows // rows) if times < MANY else times  # few rows of one length end together
+    whole = times * rounds * prefill[0] + waves * max(load.new_tokens - 1, 0) * decode[0]
+    return {
+        "rows": rows,
+        "prefill": _phase(filling, prefill),
+        "decode": _phase(growing, decode),
+        "tokens_per_second": load.num_rows * load.new_tokens / whole,
+        "seconds": whole,
+        "assumed": sorted(rates.assumed),
+        "device": rates.device,
+    }
+
+
+def rows_in_flight(plan: Plan, load: Load) -> int:
+    """Rows that are generated at once: what the cache holds, at least one."""
+    held = sum(pages // load.pages for pages in plan.cache_pages.values())
+    return max(min(held, load.num_rows, plan.groups * plan.step_tokens), 1)
+
+
+def _phase(turn: Round, took: tuple[float, str]) -> dict:
+    return {"round_seconds": took[0], "tokens_per_second": turn.tokens / took[0], "binds": took[1]}
+
+
+def _microbatches(plan: Plan, turn: Round) -> float:
+    """Microbatches of a group's step."""
+    tokens, rows = turn.tokens / plan.groups, turn.rows / plan.groups
+    count = max(plan.microbatches, -(-tokens // plan.microbatch_tokens))
+    elsewhere = 1 - plan.cache_pages.get("gpu", 0) / max(plan.num_pages, 1)
+    if elsewhere and plan.cache_slot_pages:
+        pages = rows * elsewhere * max(turn.context * (2 if turn.prefill else 1), 1) / PAGE_TOKENS
+        count = max(count, -(-pages // plan.cache_slot_pages))
+    return max(min(count, max(rows, 1)), 1)
+
+
+def _streamed_of(plan: Plan, rank: int, lap: int) -> list[str]:
+    """The streamed blocks of one visit."""
+    first, last = plan.stages[lap * plan.num_ranks + rank]
+    ends = lap == plan.laps - 1 and rank == plan.num_ranks - 1
+    names = [layer_name(layer) for layer in range(first, last)] + ["head"] * ends
+    return [name for name in names if plan.weight_tiers[rank][name] != "gpu"]
