@@ -42,13 +42,15 @@ def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
             code = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=variables, cwd=cwd
             ).returncode
-            orphans = _left_behind(mark)
+            # 124: ended by SIGTERM; 137: it took SIGKILL, which a rank that was killed for its memory also shows.
+            killed = code in (137, -9) and "timeout: the monitored command" in _text(stderr)
+            hung = code == 124 or killed
+            orphans = [] if hung else _left_behind(mark)
         finally:
             _kill(_marked(mark))
         result = subprocess.CompletedProcess(launch[1:], code, _text(stdout), _text(stderr))
     result.orphans = orphans
-    # 124: ended by SIGTERM; 137: it took SIGKILL, which a rank that was killed for its memory also shows.
-    if code == 124 or (code in (137, -9) and "timeout: the monitored command" in result.stderr):
+    if hung:
         raise RanksHung(f"still running after {timeout} s\n{describe(result)}")
     return result
 

@@ -59,7 +59,9 @@ def test_ranks_that_hang_fail_with_their_output_and_are_gone():
     assert not [pid for pid in pids if still_runs(pid)]
 
 
-def test_nothing_that_a_rank_started_outlives_the_call():
+def test_nothing_that_a_rank_started_outlives_the_call_and_it_is_told(monkeypatch):
+    monkeypatch.setattr("mpirun.ORPHAN_SECONDS", 0.5)
     result = mpirun(1, ["bash", "-c", "setsid sleep 60 >/dev/null 2>&1 & echo $!"])
     assert result.returncode == 0, result.stderr
     assert not still_runs(int(result.stdout))
+    assert result.orphans == [int(result.stdout)] and mpirun(1, ["true"]).orphans == []
