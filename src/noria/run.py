@@ -72,7 +72,8 @@ def _generate(
     transport = transports.open_transport(transport_name, comm, device)
     machine = mpi.on_every_rank(comm, lambda: launcher.machine(config, comm, place, device))
     plan = mpi.on_first_rank(
-        comm, lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows)
+        comm,
+        lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows, work.load),
     )
     watchdog.stage = plan.stage_words(rank)
     devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)

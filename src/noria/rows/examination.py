@@ -13,7 +13,9 @@ from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
+from noria.plan.costs import Load
 from noria.rows.desk import check_encoder, check_finished, check_shard, header
+from noria.rows.lengths import look
 from noria.rows.prompts import content_hash, count
 
 
@@ -27,6 +29,7 @@ class Work:
     blocks: dict[str, Block]
     dtype: str
     prompts_hash: str
+    load: Load  # how long its rows are
 
 
 def examine(config: Config, num_ranks: int, device: str) -> Work:
@@ -41,7 +44,8 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         state = probe_output(config.output, config.job.overwrite, move=False)
         if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
             state = "parts"
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash)
+        load = look(config, checkpoint, num_rows)
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load)
 
 
 def open_model(config: Config, dtype: str | None):

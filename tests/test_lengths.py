@@ -1,0 +1,55 @@
+import json
+from dataclasses import dataclass, field
+
+from noria import config
+from noria.blocks import ModelShape
+from noria.rows.lengths import LOOKED_AT, look
+
+
+@dataclass
+class Model:
+    """A checkpoint without a tokenizer: prompts are token ids."""
+
+    shape: ModelShape = ModelShape("llama", 2, 8, 2, 2, 4, 100, 64, False)
+    tokenizer: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    generation_config: dict = field(default_factory=dict)
+
+
+def looked(tmp_path, rows, **flags):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = config.load(None, {"model": "m", "prompts": str(path), "output": "o", "max_new_tokens": 8, **flags})
+    return look(run, Model(), len(rows))
+
+
+def row(length, **keys):
+    return {"token_ids": [1] * length, **keys}
+
+
+def test_the_lengths_are_those_of_the_rows(tmp_path):
+    load = looked(tmp_path, [row(8), row(24, max_new_tokens=40)], n=2)
+    assert (load.num_rows, load.prompt_tokens, load.new_tokens, load.total_pages) == (4, 16, 24, 2 * (1 + 4))
+
+
+def test_a_row_reserves_no_more_than_the_models_context(tmp_path):
+    assert looked(tmp_path, [row(60)]).total_pages == 4
+
+
+def test_rows_that_cannot_run_are_left_out(tmp_path):
+    load = looked(tmp_path, [row(8), row(65), {"token_ids": [1000]}, {"prompt": "no tokenizer"}])
+    assert (load.num_rows, load.total_pages) == (1, 1)
+
+
+def test_of_many_rows_only_the_first_are_read_and_the_others_get_a_margin(tmp_path):
+    load = looked(tmp_path, [row(8)] * (4 * LOOKED_AT))
+    assert (load.num_rows, load.prompt_tokens) == (4 * LOOKED_AT, 8)
+    assert load.total_pages == round(4 * LOOKED_AT * 1.1)
+
+
+def test_a_shard_counts_its_own_rows(tmp_path):
+    assert looked(tmp_path, [row(8), row(24), row(8), row(24)], shard="2/2").prompt_tokens == 24
+
+
+def test_without_a_row_that_can_run_there_is_still_a_load(tmp_path):
+    assert looked(tmp_path, [{"prompt": "x"}]).pages == 4
