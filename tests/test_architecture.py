@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below. Within a level there are no cycles.
 LEVELS = [
-    {"config", "keys", "sampling", "text", "blocks", "step", "kinds", "streams", "progress"},
-    {"models", "attention", "transports", "readers"},
+    {"config", "keys", "sampling", "text", "blocks", "direct", "step", "kinds", "streams", "progress"},
+    {"models", "attention", "transports", "readers", "tiers", "schedules"},
     {"files", "plan"},
     {"rows"},
     {"engine"},
@@ -30,6 +30,7 @@ ALLOWED = {
         "models/",
         "attention/",
         "transports/",
+        "tiers/",
         "files/",
         "engine/",
         "launch/launcher.py",

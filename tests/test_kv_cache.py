@@ -2,15 +2,19 @@ import numpy as np
 import pytest
 import torch
 
+from late_streams import LateStreams
 from noria.blocks import ModelShape
-from noria.engine.kv_cache import KvCache, cache_rows
+from noria.engine.kv_cache import KvCache, Share, cache_rows, share_nbytes
+from noria.engine.traffic import Traffic
 from noria.step import Admitted, Run, Span, Step
+from noria.streams import CpuStreams
+from noria.tiers.cpu import Cpu
 
 SHAPE = ModelShape("llama", 4, 8, 2, 1, 4, 10, 64, False)
 
 
 def cache():
-    return KvCache(SHAPE, [1, 3], 6, torch.float32, torch.device("cpu"))
+    return KvCache(SHAPE, [1, 3], 6, torch.float32, CpuStreams(torch.device("cpu")))
 
 
 def admit(kv_cache, **slots):
@@ -50,3 +54,37 @@ def test_new_tokens_go_to_the_rows_of_their_positions_across_runs():
     one = Span(0, 3, 18, (Run(2, 2),))
     many = Span(3, 4, 18, (Run(5, 1), Run(0, 1)))
     assert cache_rows([one, many]).tolist() == [47, 48, 49, 94, 95, 0, 1]
+
+
+def test_what_is_stored_from_a_staging_buffer_comes_back_into_another_although_every_copy_is_late():
+    """Two microbatches of a sequence in the cpu tier, in every layer, through two buffers."""
+    streams, traffic = LateStreams(torch.device("cpu")), Traffic()
+    tier = Cpu(share_nbytes(SHAPE, 2, 4, "float32"), streams)
+    cpu = Share(2, 4, tier, ("host_to_gpu",), ("gpu_to_host",))
+    kv_cache = KvCache(SHAPE, [1, 3], 2, torch.float32, streams, [cpu], 2, 2, traffic)
+    admit(kv_cache, s0=(Run(5, 1), Run(2, 1)))  # pages 3 and 0 of the tier
+    written = torch.zeros(2, 2, 18, 4)
+    for position, count in ((0, 15), (15, 2), (17, 1)):
+        step = Step(0, 0, slots=np.array([0]), counts=np.array([count]), positions=np.array([position]))
+        spans, staged = kv_cache.stage(kv_cache.spans(step, 0, 1))
+        assert spans[0].runs[0].start == 0
+        for index, layer in enumerate((1, 3)):
+            kv_cache.load(layer, 0, staged)
+            for which, rows in enumerate(kv_cache.tensors(layer, 0, staged)):
+                assert torch.equal(rows[:position, 0], written[index, which, :position]), (layer, which)
+                new = torch.randn(count, 4)
+                rows[position : position + count, 0] = new
+                written[index, which, position : position + count] = new
+            kv_cache.store(layer, 0, staged)
+    traffic.end_round(prefill=False)
+    row = 4 * 4 * 2 * 2  # bytes of K and V in both layers
+    assert traffic.decode == {"host_to_gpu": (15 + 17) * row, "gpu_to_host": 18 * row}
+    kv_cache.close()
+
+
+def test_a_sequence_on_the_device_is_not_staged():
+    kv_cache = cache()
+    admit(kv_cache, s0=(Run(1, 1),))
+    step = Step(0, 0, slots=np.array([0]), counts=np.array([3]), positions=np.array([0]))
+    spans = kv_cache.spans(step, 0, 1)
+    assert kv_cache.stage(spans) == (spans, None)

@@ -3,11 +3,21 @@ import pytest
 import torch
 
 import tiny_models
-from noria.engine.weights import Weights, cast_block, views
+from late_streams import LateStreams
+from noria.blocks import layer_name
+from noria.engine.loading import Loader
+from noria.engine.traffic import Traffic
+from noria.engine.weights import cast_block, views
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
+from noria.streams import CpuStreams
 
 CPU = torch.device("cpu")
+
+
+def resident(checkpoint, names, dtype):
+    """All of these blocks on the device."""
+    return Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, CpuStreams(CPU)).load([[]], 1, 0, Traffic())
 
 
 @pytest.fixture(params=["llama", "opt", "tied llama"])
@@ -24,7 +34,7 @@ def model(request, tmp_path):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_every_parameter_is_the_checkpoints_in_the_runs_dtype(model, dtype):
     checkpoint, expected = model
-    weights = Weights(checkpoint, checkpoint.blocks, dtype, CPU)
+    weights = resident(checkpoint, checkpoint.blocks, dtype)
     found = {f"{name}/{key}": value for name in checkpoint.blocks for key, value in weights.wait(name).items()}
     assert found.keys() == expected.keys()
     for path, value in found.items():
@@ -34,12 +44,9 @@ def test_every_parameter_is_the_checkpoints_in_the_runs_dtype(model, dtype):
 
 def test_a_rank_reads_its_own_blocks_alone(model):
     checkpoint, _ = model
-    read = []
-    original, checkpoint.read_block = (
-        checkpoint.read_block,
-        lambda name, into: (read.append(name), original(name, into)),
-    )
-    weights = Weights(checkpoint, ["layers/0001"], "float32", CPU)
+    read, checking = [], checkpoint.checking
+    checkpoint.checking = lambda name: (read.append(name), checking(name))[1]
+    weights = resident(checkpoint, ["layers/0001"], "float32")
     assert read == ["layers/0001"]
     assert weights.nbytes == checkpoint.blocks["layers/0001"].nbytes
     with pytest.raises(KeyError):
@@ -48,7 +55,7 @@ def test_a_rank_reads_its_own_blocks_alone(model):
 
 def test_a_tied_embedding_is_held_once_by_a_rank_that_has_both_ends(model):
     checkpoint, _ = model
-    weights = Weights(checkpoint, ["embed", "head"], "float32", CPU)
+    weights = resident(checkpoint, ["embed", "head"], "float32")
     shared = weights.wait("embed")["tokens"].data_ptr() == weights.wait("head")["lm_head"].data_ptr()
     assert shared == checkpoint.shape.tied
     both = checkpoint.blocks["embed"].nbytes + checkpoint.blocks["head"].nbytes
@@ -63,3 +70,35 @@ def test_views_share_the_blocks_bytes(model):
         value.fill_(1.0)
     ones = int(sum(np.prod(parameter.shape) for parameter in block.parameters))
     assert (buffer.view(torch.float64) == 1.0).sum() == ones
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_streamed_blocks_are_the_checkpoints_whenever_they_are_used_although_every_copy_is_late(model, tier, slots):
+    checkpoint, expected = model
+    layers = range(checkpoint.shape.num_layers)
+    names = [layer_name(layer) for layer in layers] + ["head"]
+    traffic = Traffic()
+    loader = Loader(checkpoint, dict.fromkeys(names, tier), "float32", LateStreams(CPU))
+    weights = loader.load([layers], groups=2, num_slots=slots, traffic=traffic, ahead=slots > 1)
+    for round in range(3):
+        for group in range(2):
+            empty = (round, group) == (1, 0)
+            weights.begin(round, 0, group, empty)
+            for name in [] if empty else names:
+                for key, value in weights.wait(name).items():
+                    assert torch.equal(value, expected[f"{name}/{key}"]), (round, group, name, key)
+                weights.done(name)
+    traffic.end_round(prefill=False)
+    used = 5 * sum(checkpoint.blocks[name].nbytes for name in names)
+    assert traffic.decode["host_to_gpu"] == used and traffic.decode["disk_to_host"] == used * (tier == "disk")
+    weights.close()
+    assert traffic.weights_unused <= (slots + len(names)) * max(checkpoint.blocks[name].nbytes for name in names)
+
+
+def test_an_embedding_in_host_memory_is_never_streamed(model):
+    checkpoint, expected = model
+    tiers = {"embed": "cpu", "layers/0000": "cpu", "head": "gpu"}
+    weights = Loader(checkpoint, tiers, "float32", CpuStreams(CPU)).load([range(1)], 1, 2, Traffic())
+    for key, value in weights.wait("embed").items():
+        assert torch.equal(value, expected[f"embed/{key}"])

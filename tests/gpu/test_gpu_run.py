@@ -13,13 +13,16 @@ from mpirun import describe, mpirun
 from noria import attention, kinds
 from noria.blocks import layer_name
 from noria.engine.kv_cache import KvCache
+from noria.engine.loading import Loader
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
-from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.engine.traffic import Traffic
+from noria.engine.weights import TORCH_DTYPES
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
 from noria.files.generations import open_generations
 from noria.step import Admitted, Run, Step
+from noria.streams import streams_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent.parent
@@ -117,9 +120,9 @@ def test_a_rank_holds_its_own_layers_and_keeps_to_its_plan(llama, num_ranks):
         planned, peaks = json.loads(file.attrs["plan"])["memory"], file["timing/peak_device_nbytes"][:].tolist()
     for rank, (memory, peak) in enumerate(zip(planned, peaks, strict=True)):
         print(f"{num_ranks} ranks, rank {rank}: peak {peak / 2**20:.0f} MiB, planned {memory}")
-        assert memory["weights"] + memory["cache"] <= peak <= sum(memory.values())
+        assert memory["gpu"]["weights"] + memory["gpu"]["cache"] <= peak <= sum(memory["gpu"].values())
     with open_checkpoint(llama / "model.h5") as checkpoint:
-        assert sum(memory["weights"] for memory in planned) == checkpoint.nbytes
+        assert sum(memory["gpu"]["weights"] for memory in planned) == checkpoint.nbytes
 
 
 def logits_of(checkpoint, dtype, rows):
@@ -129,9 +132,11 @@ def logits_of(checkpoint, dtype, rows):
     names = ["embed", *map(layer_name, layers), "head"]
     kind = attention.choose(device, TORCH_DTYPES[dtype], shape.head_dim)
     model = kinds.load("models", shape.family)
-    weights = Weights(checkpoint, names, dtype, device)
-    cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], device)
-    stage = Stage(model, kind, shape, weights, cache, Sampler(device), TORCH_DTYPES[dtype], device)
+    streams = streams_of(device)
+    weights = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load([layers], 1, 0, Traffic())
+    cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], streams)
+    schedule = kinds.load("schedules", "single_batch")
+    stage = Stage(model, kind, shape, weights, cache, Sampler(device), schedule, TORCH_DTYPES[dtype], streams)
     settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
     pages = [-(-len(row) // 16) for row in rows]
     admitted = [Admitted(i, (Run(sum(pages[:i]), pages[i]),), settings) for i in range(len(rows))]

@@ -143,8 +143,6 @@ class Stage:
             layer, microbatch = actions.compute
             part = self._compute(prepared, layers[layer], microbatch, parts[microbatch])
             if part is None:
-                if len(halved(prepared.borders)) == len(prepared.borders):
-                    raise torch.OutOfMemoryError("out of memory with one row in a microbatch: nothing is left to cut")
                 self._cache.drop()
                 return start + layer, self._cut_finer(prepared, parts)
             after.append(part)
@@ -174,6 +172,8 @@ class Stage:
         try:
             return self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
         except torch.OutOfMemoryError:
+            if len(halved(prepared.borders)) == len(prepared.borders):
+                raise  # a row each: there is nothing left to cut
             return None
 
     def _cut_finer(self, prepared: Prepared, parts: list[torch.Tensor]) -> list[torch.Tensor]:
