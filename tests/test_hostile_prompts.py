@@ -417,6 +417,20 @@ def test_a_tokenizer_of_another_vocabulary_is_the_error_of_rows_whose_tokens_the
     assert {row.status for row in rows.values()} == {"done", "error"}
 
 
+def test_a_regular_expression_that_finds_no_end_is_the_error_of_the_texts_that_it_reads(tmp_path):
+    files = test_tokenizer.files_of(test_tokenizer.byte_level_with_bos())
+    settings = json.loads(files["tokenizer.json"])
+    settings["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "^(a|a)*$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    folder = model_of(tmp_path, files | {"tokenizer.json": json.dumps(settings).encode()})
+    rows = [{"prompt": "cat"}, {"prompt": "a" * 40 + "z"}, {"token_ids": [5]}, {"prompt": "a" * 400 + "z"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(generated(folder, tmp_path / "p.jsonl").values())
+    assert [row.status for row in found] == ["done", "error", "done", "error"]
+    assert all("the tokenizer cannot read this text" in row.error for row in (found[1], found[3]))
+
+
 TEMPLATES = {
     "loops for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was stopped"),
     "imports os": ("{% import 'os' as os %}{{ os.system('touch harm') }}", "cannot be rendered"),

@@ -1,13 +1,15 @@
 """Tokenizers of real kinds, built here, against transformers reading the same files."""
 
 import json
+import time
 
 import pytest
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from noria.config import InputError
+from noria.rows import tokenizer as module
 from noria.rows.tokenizer import Tokenizer, prompt_token_ids
 
 CORPUS = [
@@ -272,3 +274,36 @@ def test_without_a_tokenizer_token_ids_run_and_text_is_refused_with_the_remedy()
 def test_damaged_files_are_the_users_error(files):
     with pytest.raises(InputError, match="tokenizer|special_tokens_map"):
         Tokenizer(files, {}, {})
+
+
+def split_by(pattern):
+    backend = Backend(models.BPE(vocab={"a": 0, "z": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return Tokenizer({"tokenizer.json": backend.to_str().encode()}, {}, {})
+
+
+def test_a_text_on_which_the_tokenizer_gives_up_is_an_error_and_the_next_is_read():
+    tokenizer = split_by("^(a|a)*$")
+    for length in (40, 400):
+        with pytest.raises(InputError, match="cannot read this text .*retry-limit"):
+            tokenizer.encode("a" * length + "z")
+    assert tokenizer.encode("aaz") == [0, 0, 1]
+    strict = Tokenizer({"tokenizer.json": Backend(models.WordLevel({"a": 0})).to_str().encode()}, {}, {})
+    with pytest.raises(InputError, match="cannot read this text .*UNK"):
+        strict.encode("zzz")
+
+
+def test_a_text_that_takes_for_ever_is_an_error_after_its_time_and_other_threads_go_on(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    monkeypatch.setattr(module, "_MOST_STUCK", 2)
+    tokenizer = split_by("(?:a|a){19}(?![a-z])")  # 10 ms at every letter
+    hard, easy = "a" * 250 + "z", "z" * 250
+    for _ in range(2):
+        begun = time.perf_counter()
+        with pytest.raises(InputError, match="took more than 0 s with a text of 251 characters"):
+            tokenizer.encode(hard)
+        assert time.perf_counter() - begun < 2
+        if tokenizer._num_stuck < 2:
+            assert tokenizer.encode(easy) == [1] * 250
+    with pytest.raises(InputError, match="did not come to an end with 2 texts"):
+        tokenizer.encode(easy)

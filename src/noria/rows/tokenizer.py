@@ -4,15 +4,21 @@ Equal to transformers' `tokenizer(text).input_ids`. Reads bytes, not files; know
 """
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
+from queue import Empty, SimpleQueue
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from noria.config import InputError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GPT2_NAMED = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+SECONDS = 60.0  # that a text may take, and CHARACTERS_PER_SECOND more: far more than an honest tokenizer needs
+CHARACTERS_PER_SECOND = 20_000
+_SHORT = 200  # characters: the regular expressions of tokenizers give up on them within half a minute
+_MOST_STUCK = 3  # texts, each of which keeps a thread busy for ever
 _REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) and convert again"
 
 
@@ -32,6 +38,7 @@ class Tokenizer:
             named = _GPT2_NAMED | named
         self.special_tokens = named  # name (bos_token, eos_token, ...) -> text
         self._backend = _backend(files, settings, named)
+        self._num_stuck = 0
         self.vocab_size = self._backend.get_vocab_size() if self._backend else 0
         ends = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
         if self._backend:
@@ -42,11 +49,11 @@ class Tokenizer:
         """The token ids of a prompt, with the BOS that the post-processor adds unless the text begins with it.
 
         Without `add_special_tokens` the text alone, as of a conversation whose template wrote them. Lone surrogates,
-        which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer.
+        which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer, or one that cannot do it.
         """
         if self._backend is None:
             raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {_REMEDY}")
-        encoding = self._backend.encode(_without_lone_surrogates(text), add_special_tokens=add_special_tokens)
+        encoding = self._encoded(_without_lone_surrogates(text), add_special_tokens)
         if not add_special_tokens:
             return encoding.ids
         ids, added = encoding.ids, encoding.special_tokens_mask
@@ -68,6 +75,39 @@ class Tokenizer:
         if self._backend is None:
             return ""
         return self._backend.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> Encoding:
+        """What the file's own rules make of a text, in bounded time: its regular expressions may never come to an end.
+
+        Nothing can stop one, so a thread is left alone with it.
+        """
+        answers: SimpleQueue = SimpleQueue()
+
+        def work() -> None:
+            try:  # of one text, because other threads go on meanwhile, as they do not with `encode`
+                answers.put(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0])
+            except BaseException as error:  # a Rust panic is no Exception
+                answers.put(error)
+
+        limit = SECONDS + len(text) / CHARACTERS_PER_SECOND
+        if self._num_stuck >= _MOST_STUCK:
+            raise InputError(f"the tokenizer did not come to an end with {_MOST_STUCK} texts: {_REMEDY}")
+        if len(text) <= _SHORT:
+            work()
+        else:
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            answer = answers.get(timeout=limit)
+        except Empty:
+            self._num_stuck += 1
+            raise InputError(
+                f"the tokenizer took more than {limit:.0f} s with a text of {len(text)} characters"
+            ) from None
+        if isinstance(answer, KeyboardInterrupt | SystemExit):
+            raise answer
+        if isinstance(answer, BaseException):
+            raise InputError(f"the tokenizer cannot read this text ({' '.join(str(answer).split())[:200]})") from answer
+        return answer
 
 
 def prompt_token_ids(tokenizer: Tokenizer, prompt: str, token_ids: list[int] | None, vocab_size: int) -> list[int]:
@@ -101,7 +141,9 @@ def _backend(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, 
             return None
     except InputError:
         raise
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
         raise InputError(f"the checkpoint's tokenizer cannot be read ({error}): {_REMEDY}") from error
     backend.no_truncation()
     backend.no_padding()
