@@ -6,6 +6,8 @@ old bytes. What is never waited for is never copied.
 
 import threading
 
+import torch
+
 from noria.streams import LANES, CpuStreams
 
 
@@ -57,5 +59,6 @@ class LateStreams(CpuStreams):
                 self._done[lane] += 1
                 for event in after:
                     event.synchronize()
-                for destination, source in pairs:
-                    destination.copy_(source)
+                with torch.inference_mode():
+                    for destination, source in pairs:
+                        destination.copy_(source)

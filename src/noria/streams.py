@@ -51,8 +51,9 @@ class CpuStreams:
         Any thread may call it. Until the event has completed, sources must not be written to, nor destinations read.
         """
         assert lane in LANES
-        for destination, source in pairs:
-            destination.copy_(source)
+        with torch.inference_mode():  # a mode of the thread: views that another made in it may be written to in it alone
+            for destination, source in pairs:
+                destination.copy_(source)
         return Done()
 
 
@@ -92,7 +93,7 @@ class CudaStreams:
         stream = self._lanes[lane]
         for event in after:
             stream.wait_event(event)
-        with torch.cuda.stream(stream):
+        with torch.inference_mode(), torch.cuda.stream(stream):
             for destination, source in pairs:
                 destination.copy_(source, non_blocking=True)
             event = torch.cuda.Event()

@@ -139,6 +139,8 @@ class Weights:
 
     def _arrive(self, name: str) -> Load:
         """The next load of this name; those before it belong to visits that were passed over."""
+        if name not in self._homes:
+            raise KeyError(name)
         while True:
             self.prefetch()
             assert self._ahead, f"no weight slot is free for {name}"
