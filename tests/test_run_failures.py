@@ -120,7 +120,7 @@ def test_parts_of_another_run_are_refused_by_the_key_that_changed(folder, monkey
     before = {path: path.read_bytes() for path in part_files(parts_folder(folder / output))}
     capsys.readouterr()
     changed = [folder / text if text.endswith((".h5", ".jsonl")) else text for text in arguments]
-    monkeypatch.setattr(noria.run, "Weights", None)
+    monkeypatch.setattr(noria.run, "load", None)
     assert main(small_run.command(folder, output, *lengths, *changed)) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"{output}.parts holds rows of another run: {said}" in line
@@ -165,6 +165,7 @@ def test_damage_that_one_rank_finds_while_loading_is_wrong_input(folder):
     said = [line for line in done.stderr.splitlines() if "layers/0001" in line]
     assert done.returncode == 2, describe(done)
     assert said == ["noria: rank 1: block layers/0001 is damaged: convert the model again"], describe(done)
+    assert not parts_folder(folder / "damaged.h5").exists(), "a refused run leaves nothing behind"
 
 
 @pytest.mark.slow

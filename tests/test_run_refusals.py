@@ -32,7 +32,7 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(noria.run, "Weights", loaded)
+    monkeypatch.setattr(noria.run, "load", loaded)
     monkeypatch.setattr(Checkpoint, "read_block", loaded)
 
 
@@ -223,6 +223,16 @@ def test_a_finished_output_stays_where_it_is_when_the_run_is_refused(refusal, fo
     if "--chat" not in why:
         refusal("--extend", "--prompts", folder / "longer.jsonl", *why, output="finished.h5")
     assert finished.read_bytes() == before
+
+
+def test_damage_found_while_the_model_is_loaded_leaves_nothing_behind(folder, capsys, monkeypatch):
+    def damaged(*arguments):
+        raise noria.run.InputError("block layers/0001 is damaged")
+
+    monkeypatch.setattr(noria.run, "load", damaged)
+    assert main(small_run.command(folder, "damaged.h5")) == 2
+    assert "noria: block layers/0001 is damaged\n" in capsys.readouterr().err
+    assert not list(folder.glob("damaged.h5*"))
 
 
 def test_a_run_refused_where_nobody_looked_before_takes_its_empty_folder_away(refusal, monkeypatch):

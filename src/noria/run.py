@@ -85,6 +85,8 @@ def _generate(
         desk = mpi.on_first_rank(
             comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
+        if rank == 0:
+            on_error.push(desk.withdraw)
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
         its_streams, traffic = streams.streams_of(device), Traffic()
         scratch = launcher.scratch_folder(config)

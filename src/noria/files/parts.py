@@ -70,8 +70,10 @@ class Parts:
         self.segment = Segment(self.folder, self.header, facts)
 
     def withdraw(self) -> None:
-        """Takes the folder away again if nothing is in it: the run is refused."""
+        """Takes the record of this job away again, and the folder if nothing else is in it: the run is refused."""
         with contextlib.suppress(OSError):
+            if self.segment:
+                self.segment.path.unlink()
             self.folder.rmdir()
 
     def taken_away(self) -> bool:

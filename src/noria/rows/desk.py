@@ -117,6 +117,11 @@ class Desk:
                 self._parts.end("walltime")
         self._progress.end(self._config.output)
 
+    def withdraw(self, kind, error, trace) -> None:
+        """The way out after an error: a run that was refused before any row was sealed leaves nothing behind."""
+        if isinstance(error, InputError) and not self._parts.parts:
+            self._parts.withdraw()
+
     def tend(self) -> None:
         """From another thread, about every second: seals what is overdue, for a step may take longer than `seal_seconds`."""
         if self.lock.acquire(blocking=False):  # else the run itself is at it
