@@ -86,7 +86,7 @@ def test_settings_that_contradict_each_other_are_refused(num_ranks, flags, said)
 
 def test_a_plan_prints_every_rank_with_its_layers():
     lines = make(2, laps=2).lines()
-    assert len(lines) == 3 and "layers 0-1, 4-5" in lines[1] and "layers 2-3, 6-7" in lines[2]
+    assert len(lines) == 4 and "layers 0-1, 4-5" in lines[1] and "layers 2-3, 6-7" in lines[2]
 
 
 def test_a_plan_is_plain_data():

@@ -1,10 +1,14 @@
-"""A plan: every choice of a run as plain data, and as people read it. Knows nothing of how it was chosen."""
+"""A plan: every choice of a run as plain data, as people read it, and held against what was measured. Knows not why it was chosen."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from noria.config import TIERS
 from noria.plan.tiers import size_words
 from noria.step import PAGE_TOKENS
+
+TOLERANCE = 0.15  # of a prediction
+HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,46 @@ class Plan:
             f" in {self.microbatches}+ microbatches of {self.microbatch_tokens}, {self.dtype}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
         )
-        return [head, *(line for rank in range(self.num_ranks) for line in self._rank_lines(rank))]
+        ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
+        return [head, *ranks, *self._predicted_lines()]
+
+    def _predicted_lines(self) -> list[str]:
+        if not self.predicted:
+            return []
+        prefill, decode = self.predicted["prefill"], self.predicted["decode"]
+        by = f"assumed rates of {self.predicted['device']}" if self.predicted["assumed"] else "measured rates"
+        return [
+            f"plan: predicted from {by}, {self.predicted['rows']:,} rows at once: prefill"
+            f" {prefill['tokens_per_second']:,.0f} tok/s ({prefill['binds']} binds), decode"
+            f" {decode['tokens_per_second']:,.1f} tok/s ({decode['binds']} binds, {decode['round_seconds']:.3f} s a round),"
+            f" {self.predicted['tokens_per_second']:,.1f} tok/s overall"
+        ]
+
+    def compare(self, measured: Mapping) -> list[str]:
+        """Where a run did otherwise than planned, in words.
+
+        `measured` may have prefill_tokens_per_second, decode_tokens_per_second and tokens_per_second, and, one number a
+        rank, peak_device_nbytes and peak_host_nbytes.
+        """
+        said = []
+        for phase in ("prefill", "decode", ""):
+            name = f"{phase}_tokens_per_second".lstrip("_")
+            planned = (self.predicted.get(phase) if phase else self.predicted or {}) or {}
+            planned, found = planned.get("tokens_per_second"), measured.get(name)
+            if planned and found is not None and abs(found / planned - 1) > TOLERANCE:
+                said.append(
+                    f"{phase or 'the whole run'}: {found:,.1f} tok/s, predicted {planned:,.1f}"
+                    f" ({100 * (found / planned - 1):+.0f} %)"
+                )
+        for tier, name, extra in (("gpu", "peak_device_nbytes", 0), ("cpu", "peak_host_nbytes", HOST_NBYTES)):
+            for rank, peak in enumerate(measured.get(name, ())):
+                planned = sum(self.memory[rank][tier].values())
+                if peak > planned + extra:
+                    beside = f" and {size_words(extra)} for the program itself" if extra else ""
+                    said.append(
+                        f"rank {rank}: {tier} memory peaked at {size_words(peak)}, planned {size_words(planned)}{beside}"
+                    )
+        return said
 
     def _rank_lines(self, rank: int) -> list[str]:
         lines = []

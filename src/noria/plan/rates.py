@@ -14,7 +14,8 @@ class Rates:
     """Of one rank while all ranks are busy: bytes/s unless the name says seconds; matmul: dtype -> flop/s.
 
     `device_memory` and `host_memory` count bytes read and bytes written. `layer_seconds`: the least that one layer takes
-    for one microbatch, however small. `assumed`: the names of those that nobody measured.
+    for one microbatch, however small. `device_capacity`, `host_capacity`: bytes that a rank may fill. `assumed`: the names
+    of those that nobody measured.
     """
 
     device: str = "NVIDIA H200"
@@ -28,6 +29,8 @@ class Rates:
     hop: float = 280e9
     hop_seconds: float = 15e-6
     layer_seconds: float = 150e-6
+    device_capacity: float = 134e9
+    host_capacity: float = 115e9
     matmul: dict[str, float] = field(
         default_factory=lambda: {"float64": 60e12, "float32": 45e12, "bfloat16": 788e12, "float16": 788e12}
     )
@@ -36,7 +39,9 @@ class Rates:
     def to_toml(self) -> str:
         """The machine.toml that `read` makes these rates of."""
         values = {name: value for name, value in asdict(self).items() if name not in ("device", "matmul", "assumed")}
-        lines = ["# bytes/s of one rank while all are busy; matmul in flop/s: noria plan --machine reads them"]
+        lines = [
+            "# bytes/s of one rank while all are busy; matmul in flop/s, capacities in bytes: noria plan --machine reads them"
+        ]
         lines += [f"device = {_quoted(self.device)}"]
         lines += [f"{name} = {value:.4g}" for name, value in values.items() if name not in self.assumed]
         lines += ["", "[matmul]", *(f"{dtype} = {value:.4g}" for dtype, value in self.matmul.items())]
@@ -56,6 +61,8 @@ CPU = {
     "hop": 2e9,
     "hop_seconds": 50e-6,
     "layer_seconds": 200e-6,
+    "device_capacity": 16e9,
+    "host_capacity": 16e9,
     "matmul": {"float64": 50e9, "float32": 100e9, "bfloat16": 50e9, "float16": 10e9},
 }
 

@@ -35,9 +35,9 @@ class Work:
 def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
     num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
-    with contextlib.closing(open_model(config, _dtype(config, None, device))) as checkpoint:
+    with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
-        dtype = _dtype(config, checkpoint.dtype, device)
+        dtype = dtype_of(config, checkpoint.dtype, device)
         check_shard(config)
         check_encoder(config, checkpoint)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
@@ -62,7 +62,7 @@ def open_model(config: Config, dtype: str | None):
     return random_checkpoint(parse_json(text, config.job.random_weights), dtype)
 
 
-def _dtype(config: Config, stored: str | None, device: str) -> str:
+def dtype_of(config: Config, stored: str | None, device: str) -> str:
     """The run's dtype: what was asked, else the checkpoint's on a GPU and float32 on a CPU."""
     if config.dtype != "auto":
         return config.dtype

@@ -1,0 +1,158 @@
+"""Plans a run without running it: memory per rank and tier, predicted tokens/s, what binds, and lines for a job script.
+
+Needs no GPU, no MPI and no ranks, so that it can be asked on a login node. The flags are those of noria run.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+from dataclasses import replace
+
+from noria import config as configuration
+from noria.commands import run as run_command
+from noria.config import Config, InputError, parse_nbytes, require
+from noria.files.checkpoint import Checkpoint
+from noria.plan import costs, planner
+from noria.plan.building import Machine
+from noria.plan.plans import HOST_NBYTES, Plan
+from noria.plan.rates import Rates
+from noria.rows.examination import dtype_of, open_model
+from noria.rows.lengths import look
+from noria.rows.prompts import count
+from noria.text import plural, printable
+
+CORES = 8  # of a rank: loading and reading threads, and messages
+RANKS_OF_A_NODE = 8
+STARTING_SECONDS = 300
+SLACK = 1.5  # times the predicted time is asked for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks, one a GPU")
+    run_command.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    own = ("run_file", "ranks")
+    flags = {name: value for name, value in vars(arguments).items() if name not in own and value is not None}
+    config, num_ranks = configuration.load(arguments.run_file, flags), arguments.ranks
+    require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
+    num_rows = count(config.prompts)
+    device = _device(config)
+    with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
+        load = look(config, checkpoint, num_rows)
+        rates = planner.rates_of(config, device, num_ranks)
+        _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
+             f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip
+        _say(
+            "rows",
+            f"{load.num_rows:,} of {load.prompt_tokens:,.0f} prompt tokens and {load.new_tokens:,.0f} new ones on average",
+        )
+        _say("machine", _machine_words(rates))
+        plan = _plan(config, checkpoint, num_ranks, num_rows, load, rates, device)
+        for line in plan.lines():
+            _say("", line)
+        for line in _moved(plan, checkpoint):
+            _say("moved", line)
+        _say("one more", _one_more(config, checkpoint, num_ranks, num_rows, load, device, plan))
+    seconds = plan.predicted["seconds"]
+    _say("time", f"about {_clock(seconds)} for all rows")
+    for line in script_lines(plan, device, STARTING_SECONDS + SLACK * seconds):
+        _say("", line)
+    return 0
+
+
+def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
+    """What a job script asks a scheduler for. `seconds`: of walltime."""
+    num_ranks = plan.num_ranks
+    nodes = math.ceil(num_ranks / RANKS_OF_A_NODE)
+    per_node = math.ceil(num_ranks / nodes)
+    tiers = ("gpu", "cpu") if device == "cpu" else ("cpu",)
+    host = max(sum(sum(table[tier].values()) for tier in tiers) for table in plan.memory)
+    memory = math.ceil(per_node * (host + HOST_NBYTES) / 1024**3)
+    time = _clock(math.ceil(seconds / 600) * 600)
+    gpus = device != "cpu"
+    return [
+        f"#SBATCH --nodes={nodes}",
+        f"#SBATCH --ntasks-per-node={per_node}",
+        *([f"#SBATCH --gres=gpu:{per_node}"] * gpus),
+        f"#SBATCH --cpus-per-task={CORES}",
+        f"#SBATCH --mem={memory}G",
+        f"#SBATCH --time={time}",
+        f"#PBS -l select={nodes}:ncpus={CORES * per_node}:mpiprocs={per_node}{f':ngpus={per_node}' * gpus}:mem={memory}gb",
+        f"#PBS -l walltime={time}",
+    ]
+
+
+def _device(config: Config) -> str:
+    """The kind of device that is planned for: a GPU, unless the run or the machine says CPU."""
+    if config.device == "cpu":
+        return "cpu"
+    if config.device == "auto" and config.job.machine:
+        return "cpu" if planner.rates_of(config, "cuda", 1).device == "CPU" else "cuda"
+    return "cuda"
+
+
+def _plan(
+    config: Config, checkpoint: Checkpoint, num_ranks: int, num_rows: int, load, rates: Rates, device: str
+) -> Plan:
+    """The plan for this many ranks. Raises InputError if there is none."""
+    dtype = dtype_of(config, checkpoint.dtype, device)
+    planner.check(config, num_ranks, checkpoint.shape.num_layers)
+    machine = Machine(
+        device,
+        _capacity(config.placement.gpu_memory, "gpu_memory", rates, "device_capacity"),
+        _capacity(config.placement.cpu_memory, "cpu_memory", rates, "host_capacity"),
+    )
+    return planner.make(config, checkpoint.shape, checkpoint.blocks, dtype, num_ranks, machine, num_rows, load)
+
+
+def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:
+    """Bytes that a rank may fill: measured ones are a limit to what is asked, assumed ones are not."""
+    has = int(getattr(rates, name))
+    return parse_nbytes(asked, f"placement.{key}") if asked and name in rates.assumed else has
+
+
+def _machine_words(rates: Rates) -> str:
+    if not rates.assumed:
+        return f"{rates.device}, measured"
+    names = "all rates" if len(rates.assumed) > 12 else ", ".join(rates.assumed)
+    return f"{rates.device}; assumed, not measured: {names} (noria probe --output machine.toml measures them)"
+
+
+def _moved(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """What a decode round moves over each link."""
+    lines, rows = [], plan.predicted["rows"]
+    for rank in range(plan.num_ranks):
+        moved = costs.weights_nbytes(plan, checkpoint.blocks, rank)
+        if moved["link"]:
+            disk = f", {moved['disk'] / 1e9:.2f} GB of them from disk" if moved["disk"] else ""
+            lines.append(f"rank {rank}: {moved['link'] / 1e9:.2f} GB of weights to the GPU a round{disk}")
+    if plan.num_ranks > 1:
+        nbytes = costs.ring_nbytes(plan, checkpoint.shape, rows)
+        lines.append(f"ring: {nbytes / 1e6:.2f} MB a decode round")
+    return lines
+
+
+def _one_more(
+    config: Config, checkpoint: Checkpoint, num_ranks: int, num_rows: int, load, device: str, plan: Plan
+) -> str:
+    """What one rank more would buy."""
+    rates = planner.rates_of(config, device, num_ranks + 1)
+    config = replace(config, pipeline=replace(config.pipeline, groups=None, laps=None, partition="greedy"))
+    try:
+        more = _plan(config, checkpoint, num_ranks + 1, num_rows, load, rates, device)
+    except InputError as error:
+        return f"{num_ranks + 1} ranks: {error}"
+    now, then = plan.predicted["tokens_per_second"], more.predicted["tokens_per_second"]
+    return f"{num_ranks + 1} ranks: {then:,.1f} tok/s overall, {then / now:.2f} x"
+
+
+def _clock(seconds: float) -> str:
+    whole = max(round(seconds), 1)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _say(name: str, message: str) -> None:
+    sys.stdout.write(f"{name:<12}{printable(message)}\n" if name else f"{printable(message)}\n")
