@@ -148,6 +148,25 @@ def test_bad_rows_cost_no_other_row_its_result(folder, tmp_path):
     assert {row.status for row in good} == {"done"} and len({tuple(row.token_ids) for row in good}) == 1
 
 
+def test_logits_that_are_no_numbers_are_the_error_of_their_row_and_are_counted(tmp_path, capsys):
+    state = tiny_models.state(tiny_models.LLAMA)
+    state["model.embed_tokens.weight"][7] = float("nan")
+    tiny_models.write_directory(tmp_path / "hf", tiny_models.LLAMA, state)
+    convert(tmp_path / "hf", tmp_path / "model.h5")
+    rows = [
+        {"token_ids": [5, 6]},
+        {"token_ids": [5, 7]},
+        {"token_ids": [5, 7], "temperature": 1},
+        {"token_ids": [5, 6]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, greedy, sampled, last = generated(tmp_path, tmp_path / "p.jsonl").values()
+    assert "2 with errors" in capsys.readouterr().err
+    assert (first.status, last.status) == ("done", "done") and first.token_ids.tolist() == last.token_ids.tolist()
+    for row in (greedy, sampled):
+        assert row.status == row.finish_reason == "error" and "not finite" in row.error
+
+
 # Files of prompts.
 
 
