@@ -11,7 +11,7 @@ import torch
 from noria import attention, kinds, streams, transports
 from noria.blocks import ModelShape
 from noria.config import Config, InputError
-from noria.engine.executor import Executor, Timing, follow, lead
+from noria.engine.executor import Executor, Timing, figures, follow, lead
 from noria.engine.heartbeat import SILENCE
 from noria.engine.kv_cache import KvCache, open_shares
 from noria.engine.loading import Loader
@@ -31,6 +31,8 @@ from noria.plan.placement import stages_of
 from noria.progress import log
 from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
+
+NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
 
 
 def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals | None = None) -> int:
@@ -135,7 +137,18 @@ def _generate(
         if ring is not None:
             ring.close()
         on_error.pop_all()
+    otherwise = mpi.on_first_rank(comm, lambda: _say_otherwise(plan, timings, config.job.strict))
+    if otherwise and config.job.strict:
+        return NOT_AS_PLANNED
     return 0 if complete else STOPPED
+
+
+def _say_otherwise(plan: planner.Plan, timings: list[dict], strict: bool) -> list[str]:
+    """Says where the run did otherwise than planned; of its speed only if the plan's rates were measured, or if asked."""
+    otherwise = plan.compare(figures(timings, speeds=strict or not plan.predicted.get("assumed", True)))
+    for line in otherwise:
+        log(0, plan.num_ranks, f"{'error' if strict else 'warning'}: not as planned: {line}")
+    return otherwise
 
 
 def _own(config: Config, host: str) -> OutputLock:

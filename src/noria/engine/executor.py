@@ -5,7 +5,7 @@ The same on every rank: what differs (who composes a step, who samples) is decid
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -13,6 +13,9 @@ import torch
 
 from noria.engine.stage import Prepared, Stage
 from noria.step import Result, Step, Word
+
+
+MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
 
 
 @dataclass
@@ -41,6 +44,19 @@ class Timing:
             return
         for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
+
+
+def figures(timings: Sequence[Mapping], speeds: bool) -> dict:
+    """What the ranks measured, for a comparison with the plan: peaks of memory, one a rank, and tokens per second.
+
+    Of a phase with few rounds nothing is said: its first round waits for what is loaded ahead in the others.
+    """
+    found = {name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")}
+    for phase in ("prefill", "decode") if speeds else ():
+        slowest = max(timings, key=lambda timing: timing[f"{phase}_seconds"])
+        if slowest[f"{phase}_rounds"] >= MIN_ROUNDS:
+            found[f"{phase}_tokens_per_second"] = slowest[f"{phase}_tokens"] / slowest[f"{phase}_seconds"]
+    return found
 
 
 class Executor:
