@@ -18,5 +18,5 @@ chmod +x "$room/bin/noria"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 "$room/bin/mpirun" -n 2 "$room/bin/python" -c 'from mpi4py import MPI; assert "MPICH" in MPI.Get_library_version(), "not MPICH"'
-[ $# -gt 0 ] || set -- tests/test_run_stops.py tests/test_same.py tests/test_ring.py -m mpi
+[ $# -gt 0 ] || set -- tests/test_run_{stops,failures,refusals}.py tests/test_same.py tests/test_ring.py -m mpi
 "$room/bin/python" -m pytest "$@"
