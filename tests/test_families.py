@@ -21,6 +21,7 @@ from families_worker import cases  # noqa: E402
 SETTINGS = [
     "llama 3",
     "llama tied",
+    "llama yarn with its own numbers",
     "mistral",
     "qwen2 with windows in its upper layers",
     "qwen2",
