@@ -34,6 +34,7 @@ ALLOWED = {
         "files/",
         "engine/",
         "launch/launcher.py",
+        "launch/rates.py",
         "run.py",
     },
 }

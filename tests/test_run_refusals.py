@@ -319,7 +319,7 @@ def said_by_ranks(done):
     [
         (4, [], "4 virtual stages (ranks x laps) for 3 layers: use at most 3 ranks x laps"),
         (3, ["--modle", "x"], "did you mean '--model'?"),
-        (3, ["--trace"], "job.trace is not in this version of Noria yet"),
+        (3, ["--weights", "gpu=60"], "the shares sum to 60 %, they must sum to 100"),
         (3, ["--blocking", "--groups", "4"], "pipeline.blocking with 4 groups on 3 ranks deadlocks"),
         (2, ["--model", "nowhere.h5"], "nowhere.h5"),
     ],

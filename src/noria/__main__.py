@@ -15,10 +15,13 @@ COMMANDS = {
     "convert": "Hugging Face directory -> checkpoint",
     "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
     "validate": "checks a run without running it: every prompt, paths and space; no GPU, no MPI",
+    "plan": "what a run would take: memory, predicted tokens/s, what binds, job script lines; no GPU, no MPI",
+    "probe": "measures a machine: links, memory, matmul, disk, messages (under mpirun, or alone as one rank)",
     "inspect": "what a checkpoint or an output holds",
     "export": "generations -> JSON lines, CSV or parquet, in the order of the prompts",
     "merge": "outputs of --shard i/n -> one output",
 }
+UNDER_MPI = ("run", "probe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 def _command(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
-    if name != "run" and mpi.launched() > 1:
+    if name not in UNDER_MPI and mpi.launched() > 1:
         raise InputError(
             f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)"
         )

@@ -7,7 +7,7 @@ from functools import cached_property
 from noria.blocks import Block, ModelShape
 from noria.config import TIERS, Config, InputError, parse_nbytes, require
 from noria.plan import tiers
-from noria.plan.memory import DISK_SLOTS, Sizes, block_nbytes, head_in_layers, streamed
+from noria.plan.memory import DISK_NBYTES, Sizes, block_nbytes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
 from noria.plan.plans import Plan
 from noria.plan.tiers import size_words
@@ -181,7 +181,7 @@ def _fill(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: int) -> di
     free["gpu"] = max(free["gpu"] - slots * largest, 0)
     if total <= free["gpu"] + free["cpu"] - largest or not work.disk_allowed:
         return {"gpu": free["gpu"], "cpu": free["cpu"]}
-    return {"gpu": free["gpu"], "cpu": max(free["cpu"] - DISK_SLOTS * largest, 0), "disk": 1 << 62}
+    return {"gpu": free["gpu"], "cpu": max(free["cpu"] - DISK_NBYTES, 0), "disk": 1 << 62}
 
 
 def _weight_tiers(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from noria.step import PAGE_TOKENS
 
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)
 DRAW_NBYTES = 2**29  # sorted and cumulated float64 copies of a chunk of logits (engine.sampler.CHUNK_ELEMENTS)
-DISK_SLOTS = 3  # host buffers through which a rank reads blocks from disk
+DISK_NBYTES = 2**28  # host buffers through which bytes go to and from a disk (tiers.disk: NUM_SLOTS of SLOT_NBYTES)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sizes:
             items["messages"] = self._messages() if self.activations == "gpu" else 0
             items["work space"] = self._work_space(rank)
         elif tier == "cpu":
-            items["disk slots"] = DISK_SLOTS * self._disk_block(rank)
+            items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
@@ -76,13 +76,9 @@ class Sizes:
                 if pages:
                     table[tier]["cache"] = pages * self.page(rank)
             if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
-                slots = self.cache_slots * self.cache_slot_pages * self.layer_page
-                table["cpu"]["disk slots"] = table["cpu"].get("disk slots", 0) + slots
+                table["cpu"]["disk slots"] = table["cpu"].get("disk slots", 0) + DISK_NBYTES
             tables.append(table)
         return tuple(tables)
-
-    def _disk_block(self, rank: int) -> int:
-        return max((self.block(name) for name, at in self.weight_tiers[rank].items() if at == "disk"), default=0)
 
     def _messages(self) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""

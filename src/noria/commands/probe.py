@@ -1,0 +1,113 @@
+"""Measures a machine with all ranks at work: messages, links, memory, matmul and disk; writes what noria plan reads.
+
+Start it as the job will be started (mpirun -n N noria probe), or alone as one rank. About ten seconds.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from noria.config import Config, require
+from noria.files.atomic import check_folder
+from noria.keys import InputError
+from noria.launch import launcher, mpi
+from noria.launch.rates import Probe, choose_transport
+from noria.launch.watchdog import Watchdog
+from noria.plan.rates import Rates
+from noria.text import printable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, metavar="machine.toml", help="file to write; noria plan --machine reads it"
+    )
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="folder whose disk is measured (default: as in noria run, else here)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="about how long each figure is measured (default: 0.5)"
+    )
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes the GPU where there is one"
+    )
+    parser.add_argument(
+        "--transport", default="auto", choices=("auto", "mpi_device", "mpi_host"), help="how messages travel"
+    )
+    parser.add_argument("--megabytes", type=int, help="of a buffer that is copied (default: 256 on a GPU, 64 on a CPU)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code of this rank. Raises mpi.Refused, on every rank, for the user's mistakes."""
+    with Watchdog() as watchdog:
+        try:
+            comm = launcher.ring_order(mpi.start())
+            watchdog.rank, watchdog.num_ranks, watchdog.doing = comm.Get_rank(), comm.Get_size(), "measuring"
+            return _probe(arguments, comm)
+        except mpi.Refused:
+            raise
+        except InputError as error:
+            return watchdog.end(f"{error}", 2)
+        except BaseException as error:
+            return watchdog.fail(error)
+
+
+def _probe(arguments: argparse.Namespace, comm) -> int:
+    mpi.on_first_rank(comm, lambda: _check(arguments))
+    config = Config(model="-", prompts="-", output=str(arguments.output or "machine.toml"), device=arguments.device)
+    place = launcher.place(comm)
+    launcher.set_threads(place)
+    device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+    folder = mpi.on_every_rank(comm, lambda: _folder(arguments, config, place))
+    name, reason, transport = mpi.on_every_rank(comm, lambda: choose_transport(comm, device, arguments.transport))
+    first = comm.Get_rank() == 0
+    _say(
+        first,
+        "ranks",
+        f"{comm.Get_size()} on {len(set(comm.allgather(place.host)))} host(s), {device.type}, {place.cores} cores each",
+    )
+    _say(first, "transport", f"{name}: {reason}")
+    nbytes = arguments.megabytes and arguments.megabytes << 20
+    probe = Probe(comm, place, device, folder, arguments.seconds, nbytes)
+    rates = probe.measure(transport, lambda what, value, unit: _say(first, what, _figure(value, unit)))
+    if transport is not None:
+        transport.close()
+    if first:
+        _write(arguments.output, rates)
+    comm.Barrier()
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    require(0 < arguments.seconds <= 60, f"--seconds is {arguments.seconds:g}: it must be above 0 and at most 60")
+    require(arguments.megabytes is None or 1 <= arguments.megabytes <= 8192, "--megabytes must be in 1 .. 8192")
+    if arguments.output is not None:
+        require(not arguments.output.is_dir(), f"--output {arguments.output} is a folder: name a file")
+        check_folder(arguments.output)
+
+
+def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Place) -> Path:
+    folder = Path(arguments.scratch) if arguments.scratch else launcher.scratch_folder(config)
+    require(folder.is_dir(), f"--scratch {folder} is not a folder on {place.host}: name one on the disk to measure")
+    return folder
+
+
+def _write(path: Path | None, rates: Rates) -> None:
+    if path is None:
+        return
+    path.write_text(rates.to_toml())
+    left = ", ".join(rates.assumed)
+    _say(True, "written", f"{path}{f' (without {left}: not measured)' if left else ''}")
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return f"{value * 1e6:.1f} us"
+    if unit == "flop/s":
+        return f"{value / 1e12:.2f} TFLOP/s"
+    return f"{value / 1e9:.2f} G{unit}"
+
+
+def _say(first: bool, name: str, message: str) -> None:
+    if first:
+        sys.stdout.write(f"{name:<16}{printable(message)}\n")
+        sys.stdout.flush()
