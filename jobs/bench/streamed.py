@@ -15,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import xxhash
 
 SHAPES = {  # hidden size, layers, heads
     "opt-6.7b": (4096, 32, 32),
@@ -25,14 +26,14 @@ SHAPES = {  # hidden size, layers, heads
 LINK = """
 import threading, time, torch
 def rate(device, found):
-    host = torch.empty(2**30, dtype=torch.uint8).fill_(1)
+    host = torch.empty(2**33, dtype=torch.uint8).fill_(1)
     assert not int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0))
     target = torch.empty(2**30, dtype=torch.uint8, device=device)
     ready.wait()
     for repeat in range(4):
         torch.cuda.synchronize(device); before = time.perf_counter()
-        for _ in range(4): target.copy_(host, non_blocking=True)
-        torch.cuda.synchronize(device); found.append(4 * 2**30 / (time.perf_counter() - before))
+        for part in host.split(2**30): target.copy_(part, non_blocking=True)
+        torch.cuda.synchronize(device); found.append(host.numel() / (time.perf_counter() - before))
 ready, rates = threading.Barrier(RANKS), [[] for _ in range(RANKS)]
 threads = [threading.Thread(target=rate, args=(f"cuda:{i}", rates[i])) for i in range(RANKS)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
@@ -40,7 +41,27 @@ print(min(sorted(its)[len(its) // 2] for its in rates))
 """
 
 
-def config_of(shape: str) -> dict:
+DISK = """
+import mmap, os, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+nbytes, block, folder = 8 << 30, 16 << 20, sys.argv[1]
+buffers = [mmap.mmap(-1, block) for _ in range(4)]
+file, name = tempfile.mkstemp(dir=folder)
+for _ in range(nbytes // block): os.write(file, os.urandom(4096) * (block // 4096))
+os.fsync(file)
+direct = os.open(name, os.O_RDONLY | os.O_DIRECT); os.unlink(name)
+def read(thread):
+    for at in range(thread * block, nbytes, len(buffers) * block): os.preadv(direct, [buffers[thread]], at)
+rates = []
+for repeat in range(2):
+    before = time.perf_counter()
+    with ThreadPoolExecutor(len(buffers)) as pool: list(pool.map(read, range(len(buffers))))
+    rates.append(nbytes / (time.perf_counter() - before))
+print(max(rates))
+"""
+
+
+def config_of(shape: str, constant: bool = False) -> dict:
     hidden, layers, heads = SHAPES[shape]
     return {
         "architectures": ["OPTForCausalLM"],
@@ -55,7 +76,7 @@ def config_of(shape: str) -> dict:
         "activation_function": "relu",
         "do_layer_norm_before": True,
         "torch_dtype": "float16",
-        "init_std": 0.006,
+        "init_std": 1e-9 if constant else 0.006,  # in float16 that is 0: all weights the same, as the peer's are
     }
 
 
@@ -67,14 +88,21 @@ def link_rate(ranks: int) -> float:
     return float(done.stdout)
 
 
+def disk_rate(folder: str) -> float:
+    """Bytes a second of direct reads by four threads in turn of a new file of 8 GiB."""
+    done = subprocess.run([sys.executable, "-c", DISK, folder], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
 def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
     """One job; what its output measured."""
     random = np.random.default_rng(0)
-    (folder / "config.json").write_text(json.dumps(config_of(arguments.shape)))
+    (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant)))
     with (folder / "prompts.jsonl").open("w") as file:
         for _ in range(arguments.prompts):
             file.write(json.dumps({"token_ids": random.integers(4, 50000, arguments.prompt_tokens).tolist()}) + "\n")
     link = link_rate(ranks) if arguments.link else None
+    disk = disk_rate(arguments.disk) if arguments.disk else None
     files = ["--random-weights", "config.json", "--prompts", "prompts.jsonl", "--output", "run.h5", "--overwrite"]
     noria = [sys.executable, "-m", "noria", "run", *files, "--dtype", "float16", "--ignore-eos"]
     noria += ["--max-new-tokens", str(arguments.max_new_tokens), *arguments.flags]
@@ -83,16 +111,19 @@ def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
     with h5py.File(folder / "run.h5") as output:
         timing = {name: column[:] for name, column in output["timing"].items()}
         plan = json.loads(output.attrs["plan"])
-    return measured(timing, plan, link, arguments.prompts)
+        figures = {"tokens": xxhash.xxh3_64_hexdigest(output["tokens"][:].tobytes())}
+    return figures | measured(timing, plan, link, disk, arguments.prompts)
 
 
-def measured(timing: dict, plan: dict, link: float | None, prompts: int) -> dict:
+def measured(timing: dict, plan: dict, link: float | None, disk: float | None, prompts: int) -> dict:
     """The figures of a run, of its slowest rank."""
     rounds = int(timing["decode_rounds"].max())
     seconds = float(timing["decode_seconds"].max()) / max(rounds, 1)
     to_gpu = float(timing["decode_host_to_gpu_nbytes"].max()) / max(rounds, 1)
     figures = {
         "plan": {name: plan[name] for name in ("laps", "groups", "step_tokens", "microbatch_tokens", "schedule")},
+        "resident": [sum(tier == "gpu" for tier in held.values()) for held in plan["weight_tiers"]],
+        "predicted": plan.get("predicted"),
         "decode_rounds": rounds,
         "decode_seconds_a_round": round(seconds, 4),
         "decode_tokens_per_second": round(
@@ -115,6 +146,9 @@ def measured(timing: dict, plan: dict, link: float | None, prompts: int) -> dict
     }
     if link:
         figures |= {"link": round(link / 1e9, 2), "share_of_the_link": round(to_gpu / seconds / link, 4)}
+    if disk:
+        read = float(timing["decode_disk_to_host_nbytes"].max()) / max(rounds, 1)
+        figures |= {"disk": round(disk / 1e9, 2), "share_of_the_disk": round(read / seconds / disk, 4)}
     return figures
 
 
@@ -126,6 +160,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--no-link", dest="link", action="store_false", help="do not measure the link")
+    parser.add_argument("--constant", action="store_true", help="weights that are all the same")
+    parser.add_argument("--disk", metavar="FOLDER", help="measure direct reads in this folder too")
     parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
     arguments = parser.parse_args()
     for ranks in arguments.ranks:
