@@ -22,7 +22,7 @@ class Limits:
 
     max_positions: int
     vocab_size: int
-    num_pages: int = 2**62
+    most_pages: int = 2**62
 
 
 @dataclass
