@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noria.config import InputError
+from noria.plan import tiers
 from noria.plan.placement import blocks_of, partition, stages_of
 
 
@@ -44,3 +45,45 @@ def test_laps_place_the_virtual_stages_round_the_ring():
 def test_a_cut_that_does_not_fit_is_refused_with_its_numbers(num_layers, num_stages, how, said):
     with pytest.raises(InputError, match=said):
         partition(num_layers, num_stages, how)
+
+
+SHARES = (
+    st.lists(st.integers(0, 100), min_size=2, max_size=2)
+    .map(sorted)
+    .map(lambda cuts: {"gpu": cuts[0], "cpu": cuts[1] - cuts[0], "disk": 100 - cuts[1]})
+)
+
+
+@given(st.integers(1, 100), SHARES)
+def test_every_tier_gets_its_share_to_within_a_layer_at_every_point_of_the_way(num_layers, shares):
+    chosen = tiers.by_share([7] * num_layers, shares)
+    for end in range(1, num_layers + 1):
+        for tier, share in shares.items():
+            assert abs(chosen[:end].count(tier) - share / 100 * end) <= 1
+
+
+def test_a_fifth_on_the_gpu_is_every_fifth_layer():
+    chosen = tiers.by_share([1] * 20, {"gpu": 20, "cpu": 80})
+    places = [place for place, tier in enumerate(chosen) if tier == "gpu"]
+    assert len(places) == 4 and {after - before for before, after in zip(places, places[1:], strict=False)} == {5}
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(0, 800), st.integers(0, 800), st.integers(0, 800)
+)
+def test_budgets_are_never_exceeded_and_cover_all_blocks_or_say_what_is_missing(sizes, gpu, cpu, disk):
+    budgets = {"gpu": gpu, "cpu": cpu, "disk": disk}
+    try:
+        chosen = tiers.by_budget(sizes, budgets)
+    except tiers.Uncovered as error:
+        assert 0 < error.missing <= error.total == sum(sizes)
+        return
+    assert len(chosen) == len(sizes)
+    for tier, budget in budgets.items():
+        assert sum(size for size, at in zip(sizes, chosen, strict=True) if at == tier) <= budget
+
+
+def test_budgets_are_filled_in_order_and_spread_evenly():
+    chosen = tiers.by_budget([10] * 12, {"gpu": 49, "cpu": 1000, "disk": 1000})
+    assert chosen.count("gpu") == 4 and "disk" not in chosen
+    assert [place for place, tier in enumerate(chosen) if tier == "gpu"] == [1, 4, 7, 10]

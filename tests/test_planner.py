@@ -19,7 +19,8 @@ def blocks(dtype="bfloat16"):
 
 
 def make(num_ranks=1, machine=Machine("cuda", 20 * GiB), rows=10_000, dtype="bfloat16", **flags):
-    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", **flags})
+    flags = {"model": "m", "prompts": "p", "output": "o"} | flags
+    run = config.load(None, {name: value for name, value in flags.items() if value is not None})
     return planner.make(run, SHAPE, blocks(), dtype, num_ranks, machine, rows)
 
 
@@ -92,3 +93,120 @@ def test_a_plan_prints_every_rank_with_its_layers():
 def test_a_plan_is_plain_data():
     plan = make(2)
     assert planner.Plan(**{f.name: plan.as_dict()[f.name] for f in dataclasses.fields(plan)}) == plan
+
+
+BIG = Machine("cuda", 20 * GiB, 64 * GiB, 512 * GiB)
+
+
+def refusal(num_ranks=1, machine=BIG, **keys):
+    with pytest.raises(InputError) as caught:
+        make(num_ranks, machine, **keys)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 10.0, 20.0, 50.0, 75.0, 100.0])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_each_rank_gets_the_share_that_was_asked_for_to_within_a_block(share, num_ranks):
+    plan = make(num_ranks, BIG, weights={"gpu": share, "cpu": 100 - share})
+    for held in plan.weight_tiers:
+        moved = {name: tier for name, tier in held.items() if name != "embed"}
+        sizes = {name: blocks()[name].nbytes for name in moved}
+        resident = sum(sizes[name] for name, tier in moved.items() if tier == "gpu")
+        assert abs(resident - share / 100 * sum(sizes.values())) <= max(sizes.values())
+
+
+def test_all_blocks_of_the_model_have_a_tier_on_exactly_one_rank():
+    plan = make(3, BIG, laps=2, weights={"gpu": 30.0, "cpu": 70.0})
+    assert sorted(name for held in plan.weight_tiers for name in held) == sorted(blocks())
+
+
+def test_the_embedding_is_on_the_gpu_if_any_weights_are():
+    assert make(1, BIG, weights={"gpu": 10.0, "cpu": 90.0}).weight_tiers[0]["embed"] == "gpu"
+    assert make(1, BIG, weights={"cpu": 100.0}).weight_tiers[0]["embed"] == "cpu"
+
+
+def test_budgets_of_weights_hold_for_every_rank():
+    plan = make(2, BIG, weights={"gpu": "60MiB", "cpu": "100MiB", "disk": "1TiB"})
+    for memory in plan.memory:
+        assert 0 < memory["gpu"]["weights"] <= 60 * 1024**2 and memory["cpu"]["weights"] <= 100 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("cache", "flags", "schedule"),
+    [
+        ({"gpu": 100.0}, {}, "single_batch"),
+        ({"cpu": 100.0}, {}, "multi_batch"),
+        ({"gpu": 100.0}, {"activations": "cpu"}, "multi_batch"),
+        ({"cpu": 100.0}, {"schedule": "sequential"}, "sequential"),
+    ],
+)
+def test_microbatches_overlap_where_the_cache_or_activations_are_not_on_the_gpu(cache, flags, schedule):
+    plan = make(1, BIG, cache=cache, weights={"gpu": 50.0, "cpu": 50.0}, **flags)
+    slots = 1 if schedule == "sequential" else 3
+    assert plan.schedule == schedule and plan.weight_slots == slots
+    assert plan.cache_slots == (slots if "cpu" in cache else 0)
+
+
+def test_nothing_that_streams_needs_no_slots():
+    plan = make(1, BIG, weights={"gpu": 100.0})
+    assert (plan.weight_slots, plan.cache_slots, plan.cache_slot_pages) == (0, 0, 0)
+
+
+def test_the_cache_has_its_shares_of_pages_and_fits_each_tier():
+    plan = make(2, BIG, cache={"gpu": 20.0, "cpu": 70.0, "disk": 10.0})
+    pages = plan.cache_pages
+    assert sum(pages.values()) == plan.num_pages
+    assert pages["gpu"] == pytest.approx(0.2 * plan.num_pages, abs=2)
+    assert pages["cpu"] == pytest.approx(0.7 * plan.num_pages, abs=2)
+    for memory in plan.memory:
+        assert sum(memory["gpu"].values()) <= 20 * GiB and sum(memory["cpu"].values()) <= 64 * GiB
+
+
+def test_a_staging_buffer_holds_the_longest_sequence_and_three_of_them_a_sixteenth_of_the_device():
+    plan = make(1, BIG, cache={"cpu": 100.0})
+    assert plan.cache_slot_pages >= 2048 // 16
+    assert plan.memory[0]["gpu"]["cache slots"] <= 20 * GiB / 16
+    assert make(1, BIG, cache={"cpu": 100.0}, rows=1).cache_slot_pages == 2048 // 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"weights": {"cpu": 100.0}, "cpu_memory": "100MiB"},
+         "cpu tier needs 0.3 GiB, the limit is 100.0 MiB: lower placement.weights.cpu (100) or raise placement.cpu_memory"),
+        ({"weights": {"gpu": "40MiB", "cpu": "40MiB"}}, "placement.weights covers too little: "),
+        ({"cache": {"cpu": "80GiB"}}, "cpu tier needs 80.0 GiB, the limit is 64.0 GiB: lower placement.cache.cpu (80GiB)"),
+        ({"cpu_memory": "80GiB"}, "placement.cpu_memory is 80.0 GiB, but the tightest rank has 64.0 GiB"),
+        ({"weights": {"disk": 100.0}, "dtype": "float32"}, 'set dtype = "bfloat16"'),
+        ({"weights": {"disk": 100.0}, "model": None, "random_weights": "c.json"}, "set placement.stage = true"),
+        ({"stage": True}, "placement.stage is true, but no weights live on disk"),
+        ({"cache": {"disk": "90GiB"}, "machine": Machine("cuda", 20 * GiB, 64 * GiB, 80 * GiB)},
+         "disk tier needs 90.0 GiB, the limit is 80.0 GiB: lower placement.cache.disk (90GiB) or make room"),
+    ],
+)  # fmt: skip
+def test_a_placement_that_cannot_be_honoured_is_refused_with_the_numbers_and_the_remedy(keys, said):
+    assert said in refusal(**keys)
+
+
+def test_weights_on_disk_that_are_staged_may_be_random():
+    keys = {"weights": {"disk": 100.0}, "model": None, "random_weights": "c.json", "stage": True}
+    assert make(1, BIG, **keys).memory[0]["disk"]["weights"] > 0
+
+
+def test_a_cpu_has_one_memory_for_both_tiers():
+    plan = make(
+        1, Machine("cpu", 2 * GiB, 2 * GiB), weights={"gpu": 50.0, "cpu": 50.0}, cache={"gpu": 50.0, "cpu": 50.0}
+    )
+    assert sum(sum(plan.memory[0][tier].values()) for tier in ("gpu", "cpu")) <= 2 * GiB
+
+
+def test_a_run_that_did_otherwise_than_planned_is_told_with_both_numbers():
+    plan = make(2, BIG)
+    speed = plan.predicted["decode"]["tokens_per_second"]
+    memory = [sum(table["gpu"].values()) for table in plan.memory]
+    assert plan.compare({"decode_tokens_per_second": 1.1 * speed, "peak_device_nbytes": memory}) == []
+    said = plan.compare({"decode_tokens_per_second": 0.8 * speed, "peak_device_nbytes": [memory[0], memory[1] + GiB]})
+    assert len(said) == 2 and "decode" in said[0] and "-20 %" in said[0] and "rank 1: gpu memory peaked at" in said[1]
+    host = sum(plan.memory[0]["cpu"].values())
+    assert plan.compare({"peak_host_nbytes": [host + 4 * GiB, host]}) == []
+    assert "rank 0: cpu memory" in plan.compare({"peak_host_nbytes": [host + 5 * GiB, host]})[0]

@@ -198,7 +198,7 @@ def _weight_tiers(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: in
     if "embed" in names:
         held = "gpu" if work.nbytes["embed"] <= budgets.get("gpu", 0) else "cpu"
         embed = {"embed": held}
-        if planned or held == "gpu":
+        if held in budgets:
             budgets[held] = max(budgets.get(held, 0) - work.nbytes["embed"], 0)
     try:
         chosen = tiers.by_budget([work.nbytes[name] for name in moved], budgets)
@@ -286,6 +286,10 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
             if free[tier] < 0:
                 raise _refused(work, sizes, rank, tier, used[tier], limits[tier])
             room[tier] = min(room[tier], free[tier] // sizes.page(rank))
+    if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
+        asked = tiers.amounts(choice.cache, "placement.cache")
+        for tier in ("gpu", "cpu"):
+            room[tier] = int(room[tier] * asked[tier] / (asked["gpu"] + asked["cpu"]))
     return room
 
 

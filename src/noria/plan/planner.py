@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, require
-from noria.plan import costs, rates
+from noria.plan import costs, rates, tiers
 from noria.plan.building import MICROBATCH_TOKENS, Choice, Machine, Work, build, check_disk, sizes_of
 from noria.plan.costs import Load
 from noria.plan.placement import check_blocking, partition
@@ -184,15 +184,18 @@ def _cached(work: Work, base: Choice) -> Iterator[Choice]:
 
 def _reserving(work: Work, base: Choice, load: Load) -> Iterator[Choice]:
     """Candidates that keep room for the cache of a part of the rows; the rest of the device holds weights."""
-    shares = {tier: share / 100 for tier, share in (base.cache or {"gpu": 100.0}).items() if not isinstance(share, str)}
     sizes = sizes_of(work, replace(base, weights={"gpu": 100.0}))
+    page = max(sizes.page(rank) for rank in range(work.num_ranks))
+    cap = work.cap(base.groups)
+    if base.cache is not None and tiers.is_budget(base.cache):
+        budgets = tiers.budgets_of(base.cache, "placement.cache")
+        yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
+        return
+    shares = {tier: share / 100 for tier, share in (base.cache or {"gpu": 100.0}).items() if share}
     most = -(-load.num_rows // base.groups) * base.groups * load.pages
-    for tier, share in shares.items():
-        if share:
-            page = max(sizes.page(rank) for rank in range(work.num_ranks))
-            most = min(most, int(work.limits[tier] / page / share))
+    most = min([most, *(int(work.limits[tier] / page / share) for tier, share in shares.items())])
     for fraction in FRACTIONS:
-        pages = max(int(most * fraction), min(work.longest, work.cap(base.groups)))
+        pages = max(int(most * fraction), min(work.longest, cap))
         yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
 
 

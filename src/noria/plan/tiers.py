@@ -58,6 +58,11 @@ def budgets_of(shares: Mapping[str, str], name: str) -> dict[str, int]:
     return {tier: parse_nbytes(size, f"{name}.{tier}") for tier, size in shares.items()}
 
 
+def amounts(shares: Mapping, name: str) -> Mapping[str, float]:
+    """Shares in % or bytes, as numbers."""
+    return budgets_of(shares, name) if is_budget(shares) else shares
+
+
 def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
     """A filling with the same bytes in each tier, evenly mixed; the filling itself where blocks are too unlike for that."""
     held = {tier: sum(size for size, at in zip(sizes, filled, strict=True) if at == tier) for tier in TIERS}

@@ -1,0 +1,44 @@
+"""noria probe on this machine: alone, and under mpirun."""
+
+import sys
+
+import pytest
+
+from mpirun import describe, mpirun
+from noria.__main__ import main
+from noria.plan import rates
+
+QUICK = ["--seconds", "0.01", "--megabytes", "1", "--device", "cpu"]
+
+
+def test_a_probe_alone_measures_all_but_messages(tmp_path, capsys):
+    path = tmp_path / "machine.toml"
+    assert main(["probe", *QUICK, "--output", str(path), "--scratch", str(tmp_path)]) == 0
+    found = rates.read(path)
+    assert found.device == "CPU" and set(found.assumed) == {"hop", "hop_seconds"}
+    assert sorted(found.matmul) == sorted(["float64", "float32", "bfloat16", "float16"])
+    out = capsys.readouterr().out
+    assert "host_to_device" in out and "disk_read" in out and f"written         {path}" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["machine.toml"]
+
+
+def test_a_probe_of_ranks_measures_messages_too(tmp_path):
+    path = tmp_path / "machine.toml"
+    command = [sys.executable, "-m", "noria", "probe", *QUICK, "--output", str(path), "--scratch", str(tmp_path)]
+    result = mpirun(2, command, timeout=120)
+    assert result.returncode == 0, describe(result)
+    assert rates.read(path).assumed == () and result.stdout.count("disk_read") == 1
+    assert "mpi_device" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seconds", "0"], "--seconds is 0: it must be above 0"),
+        (["--scratch", "/nowhere/at/all"], "--scratch /nowhere/at/all is not a folder"),
+        (["--output", "/tmp"], "--output /tmp is a folder: name a file"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused(arguments, said, capsys):
+    assert main(["probe", *QUICK, *arguments]) == 2
+    assert said in capsys.readouterr().err
