@@ -32,9 +32,10 @@ def opt(layers, hidden, heads, vocab=50272, positions=2048):
 OPT_30B = opt(48, 7168, 56)
 
 
-def plan_of(model, num_ranks, rows, machine=H200, load=None, **flags):
-    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", **flags})
-    return planner.make(run, *model, "float16", num_ranks, machine, rows, load)
+def plan_of(made, num_ranks, rows, machine=H200, load=None, **flags):
+    flags = {"model": "m", "prompts": "p", "output": "o"} | flags
+    run = config.load(None, {name: value for name, value in flags.items() if value is not None})
+    return planner.make(run, *made, "float16", num_ranks, machine, rows, load)
 
 
 def streamed(num_ranks, **flags):
@@ -122,3 +123,76 @@ def test_a_machine_file_that_is_wrong_is_refused_with_the_key(tmp_path, text, sa
 def test_a_machine_file_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match="noria probe --output"):
         rates.read(tmp_path / "machine.toml")
+
+
+OPT_175B = opt(96, 12288, 96)
+ROWS = Load(256, 512, 32)
+
+
+def tiers_of(plan):
+    return {tier for held in plan.weight_tiers for tier in held.values()}
+
+
+def assert_fits(plan, machine):
+    for memory in plan.memory:
+        assert sum(memory["gpu"].values()) <= machine.memory_nbytes
+        assert sum(memory["cpu"].values()) <= machine.cpu_memory_nbytes
+
+
+def test_a_model_that_does_not_fit_one_gpu_is_kept_there_as_far_as_it_goes_and_cpu_memory_has_the_rest():
+    machine = Machine("cuda", 125 * GiB, 115 * GiB)
+    plan = plan_of(OPT_175B, 2, 256, machine, ROWS)
+    assert_fits(plan, machine)
+    assert tiers_of(plan) == {"gpu", "cpu"} and plan.laps > 1 and plan.groups >= 2
+    assert all(costs.once(plan, rank, lap) for rank in range(2) for lap in range(plan.laps))
+
+
+def test_what_cpu_memory_does_not_hold_is_read_from_disk():
+    machine = Machine("cuda", 125 * GiB, 30 * GiB)
+    plan = plan_of(OPT_175B, 2, 256, machine, ROWS)
+    assert_fits(plan, machine)
+    assert "disk" in tiers_of(plan) and plan.predicted["decode"]["binds"] == "disk"
+
+
+def test_random_weights_that_fit_no_memory_are_refused_with_what_is_missing_and_the_way_out():
+    with pytest.raises(InputError, match="find no room on rank 0.*use more ranks, placement.stage = true would keep"):
+        plan_of(OPT_175B, 2, 256, Machine("cuda", 125 * GiB, 30 * GiB), ROWS, model=None, random_weights="c.json")
+
+
+def test_a_small_gpu_with_its_cache_in_cpu_memory_has_the_weights_that_still_fit():
+    machine = Machine("cuda", 138 * GiB, 220 * GiB)
+    plan = plan_of(OPT_30B, 1, 144, machine, Load(144, 512, 32, 144 * 34), gpu_memory="16GiB", cache={"cpu": 100.0})
+    resident = sum(tier == "gpu" for name, tier in plan.weight_tiers[0].items() if name.startswith("layers/"))
+    assert 5 <= resident <= 12 and plan.schedule == "multi_batch" and plan.predicted["rows"] == 144
+    assert sum(plan.memory[0]["gpu"].values()) <= 16 * GiB
+    assert plan.predicted["decode"]["tokens_per_second"] > 1.8 * 25.5
+    assert plan.cache_pages["cpu"] == 144 * 34 + 34
+
+
+def test_resident_layers_make_a_run_at_least_twice_as_fast_as_streaming_all():
+    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Load(128, 512, 32, 128 * 34)
+    plan = plan_of(OPT_30B, 1, 128, machine, load, gpu_memory="130GiB")
+    assert sum(plan.memory[0]["gpu"].values()) <= 130 * GiB
+    assert plan.predicted["tokens_per_second"] > 2 * streamed(1).predicted["tokens_per_second"]
+
+
+def test_a_cache_that_must_hold_all_rows_leaves_room_for_thirty_of_forty_eight_layers():
+    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Load(128, 512, 32, 128 * 34)
+    plan = plan_of(OPT_30B, 1, 128, machine, load, gpu_memory="130GiB", cache={"gpu": "90GiB"})
+    resident = sum(tier == "gpu" for name, tier in plan.weight_tiers[0].items() if name.startswith("layers/"))
+    assert 26 <= resident <= 32 and plan.predicted["rows"] == 128
+
+
+def test_one_rank_that_streams_has_one_group_so_that_it_loads_once_a_round():
+    plan = streamed(1)
+    assert plan.groups == 1 and plan.laps == 1 and plan.step_tokens >= 16384
+
+
+def test_all_resident_goes_round_once():
+    plan = plan_of(opt(32, 4096, 32), 2, 128, H200, Load(128, 512, 32, 128 * 34))
+    assert tiers_of(plan) == {"gpu"} and plan.laps == 1 and plan.groups == 3
+
+
+def test_a_small_model_with_many_rows_stays_on_the_gpu():
+    plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Load(10**6, 512, 256))
+    assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.cache_pages["cpu"] == 0

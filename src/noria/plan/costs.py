@@ -124,7 +124,8 @@ def resources(
         "disk": (moved["disk"] + cache["disk"]["load"]) / rates.disk_read + cache["disk"]["store"] / rates.disk_write,
         "device memory": (passes * (layer_nbytes + head_nbytes) + seen + loaded + stored) / rates.device_memory,
         "matmul": flops / rates.matmul[plan.dtype],
-        "launches": passes * len(layers) * rates.layer_seconds,
+        # One group alone waits for rank 0 between its steps: that costs about what a second group would.
+        "launches": passes * (2 if plan.groups == 1 else 1) * len(layers) * rates.layer_seconds,
     }
 
 

@@ -100,6 +100,8 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
             except InputError as error:
                 refused = error
                 continue
+            if choice.weights is None and not plan.weight_slots:
+                continue  # everything fits: another candidate has it so, with the groups for that
             speed = costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
             found.append((speed, plan.laps, plan))
         if found:
