@@ -163,7 +163,10 @@ def test_a_wrong_run_file_is_refused_beside_flags_too(refusal, folder, text, sai
     ("command", "said"),
     [
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["rum"], "no command 'rum' (known: convert, run, validate, inspect, export, merge); did you mean 'run'?"),
+        (
+            ["rum"],
+            "no command 'rum' (known: convert, run, validate, plan, probe, inspect, export, merge); did you mean 'run'?",
+        ),
         (["run"], "no model: give model = FILE.h5 in the run file or --model FILE.h5"),
         (["run", "--model", "m.h5"], "no prompts"),
         (["run", "--model", "m.h5", "--prompts", "p.jsonl"], "no output"),
