@@ -210,3 +210,9 @@ def test_a_run_that_did_otherwise_than_planned_is_told_with_both_numbers():
     host = sum(plan.memory[0]["cpu"].values())
     assert plan.compare({"peak_host_nbytes": [host + 4 * GiB, host]}) == []
     assert "rank 0: cpu memory" in plan.compare({"peak_host_nbytes": [host + 5 * GiB, host]})[0]
+
+
+def test_slots_of_weights_are_as_large_as_the_ranks_largest_streamed_block():
+    plan = make(2, BIG, weights={"cpu": 100.0})
+    largest = blocks()["layers/0000"].nbytes, blocks()["head"].nbytes
+    assert [memory["gpu"]["weight slots"] for memory in plan.memory] == [3 * nbytes for nbytes in largest]
