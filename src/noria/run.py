@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from noria.engine.loading import Loader
 from noria.engine.ring import open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
+from noria.engine.trace import OFF, Trace, TraceFile
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.files.atomic import check_folder
 from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
 from noria.launch import deadline, launcher, mpi
@@ -52,6 +55,8 @@ def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
         mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
         watchdog.doing = "opening the files"
+        if config.job.trace:
+            mpi.on_first_rank(comm, lambda: _check_trace(config))
         mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
         work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type))
         if work.state == "finished":
@@ -91,13 +96,15 @@ def _generate(
             on_error.push(desk.withdraw)
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
         its_streams, traffic = streams.streams_of(device), Traffic()
+        title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
+        trace = Trace(rank, title, its_streams) if config.job.trace else OFF
         scratch = launcher.scratch_folder(config)
         staged = scratch if config.placement.stage else None
         ring, timing = None, Timing()
         if mpi.on_first_rank(comm, lambda: desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
-            ring = open_the_ring(plan, checkpoint.shape, transport, rank, its_streams)
+            ring = open_the_ring(plan, checkpoint.shape, trace.transport(transport), rank, its_streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
             watchdog.doing = "loading its weights"
@@ -106,8 +113,10 @@ def _generate(
                 lambda: load(plan, checkpoint, rank, its_streams, traffic, staged),
                 lambda said: watchdog.end(said, 2),
             )
-            executor = build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch)
+            executor = build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch, trace)
             next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
+            if config.job.trace:
+                trace.start(mpi.clock_offset(comm), mpi.on_first_rank(comm, time.perf_counter_ns))
             comm.Barrier()
             watchdog.doing = executor.doing
             if rank == 0:
@@ -133,6 +142,8 @@ def _generate(
                 plan=plan.as_dict(),
             )
             desk.close(attrs, timings)
+        if config.job.trace:
+            _write_trace(comm, Path(config.job.trace), trace)
         complete = mpi.on_first_rank(comm, lambda: desk.complete)
         if ring is not None:
             ring.close()
@@ -186,7 +197,15 @@ def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, s
 
 
 def build(
-    plan: planner.Plan, shape: ModelShape, weights: Weights, ring, rank: int, streams, traffic: Traffic, scratch: Path
+    plan: planner.Plan,
+    shape: ModelShape,
+    weights: Weights,
+    ring,
+    rank: int,
+    streams,
+    traffic: Traffic,
+    scratch: Path,
+    trace=OFF,
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
@@ -214,8 +233,9 @@ def build(
         dtype,
         streams,
         lambda message: log(rank, plan.num_ranks, message),
+        trace,
     )
-    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic)
+    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
 
 
 def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
@@ -233,6 +253,26 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, s
         streams,
         plan.blocking,
     )
+
+
+def _check_trace(config: Config) -> None:
+    """Raises InputError unless a trace could be written, over no file but an older trace."""
+    path = Path(config.job.trace)
+    if path.is_dir() or path.resolve() in (Path(p).resolve() for p in (config.model, config.prompts, config.output)):
+        raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
+    check_folder(path)
+
+
+def _write_trace(comm, path: Path, trace: Trace) -> None:
+    """Every rank's spans into rank 0's file. That it cannot be written costs the trace alone."""
+    events, file = list(trace.events(mpi.clock_offset(comm))), TraceFile(path)
+    mpi.in_turn(comm, events, file.add)
+    if comm.Get_rank() == 0:
+        try:
+            file.close()
+            log(0, comm.Get_size(), f"trace {path}: open it at https://ui.perfetto.dev")
+        except OSError as error:
+            log(0, comm.Get_size(), f"warning: the trace {path} was not written: {error.strerror or error}")
 
 
 def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:

@@ -12,6 +12,7 @@ from itertools import count
 import torch
 
 from noria.engine.stage import Prepared, Stage
+from noria.engine.trace import OFF
 from noria.step import Result, Step, Word
 
 
@@ -63,9 +64,18 @@ class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
     def __init__(
-        self, stage: Stage, stages: list[range], ring, rank: int, num_ranks: int, groups: int, streams, traffic
+        self,
+        stage: Stage,
+        stages: list[range],
+        ring,
+        rank: int,
+        num_ranks: int,
+        groups: int,
+        streams,
+        traffic,
+        trace=OFF,
     ):
-        self._traffic = traffic
+        self._traffic, self._trace = traffic, trace
         self._stage, self._stages, self._ring = stage, stages, ring
         self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
         self._groups, self._streams = groups, streams
@@ -97,7 +107,7 @@ class Executor:
                     if not empty:
                         self._visit(steps[group], group, lap, layers)
             now = time.perf_counter()
-            self._end_round([prepared.step for prepared in steps], now - before)
+            self._end_round(round, [prepared.step for prepared in steps], before, now)
             before = now
             if all(prepared.step.word is Word.STOP for prepared in steps):
                 break
@@ -105,15 +115,20 @@ class Executor:
         self._stage.close()
         return self.timing
 
-    def _end_round(self, steps: list[Step], seconds: float) -> None:
+    def _end_round(self, round: int, steps: list[Step], began: float, ended: float) -> None:
         prefill = any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
-        self.timing.end_round(prefill, sum(step.num_tokens for step in steps), seconds)
+        tokens = sum(step.num_tokens for step in steps)
+        self.timing.end_round(prefill, tokens, ended - began)
         self._traffic.end_round(prefill)
+        name = ("prefill" if prefill else "decode") if tokens else "no tokens"
+        self._trace.host("steps", name, began, ended, round=round, tokens=tokens)
 
     def _visit(self, prepared: Prepared, group: int, lap: int, layers: range) -> None:
         """One group's way through one virtual stage."""
         if self._first_rank and lap == 0:
+            begin = self._trace.mark()
             hidden = self._stage.embed(prepared)
+            self._trace.compute("embed", begin, *self._at)
         else:
             hidden = self._wait("waiting for hidden states", self._ring.receive, group, lap, prepared.step.num_tokens)
         hidden = self._stage.forward(prepared, layers, hidden)
@@ -144,7 +159,9 @@ class Executor:
         before, self._doing, done_before = time.perf_counter(), doing, self._doing
         value = call(*arguments)
         self._doing = done_before
-        self.timing.waited += time.perf_counter() - before
+        ended = time.perf_counter()
+        self.timing.waited += ended - before
+        self._trace.host("waits", doing, before, ended)
         return value
 
 

@@ -144,6 +144,7 @@ class KvCache:
         buffer = self._staged[layer, microbatch] = self._free.popleft()
         share, stored = staged.share, self._stored.get(layer)
         waits = [*after, *map(event_of, buffer.busy), *([event_of(stored)] if stored is not None else [])]
+        self._streams.label(buffer.rows, "cache", layer=layer, microbatch=microbatch)
         pieces = self._pieces(layer, buffer, share, staged.loads)
         buffer.busy, buffer.coming = [], [share.tier.load(pieces, waits)] if pieces else waits
         self._count(share.load_links, staged.loads)

@@ -17,6 +17,12 @@ def tag(kind: str, group: int = 0) -> int:
     return _TAGS[kind] + (0 if kind in (HEADER, BEAT) else group)
 
 
+def kind_of(tag: int) -> tuple[str, int]:
+    """The kind of message that an MPI tag says, and its group (0 where it says none)."""
+    kind = max((kind for kind in _TAGS if _TAGS[kind] <= tag), key=_TAGS.get)
+    return kind, tag - _TAGS[kind]
+
+
 @dataclass(frozen=True)
 class Place:
     """A rank's place in the ring. Virtual stage lap * num_ranks + rank lives here for every lap."""

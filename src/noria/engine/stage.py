@@ -14,6 +14,7 @@ from noria.engine import kv_cache
 from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache, Staged
 from noria.engine.sampler import Sampler
+from noria.engine.trace import OFF
 from noria.engine.weights import Weights
 from noria.schedules import Actions, Cell
 from noria.step import Step
@@ -66,16 +67,19 @@ class Stage:
         dtype,
         streams,
         report: Callable[[str], None] = lambda message: None,
+        trace=OFF,
     ):
         self._model, self._attention, self._shape = model, attention, shape
         self._weights, self._cache, self._sampler = weights, cache, sampler
         self._schedule, self._streams = schedule.schedule, streams
         self._dtype, self._device, self._report = dtype, streams.device, report
+        self._trace, self._at = trace, (0, 0, 0)  # the round, lap and group of the visit
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._head_rows = HEAD_ROWS
 
     def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""
+        self._at = round, lap, group
         self._weights.begin(round, lap, group, empty)
 
     def close(self) -> None:
@@ -169,8 +173,11 @@ class Stage:
         """A microbatch's part after a layer; None if memory did not suffice."""
         parameters, its = self._weights.wait(blocks.layer_name(layer)), prepared.microbatches[microbatch]
         attend = self._attend(its, *self._cache.tensors(layer, microbatch, its.staged))
+        begin = self._trace.mark()
         try:
-            return self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
+            hidden = self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
+            self._trace.compute("layer", begin, *self._at, layer, microbatch)
+            return hidden
         except torch.OutOfMemoryError:
             if len(halved(prepared.borders)) == len(prepared.borders):
                 raise  # a row each: there is nothing left to cut
@@ -210,7 +217,9 @@ class Stage:
         pieces = []
         for chunk, logits in self._logits(hidden, prepared.sample_rows):
             slots, uniforms = step.sample_slots[chunk], step.uniforms[chunk]
+            begin = self._trace.mark()
             pieces.append(sampler.sample(logits, slots, uniforms, positions[chunk], top))
+            self._trace.compute("sample", begin, *self._at)
         scores = [
             sampler.score(logits, prepared.score_ids[chunk])
             for chunk, logits in self._logits(hidden, prepared.score_rows)
@@ -237,8 +246,11 @@ class Stage:
 
     def _try_head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         """Logits [_, V] of these rows of hidden; None if memory did not suffice for so many."""
+        parameters, begin = self._weights.wait("head"), self._trace.mark()
         try:
-            return self._model.head(self._shape, self._weights.wait("head"), hidden[rows])
+            logits = self._model.head(self._shape, parameters, hidden[rows])
+            self._trace.compute("head", begin, *self._at)
+            return logits
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise

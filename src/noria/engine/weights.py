@@ -115,6 +115,7 @@ class Weights:
             name, slot = self._cycle.next(), self._free.popleft()
             home = self._homes[name]
             after = [] if slot.free is None else [slot.free]
+            self._streams.label(slot.buffer, name)
             transfer = home.tier.load([(home.offset, slot.buffer[: home.block.nbytes])], after)
             self._ahead.append(Load(name, slot, transfer))
 

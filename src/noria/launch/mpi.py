@@ -17,6 +17,8 @@ from noria.config import InputError
 # The first of these that is set says how many ranks the launcher started.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
+TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
+PINGS = 32  # to and fro with each rank; the fastest one tells the clocks' difference
 HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
 
 
@@ -144,6 +146,34 @@ def on_every_rank(comm, action: Callable[[], Any], hurry: Callable[[str], Any] |
     if first is not None:
         raise Refused(errors[first] if len(set(errors)) == 1 else f"rank {first}: {errors[first]}")
     return value
+
+
+def clock_offset(comm) -> int:
+    """Nanoseconds to add to this rank's time.perf_counter_ns() for rank 0's. Collective: rank 0 answers each in turn."""
+    if comm.Get_rank() == 0:
+        for other in range(1, comm.Get_size()):
+            for _ in range(PINGS):
+                comm.recv(source=other, tag=TAG)
+                comm.send(time.perf_counter_ns(), dest=other, tag=TAG)
+        return 0
+    trips = []
+    for _ in range(PINGS):
+        sent = time.perf_counter_ns()
+        comm.send(None, dest=0, tag=TAG)
+        theirs = comm.recv(source=0, tag=TAG)
+        came = time.perf_counter_ns()
+        trips.append((came - sent, theirs - (sent + came) // 2))
+    return min(trips)[1]
+
+
+def in_turn(comm, value: Any, take: Callable[[Any], None]) -> None:
+    """Rank 0 takes every rank's value, in order, one at a time. Collective."""
+    if comm.Get_rank():
+        comm.send(value, dest=0, tag=TAG)
+        return
+    take(value)
+    for other in range(1, comm.Get_size()):
+        take(comm.recv(source=other, tag=TAG))
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -1,0 +1,226 @@
+"""A trace of a run: what each rank did when, in the format that Perfetto and chrome://tracing open.
+
+Spans are kept as marks of the streams and resolved after the last step, so that nothing waits for the device meanwhile.
+Knows no MPI: the offsets of clocks are given to it.
+"""
+
+import json
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from noria.engine.order import BEAT, HIDDEN, RESULT, kind_of
+from noria.files import atomic
+
+LIMIT = 250_000  # spans of a rank, some 100 MB of host memory; those after them are counted and dropped
+TRACKS = ("steps", "waits", "compute", "load", "store", "send", "receive")
+_HOST = {"steps", "waits", "send", "receive"}  # their marks are nanoseconds of time.perf_counter_ns()
+_SUBTRACKS = 1000
+_ROUNDING = 2000  # ns by which two spans of a stream may seem to overlap: the device's clock has steps of 0.5 us
+_ANCHOR_SPAN = 4 * 10**9  # ns; the device's clock counts milliseconds in 32 bits, which are exact near an anchor alone
+
+
+class Span(NamedTuple):
+    track: str
+    name: str
+    begin: object
+    end: object
+    args: dict
+
+
+class Off:
+    """No trace: the methods of Trace, doing nothing."""
+
+    def start(self, offset: int, zero: int) -> None:
+        pass
+
+    def mark(self) -> None:
+        return None
+
+    def compute(self, name: str, begin, round: int, lap: int, group: int, layer=None, microbatch=None) -> None:
+        pass
+
+    def host(self, track: str, name: str, begin: float, end: float | None = None, **args) -> None:
+        pass
+
+    def transport(self, transport):
+        return transport
+
+
+OFF = Off()
+
+
+class Trace:
+    """The spans of one rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
+
+    def __init__(self, rank: int, title: str, streams, limit: int = LIMIT):
+        self._rank, self._title, self._streams, self._limit = rank, title, streams, limit
+        self._spans: list[Span] = []
+        self.dropped = 0
+        self._anchor, self._began = streams.anchor()
+        self._offset = self._zero = 0
+        streams.observe = self._copied
+
+    def start(self, offset: int, zero: int) -> None:
+        """The run begins: `offset` (ns) makes this rank's clock rank 0's, and `zero` is where the trace begins there."""
+        self._anchor, self._began = self._streams.anchor()
+        self._offset, self._zero = offset, zero
+
+    def mark(self):
+        """Where the compute stream is now; None when no span is kept any more."""
+        return self._streams.mark() if len(self._spans) < self._limit else None
+
+    def compute(self, name: str, begin, round: int, lap: int, group: int, layer=None, microbatch=None) -> None:
+        """A block was computed from the mark `begin` on to where the compute stream is now."""
+        args = {"round": round, "lap": lap, "group": group, "layer": layer, "microbatch": microbatch}
+        self._add("compute", name, begin, self.mark(), {key: v for key, v in args.items() if v is not None})
+
+    def host(self, track: str, name: str, begin: float, end: float | None = None, **args) -> None:
+        """Something of a host thread, in seconds of time.perf_counter(); it ends now if no end is given."""
+        end = time.perf_counter() if end is None else end
+        self._add(track, name, int(begin * 1e9), int(end * 1e9), args)
+
+    def transport(self, transport) -> "TracedTransport":
+        """The transport, with its messages traced; those of the heartbeat and the wait for headers are not."""
+        return TracedTransport(transport, self) if transport is not None else None
+
+    def message(self, track: str, kind: str, begin: int, group: int, nbytes: int) -> None:
+        self._add(track, kind, begin, time.perf_counter_ns(), {"group": group, "bytes": nbytes})
+
+    def events(self, offset: int) -> Iterable[str]:
+        """This rank's events, each as JSON. `offset`: as at the start, measured now; between the two it is interpolated.
+
+        Every stream must be done, or is waited for.
+        """
+        now = time.perf_counter_ns()
+        drift = (offset - self._offset) / max(now - self._began, 1)
+
+        def microseconds(ns: int) -> float:
+            return (ns + self._offset + round(drift * (ns - self._began)) - self._zero) / 1000
+
+        title = self._title + (f" ({self.dropped} spans dropped)" if self.dropped else "")
+        yield from self._names("process", 0, self._rank, title)
+        for number, track in enumerate(TRACKS):
+            used = set()
+            for place, begin, end, span in _beside(self._resolved(track)):
+                number_of = number * _SUBTRACKS + place
+                if place not in used:
+                    used.add(place)
+                    yield from self._names("thread", number_of, number_of, track + f" {place + 1}" * (place > 0))
+                event = {"ph": "X", "pid": self._rank, "tid": number_of, "name": span.name, "cat": track}
+                at = microseconds(begin)
+                yield json.dumps(event | {"ts": at, "dur": round(microseconds(end) - at, 3), "args": span.args})
+
+    def _names(self, what: str, thread: int, index: int, name: str) -> Iterable[str]:
+        event = {"ph": "M", "pid": self._rank, "tid": thread}
+        yield json.dumps(event | {"name": f"{what}_name", "args": {"name": name}})
+        yield json.dumps(event | {"name": f"{what}_sort_index", "args": {"sort_index": index}})
+
+    def _copied(self, lane: str, name: str, args: dict, nbytes: int, begin, end) -> None:
+        self._add(lane, name, begin, end, args | {"bytes": nbytes})
+
+    def _add(self, track: str, name: str, begin, end, args: dict) -> None:
+        if len(self._spans) >= self._limit or begin is None or end is None:
+            self.dropped += 1
+        else:
+            self._spans.append(Span(track, name, begin, end, args))
+
+    def _resolved(self, track: str) -> list[tuple[int, int, Span]]:
+        """(begin, end, span) of a track in ns of this rank's clock, in order."""
+        found, anchor, at = [], self._anchor, self._began
+        for span in (span for span in self._spans if span.track == track):
+            if track in _HOST:
+                found.append((span.begin, span.end, span))
+                continue
+            begin = at + self._streams.nanoseconds(anchor, span.begin)
+            found.append((begin, begin + self._streams.nanoseconds(span.begin, span.end), span))
+            if begin - at > _ANCHOR_SPAN:
+                anchor, at = span.begin, begin
+        return sorted(found, key=lambda item: item[:2])
+
+
+def _beside(spans: list[tuple[int, int, Span]]) -> Iterable[tuple[int, int, int, Span]]:
+    """(place, begin, end, span): spans that overlap get places beside each other, the lowest that is free."""
+    ends: list[int] = []
+    for begin, end, span in spans:
+        place = next((place for place, last in enumerate(ends) if last <= begin + _ROUNDING), len(ends))
+        if place == len(ends):
+            ends.append(begin)
+        begin = max(begin, ends[place])
+        ends[place] = end = max(begin, end)
+        yield place, begin, end, span
+
+
+class TracedTransport:
+    """A transport whose messages leave spans: a send from when its bytes are ready, a receive from when it is posted."""
+
+    def __init__(self, transport, trace: Trace):
+        self._transport, self._trace = transport, trace
+
+    def __getattr__(self, name: str):
+        return getattr(self._transport, name)
+
+    def send(self, tensor, dest: int, tag: int, ready) -> Generator:
+        return self._watched("send", tag, tensor.nbytes, self._transport.send(tensor, dest, tag, ready))
+
+    def receive(self, tensor, source: int, tag: int) -> Generator:
+        return self._watched("receive", tag, tensor.nbytes, self._transport.receive(tensor, source, tag))
+
+    def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator:
+        work = self._transport.send_bytes(data, dest, tag)
+        return work if kind_of(tag)[0] == BEAT else self._watched("send", tag, len(data), work)
+
+    def receive_bytes(self, source: int, tag: int) -> Generator:
+        work = self._transport.receive_bytes(source, tag)
+        return self._watched("receive", tag, None, work) if kind_of(tag)[0] == RESULT else work
+
+    def send_now(self, tensor, dest: int, tag: int, ready) -> None:
+        self._now("send", tag, tensor.nbytes, self._transport.send_now, tensor, dest, tag, ready)
+
+    def receive_now(self, tensor, source: int, tag: int) -> None:
+        self._now("receive", tag, tensor.nbytes, self._transport.receive_now, tensor, source, tag)
+
+    def _watched(self, track: str, tag: int, nbytes: int | None, work: Generator) -> Generator:
+        begin, (kind, group) = time.perf_counter_ns(), kind_of(tag)
+        value = yield from work
+        self._trace.message(track, kind, begin, group, len(value) if nbytes is None else nbytes)
+        return value
+
+    def _now(self, track: str, tag: int, nbytes: int, call, *arguments) -> None:
+        begin = time.perf_counter_ns()
+        call(*arguments)
+        self._trace.message(track, HIDDEN, begin, kind_of(tag)[1], nbytes)
+
+
+class TraceFile:
+    """The file of all ranks' events, there whole or not at all. An error is kept until `close`: every rank is heard."""
+
+    def __init__(self, path: Path):
+        self._path, self._temporary, self._error, self._begun = path, atomic.temporary(path), None, False
+        self._file = None
+
+    def add(self, events: list[str]) -> None:
+        """A rank's events."""
+        try:
+            if self._file is None:
+                self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 - closed in close
+                self._file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+            self._file.write((",\n" if self._begun else "") + ",\n".join(events))
+            self._begun = True
+        except OSError as error:
+            self._error = self._error or error
+
+    def close(self) -> None:
+        """Gives the file its name. Raises the first OSError, with nothing left behind."""
+        try:
+            if self._error is not None:
+                raise self._error
+            self._file.write("\n]}\n")
+            self._file.close()
+            atomic.fsync(self._temporary)
+            atomic.publish(self._temporary, self._path)
+        finally:
+            if self._file is not None:
+                self._file.close()
+                self._temporary.unlink(missing_ok=True)
