@@ -258,7 +258,8 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, s
 def _check_trace(config: Config) -> None:
     """Raises InputError unless a trace could be written, over no file but an older trace."""
     path = Path(config.job.trace)
-    if path.is_dir() or path.resolve() in (Path(p).resolve() for p in (config.model, config.prompts, config.output)):
+    files = [Path(file).resolve() for file in (config.model, config.prompts, config.output) if file]
+    if path.is_dir() or path.resolve() in files:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
     check_folder(path)
 
