@@ -49,6 +49,22 @@ def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late
     compare(folder, [name])
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("laps", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_one_rank_gives_the_references_tokens_with_hidden_states_in_cpu_memory(
+    folder,  # noqa: F811
+    late,
+    microbatches,
+    laps,
+    schedule,
+):
+    name = f"activations-{microbatches}-{laps}-{schedule}"
+    keys = {"activations": "cpu", "schedule": schedule, "laps": laps, "microbatches": microbatches, "groups": 2}
+    alone(folder, name, cache={"gpu": 40, "cpu": 60}, weights={"gpu": 40, "cpu": 60}, **keys)
+    compare(folder, [name])
+
+
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):  # noqa: F811

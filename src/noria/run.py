@@ -12,6 +12,7 @@ import torch
 from noria import attention, kinds, streams, transports
 from noria.blocks import ModelShape
 from noria.config import Config, InputError
+from noria.engine.activations import InHost, OnDevice
 from noria.engine.executor import Executor, Timing, figures, follow, lead
 from noria.engine.heartbeat import SILENCE
 from noria.engine.kv_cache import KvCache, open_shares
@@ -234,8 +235,17 @@ def build(
         streams,
         lambda message: log(rank, plan.num_ranks, message),
         trace,
+        activations=_activations(plan, shape, streams, traffic),
     )
     return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
+
+
+def _activations(plan: planner.Plan, shape: ModelShape, streams, traffic: Traffic) -> OnDevice | InHost:
+    """Where hidden states are between layers."""
+    if plan.activations == "gpu":
+        return OnDevice()
+    sizes = plan.step_tokens, plan.microbatch_tokens, shape.hidden_size
+    return InHost(*sizes, TORCH_DTYPES[plan.dtype], streams, traffic)
 
 
 def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
@@ -252,6 +262,7 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, s
         streams.device,
         streams,
         plan.blocking,
+        plan.activations == "cpu",
     )
 
 

@@ -19,6 +19,7 @@ from late_streams import LateStreams  # noqa: E402
 
 WEIGHTS = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"cpu": 50, "disk": 50}, {"disk": 100}]
 CACHE = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"gpu": 30, "cpu": 30, "disk": 40}]
+ACTIVATIONS = ["gpu", "cpu"]
 SCHEDULES = ["sequential", "single_batch", "multi_batch"]
 
 
@@ -32,6 +33,7 @@ def cases(num_ranks):
             "weights": WEIGHTS[weights],
             "cache": CACHE[cache],
             "schedule": SCHEDULES[schedule],
+            "activations": ACTIVATIONS[(weights + cache + schedule + laps) % 2],
             "laps": laps,
             "microbatches": 1 + (weights + cache) % 3,
             "groups": num_ranks + laps % 2,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from noria.engine.fixed import Fixed
 from noria.engine.heartbeat import SILENCE, Heart
 from noria.engine.order import HEADER, HIDDEN, RESULT, Place, tag
 from noria.step import Result, Step
@@ -26,13 +27,15 @@ class BlockingRing:
         dtype: torch.dtype,
         device: torch.device,
         streams,
+        in_host: bool = False,
     ):
         self.place = place
         self._transport = transport
         self._streams = streams
         shape = (place.groups, step_tokens, hidden_size)
-        self._inputs = torch.empty(shape, dtype=dtype, device=device)
-        self._output = torch.empty(shape[1:], dtype=dtype, device=device)  # a send is over when it returns
+        self._buffers = Fixed(shape, dtype, device, in_host), Fixed(shape[1:], dtype, device, in_host)
+        self._inputs, self._output = (buffer.tensor for buffer in self._buffers)  # a send is over when it returns
+        self._in_host = in_host
         self._rounds = [0] * place.groups
         self._num_tokens = [0] * place.groups  # of each group's latest step
         self._header: bytes | None = None  # waits for its hidden states
@@ -75,12 +78,17 @@ class BlockingRing:
             return self._received.pop((lap, group))
         return self._receive_hidden(group, num_tokens)
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
-        """Hands hidden [T, E] on to the next virtual stage. Blocks until it is being received."""
+    def output(self, group: int, lap: int, num_tokens: int) -> torch.Tensor | None:
+        """As in engine.ring."""
+        return self._output[:num_tokens] if self._in_host else None
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
+        """Hands hidden [T, E] on to the next virtual stage, as engine.ring does. Blocks until it is being received."""
         assert not self.place.answers(lap)
         output = self._output[: len(hidden)]
-        output.copy_(hidden)
-        ready = self._streams.event()
+        if ready is None:
+            output.copy_(hidden)
+            ready = self._streams.event()
         if self.place.rank == 0:
             self._receive_ahead(lap, group)
         if self._header is not None:
@@ -101,6 +109,8 @@ class BlockingRing:
         assert not self._received, "messages that nobody asked for"
         if self._heart is not None:
             self._heart.close()
+        for buffer in self._buffers:
+            buffer.close()
 
     def abandon(self) -> None:
         if self._heart is not None:

@@ -131,13 +131,15 @@ class Executor:
             self._trace.compute("embed", begin, *self._at)
         else:
             hidden = self._wait("waiting for hidden states", self._ring.receive, group, lap, prepared.step.num_tokens)
-        hidden = self._stage.forward(prepared, layers, hidden)
-        if self._last_rank and lap == len(self._stages) - 1:
+        answers = self._last_rank and lap == len(self._stages) - 1
+        output = None if answers else self._ring.output(group, lap, prepared.step.num_tokens)
+        hidden = self._stage.forward(prepared, layers, hidden, output)
+        if answers:
             answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, hidden).items()}
             make = lambda: Result(**{name: values.numpy() for name, values in answer.items()})  # noqa: E731
             self._ring.send_result(group, self._streams.event(), make)
         else:
-            self._ring.send(group, lap, hidden)
+            self._ring.send(group, lap, hidden, self._stage.stored)
             if not (self._first_rank and self._last_rank):
                 self._traffic.add("rank_to_rank", hidden.nbytes)
 

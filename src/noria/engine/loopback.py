@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from noria.engine.fixed import Fixed
 from noria.engine.order import Place
 from noria.step import Result, Step
 
@@ -14,11 +15,22 @@ from noria.step import Result, Step
 class LoopbackRing:
     """The methods of engine.ring.Ring where a rank is its own next one."""
 
-    def __init__(self, place: Place, hidden_size: int, step_tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        place: Place,
+        hidden_size: int,
+        step_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        in_host: bool = False,
+    ):
         self.place = place
         # One buffer per group: the copy of lap l's output follows the reading of its input on the same stream.
-        shape = (place.groups, step_tokens, hidden_size)
-        self._hidden = torch.empty(shape, dtype=dtype, device=device) if place.laps > 1 else None
+        # In host memory two in turn: a visit may write its output while it still reads its input.
+        self._turns = 2 if in_host else 1
+        shape = (self._turns, place.groups, step_tokens, hidden_size)
+        self._buffer = Fixed(shape, dtype, device, in_host) if place.laps > 1 else None
+        self._in_host = in_host
         self._laps = {}
         self._results = {}
 
@@ -34,13 +46,22 @@ class LoopbackRing:
     def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
         """What `send` was given on the lap before: [num_tokens, E], to read until the group is sent on."""
         assert self._laps.pop(group) == lap
-        return self._hidden[group, :num_tokens]
+        return self._of(group, lap - 1, num_tokens)
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
-        """Keeps hidden [T, E] for the next lap, as a copy made on the current stream."""
+    def output(self, group: int, lap: int, num_tokens: int) -> torch.Tensor | None:
+        """Where in host memory to put the [num_tokens, E] that `send` is given next; None where it takes a copy itself."""
+        return self._of(group, lap, num_tokens) if self._in_host else None
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
+        """Keeps hidden [T, E] for the next lap, as a copy made on the current stream; with an event it is `output`'s."""
         assert not self.place.answers(lap)
-        self._hidden[group, : len(hidden)].copy_(hidden)
+        if ready is None:
+            self._of(group, lap, len(hidden)).copy_(hidden)
         self._laps[group] = lap + 1
+
+    def _of(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
+        """Where lap `lap` leaves a group's hidden states."""
+        return self._buffer.tensor[lap % self._turns, group, :num_tokens]
 
     def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
         self._results[group] = ready, make
@@ -53,6 +74,8 @@ class LoopbackRing:
 
     def close(self) -> None:
         assert not self._results, "results that nobody received"
+        if self._buffer is not None:
+            self._buffer.close()
 
     def abandon(self) -> None:
         pass

@@ -10,6 +10,7 @@ import torch
 
 from noria.engine.blocking_ring import BlockingRing
 from noria.engine.communication import Communication
+from noria.engine.fixed import Fixed
 from noria.engine.heartbeat import SILENCE, beat, listen
 from noria.engine.loopback import LoopbackRing
 from noria.engine.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
@@ -25,6 +26,8 @@ class Ring:
     this rank still reads lap l's input, and the receive of lap l+1 is posted when the event of lap l's output has
     completed, just before that output is sent. A send buffer is rewritten only after the ticket of the group's
     previous send: its contents have arrived by then, but MPI must have let go of it too.
+
+    `in_host`: the buffers are in page-locked host memory, and the caller fills those that it sends (`output`).
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Ring:
         dtype: torch.dtype,
         device: torch.device,
         streams,
+        in_host: bool = False,
     ):
         assert place.groups <= MAX_GROUPS
         self.place = place
@@ -44,8 +48,10 @@ class Ring:
         shape = (place.groups, step_tokens, hidden_size)
         one_lap = place.laps == 1
         # With one lap rank 0 receives no hidden states, and the last rank sends none.
-        self._inputs = None if one_lap and place.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
-        self._outputs = None if one_lap and place.is_last else torch.empty(shape, dtype=dtype, device=device)
+        needed = not (one_lap and place.rank == 0), not (one_lap and place.is_last)
+        self._buffers = [Fixed(shape, dtype, device, in_host) if its else None for its in needed]
+        self._inputs, self._outputs = (its and its.tensor for its in self._buffers)
+        self._in_host = in_host
         self._rounds = [0] * place.groups
         self._headers = deque()  # tickets of the steps to come; the last one's header is not here yet
         self._receives = {}
@@ -92,20 +98,30 @@ class Ring:
         ticket.wait()
         return self._inputs[group, :num_tokens]
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor) -> None:
+    def output(self, group: int, lap: int, num_tokens: int) -> torch.Tensor | None:
+        """Where in host memory to put the [num_tokens, E] that `send` is given next; None where it takes a copy itself."""
+        if not self._in_host:
+            return None
+        self._wait_sent(group)
+        return self._outputs[group, :num_tokens]
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
         """Hands hidden [T, E] on to the next virtual stage and returns at once.
 
-        `hidden` is copied on the current stream: what is queued there later may write over it.
+        `hidden` is copied on the current stream: what is queued there later may write over it. With an event `ready` it is
+        what `output` gave, complete with the event.
         """
         assert not self.place.answers(lap)
-        self._wait_sent(group)
         output = self._outputs[group, : len(hidden)]
-        output.copy_(hidden)
+        if ready is None:
+            self._wait_sent(group)
+            output.copy_(hidden)
+            ready = self._streams.event()
         following = None
         if lap + 1 < self.place.laps:
             following = self._communication.ticket()
             self._receives[group] = lap + 1, following
-        self._sends[group] = self._communication.start(self._hand_on(group, output, self._streams.event(), following))
+        self._sends[group] = self._communication.start(self._hand_on(group, output, ready, following))
 
     def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
         """Last virtual stage: when the event `ready` has completed, the result that `make` returns goes to rank 0.
@@ -123,6 +139,8 @@ class Ring:
     def close(self) -> None:
         """The clean end, after the STOP round: waits until everything has been sent. Raises CommunicationError."""
         self._communication.close()
+        for buffer in filter(None, self._buffers):
+            buffer.close()
 
     def abandon(self) -> None:
         """The end after an error: waits for nobody. Messages under way are lost."""
@@ -185,15 +203,16 @@ def open_ring(
     device: torch.device,
     streams,
     blocking: bool = False,
+    in_host: bool = False,
 ) -> Ring | BlockingRing | LoopbackRing:
     """The ring of this run; the three have the same methods. Raises InputError where a blocking one would deadlock.
 
-    `transport` is None with one rank: nothing travels there.
+    `transport` is None with one rank: nothing travels there. `in_host`: hidden states are in host memory between visits.
     """
     place = Place(rank, num_ranks, groups, laps)
     if blocking:
         check_blocking(num_ranks, groups)
     if num_ranks == 1:
-        return LoopbackRing(place, hidden_size, step_tokens, dtype, device)
+        return LoopbackRing(place, hidden_size, step_tokens, dtype, device, in_host)
     kind = BlockingRing if blocking else Ring
-    return kind(transport, place, hidden_size, step_tokens, dtype, device, streams)
+    return kind(transport, place, hidden_size, step_tokens, dtype, device, streams, in_host)

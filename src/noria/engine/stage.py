@@ -11,6 +11,7 @@ import torch
 
 from noria import blocks
 from noria.engine import kv_cache
+from noria.engine.activations import Embedding, InHost, OnDevice
 from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache, Staged
 from noria.engine.sampler import Sampler
@@ -45,6 +46,8 @@ class Prepared:
     sample_rows: torch.Tensor  # [S] int64
     score_rows: torch.Tensor  # [P] int64
     score_ids: torch.Tensor  # [P] int64
+    needed: np.ndarray  # where hidden states are in CPU memory: the rows of the step that the head needs, and
+    needed_rows: torch.Tensor  # the same on the device; sample_rows and score_rows are then counted among them
     microbatches: tuple[Microbatch, ...]
     borders: list[int]
 
@@ -68,11 +71,13 @@ class Stage:
         streams,
         report: Callable[[str], None] = lambda message: None,
         trace=OFF,
+        activations: OnDevice | InHost | None = None,
     ):
         self._model, self._attention, self._shape = model, attention, shape
         self._weights, self._cache, self._sampler = weights, cache, sampler
         self._schedule, self._streams = schedule.schedule, streams
         self._dtype, self._device, self._report = dtype, streams.device, report
+        self._activations = activations or OnDevice()
         self._trace, self._at = trace, (0, 0, 0)  # the round, lap and group of the visit
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._head_rows = HEAD_ROWS
@@ -86,6 +91,12 @@ class Stage:
         """Lets go of the tiers, when nothing is to be computed any more."""
         self._weights.close()
         self._cache.close()
+        self._activations.close()
+
+    @property
+    def stored(self):
+        """The event after which what `forward` returned last is in host memory; None where it is on the device."""
+        return self._activations.stored
 
     def prepare(self, step: Step) -> Prepared:
         """Takes over the step's changes of slots and puts its index tensors on the device."""
@@ -93,10 +104,11 @@ class Stage:
         self._sampler.apply(step)
         borders = refined(step.microbatches.tolist(), step.counts.tolist(), self._most_tokens)
         spans, rows = self._spans(step, borders)
-        parts = [step.token_ids, positions_of(step), step.sample_rows, step.score_rows, step.score_ids, *rows]
-        token_ids, positions, sample_rows, score_rows, score_ids, *rows = self._to_device(parts)
-        microbatches = self._microbatches(positions, spans, rows)
-        return Prepared(step, token_ids, positions, sample_rows, score_rows, score_ids, microbatches, borders)
+        needed, *head_rows = self._activations.needed(step.sample_rows, step.score_rows)
+        parts = [step.token_ids, positions_of(step), *head_rows, step.score_ids, needed, *rows]
+        ids, positions, sample_rows, score_rows, score_ids, needed_rows, *rows = self._to_device(parts)
+        of_head = sample_rows, score_rows, score_ids, needed, needed_rows
+        return Prepared(step, ids, positions, *of_head, self._microbatches(positions, spans, rows), borders)
 
     def _spans(self, step: Step, borders: list[int]) -> tuple[list, list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
@@ -115,59 +127,73 @@ class Stage:
             first = last
         return tuple(microbatches)
 
-    def embed(self, prepared: Prepared) -> torch.Tensor:
-        """[T, E] hidden states of the step's tokens, gathered where the table lives."""
-        parameters = self._weights.wait("embed")
+    def embed(self, prepared: Prepared) -> torch.Tensor | Embedding:
+        """[T, E] hidden states of the step's tokens, gathered where the table lives; in CPU memory, how to gather them."""
+        on_device = self._weights.wait("embed")["tokens"].device == self._device
+        if isinstance(self._activations, InHost):
+            return Embedding(lambda first, last: self._gather(prepared, slice(first, last)), not on_device)
+        hidden = self._gather(prepared, slice(None))
+        return hidden if on_device else hidden.to(self._device, non_blocking=True)
+
+    def _gather(self, prepared: Prepared, tokens: slice) -> torch.Tensor:
+        """Hidden states of these tokens, on the device or in page-locked host memory: where the table lives."""
+        parameters, step = self._weights.wait("embed"), prepared.step
         if parameters["tokens"].device == self._device:
-            return self._model.embed(self._shape, parameters, prepared.token_ids, prepared.positions)
+            return self._model.embed(self._shape, parameters, prepared.token_ids[tokens], prepared.positions[tokens])
         ids, positions = (
-            torch.from_numpy(array.astype(np.int64)) for array in (prepared.step.token_ids, positions_of(prepared.step))
+            torch.from_numpy(array[tokens].astype(np.int64)) for array in (step.token_ids, positions_of(step))
         )
-        hidden = self._model.embed(self._shape, parameters, ids, positions)
-        return hidden.pin_memory().to(self._device, non_blocking=True)
+        return self._model.embed(self._shape, parameters, ids, positions).pin_memory()
 
-    def forward(self, prepared: Prepared, layers: range, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, E] after these layers; each layer's weights serve all microbatches of the step."""
-        parts, start = [hidden[m.first : m.last] for m in prepared.microbatches], 0
+    def forward(self, prepared: Prepared, layers: range, hidden, output: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, E] after these layers; each layer's weights serve all microbatches of the step.
+
+        Where hidden states are in CPU memory they are in `output` once `stored` has completed; without one, what the head
+        needs of them stays on the device.
+        """
+        self._activations.begin(prepared, len(layers), hidden, output)
+        start = 0
         while start < len(layers):
-            start, parts = self._pass(prepared, layers, start, parts)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            start = self._pass(prepared, layers, start)
+        return self._activations.end()
 
-    def _pass(self, prepared: Prepared, layers: range, start: int, parts: list) -> tuple[int, list[torch.Tensor]]:
-        """Goes through the layers from `start` on as the schedule says. Returns how far it came and the parts there.
+    def _pass(self, prepared: Prepared, layers: range, start: int) -> int:
+        """Goes through the layers from `start` on as the schedule says. Returns how far it came.
 
         Where memory does not suffice that is the layer that was begun, with its microbatches cut finer. It may be
         computed again: it writes only to the cache, and there the same values.
         """
-        layers, after = layers[start:], []
-        for actions in self._schedule(len(layers), len(parts)):
-            self._move(prepared, layers, actions)
+        microbatches = len(prepared.microbatches)
+        for actions in self._schedule(len(layers) - start, microbatches):
+            self._move(prepared, layers, start, actions)
             if actions.compute is None:
                 continue
-            layer, microbatch = actions.compute
-            part = self._compute(prepared, layers[layer], microbatch, parts[microbatch])
+            layer, microbatch = start + actions.compute[0], actions.compute[1]
+            part = self._compute(prepared, layers[layer], microbatch, self._activations.take(layer, microbatch))
             if part is None:
                 self._cache.drop()
-                return start + layer, self._cut_finer(prepared, parts)
-            after.append(part)
-            self._store(prepared, layers, [cell for cell in actions.store_cache if cell == actions.compute])
-            if len(after) == len(parts):
-                parts, after = after, []
+                self._cut_finer(prepared)
+                return layer
+            self._activations.put(layer, microbatch, part)
+            self._store(prepared, layers, start, [cell for cell in actions.store_cache if cell == actions.compute])
+            if microbatch == microbatches - 1:
                 self._weights.done(blocks.layer_name(layers[layer]))
-        return start + len(layers), parts
+        return len(layers)
 
-    def _move(self, prepared: Prepared, layers: range, actions: Actions) -> None:
-        """Sends the loads and stores of a row of the schedule on their way."""
-        self._store(prepared, layers, [cell for cell in actions.store_cache if cell != actions.compute])
+    def _move(self, prepared: Prepared, layers: range, start: int, actions: Actions) -> None:
+        """Sends the loads and stores of a row of the schedule, whose layers count from `start` on, on their way."""
+        self._store(prepared, layers, start, [cell for cell in actions.store_cache if cell != actions.compute])
         if actions.load_weight is not None:
             self._weights.prefetch()
         after = [self._streams.event()] if actions.waits and actions.load_cache else ()
         for layer, microbatch in actions.load_cache:
-            self._cache.load(layers[layer], microbatch, prepared.microbatches[microbatch].staged, after)
+            self._activations.load(start + layer, microbatch, after)
+            self._cache.load(layers[start + layer], microbatch, prepared.microbatches[microbatch].staged, after)
 
-    def _store(self, prepared: Prepared, layers: range, cells: Iterable[Cell]) -> None:
+    def _store(self, prepared: Prepared, layers: range, start: int, cells: Iterable[Cell]) -> None:
         for layer, microbatch in cells:
-            self._cache.store(layers[layer], microbatch, prepared.microbatches[microbatch].staged)
+            self._activations.store(start + layer, microbatch)
+            self._cache.store(layers[start + layer], microbatch, prepared.microbatches[microbatch].staged)
 
     def _compute(self, prepared: Prepared, layer: int, microbatch: int, part: torch.Tensor) -> torch.Tensor | None:
         """A microbatch's part after a layer; None if memory did not suffice."""
@@ -183,8 +209,8 @@ class Stage:
                 raise  # a row each: there is nothing left to cut
             return None
 
-    def _cut_finer(self, prepared: Prepared, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Cuts each microbatch of the step in two. Returns the parts that belong to them, as views."""
+    def _cut_finer(self, prepared: Prepared) -> None:
+        """Cuts each microbatch of the step in two."""
         step, counts = prepared.step, prepared.step.counts.tolist()
         before = largest(prepared.borders, counts)
         old, prepared.borders = prepared.microbatches, halved(prepared.borders)
@@ -197,16 +223,10 @@ class Stage:
         )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        whole = {m.first: (m, part) for m, part in zip(old, parts, strict=True)}
-        finer, holder = [], None
-        for microbatch in prepared.microbatches:
-            holder = whole.get(microbatch.first, holder)
-            start = holder[0].first
-            finer.append(holder[1][microbatch.first - start : microbatch.last - start])
-        return finer
+        self._activations.cut(old, prepared.microbatches)
 
     def sample(self, prepared: Prepared, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What step.Result holds, on the device, for the step's hidden states [T, E].
+        """What step.Result holds, on the device, for the step's hidden states: [T, E], or what is needed of them.
 
         Logits are computed for sampled rows, and for prompts whose tokens are scored, alone.
         """

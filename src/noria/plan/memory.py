@@ -12,6 +12,7 @@ from noria.step import PAGE_TOKENS
 
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)
 DRAW_NBYTES = 2**29  # sorted and cumulated float64 copies of a chunk of logits (engine.sampler.CHUNK_ELEMENTS)
+ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory (engine.activations.SLOTS)
 DISK_NBYTES = 2**28  # host buffers through which bytes go to and from a disk (tiers.disk: NUM_SLOTS of SLOT_NBYTES)
 
 
@@ -61,10 +62,13 @@ class Sizes:
             items["weight slots"] = self.weight_slots * self.slot(rank)
             items["cache slots"] = slots
             items["messages"] = self._messages() if self.activations == "gpu" else 0
+            slots = ACTIVATION_SLOTS * (self.activations == "cpu")
+            items["activation slots"] = slots * self._hidden(self.microbatch_tokens)
             items["work space"] = self._work_space(rank)
         elif tier == "cpu":
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
+            items["activations"] = 2 * self._hidden(self.step_tokens) * (self.activations == "cpu")
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
     def tables(self, cache_pages: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], ...]:
@@ -82,14 +86,20 @@ class Sizes:
 
     def _messages(self) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
-        buffers = 2 if self.num_ranks > 1 else int(len(self.stages) > 1)
-        return buffers * self.groups * self.step_tokens * self.shape.hidden_size * DTYPE_NBYTES[self.dtype]
+        alone = (2 if self.activations == "cpu" else 1) * (len(self.stages) > 1)
+        return (2 if self.num_ranks > 1 else alone) * self.groups * self._hidden(self.step_tokens)
+
+    def _hidden(self, num_tokens: int) -> int:
+        """Bytes of the hidden states of so many tokens."""
+        return num_tokens * self.shape.hidden_size * DTYPE_NBYTES[self.dtype]
 
     def _work_space(self, rank: int) -> int:
         itemsize = DTYPE_NBYTES[self.dtype]
         layers = [self.blocks[name] for name in self.weight_tiers[rank] if name.startswith("layers/")]
         widest = max(parameter.shape[0] for block in layers for parameter in block.parameters)
-        hidden = 2 * self.step_tokens * self.shape.hidden_size
+        # In CPU memory: all but the rows that the head needs, which are those of a whole step where prompts are scored.
+        on_device = 2 if self.activations == "gpu" else 2 * (rank == self.num_ranks - 1)
+        hidden = on_device * self.step_tokens * self.shape.hidden_size
         of_token = 8 * self.shape.hidden_size + max(3 * widest, self.shape.mixture_size)
         work = (hidden + self.microbatch_tokens * of_token) * itemsize
         if rank == self.num_ranks - 1:

@@ -1,6 +1,6 @@
 """Tensors travel through staging buffers in host memory: works with every MPI, and MPI never sees device memory.
 
-A message goes in chunks through two halves, so that the copy of one overlaps with the transfer of the other. Copies run
+What is in host memory already goes as it is. A message goes in chunks through two halves, so that the copy of one overlaps with the transfer of the other. Copies run
 on streams of this file's own.
 """
 
@@ -33,6 +33,9 @@ class Transport:
 
     def send(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> Generator[None, None, None]:
         """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
+        if self._in_host(tensor):
+            yield from self._mpi.send(tensor, dest, tag, ready)
+            return
         while not ready.query():
             yield
         data = bytes_of(tensor)
@@ -48,6 +51,9 @@ class Transport:
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
         """Receives exactly the tensor's bytes; it may be written to from the first step until the generator ends."""
+        if self._in_host(tensor):
+            yield from self._mpi.receive(tensor, source, tag)
+            return
         chunks = bytes_of(tensor).split(CHUNK_NBYTES)
         halves = self._halves("receive", tag, tensor.nbytes)
         staged = [halves[index % 2][: len(chunk)] for index, chunk in enumerate(chunks)]
@@ -59,6 +65,8 @@ class Transport:
                 requests.append(self._mpi.irecv(message(staged[index + 2]), source, tag))
 
     def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
+        if self._in_host(tensor):
+            return self._mpi.send_now(tensor, dest, tag, ready)
         ready.synchronize()
         data = bytes_of(tensor)
         half = self._halves("send", tag, len(data))[0]
@@ -68,11 +76,17 @@ class Transport:
             self._mpi.comm.Ssend(message(staged), dest, tag)
 
     def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
+        if self._in_host(tensor):
+            return self._mpi.receive_now(tensor, source, tag)
         half = self._halves("receive", tag, tensor.nbytes)[0]
         for chunk in bytes_of(tensor).split(CHUNK_NBYTES):
             staged = half[: len(chunk)]
             self._mpi.comm.Recv(message(staged), source, tag)
             _copy(staged, chunk, self._receiving).synchronize()
+
+    def _in_host(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is in host memory, and its rank's device is another."""
+        return tensor.device.type == "cpu" != self.device.type
 
     def _halves(self, direction: str, tag: int, nbytes: int) -> list[torch.Tensor]:
         """Two host buffers of a chunk each, the same for every message of this direction and tag."""
