@@ -18,7 +18,7 @@ from noria.config import InputError
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
 TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
-PINGS = 32  # to and fro with each rank; the fastest one tells the clocks' difference
+PINGS = 100  # to and fro with each rank; the fastest one tells the clocks' difference
 HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
 
 
