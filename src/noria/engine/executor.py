@@ -15,7 +15,6 @@ from noria.engine.stage import Prepared, Stage
 from noria.engine.trace import OFF
 from noria.step import Result, Step, Word
 
-
 MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
 
 
