@@ -1,5 +1,6 @@
 """Tokens do not depend on where weights and cache live, on the schedule or on laps; every byte over a link is counted."""
 
+# ruff: noqa: F811 -- the folder of test_same is a fixture here
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from noria.engine.cycle import once
 from noria.files.checkpoint import open_checkpoint
 from noria.launch.mpi import Solo
 from noria.run import run
-from test_same import compare, folder  # noqa: F401
+from test_same import compare, folder
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))
 from placement_worker import CACHE, SCHEDULES, WEIGHTS, cases  # noqa: E402
@@ -35,7 +36,7 @@ def late(monkeypatch):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("weights", range(1, len(WEIGHTS)))
-def test_one_rank_gives_the_references_tokens_wherever_its_weights_are(folder, late, weights, schedule):  # noqa: F811
+def test_one_rank_gives_the_references_tokens_wherever_its_weights_are(folder, late, weights, schedule):
     name = f"weights-{weights}-{schedule}"
     alone(folder, name, weights=WEIGHTS[weights], schedule=schedule, groups=2)
     compare(folder, [name])
@@ -43,7 +44,7 @@ def test_one_rank_gives_the_references_tokens_wherever_its_weights_are(folder, l
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cache", range(1, len(CACHE)))
-def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late, cache, schedule):  # noqa: F811
+def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late, cache, schedule):
     name = f"cache-{cache}-{schedule}"
     alone(folder, name, cache=CACHE[cache], weights={"gpu": 40, "cpu": 60}, schedule=schedule, microbatches=3)
     compare(folder, [name])
@@ -53,7 +54,7 @@ def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late
 @pytest.mark.parametrize("laps", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
 def test_one_rank_gives_the_references_tokens_with_hidden_states_in_cpu_memory(
-    folder,  # noqa: F811
+    folder,
     late,
     microbatches,
     laps,
@@ -67,7 +68,7 @@ def test_one_rank_gives_the_references_tokens_with_hidden_states_in_cpu_memory(
 
 @pytest.mark.slow
 @pytest.mark.mpi
-def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):  # noqa: F811
+def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):
     names = [name for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
     worker = Path(__file__).parent / "mpi" / "placement_worker.py"
     done = mpirun(4, [sys.executable, worker, folder], timeout=900)
@@ -84,7 +85,7 @@ def bytes_of(path):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("weights", range(len(WEIGHTS)))
-def test_weights_over_the_link_are_what_the_rounds_need(folder, weights, groups):  # noqa: F811
+def test_weights_over_the_link_are_what_the_rounds_need(folder, weights, groups):
     path = alone(folder, f"bytes-{weights}-{groups}", weights=WEIGHTS[weights], groups=groups, max_new_tokens=3)
     plan, found = bytes_of(path)
     with open_checkpoint(folder / "model.h5") as checkpoint:

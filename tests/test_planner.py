@@ -216,3 +216,10 @@ def test_slots_of_weights_are_as_large_as_the_ranks_largest_streamed_block():
     plan = make(2, BIG, weights={"cpu": 100.0})
     largest = blocks()["layers/0000"].nbytes, blocks()["head"].nbytes
     assert [memory["gpu"]["weight slots"] for memory in plan.memory] == [3 * nbytes for nbytes in largest]
+
+
+def test_a_user_may_ask_for_more_of_a_gpu_than_a_run_takes_by_itself():
+    machine = Machine("cuda", 20 * GiB, most_memory_nbytes=22 * GiB)
+    assert sum(make(machine=machine, gpu_memory="21GiB").memory[0]["gpu"].values()) > 20 * GiB
+    with pytest.raises(InputError, match="placement.gpu_memory is 23.0 GiB, but the tightest rank has 22.0 GiB to use"):
+        make(machine=machine, gpu_memory="23GiB")

@@ -95,7 +95,8 @@ def _generate(
         )
         if rank == 0:
             on_error.push(desk.withdraw)
-        _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines()])
+        told = device.type == "cuda" or config.job.machine is not None  # nobody can assume what a CPU does
+        _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines(predicted=told)])
         its_streams, traffic = streams.streams_of(device), Traffic()
         title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF

@@ -17,6 +17,7 @@ from noria.plan.planner import Machine
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 # Where one of these is set, the user has said how ranks are to be bound.
 BINDING_VARIABLES = ("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy")
+MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much
 MEMORY_SHARE = 0.9  # of the memory that is free: the rest is for the libraries' own needs
 
 
@@ -125,7 +126,8 @@ def machine(config: Config, comm, place: Place, device: torch.device) -> Machine
         raise InputError(
             f"placement.scratch: {folder} {why} on {place.host}: name a folder on a disk of the node itself"
         )
-    return Machine(device.type, memory, cpu_memory, scratch if needed else None)
+    most = int(memory / MEMORY_SHARE * MOST_SHARE) if device.type == "cuda" else None
+    return Machine(device.type, memory, cpu_memory, scratch if needed else None, most)
 
 
 def scratch_folder(config: Config) -> Path:

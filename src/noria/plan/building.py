@@ -23,13 +23,14 @@ class Machine:
     """What the planner must know of the ranks, each number the least over them.
 
     The device's kind, bytes of the device and of host memory that each may use (on a CPU they are the same memory), and
-    free bytes in scratch (None: not known).
+    free bytes in scratch (None: not known). `most_memory_nbytes`: what of the device a user may ask for (None: no more).
     """
 
     device: str
     memory_nbytes: int
     cpu_memory_nbytes: int = 1 << 62
     scratch_nbytes: int | None = None
+    most_memory_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Work:
         """Bytes of each tier that a rank may use."""
         placement, machine = self.config.placement, self.machine
         return {
-            "gpu": _limit(placement.gpu_memory, "placement.gpu_memory", machine.memory_nbytes),
+            "gpu": _limit(
+                placement.gpu_memory, "placement.gpu_memory", machine.memory_nbytes, machine.most_memory_nbytes
+            ),
             "cpu": _limit(placement.cpu_memory, "placement.cpu_memory", machine.cpu_memory_nbytes),
             "disk": 1 << 62 if machine.scratch_nbytes is None else machine.scratch_nbytes,
         }
@@ -341,11 +344,11 @@ def check_disk(work: Work, plan: Plan) -> None:
     )
 
 
-def _limit(asked: str | None, name: str, has: int) -> int:
+def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> int:
+    """Bytes that a rank may use: `has`, or what is asked, up to `most`."""
     if asked is None:
         return has
-    limit = parse_nbytes(asked, name)
-    require(
-        limit <= has, f"{name} is {size_words(limit)}, but the tightest rank has {size_words(has)} to use: lower it"
-    )
+    limit, most = parse_nbytes(asked, name), max(has, most or 0)
+    said = f"{name} is {size_words(limit)}, but the tightest rank has {size_words(most)} to use: lower it"
+    require(limit <= most, said)
     return limit

@@ -59,15 +59,15 @@ class Plan:
         ]
         return ", ".join(pieces if len(pieces) <= 6 else [*pieces[:3], "...", pieces[-1]])
 
-    def lines(self) -> list[str]:
-        """The plan as people read it."""
+    def lines(self, predicted: bool = True) -> list[str]:
+        """The plan as people read it, with or without its prediction."""
         head = (
             f"plan: {self.num_ranks} ranks x {self.laps} laps, {self.groups} groups, steps of {self.step_tokens} tokens"
             f" in {self.microbatches}+ microbatches of {self.microbatch_tokens}, {self.dtype}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
-        return [head, *ranks, *self._predicted_lines()]
+        return [head, *ranks, *(self._predicted_lines() if predicted else ())]
 
     def _predicted_lines(self) -> list[str]:
         if not self.predicted:
