@@ -16,7 +16,7 @@ from noria.engine.cycle import once
 from noria.files.checkpoint import open_checkpoint
 from noria.launch.mpi import Solo
 from noria.run import run
-from test_same import compare
+from test_same import compare, folder  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))
 from placement_worker import CACHE, SCHEDULES, WEIGHTS, cases  # noqa: E402

@@ -59,6 +59,11 @@ def figures(timings: Sequence[Mapping], speeds: bool) -> dict:
     return found
 
 
+def _is_prefill(steps: Sequence[Step]) -> bool:
+    """Whether a round of these steps computes any chunk of a prompt."""
+    return any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
+
+
 class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
@@ -92,35 +97,38 @@ class Executor:
     @torch.inference_mode()
     def run(self, next_step: "NextStep") -> Timing:
         """All rounds, until every header of one says STOP."""
-        started = before = time.perf_counter()
+        started = began = time.perf_counter()
         steps: list[Prepared | None] = [None] * self._groups
         for round in count():
+            before = [prepared.step for prepared in steps if prepared]
             for lap, layers in enumerate(self._stages):
                 for group in range(self._groups):
                     self._at = round, lap, group
                     if lap == 0:
                         steps[group] = self._stage.prepare(self._next(next_step, round, group))
+                        if group == 0 and round:  # what the round before computed is there, or this step could not be
+                            began = self._time_round(round - 1, before, began)
                     empty = not steps[group].step.num_tokens
                     self._stage.begin(round, lap, group, empty)
                     self.timing.visits += lap == 0 and not empty
                     if not empty:
                         self._visit(steps[group], group, lap, layers)
-            now = time.perf_counter()
-            self._end_round(round, [prepared.step for prepared in steps], before, now)
-            before = now
-            if all(prepared.step.word is Word.STOP for prepared in steps):
+            composed = [prepared.step for prepared in steps]
+            self._traffic.end_round(_is_prefill(composed))
+            if all(step.word is Word.STOP for step in composed):
                 break
+        self._time_round(round, composed, began)
         self.timing.seconds = time.perf_counter() - started
         self._stage.close()
         return self.timing
 
-    def _end_round(self, round: int, steps: list[Step], began: float, ended: float) -> None:
-        prefill = any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
-        tokens = sum(step.num_tokens for step in steps)
+    def _time_round(self, round: int, steps: list[Step], began: float) -> float:
+        """Books a round that began at `began` and is over now. Returns now."""
+        ended, tokens, prefill = time.perf_counter(), sum(step.num_tokens for step in steps), _is_prefill(steps)
         self.timing.end_round(prefill, tokens, ended - began)
-        self._traffic.end_round(prefill)
         name = ("prefill" if prefill else "decode") if tokens else "no tokens"
         self._trace.host("steps", name, began, ended, round=round, tokens=tokens)
+        return ended
 
     def _visit(self, prepared: Prepared, group: int, lap: int, layers: range) -> None:
         """One group's way through one virtual stage."""
