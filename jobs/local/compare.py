@@ -21,12 +21,15 @@ from noria import attention, models, run
 from noria import config as configuration
 from noria.blocks import layer_name
 from noria.config import DTYPES, InputError
+from noria.engine.loading import Loader
+from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.files.checkpoint import block_names, open_checkpoint
 from noria.files.convert import convert
 from noria.files.generations import open_generations
 from noria.launch.mpi import Solo
 from noria.step import PAGE_TOKENS, Run, Span
+from noria.streams import streams_of
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog.", "1, 2, 3, 4, 5,", "def main():\n", "Once upon a time"]
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-1}  # transformers rotates in float32
@@ -106,7 +109,8 @@ def compare_logits(arguments, checkpoint_path: Path, prompts, references) -> tup
     tolerance, agree, largest = arguments.tolerance or TOLERANCE[arguments.dtype], True, 0.0
     with contextlib.closing(open_checkpoint(checkpoint_path)) as checkpoint:
         device = torch.device(arguments.device)
-        weights = Weights(checkpoint, block_names(checkpoint.shape), arguments.dtype, device)
+        tiers, layers = dict.fromkeys(block_names(checkpoint.shape), "gpu"), range(checkpoint.shape.num_layers)
+        weights = Loader(checkpoint, tiers, arguments.dtype, streams_of(device)).load([layers], 1, 0, Traffic())
         for row, (ids, expected) in enumerate(zip(prompts, references, strict=True)):
             found = logits(checkpoint, weights, ids, TORCH_DTYPES[arguments.dtype], device).double().cpu()
             difference = (found - expected).abs()

@@ -40,7 +40,7 @@ def fail_in_communication(fail):
         ring = open_the_ring(*arguments)
 
         def work():
-            until = time.monotonic() + 0.2
+            until = time.monotonic() + 0.05
             while time.monotonic() < until:
                 yield
             fail()

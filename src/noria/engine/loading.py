@@ -13,6 +13,7 @@ from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
 from noria.files.reading import read_ahead
 from noria.files.staged import checkpoint_regions, stage
+from noria.tiers import HostMemory
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk
 
@@ -45,9 +46,10 @@ class Loader:
         """
         memory = self._host_memory()
         straight = {name: region for name, region in self._regions.items() if not self._is_cast(name)}
+        straight |= self._on_this_device()
         names = sorted((name for name, tier in self._tiers.items() if tier != "disk"), key=lambda name: name == "embed")
         for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device):
-            if self._tiers[name] == "gpu":
+            if self._tiers[name] == "gpu" and name not in self._resident:
                 self._put_on_device(name, host)
             elif name in self._regions and self._is_cast(name):
                 self._cast(name, host, self._regions[name])
@@ -74,6 +76,16 @@ class Loader:
                 self._homes[name] = Home(target, memory, offset, ("host_to_gpu",))
             offset += target.nbytes
         return memory
+
+    def _on_this_device(self) -> dict[str, torch.Tensor]:
+        """Where the device is the CPU: memory for its blocks, to read them into without a second copy."""
+        if self._streams.device.type != "cpu":
+            return {}
+        shared = {"embed"} if self._checkpoint.shape.tied and self._tiers.get("head") == "gpu" else set()
+        names = {name for name, tier in self._tiers.items() if tier == "gpu" and not self._is_cast(name)} - shared
+        found = {name: HostMemory(self._targets[name].nbytes).memory for name in names}
+        self._resident |= {name: views(memory, self._targets[name]) for name, memory in found.items()}
+        return found
 
     def _put_on_device(self, name: str, host: torch.Tensor) -> None:
         """A block that stays on the device. A tied embedding has no table of its own beside the head's."""
