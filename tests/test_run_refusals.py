@@ -379,5 +379,6 @@ def test_a_closed_or_full_stdout_is_no_traceback(redirection, code, tmp_path):
         tmp_path / "m.h5",
     )
     command = f"{sys.executable} -m noria inspect {tmp_path}/m.h5 {redirection}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
     assert done.returncode == code and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == code, done

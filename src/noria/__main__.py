@@ -41,12 +41,21 @@ def main(argv: list[str] | None = None) -> int:
         mpi.leave_together()
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+        _forget_stdout()
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"noria: {printable(where + (error.strerror or str(error)))}\n")
+        _forget_stdout()
         return 1
+
+
+def _forget_stdout() -> None:
+    """Lets go of what stdout does not take, else Python complains of it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
