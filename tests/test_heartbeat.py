@@ -130,3 +130,13 @@ def test_hearts_of_their_own_hear_each_other_until_they_are_closed_and_miss_one_
     for heart in both:
         heart.close()
     assert lost == [1]
+
+
+def test_a_rank_that_is_through_hears_at_once_what_is_there_already(wire):
+    """Beats that lie there, then the last one: without looking at every turn each would take a second."""
+    wire.arriving = [(0.0, b"a"), (0.0, b"a"), (0.0, b"z")]
+    lost = []
+    work = heartbeat.listen(wire, PLACE, 30.0, lambda *who: lost.append(who), lambda: True)
+    assert not turn(wire, work, 0.5) and not lost
+    wire.arriving = [(wire.clock.now, b"a"), (wire.clock.now, b"a"), (wire.clock.now, b"z")]
+    assert turn(wire, heartbeat.listen(wire, PLACE, 30.0, lambda *who: lost.append(who)), 0.5)

@@ -26,7 +26,13 @@ def beat(transport, place: Place, silence: float, ending: Callable[[], bool]) ->
     yield from transport.send_bytes(_LAST, place.next, tag(BEAT))
 
 
-def listen(transport, place: Place, silence: float, lost: Callable[[int, float], None]) -> Generator[None, None, None]:
+def listen(
+    transport,
+    place: Place,
+    silence: float,
+    lost: Callable[[int, float], None],
+    ending: Callable[[], bool] = lambda: False,
+) -> Generator[None, None, None]:
     """Hears the previous rank's beats until its last one; calls `lost(rank, seconds)` once when they stay away."""
     last = time.monotonic()
     look, quiet = last, 0.0
@@ -34,7 +40,7 @@ def listen(transport, place: Place, silence: float, lost: Callable[[int, float],
     while True:
         now = time.monotonic()
         quiet, last = quiet + min(now - last, AWAKE), now
-        if now >= look:  # seldom: hidden states travel beside it
+        if now >= look or ending():  # seldom, while hidden states travel beside it
             look = now + silence / BEATS / 4
             try:
                 next(receive)
@@ -56,7 +62,7 @@ class Heart:
         self._closing = self._abandoned = False
         self._work = [
             beat(transport, place, silence, lambda: self._closing),
-            listen(transport, place, silence, lost),
+            listen(transport, place, silence, lost, lambda: self._closing),
         ]
         self._thread = threading.Thread(target=self._run, name="noria-heart", daemon=True)
         self._thread.start()

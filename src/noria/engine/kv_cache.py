@@ -18,7 +18,7 @@ from noria.files.staged import scratch_region
 from noria.step import PAGE_TOKENS, Run, Span, Step
 from noria.tiers import Transfer
 from noria.tiers.cpu import Cpu
-from noria.tiers.disk import Disk
+from noria.tiers.disk import SLOT_NBYTES, Disk
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,9 @@ def open_shares(
             tier.register()
             shares.append(Share(first, num_pages, tier, ("host_to_gpu",), ("gpu_to_host",)))
         elif name == "disk" and num_pages:
-            tier = Disk(scratch_region(scratch, nbytes), streams)
+            tier = Disk(
+                scratch_region(scratch, nbytes), streams, slot_nbytes=min(SLOT_NBYTES, nbytes // max(num_layers, 1))
+            )
             links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
             shares.append(Share(first, num_pages, tier, *links))
         first += num_pages

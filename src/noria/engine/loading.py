@@ -15,7 +15,7 @@ from noria.files.reading import read_ahead
 from noria.files.staged import checkpoint_regions, stage
 from noria.tiers import HostMemory
 from noria.tiers.cpu import Cpu
-from noria.tiers.disk import Disk
+from noria.tiers.disk import SLOT_NBYTES, Disk
 
 
 class Loader:
@@ -120,7 +120,8 @@ class Loader:
             regions = checkpoint_regions(self._checkpoint, names)
         else:
             regions = stage(self._checkpoint, names, self._scratch)
-        disk, offset = Disk(regions, self._streams), 0
+        largest = max(self._targets[name].nbytes for name in names)
+        disk, offset = Disk(regions, self._streams, slot_nbytes=min(SLOT_NBYTES, largest)), 0
         for name in names:
             self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"))
             offset += self._targets[name].nbytes

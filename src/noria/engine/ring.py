@@ -67,9 +67,9 @@ class Ring:
 
         `lost(rank, seconds)` is called, in the communication thread, when the previous rank has been silent so long.
         """
-        beats = beat(self._transport, self.place, silence, lambda: self._communication.closing)
-        self._communication.start(beats)
-        self._communication.start(listen(self._transport, self.place, silence, lost))
+        ending = lambda: self._communication.closing  # noqa: E731
+        self._communication.start(beat(self._transport, self.place, silence, ending))
+        self._communication.start(listen(self._transport, self.place, silence, lost, ending))
 
     def send_header(self, step: Step) -> None:
         """Rank 0: the step sets out. Its result is awaited from now on."""
