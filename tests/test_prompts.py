@@ -153,7 +153,7 @@ def test_a_row_that_could_not_be_read_has_the_id_that_it_gave_itself(tmp_path):
 
 
 def test_null_is_a_key_that_is_not_given(tmp_path):
-    nulls = dict.fromkeys(["id", "token_ids", "messages", *prompts.SAMPLING, *prompts.SAMPLING_NOT_YET])
+    nulls = dict.fromkeys(["id", "token_ids", "messages", *prompts.SAMPLING])
     prompt = row_of(tmp_path, nulls | {"prompt": "p", "own": None})
     assert (prompt.id, prompt.error, prompt.sampling, prompt.extra) == ("0", None, {}, '{"own": null}')
 
@@ -250,7 +250,7 @@ def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
                 yield word[:place] + letter + word[place + 1 :]
             yield word[:place] + word[place + 1 :]
 
-    known, choose = {*prompts.SAMPLING, *prompts.SAMPLING_NOT_YET} - {"n"}, random.Random(3)
+    known, choose = {*prompts.SAMPLING} - {"n"}, random.Random(3)
     for key in sorted(known):
         once = sorted(set(edits(key)))
         twice = [choose.choice(sorted(set(edits(word)))) for word in choose.choices(once, k=20)]

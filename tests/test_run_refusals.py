@@ -16,7 +16,7 @@ import small_run
 import tiny_models
 from mpirun import describe, mpirun
 from noria.__main__ import main
-from noria.config import MAX_GROUPS, NOT_YET
+from noria.config import MAX_GROUPS
 from noria.engine import order
 from noria.files.checkpoint import Checkpoint
 from noria.files.convert import convert
@@ -130,16 +130,6 @@ def test_a_wrong_key_is_refused_with_the_reason(refusal, arguments, said):
 
 def test_there_are_as_many_groups_as_tags():
     assert MAX_GROUPS == order.MAX_GROUPS
-
-
-@pytest.mark.parametrize(("section", "name"), [(s, name) for s, names in NOT_YET.items() for name in names.split()])
-def test_a_key_of_a_later_version_is_named_as_such_in_flag_and_file(refusal, folder, section, name):
-    said = f"{section}.{name} is not in this version of Noria yet\n"
-    flag = "--" + name.replace("_", "-")
-    assert refusal(flag, "1").endswith(said)
-    assert refusal(flag).endswith(said)
-    (folder / "run.toml").write_text(f"[{section}]\n{name} = 1\n")
-    assert refusal(folder / "run.toml").endswith(said)
 
 
 @pytest.mark.parametrize(

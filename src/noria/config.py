@@ -18,9 +18,6 @@ MAX_RUN_FILE = 2**18  # bytes
 _MAX_DOTS = 1000  # in a key: tomllib's work grows with their square
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-# Keys of the design that this version refuses by name instead of taking them for a typing error.
-NOT_YET = {"sampling": "", "pipeline": "", "placement": "", "job": ""}
-
 TIERS = ("gpu", "cpu", "disk")
 SCHEDULES = ("sequential", "single_batch", "multi_batch")
 
@@ -260,7 +257,7 @@ def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> 
 def section_of(name: str) -> str | None:
     """The section that the key belongs to, or None for a key of the run file's top level."""
     for section, kind in SECTIONS.items():
-        if name in types_of(kind) or name in NOT_YET[section].split():
+        if name in types_of(kind):
             return section
     return None
 
@@ -307,8 +304,6 @@ def _value(prefix: str, kind: type, name: str, value):
     known = types_of(kind)
     if name not in known:
         other = section_of(name)
-        if other and name in NOT_YET[other].split():
-            raise InputError(f"{other}.{name} is not in this version of Noria yet")
         if other or name in types_of(Config):
             raise InputError(
                 f"unknown key {prefix}{name}: it belongs in {f'[{other}]' if other else 'the top of the file'}"

@@ -8,7 +8,7 @@ import typing
 from dataclasses import MISSING, fields
 
 from noria import config as configuration
-from noria.config import NOT_YET, SECTIONS, Config, InputError
+from noria.config import SECTIONS, Config, InputError
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
@@ -20,8 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_flags(parser.add_argument_group("run"), Config)
     for section, kind in SECTIONS.items():
         _add_flags(parser.add_argument_group(f"[{section}]"), kind)
-    for name in " ".join(NOT_YET.values()).split():  # hidden: the run file's reader says that they come later
-        parser.add_argument(_flag(name), nargs="*", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace, signals: Signals) -> int:

@@ -13,13 +13,12 @@ import numpy as np
 import xxhash
 
 from noria import readers
-from noria.config import NOT_YET, InputError, Sampling
+from noria.config import InputError, Sampling
 from noria.readers import BadRow
 from noria.sampling import misspelt, whole
 
 RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
-SAMPLING_NOT_YET = tuple(NOT_YET["sampling"].split())
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
 _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 
@@ -146,9 +145,6 @@ def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
         if name in SAMPLING:
             if value is not None:
                 own[name] = value
-        elif name in SAMPLING_NOT_YET:
-            if value is not None:
-                errors.append(f"{name} is not in this version of Noria yet")
         elif meant := misspelt(name, value):
             errors.append(f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)")
         else:
