@@ -356,7 +356,8 @@ def stopped(folder, output, place, action, rank, *more, num_ranks=3, within=SECO
 
 def goes_on(folder, output, num_ranks=2):
     """The next job on the output, of another shape, ends it as if undisturbed; it says once who runs where, and what."""
-    shape = ["--laps", "3", "--groups", "5", "--step-tokens", "16"] if num_ranks == 1 else []
+    elsewhere = ["--weights", "gpu=40,cpu=60", "--cache", "cpu=100", "--schedule", "sequential"]
+    shape = ["--laps", "3", "--groups", "5", "--step-tokens", "16", *elsewhere] if num_ranks == 1 else []
     done = mpirun(num_ranks, ["noria", *small_run.command(folder, output, *FLOAT64, *shape)], timeout=120)
     assert done.returncode == 0, describe(done)
     for rank in range(num_ranks):
