@@ -512,7 +512,7 @@ def test_a_checkpoint_that_shrinks_under_the_run_ends_it_naming_the_file_and_the
     small_run.write_model(folder, "shrinking.h5")
     done = stopped(folder, "shrinking_run.h5", "load", "truncate", 1, "--model", folder / "shrinking.h5")
     assert done.returncode == 2, describe(done)
-    cut = r"is truncated: \d+ bytes were to be read at byte \d+, it ends at byte \d+; copy or make it again"
+    cut = r"is truncated: \d+ bytes were to be read at byte \d+, the file has \d+; copy or make it again"
     found = re.search(rf"noria: (rank \d: )?.*/shrinking.h5 {cut}", done.stderr)
     assert found, describe(done)
 

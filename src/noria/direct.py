@@ -42,8 +42,8 @@ class DirectFile:
         done = self._transfer(os.preadv, "reading", offset, into, needed)
         if done < needed:
             raise InputError(
-                f"{self.path} is truncated: {needed} bytes were to be read at byte {offset}, it ends at byte"
-                f" {offset + done}; copy or make it again"
+                f"{self.path} is truncated: {needed} bytes were to be read at byte {offset}, the file has"
+                f" {os.fstat(self._buffered).st_size}; copy or make it again"
             )
         if not self.direct and not self._keeps_cache:
             os.posix_fadvise(self._buffered, offset, len(into), os.POSIX_FADV_DONTNEED)
