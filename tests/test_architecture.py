@@ -33,6 +33,7 @@ ALLOWED = {
         "tiers/",
         "files/",
         "engine/",
+        "launch/cores.py",
         "launch/launcher.py",
         "launch/rates.py",
         "run.py",

@@ -1,4 +1,3 @@
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,36 +32,21 @@ def test_a_rank_counts_the_ranks_of_its_own_host(monkeypatch):
     monkeypatch.setattr(launcher.socket, "gethostname", lambda: "b")
     place = launcher.place(Team(3, ["a", "b", "a", "b"]))
     assert (place.host, place.local_rank, place.ranks_on_host) == ("b", 1, 2)
-    assert place.cores == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-@pytest.mark.parametrize(
-    ("bound", "given", "environment", "widened"),
-    [
-        ({5}, range(8), {"OMPI_COMM_WORLD_SIZE": "2"}, [4, 5, 6, 7]),
-        ({5, 6}, range(8), {"OMPI_COMM_WORLD_SIZE": "2"}, None),
-        ({5}, range(8), {}, None),
-        ({5}, range(8), {"OMPI_COMM_WORLD_SIZE": "2", "PRTE_MCA_hwloc_default_binding_policy": "core"}, None),
-        ({0}, range(2), {"OMPI_COMM_WORLD_SIZE": "2"}, None),
-    ],
-    ids=["one core by default", "two cores", "another launcher", "asked for", "no core to spare"],
-)
-def test_a_binding_to_one_core_is_widened_only_where_nobody_asked_for_it(
-    monkeypatch, bound, given, environment, widened
-):
-    for name in ("OMPI_COMM_WORLD_SIZE", *launcher.BINDING_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    taken = []
-    monkeypatch.setattr(launcher.os, "sched_getaffinity", lambda pid: set(given) if pid else set(bound))
-    monkeypatch.setattr(launcher.os, "sched_setaffinity", lambda pid, cores: taken.append(list(cores)))
-    launcher._widen(1, 2)
-    assert taken == ([widened] if widened else [])
+def test_ranks_with_the_same_cores_share_them(monkeypatch):
+    team = Team(3, ["a", "b", "a", "b"])
+    monkeypatch.setattr(launcher.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(launcher.cores, "SYSTEM", Path("/nowhere"))
+    chosen = []
+    monkeypatch.setattr(launcher.torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    place = launcher.settle(team, launcher.Place("b", 1, 2), launcher.torch.device("cpu"))
+    assert (place.cores, chosen) == ("2 cores", [2])
 
 
 def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
-    place = launcher.Place("here", 0, 1, 1)
+    place = launcher.Place("here", 0, 1)
     monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(launcher.os.path, "exists", lambda path: False)
     for name in launcher.GPU_VARIABLES:
@@ -78,7 +62,7 @@ def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
 def test_a_rank_takes_the_gpu_of_its_place_on_the_node_of_those_that_it_sees(monkeypatch, visible, devices):
     monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: visible)
-    places = [launcher.Place("here", local_rank, 4, 1) for local_rank in range(4)]
+    places = [launcher.Place("here", local_rank, 4) for local_rank in range(4)]
     assert [launcher.device_of(config.load(None, RUN), place).index for place in places] == devices
 
 
@@ -100,26 +84,16 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_allowed(monkeypatch, g
             assert value == gpus[0]
             return gpus
 
-    arguments = Ranks(), launcher.Place("a", 0, 2, 1), launcher.torch.device("cuda", 0)
+    arguments = Ranks(), launcher.Place("a", 0, 2), launcher.torch.device("cuda", 0)
     with pytest.raises(InputError, match=said) if said else nullcontext():
         launcher.check_sharing(config.load(None, RUN), *arguments)
     launcher.check_sharing(config.load(None, RUN | {"allow_gpu_sharing": True}), *arguments)
 
 
-def test_a_rank_computes_in_as_many_threads_as_it_has_cores_unless_the_user_says_otherwise(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(launcher.torch, "set_num_threads", chosen.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    launcher.set_threads(launcher.Place("here", 0, 2, 3))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launcher.set_threads(launcher.Place("here", 0, 2, 3))
-    assert chosen == [3]
-
-
 def test_the_memory_of_a_rank_is_its_share_of_the_tightest_limit(monkeypatch):
     monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
     monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [1 << 62, 400])
-    place = launcher.Place("here", 0, 2, 1)
+    place = launcher.Place("here", 0, 2)
     assert launcher.device_memory(Solo(), place, launcher.torch.device("cpu")) == int(400 * 0.9 / 2)
 
 
@@ -151,7 +125,7 @@ def test_what_rank_0_refuses_every_rank_refuses():
 def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
     monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [400])
-    place, cpu = launcher.Place("here", 0, 2, 1), launcher.torch.device("cpu")
+    place, cpu = launcher.Place("here", 0, 2), launcher.torch.device("cpu")
     found = launcher.machine(config.load(None, RUN), Solo(), place, cpu)
     assert (found.device, found.memory_nbytes, found.cpu_memory_nbytes, found.scratch_nbytes) == ("cpu", 180, 180, None)
     asked = config.load(None, RUN | {"cache": {"disk": 100}, "scratch": str(tmp_path)})
@@ -159,7 +133,7 @@ def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
 
 
 def test_a_scratch_folder_that_is_none_is_refused_where_it_is_needed(tmp_path):
-    place, cpu = launcher.Place("here", 0, 1, 1), launcher.torch.device("cpu")
+    place, cpu = launcher.Place("here", 0, 1), launcher.torch.device("cpu")
     nowhere = RUN | {"scratch": str(tmp_path / "nowhere")}
     launcher.machine(config.load(None, nowhere), Solo(), place, cpu)
     with pytest.raises(launcher.InputError, match="nowhere is not a folder on here: name a folder"):

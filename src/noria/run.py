@@ -52,8 +52,8 @@ def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals
                 Stopping(signals, deadline.find(config.job.walltime, watchdog.began), watchdog)
             )
         place = launcher.place(comm)
-        launcher.set_threads(place)
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+        place = launcher.settle(comm, place, device)
         mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
         watchdog.doing = "opening the files"
         if config.job.trace:
@@ -290,7 +290,7 @@ def _write_trace(comm, path: Path, trace: Trace) -> None:
 
 def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
     """Once, before the weights are loaded: who runs where, and the plan."""
-    placed = comm.allgather(f"{_device_name(place, device)}, {place.cores} cores")
+    placed = comm.allgather(f"{_device_name(place, device)}, {place.cores}")
     for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
         _say_once(comm, line)
 

@@ -55,15 +55,15 @@ def _probe(arguments: argparse.Namespace, comm) -> int:
     mpi.on_first_rank(comm, lambda: _check(arguments))
     config = Config(model="-", prompts="-", output=str(arguments.output or "machine.toml"), device=arguments.device)
     place = launcher.place(comm)
-    launcher.set_threads(place)
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+    place = launcher.settle(comm, place, device)
     folder = mpi.on_every_rank(comm, lambda: _folder(arguments, config, place))
     name, reason, transport = mpi.on_every_rank(comm, lambda: choose_transport(comm, device, arguments.transport))
     first = comm.Get_rank() == 0
     _say(
         first,
         "ranks",
-        f"{comm.Get_size()} on {len(set(comm.allgather(place.host)))} host(s), {device.type}, {place.cores} cores each",
+        f"{comm.Get_size()} on {len(set(comm.allgather(place.host)))} host(s), {device.type}, {place.cores} each",
     )
     _say(first, "transport", f"{name}: {reason}")
     nbytes = arguments.megabytes and arguments.megabytes << 20

@@ -6,29 +6,28 @@ Reads the environment and the operating system; knows nothing of models.
 import os
 import socket
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from noria.config import Config, InputError
+from noria.launch import cores
 from noria.plan.planner import Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
-# Where one of these is set, the user has said how ranks are to be bound.
-BINDING_VARIABLES = ("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy")
 MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much
 MEMORY_SHARE = 0.9  # of the memory that is free: the rest is for the libraries' own needs
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs. `local_rank` counts the ranks of one host; `cores` are the rank's own."""
+    """Where a rank runs. `local_rank` counts the ranks of one host; `cores` says in words which are the rank's own."""
 
     host: str
     local_rank: int
     ranks_on_host: int
-    cores: int
+    cores: str = ""
 
 
 def ring_order(comm):
@@ -42,34 +41,18 @@ def place(comm) -> Place:
     rank, host = comm.Get_rank(), socket.gethostname()
     hosts = comm.allgather(host)
     local_rank, ranks_on_host = hosts[:rank].count(host), hosts.count(host)
-    _widen(local_rank, ranks_on_host)
-    affinity = tuple(sorted(os.sched_getaffinity(0)))
-    sharing = comm.allgather((host, affinity)).count((host, affinity))
-    return Place(host, local_rank, ranks_on_host, max(1, len(affinity) // sharing))
+    cores.widen(local_rank, ranks_on_host)
+    return Place(host, local_rank, ranks_on_host)
 
 
-def _widen(local_rank: int, ranks_on_host: int) -> None:
-    """Takes this rank's share of its launcher's cores where Open MPI bound it to a single one, as it does by default.
-
-    A rank computes in one thread and talks to MPI in another: on one core each would wait for the other.
-    """
-    bound = os.sched_getaffinity(0)
-    if (
-        len(bound) > 1
-        or "OMPI_COMM_WORLD_SIZE" not in os.environ
-        or any(name in os.environ for name in BINDING_VARIABLES)
-    ):
-        return
-    cores = sorted(os.sched_getaffinity(os.getppid()))
-    share = len(cores) // ranks_on_host
-    if share > 1:
-        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
-
-
-def set_threads(place: Place) -> None:
-    """As many threads of computation as the rank has cores, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(place.cores)
+def settle(comm, place: Place, device: torch.device) -> Place:
+    """The place with its cores: those near the device, one thread of computation each, shared with the ranks beside."""
+    cores.stay_near(device)
+    own = tuple(sorted(os.sched_getaffinity(0)))
+    sharing = comm.allgather((place.host, own)).count((place.host, own))
+    num_cores = max(1, len(own) // sharing)
+    cores.set_threads(num_cores)
+    return replace(place, cores=cores.words(own, num_cores, device))
 
 
 def device_of(config: Config, place: Place) -> torch.device:
