@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from noria.config import Sampling
+from noria.config import InputError, Sampling
 from noria.rows.finished import generation
 from noria.rows.prompts import Prompt
 
@@ -52,6 +52,19 @@ def test_a_row_that_failed_has_its_error_and_what_was_known():
     assert len(row.token_ids) == len(row.prompt_token_ids) == 0 and row.extra == PROMPT.extra
     half = generation(Sequence(PROMPT, error="logits are not finite after 3 tokens"), Letters())
     assert (half.status, half.token_ids.tolist()) == ("error", [5, 6, 9])
+
+
+class Mute:
+    def decode(self, token_ids):
+        raise InputError("the tokenizer cannot write these tokens (no)")
+
+
+def test_a_row_that_the_tokenizer_cannot_write_is_an_error_with_its_tokens_once_it_is_finished():
+    row = generation(Sequence(PROMPT, finish_reason="length"), Mute())
+    assert (row.status, row.finish_reason, row.text) == ("error", "error", "")
+    assert (row.error, row.token_ids.tolist()) == ("the tokenizer cannot write these tokens (no)", [5, 6, 9])
+    half = generation(Sequence(PROMPT), Mute())
+    assert (half.status, half.text, half.error) == ("todo", "", "")
 
 
 def test_a_row_that_a_stop_text_ended_has_the_text_before_it():

@@ -450,6 +450,24 @@ def test_a_regular_expression_that_finds_no_end_is_the_error_of_the_texts_that_i
     assert all("the tokenizer cannot read this text" in row.error for row in (found[1], found[3]))
 
 
+def test_tokens_that_the_tokenizer_cannot_write_are_the_error_of_their_row(tmp_path):
+    files = test_tokenizer.files_of(test_tokenizer.byte_level_with_bos())
+    settings = json.loads(files["tokenizer.json"])
+    settings["decoder"] = {"type": "Strip", "content": "e", "start": 1, "stop": 1}  # panics at the lone token "e"
+    folder = model_of(tmp_path, files | {"tokenizer.json": json.dumps(settings).encode()})
+    letters = {letter: settings["model"]["vocab"][letter] for letter in "eh"}
+    ends = {"max_new_tokens": 1, "ignore_eos": True}
+    rows = [
+        {"prompt": "cat", "logit_bias": {str(letters[letter]): 100}, **ends, **more}
+        for letter, more in [("h", {}), ("e", {}), ("e", {"stop": ["zz"]}), ("h", {"stop": ["zz"]})]
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(generated(folder, tmp_path / "p.jsonl").values())
+    assert [row.status for row in found] == ["done", "error", "error", "done"]
+    assert [row.token_ids.tolist() for row in found] == [[letters[letter]] for letter in "heeh"]
+    assert all("the tokenizer cannot write these tokens (slice index" in row.error for row in found[1:3])
+
+
 TEMPLATES = {
     "loops for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was stopped"),
     "imports os": ("{% import 'os' as os %}{{ os.system('touch harm') }}", "cannot be rendered"),

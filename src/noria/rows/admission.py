@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from noria.config import Sampling
+from noria.config import InputError, Sampling
 from noria.rows.composing import compose
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
@@ -197,7 +197,10 @@ class Admission:
         prompt_length = len(sequence.prompt_token_ids)
         reason = finish_reason(sequence.token_ids, sampling, self._end_token_ids, prompt_length, limit)
         if sequence.stop_texts and reason != "stop":
-            sequence.text_end = sequence.stop_texts.find(sequence.token_ids)
+            try:
+                sequence.text_end = sequence.stop_texts.find(sequence.token_ids)
+            except InputError as error:
+                sequence.error = str(error)
             reason = reason if sequence.text_end is None else "stop"
         sequence.finish_reason = reason
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from noria.config import InputError
 from noria.files.generations import Generation
 from noria.rows.tokenizer import Tokenizer
 
@@ -10,10 +11,12 @@ def generation(sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Gene
     """The row of a sequence: `done`, `error` if it has one, or `todo` if it was stopped half-way.
 
     `sequence` is a rows.sequence.Sequence; its token_ids are those generated. The end token that stopped it is in
-    `token_ids` and not in `text`, nor is the stop text. Log-probabilities are kept in `dtype`.
+    `token_ids` and not in `text`, nor is the stop text; tokens that the tokenizer cannot write are an error too.
+    Log-probabilities are kept in `dtype`.
     """
     prompt, reason = sequence.prompt, sequence.finish_reason
-    if sequence.error:
+    text, error = _text(sequence, tokenizer)
+    if error:
         status, reason = "error", "error"
     else:
         status = "todo" if reason == "none" else "done"
@@ -24,20 +27,26 @@ def generation(sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Gene
         status=status,
         finish_reason=reason,
         prompt=prompt.prompt,
-        text="" if sequence.error else _text(sequence, tokenizer),
+        text=text,
         token_ids=np.array(sequence.token_ids, np.int32),
         prompt_token_ids=np.array(sequence.prompt_token_ids, np.int32),
-        error=sequence.error or "",
+        error=error,
         extra=prompt.extra,
         **_scores(sequence, dtype),
     )
 
 
-def _text(sequence, tokenizer: Tokenizer) -> str:
-    if sequence.text_end is not None:
-        return tokenizer.decode(sequence.token_ids)[: sequence.text_end]
-    ended = sequence.finish_reason == "stop"
-    return tokenizer.decode(sequence.token_ids[:-1] if ended else sequence.token_ids)
+def _text(sequence, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What a sequence says, and why it says nothing if it has or makes an error."""
+    if sequence.error:
+        return "", sequence.error
+    written = sequence.token_ids
+    if sequence.text_end is None and sequence.finish_reason == "stop":
+        written = written[:-1]
+    try:
+        return tokenizer.decode(written)[: sequence.text_end], ""
+    except InputError as error:  # half of a text may be what the whole is not
+        return "", "" if sequence.finish_reason == "none" else str(error)
 
 
 def _scores(sequence, dtype: type) -> dict[str, np.ndarray]:

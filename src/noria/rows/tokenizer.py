@@ -70,11 +70,18 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of generated tokens without special tokens; a character that is cut becomes U+FFFD.
 
-        Ids that the tokenizer does not have, as in a padded vocabulary, have no text. "" without a tokenizer.
+        Ids that the tokenizer does not have, as in a padded vocabulary, have no text. "" without a tokenizer. Raises
+        InputError if the file's own rules cannot make a text of these tokens.
         """
         if self._backend is None:
             return ""
-        return self._backend.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+        ids = [int(token_id) for token_id in token_ids]
+        try:
+            return self._backend.decode(ids, skip_special_tokens=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a Rust panic is no Exception
+            raise InputError(f"the tokenizer cannot write these tokens ({_one_line(error)})") from error
 
     def _encoded(self, text: str, add_special_tokens: bool) -> Encoding:
         """What the file's own rules make of a text, in bounded time: its regular expressions may never come to an end.
@@ -106,7 +113,7 @@ class Tokenizer:
         if isinstance(answer, KeyboardInterrupt | SystemExit):
             raise answer
         if isinstance(answer, BaseException):
-            raise InputError(f"the tokenizer cannot read this text ({' '.join(str(answer).split())[:200]})") from answer
+            raise InputError(f"the tokenizer cannot read this text ({_one_line(answer)})") from answer
         return answer
 
 
@@ -193,6 +200,10 @@ def _json_file(files: Mapping[str, bytes], name: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"the checkpoint's {name} is not a JSON object: {_REMEDY}")
     return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _text(token) -> str | None:
