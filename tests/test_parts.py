@@ -77,6 +77,16 @@ def test_seal_if_due_waits_for_its_time(output):
     assert parts.seal_if_due(10) is not None
 
 
+def test_many_rows_are_sealed_before_their_time(output, monkeypatch):
+    monkeypatch.setattr("noria.files.parts.MAX_PENDING", 3)
+    parts = Parts(output, HEADER, clock=lambda: 100.0)
+    for row in range(3):
+        assert parts.seal_if_due(10) is None
+        parts.add(make_row(row))
+    assert parts.seal_if_due(10) is not None
+    assert parts.pending == []
+
+
 def test_of_a_row_in_two_parts_the_first_that_was_finished_wins(output):
     parts = Parts(output, HEADER)
     first, second = make_row(1, num_tokens=2), make_row(1, num_tokens=5)

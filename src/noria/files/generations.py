@@ -76,7 +76,8 @@ class Generations:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """[rows] tokens generated in each row; [rows] tokens of each prompt."""
-        return np.diff(self.column("offsets")), np.diff(self.column("prompt_offsets"))
+        ends = (self.column(name) for name in ("offsets", "prompt_offsets"))
+        return tuple(np.diff(one).astype(np.int32) for one in ends)
 
     def rows(self) -> Iterator[Generation]:
         """All rows in the order of the file, read a block at a time."""

@@ -31,6 +31,7 @@ from noria.files.sealed import (
 )
 from noria.files.segments import Segment
 
+MAX_PENDING = 8192  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
 _ALIVE_SECONDS = 5.0  # at most so often a job says that it is alive while no row is finished
 
 
@@ -119,9 +120,9 @@ class Parts:
             return path
 
     def seal_if_due(self, seconds: float) -> Path | None:
-        """Seals if the last seal is `seconds` ago or more and a row waits."""
+        """Seals if a row waits and the last seal is `seconds` ago or more, or if MAX_PENDING rows wait."""
         moment = self.clock()
-        if self.pending and moment - self.sealed_at >= seconds:
+        if self.pending and (moment - self.sealed_at >= seconds or len(self.pending) >= MAX_PENDING):
             self.seen_at = moment
             return self.seal()
         if self.segment and moment - self.seen_at >= max(seconds, _ALIVE_SECONDS):
@@ -224,16 +225,12 @@ def _image(rows: Sequence[Generation], header: dict) -> bytes:
 
 
 def _part(path: Path, header: dict, rows: Sequence[Generation]) -> Part:
-    def array(values) -> np.ndarray:
-        return np.fromiter(values, np.int64, len(rows))
-
-    return Part(
-        path,
-        header,
-        array(one.row for one in rows),
-        array(one.sample for one in rows),
-        array(STATUS.index(one.status) for one in rows),
-        array(len(one.token_ids) for one in rows),
-        array(len(one.prompt_token_ids) for one in rows),
-        scores_of(rows),
+    # As narrow as they are in the file: they are kept for every row of the run.
+    columns = (
+        (np.int64, (one.row for one in rows)),
+        (np.int32, (one.sample for one in rows)),
+        (np.int8, (STATUS.index(one.status) for one in rows)),
+        (np.int32, (len(one.token_ids) for one in rows)),
+        (np.int32, (len(one.prompt_token_ids) for one in rows)),
     )
+    return Part(path, header, *(np.fromiter(values, dtype, len(rows)) for dtype, values in columns), scores_of(rows))
