@@ -7,7 +7,8 @@ from noria.blocks import ModelShape, lay_out, layer_name
 from noria.config import InputError
 from noria.plan import costs, planner, rates
 from noria.plan.costs import Load, Round
-from noria.plan.planner import GiB, Machine
+from noria.plan.planner import GiB
+from noria.plan.work import Machine
 
 H200 = Machine("cuda", 139 * GiB, 128 * GiB)
 

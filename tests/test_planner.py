@@ -6,7 +6,8 @@ from noria import config
 from noria.blocks import ModelShape, lay_out, layer_name
 from noria.config import InputError
 from noria.plan import planner
-from noria.plan.planner import GiB, Machine
+from noria.plan.planner import GiB
+from noria.plan.work import Machine
 
 SHAPE = ModelShape("llama", 8, 1024, 16, 4, 64, 32000, 2048, False)
 

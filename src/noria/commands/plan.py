@@ -14,9 +14,9 @@ from noria.commands import run as run_command
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.files.checkpoint import Checkpoint
 from noria.plan import costs, planner
-from noria.plan.building import Machine
 from noria.plan.plans import HOST_NBYTES, Plan
 from noria.plan.rates import Rates
+from noria.plan.work import Machine
 from noria.rows.examination import dtype_of, open_model
 from noria.rows.lengths import look
 from noria.rows.prompts import count

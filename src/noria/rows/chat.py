@@ -69,6 +69,12 @@ class Encoder:
         return checked_ids(ids, self._vocab_size, "the tokenizer's ids")
 
 
+def encoder_of(checkpoint, tokenizer: Tokenizer, sampling: Sampling, date: datetime, warn: Callable) -> Encoder:
+    """A checkpoint's way from rows to token ids. Raises InputError for what its tokenizer or template cannot honour."""
+    chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, date)
+    return Encoder(tokenizer, chat, sampling, checkpoint.shape.vocab_size, warn)
+
+
 def conversation(prompt: Prompt, system: str | None) -> list[dict]:
     """The row's messages, or its prompt as a user's; `system` goes before those that begin with none of their own."""
     messages = prompt.messages or [{"role": "user", "content": prompt.prompt}]

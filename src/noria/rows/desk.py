@@ -4,33 +4,31 @@ Knows the files and the sequences; nothing of steps, devices or messages.
 """
 
 import errno
-import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from noria.blocks import ModelShape
-from noria.config import TIERS, WHOLE, Config, InputError, Sampling, parse_shard, shard_rows
+from noria.config import TIERS, Config, InputError, Sampling, shard_rows
 from noria.files.compact import Compactor
-from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
 from noria.files.parts import Parts
-from noria.files.schema import STATUS
 from noria.files.segments import history
 from noria.plan.planner import Plan
 from noria.progress import Progress, log
 from noria.rows.admission import Admission, Limits
 from noria.rows.begun import take_up
-from noria.rows.chat import Chat, Encoder, tells_date
+from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.finished import generation
-from noria.rows.prompts import content_key, extends, open_prompts
+from noria.rows.identity import another_run, header
+from noria.rows.prompts import extends, open_prompts
 from noria.rows.tokenizer import Tokenizer
 from noria.text import plural
 
@@ -194,7 +192,7 @@ class Desk:
 
     def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
-        return _encoder(
+        return encoder_of(
             self._checkpoint, self._tokenizer, self.sampling, date, lambda message: log(0, num_ranks, message)
         )
 
@@ -219,7 +217,7 @@ class Desk:
                     part.header["prompts"] = parts.header["prompts"]
         different = parts.differences()
         if different:
-            raise _another_run(parts.folder, different)
+            raise another_run(parts.folder, different)
         return sampling
 
 
@@ -233,66 +231,6 @@ def make_room(config: Config) -> None:
 
 def _now() -> str:
     return datetime.now().isoformat(timespec="seconds")
-
-
-def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
-    """What rows generated now must have in common with those that are there already."""
-    sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
-    shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(config.prompts, prompts_hash)
-    return {"prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **sampling}
-
-
-def check_shard(config: Config) -> None:
-    """Raises InputError if a row is sampled by its own keys and no seed says how: each shard would draw its own."""
-    if config.job.shard is None or config.sampling.seed is not None:
-        return
-    for prompt in open_prompts(config.prompts):
-        if prompt.sampling.get("temperature", 0) > 0 and prompt.sampling.get("seed") is None:
-            raise InputError(
-                f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature"
-                f" is {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
-            )
-
-
-def check_encoder(config: Config, checkpoint) -> None:
-    """Raises InputError for what the model's tokenizer or chat template cannot honour."""
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-    _encoder(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
-
-
-def _encoder(checkpoint, tokenizer: Tokenizer, sampling: Sampling, date: datetime, warn: Callable) -> Encoder:
-    chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, date)
-    return Encoder(tokenizer, chat, sampling, checkpoint.shape.vocab_size, warn)
-
-
-def check_finished(config: Config, header: Mapping) -> bool:
-    """Whether the finished output has rows to generate still: new ones of longer prompts, or errors to be tried again.
-
-    Raises InputError if it is that of another run (a run without a seed takes any).
-    """
-    with open_generations(config.output) as output:
-        theirs = json.loads(output.attrs.get("header", "{}"))
-        errors = bool((output.column("status") == STATUS.index("error")).any())
-    extended = (
-        config.job.extend and theirs.get("prompts") != header["prompts"] and extends(config.prompts, theirs["prompts"])
-    )
-    if extended:
-        theirs["prompts"] = header["prompts"]
-    if theirs.get("sampling.seed") is None:  # greedy shards: any seed agrees with them
-        theirs.pop("sampling.seed", None)
-    names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
-    if names:
-        different = [f"{name}: {json.dumps(theirs[name])} there, {json.dumps(header[name])} now" for name in names]
-        raise _another_run(config.output, different)
-    return extended or (errors and config.job.retry_errors)
-
-
-def _another_run(place, different: list[str]) -> InputError:
-    return InputError(
-        f"{place} holds rows of another run: {'; '.join(different)};"
-        " give another output, or --overwrite to move that one aside"
-    )
 
 
 def _limits(plan: Plan, shape: ModelShape) -> Limits:

@@ -5,6 +5,7 @@ Opens model, prompts and output; knows no device and no rank.
 
 import contextlib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from noria.blocks import Block, ModelShape
@@ -14,9 +15,11 @@ from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
 from noria.plan.costs import Load
-from noria.rows.desk import check_encoder, check_finished, check_shard, header
+from noria.rows.chat import encoder_of
+from noria.rows.identity import check_finished, check_shard, header
 from noria.rows.lengths import look
 from noria.rows.prompts import content_hash, count
+from noria.rows.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,19 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
         check_shard(config)
-        check_encoder(config, checkpoint)
+        _check_encoder(config, checkpoint)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
             state = "parts"
         load = look(config, checkpoint, num_rows)
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load)
+
+
+def _check_encoder(config: Config, checkpoint) -> None:
+    """Raises InputError for what the model's tokenizer or chat template cannot honour."""
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+    encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
 
 
 def open_model(config: Config, dtype: str | None):

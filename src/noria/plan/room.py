@@ -1,0 +1,97 @@
+"""How many pages of the cache each tier holds beside all else that a candidate has there, or why it does not fit."""
+
+from collections.abc import Mapping
+
+from noria.config import TIERS, InputError, require
+from noria.plan import tiers
+from noria.plan.memory import Sizes
+from noria.plan.tiers import size_words
+from noria.plan.work import Choice, Work
+
+
+def cache_pages(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
+    """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few."""
+    room = _room(work, sizes, choice)
+    if choice.cache is None:
+        pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
+        for tier in choice.cache_tiers:
+            pages[tier] = max(min(room[tier], left), 0)
+            left -= pages[tier]
+        if not sum(pages.values()):
+            _require_room(work, sizes, choice.cache_tiers[0], 1, 0)
+        return pages
+    held = [tier for tier in TIERS if choice.cache.get(tier)]
+    if tiers.is_budget(choice.cache):
+        return _budgeted_pages(work, sizes, choice.cache, held, room)
+    for tier in held:
+        _require_room(work, sizes, tier, 1, room[tier])
+    share = {tier: choice.cache[tier] / 100 for tier in held}
+    total = max(min([work.cap(sizes.groups), *(int(room[tier] / share[tier]) for tier in held)]), 1)
+    counts = {tier: int(total * share[tier] + 1e-9) for tier in held}
+    widest = max(held, key=lambda tier: room[tier] - counts[tier])
+    counts[widest] += min(total - sum(counts.values()), room[widest] - counts[widest])
+    return dict.fromkeys(TIERS, 0) | counts
+
+
+def _budgeted_pages(
+    work: Work, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping
+) -> dict[str, int]:
+    """Pages of sizes that the user gives: the first tiers are filled first."""
+    largest = max(sizes.page(rank) for rank in range(work.num_ranks))
+    pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
+    for tier, nbytes in tiers.budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
+        pages[tier] = min(nbytes // largest, left)
+        left -= pages[tier]
+        _require_room(work, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
+    require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {size_words(largest)} on a rank")
+    return pages
+
+
+def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
+    """Pages that every rank can hold in each tier beside what else it has there. Raises InputError for what does not fit."""
+    limits, room = work.limits, dict.fromkeys(TIERS, 1 << 62)
+    has_disk_cache = bool((choice.cache or {}).get("disk"))
+    for rank, table in enumerate(sizes.tables({"disk": 1} if has_disk_cache else {})):
+        used = {tier: sum(sizes.fixed(rank, tier).values()) for tier in TIERS}
+        used["cpu"] = sum(table["cpu"].values())
+        if not work.config.placement.stage:
+            used["disk"] = 0  # read from the checkpoint where it lies
+        free = {tier: limits[tier] - used[tier] for tier in TIERS}
+        if work.machine.device == "cpu":  # one memory: what one tier takes, the other lacks
+            free["gpu"] = min(free["gpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
+            free["cpu"] = min(free["cpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
+        for tier in TIERS:
+            if free[tier] < 0:
+                raise _refused(work, sizes, rank, tier, used[tier], limits[tier])
+            room[tier] = min(room[tier], free[tier] // sizes.page(rank))
+    if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
+        asked = tiers.amounts(choice.cache, "placement.cache")
+        for tier in ("gpu", "cpu"):
+            room[tier] = int(room[tier] * asked[tier] / (asked["gpu"] + asked["cpu"]))
+    return room
+
+
+def _require_room(work: Work, sizes: Sizes, tier: str, pages: int, room: int, asked: str = "") -> None:
+    if pages <= room:
+        return
+    rank = max(range(work.num_ranks), key=lambda rank: sum(sizes.fixed(rank, tier).values()) + pages * sizes.page(rank))
+    needed = sum(sizes.fixed(rank, tier).values()) + pages * sizes.page(rank)
+    raise _refused(work, sizes, rank, tier, needed, work.limits[tier], asked)
+
+
+def _refused(work: Work, sizes: Sizes, rank: int, tier: str, needed: int, limit: int, asked: str = "") -> InputError:
+    """What is said where a tier is too small: the numbers and the remedy."""
+    items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in sizes.fixed(rank, tier).items())
+    weights = (work.config.placement.weights or {}).get(tier)
+    if weights is not None:
+        asked = asked or f"placement.weights.{tier} ({weights if isinstance(weights, str) else format(weights, 'g')})"
+    other = {
+        "gpu": "use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory",
+        "cpu": "raise placement.cpu_memory",
+        "disk": "make room in placement.scratch or name another folder",
+    }[tier]
+    lower = f"lower {asked}{',' if tier == 'gpu' else ' or'} " if asked else ""
+    return InputError(
+        f"{tier} tier needs {size_words(needed)}, the limit is {size_words(limit)}: {lower}{other}"
+        f" (rank {rank} needs at least {size_words(needed)}: {items})"
+    )
