@@ -25,6 +25,16 @@ pbs_single() {
     same_rows outputs/alone.h5 outputs/pbs.h5
 }
 
+# qsub takes the sizes that `noria plan` prints.
+pbs_planned() {
+    local sizes
+    read -ra sizes < <(noria plan --ranks 2 "${few[@]}" --output outputs/pbs-planned.h5 | sed -n 's/^#PBS //p' | tr '\n' ' ')
+    [ "${#sizes[@]}" -eq 4 ]
+    job=$(qsub "${sizes[@]}" -v RUN="${few[*]} --output outputs/pbs-planned.h5" jobs/pbs/single_node.pbs)
+    pbs_finish "$job" 90 "noria.o${job%.stand-in}"
+    same_rows outputs/alone.h5 outputs/pbs-planned.h5
+}
+
 pbs_nodes() {
     job=$(qsub -l select=2:ncpus=1:mpiprocs=1 -v RUN="${few[*]} --output outputs/pbs-nodes.h5" jobs/pbs/several_nodes.pbs)
     pbs_finish "$job" 90 "noria.o${job%.stand-in}"

@@ -42,8 +42,8 @@ SlurmdPidFile=$dir/run/%n.pid
 ReturnToService=2
 KillWait=5
 MailProg=/bin/true
-NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=2 CoresPerSocket=2 RealMemory=2000
-NodeName=second NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=2 CoresPerSocket=2 RealMemory=2000
+NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=2 CoresPerSocket=2 RealMemory=64000
+NodeName=second NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=2 CoresPerSocket=2 RealMemory=64000
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
     dd if=/dev/urandom of="$dir/run/munge.key" bs=1024 count=1 status=none
@@ -108,6 +108,26 @@ slurm_nodes() {
     finish "$job" 90
     says "outputs/noria-$job.out" "rank=0/2"
     same_rows outputs/alone.h5 outputs/nodes.h5
+}
+
+slurm_srun_nodes() {
+    job=$(NORIA_LAUNCH="srun --mpi=pmix" OMPI_MCA_btl=self,sm,tcp submit --ntasks-per-node=1 jobs/slurm/several_nodes.sbatch \
+        "${few[@]}" --output outputs/srun-nodes.h5)
+    finish "$job" 90
+    says "outputs/noria-$job.out" "rank=0/2"
+    same_rows outputs/alone.h5 outputs/srun-nodes.h5
+}
+
+# sbatch takes the sizes that `noria plan` prints; this machine has fewer cores.
+slurm_planned() {
+    local sizes
+    mapfile -t sizes < <(noria plan --ranks 2 "${few[@]}" --output outputs/planned.h5 | sed -n 's/^#SBATCH //p')
+    [ "${#sizes[@]}" -ge 5 ]
+    job=$(NORIA_LAUNCH="mpirun --bind-to none" sbatch --parsable --gres=none "${sizes[@]}" --cpus-per-task=1 \
+        jobs/slurm/single_node.sbatch "${few[@]}" --output outputs/planned.h5)
+    finish "$job" 90
+    says "outputs/noria-$job.out" "rank=0/2"
+    same_rows outputs/alone.h5 outputs/planned.h5
 }
 
 slurm_array() {
