@@ -93,9 +93,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def compare(folder, names):
-    wanted = json.loads((folder / "expected.json").read_text())
-    assert len({tuple(tokens) for tokens in wanted}) > 8 and {len(tokens) for tokens in wanted} >= {1, 2, 7, 12}
+def compare(folder, names, num_rows=14, most=12):
+    """The outputs of these names have the first rows' tokens as expected, up to `most` of a row."""
+    wanted = [tokens[:most] for tokens in json.loads((folder / "expected.json").read_text())[:num_rows]]
+    assert len({tuple(tokens) for tokens in wanted}) > num_rows / 2
+    assert {len(tokens) for tokens in wanted} >= {min(length, most) for length in (1, 2, 7, 12)}
     for name in names:
         with open_generations(folder / f"{name}.h5") as output:
             found = [row.token_ids.tolist() for row in output.rows()]

@@ -1,6 +1,6 @@
 """Run by every rank: the same prompts under every placement, schedule and number of laps, on sub-communicators.
 
-Usage: placement_worker.py FOLDER. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
+Usage: placement_worker.py FOLDER, which has the prompts few.jsonl. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
 """
 
 import sys
@@ -54,7 +54,7 @@ def work(world, folder):
         for name, keys in mine[team::teams]:
             files = {
                 "model": str(folder / "model.h5"),
-                "prompts": str(folder / "prompts.jsonl"),
+                "prompts": str(folder / "few.jsonl"),
                 "output": str(folder / f"{name}.h5"),
                 "scratch": str(folder),
             }
