@@ -28,7 +28,7 @@ pbs_single() {
 # qsub takes the sizes that `noria plan` prints.
 pbs_planned() {
     local sizes
-    read -ra sizes < <(noria plan --ranks 2 "${few[@]}" --output outputs/pbs-planned.h5 | sed -n 's/^#PBS //p' | tr '\n' ' ')
+    read -ra sizes <<< "$(noria plan --ranks 2 "${few[@]}" --output outputs/pbs-planned.h5 | sed -n 's/^#PBS //p' | tr '\n' ' ')"
     [ "${#sizes[@]}" -eq 4 ]
     job=$(qsub "${sizes[@]}" -v RUN="${few[*]} --output outputs/pbs-planned.h5" jobs/pbs/single_node.pbs)
     pbs_finish "$job" 90 "noria.o${job%.stand-in}"

@@ -10,6 +10,7 @@ slurm_up() {
     host=$(hostname -s)
     read -ra ports <<< "$(free_ports 3)"
     mkdir -p "$dir"/{run,log,state}
+    mkdir -p "$dir/tmp-$host" "$dir/tmp-second"  # the PMIx of a node leaves its sockets there
     chmod 755 "$scratch" "$dir"
     # Debian's SLURM asks for a name that only the development package of libpmix has.
     for pmix in /usr/lib/*/pmix2/lib; do
@@ -35,6 +36,7 @@ SchedulerParameters=bf_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
+TmpFS=$dir/tmp-%n
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/%n.log
 SlurmctldPidFile=$dir/run/slurmctld.pid
