@@ -67,6 +67,13 @@ def test_parts_of_a_day_are_few_with_the_fan_in_that_runs_use():
     assert seals // FAN_IN**2 + 2 * (FAN_IN - 1) < 150
 
 
+def test_parts_of_many_rows_stay_as_they_are(output, monkeypatch):
+    monkeypatch.setattr("noria.files.compact.LARGE", 16)
+    parts = Parts(output, HEADER)
+    fill_and_compact(parts, [make_row(row) for row in range(70)], 4)
+    assert [len(part.row) for part in parts.parts] == [16, 16, 16, 16, 4, 1, 1]
+
+
 def test_too_few_parts_stay_as_they_are(output):
     fill_and_compact(Parts(output, HEADER), [make_row(row) for row in range(3)], 4)
     assert names(output) == [f"part-{number:06}.h5" for number in range(3)]

@@ -18,6 +18,7 @@ from noria.files.parts import Parts
 from noria.files.sealed import WHOLE, Part, scan_one, select, to_stderr
 
 FAN_IN = 64
+LARGE = 4096  # rows: a part that has as many is not small, and putting such together would hold the run up for long
 _MAX_OPEN = 256  # files at a time
 
 
@@ -45,10 +46,11 @@ class Compactor:
 
 
 def latest(parts: list[Part], header: dict) -> list[Part]:
-    """The last parts, in order, that were put together equally often and belong to the same run."""
+    """The last parts, in order, that are small, were put together equally often and belong to the same run."""
     run: list[Part] = []
     for part in reversed(list(parts)):
-        if part.header != header or part.level == WHOLE or (run and part.level != run[0].level):
+        small = part.level != WHOLE and len(part.row) < LARGE
+        if part.header != header or not small or (run and part.level != run[0].level):
             break
         run.append(part)
     return run[::-1]

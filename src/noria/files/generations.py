@@ -37,6 +37,7 @@ _TOLD = (
     "segments",
     "shards",
 )  # attributes that describe says in its own words
+CACHE_NBYTES = 2**16  # that HDF5 keeps of an open file beside its data
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
 
@@ -160,11 +161,20 @@ def open_generations(path: str | Path) -> Generations:
     except OSError as error:
         raise InputError(f"{path} is no Noria output: it is {what_it_is(path, error)}") from error
     try:
+        _bound_cache(file)
         _check_format(path, file)
         return Generations(path, file, _checked_columns(path, file))
     except BaseException:
         file.close()
         raise
+
+
+def _bound_cache(file: h5py.File) -> None:
+    """Lets HDF5 keep little of a file's strings in memory: hundreds of files may be open, each with up to 32 MB by default."""
+    cache = file.id.get_mdc_config()
+    cache.set_initial_size, cache.initial_size = True, CACHE_NBYTES
+    cache.min_size = cache.max_size = CACHE_NBYTES
+    file.id.set_mdc_config(cache)
 
 
 def what_it_is(path: Path, error: Exception | None = None) -> str:

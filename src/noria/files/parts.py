@@ -31,7 +31,7 @@ from noria.files.sealed import (
 )
 from noria.files.segments import Segment
 
-MAX_PENDING = 8192  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
+MAX_PENDING = 2**14  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
 _ALIVE_SECONDS = 5.0  # at most so often a job says that it is alive while no row is finished
 
 
