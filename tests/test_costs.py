@@ -1,5 +1,7 @@
 """Predictions against arithmetic by hand, and against what was measured of the peers' limits."""
 
+from dataclasses import replace
+
 import pytest
 
 from noria import config
@@ -197,3 +199,25 @@ def test_all_resident_goes_round_once():
 def test_a_small_model_with_many_rows_stays_on_the_gpu():
     plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Load(10**6, 512, 256))
     assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.cache_pages["cpu"] == 0
+
+
+def test_hidden_states_in_host_memory_pass_the_link_between_layers_or_between_ranks():
+    plan = plan_of(OPT_30B, 2, 128, activations="cpu", laps=2, groups=2, step_tokens=4096, microbatch_tokens=1024)
+    prefill, decode = Round(8192, 16, 256, True), Round(64, 64, 528, False)
+    assert costs.states_nbytes(plan, OPT_30B[0], 0, prefill) == 8192 * 7168 * 2 * 24
+    assert plan.microbatches == 1 and costs.states_nbytes(plan, OPT_30B[0], 0, decode) == 64 * 7168 * 2 * 2
+    assert costs.states_nbytes(streamed(2), OPT_30B[0], 0, prefill) == 0
+
+
+def test_of_a_mixture_only_the_experts_of_a_token_are_computed_and_those_of_a_step_are_read():
+    shape, blocks = opt(8, 4096, 32)
+    experts = {"router": (8, 4096), "experts": (8, 4096, 4096)}
+    blocks |= {layer_name(layer): lay_out(layer_name(layer), experts, "float16") for layer in range(8)}
+    known = rates.assumed("cuda")
+    found = {}
+    for share in (1.0, 0.25):
+        mixture = replace(shape, experts_share=share)
+        plan = plan_of((mixture, blocks), 1, 64, load=Load(64, 512, 32))
+        found[share] = costs.resources(plan, mixture, blocks, known, 0, Round(1, 1, 0, False))
+    dense, sparse = found[1.0], found[0.25]
+    assert sparse["device memory"] < 0.5 * dense["device memory"] and sparse["matmul"] < 0.5 * dense["matmul"]

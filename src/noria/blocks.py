@@ -26,6 +26,7 @@ class ModelShape:
     max_positions: int
     tied: bool
     mixture_size: int = 0  # numbers that a token takes while a mixture of experts is computed
+    experts_share: float = 1.0  # of a mixture's experts, those that one token goes to
     details: Mapping = field(default_factory=dict)
 
     def cache_nbytes_per_token(self, dtype: str) -> int:

@@ -52,10 +52,10 @@ def gpu_node(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     at = torch.cuda.get_device_properties(device)
-    address = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
     try:
+        address = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
         node = int((SYSTEM / "bus/pci/devices" / address / "numa_node").read_text())
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # torch tells since 2.6; a virtual machine may not
         return None
     return node if node >= 0 else None
 

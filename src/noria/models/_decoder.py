@@ -68,6 +68,7 @@ def shape(
         max_positions=_rotary.context(scaling, read.integer(config, "max_position_embeddings", 2048)),
         tied=read.flag(config, "tie_word_embeddings", False),
         mixture_size=_experts.work_size(experts, hidden_size) if experts else 0,
+        experts_share=experts["chosen"] / experts["number"] if experts else 1.0,
         details=details,
     )
 

@@ -88,6 +88,18 @@ def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[
     return moved
 
 
+def states_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> float:
+    """Bytes of hidden states a round that the rank loads from host memory, and as many that it stores there.
+
+    A step of several microbatches leaves the device between all layers, one of a single microbatch between ranks alone.
+    """
+    if plan.activations == "gpu":
+        return 0.0
+    layers = sum(last - first for first, last in plan.stages[rank :: plan.num_ranks])
+    times = layers if _microbatches(plan, turn) > 1 else plan.laps
+    return turn.tokens * shape.hidden_size * DTYPE_NBYTES[plan.dtype] * times
+
+
 def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, turn: Round) -> tuple[float, str]:
     """Seconds of a round, and what binds it: one of RESOURCES, or "ring"."""
     ranks = [resources(plan, shape, blocks, rates, rank, turn) for rank in range(plan.num_ranks)]
@@ -109,16 +121,20 @@ def resources(
     itemsize = DTYPE_NBYTES[plan.dtype]
     names = [name for name in plan.weight_tiers[rank] if name != "embed"]
     layers = [name for name in names if name != "head"]
-    layer_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in layers)
+    per_pass = turn.tokens / plan.groups / _microbatches(plan, turn)
+    used = sum(_used_nbytes(blocks[name], plan.dtype, shape.experts_share) for name in layers)
+    touched = 1 - (1 - shape.experts_share) ** max(per_pass, 1)  # of the experts, by any token of a microbatch
+    read = sum(_used_nbytes(blocks[name], plan.dtype, touched) for name in layers)
     head_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in names if name == "head")
     moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)
-    loaded = moved["link"] + sum(tier["load"] for tier in cache.values())
-    stored = sum(tier["store"] for tier in cache.values())
+    states = states_nbytes(plan, shape, rank, turn)
+    loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
+    stored = states + sum(tier["store"] for tier in cache.values())
     passes = plan.groups * _microbatches(plan, turn)
     seen = turn.rows * turn.context * len(layers) * shape.cache_nbytes_per_token(plan.dtype)
     sampled = turn.rows
     attended = 4 * turn.tokens * turn.context * len(layers) * shape.num_heads * shape.head_dim
-    flops = 2 * (layer_nbytes * turn.tokens + head_nbytes * sampled) / itemsize + attended
+    flops = 2 * (used * turn.tokens + head_nbytes * sampled) / itemsize + attended
     both = loaded > 0 and stored > 0.1 * loaded
     return {
         "link": max(
@@ -126,12 +142,18 @@ def resources(
             stored / (rates.both_directions if both else rates.device_to_host),
         ),
         "disk": (moved["disk"] + cache["disk"]["load"]) / rates.disk_read + cache["disk"]["store"] / rates.disk_write,
-        "device memory": (passes * (layer_nbytes + head_nbytes) + seen + loaded + stored)
+        "device memory": (passes * (read + head_nbytes) + seen + loaded + stored)
         / (rates.device_memory * DEVICE_MEMORY_SHARE),
         "matmul": flops / (rates.matmul[plan.dtype] * MATMUL_SHARE),
         # One group alone waits for rank 0 between its steps: that costs about what a second group would.
         "launches": passes * (2 if plan.groups == 1 else 1) * len(layers) * rates.layer_seconds,
     }
+
+
+def _used_nbytes(block: Block, dtype: str, share: float) -> float:
+    """Bytes of a block of which only a share of the experts is used."""
+    experts = sum(parameter.nbytes for parameter in block.parameters if parameter.name == "experts")
+    return block_nbytes(block, dtype) * (1 - (1 - share) * experts / block.nbytes)
 
 
 def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, load: Load) -> dict:
