@@ -26,7 +26,8 @@ from test_row_settings import reference as processed
 from test_row_settings import warped
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from sampling_worker import CASES, generate  # noqa: E402
+from sampling_worker import CASES  # noqa: E402
+from worker import generate  # noqa: E402
 
 DEMO = Path(__file__).parent.parent / "inputs" / "demo" / "model"
 CONFIG = json.loads((DEMO / "config.json").read_text())

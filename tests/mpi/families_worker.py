@@ -4,16 +4,9 @@ Usage: families_worker.py FOLDER. FOLDER/<family>/ holds model.h5 and gets <case
 FOLDER. Prints one line a case.
 """
 
-import sys
-import traceback
 from itertools import product
-from pathlib import Path
 
-import torch
-
-from noria import config
-from noria.launch import mpi
-from noria.run import run
+from worker import generate, main, share
 
 
 def cases(num_ranks):
@@ -23,26 +16,14 @@ def cases(num_ranks):
 
 
 def work(world, folder):
-    torch.set_num_threads(1)
-    models = sorted(path.parent for path in folder.glob("*/model.h5"))
+    models = sorted(path.parent.name for path in folder.glob("*/model.h5"))
     for num_ranks in (1, world.Get_size()):
-        team = world.Get_rank() // num_ranks
-        comm = world.Split(team, world.Get_rank())
-        mine = models[team :: world.Get_size() // num_ranks]
+        comm, mine = share(world, num_ranks, models)
         for model, (name, ranks, keys) in product(mine, cases(world.Get_size())):
-            if ranks != num_ranks:
-                continue
-            files = {"model": model / "model.h5", "prompts": folder / "prompts.jsonl", "output": model / f"{name}.h5"}
-            run(config.load(folder / "run.toml", {key: str(path) for key, path in files.items()} | keys), comm)
-            if comm.Get_rank() == 0:
-                print(model.name, name, flush=True)
+            if ranks == num_ranks:
+                generate(folder, f"{model}/{name}", keys, comm, model=f"{model}/model.h5")
     world.Barrier()
 
 
 if __name__ == "__main__":
-    try:
-        work(mpi.start(), Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        mpi.abort(1)
-        raise
+    main(work)

@@ -4,15 +4,12 @@ Usage: placement_worker.py FOLDER, which has the prompts few.jsonl. Rank 0 of ea
 """
 
 import sys
-import traceback
 from itertools import product
 from pathlib import Path
 
-import torch
+from worker import generate, main, share
 
-from noria import config, streams
-from noria.launch import mpi
-from noria.run import run
+from noria import streams
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from late_streams import LateStreams  # noqa: E402
@@ -42,32 +39,13 @@ def cases(num_ranks):
 
 
 def work(world, folder):
-    torch.set_num_threads(1)
     streams.streams_of = LateStreams  # every copy as late as its events allow
     for num_ranks in range(1, world.Get_size() + 1):
-        mine = list(cases(num_ranks))
-        teams = world.Get_size() // num_ranks
-        team = world.Get_rank() // num_ranks
-        comm = world.Split(min(team, teams), world.Get_rank())
-        if team >= teams:
-            continue
-        for name, keys in mine[team::teams]:
-            files = {
-                "model": str(folder / "model.h5"),
-                "prompts": str(folder / "few.jsonl"),
-                "output": str(folder / f"{name}.h5"),
-                "scratch": str(folder),
-            }
-            run(config.load(folder / "run.toml", files | keys), comm)
-            if comm.Get_rank() == 0:
-                print(name, flush=True)
+        comm, mine = share(world, num_ranks, list(cases(num_ranks)))
+        for name, keys in mine:
+            generate(folder, name, keys, comm, prompts="few.jsonl", scratch="")
     world.Barrier()
 
 
 if __name__ == "__main__":
-    try:
-        work(mpi.start(), Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        mpi.abort(1)
-        raise
+    main(work)

@@ -3,16 +3,9 @@
 Usage: same_worker.py FOLDER. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
 """
 
-import sys
-import traceback
 from itertools import product
-from pathlib import Path
 
-import torch
-
-from noria import config
-from noria.launch import mpi
-from noria.run import run
+from worker import generate, main, share
 
 
 def cases(num_ranks):
@@ -28,31 +21,12 @@ def cases(num_ranks):
 
 
 def work(world, folder):
-    torch.set_num_threads(1)
     for num_ranks in range(1, world.Get_size() + 1):
-        mine = list(cases(num_ranks))
-        teams = world.Get_size() // num_ranks
-        team = world.Get_rank() // num_ranks
-        comm = world.Split(min(team, teams), world.Get_rank())
-        if team >= teams:
-            continue
-        for name, keys in mine[team::teams]:
-            files = {
-                "model": str(folder / "model.h5"),
-                "prompts": str(folder / "prompts.jsonl"),
-                "output": str(folder / f"{name}.h5"),
-            }
-            run_file = config.load(folder / "run.toml", files | keys)
-            run(run_file, comm)
-            if comm.Get_rank() == 0:
-                print(name, flush=True)
+        comm, mine = share(world, num_ranks, list(cases(num_ranks)))
+        for name, keys in mine:
+            generate(folder, name, keys, comm)
     world.Barrier()
 
 
 if __name__ == "__main__":
-    try:
-        work(mpi.start(), Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        mpi.abort(1)
-        raise
+    main(work)

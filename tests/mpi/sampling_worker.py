@@ -3,15 +3,7 @@
 Rank 0 of each ring leaves FOLDER/<case>.h5.
 """
 
-import sys
-import traceback
-from pathlib import Path
-
-import torch
-
-from noria import config
-from noria.launch import mpi
-from noria.run import run
+from worker import generate, main
 
 # name -> ranks, keys of the run file
 CASES = {
@@ -21,14 +13,7 @@ CASES = {
 }
 
 
-def generate(folder, name, keys, comm):
-    files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": f"{name}.h5"}
-    flags = {key: str(folder / file) for key, file in files.items()}
-    return run(config.load(folder / "run.toml", flags | keys), comm)
-
-
 def work(world, folder):
-    torch.set_num_threads(1)
     for name, (num_ranks, keys) in CASES.items():
         comm = world.Split(int(world.Get_rank() >= num_ranks), world.Get_rank())
         if world.Get_rank() < num_ranks:
@@ -37,9 +22,4 @@ def work(world, folder):
 
 
 if __name__ == "__main__":
-    try:
-        work(mpi.start(), Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        mpi.abort(1)
-        raise
+    main(work)
