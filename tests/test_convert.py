@@ -100,7 +100,7 @@ def test_vocabulary_and_merges_are_kept_where_there_is_no_tokenizer_json(tmp_pat
     (source / "vocab.json").write_bytes(b"{}")
     (source / "merges.txt").write_bytes(b"")
     made = convert(source, tmp_path / "model.h5")
-    assert "no tokenizer.json" in made.notes[0]
+    assert "no tokenizer.json, nor vocab.json" in made.notes[0]
     with open_checkpoint(tmp_path / "model.h5") as checkpoint:
         assert checkpoint.tokenizer == {"vocab.json": b"{}", "merges.txt": b""}
 

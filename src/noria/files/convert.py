@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape, Parameter
-from noria.config import InputError
+from noria.config import InputError, require
 from noria.files import atomic
 from noria.files.checkpoint import block_names, model_block, model_shape, open_checkpoint
 from noria.files.checkpoint_writer import Header, file_nbytes, replacing, write_checkpoint
@@ -100,6 +100,7 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
     tensors = directory.tensors()
     family, shape = model_shape(config, str(directory.path))
     plan = _plan(directory, family, shape, tensors)
+    _check_tied(plan, tensors, shape)
     dtype, notes = _choose_dtype(plan, dtype)
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
     header = Header(
@@ -203,6 +204,20 @@ def _shared(plan: Plan) -> str | None:
     return next((name for (block, name), parts in plan.items() if block == "embed" and parts == head), None)
 
 
+def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> None:
+    """Refuses a head of its own in a model whose config.json says that the embedding is its head: which is right?"""
+    head, embedding = tensors.get("lm_head.weight"), plan["embed", "tokens"][0].tensor
+    if not shape.tied or head is None:
+        return
+    pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    require(
+        same and all(torch.equal(one, other) for one, other in pairs),
+        f"{head.shard}: {head.name!r} is another matrix than {embedding.name!r}, but config.json says tie_word_embeddings:"
+        " set that to false to keep the head, or remove the tensor to use the embedding",
+    )
+
+
 def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
     used = {part.tensor.name for parts in plan.values() for part in parts}
     # a tied model's own lm_head is the embedding once more
@@ -215,10 +230,10 @@ def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> lis
 
 
 def _tokenizer_notes(header: Header) -> list[str]:
-    if "tokenizer.json" in header.tokenizer:
+    if "tokenizer.json" in header.tokenizer or {"vocab.json", "merges.txt"} <= set(header.tokenizer):
         return []
     made = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
-    return [f"no tokenizer.json: prompts can only be given as token_ids ({made})"]
+    return [f"no tokenizer.json, nor vocab.json and merges.txt: prompts can only be given as token_ids ({made})"]
 
 
 class _Source:

@@ -35,7 +35,8 @@ def shape(config: Mapping) -> ModelShape:
     require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
     layers = frozenset(range(step - 1, num_layers, step)) - frozenset(dense)
     inner, normalized = read.integer(config, "moe_intermediate_size"), read.flag(config, "norm_topk_prob", False)
-    experts = _experts.settings(config, "num_experts", 128, 8, inner, normalized, layers)
+    key = "num_local_experts" if "num_local_experts" in config and "num_experts" not in config else "num_experts"
+    experts = _experts.settings(config, key, 128, 8, inner, normalized, layers)  # transformers 5 writes the first
     windowed = read.flag(config, "use_sliding_window", False)
     window = _decoder.window_of(config, range(num_layers)) if windowed else None
     biases = read.flag(config, "attention_bias", False)

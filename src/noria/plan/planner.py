@@ -79,9 +79,9 @@ def _usual(config: Config, shape: ModelShape, num_rows: int) -> Load:
 
 
 def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
-    """The candidate with the most tokens/s. Raises the InputError of the most modest one if none fits.
+    """The candidate with the most tokens/s; of equal ones that of larger steps, then of more laps.
 
-    Steps are made smaller only where nothing fits with large ones.
+    Raises the InputError of the most modest one if none fits.
     """
     refused, kept = None, None
     for resident in _resident_choices(work):
@@ -93,7 +93,7 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
             kept = plan
             if costs.rows_in_flight(plan, load) >= load.num_rows:
                 return plan
-    found: list[tuple[float, int, Plan]] = []
+    found: list[tuple[float, Plan]] = []
     for step_tokens in _steps(work):
         for choice in _candidates(work, load, step_tokens):
             try:
@@ -103,17 +103,19 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
                 continue
             if choice.weights is None and not plan.weight_slots:
                 continue  # everything fits: another candidate has it so, with the groups for that
-            speed = costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
-            found.append((speed, plan.laps, plan))
-        if found:
-            best = max(speed for speed, _, _ in found)
-            if (
-                kept is not None
-                and costs.predict(kept, work.shape, work.blocks, known, load)["tokens_per_second"] * WORTH_IT >= best
-            ):
-                return kept
-            return max((one for one in found if one[0] >= 0.995 * best), key=lambda one: one[1])[2]
-    raise refused
+            found.append((_speed(work, plan, known, load), plan))
+    if not found:
+        raise refused
+    best = max(speed for speed, _ in found)
+    if kept is not None and _speed(work, kept, known, load) * WORTH_IT >= best:
+        return kept
+    good = (plan for speed, plan in found if speed >= 0.995 * best)
+    return max(good, key=lambda plan: (plan.step_tokens, plan.laps))
+
+
+def _speed(work: Work, plan: Plan, known: rates.Rates, load: Load) -> float:
+    """Predicted tokens/s of the whole run."""
+    return costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
 
 
 def _resident_choices(work: Work) -> list[Choice]:
@@ -194,12 +196,13 @@ def _reserving(work: Work, base: Choice, load: Load) -> Iterator[Choice]:
         budgets = tiers.budgets_of(base.cache, "placement.cache")
         yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
         return
-    shares = {tier: share / 100 for tier, share in (base.cache or {"gpu": 100.0}).items() if share}
-    most = -(-load.num_rows // base.groups) * base.groups * load.pages
-    most = min([most, *(int(work.limits[tier] / page / share) for tier, share in shares.items())])
-    for fraction in FRACTIONS:
-        pages = max(int(most * fraction), min(work.longest, cap))
-        yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
+    wanted = -(-load.num_rows // base.groups) * base.groups * load.pages
+    for split in [base.cache] if base.cache else [{tier: 100.0} for tier in base.cache_tiers]:
+        shares = {tier: share / 100 for tier, share in split.items() if share}
+        most = min([wanted, *(int(work.limits[tier] / page / share) for tier, share in shares.items())])
+        for fraction in FRACTIONS:
+            pages = max(int(most * fraction), min(work.longest, cap))
+            yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
 
 
 def _default_groups(config: Config, num_ranks: int, device: str, once: bool = False) -> int:

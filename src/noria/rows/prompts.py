@@ -16,6 +16,7 @@ from noria import readers
 from noria.config import InputError, Sampling
 from noria.readers import BadRow
 from noria.sampling import misspelt, whole
+from noria.text import storable
 
 RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
@@ -153,13 +154,14 @@ def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
 
 
 def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
-    """The row's id and what is wrong with it. Without one it is the row's number."""
-    value = row if value is None else whole(value)
+    """The row's id and what is wrong with it. Without one it is the row's number, whatever ids the file has."""
+    if value is None:
+        return str(row), None
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return str(row), f"id is {_short(value)}: it must be a string or an integer"
-    if ids.add(str(value)):
-        return str(value), None
-    return str(value), f"id {_short(str(value))} is that of an earlier row too"
+    id = storable(str(value))
+    return id, None if ids.add(id) else f"id {_short(id)} is that of an earlier row too"
 
 
 def _content_error(record: dict, prompt, token_ids) -> str | None:
@@ -270,7 +272,7 @@ class _Ids:
 
     def add(self, id: str) -> bool:
         """False if the id was there already."""
-        digest = xxhash.xxh3_64_intdigest(id.encode("utf-8", "surrogatepass"))
+        digest = xxhash.xxh3_64_intdigest(id.encode())
         wanted = np.uint64(digest)
         place = self._sorted.searchsorted(wanted)
         if digest in self._recent or (place < len(self._sorted) and self._sorted[place] == wanted):
