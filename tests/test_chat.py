@@ -269,15 +269,25 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path, frozen):
         {"chat_template.json": b"["},
         {"chat_template.json": b'{"chat_template": 3}'},
         {"tokenizer_config.json": b'{"chat_template": [{"name": "rag", "template": ""}]}'},
-        {"chat_template.jinja": b"{% for"},
-        {"chat_template.jinja": b"{{ " + b"(" * 3000 + b" }}"},
-        {"chat_template.jinja": b"x" * (template.MAX_SOURCE + 1)},
     ],
 )
 def test_a_damaged_template_is_the_users_error(files):
     with pytest.raises(InputError) as caught:
         Chat(files, {}, DATE)
     assert "chat" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("source", [b"{% for", b"{{ " + b"(" * 3000 + b" }}", b"x" * (template.MAX_SOURCE + 1)])
+def test_a_template_that_cannot_be_read_is_the_error_of_the_rows_and_runs_that_need_it(source):
+    chat = Chat({"chat_template.jinja": source}, {}, DATE)
+    with pytest.raises(
+        InputError, match="chat template cannot be used: .*: mend it in the model's directory"
+    ) as caught:
+        chat.render([{"role": "user", "content": "a"}])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="^sampling.chat: the model's chat template cannot be used"):
+        Encoder(None, chat, Sampling(chat=True), 10, print)
+    Encoder(None, chat, Sampling(), 10, print)
 
 
 def test_only_a_template_that_asks_for_the_date_depends_on_it():

@@ -100,7 +100,7 @@ def test_vocabulary_and_merges_are_kept_where_there_is_no_tokenizer_json(tmp_pat
     (source / "vocab.json").write_bytes(b"{}")
     (source / "merges.txt").write_bytes(b"")
     made = convert(source, tmp_path / "model.h5")
-    assert "no tokenizer.json, nor vocab.json" in made.notes[0]
+    assert not made.notes, "these two are a tokenizer"
     with open_checkpoint(tmp_path / "model.h5") as checkpoint:
         assert checkpoint.tokenizer == {"vocab.json": b"{}", "merges.txt": b""}
 
@@ -116,13 +116,21 @@ def test_the_dtype_that_most_numbers_have_is_the_source_s(tmp_path):
 def test_tensors_left_over_are_named_once_and_known_ones_not_at_all(tmp_path):
     tensors = state(TIED_LLAMA) | {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "lm_head.weight": torch.ones(101, 32),
+        "lm_head.weight": state(TIED_LLAMA)["model.embed_tokens.weight"],
         "vision.tower": torch.ones(3),
     }
     made = convert(write_directory(tmp_path / "hf", TIED_LLAMA, tensors), tmp_path / "model.h5")
     assert [note for note in made.notes if "left out" in note] == [
         "1 tensor left out, which llama has no use for: 'vision.tower'"
     ]
+
+
+def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path):
+    tensors = state(TIED_LLAMA) | {"lm_head.weight": torch.ones(101, 32)}
+    source = write_directory(tmp_path / "hf", TIED_LLAMA, tensors)
+    with pytest.raises(InputError, match="'lm_head.weight' is another matrix .* set that to false to keep the head"):
+        convert(source, tmp_path / "model.h5")
+    assert not (tmp_path / "model.h5").exists()
 
 
 def test_progress_ends_at_the_whole(tmp_path):

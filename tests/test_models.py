@@ -359,3 +359,9 @@ def test_a_product_in_tiles_is_the_product(outputs, num_tokens, threads):
     for bias in (None, torch.randn(outputs, generator=generator)):
         expected = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
         torch.testing.assert_close(linear(hidden, weight, bias).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_number_of_experts_is_read_under_both_of_its_names():
+    newer = {name: value for name, value in QWEN3_MOE.items() if name != "num_experts"} | {"num_local_experts": 8}
+    family = models.for_config(QWEN3_MOE)
+    assert family.shape(newer) == family.shape(QWEN3_MOE | {"num_experts": 8})

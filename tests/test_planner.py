@@ -180,7 +180,7 @@ def test_a_staging_buffer_holds_the_longest_sequence_and_three_of_them_a_sixteen
         ({"cpu_memory": "80GiB"}, "placement.cpu_memory is 80.0 GiB, but the tightest rank has 64.0 GiB"),
         ({"weights": {"disk": 100.0}, "dtype": "float32"}, 'set dtype = "bfloat16"'),
         ({"weights": {"disk": 100.0}, "model": None, "random_weights": "c.json"}, "set placement.stage = true"),
-        ({"stage": True}, "placement.stage is true, but no weights live on disk"),
+        ({"stage": True, "weights": {"gpu": 100.0}}, "placement.stage is true, but no weights live on disk"),
         ({"cache": {"disk": "90GiB"}, "machine": Machine("cuda", 20 * GiB, 64 * GiB, 80 * GiB)},
          "disk tier needs 90.0 GiB, the limit is 80.0 GiB: lower placement.cache.disk (90GiB) or make room"),
     ],

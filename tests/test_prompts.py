@@ -325,7 +325,17 @@ def test_a_duplicate_id_is_the_later_rows_error(tmp_path):
     assert first.error is None and other.error is None
     for prompt in (second, third):
         assert "id 'a'" in prompt.error and prompt.id == "a"
-    assert "earlier" in rows_of(tmp_path, {"id": "1", "prompt": "p"}, {"prompt": "q"})[1].error
+
+
+def test_a_row_without_an_id_takes_no_other_rows_id_from_it(tmp_path):
+    found = rows_of(tmp_path, {"id": "1", "prompt": "p"}, {"prompt": "q"}, "no json", {"id": 2, "prompt": "r"})
+    assert [prompt.id for prompt in found] == ["1", "1", "2", "2"]
+    assert [prompt.error is None for prompt in found] == [True, True, False, True]
+
+
+def test_ids_that_a_file_cannot_tell_apart_are_one_id(tmp_path):
+    first, second = rows_of(tmp_path, {"id": "a\0", "prompt": "p"}, {"id": "a\ufffd", "prompt": "p"})
+    assert first.id == second.id == "a\ufffd" and first.error is None and "earlier" in second.error
 
 
 def test_duplicates_are_found_among_many_ids(tmp_path):

@@ -53,11 +53,13 @@ def parse_walltime(value: str | int) -> int:
 class Pipeline:
     """How the layers are cut and how sequences travel. None: planned."""
 
-    laps: int | None = key("times that a token goes round the ring in one step: virtual stages per rank (V)")
-    groups: int | None = key("groups of sequences in flight (M)")
+    laps: int | None = key(
+        "times that a token goes round the ring in one step: virtual stages per rank (V) (default: planned)"
+    )
+    groups: int | None = key("groups of sequences in flight (M) (default: planned)")
     microbatches: int = key("least number of microbatches in a step (K)", 1)
-    step_tokens: int | None = key("new tokens in one step of a group, at most")
-    microbatch_tokens: int | None = key("new tokens in one microbatch, at most")
+    step_tokens: int | None = key("new tokens in one step of a group, at most (default: planned)")
+    microbatch_tokens: int | None = key("new tokens in one microbatch, at most (default: planned)")
     partition: str | list = key(
         "layers per virtual stage: greedy (equal, the first get the remainder), balanced (weighs head and"
         " embedding), or a list such as 10,10,11,9",
@@ -102,7 +104,7 @@ class Placement:
     )
     cache: dict | None = key(
         "where the KV cache lives: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
-        " on the GPU)",
+        " planned: on the GPU, and in CPU memory where that is faster)",
         text=True,
     )
     activations: str | None = key("where hidden states of waiting groups live (default: gpu)", None, ("gpu", "cpu"))
@@ -170,7 +172,10 @@ class Job:
     trace: str | None = key(
         "file for a trace of all ranks that Perfetto opens: compute, copies, messages and waits (JSON)"
     )
-    strict: bool = key("fail, after the output is written, if the run did otherwise than planned", False)
+    strict: bool = key(
+        "fail, after the output is written, if the run did otherwise than planned: memory, and with --machine speed",
+        False,
+    )
     machine: str | None = key(
         "machine.toml of noria probe: measured rates to plan with (default: built-in figures, marked as assumed)"
     )
@@ -191,7 +196,7 @@ class Config:
     """One run, whole."""
 
     model: str | None = key("checkpoint made by noria convert")
-    prompts: str | None = key("file of prompts: .jsonl or .txt")
+    prompts: str | None = key("file of prompts: .jsonl, .txt, .csv, .tsv (all of them .gz too), .h5 or .parquet")
     output: str | None = key("HDF5 file for the generations")
     dtype: str = key(
         "numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES)

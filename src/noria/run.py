@@ -157,8 +157,10 @@ def _generate(
 
 
 def _say_otherwise(plan: planner.Plan, timings: list[dict], strict: bool) -> list[str]:
-    """Says where the run did otherwise than planned; of its speed only if the plan's rates were measured, or if asked."""
-    otherwise = plan.compare(figures(timings, speeds=strict or not plan.predicted.get("assumed", True)))
+    """Says where the run did otherwise than planned; of its speed only if the plan's rates were measured, on a GPU."""
+    predicted = plan.predicted
+    known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
+    otherwise = plan.compare(figures(timings, speeds=known))
     for line in otherwise:
         log(0, plan.num_ranks, f"{'error' if strict else 'warning'}: not as planned: {line}")
     return otherwise

@@ -14,7 +14,8 @@ from noria.commands import run as run_command
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.files.checkpoint import Checkpoint
 from noria.plan import costs, planner
-from noria.plan.plans import HOST_NBYTES, Plan
+from noria.plan.costs import Load, Round
+from noria.plan.plans import HOST_NBYTES, Plan, rate_words
 from noria.plan.rates import Rates
 from noria.plan.work import Machine
 from noria.rows.examination import dtype_of, open_model
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan = _plan(config, checkpoint, num_ranks, num_rows, load, rates, device)
         for line in plan.lines():
             _say("", line)
-        for line in _moved(plan, checkpoint):
+        for line in _moved(plan, checkpoint, load):
             _say("moved", line)
         _say("one more", _one_more(config, checkpoint, num_ranks, num_rows, load, device, plan))
     seconds = plan.predicted["seconds"]
@@ -68,6 +69,9 @@ def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
     num_ranks = plan.num_ranks
     nodes = math.ceil(num_ranks / RANKS_OF_A_NODE)
     per_node = math.ceil(num_ranks / nodes)
+    full = (
+        nodes if per_node * nodes == num_ranks else num_ranks - nodes * (per_node - 1)
+    )  # the others have one rank less
     tiers = ("gpu", "cpu") if device == "cpu" else ("cpu",)
     host = max(sum(sum(table[tier].values()) for tier in tiers) for table in plan.memory)
     memory = math.ceil(per_node * (host + HOST_NBYTES) / 1024**3)
@@ -75,12 +79,18 @@ def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
     gpus = device != "cpu"
     return [
         f"#SBATCH --nodes={nodes}",
+        *([f"#SBATCH --ntasks={num_ranks}"] * (full < nodes)),
         f"#SBATCH --ntasks-per-node={per_node}",
         *([f"#SBATCH --gres=gpu:{per_node}"] * gpus),
         f"#SBATCH --cpus-per-task={CORES}",
         f"#SBATCH --mem={memory}G",
         f"#SBATCH --time={time}",
-        f"#PBS -l select={nodes}:ncpus={CORES * per_node}:mpiprocs={per_node}{f':ngpus={per_node}' * gpus}:mem={memory}gb",
+        "#PBS -l select="
+        + "+".join(
+            f"{count}:ncpus={CORES * ranks}:mpiprocs={ranks}{f':ngpus={ranks}' * gpus}:mem={memory}gb"
+            for count, ranks in ((full, per_node), (nodes - full, per_node - 1))
+            if count
+        ),
         f"#PBS -l walltime={time}",
     ]
 
@@ -121,16 +131,21 @@ def _machine_words(rates: Rates) -> str:
     return f"{rates.device}; assumed, not measured: {names} (noria probe --output machine.toml measures them)"
 
 
-def _moved(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+def _moved(plan: Plan, checkpoint: Checkpoint, load: Load) -> list[str]:
     """What a decode round moves over each link."""
-    lines, rows = [], plan.predicted["rows"]
+    lines, rows, shape = [], plan.predicted["rows"], checkpoint.shape
+    turn = Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
     for rank in range(plan.num_ranks):
         moved = costs.weights_nbytes(plan, checkpoint.blocks, rank)
         if moved["link"]:
             disk = f", {moved['disk'] / 1e9:.2f} GB of them from disk" if moved["disk"] else ""
             lines.append(f"rank {rank}: {moved['link'] / 1e9:.2f} GB of weights to the GPU a round{disk}")
+        cache = costs.cache_nbytes(plan, shape, rank, turn)
+        for tier in (tier for tier in cache if cache[tier]["load"]):
+            loaded, stored = cache[tier]["load"] / 1e9, cache[tier]["store"] / 1e6
+            lines.append(f"rank {rank}: {loaded:.2f} GB of cache from {tier} to the GPU a round, {stored:.1f} MB back")
     if plan.num_ranks > 1:
-        nbytes = costs.ring_nbytes(plan, checkpoint.shape, rows)
+        nbytes = costs.ring_nbytes(plan, shape, rows)
         lines.append(f"ring: {nbytes / 1e6:.2f} MB a decode round")
     return lines
 
@@ -146,7 +161,7 @@ def _one_more(
     except InputError as error:
         return f"{num_ranks + 1} ranks: {error}"
     now, then = plan.predicted["tokens_per_second"], more.predicted["tokens_per_second"]
-    return f"{num_ranks + 1} ranks: {then:,.1f} tok/s overall, {then / now:.2f} x"
+    return f"{num_ranks + 1} ranks: {rate_words(then)} tok/s overall, {then / now:.2f} x"
 
 
 def _clock(seconds: float) -> str:

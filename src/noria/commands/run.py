@@ -69,7 +69,11 @@ def _reader(kind, is_text: bool):
             return text
         try:
             if dict in kinds:
-                pairs = (one.partition("=") for one in text.split(","))
+                pairs = [one.partition("=") for one in text.split(",")]
+                names = [name.strip() for name, _, _ in pairs]
+                twice = next((name for name in names if names.count(name) > 1), None)
+                if twice:
+                    raise argparse.ArgumentTypeError(f"{text!r}: {twice} is given twice")
                 return {name.strip(): _share(value) if is_text else float(value) for name, _, value in pairs}
             if list in kinds and text.replace(",", "").isdigit():
                 return [int(part) for part in text.split(",")]

@@ -146,8 +146,9 @@ def check_disk(work: Work, plan: Plan) -> None:
     config, stored = work.config, next(iter(work.blocks.values())).dtype
     on_disk = any("disk" in held.values() for held in plan.weight_tiers)
     if not on_disk:
+        weights = config.placement.weights  # shares that leave the disk out; what is planned or filled may not need it
         require(
-            not config.placement.stage,
+            not config.placement.stage or weights is None or tiers.is_budget(weights),
             "placement.stage is true, but no weights live on disk: leave it out, or give placement.weights a share on disk",
         )
         return

@@ -173,7 +173,7 @@ def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
         "decode": _phase(growing, decode),
         "tokens_per_second": load.num_rows * load.new_tokens / whole,
         "seconds": whole,
-        "assumed": sorted(rates.assumed),
+        "assumed": sorted(name for name in rates.assumed if plan.num_ranks > 1 or not name.startswith("hop")),
         "device": rates.device,
     }
 

@@ -11,6 +11,11 @@ TOLERANCE = 0.15  # of a prediction
 HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
 
 
+def rate_words(rate: float) -> str:
+    """Tokens/s as people read them: `10,080`, `118.5`, `0.0412`."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.1f}" if rate >= 10 else f"{rate:.3g}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every choice of a run.
@@ -72,13 +77,13 @@ class Plan:
     def _predicted_lines(self) -> list[str]:
         if not self.predicted:
             return []
-        prefill, decode = self.predicted["prefill"], self.predicted["decode"]
+        prefill, decode, whole = self.predicted["prefill"], self.predicted["decode"], self.predicted
         by = f"assumed rates of {self.predicted['device']}" if self.predicted["assumed"] else "measured rates"
         return [
             f"plan: predicted from {by}, {self.predicted['rows']:,} rows at once: prefill"
-            f" {prefill['tokens_per_second']:,.0f} tok/s ({prefill['binds']} binds), decode"
-            f" {decode['tokens_per_second']:,.1f} tok/s ({decode['binds']} binds, {decode['round_seconds']:.3f} s a round),"
-            f" {self.predicted['tokens_per_second']:,.1f} tok/s overall"
+            f" {rate_words(prefill['tokens_per_second'])} tok/s ({prefill['binds']} binds), decode"
+            f" {rate_words(decode['tokens_per_second'])} tok/s ({decode['binds']} binds,"
+            f" {decode['round_seconds']:.3f} s a round), {rate_words(whole['tokens_per_second'])} tok/s overall"
         ]
 
     def compare(self, measured: Mapping) -> list[str]:
@@ -112,11 +117,12 @@ class Plan:
         for tier in TIERS:
             table = self.memory[rank][tier]
             if table:
-                sizes = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in table.items())
-                held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
-                lines.append(
-                    f"plan: rank {rank}: {held}{tier} {size_words(sum(table.values()))}: {sizes}{self._blocks(rank, tier)}"
+                blocks = {"weights": self._blocks(rank, tier)}
+                sizes = ", ".join(
+                    f"{name} {size_words(nbytes)}{blocks.get(name, '')}" for name, nbytes in table.items()
                 )
+                held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
+                lines.append(f"plan: rank {rank}: {held}{tier} {size_words(sum(table.values()))}: {sizes}")
         return lines
 
     def _blocks(self, rank: int, tier: str) -> str:

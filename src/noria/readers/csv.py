@@ -114,7 +114,10 @@ def _check_header(path: str | Path, header: list[str]) -> None:
 def _row(header: list[str], record: list[str], number: int) -> dict | BadRow:
     if len(record) != len(header):
         return BadRow(f"line {number} has {len(record)} cells, the header has {len(header)}")
-    return {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
+    row = {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
+    if row.get("prompt") == "" and any(row.get(name) is not None for name in ("token_ids", "messages")):
+        del row["prompt"]  # a table has the column in every row
+    return row
 
 
 def _value(name: str, cell: str):

@@ -21,17 +21,24 @@ _UNWRAPPED = (
 class Chat:
     """The chat template of a checkpoint's tokenizer files; `source` is None if they have none.
 
-    `date` is what the template is told the date is: that of the job's first start, whenever a row is rendered. Raises
-    InputError for a template that cannot be read.
+    `date` is what the template is told the date is: that of the job's first start, whenever a row is rendered. `error`
+    says why a template cannot be read ("" for one that can): rows that need none still run.
     """
 
     def __init__(self, files: Mapping[str, bytes], special_tokens: Mapping[str, str], date: datetime):
         self.source = template_source(files)
         self._special_tokens = dict(special_tokens)
-        self._template = None if self.source is None else Template(self.source, date)
+        self._template, self.error = None, ""
+        try:
+            self._template = None if self.source is None else Template(self.source, date)
+        except InputError as error:
+            self.error = (
+                f"the model's chat template cannot be used: {error}: mend it in the model's directory and convert again"
+            )
 
     def render(self, messages: list[dict]) -> str:
         """The text of a conversation, up to where the model's answer begins. Raises InputError."""
+        require(not self.error, self.error)
         if self._template is None:
             raise InputError(f"the model has no chat template: {_REMEDY}")
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
@@ -52,6 +59,7 @@ class Encoder:
         self._settings = {"chat": sampling.chat, "system": sampling.system}
         self._warn: Callable[[str], None] | None = warn if chat.source else None
         require(not sampling.chat or chat.source, f"sampling.chat: the model has no chat template: {_REMEDY}")
+        require(not sampling.chat or not chat.error, f"sampling.chat: {chat.error}")
         require(sampling.chat or sampling.system is None, "sampling.system needs sampling.chat: add --chat")
 
     def __call__(self, prompt: Prompt) -> list[int]:

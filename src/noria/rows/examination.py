@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from noria.blocks import Block, ModelShape
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape
 from noria.config import Config, InputError, require
 from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.output import probe_output
@@ -20,6 +20,7 @@ from noria.rows.identity import check_finished, check_shard, header
 from noria.rows.lengths import look
 from noria.rows.prompts import content_hash, count
 from noria.rows.tokenizer import Tokenizer
+from noria.rows.waiting import unknown_ids
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
 
 
 def _check_encoder(config: Config, checkpoint) -> None:
-    """Raises InputError for what the model's tokenizer or chat template cannot honour."""
+    """Raises InputError for what the model, its tokenizer or its chat template cannot honour."""
+    unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
+    require(unknown is None, f"sampling.{unknown}")
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
     encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
 
@@ -64,15 +67,24 @@ def open_model(config: Config, dtype: str | None):
         found = "is a folder" if model.is_dir() else "does not exist"
         require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
         return open_checkpoint(config.model)
+    return random_checkpoint(_shape_file(config), dtype)
+
+
+def _shape_file(config: Config) -> dict:
+    """The config.json of random weights."""
     try:
         text = Path(config.job.random_weights).read_bytes()
     except OSError as error:
         raise InputError(f"random_weights {config.job.random_weights}: {error.strerror}") from error
-    return random_checkpoint(parse_json(text, config.job.random_weights), dtype)
+    return parse_json(text, config.job.random_weights)
 
 
 def dtype_of(config: Config, stored: str | None, device: str) -> str:
-    """The run's dtype: what was asked, else the checkpoint's on a GPU and float32 on a CPU."""
+    """The run's dtype: what was asked, else float32 on a CPU, and on a GPU the checkpoint's or what a config.json says."""
     if config.dtype != "auto":
         return config.dtype
+    if device != "cpu" and stored is None and config.job.random_weights:
+        shape = _shape_file(config)
+        named = shape.get("dtype", shape.get("torch_dtype"))
+        stored = named if named in DTYPE_NBYTES else None
     return "float32" if device == "cpu" else stored or "bfloat16"

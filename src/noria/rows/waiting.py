@@ -147,7 +147,7 @@ class Line:
         except ValueError as wrong:
             sequence.error = str(wrong)
         else:
-            sequence.error = self._too_long(sequence) or self._unknown_ids(sampling) or ""
+            sequence.error = self._too_long(sequence) or unknown_ids(sampling, self._limits.vocab_size) or ""
             if sampling.stop_texts and self._decode is None:
                 sequence.error = "stop: the checkpoint has no tokenizer to read texts with: give stop_token_ids"
         return sequence
@@ -165,14 +165,15 @@ class Line:
             )
         return None
 
-    def _unknown_ids(self, sampling: Sampling) -> str | None:
-        """Whether a key names a token that the model does not have."""
-        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": map(int, sampling.logit_bias or ())}
-        for name, ids in named.items():
-            for token_id in ids or ():
-                if token_id >= self._limits.vocab_size:
-                    return f"{name} has {token_id}: the model's vocabulary has {self._limits.vocab_size} token ids"
-        return None
+
+def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
+    """What is said if a key names a token that the model does not have."""
+    named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": map(int, sampling.logit_bias or ())}
+    for name, ids in named.items():
+        for token_id in ids or ():
+            if token_id >= vocab_size:
+                return f"{name} has {token_id}: the model's vocabulary has {vocab_size} token ids, from 0"
+    return None
 
 
 def num_pages(sequence: Sequence, max_positions: int) -> int:
