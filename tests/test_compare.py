@@ -62,8 +62,9 @@ def test_the_first_logit_that_differs_is_named(script, source, tmp_path, capsys)
 
 
 def test_tokens_that_differ_are_a_failure_unless_their_logits_tie(script, capsys):
-    assert script.compare_tokens([[1, 2, 3]], [[1, 2, 3]], [[1.0] * 3], 1e-6)
-    assert not script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0] * 3], 1e-6)
+    assert script.compare_tokens([[1, 2, 3]], [[1, 2, 3]], [[1.0] * 3], 1e-6, True)
+    assert not script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0] * 3], 1e-6, True)
     assert "differ from new token 1 on: [2, 3] transformers, [5, 3] noria" in capsys.readouterr().out
-    assert script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0, 1e-7, 1.0]], 1e-6)
-    assert not script.compare_tokens([[1, 2, 3]], [[1, 2]], [[1.0] * 3], 1e-6)
+    assert script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0, 1e-7, 1.0]], 1e-6, True)
+    assert not script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0, 1e-7, 1.0]], 1e-6, False)
+    assert not script.compare_tokens([[1, 2, 3]], [[1, 2]], [[1.0] * 3], 1e-6, True)

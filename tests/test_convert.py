@@ -421,6 +421,16 @@ def test_the_command_converts_and_exits_with_0_or_2(tmp_path, capsys):
     assert main(["convert", source, target, "--overwrite"]) == 0
 
 
+def test_the_command_tells_of_texts_that_cannot_be_used(tmp_path, capsys):
+    source = directory(tmp_path)
+    (source / "chat_template.jinja").write_text("{% for")
+    (source / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    assert main(["convert", str(source), str(tmp_path / "model.h5")]) == 0
+    said = capsys.readouterr().err
+    assert "noria: end token 5000 is not in the model's vocabulary of 101: no row ends by it" in said
+    assert "noria: the model's chat template cannot be used: " in said
+
+
 def test_hdf5_alone_reads_true_values_of_each_dtype(tmp_path):
     values = fused(LLAMA, state(LLAMA))
     source = write_directory(tmp_path / "hf", LLAMA, state(LLAMA))

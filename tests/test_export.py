@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import pytest
 
+from noria.__main__ import main
 from noria.commands import export as command
 from noria.config import InputError
 from noria.files import export as export_module
 from noria.files.export import KEYS, export
 from noria.files.merge import merge
 from noria.files.parts import Parts, part_files
+from noria.rows.prompts import content_hash, content_key
 from output_rows import fill, make_row
 
 HEADER = {"run": 1}
@@ -41,6 +43,23 @@ def exported(output, row):
     export(output, output.with_suffix(".jsonl"))
     (line,) = lines(output.with_suffix(".jsonl"))
     return line
+
+
+def test_the_command_does_not_write_over_the_prompts_of_the_run(output, tmp_path, capsys):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    header = {"prompts": content_key(prompts, content_hash(prompts))}
+    parts = Parts(output, header)
+    for merged in (False, True):  # not finished, and finished
+        if merged:
+            merge(parts, output, 1, {}, {})
+        else:
+            fill(parts, [make_row(0)], 1)
+        assert main(["export", str(output), str(prompts)]) == 2
+        assert f"{prompts} holds the prompts of {output}, which would be lost" in capsys.readouterr().err
+        assert prompts.read_text() == '{"prompt": "a"}\n'
+        for _ in range(2):
+            assert main(["export", str(output), str(tmp_path / "other.jsonl")]) == 0
 
 
 def test_every_row_is_an_object_in_the_order_of_the_prompts(output, tmp_path):

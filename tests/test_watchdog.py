@@ -36,6 +36,10 @@ def test_an_abort_that_hangs_is_ended_by_force():
     code, said, _ = end_of("dog.end('failed: the bucket has a hole', 7)")
     assert code == 7
     assert "rank=0/1 failed: the bucket has a hole" in said
+    code, said, seconds = end_of(
+        "dog.record = lambda why: (print('why:', why, flush=True), time.sleep(600))\ndog.end('no', 7)"
+    )
+    assert code == 7 and seconds < 30, "a record that hangs is given up"
     assert f"rank=0/1 was on {Watchdog().host}, stage 1 (layers 4-7), computing in round 12" in said
 
 

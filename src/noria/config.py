@@ -30,7 +30,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, count))
     require(slash and digits, f"job.shard is {text!r}: it must be i/n, such as 1/4 for the first of four shards")
     i, n = int(number), int(count)
-    require(n >= 1 and 1 <= i <= n, f"job.shard is {text!r}: shards count from 1, so i/{n} goes from 1/{n} to {n}/{n}")
+    require(n >= 1, f"job.shard is {text!r}: there must be at least 1 shard")
+    require(1 <= i <= n, f"job.shard is {text!r}: shards count from 1, so i/{n} goes from 1/{n} to {n}/{n}")
     return i, n
 
 
@@ -45,7 +46,7 @@ def parse_walltime(value: str | int) -> int:
     parts = str(value).strip().split(":")
     digits = len(parts) <= 3 and all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
     seconds = sum(int(part) * 60**place for place, part in enumerate(reversed(parts))) if digits else 0
-    require(seconds > 0, f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00, or seconds")
+    require(seconds > 0, f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00, or seconds, above 0")
     return seconds
 
 

@@ -94,6 +94,7 @@ def _generate(
             comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
         )
         if rank == 0:
+            watchdog.record = desk.fail
             on_error.push(desk.withdraw)
         told = device.type == "cuda" or config.job.machine is not None  # nobody can assume what a CPU does
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines(predicted=told)])
@@ -144,6 +145,7 @@ def _generate(
                 plan=plan.as_dict(),
             )
             desk.close(attrs, timings)
+        watchdog.record = None
         if config.job.trace:
             _write_trace(comm, Path(config.job.trace), trace)
         complete = mpi.on_first_rank(comm, lambda: desk.complete)

@@ -8,7 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from noria.config import DTYPES
+from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
+from noria.rows.examination import doubts
 from noria.text import printable
 
 LINE_SECONDS = 10
@@ -30,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         made = convert(arguments.source, arguments.target, arguments.dtype, report, arguments.overwrite)
     finally:
         report.close()
-    for note in made.notes:
+    with open_checkpoint(arguments.target) as checkpoint:
+        notes = made.notes + doubts(checkpoint)
+    for note in notes:
         sys.stderr.write(f"noria: {printable(note)}\n")
     seconds = time.monotonic() - started
     sys.stdout.write(

@@ -1,9 +1,16 @@
 """Writes generations for other programs, in the order of the prompts: .jsonl, .csv or .parquet, by the file's name."""
 
 import argparse
+import contextlib
+import json
 import sys
+from pathlib import Path
 
+from noria.config import InputError
 from noria.files.export import FORMATS, export
+from noria.files.generations import open_generations
+from noria.files.sealed import part_files, parts_folder
+from noria.rows.prompts import content_hash, content_key
 from noria.text import plural
 
 
@@ -20,8 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_prompts(Path(arguments.output), Path(arguments.file))
     count = export(arguments.output, arguments.file, format=arguments.format)
     sys.stderr.write(
         f"{plural(count, 'row' if arguments.format == 'rows' else 'response')} written to {arguments.file}\n"
     )
     return 0
+
+
+def _check_prompts(output: Path, target: Path) -> None:
+    """Raises InputError if the file to write is the run's own prompts, which would be lost."""
+    if not target.is_file():
+        return
+    prompts = None
+    with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
+        with open_generations(output if output.exists() else part_files(parts_folder(output))[0]) as file:
+            prompts = str(json.loads(file.attrs["header"])["prompts"])
+    same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")
+    if same_size and prompts == content_key(target, content_hash(target)):
+        raise InputError(f"{target} holds the prompts of {output}, which would be lost: name another file")

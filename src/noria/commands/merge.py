@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     holder = {"job": job, "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(output, holder, to_stderr):
         count = merge_shards(shards, output, sys.argv)
-    words = (
-        "is the merge of these shards already" if count is None else f"{plural(count, 'row')} of {len(shards)} shards"
-    )
-    sys.stderr.write(f"{output}: {words}\n")
+    words = " is the merge of these shards already"
+    if count is not None:
+        words = f": {plural(count, 'row')} of {len(shards)} shards"
+    sys.stderr.write(f"{output}{words}\n")
     return 0

@@ -17,7 +17,7 @@ from noria.files.atomic import check_folder
 from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
-from noria.rows.examination import open_model
+from noria.rows.examination import doubts, open_model
 from noria.rows.prompts import count, open_prompts
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.validation import Findings, Limits, examine
@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         source = config.model or config.job.random_weights
         _say("model", f"{source}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
              f" context {shape.max_positions:,}")  # fmt: skip
+        for doubt in doubts(checkpoint):
+            _say("note", doubt)
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))

@@ -86,8 +86,14 @@ class Parts:
         """Keeps a finished row, or one that stopped half-way (status todo), in memory until the next seal."""
         self.pending.append(generation)
 
+    def expect(self, num_rows: int) -> None:
+        """The whole job has so many rows, as far as its prompts are read: with the next seal `inspect` knows."""
+        with self.lock:
+            if self.segment:
+                self.segment.facts["of"] = num_rows
+
     def end(self, reason: str) -> None:
-        """Records that this job stops in order, and why: `finished`, `walltime`, a signal's name."""
+        """Records why this job stops: `finished`, `walltime`, a signal's name, what failed."""
         with self.lock:
             if self.segment:
                 self.segment.end(reason)

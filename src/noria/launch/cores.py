@@ -67,12 +67,15 @@ def node_of(core: int) -> int | None:
 
 
 def words(cores: Iterable[int], num_cores: int, device: torch.device) -> str:
-    """As `8 cores of NUMA node 0`: `num_cores` of those; says so where the GPU is at another node."""
+    """As `8 cores of NUMA node 0`: `num_cores` of those. Says so where the GPU is at another node, or threads too many."""
     nodes = sorted({node for core in cores if (node := node_of(core)) is not None})
     said, gpu = plural(num_cores, "core"), gpu_node(device)
     if nodes:
         said += f" of NUMA node{'' if len(nodes) == 1 else 's'} {', '.join(map(str, nodes))}"
-    return said if gpu is None or nodes == [gpu] else f"{said} (its GPU is at node {gpu})"
+    if gpu is not None and nodes != [gpu]:
+        said += f" (its GPU is at node {gpu})"
+    threads = torch.get_num_threads()
+    return said if threads <= num_cores else f"{said}, {threads} threads, which is slow: unset OMP_NUM_THREADS"
 
 
 def set_threads(num_cores: int) -> None:

@@ -3,6 +3,7 @@
 Knows nothing of models: what a rank was doing is told to it.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from noria.launch import mpi
 from noria.progress import log
 
+RECORD_SECONDS = 1.0
 ABORT_SECONDS = 5.0  # an abort that has not ended this process by then is helped along
 
 
 class Watchdog:
     """A rank's own. A context manager: inside it, an exception that no code catches ends the whole job.
 
-    `doing` is what the rank is at, in words or as a function that finds them.
+    `doing` is what the rank is at, in words or as a function that finds them. `record` is told why the job ends before it
+    does, and given RECORD_SECONDS: the disk may be what fails.
     """
 
     def __init__(self):
@@ -28,6 +31,7 @@ class Watchdog:
         self.host, self.stage = socket.gethostname(), ""
         self.began = time.time()
         self.doing: str | Callable[[], str] = "starting"
+        self.record: Callable[[str], None] | None = None
         self._hooks = None
 
     def __enter__(self) -> "Watchdog":
@@ -53,8 +57,18 @@ class Watchdog:
 
     def end(self, message: str, code: int, details: str = "") -> int:
         """Says why, ends every rank with this code, and after ABORT_SECONDS this process by force."""
-        self.say("\n".join(filter(None, [message, f"was {self.place()}", details.rstrip()])))
+        if details:  # the message comes last, where people look
+            self.say(details.rstrip())
+        self.say(f"{message}\nwas {self.place()}")
+        if self.record is not None:
+            recorder = threading.Thread(target=self._record, args=[message], daemon=True)
+            recorder.start()
+            recorder.join(RECORD_SECONDS)
         return abort(code)
+
+    def _record(self, message: str) -> None:
+        with contextlib.suppress(Exception):
+            self.record(message)
 
 
 def abort(code: int) -> int:

@@ -120,6 +120,10 @@ class Desk:
         if isinstance(error, InputError) and not self._parts.parts:
             self._parts.withdraw()
 
+    def fail(self, message: str) -> None:
+        """Records why the job ends, from any thread: what `noria inspect` says of it."""
+        self._parts.end(" ".join(message.split())[:300])
+
     def tend(self) -> None:
         """From another thread, about every second: seals what is overdue, for a step may take longer than `seal_seconds`."""
         if self.lock.acquire(blocking=False):  # else the run itself is at it
@@ -135,7 +139,9 @@ class Desk:
             self._seal(self._config.job.seal_seconds)
             counted = self.admission.counted
             unread = len(self._rows) - len(self.admission.samples)
-            self._progress.expect(self.admission.num_rows + unread * self.sampling.n)
+            expected = self.admission.num_rows + unread * self.sampling.n
+            self._progress.expect(expected)
+            self._parts.expect(expected)
             self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
@@ -160,7 +166,11 @@ class Desk:
         """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
         parts = self._parts
         if parts.taken_away():
-            raise FileNotFoundError(errno.ENOENT, "the sealed parts were taken away under the run", str(parts.folder))
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "the sealed parts were taken away under the run: put them back, or start the same run again",
+                str(parts.folder),
+            )
         try:
             parts.seal() if due is None else parts.seal_if_due(due)
         except OSError as error:

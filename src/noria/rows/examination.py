@@ -15,7 +15,7 @@ from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
 from noria.plan.costs import Load
-from noria.rows.chat import encoder_of
+from noria.rows.chat import Chat, encoder_of
 from noria.rows.identity import check_finished, check_shard, header
 from noria.rows.lengths import look
 from noria.rows.prompts import content_hash, count
@@ -58,6 +58,26 @@ def _check_encoder(config: Config, checkpoint) -> None:
     require(unknown is None, f"sampling.{unknown}")
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
     encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
+
+
+def doubts(checkpoint) -> list[str]:
+    """What of a checkpoint's texts cannot be used as it is, though rows of token_ids run."""
+    said = []
+    try:
+        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+        chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+    except InputError as error:
+        return [str(error)]
+    unknown = sorted(id for id in tokenizer.end_token_ids if not 0 <= id < checkpoint.shape.vocab_size)
+    if unknown:
+        said.append(
+            f"end token {unknown[0]} is not in the model's vocabulary of {checkpoint.shape.vocab_size}: no row ends by it"
+        )
+    if not tokenizer.end_token_ids:
+        said.append(
+            "config.json, generation_config.json and the tokenizer name no end token: rows end by max_new_tokens"
+        )
+    return said + ([chat.error] if chat.error else [])
 
 
 def open_model(config: Config, dtype: str | None):
