@@ -11,7 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 root=$(dirname "$here")
 # Several times what it takes, so that only a hang meets the limit and not a busy machine.
 if [ -z "${NORIA_CLUSTER_LIMITED:-}" ]; then
-    NORIA_CLUSTER_LIMITED=yes exec timeout --foreground --signal=TERM --kill-after=30 15m bash "$here/cluster.sh" "$@"
+    NORIA_CLUSTER_LIMITED=yes exec timeout --foreground --signal=TERM --kill-after=30 40m bash "$here/cluster.sh" "$@"
 fi
 # shellcheck source=cluster/common.sh
 source "$here/cluster/common.sh"

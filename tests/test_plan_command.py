@@ -1,6 +1,7 @@
 """noria plan, as a user calls it: no ranks, no GPU."""
 
 import json
+import re
 
 import pytest
 
@@ -50,19 +51,49 @@ def test_a_plan_obeys_the_flags_of_a_run(planned):
     assert code == 2 and "cpu tier needs" in err and "lower placement.weights.cpu (100) or raise" in err
 
 
-def test_a_model_larger_than_two_gpus_finds_a_plan(folder, tmp_path, planned):
-    (tmp_path / "config.json").write_text(json.dumps(OPT))
-    (tmp_path / "prompts.jsonl").write_text((json.dumps({"token_ids": [5] * 512}) + "\n") * 128)
-    arguments = [
-        "--random-weights",
-        tmp_path / "config.json",
-        "--dtype",
-        "float16",
-        "--prompts",
-        tmp_path / "prompts.jsonl",
-    ]
-    arguments += ["--output", tmp_path / "o.h5", "--max-new-tokens", "32"]
-    assert main(["plan", "--ranks", "2", *map(str, arguments)]) == 0
+@pytest.fixture
+def large(tmp_path, capsys):
+    """noria plan for an OPT-175B shape and 256 rows of 512 + 32 tokens: code, output."""
+    (tmp_path / "config.json").write_text(json.dumps(OPT | {"torch_dtype": "float16"}))
+    (tmp_path / "prompts.jsonl").write_text((json.dumps({"token_ids": [5] * 512}) + "\n") * 256)
+    names = {"random-weights": "config.json", "prompts": "prompts.jsonl", "output": "o.h5"}
+    files = [word for name, file in names.items() for word in (f"--{name}", str(tmp_path / file))]
+
+    def plan(ranks, *more):
+        code = main(["plan", "--ranks", str(ranks), *files, "--max-new-tokens", "32", *more])
+        return code, capsys.readouterr().out
+
+    return plan
+
+
+def test_a_model_larger_than_two_gpus_finds_a_plan_in_the_dtype_of_its_config(large):
+    code, out = large(2)
+    assert code == 0 and "opt, 96 layers, float16" in out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_do_not_crowd_the_cache_out_of_cpu_memory(large, ranks):
+    code, out = large(ranks, "--gpu-memory", "16GiB", "--stage")
+    rows = int(re.search(r"(\d+) rows at once", out)[1])
+    assert code == 0 and rows >= 40 * ranks, "one row at a time would take weeks"
+    assert re.search(r"moved       rank 0: \d+\.\d\d GB of cache from cpu to the GPU a round, \d+\.\d MB back", out)
+
+
+def test_staging_is_planned_where_it_turns_out_that_nothing_needs_it(large):
+    assert large(8, "--stage")[0] == 0
+
+
+def test_nine_ranks_are_asked_for_as_nine(large):
+    _, out = large(9)
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks=9\n#SBATCH --ntasks-per-node=5\n" in out
+    found = re.search(r"#PBS -l select=(\d):.*mpiprocs=(\d).*\+(\d):.*mpiprocs=(\d)", out)
+    assert [int(one) for one in found.groups()] == [1, 5, 1, 4]
+
+
+def test_a_tier_given_twice_is_refused(planned):
+    with pytest.raises(SystemExit) as ended:
+        planned("--weights", "cpu=20,cpu=100")
+    assert ended.value.code == 2
 
 
 def test_measured_rates_are_taken_and_named(planned, tmp_path):

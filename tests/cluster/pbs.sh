@@ -63,7 +63,7 @@ pbs_rerun() {
     noria run --help | grep -q -- --walltime || skip "noria run has no --walltime yet"
     job=$(qsub -l select=1:ncpus=2:mpiprocs=2 -l walltime="00:00:$part_seconds" -v RUN="${many[*]} --output outputs/rerun.h5" \
         jobs/pbs/single_node.pbs)
-    pbs_finish "$job" 240 "noria.o${job%.stand-in}"
+    pbs_finish "$job" 600 "noria.o${job%.stand-in}"
     echo "walltime $part_seconds s, started $(cat "$scratch/pbs/${job%.stand-in}/run_count") times"
     [ "$(cat "$scratch/pbs/${job%.stand-in}/run_count")" -ge 2 ]
     same_rows outputs/all.h5 outputs/rerun.h5

@@ -74,8 +74,12 @@ def qsub(arguments: list[str]) -> None:
     wanted = {name: getattr(given, name) or getattr(asked, name) for name in vars(asked) if name != "l"}
     needs = resources(asked.l) | resources(given.l)
     number = 1 + max((int(path.name.split("[")[0]) for path in HOME.glob("[0-9]*")), default=-1)
-    first, last = map(int, wanted["J"].split("-")) if wanted["J"] else (0, 0)
-    for index in range(first, last + 1):
+    first, last, step = (
+        int(one or 1) for one in re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?", wanted["J"] or "0-0").groups()
+    )
+    if wanted["J"] and first >= last:  # as OpenPBS has it
+        sys.exit("qsub: illegal -J value")
+    for index in range(first, last + 1, step):
         job = f"{number}[{index}]" if wanted["J"] else str(number)
         settings = {
             "name": wanted["N"] or given.script.name,

@@ -26,6 +26,7 @@ from noria.text import plural, printable
 CORES = 8  # of a rank: loading and reading threads, and messages
 RANKS_OF_A_NODE = 8
 STARTING_SECONDS = 300
+SHORTEST_SECONDS = 900  # of a walltime: a scheduler's notice and the start-up must fit in
 SLACK = 1.5  # times the predicted time is asked for
 
 
@@ -75,7 +76,7 @@ def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
     tiers = ("gpu", "cpu") if device == "cpu" else ("cpu",)
     host = max(sum(sum(table[tier].values()) for tier in tiers) for table in plan.memory)
     memory = math.ceil(per_node * (host + HOST_NBYTES) / 1024**3)
-    time = _clock(math.ceil(seconds / 600) * 600)
+    time = _clock(math.ceil(seconds / SHORTEST_SECONDS) * SHORTEST_SECONDS)
     gpus = device != "cpu"
     return [
         f"#SBATCH --nodes={nodes}",
