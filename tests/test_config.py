@@ -51,8 +51,8 @@ def test_flags_go_over_the_run_file(tmp_path):
         ("[placement]\ncpu_memory = 'lots'", "placement.cpu_memory is 'lots': it must be a size"),
         ("[pipeline]\nschedule = 'multibatch'", "did you mean 'multi_batch'?"),
         ("sampling = 3", "sampling is a section of the run file: write [sampling]"),
-        ("[sampling]\ntemperature = '1'", "sampling.temperature is '1': it must be float"),
-        ("[sampling]\nmax_new_tokens = true", "sampling.max_new_tokens is True: it must be int"),
+        ("[sampling]\ntemperature = '1'", "sampling.temperature is '1': it must be a number"),
+        ("[sampling]\nmax_new_tokens = true", "sampling.max_new_tokens is True: it must be an integer"),
         (
             "[sampling]\nmax_new_tokens = 0",
             "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true",
@@ -95,5 +95,5 @@ def test_a_size_that_is_none_is_refused_with_an_example(text):
 def test_a_rows_own_keys_override_the_runs():
     row = config.Sampling(top_k=3).override({"temperature": 1, "max_new_tokens": 2})
     assert (row.top_k, row.temperature, row.max_new_tokens) == (3, 1.0, 2)
-    with pytest.raises(InputError, match="top_k is 'x': it must be int"):
+    with pytest.raises(InputError, match="top_k is 'x': it must be an integer"):
         config.Sampling().override({"top_k": "x"})

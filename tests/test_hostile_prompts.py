@@ -127,7 +127,7 @@ BAD_ROWS = [
     ('{"prompt": "p", "system": "\\ud800", "chat": true}', "no chat template"),
     ('{"messages": [[[[]]]]}', "messages[0] is [[[]]]"),
     ('{"messages": {"role": "user"}}', "it must be a list"),
-    ('{"custom_id": "x", "body": "x"}', "body is str"),
+    ('{"custom_id": "x", "body": "x"}', 'body is "x"'),
     ('{"prompt": "p", "stop": ["' + "x" * 10**6 + '"]}', "sampling.stop"),
     ('{"prompt": "p", "logit_bias": {"-1": 1}}', "logit_bias"),
     ('{"id": 1e400, "prompt": "p"}', "id is inf"),

@@ -102,7 +102,7 @@ def test_a_newer_checkpoint_is_refused_with_both_versions(refusal, folder):
         (["--groups", "0"], "pipeline.groups is 0: it must be at least 1"),
         (["--groups", "-1"], "pipeline.groups is -1: it must be at least 1"),
         (["--groups", str(MAX_GROUPS + 1)], f"it must be at most {MAX_GROUPS}"),
-        (["--groups", "two"], "argument --groups: 'two': it must be int"),
+        (["--groups", "two"], "argument --groups: 'two': it must be an integer"),
         (["--groups"], "argument --groups: expected one argument; noria run --help says more"),
         (["--groups", "1", "--blocking"], "needs 2 <= groups <= ranks; leave pipeline.blocking out"),
         (["--random-weights", "config.json"], "model and job.random_weights contradict each other"),

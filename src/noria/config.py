@@ -283,7 +283,7 @@ def _read(path: str | Path) -> dict:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of too many digits
-        raise InputError(f"run file {path} is not TOML: {str(error)[:200]}") from error
+        raise InputError(f"run file {path} is not TOML: {str(error).partition(';')[0][:200]}") from error
 
 
 def _build(tree: Mapping) -> Config:

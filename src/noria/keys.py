@@ -26,6 +26,9 @@ def key(help: str, default=None, choices: tuple = (), text: bool = False):
     return field(default=default, metadata={"help": help, "choices": choices, "text": text})
 
 
+WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table"}
+
+
 def require(condition, message: str) -> None:
     """Raises InputError(message) unless the condition holds."""
     if not condition:
@@ -47,6 +50,6 @@ def checked(value, kind, name: str):
         return float(value)
     exact = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     if not exact:
-        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        wanted = " or ".join(WORDS[k] for k in kinds if k is not type(None))
         raise InputError(f"{name} is {value!r}: it must be {wanted}")
     return value

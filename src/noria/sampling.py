@@ -44,7 +44,7 @@ class Sampling:
             value = getattr(self, name)
             bounds = f"in {least:g} .. {most:g}" if most < float("inf") else f"{least:g} or more"
             inside = value is None or (least <= value <= most and value != float("inf"))
-            require(inside, f"sampling.{name} is {value}: it must be {bounds}")
+            require(inside, f"sampling.{name} is {value}: it must be {'finite' if value == float('inf') else bounds}")
         require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
         require(
             0 < self.repetition_penalty < float("inf"),

@@ -357,8 +357,8 @@ def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
         ({"messages": TALK, "stream": True}, {}, "body.stream"),
         ({"messages": TALK, "response_format": {"type": "json_object"}}, {}, "body.response_format"),
         ({"input": "x"}, {"url": "/v1/embeddings"}, 'url is "/v1/embeddings"'),
-        ([], {}, "body is list"),
-        (None, {}, "body is NoneType"),
+        ([], {}, "body is []"),
+        (None, {}, "body is null"),
     ],
 )
 def test_a_request_that_cannot_be_honoured_is_refused_by_name(tmp_path, body, more, words):

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config, InputError
+from noria.keys import WORDS
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
@@ -79,7 +80,7 @@ def _reader(kind, is_text: bool):
                 return [int(part) for part in text.split(",")]
             return number(text)
         except ValueError:
-            wanted = "a list such as 10,10,9" if list in kinds else number.__name__
+            wanted = "a list such as 10,10,9" if list in kinds else WORDS[number]
             if dict in kinds:
                 wanted = (
                     "shares or sizes by tier, such as gpu=60,cpu=40"

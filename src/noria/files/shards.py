@@ -165,6 +165,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         OSError,
     ) as error:
         reason = " ".join(str(error).split())[:160]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to let it run code
+            reason = "it holds more than tensors, and whatever else a pickle does is not done"
         raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason!r}") from error
     size = path.stat().st_size
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]:

@@ -75,7 +75,7 @@ def as_row(record: dict) -> dict | BadRow:
 def _error(body, url) -> str | None:
     """What is wrong with a request."""
     if not isinstance(body, dict):
-        return f"body is {type(body).__name__}: it must be an object with messages or a prompt"
+        return f"body is {json.dumps(body)[:60]}: it must be an object with messages or a prompt"
     if url not in (CHAT, COMPLETIONS):
         return f"url is {json.dumps(url)[:60]}: {CHAT} and {COMPLETIONS} can be run"
     if body.get("modalities") not in (None, [], ["text"]):

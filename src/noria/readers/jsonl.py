@@ -35,7 +35,7 @@ def _parse(line: bytes, number: int) -> dict | BadRow:
     except RecursionError:
         return BadRow(f"line {number} is nested too deeply")
     except ValueError as error:
-        return BadRow(f"line {number} is not JSON: {error}")
+        return BadRow(f"line {number} is not JSON: {str(error).partition(';')[0]}")  # after that: advice to programmers
     if not isinstance(record, dict):
         return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
     if not _openai.is_request(record):
