@@ -160,7 +160,7 @@ class Job:
         " with 75 (default: what SLURM or PBS say; the same command again goes on)",
         text=True,
     )
-    retry_errors: bool = key("generate rows that ended with status error again", False)
+    retry_errors: bool = key("generate rows that ended with status error again, from the same prompts", False)
     extend: bool = key("take a longer file of prompts, whose beginning is the old one unchanged", False)
     overwrite: bool = key("move an existing output aside and begin again", False)
     allow_gpu_sharing: bool = key("let two ranks use one GPU", False)

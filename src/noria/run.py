@@ -104,6 +104,8 @@ def _generate(
         scratch = launcher.scratch_folder(config)
         staged = scratch if config.placement.stage else None
         ring, timing = None, Timing()
+        if not work.num_rows:
+            _say_once(comm, f"warning: {config.prompts} has no rows")
         if mpi.on_first_rank(comm, lambda: desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
