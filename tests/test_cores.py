@@ -88,13 +88,16 @@ def test_a_machine_that_does_not_say_where_its_gpu_is_changes_nothing(affinity, 
     assert cores.gpu_node(GPU) is None and affinity.taken == []
 
 
-def test_the_words_name_the_nodes_and_a_gpu_elsewhere(two_nodes, monkeypatch):
+def test_the_words_name_the_nodes_a_gpu_elsewhere_and_threads_too_many(two_nodes, monkeypatch):
+    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 1)
     assert cores.words([4, 5, 6, 7], 4, GPU) == "4 cores of NUMA node 1"
     assert cores.words([0], 1, GPU) == "1 core of NUMA node 0 (its GPU is at node 1)"
     assert cores.words(range(8), 4, GPU) == "4 cores of NUMA nodes 0, 1 (its GPU is at node 1)"
     assert cores.words(range(8), 8, CPU) == "8 cores of NUMA nodes 0, 1"
     monkeypatch.setattr(cores, "SYSTEM", cores.SYSTEM / "nowhere")
     assert cores.words(range(8), 8, CPU) == "8 cores"
+    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 9)
+    assert cores.words(range(8), 8, CPU) == "8 cores, 9 threads, which is slow: unset OMP_NUM_THREADS"
 
 
 def test_a_rank_computes_in_as_many_threads_as_it_has_cores_unless_the_user_says_otherwise(monkeypatch):

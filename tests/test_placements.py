@@ -16,10 +16,10 @@ from noria.engine.cycle import once
 from noria.files.checkpoint import open_checkpoint
 from noria.launch.mpi import Solo
 from noria.run import run
-from test_same import compare, folder  # noqa: F401
+from test_same import CONFIG, compare, fill, folder  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from placement_worker import CACHE, SCHEDULES, WEIGHTS, cases  # noqa: E402
+from placement_worker import CACHE, SCHEDULES, SHORT, WEIGHTS, cases, home  # noqa: E402
 
 NUM_ROWS, MOST = 7, 5  # rows, and tokens of a row, for each of 432 cases: more would only take longer
 
@@ -71,14 +71,18 @@ def test_one_rank_gives_the_references_tokens_with_hidden_states_in_cpu_memory(
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):
-    names = [name for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
+    names = [(name, home(num_ranks)) for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
     worker = Path(__file__).parent / "mpi" / "placement_worker.py"
-    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()[:NUM_ROWS]]
-    few = [row | {"max_new_tokens": min(row["max_new_tokens"], MOST)} for row in rows]
-    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    (folder / SHORT).mkdir()
+    fill(folder / SHORT, CONFIG | {"num_hidden_layers": 7})
+    for place in (folder, folder / SHORT):
+        rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()[:NUM_ROWS]]
+        few = [row | {"max_new_tokens": min(row["max_new_tokens"], MOST)} for row in rows]
+        (place / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     done = mpirun(4, [sys.executable, worker, folder], timeout=900)
     assert done.returncode == 0, describe(done)
-    compare(folder, names, NUM_ROWS, MOST)
+    for place in (folder, folder / SHORT):
+        compare(place, [name for name, home in names if folder / home == place], NUM_ROWS, MOST)
 
 
 def bytes_of(path):

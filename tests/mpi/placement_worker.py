@@ -1,6 +1,7 @@
 """Run by every rank: the same prompts under every placement, schedule and number of laps, on sub-communicators.
 
-Usage: placement_worker.py FOLDER, which has the prompts few.jsonl. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
+Usage: placement_worker.py FOLDER, which has a model and the prompts few.jsonl, and FOLDER/short too. Rank 0 of each
+sub-communicator leaves <case>.h5 there. Prints one line a case.
 """
 
 import sys
@@ -17,6 +18,7 @@ from late_streams import LateStreams  # noqa: E402
 WEIGHTS = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"cpu": 50, "disk": 50}, {"disk": 100}]
 CACHE = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"gpu": 30, "cpu": 30, "disk": 40}]
 ACTIVATIONS = ["gpu", "cpu"]
+SHORT = "short"  # where a model of 7 layers is, enough for two ranks of three laps
 SCHEDULES = ["sequential", "single_batch", "multi_batch"]
 
 
@@ -38,12 +40,17 @@ def cases(num_ranks):
         yield f"N{num_ranks}-W{weights}-C{cache}-{SCHEDULES[schedule]}-V{laps}", keys
 
 
+def home(num_ranks):
+    """Where in the folder the model of so many ranks is, and their outputs."""
+    return SHORT if num_ranks <= 2 else ""
+
+
 def work(world, folder):
     streams.streams_of = LateStreams  # every copy as late as its events allow
     for num_ranks in range(1, world.Get_size() + 1):
         comm, mine = share(world, num_ranks, list(cases(num_ranks)))
         for name, keys in mine:
-            generate(folder, name, keys, comm, prompts="few.jsonl", scratch="")
+            generate(folder / home(num_ranks), name, keys, comm, prompts="few.jsonl", scratch="")
     world.Barrier()
 
 

@@ -75,6 +75,7 @@ class Parts:
         with contextlib.suppress(OSError):
             if self.segment:
                 self.segment.path.unlink()
+                self.segment = None
             self.folder.rmdir()
 
     def taken_away(self) -> bool:

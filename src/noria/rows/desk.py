@@ -122,7 +122,8 @@ class Desk:
 
     def fail(self, message: str) -> None:
         """Records why the job ends, from any thread: what `noria inspect` says of it."""
-        self._parts.end(" ".join(message.split())[:300])
+        if not self._parts.taken_away():
+            self._parts.end(" ".join(message.split())[:300])
 
     def tend(self) -> None:
         """From another thread, about every second: seals what is overdue, for a step may take longer than `seal_seconds`."""
