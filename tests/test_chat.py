@@ -356,6 +356,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped_in_one_line_and_nothing_is_executed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -374,6 +375,7 @@ def _peak_nbytes():
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+@pytest.mark.slow
 def test_a_template_that_was_stopped_renders_the_next_conversation():
     rendering = Template("{% for m in messages %}{% for b in range(m) %}{% endfor %}{{ m }}{% endfor %}", DATE)
     with pytest.raises(TemplateError):

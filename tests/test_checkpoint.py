@@ -109,6 +109,7 @@ sizes = st.sampled_from([1, 7, 512, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 50
 shapes = st.lists(st.one_of(st.tuples(sizes), st.tuples(st.integers(1, 9), sizes)), min_size=1, max_size=9)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(shapes, min_size=3, max_size=12),

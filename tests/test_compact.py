@@ -52,6 +52,7 @@ def fill_and_compact(parts, rows, fan_in):
         compactor.compact_if_due()
 
 
+@pytest.mark.slow
 def test_a_long_job_has_few_parts_that_hold_every_row_once(output):
     rows = [make_row(row) for row in range(70)]
     fill_and_compact(Parts(output, HEADER), rows, 4)
@@ -67,6 +68,7 @@ def test_parts_of_a_day_are_few_with_the_fan_in_that_runs_use():
     assert seals // FAN_IN**2 + 2 * (FAN_IN - 1) < 150
 
 
+@pytest.mark.slow
 def test_parts_of_many_rows_stay_as_they_are(output, monkeypatch):
     monkeypatch.setattr("noria.files.compact.LARGE", 16)
     parts = Parts(output, HEADER)
@@ -101,6 +103,7 @@ def test_a_row_left_half_way_stays_until_it_is_finished_and_then_goes(output):
     assert sum((part.status == 0).sum() for part in parts.parts) == 1, "of the older part alone"
 
 
+@pytest.mark.slow
 def test_which_of_two_versions_of_a_row_stands_does_not_change(output):
     def versions():
         return [
@@ -147,6 +150,7 @@ def test_a_part_sealed_while_others_are_put_together_comes_after_them(output, mo
     assert len(rows_of(output)[2][7]) == 3
 
 
+@pytest.mark.slow
 def test_parts_put_together_while_somebody_looks_for_them_were_not_taken_away(output):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row) for row in range(4)], 1)
@@ -266,6 +270,7 @@ def test_an_export_meanwhile_has_every_row_once(output, tmp_path, monkeypatch):
     assert [json.loads(line)["id"] for line in lines] == [row.id for row in rows] and not due
 
 
+@pytest.mark.slow
 def test_a_run_puts_its_parts_together_and_its_rows_are_those_of_one_that_does_not(tmp_path, monkeypatch):
     small_run.write_files(tmp_path)
     lines = (tmp_path / "prompts.jsonl").read_text().splitlines()

@@ -46,6 +46,7 @@ def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr == f"compare: {tmp_path}/none does not exist\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_first_logit_that_differs_is_named(script, source, tmp_path, capsys):
     convert(source, tmp_path / "model.h5")
     model, prompt = families.random_model(families.MISTRAL), list(range(5, 25))

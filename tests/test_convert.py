@@ -159,6 +159,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_model_s_size(tmp_path):
     config = LLAMA | {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 20000, "num_hidden_layers": 8}
     shapes = tiny_models._llama_shapes(config) | {"lm_head.weight": (20000, 1024)}
@@ -441,6 +442,7 @@ def test_hdf5_alone_reads_true_values_of_each_dtype(tmp_path):
                 assert np.array_equal(file[name][()], value.to(getattr(torch, dtype)).double().numpy()), (dtype, name)
 
 
+@pytest.mark.slow
 def test_two_conversions_of_one_target_are_one_too_many(tmp_path):
     source, target = directory(tmp_path), tmp_path / "model.h5"
     command = [sys.executable, "-m", "noria", "convert", source, target, "--overwrite"]

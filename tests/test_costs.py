@@ -142,6 +142,7 @@ def assert_fits(plan, machine):
         assert sum(memory["cpu"].values()) <= machine.cpu_memory_nbytes
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_one_gpu_is_kept_there_as_far_as_it_goes_and_cpu_memory_has_the_rest():
     machine = Machine("cuda", 125 * GiB, 115 * GiB)
     plan = plan_of(OPT_175B, 2, 256, machine, ROWS)
@@ -150,6 +151,7 @@ def test_a_model_that_does_not_fit_one_gpu_is_kept_there_as_far_as_it_goes_and_c
     assert all(costs.once(plan, rank, lap) for rank in range(2) for lap in range(plan.laps))
 
 
+@pytest.mark.slow
 def test_what_cpu_memory_does_not_hold_is_read_from_disk():
     machine = Machine("cuda", 125 * GiB, 30 * GiB)
     plan = plan_of(OPT_175B, 2, 256, machine, ROWS)

@@ -109,6 +109,7 @@ def test_the_bytes_of_an_output_do_not_depend_on_how_its_rows_were_parted(tmp_pa
     assert images[0] == images[1]
 
 
+@pytest.mark.slow
 def test_small_blocks_give_the_same_output(tmp_path, monkeypatch):
     finished_output(tmp_path / "one.h5", 40, logprobs=True)
     monkeypatch.setattr(generations_module, "BLOCK_TOKENS", 7)
@@ -294,6 +295,7 @@ def test_provenance_says_what_made_the_output_and_nothing_of_the_environment(out
     assert b"hunter2" not in output.read_bytes()
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_merge_in_seconds_and_in_bounded_memory(output, monkeypatch):
     monkeypatch.setattr(generations_module, "BLOCK_ROWS", 500)
     parts = Parts(output, HEADER)
@@ -352,6 +354,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nbytes", [0, 2000, 20_000, 200_000, -1])
 def test_a_disk_that_is_full_during_the_merge_is_an_error_and_the_parts_stay(output, nbytes):
     rows = [make_row(row, num_tokens=100) for row in range(500)]

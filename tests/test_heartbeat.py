@@ -115,6 +115,7 @@ class Side:
         return self.messages[source, self.rank].pop(0)
 
 
+@pytest.mark.slow
 def test_hearts_of_their_own_hear_each_other_until_they_are_closed_and_miss_one_that_stops():
     pipe, lost = Pipe(), []
     places = [Place(rank, 2, 2, 1) for rank in (0, 1)]

@@ -275,6 +275,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", CHECKPOINTS, ids=lambda harm: harm.__name__)
 def test_a_hostile_checkpoint_is_refused(folder, tmp_path, refuse, harm):
     model = shutil.copy(folder / "model.h5", tmp_path / "model.h5")
@@ -379,6 +380,7 @@ def test_a_pickle_with_code_runs_nothing(folder, tmp_path, refuse):
         assert "pytorch_model.bin" in refuse("convert", source, tmp_path / "made.h5")
 
 
+@pytest.mark.slow
 def test_an_archive_that_grows_when_it_is_opened_is_refused(folder, tmp_path, refuse):
     source, file = torch_directory(folder, tmp_path)
     torch.save(state(LLAMA), file)

@@ -104,6 +104,7 @@ def test_texts_of_any_characters_are_generated_from_with_exact_tokens(folder, tm
     assert os.listdir(tmp_path) == ["prompts.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_row_of_a_megabyte_runs_where_the_context_holds_it_and_else_is_that_rows_error(folder, tmp_path):
     path = tmp_path / "prompts.jsonl"
     # 2^20 characters that are 60 tokens: a special token is one, however long.
@@ -436,6 +437,7 @@ def test_a_tokenizer_of_another_vocabulary_is_the_error_of_rows_whose_tokens_the
     assert {row.status for row in rows.values()} == {"done", "error"}
 
 
+@pytest.mark.slow
 def test_a_regular_expression_that_finds_no_end_is_the_error_of_the_texts_that_it_reads(tmp_path):
     files = test_tokenizer.files_of(test_tokenizer.byte_level_with_bos())
     settings = json.loads(files["tokenizer.json"])
@@ -477,6 +479,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_hostile_template_is_the_error_of_the_rows_that_it_renders(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -46,6 +46,7 @@ def test_the_exit_code_of_a_rank_comes_through():
     assert mpirun(1, python("raise SystemExit(75)")).returncode == 75
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_fail_with_their_output_and_are_gone():
     ignore_sigterm = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     code = f"import os, signal, time; {ignore_sigterm}; print(os.getpid(), flush=True); time.sleep(60)"
@@ -59,6 +60,7 @@ def test_ranks_that_hang_fail_with_their_output_and_are_gone():
     assert not [pid for pid in pids if still_runs(pid)]
 
 
+@pytest.mark.slow
 def test_nothing_that_a_rank_started_outlives_the_call_and_it_is_told(monkeypatch):
     monkeypatch.setattr("mpirun.ORPHAN_SECONDS", 0.5)
     result = mpirun(1, ["bash", "-c", "setsid sleep 60 >/dev/null 2>&1 & echo $!"])

@@ -77,6 +77,7 @@ def test_the_ring_never_deadlocks(num_ranks):
                 assert finishes(ring_order, num_ranks, groups, laps, rounds), (groups, laps, rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", range(1, 9))
 def test_the_blocking_ring_finishes_exactly_where_it_is_not_refused(num_ranks):
     for groups in range(1, 17):

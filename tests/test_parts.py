@@ -260,6 +260,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_no_row_that_it_had_sealed(output):
     for kill_after in (3, 20, 41):
         process = subprocess.Popen(

@@ -44,6 +44,7 @@ def test_one_rank_gives_the_references_tokens_wherever_its_weights_are(folder, l
     compare(folder, [name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cache", range(1, len(CACHE)))
 def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late, cache, schedule):
@@ -52,6 +53,7 @@ def test_one_rank_gives_the_references_tokens_wherever_its_cache_is(folder, late
     compare(folder, [name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("laps", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
@@ -92,6 +94,7 @@ def bytes_of(path):
         return plan, {name: column[:].sum() for name, column in file["timing"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("weights", range(len(WEIGHTS)))
 def test_weights_over_the_link_are_what_the_rounds_need(folder, weights, groups):

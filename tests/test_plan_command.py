@@ -66,11 +66,13 @@ def large(tmp_path, capsys):
     return plan
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_two_gpus_finds_a_plan_in_the_dtype_of_its_config(large):
     code, out = large(2)
     assert code == 0 and "opt, 96 layers, float16" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_weights_do_not_crowd_the_cache_out_of_cpu_memory(large, ranks):
     code, out = large(ranks, "--gpu-memory", "16GiB", "--stage")

@@ -22,6 +22,7 @@ def test_a_probe_alone_measures_all_but_messages(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["machine.toml"]
 
 
+@pytest.mark.slow
 def test_a_probe_of_ranks_measures_messages_too(tmp_path):
     path = tmp_path / "machine.toml"
     command = [sys.executable, "-m", "noria", "probe", *QUICK, "--output", str(path), "--scratch", str(tmp_path)]

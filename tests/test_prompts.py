@@ -240,6 +240,7 @@ VALUES = {key: 1 for key in prompts.SAMPLING} | {"stop": "x", "system": "x", "st
 VALUES |= {"logit_bias": {}} | dict.fromkeys(("ignore_eos", "chat", "prompt_logprobs"), True)
 
 
+@pytest.mark.slow
 def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
     """All edits of one letter, and a sample of those of two: deletions, insertions and replacements."""
 

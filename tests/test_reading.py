@@ -155,6 +155,7 @@ def test_a_disk_that_is_full_refuses_to_stage_and_to_hold_a_cache(checkpoint, tm
         scratch_region(tmp_path, 4096)
 
 
+@pytest.mark.slow
 def test_random_weights_repeat_with_their_period_in_any_number_of_threads(monkeypatch):
     config = json.loads(json.dumps(tiny_models.OPT)) | {"vocab_size": 40 * PERIOD // 32, "hidden_size": 32}
     made = random_checkpoint(config, "float16")

@@ -37,6 +37,7 @@ def wrong():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.parametrize("transport", ["mpi_device", "mpi_host"])
 @pytest.mark.parametrize("laps", [1, 3])
@@ -62,6 +63,7 @@ def test_mpi_does_not_see_a_tensor_before_its_event_has_completed(wrong, transpo
     assert wrong[f"{transport} event=False blocking={blocking}"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_an_error_in_the_communication_thread_reaches_the_waiting_main_thread():
     output = ranks(4, HERE / "mpi" / "ring_worker.py", "failure", code=9)

@@ -87,6 +87,7 @@ def test_an_exception_ends_the_run_with_its_message_and_code_1(folder, monkeypat
     assert part_files(parts_folder(folder / "alone.h5")) and not (folder / "alone.h5").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_goes_on_with_what_is_left(folder, monkeypatch):
     lengths = interrupted(folder, "resumed.h5", monkeypatch, 10)
     before = sealed_rows(folder, "resumed.h5")

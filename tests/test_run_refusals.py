@@ -362,6 +362,7 @@ def test_a_command_of_one_process_is_refused_under_mpirun_by_one_rank():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("redirection", "code"), [(">&-", 0), (">/dev/full", 1)])
 def test_a_closed_or_full_stdout_is_no_traceback(redirection, code, tmp_path):
     convert(

@@ -84,6 +84,7 @@ def signal_twice(number):
 # One rank, in this process.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_rows_stopped_half_way_are_taken_up_and_end_with_the_same_tokens(folder, monkeypatch, capsys, number):
     output = f"{number.name}.h5"
@@ -105,6 +106,7 @@ def test_rows_stopped_half_way_are_taken_up_and_end_with_the_same_tokens(folder,
     assert small_run.rows_of(folder / output) == whole
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_its_walltime_and_goes_on(folder, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         act_in_visit(patched, 0, None, seconds=0.5)
@@ -133,6 +135,7 @@ def sealed_after_a_signal_between_the_last_step_and_the_end(folder, output, monk
     return code, sealed
 
 
+@pytest.mark.slow
 def test_rows_finished_since_the_last_seal_are_sealed_by_a_signal_after_the_last_step(folder, monkeypatch, capsys):
     code, sealed = sealed_after_a_signal_between_the_last_step_and_the_end(folder, "last.h5", monkeypatch)
     assert (code, sealed) == (0, [small_run.NUM_ROWS])
@@ -140,6 +143,7 @@ def test_rows_finished_since_the_last_seal_are_sealed_by_a_signal_after_the_last
     assert small_run.rows_of(folder / "last.h5") == undisturbed(folder)
 
 
+@pytest.mark.slow
 def test_rows_finished_by_a_run_short_of_time_are_sealed_by_a_signal_after_the_last_step(folder, monkeypatch, capsys):
     few = ["--step-tokens", "8", "--groups", "1", "--max-new-tokens", "4"]
     left = iter([100.0] * 3 + [1e-9] * 10_000)
@@ -151,6 +155,7 @@ def test_rows_finished_by_a_run_short_of_time_are_sealed_by_a_signal_after_the_l
     assert json.loads(next(parts_folder(folder / "short.h5").glob("segment-*")).read_text())["ended"] == "SIGTERM"
 
 
+@pytest.mark.slow
 def test_finished_rows_are_sealed_in_time_though_a_step_takes_long(folder, monkeypatch):
     finished, sealed = [], []
     finish = noria.rows.desk.generation
@@ -206,6 +211,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times", "code", "said"),
     [
@@ -293,6 +299,7 @@ def test_a_row_that_failed_is_done_after_it_was_tried_again(folder, monkeypatch)
     assert small_run.rows_of(folder / "hole.h5") == undisturbed(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_longer_file_of_prompts_is_taken_where_that_is_asked_for(folder, monkeypatch, capsys, finished):
     lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)

@@ -88,6 +88,7 @@ def run(prompts, limits, done=frozenset(), answer=None):
     raise AssertionError("the run does not end")
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
@@ -196,6 +197,7 @@ class Scores(Engine):
         return Result(result.token_ids, prompt_logprobs=-(before * 1000.0 + step.score_ids))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):

@@ -149,6 +149,7 @@ def compare(path, wanted):
     assert "n is 0" in rows[-2].error and "stop_token_ids has 2048" in rows[-1].error
 
 
+@pytest.mark.slow
 def test_the_reference_uses_every_feature(wanted):
     reasons = {row: one["reason"] for row, _, _, one in wanted}
     assert all(reasons[row] == "stop" for row in (1, 3, 6, 7, 8, 11))
@@ -160,6 +161,7 @@ def test_the_reference_uses_every_feature(wanted):
     assert [len(one["tokens"]) for row, _, _, one in wanted if row in (6, 7, 8)] == [12, 6, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -172,6 +174,7 @@ def test_one_rank_gives_the_references_rows(folder, wanted, name, keys):
     compare(folder / f"{name}.h5", wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_rings_give_the_references_rows(folder, wanted):
     worker = Path(__file__).parent / "mpi" / "sampling_worker.py"
@@ -181,6 +184,7 @@ def test_rings_give_the_references_rows(folder, wanted):
         compare(folder / f"{name}.h5", wanted)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_samples_and_the_log_probabilities_that_it_had(folder, wanted):
     assert generate(folder, "whole", {"groups": 1}, Solo()) == 0
     with open_generations(folder / "whole.h5") as file:

@@ -190,6 +190,7 @@ def test_the_folder_of_parts_without_parts_is_no_run_to_resume(output):
     assert probe_output(output) == "absent" and os.listdir(parts_folder(output)) == ["segment-000000.json"]
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_and_was_started_again_tells_of_both_jobs(tmp_path, monkeypatch):
     small_run.write_files(tmp_path)
     forward, left = noria.run.Stage.forward, [20]

@@ -159,6 +159,7 @@ def run_shards(folder, name, n, *more):
     return outputs
 
 
+@pytest.mark.slow
 def test_three_shards_merged_are_the_run_without_shards(folder, capsys):
     assert main(arguments(folder, "whole.h5")) == 0
     shards = run_shards(folder, "three", 3)
@@ -172,6 +173,7 @@ def test_three_shards_merged_are_the_run_without_shards(folder, capsys):
     assert "three.h5 is finished: nothing to do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_greedy_shards_need_no_seed_and_merge(folder):
     greedy = ["--prompts", folder / "greedy.jsonl", "--temperature", "0"]
     assert main(without_seed(arguments(folder, "greedy.h5", *greedy))) == 0
@@ -182,6 +184,7 @@ def test_greedy_shards_need_no_seed_and_merge(folder):
     assert tokens(folder / "both.h5") == tokens(folder / "greedy.h5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [[], ["--seed", "5"]])
 def test_greedy_shards_that_were_merged_take_longer_prompts_with_any_seed(folder, tmp_path, seed):
     lines = (folder / "greedy.jsonl").read_text().splitlines(keepends=True)
@@ -198,6 +201,7 @@ def test_greedy_shards_that_were_merged_take_longer_prompts_with_any_seed(folder
     assert tokens(merged) == tokens(tmp_path / "whole.h5") and len(tokens(merged)) == NUM_ROWS
 
 
+@pytest.mark.slow
 def test_shards_of_several_samples_a_prompt_merge_too(folder):
     several = ["--n", "3"]
     assert main(arguments(folder, "samples.h5", *several)) == 0
@@ -207,6 +211,7 @@ def test_shards_of_several_samples_a_prompt_merge_too(folder):
     assert tokens(folder / "samples-merged.h5") == whole and {row[2] for row in whole} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_more_shards_than_rows_leave_some_empty_and_merge(folder):
     (folder / "two.jsonl").write_text('{"token_ids": [5, 6]}\n{"token_ids": [7]}\n')
     two = ["--prompts", folder / "two.jsonl"]

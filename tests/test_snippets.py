@@ -67,6 +67,7 @@ def test_h5dump_shows_the_first_texts(folder):
     assert '"text 3' not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("Rscript"), reason="needs R")
 def test_r_has_ids_texts_and_tokens(folder):
     program = R + '\ncat(paste(frame$id, collapse = ","), "\\n", paste(first, collapse = ","), "\\n", frame$status)\n'

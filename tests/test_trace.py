@@ -115,6 +115,7 @@ def check_loads(read):
     assert {span["name"] for span in read.of("store")} <= {"cache"}
 
 
+@pytest.mark.slow
 def test_a_rank_alone_leaves_a_trace_of_its_run(folder):
     assert main(traced(folder, "alone", *PLACED)) == 0
     read = Read(folder, "alone")
@@ -125,6 +126,7 @@ def test_a_rank_alone_leaves_a_trace_of_its_run(folder):
     assert {span["name"] for span in read.of("waits")} == {"waiting for results"}
 
 
+@pytest.mark.slow
 def test_without_the_flag_nothing_is_kept(folder, monkeypatch):
     monkeypatch.setattr(tracing, "Trace", None)
     monkeypatch.setattr("noria.run.Trace", None)
@@ -133,6 +135,7 @@ def test_without_the_flag_nothing_is_kept(folder, monkeypatch):
     assert {path.name for path in set(folder.iterdir()) - before} == {"plain.h5"}
 
 
+@pytest.mark.slow
 def test_a_trace_changes_no_token(folder):
     assert main(small_run.command(folder, "without.h5", *KEYS)) == 0
     assert main(traced(folder, "with")) == 0

@@ -148,6 +148,7 @@ def test_a_file_without_rows_and_a_disk_without_space_are_wrong(validated, monke
     assert code == 2 and "may need 3.00 GiB, its folder has 1.00 GiB free" in error
 
 
+@pytest.mark.slow
 def test_the_space_for_a_run_is_at_least_what_it_takes(folder, capsys):
     arguments = small_run.command(
         folder, "took.h5", "--model", folder / "model.h5", "--prompts", folder / "space.jsonl"
@@ -161,6 +162,7 @@ def test_the_space_for_a_run_is_at_least_what_it_takes(folder, capsys):
     (folder / "took.h5").unlink()
 
 
+@pytest.mark.slow
 def test_neither_mpi_nor_a_device_is_touched(folder):
     program = """if True:
         import sys

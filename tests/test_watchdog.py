@@ -32,6 +32,7 @@ def end_of(body):
     return done.returncode, done.stderr, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_an_abort_that_hangs_is_ended_by_force():
     code, said, _ = end_of("dog.end('failed: the bucket has a hole', 7)")
     assert code == 7
@@ -43,6 +44,7 @@ def test_an_abort_that_hangs_is_ended_by_force():
     assert f"rank=0/1 was on {Watchdog().host}, stage 1 (layers 4-7), computing in round 12" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -94,6 +96,7 @@ def until(condition, seconds=20):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_ring_that_does_not_drain_is_ended_with_75(monkeypatch):
     monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.2)
     dog = Recorder()
@@ -104,6 +107,7 @@ def test_a_ring_that_does_not_drain_is_ended_with_75(monkeypatch):
     assert dog.ended[0] == ("stopped (walltime 3: 2 s are left): everything is sealed, but the ring did not drain", 75)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_is_heard_while_the_disk_keeps_the_seal_waiting():
     dog, disk = Recorder(), threading.Event()
     with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
@@ -122,6 +126,7 @@ def test_a_second_interrupt_is_heard_while_the_disk_keeps_the_seal_waiting():
     assert dog.said == ["stopping (SIGUSR1): everything is sealed"]
 
 
+@pytest.mark.slow
 def test_a_long_merge_is_not_taken_for_a_ring_that_does_not_drain(monkeypatch):
     monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.1)
     dog = Recorder()

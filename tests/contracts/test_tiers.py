@@ -291,6 +291,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_scratch_file(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent / "src")}
     arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
