@@ -110,7 +110,7 @@ ACTIONS = {
     "parts removed": lambda: shutil.rmtree(f"{output()}.parts"),
     "folder removed": lambda: shutil.rmtree(output().parent),
     "truncate": lambda: os.truncate(value_of("--model"), 9000),
-    "pause": lambda: time.sleep(8),
+    "pause": lambda: time.sleep(5),
     "nothing": lambda: None,
 }
 
