@@ -3,14 +3,17 @@
 import argparse
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
-from noria.config import DTYPES
+from noria.config import DTYPES, InputError
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
+from noria.rows.chat import Chat
 from noria.rows.examination import doubts
+from noria.rows.tokenizer import Tokenizer
 from noria.text import printable
 
 LINE_SECONDS = 10
@@ -32,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         made = convert(arguments.source, arguments.target, arguments.dtype, report, arguments.overwrite)
     finally:
         report.close()
-    with open_checkpoint(arguments.target) as checkpoint:
-        notes = made.notes + doubts(checkpoint)
-    for note in notes:
+    for note in made.notes + _doubts(arguments.target):
         sys.stderr.write(f"noria: {printable(note)}\n")
     seconds = time.monotonic() - started
     sys.stdout.write(
@@ -42,6 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
         f" {made.nbytes / 2**30:.2f} GiB in {seconds:.1f} s ({made.nbytes / 1e9 / seconds:.2f} GB/s)\n"
     )
     return 0
+
+
+def _doubts(target: Path) -> list[str]:
+    """What a run would find wrong with the tokenizer and the template that were converted."""
+    with open_checkpoint(target) as checkpoint:
+        try:
+            tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+            chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+        except InputError as error:
+            return [str(error)]
+        return doubts(tokenizer, chat, checkpoint.shape.vocab_size)
 
 
 class _Bar:

@@ -14,7 +14,7 @@ from noria.commands import run as run_command
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.files.checkpoint import Checkpoint
 from noria.plan import costs, planner
-from noria.plan.costs import Load, Round
+from noria.plan.costs import Load
 from noria.plan.plans import HOST_NBYTES, Plan, rate_words
 from noria.plan.rates import Rates
 from noria.plan.work import Machine
@@ -70,9 +70,7 @@ def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
     num_ranks = plan.num_ranks
     nodes = math.ceil(num_ranks / RANKS_OF_A_NODE)
     per_node = math.ceil(num_ranks / nodes)
-    full = (
-        nodes if per_node * nodes == num_ranks else num_ranks - nodes * (per_node - 1)
-    )  # the others have one rank less
+    full = num_ranks - nodes * (per_node - 1)  # nodes of so many ranks; the others have one less
     tiers = ("gpu", "cpu") if device == "cpu" else ("cpu",)
     host = max(sum(sum(table[tier].values()) for tier in tiers) for table in plan.memory)
     memory = math.ceil(per_node * (host + HOST_NBYTES) / 1024**3)
@@ -135,7 +133,7 @@ def _machine_words(rates: Rates) -> str:
 def _moved(plan: Plan, checkpoint: Checkpoint, load: Load) -> list[str]:
     """What a decode round moves over each link."""
     lines, rows, shape = [], plan.predicted["rows"], checkpoint.shape
-    turn = Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
+    turn = costs.decoding(rows, load)
     for rank in range(plan.num_ranks):
         moved = costs.weights_nbytes(plan, checkpoint.blocks, rank)
         if moved["link"]:

@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
         source = config.model or config.job.random_weights
         _say("model", f"{source}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
              f" context {shape.max_positions:,}")  # fmt: skip
-        for doubt in doubts(checkpoint):
-            _say("note", doubt)
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+        for doubt in doubts(tokenizer, chat, shape.vocab_size):
+            _say("note", doubt)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
         decode = tokenizer.decode if tokenizer.vocab_size else None
         limits = Limits(shape.max_positions, shape.vocab_size)

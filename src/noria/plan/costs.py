@@ -121,16 +121,17 @@ def resources(
     itemsize = DTYPE_NBYTES[plan.dtype]
     names = [name for name in plan.weight_tiers[rank] if name != "embed"]
     layers = [name for name in names if name != "head"]
-    per_pass = turn.tokens / plan.groups / _microbatches(plan, turn)
+    passes = plan.groups * _microbatches(plan, turn)
     used = sum(_used_nbytes(blocks[name], plan.dtype, shape.experts_share) for name in layers)
-    touched = 1 - (1 - shape.experts_share) ** max(per_pass, 1)  # of the experts, by any token of a microbatch
+    touched = 1 - (1 - shape.experts_share) ** max(
+        turn.tokens / passes, 1
+    )  # of the experts, by any token of a microbatch
     read = sum(_used_nbytes(blocks[name], plan.dtype, touched) for name in layers)
     head_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in names if name == "head")
     moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)
     states = states_nbytes(plan, shape, rank, turn)
     loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
     stored = states + sum(tier["store"] for tier in cache.values())
-    passes = plan.groups * _microbatches(plan, turn)
     seen = turn.rows * turn.context * len(layers) * shape.cache_nbytes_per_token(plan.dtype)
     sampled = turn.rows
     attended = 4 * turn.tokens * turn.context * len(layers) * shape.num_heads * shape.head_dim
@@ -152,6 +153,8 @@ def resources(
 
 def _used_nbytes(block: Block, dtype: str, share: float) -> float:
     """Bytes of a block of which only a share of the experts is used."""
+    if share == 1:  # no mixture, or all of it: a plan asks for every layer of every candidate
+        return block_nbytes(block, dtype)
     experts = sum(parameter.nbytes for parameter in block.parameters if parameter.name == "experts")
     return block_nbytes(block, dtype) * (1 - (1 - share) * experts / block.nbytes)
 
@@ -162,7 +165,7 @@ def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
     in_group = rows / plan.groups
     rounds = max(-(-in_group * load.prompt_tokens // plan.step_tokens), 1)
     filling = Round(rows * load.prompt_tokens / rounds, rows / rounds, load.prompt_tokens / 2, True)
-    growing = Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
+    growing = decoding(rows, load)
     prefill, decode = (seconds(plan, shape, blocks, rates, turn) for turn in (filling, growing))
     times = load.num_rows / rows
     waves = -(-load.num_rows // rows) if times < MANY else times  # few rows of one length end together
@@ -176,6 +179,11 @@ def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
         "assumed": sorted(name for name in rates.assumed if plan.num_ranks > 1 or not name.startswith("hop")),
         "device": rates.device,
     }
+
+
+def decoding(rows: float, load: Load) -> Round:
+    """A decode round of so many rows, half of their new tokens behind them."""
+    return Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
 
 
 def rows_in_flight(plan: Plan, load: Load) -> int:

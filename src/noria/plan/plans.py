@@ -77,13 +77,13 @@ class Plan:
     def _predicted_lines(self) -> list[str]:
         if not self.predicted:
             return []
-        prefill, decode, whole = self.predicted["prefill"], self.predicted["decode"], self.predicted
+        prefill, decode = self.predicted["prefill"], self.predicted["decode"]
         by = f"assumed rates of {self.predicted['device']}" if self.predicted["assumed"] else "measured rates"
         return [
             f"plan: predicted from {by}, {self.predicted['rows']:,} rows at once: prefill"
             f" {rate_words(prefill['tokens_per_second'])} tok/s ({prefill['binds']} binds), decode"
             f" {rate_words(decode['tokens_per_second'])} tok/s ({decode['binds']} binds,"
-            f" {decode['round_seconds']:.3f} s a round), {rate_words(whole['tokens_per_second'])} tok/s overall"
+            f" {decode['round_seconds']:.3f} s a round), {rate_words(self.predicted['tokens_per_second'])} tok/s overall"
         ]
 
     def compare(self, measured: Mapping) -> list[str]:

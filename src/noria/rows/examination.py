@@ -60,19 +60,12 @@ def _check_encoder(config: Config, checkpoint) -> None:
     encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
 
 
-def doubts(checkpoint) -> list[str]:
+def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
     """What of a checkpoint's texts cannot be used as it is, though rows of token_ids run."""
     said = []
-    try:
-        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-        chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
-    except InputError as error:
-        return [str(error)]
-    unknown = sorted(id for id in tokenizer.end_token_ids if not 0 <= id < checkpoint.shape.vocab_size)
+    unknown = sorted(id for id in tokenizer.end_token_ids if not 0 <= id < vocab_size)
     if unknown:
-        said.append(
-            f"end token {unknown[0]} is not in the model's vocabulary of {checkpoint.shape.vocab_size}: no row ends by it"
-        )
+        said.append(f"end token {unknown[0]} is not in the model's vocabulary of {vocab_size}: no row ends by it")
     if not tokenizer.end_token_ids:
         said.append(
             "config.json, generation_config.json and the tokenizer name no end token: rows end by max_new_tokens"
