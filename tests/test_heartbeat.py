@@ -127,6 +127,7 @@ def test_hearts_of_their_own_hear_each_other_until_they_are_closed_and_miss_one_
     hearts[1].abandon()
     time.sleep(1.2)
     assert lost == [1], "rank 0 misses rank 1"
+    hearts[0].abandon()
     both = [heartbeat.Heart(Pipe().of(0), Place(0, 1, 1, 1), 30, lambda *who: lost.append(who)) for _ in range(2)]
     for heart in both:
         heart.close()

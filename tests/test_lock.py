@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from noria.config import InputError
+from noria.files import lock as lock_module
 from noria.files.lock import OutputLock, lock_path
 
 HOLDER = {"job": "17", "host": "node3", "process": 4711, "start": "2026-11-23T03:15:02Z"}
@@ -43,7 +45,8 @@ def test_a_lock_says_who_holds_it_and_leaves_nothing_behind(tmp_path):
     lock.close()
 
 
-def test_another_process_is_refused_with_the_holders_words(tmp_path, holder):
+def test_another_process_is_refused_with_the_holders_words(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
     with pytest.raises(
         InputError, match=r"run\.h5 is being written by a run on node4 \(process 5, since then\): wait for it"
     ):
@@ -57,7 +60,16 @@ def test_a_holder_that_is_killed_holds_nothing(tmp_path, holder):
     take(tmp_path).close()
 
 
-def test_words_that_cannot_be_read_are_no_reason_to_go_on(tmp_path, holder):
+def test_a_holder_that_is_still_ending_is_waited_for(tmp_path, holder):
+    ending = threading.Timer(0.5, holder.kill)
+    ending.start()
+    take(tmp_path).close()
+    ending.join()
+    assert holder.wait(5) == -signal.SIGKILL
+
+
+def test_words_that_cannot_be_read_are_no_reason_to_go_on(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
     lock_path(tmp_path / "run.h5").write_text("[]")
     with pytest.raises(InputError, match="is being written by another job"):
         take(tmp_path)

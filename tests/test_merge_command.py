@@ -14,6 +14,7 @@ import h5py
 import pytest
 
 from noria.__main__ import main
+from noria.files import lock
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.merge_shards import merge_shards
@@ -227,7 +228,8 @@ def test_a_folder_that_is_not_there_is_named(shards, tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_a_merge_under_way_is_not_disturbed_by_another(shards, output, capsys):
+def test_a_merge_under_way_is_not_disturbed_by_another(shards, output, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
     script = "import sys\nfrom noria.files.lock import OutputLock\n" + (
         "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 1, 'start': 's'}, print)\n"
         "print('held', flush=True)\nsys.stdin.read()\n"

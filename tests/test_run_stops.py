@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import noria.files.lock
 import noria.run
 import small_run
 from mpirun import ENVIRONMENT, describe, mpirun
@@ -250,7 +251,8 @@ def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypa
     assert f"stopped with {small_run.NUM_ROWS - len(finished)} rows of 12 left" in capsys.readouterr().err
 
 
-def test_a_second_job_on_an_output_is_refused_and_told_who_has_it(folder, capsys):
+def test_a_second_job_on_an_output_is_refused_and_told_who_has_it(folder, monkeypatch, capsys):
+    monkeypatch.setattr(noria.files.lock, "PATIENCE", 0.1)
     output = folder / "owned.h5"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
     try:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from noria.config import InputError
 from noria.files.atomic import check_folder
 
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
+PATIENCE = 5.0  # seconds: a job that was killed may be given up by mpirun before the system has ended its processes
 _HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, 524)  # 524: Lustre mounted without flock
 
@@ -28,7 +30,8 @@ class OutputLock:
     """Held from the making to `close` or the process's death. A context manager.
 
     `holder` (job id, host, process, start; `what`, if it is not a run) is what a second job is told. Raises InputError,
-    with the holder's words, where another process has it. A file system that knows no locks is reported and used without.
+    with the holder's words, where another process still has it after PATIENCE seconds. A file system that knows no
+    locks is reported and used without.
     """
 
     def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
@@ -61,6 +64,7 @@ class OutputLock:
 
 def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int | None:
     """A locked handle of the file that has this name: not of one that its last holder has just taken away."""
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -75,6 +79,9 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
             said = os.pread(handle, 4096, 0)
             os.close(handle)
             if error.errno in _HELD:
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
                 raise InputError(
                     f"output {output} is being written by {_words(said)}: wait for it, or name another output"
                 ) from None
