@@ -11,6 +11,7 @@ import noria.run
 import small_run
 from mpirun import describe, mpirun
 from noria.__main__ import main
+from noria.engine.stage import Stage
 from noria.files.parts import Parts, part_files, parts_folder
 from noria.rows.waiting import Line
 
@@ -49,7 +50,7 @@ def failures(done):
 
 def interrupted(folder, output, monkeypatch, visits):
     """One rank's run that breaks after some visits, with the rows so far in parts."""
-    forward, left = noria.run.Stage.forward, [visits]
+    forward, left = Stage.forward, [visits]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -58,7 +59,7 @@ def interrupted(folder, output, monkeypatch, visits):
         return forward(self, *arguments)
 
     with monkeypatch.context() as broken:
-        broken.setattr(noria.run.Stage, "forward", failing)
+        broken.setattr(Stage, "forward", failing)
         lengths = ["--prompts", mixed_lengths(folder)]
         assert main(small_run.command(folder, output, *lengths, *SEAL_AT_ONCE)) == 1
     return lengths

@@ -19,6 +19,7 @@ import noria.run
 import small_run
 from mpirun import ENVIRONMENT, describe, mpirun
 from noria.__main__ import main
+from noria.engine.stage import Stage
 from noria.files.parts import Parts, part_files, parts_folder
 from noria.files.sealed import scan
 from noria.files.segments import read_segments
@@ -63,7 +64,7 @@ def many_lengths(folder):
 
 def act_in_visit(monkeypatch, number, act, seconds=0.0):
     """Every visit takes so many seconds; in that one `act` is called."""
-    forward, visits = noria.run.Stage.forward, [0]
+    forward, visits = Stage.forward, [0]
 
     def acting(self, *arguments):
         visits[0] += 1
@@ -72,7 +73,7 @@ def act_in_visit(monkeypatch, number, act, seconds=0.0):
             act()
         return forward(self, *arguments)
 
-    monkeypatch.setattr(noria.run.Stage, "forward", acting)
+    monkeypatch.setattr(Stage, "forward", acting)
 
 
 def signal_twice(number):

@@ -7,10 +7,10 @@ import shutil
 import h5py
 import pytest
 
-import noria.run
 import small_run
 from noria.__main__ import main
 from noria.config import InputError
+from noria.engine.stage import Stage
 from noria.files.generations import describe
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -193,7 +193,7 @@ def test_the_folder_of_parts_without_parts_is_no_run_to_resume(output):
 @pytest.mark.slow
 def test_a_run_that_broke_and_was_started_again_tells_of_both_jobs(tmp_path, monkeypatch):
     small_run.write_files(tmp_path)
-    forward, left = noria.run.Stage.forward, [20]
+    forward, left = Stage.forward, [20]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -206,7 +206,7 @@ def test_a_run_that_broke_and_was_started_again_tells_of_both_jobs(tmp_path, mon
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     monkeypatch.setenv("SLURM_JOB_ID", "501")
     with monkeypatch.context() as broken:
-        broken.setattr(noria.run.Stage, "forward", failing)
+        broken.setattr(Stage, "forward", failing)
         assert main(small_run.command(tmp_path, "out.h5", "--seal-seconds", "0")) == 1
     monkeypatch.setenv("SLURM_JOB_ID", "502")
     assert main(small_run.command(tmp_path, "out.h5")) == 0

@@ -9,20 +9,13 @@ from pathlib import Path
 
 import torch
 
-from noria import attention, kinds, streams, transports
-from noria.blocks import ModelShape
+from noria import streams, transports
 from noria.config import Config, InputError
-from noria.engine.activations import InHost, OnDevice
+from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, Timing, figures, follow, lead
 from noria.engine.heartbeat import SILENCE
-from noria.engine.kv_cache import KvCache, open_shares
-from noria.engine.loading import Loader
-from noria.engine.ring import open_ring
-from noria.engine.sampler import Sampler
-from noria.engine.stage import Stage
 from noria.engine.trace import OFF, Trace, TraceFile
 from noria.engine.traffic import Traffic
-from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.files.atomic import check_folder
 from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
@@ -31,7 +24,6 @@ from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
 from noria.plan import planner
-from noria.plan.placement import stages_of
 from noria.progress import log
 from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
@@ -98,12 +90,10 @@ def _generate(
             on_error.push(desk.withdraw)
         told = device.type == "cuda" or config.job.machine is not None  # nobody can assume what a CPU does
         _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines(predicted=told)])
-        its_streams, traffic = streams.streams_of(device), Traffic()
+        traffic, timing, ring = Traffic(), Timing(), None
         title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
+        its_streams = streams.streams_of(device)
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
-        scratch = launcher.scratch_folder(config)
-        staged = scratch if config.placement.stage else None
-        ring, timing = None, Timing()
         if not work.num_rows:
             _say_once(comm, f"warning: {config.prompts} has no rows")
         if mpi.on_first_rank(comm, lambda: desk.complete):
@@ -112,41 +102,14 @@ def _generate(
             ring = open_the_ring(plan, checkpoint.shape, trace.transport(transport), rank, its_streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
-            watchdog.doing = "loading its weights"
-            weights = mpi.on_every_rank(
-                comm,
-                lambda: load(plan, checkpoint, rank, its_streams, traffic, staged),
-                lambda said: watchdog.end(said, 2),
-            )
-            executor = build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch, trace)
-            next_step = lead(ring, desk.admission, plan.groups, desk.tick, desk.lock) if rank == 0 else follow(ring)
-            if config.job.trace:
-                trace.start(mpi.clock_offset(comm), mpi.on_first_rank(comm, time.perf_counter_ns))
-            comm.Barrier()
-            watchdog.doing = executor.doing
-            if rank == 0:
-                desk.seconds_left = lambda: stopping.seconds_left
-                stopping.seal, stopping.tend = desk.stop, desk.tend
-            timing = executor.run(next_step)
-            if rank == 0:  # until the last row is sealed a signal must find who seals it
-                stopping.merging, stopping.seal = desk.complete, desk.stop
+            executor = _build(config, comm, plan, checkpoint, ring, its_streams, traffic, trace, watchdog)
+            timing = _execute(comm, plan, executor, ring, desk, trace, watchdog, stopping)
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))
         if rank == 0 and not desk.complete:
             desk.leave()
         elif rank == 0:
-            attrs = provenance(
-                run_file=config.to_toml(),
-                checkpoint_hash=checkpoint.header_hash,
-                prompts_hash=work.prompts_hash,
-                launcher=mpi.launcher_name(),
-                devices=devices,
-                start=started,
-                mpi_library=mpi.library_version(),
-                argv=sys.argv,
-                plan=plan.as_dict(),
-            )
-            desk.close(attrs, timings)
+            desk.close(_provenance(config, work, plan, checkpoint, devices, started), timings)
         watchdog.record = None
         if config.job.trace:
             _write_trace(comm, Path(config.job.trace), trace)
@@ -158,6 +121,53 @@ def _generate(
     if otherwise and config.job.strict:
         return NOT_AS_PLANNED
     return 0 if complete else STOPPED
+
+
+def _build(
+    config: Config, comm, plan: planner.Plan, checkpoint, ring, its_streams, traffic, trace, watchdog
+) -> Executor:
+    """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
+    rank, scratch = comm.Get_rank(), launcher.scratch_folder(config)
+    staged = scratch if config.placement.stage else None
+    watchdog.doing = "loading its weights"
+    weights = mpi.on_every_rank(
+        comm,
+        lambda: load(plan, checkpoint, rank, its_streams, traffic, staged),
+        lambda said: watchdog.end(said, 2),
+    )
+    return build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch, trace)
+
+
+def _execute(
+    comm, plan: planner.Plan, executor: Executor, ring, desk: Desk | None, trace, watchdog, stopping: Stopping | None
+) -> Timing:
+    """Every step of the job, begun together. `desk` and `stopping` are rank 0's: a signal finds who seals its rows."""
+    if trace is not OFF:
+        trace.start(mpi.clock_offset(comm), mpi.on_first_rank(comm, time.perf_counter_ns))
+    comm.Barrier()
+    watchdog.doing = executor.doing
+    if desk is None:
+        return executor.run(follow(ring))
+    desk.seconds_left = lambda: stopping.seconds_left
+    stopping.seal, stopping.tend = desk.stop, desk.tend
+    timing = executor.run(lead(ring, desk.admission, plan.groups, desk.tick, desk.lock))
+    stopping.merging, stopping.seal = desk.complete, desk.stop  # until the last row is sealed
+    return timing
+
+
+def _provenance(config: Config, work: Work, plan: planner.Plan, checkpoint, devices: list[str], started: str) -> dict:
+    """How the output was made: its attributes."""
+    return provenance(
+        run_file=config.to_toml(),
+        checkpoint_hash=checkpoint.header_hash,
+        prompts_hash=work.prompts_hash,
+        launcher=mpi.launcher_name(),
+        devices=devices,
+        start=started,
+        mpi_library=mpi.library_version(),
+        argv=sys.argv,
+        plan=plan.as_dict(),
+    )
 
 
 def _say_otherwise(plan: planner.Plan, timings: list[dict], strict: bool) -> list[str]:
@@ -192,85 +202,6 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
     """Ends the job when a rank has not been heard of."""
     who = f"rank {rank} on {hosts[rank]}, {plan.stage_words(rank)}"
     watchdog.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
-
-
-def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, scratch: Path | None) -> Weights:
-    """This rank's weights, where the plan has them; those on disk go to `scratch` first, if it is given.
-
-    Raises InputError for a block that is damaged.
-    """
-    stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
-    loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch)
-    return loader.load(stages, plan.groups, plan.weight_slots, traffic, ahead)
-
-
-def build(
-    plan: planner.Plan,
-    shape: ModelShape,
-    weights: Weights,
-    ring,
-    rank: int,
-    streams,
-    traffic: Traffic,
-    scratch: Path,
-    trace=OFF,
-) -> Executor:
-    """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
-    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
-    layers = [layer for stage in stages for layer in stage]
-    shares = open_shares(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
-    cache = KvCache(
-        shape,
-        layers,
-        plan.cache_pages.get("gpu", 0),
-        dtype,
-        streams,
-        shares,
-        plan.cache_slots,
-        plan.cache_slot_pages,
-        traffic,
-    )
-    stage = Stage(
-        kinds.load("models", shape.family),
-        attention.choose(streams.device, dtype, shape.head_dim),
-        shape,
-        weights,
-        cache,
-        Sampler(streams.device),
-        kinds.load("schedules", plan.schedule),
-        dtype,
-        streams,
-        lambda message: log(rank, plan.num_ranks, message),
-        trace,
-        activations=_activations(plan, shape, streams, traffic),
-    )
-    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
-
-
-def _activations(plan: planner.Plan, shape: ModelShape, streams, traffic: Traffic) -> OnDevice | InHost:
-    """Where hidden states are between layers."""
-    if plan.activations == "gpu":
-        return OnDevice()
-    sizes = plan.step_tokens, plan.microbatch_tokens, shape.hidden_size
-    return InHost(*sizes, TORCH_DTYPES[plan.dtype], streams, traffic)
-
-
-def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
-    """This rank's place in the ring, with the buffers of its messages."""
-    return open_ring(
-        transport,
-        rank,
-        plan.num_ranks,
-        plan.groups,
-        plan.laps,
-        shape.hidden_size,
-        plan.step_tokens,
-        TORCH_DTYPES[plan.dtype],
-        streams.device,
-        streams,
-        plan.blocking,
-        plan.activations == "cpu",
-    )
 
 
 def _check_trace(config: Config) -> None:

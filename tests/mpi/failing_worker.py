@@ -11,6 +11,8 @@ import time
 from noria import run
 from noria.__main__ import main
 from noria.config import InputError
+from noria.engine.stage import Stage
+from noria.engine.weights import Weights
 from noria.launch import mpi
 from noria.rows import desk
 
@@ -18,7 +20,7 @@ BEFORE = 6  # visits, or prompts, that go well first
 
 
 def fail_in_step(fail):
-    forward, visits = run.Stage.forward, [0]
+    forward, visits = Stage.forward, [0]
 
     def failing(self, *arguments):
         visits[0] += 1
@@ -26,11 +28,11 @@ def fail_in_step(fail):
             fail()
         return forward(self, *arguments)
 
-    run.Stage.forward = failing
+    Stage.forward = failing
 
 
 def fail_in_load(fail):
-    run.Weights.__init__ = lambda self, *arguments: fail()
+    Weights.__init__ = lambda self, *arguments: fail()
 
 
 def fail_in_communication(fail):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from noria import run
 from noria.__main__ import main
+from noria.engine.stage import Stage
 from noria.launch import mpi
 from noria.rows import desk
 
@@ -33,7 +34,7 @@ def at(place, act):
         merge = desk.merge
         desk.merge = lambda *arguments, **more: act() or merge(*arguments, **more)
     else:
-        forward, visits = run.Stage.forward, [0]
+        forward, visits = Stage.forward, [0]
 
         def acting(self, *arguments):
             visits[0] += 1
@@ -41,17 +42,17 @@ def at(place, act):
                 act()
             return forward(self, *arguments)
 
-        run.Stage.forward = acting
+        Stage.forward = acting
 
 
 def slow_down():
-    forward = run.Stage.forward
+    forward = Stage.forward
 
     def slowly(self, *arguments):
         time.sleep(VISIT)
         return forward(self, *arguments)
 
-    run.Stage.forward = slowly
+    Stage.forward = slowly
 
 
 def launcher():

@@ -1,0 +1,98 @@
+"""A rank's engine as its plan has it: its place in the ring, its weights, its cache and its stage."""
+
+from pathlib import Path
+
+from noria import attention, kinds
+from noria.blocks import ModelShape
+from noria.engine.activations import InHost, OnDevice
+from noria.engine.executor import Executor
+from noria.engine.kv_cache import KvCache, open_shares
+from noria.engine.loading import Loader
+from noria.engine.ring import open_ring
+from noria.engine.sampler import Sampler
+from noria.engine.stage import Stage
+from noria.engine.trace import OFF
+from noria.engine.traffic import Traffic
+from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.plan import planner
+from noria.plan.placement import stages_of
+from noria.progress import log
+
+
+def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
+    """This rank's place in the ring, with the buffers of its messages."""
+    return open_ring(
+        transport,
+        rank,
+        plan.num_ranks,
+        plan.groups,
+        plan.laps,
+        shape.hidden_size,
+        plan.step_tokens,
+        TORCH_DTYPES[plan.dtype],
+        streams.device,
+        streams,
+        plan.blocking,
+        plan.activations == "cpu",
+    )
+
+
+def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, scratch: Path | None) -> Weights:
+    """This rank's weights, where the plan has them; those on disk go to `scratch` first, if it is given.
+
+    Raises InputError for a block that is damaged.
+    """
+    stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
+    loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch)
+    return loader.load(stages, plan.groups, plan.weight_slots, traffic, ahead)
+
+
+def build(
+    plan: planner.Plan,
+    shape: ModelShape,
+    weights: Weights,
+    ring,
+    rank: int,
+    streams,
+    traffic: Traffic,
+    scratch: Path,
+    trace=OFF,
+) -> Executor:
+    """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
+    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
+    layers = [layer for stage in stages for layer in stage]
+    shares = open_shares(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
+    cache = KvCache(
+        shape,
+        layers,
+        plan.cache_pages.get("gpu", 0),
+        dtype,
+        streams,
+        shares,
+        plan.cache_slots,
+        plan.cache_slot_pages,
+        traffic,
+    )
+    stage = Stage(
+        kinds.load("models", shape.family),
+        attention.choose(streams.device, dtype, shape.head_dim),
+        shape,
+        weights,
+        cache,
+        Sampler(streams.device),
+        kinds.load("schedules", plan.schedule),
+        dtype,
+        streams,
+        lambda message: log(rank, plan.num_ranks, message),
+        trace,
+        activations=_activations(plan, shape, streams, traffic),
+    )
+    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
+
+
+def _activations(plan: planner.Plan, shape: ModelShape, streams, traffic: Traffic) -> OnDevice | InHost:
+    """Where hidden states are between layers."""
+    if plan.activations == "gpu":
+        return OnDevice()
+    sizes = plan.step_tokens, plan.microbatch_tokens, shape.hidden_size
+    return InHost(*sizes, TORCH_DTYPES[plan.dtype], streams, traffic)
