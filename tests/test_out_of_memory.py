@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import noria.engine.stage
 import noria.models.llama
 import small_run
 from noria.__main__ import main
@@ -58,7 +59,29 @@ def test_logits_that_memory_does_not_hold_are_computed_for_fewer_rows(folder, mo
 def test_memory_that_does_not_hold_one_row_ends_the_run(folder, monkeypatch, capsys):
     run_out(monkeypatch, "layer", 2, 3)
     assert main(small_run.command(folder, "nothing.h5", *FLOAT64)) == 1
-    assert "failed: OutOfMemoryError: no room for 3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "failed: OutOfMemoryError: no room for 3" in said
+    assert "out of memory with a row in each microbatch, 3 tokens at most: lower pipeline.microbatch_tokens" in said
+
+
+def test_a_draw_that_memory_does_not_hold_is_made_for_fewer_rows(folder, monkeypatch, capsys):
+    drawing = ["--temperature", "0.8", "--top-p", "0.9", "--logprobs", "2", "--seed", "3"]
+    assert main(small_run.command(folder, "drawn.h5", *FLOAT64, *drawing)) == 0
+    sample, given = noria.engine.stage.Sampler.sample, []
+
+    def limited(self, logits, *arguments):
+        found = sample(self, logits, *arguments)
+        given.append(len(logits))
+        if given[-1] > 4:
+            raise torch.OutOfMemoryError(f"no room for {given[-1]}")
+        return found
+
+    monkeypatch.setattr(noria.engine.stage.Sampler, "sample", limited)
+    capsys.readouterr()
+    assert main(small_run.command(folder, "fewer.h5", *FLOAT64, *drawing)) == 0
+    assert small_run.rows_of(folder / "fewer.h5") == small_run.rows_of(folder / "drawn.h5")
+    assert "out of memory: logits of 3 rows at a time from now on" in capsys.readouterr().err
+    assert max(given) == 12 and sum(count > 4 for count in given) == 2
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 30))

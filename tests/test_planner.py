@@ -1,11 +1,14 @@
 import dataclasses
+import re
 
 import pytest
 
 from noria import config
 from noria.blocks import ModelShape, lay_out, layer_name
 from noria.config import InputError
+from noria.files import reading
 from noria.plan import planner
+from noria.plan.memory import LOADING_BUFFERS
 from noria.plan.planner import GiB
 from noria.plan.work import Machine
 
@@ -88,7 +91,33 @@ def test_settings_that_contradict_each_other_are_refused(num_ranks, flags, said)
 
 def test_a_plan_prints_every_rank_with_its_layers():
     lines = make(2, laps=2).lines()
-    assert len(lines) == 4 and "layers 0-1, 4-5" in lines[1] and "layers 2-3, 6-7" in lines[2]
+    assert len(lines) == 6 and "layers 0-1, 4-5" in lines[1] and "layers 2-3, 6-7" in lines[3]
+    assert re.fullmatch(r"plan: rank 0: cpu .*: loading .*", lines[2])
+
+
+def test_the_buffers_of_loading_count_until_the_cache_takes_their_place():
+    largest = 2 * max(block.nbytes for block in blocks().values())
+    assert LOADING_BUFFERS == reading.NUM_BUFFERS == 2
+    for flags, expected in (
+        ({}, largest),
+        ({"dtype": "float32"}, largest),  # blocks are read as they are stored
+        ({"weights": {"cpu": 100}}, 0),
+        ({"weights": {"cpu": 100}, "dtype": "float32"}, largest),
+        ({"weights": {"disk": 100}, "stage": True}, largest - 2**28),  # less the slots of the disk tier
+        ({"cache": {"cpu": 100}}, 0),
+    ):
+        plan = make(1, BIG, **flags)
+        assert plan.memory[0]["cpu"].get("loading", 0) == max(expected, 0), flags
+    on_cpu = Machine("cpu", 20 * GiB)
+    assert "loading" not in make(1, on_cpu).memory[0]["cpu"]
+    assert make(1, on_cpu, dtype="float32").memory[0]["cpu"]["loading"] == largest
+
+
+def test_host_memory_that_holds_no_buffer_of_loading_is_refused():
+    with pytest.raises(
+        InputError, match=r"cpu tier needs 125\.0 MiB, the limit is 60\.0 MiB: raise placement\.cpu_memory"
+    ):
+        make(1, Machine("cuda", 20 * GiB, 60 * 2**20))
 
 
 def test_a_plan_is_plain_data():

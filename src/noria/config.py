@@ -326,15 +326,18 @@ def _value(prefix: str, kind: type, name: str, value):
 
 
 def parse_nbytes(text: str, name: str) -> int:
-    """Bytes of a size such as `16GiB`, `500MB` or `1048576`. Raises InputError that names the key."""
+    """Bytes of a size such as `16GiB`, `500MB`, `1048576`, or `16G` as in SLURM. Raises InputError that names the key."""
     units = (
         {"": 1, "B": 1}
-        | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+        | {f"{p}{end}": 1024**i for i, p in enumerate("KMGT", 1) for end in ("iB", "")}
         | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
     )
     digits = text.strip().rstrip("BKMGTi ")
     unit = text.strip()[len(digits) :].strip()
     try:
-        return int(float(digits) * units[unit])
+        nbytes = int(float(digits) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise InputError(f"{name} is {text!r}: it must be a size such as 16GiB or 500MB") from None
+        nbytes = -1
+    if nbytes < 0:
+        raise InputError(f"{name} is {text!r}: it must be a size such as 16GiB or 500MB")
+    return nbytes

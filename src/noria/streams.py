@@ -116,8 +116,9 @@ class CudaStreams(Observed):
         return event
 
     def set_device(self) -> None:
-        """Binds the calling thread to the device."""
+        """Binds the calling thread to the device, and to its context: MPI libraries look for one that is current."""
         torch.cuda.set_device(self.device)
+        torch.cuda.current_stream(self.device).query()  # torch's setting alone may leave a new thread without a context
 
     def copying(self):
         """Work inside the context goes to the copy stream."""

@@ -17,7 +17,7 @@ from noria.plan import costs, planner
 from noria.plan.costs import Load
 from noria.plan.plans import HOST_NBYTES, Plan, rate_words
 from noria.plan.rates import Rates
-from noria.plan.work import Machine
+from noria.plan.work import MEMORY_SHARE, Machine
 from noria.rows.examination import dtype_of, open_model
 from noria.rows.lengths import look
 from noria.rows.prompts import count
@@ -73,7 +73,7 @@ def script_lines(plan: Plan, device: str, seconds: float) -> list[str]:
     full = num_ranks - nodes * (per_node - 1)  # nodes of so many ranks; the others have one less
     tiers = ("gpu", "cpu") if device == "cpu" else ("cpu",)
     host = max(sum(sum(table[tier].values()) for tier in tiers) for table in plan.memory)
-    memory = math.ceil(per_node * (host + HOST_NBYTES) / 1024**3)
+    memory = math.ceil(per_node * (host / MEMORY_SHARE + HOST_NBYTES) / 1024**3)
     time = _clock(math.ceil(seconds / SHORTEST_SECONDS) * SHORTEST_SECONDS)
     gpus = device != "cpu"
     return [
@@ -120,7 +120,7 @@ def _plan(
 def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:
     """Bytes that a rank may fill: measured ones are a limit to what is asked, assumed ones are not."""
     has = int(getattr(rates, name))
-    return parse_nbytes(asked, f"placement.{key}") if asked and name in rates.assumed else has
+    return max(has, parse_nbytes(asked, f"placement.{key}")) if asked and name in rates.assumed else has
 
 
 def _machine_words(rates: Rates) -> str:
@@ -152,11 +152,15 @@ def _moved(plan: Plan, checkpoint: Checkpoint, load: Load) -> list[str]:
 def _one_more(
     config: Config, checkpoint: Checkpoint, num_ranks: int, num_rows: int, load, device: str, plan: Plan
 ) -> str:
-    """What one rank more would buy."""
+    """What one rank more would buy, with as many laps and groups where that many ranks can have them."""
     rates = planner.rates_of(config, device, num_ranks + 1)
-    config = replace(config, pipeline=replace(config.pipeline, groups=None, laps=None, partition="greedy"))
+    as_asked = replace(config, pipeline=replace(config.pipeline, partition="greedy"))
+    free = replace(as_asked, pipeline=replace(as_asked.pipeline, groups=None, laps=None))
     try:
-        more = _plan(config, checkpoint, num_ranks + 1, num_rows, load, rates, device)
+        try:
+            more = _plan(as_asked, checkpoint, num_ranks + 1, num_rows, load, rates, device)
+        except InputError:
+            more = _plan(free, checkpoint, num_ranks + 1, num_rows, load, rates, device)
     except InputError as error:
         return f"{num_ranks + 1} ranks: {error}"
     now, then = plan.predicted["tokens_per_second"], more.predicted["tokens_per_second"]

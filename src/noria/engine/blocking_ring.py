@@ -45,7 +45,7 @@ class BlockingRing:
 
     def watch(self, lost: Callable[[int, float], None], silence: float = SILENCE) -> None:
         """As in engine.ring; `lost` is called in a thread of the heartbeats' own."""
-        self._heart = Heart(self._transport, self.place, silence, lost)
+        self._heart = Heart(self._transport, self.place, silence, lost, self._streams.set_device)
 
     def send_header(self, step: Step) -> None:
         """Rank 0: sent with the step's hidden states, or now if it has none."""

@@ -58,7 +58,16 @@ def listen(
 class Heart:
     """Beats and listens in a thread of its own: for a ring that has no communication thread, whose calls block."""
 
-    def __init__(self, transport, place: Place, silence: float, lost: Callable[[int, float], None]):
+    def __init__(
+        self,
+        transport,
+        place: Place,
+        silence: float,
+        lost: Callable[[int, float], None],
+        set_device: Callable[[], None] = lambda: None,
+    ):
+        """`set_device` binds the thread to the rank's device: a call for a heartbeat may move other messages too."""
+        self._set_device = set_device
         self._closing = self._abandoned = False
         self._work = [
             beat(transport, place, silence, lambda: self._closing),
@@ -78,6 +87,7 @@ class Heart:
         self._thread.join(50 * PAUSE)
 
     def _run(self) -> None:
+        self._set_device()
         ended = object()
         while self._work and not self._abandoned:
             self._work = [one for one in self._work if next(one, ended) is not ended]

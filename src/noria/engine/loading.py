@@ -57,9 +57,8 @@ class Loader:
         if memory is not None:
             memory.register()
         self._open_disk()
-        return Weights(
-            self._resident, self._homes, self._visits(stages), groups, num_slots, self._streams, traffic, ahead
-        )
+        visits, tiers = self._visits(stages), [memory] if memory is not None else []
+        return Weights(self._resident, self._homes, visits, groups, num_slots, self._streams, traffic, ahead, tiers)
 
     def _host_memory(self) -> Cpu | None:
         """The memory of the cpu tier, exactly as large as its blocks, with a place for each."""

@@ -3,8 +3,9 @@
 Knows the model, its weights and its cache; nothing of the ring, of rounds or of other ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,7 +207,12 @@ class Stage:
             return hidden
         except torch.OutOfMemoryError:
             if len(halved(prepared.borders)) == len(prepared.borders):
-                raise  # a row each: there is nothing left to cut
+                its_rows = largest(prepared.borders, prepared.step.counts.tolist())
+                self._report(
+                    f"out of memory with a row in each microbatch, {its_rows} tokens at most: lower"
+                    " pipeline.microbatch_tokens, of which a prompt's pieces have no more, or placement.gpu_memory"
+                )
+                raise
             return None
 
     def _cut_finer(self, prepared: Prepared) -> None:
@@ -234,16 +240,18 @@ class Stage:
         self._weights.wait("head")  # also where no row is sampled: it is in the cycle of loads
         sampler.count(step)
         top, positions = sampler.top(step.sample_slots), positions_of(step)[step.sample_rows] + 1
-        pieces = []
-        for chunk, logits in self._logits(hidden, prepared.sample_rows):
-            slots, uniforms = step.sample_slots[chunk], step.uniforms[chunk]
+
+        def draw(chunk: slice, logits: torch.Tensor):
             begin = self._trace.mark()
-            pieces.append(sampler.sample(logits, slots, uniforms, positions[chunk], top))
+            drawn = sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk], positions[chunk], top)
             self._trace.compute("sample", begin, *self._at)
-        scores = [
-            sampler.score(logits, prepared.score_ids[chunk])
-            for chunk, logits in self._logits(hidden, prepared.score_rows)
-        ]
+            return drawn
+
+        def score(chunk: slice, logits: torch.Tensor) -> torch.Tensor:
+            return sampler.score(logits, prepared.score_ids[chunk])
+
+        pieces = self._of_logits(hidden, prepared.sample_rows, draw)
+        scores = self._of_logits(hidden, prepared.score_rows, score)
         self._weights.done("head")
         result = {"token_ids": torch.empty(0, dtype=torch.int64, device=self._device)}
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
@@ -251,30 +259,30 @@ class Stage:
                 result[name] = torch.cat([getattr(piece, name) for piece in pieces])
         return result | ({"prompt_logprobs": torch.cat(scores)} if scores else {})
 
-    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, logits [_, V] of the hidden states at these places), HEAD_ROWS at a time."""
-        start = 0
+    def _of_logits(self, hidden: torch.Tensor, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], Any]) -> list:
+        """What `use(rows, logits [_, V])` returns for the hidden states at these places, HEAD_ROWS at a time.
+
+        Fewer where memory does not suffice: `use` must not mind to be called again.
+        """
+        found, start = [], 0
         while start < len(rows):
             chunk = slice(start, start + self._head_rows)
-            logits = self._try_head(hidden, rows[chunk])
-            if logits is None:
-                self._head_rows = max(1, min(self._head_rows, len(rows)) // 2)
+            try:
+                found.append(use(chunk, self._head(hidden, rows[chunk])))
+                start = chunk.stop
+            except torch.OutOfMemoryError:
+                if min(self._head_rows, len(rows) - start) == 1:
+                    raise
+                self._head_rows = max(1, min(self._head_rows, len(rows) - start) // 2)
                 self._report(f"out of memory: logits of {self._head_rows} rows at a time from now on")
-                continue
-            yield chunk, logits
-            start = chunk.stop
+        return found
 
-    def _try_head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-        """Logits [_, V] of these rows of hidden; None if memory did not suffice for so many."""
+    def _head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [_, V] of these rows of hidden."""
         parameters, begin = self._weights.wait("head"), self._trace.mark()
-        try:
-            logits = self._model.head(self._shape, parameters, hidden[rows])
-            self._trace.compute("head", begin, *self._at)
-            return logits
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            return None
+        logits = self._model.head(self._shape, parameters, hidden[rows])
+        self._trace.compute("head", begin, *self._at)
+        return logits
 
     def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor):
         def attend(queries, keys, values, *, scale=None, window=None):

@@ -65,7 +65,7 @@ class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
     `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks; `visits`:
-    those of each lap, in order. The slots are `num_slots` buffers of the largest of them, fixed for the run; with
+    those of each lap, in order; `tiers`: others that are closed with theirs. The slots are `num_slots` buffers of the largest of them, fixed for the run; with
     `ahead` a slot that goes free is filled at once with the next block of the cycle.
     """
 
@@ -79,7 +79,9 @@ class Weights:
         streams,
         traffic: Traffic | None = None,
         ahead: bool = True,
+        tiers: Sequence = (),
     ):
+        self._tiers = {id(tier): tier for tier in (*tiers, *(home.tier for home in homes.values()))}
         self._resident, self._homes, self._streams, self._prefetches = dict(resident), dict(homes), streams, ahead
         self._traffic, self._groups = traffic or Traffic(), groups
         self._cycle = Cycle(visits, groups, num_slots) if homes else None
@@ -167,5 +169,5 @@ class Weights:
             load = self._ahead.popleft()
             load.transfer.event().synchronize()
             self._traffic.weights_unused += self._homes[load.name].block.nbytes
-        for tier in {id(home.tier): home.tier for home in self._homes.values()}.values():
+        for tier in self._tiers.values():
             tier.close()

@@ -13,11 +13,10 @@ import torch
 
 from noria.config import Config, InputError
 from noria.launch import cores
-from noria.plan.work import Machine
+from noria.plan.work import MEMORY_SHARE, Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much
-MEMORY_SHARE = 0.9  # of the memory that is free: the rest is for the libraries' own needs
 
 
 @dataclass(frozen=True)

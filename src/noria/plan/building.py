@@ -62,6 +62,8 @@ def sizes_of(work: Work, choice: Choice) -> Sizes:
         min(config.pipeline.microbatch_tokens or MICROBATCH_TOKENS, choice.step_tokens),
         tuple(dict.fromkeys(blocks_of(rank, work.num_ranks, stages), "") for rank in range(work.num_ranks)),
         activations=config.placement.activations or "gpu",
+        device=work.machine.device,
+        staged=bool(config.placement.stage),
     )
     if choice.elsewhere:
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(work, sizes, slots))
@@ -79,8 +81,8 @@ def _fill(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: int) -> di
     """Bytes of each tier for the rank's blocks: beside the reserved pages, the buffers and work space."""
     names = sizes.weight_tiers[rank]
     total = sum(work.nbytes[name] for name in names)
-    reserved = {tier: pages * sizes.page(rank) for tier, pages in (choice.reserved or {}).items()}
-    used = {tier: sum(sizes.fixed(rank, tier).values()) + reserved.get(tier, 0) for tier in TIERS}
+    table = sizes.table(rank, choice.reserved or {})
+    used = {tier: sum(table[tier].values()) for tier in TIERS}
     free = {tier: max(work.limits[tier] - used[tier], 0) for tier in TIERS}
     if work.machine.device == "cpu":  # one memory: nothing is won by moving blocks inside it
         free["gpu"] = max(min(free["gpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"]), 0)

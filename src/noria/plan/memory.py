@@ -13,6 +13,7 @@ from noria.step import PAGE_TOKENS
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)
 DRAW_NBYTES = 2**29  # sorted and cumulated float64 copies of a chunk of logits (engine.sampler.CHUNK_ELEMENTS)
 ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory (engine.activations.SLOTS)
+LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay (files.reading.NUM_BUFFERS)
 DISK_NBYTES = 2**28  # host buffers through which bytes go to and from a disk (tiers.disk: NUM_SLOTS of SLOT_NBYTES)
 
 
@@ -33,6 +34,8 @@ class Sizes:
     cache_slots: int = 0
     cache_slot_pages: int = 0
     activations: str = "gpu"
+    device: str = "cuda"
+    staged: bool = False
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
@@ -55,7 +58,10 @@ class Sizes:
         return max(map(self.block, streamed(self.weight_tiers[rank])), default=0)
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
-        """Bytes that the rank needs in a tier besides its cache's pages, by purpose."""
+        """Bytes that the rank needs in a tier besides its cache's pages, by purpose.
+
+        `loading` is what the buffers of loading take beyond all that takes their place when the run begins.
+        """
         items = {"weights": self.weights(rank, tier)}
         slots = self.cache_slots * self.cache_slot_pages * self.layer_page
         if tier == "gpu":
@@ -69,20 +75,38 @@ class Sizes:
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
             items["activations"] = 2 * self._hidden(self.step_tokens) * (self.activations == "cpu")
+            items["loading"] = max(self.loading(rank) - items["disk slots"] - items["activations"], 0)
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
+    def loading(self, rank: int) -> int:
+        """Bytes of the buffers through which the rank's blocks pass before the run begins."""
+        passing = [
+            self.blocks[name].nbytes for name, tier in self.weight_tiers[rank].items() if self._passes(name, tier)
+        ]
+        return min(len(passing), LOADING_BUFFERS) * max(passing, default=0)
+
+    def _passes(self, name: str, tier: str) -> bool:
+        """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
+        if tier == "disk":
+            return self.staged
+        return tier != "cpu" and self.device != "cpu" or self.blocks[name].dtype != self.dtype
+
+    def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """Per tier the rank's bytes by purpose, with so many pages of cache in each tier."""
+        table = {tier: self.fixed(rank, tier) for tier in TIERS}
+        for tier, pages in cache_pages.items():
+            if pages:
+                table[tier]["cache"] = pages * self.page(rank)
+        host = table["cpu"]
+        if loading := max(host.pop("loading", 0) - host.get("cache", 0), 0):
+            host["loading"] = loading
+        if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
+            host["disk slots"] = host.get("disk slots", 0) + DISK_NBYTES
+        return table
+
     def tables(self, cache_pages: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], ...]:
-        """Per rank and tier the bytes by purpose, with so many pages of cache in each tier."""
-        tables = []
-        for rank in range(self.num_ranks):
-            table = {tier: self.fixed(rank, tier) for tier in TIERS}
-            for tier, pages in cache_pages.items():
-                if pages:
-                    table[tier]["cache"] = pages * self.page(rank)
-            if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
-                table["cpu"]["disk slots"] = table["cpu"].get("disk slots", 0) + DISK_NBYTES
-            tables.append(table)
-        return tuple(tables)
+        """The table of every rank."""
+        return tuple(self.table(rank, cache_pages) for rank in range(self.num_ranks))
 
     def _messages(self) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""

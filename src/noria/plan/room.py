@@ -52,8 +52,8 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
     limits, room = work.limits, dict.fromkeys(TIERS, 1 << 62)
     has_disk_cache = bool((choice.cache or {}).get("disk"))
     for rank, table in enumerate(sizes.tables({"disk": 1} if has_disk_cache else {})):
-        used = {tier: sum(sizes.fixed(rank, tier).values()) for tier in TIERS}
-        used["cpu"] = sum(table["cpu"].values())
+        table["disk"].pop("cache", None)
+        used = {tier: sum(table[tier].values()) for tier in TIERS}
         if not work.config.placement.stage:
             used["disk"] = 0  # read from the checkpoint where it lies
         free = {tier: limits[tier] - used[tier] for tier in TIERS}
@@ -62,8 +62,9 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
             free["cpu"] = min(free["cpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
         for tier in TIERS:
             if free[tier] < 0:
-                raise _refused(work, sizes, rank, tier, used[tier], limits[tier])
-            room[tier] = min(room[tier], free[tier] // sizes.page(rank))
+                raise _refused(work, rank, tier, table[tier])
+            later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
+            room[tier] = min(room[tier], (free[tier] + later) // sizes.page(rank))
     if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
         asked = tiers.amounts(choice.cache, "placement.cache")
         for tier in ("gpu", "cpu"):
@@ -74,14 +75,16 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
 def _require_room(work: Work, sizes: Sizes, tier: str, pages: int, room: int, asked: str = "") -> None:
     if pages <= room:
         return
-    rank = max(range(work.num_ranks), key=lambda rank: sum(sizes.fixed(rank, tier).values()) + pages * sizes.page(rank))
-    needed = sum(sizes.fixed(rank, tier).values()) + pages * sizes.page(rank)
-    raise _refused(work, sizes, rank, tier, needed, work.limits[tier], asked)
+    tables = [table[tier] for table in sizes.tables({tier: pages})]
+    rank = max(range(work.num_ranks), key=lambda rank: sum(tables[rank].values()))
+    raise _refused(work, rank, tier, tables[rank], asked)
 
 
-def _refused(work: Work, sizes: Sizes, rank: int, tier: str, needed: int, limit: int, asked: str = "") -> InputError:
-    """What is said where a tier is too small: the numbers and the remedy."""
-    items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in sizes.fixed(rank, tier).items())
+def _refused(work: Work, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
+    """What is said where a tier is too small for what the rank's `table` has there: the numbers and the remedy."""
+    needed, limit = sum(table.values()), work.limits[tier]
+    items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in table.items() if nbytes)
+    words = size_words if size_words(needed) != size_words(limit) else "{:,} bytes".format
     weights = (work.config.placement.weights or {}).get(tier)
     if weights is not None:
         asked = asked or f"placement.weights.{tier} ({weights if isinstance(weights, str) else format(weights, 'g')})"
@@ -92,6 +95,6 @@ def _refused(work: Work, sizes: Sizes, rank: int, tier: str, needed: int, limit:
     }[tier]
     lower = f"lower {asked}{',' if tier == 'gpu' else ' or'} " if asked else ""
     return InputError(
-        f"{tier} tier needs {size_words(needed)}, the limit is {size_words(limit)}: {lower}{other}"
-        f" (rank {rank} needs at least {size_words(needed)}: {items})"
+        f"{tier} tier needs {words(needed)}, the limit is {words(limit)}: {lower}{other}"
+        f" (rank {rank} needs at least {words(needed)}: {items})"
     )

@@ -82,6 +82,7 @@ def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
 
 def size_words(nbytes: int) -> str:
     """Bytes as people read them."""
-    if nbytes >= 2 * 1024**4:
-        return f"{nbytes / 1024**4:.1f} TiB"
-    return f"{nbytes / 1024**3:.1f} GiB" if nbytes >= 1024**3 / 10 else f"{nbytes / 1024**2:.1f} MiB"
+    for unit, size in (("TiB", 2 * 1024**4), ("GiB", 1024**3), ("MiB", 1024**2 / 10)):
+        if nbytes >= size:
+            return f"{nbytes / 1024 ** (' KMGT'.index(unit[0])):.1f} {unit}"
+    return f"{nbytes / 1024:.1f} KiB"

@@ -10,6 +10,8 @@ from noria.plan.memory import block_nbytes
 from noria.plan.tiers import size_words
 from noria.step import PAGE_TOKENS
 
+MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
+
 
 @dataclass(frozen=True)
 class Machine:
