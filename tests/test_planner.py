@@ -8,18 +8,20 @@ from noria.blocks import ModelShape, lay_out, layer_name
 from noria.config import InputError
 from noria.files import reading
 from noria.plan import planner
+from noria.plan.costs import Load
 from noria.plan.memory import LOADING_BUFFERS
 from noria.plan.planner import GiB
 from noria.plan.work import Machine
 
 SHAPE = ModelShape("llama", 8, 1024, 16, 4, 64, 32000, 2048, False)
 
+ENDS = {"embed": {"tokens": (32000, 1024)}, "head": {"norm": (1024,), "lm_head": (32000, 1024)}}
+
 
 def blocks(dtype="bfloat16"):
     layer = {"qkv": (1536, 1024), "out": (1024, 1024), "gate_up": (8192, 1024), "down": (1024, 4096)}
     names = {layer_name(number): layer for number in range(SHAPE.num_layers)}
-    ends = {"embed": {"tokens": (32000, 1024)}, "head": {"norm": (1024,), "lm_head": (32000, 1024)}}
-    return {name: lay_out(name, shapes, dtype) for name, shapes in (ends | names).items()}
+    return {name: lay_out(name, shapes, dtype) for name, shapes in (ENDS | names).items()}
 
 
 def make(num_ranks=1, machine=Machine("cuda", 20 * GiB), rows=10_000, dtype="bfloat16", **flags):
@@ -64,7 +66,7 @@ def test_groups_keep_the_ring_full_unless_they_are_asked_for(num_ranks, device, 
 def test_memory_that_does_not_suffice_is_refused_with_the_numbers_and_the_remedy():
     with pytest.raises(
         InputError,
-        match=r"gpu tier needs .* GiB, the limit is 100\.0 MiB: use more ranks.*rank 0 .*work space 0\.\d GiB",
+        match=r"gpu tier needs \d+\.\d MiB, the limit is 100\.0 MiB: use more ranks.*rank 0 .*work space \d+\.\d MiB",
     ):
         make(gpu_memory="100MiB")
 
@@ -203,7 +205,7 @@ def test_a_staging_buffer_holds_the_longest_sequence_and_three_of_them_a_sixteen
     ("keys", "said"),
     [
         ({"weights": {"cpu": 100.0}, "cpu_memory": "100MiB"},
-         "cpu tier needs 0.3 GiB, the limit is 100.0 MiB: lower placement.weights.cpu (100) or raise placement.cpu_memory"),
+         "cpu tier needs 357.0 MiB, the limit is 100.0 MiB: lower placement.weights.cpu (100) or raise placement.cpu_memory"),
         ({"weights": {"gpu": "40MiB", "cpu": "40MiB"}}, "placement.weights covers too little: "),
         ({"cache": {"cpu": "80GiB"}}, "cpu tier needs 80.0 GiB, the limit is 64.0 GiB: lower placement.cache.cpu (80GiB)"),
         ({"cpu_memory": "80GiB"}, "placement.cpu_memory is 80.0 GiB, but the tightest rank has 64.0 GiB"),
@@ -253,3 +255,42 @@ def test_a_user_may_ask_for_more_of_a_gpu_than_a_run_takes_by_itself():
     assert sum(make(machine=machine, gpu_memory="21GiB").memory[0]["gpu"].values()) > 20 * GiB
     with pytest.raises(InputError, match="placement.gpu_memory is 23.0 GiB, but the tightest rank has 22.0 GiB to use"):
         make(machine=machine, gpu_memory="23GiB")
+
+
+# What a plan must not do to rows.
+
+
+def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the_remedy():
+    for cache in ({"gpu": "10MiB"}, {"disk": "10MiB"}):
+        with pytest.raises(
+            InputError, match=r"room for \d+ tokens in a tier, a usual row of this run needs 2016: give pl"
+        ):
+            make(1, BIG, rows=4, cache=cache, max_new_tokens=1500)
+    with pytest.raises(InputError, match=r"gpu tier needs .* raise placement\.gpu_memory"):
+        make(1, BIG, gpu_memory="700MiB", max_new_tokens=1000)
+
+
+def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
+    load = Load(100, 60, 4, 100 * 4, 90)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "cache": {"gpu": "10MiB"}})
+    plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 100, load)
+    room = max(plan.cache_pages.values()) * 16
+    assert 64 <= room < 90 * 16
+    for predicted in (False, True):
+        said = plan.lines(predicted)[-1]
+        assert said.startswith("plan: warning: rows of up to 1,440 tokens") and f"has room for {room:,}" in said
+    assert not any("warning" in line for line in make(1, BIG).lines())
+
+
+def test_a_single_gpu_reads_its_weights_once_a_round_where_that_takes_longer_than_rank_0():
+    small = Load(64, 100, 100)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"})
+    groups = {}
+    for layers in (2, 80):
+        shape = dataclasses.replace(SHAPE, num_layers=layers, hidden_size=8192)
+        layer = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
+        its = {layer_name(number): lay_out("layer", layer, "bfloat16") for number in range(layers)}
+        its |= {name: lay_out(name, shapes, "bfloat16") for name, shapes in ENDS.items()}
+        plan = planner.make(run, shape, its, "bfloat16", 1, Machine("cuda", 200 * GiB), 64, small)
+        groups[layers] = plan.groups
+    assert groups == {2: 2, 80: 1}

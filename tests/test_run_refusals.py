@@ -115,7 +115,7 @@ def test_a_newer_checkpoint_is_refused_with_both_versions(refusal, folder):
         (["--temperature", "nan"], "sampling.temperature is nan: it must be 0 or more"),
         (["--top-k", str(2**31)], "sampling.top_k is 2147483648: it must be in"),
         (["--gpu-memory", "lots"], "placement.gpu_memory is 'lots': it must be a size such as 16GiB"),
-        (["--gpu-memory", "1KiB"], "the limit is 0.0 MiB: use more ranks"),
+        (["--gpu-memory", "1KiB"], "the limit is 1.0 KiB: use more ranks"),
         (["--modle", "x"], "noria run does not know '--modle'; did you mean '--model'?"),
         (["--max_new_tokens=3"], "did you mean '--max-new-tokens'?"),
         (["one.toml", "two.toml"], "noria run does not know 'two.toml'"),

@@ -8,7 +8,7 @@ from noria.plan import tiers
 from noria.plan.memory import DISK_NBYTES, Sizes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
 from noria.plan.plans import Plan
-from noria.plan.room import cache_pages
+from noria.plan.room import cache_pages, refused
 from noria.plan.tiers import size_words
 from noria.plan.work import Choice, Work
 
@@ -78,9 +78,15 @@ def _schedule(config: Config, choice: Choice) -> str:
 
 
 def _fill(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: int) -> dict[str, int]:
-    """Bytes of each tier for the rank's blocks: beside the reserved pages, the buffers and work space."""
+    """Bytes of each tier for the rank's blocks: beside the reserved pages, the buffers and work space.
+
+    Raises InputError where these alone are too much.
+    """
     names = sizes.weight_tiers[rank]
     total = sum(work.nbytes[name] for name in names)
+    for tier, items in sizes.table(rank, {}).items():
+        if tier != "disk" and sum(items.values()) > work.limits[tier]:
+            raise refused(work, rank, tier, items)
     table = sizes.table(rank, choice.reserved or {})
     used = {tier: sum(table[tier].values()) for tier in TIERS}
     free = {tier: max(work.limits[tier] - used[tier], 0) for tier in TIERS}

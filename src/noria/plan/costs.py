@@ -18,6 +18,10 @@ MANY = 4  # times as many rows as are in flight: from there on a slot that gets 
 # prefill did 10,200 tokens/s (a bare product's rate allows 13,200) and a resident decode round took 61 ms (a copy's: 44).
 MATMUL_SHARE = 0.78
 DEVICE_MEMORY_SHARE = 0.74
+# A single group waits while rank 0 takes a round's results and composes the next step: about 4 us a row on one core, twice
+# that for what goes to the device, and what it takes to see that a result is there.
+TURN_SECONDS = 1e-3
+TURN_ROW_SECONDS = 1e-5
 RESOURCES = ("link", "disk", "device memory", "matmul", "launches")
 
 
@@ -25,13 +29,19 @@ RESOURCES = ("link", "disk", "device memory", "matmul", "launches")
 class Load:
     """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
 
-    `total_pages`: what all rows reserve together, if somebody looked at them.
+    `total_pages`: what all rows reserve together, `longest_pages`: what the longest of them does, if somebody looked.
     """
 
     num_rows: int
     prompt_tokens: float
     new_tokens: float
     total_pages: int | None = None
+    longest_pages: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Pages of the longest row that is known."""
+        return self.longest_pages or self.pages
 
     @property
     def pages(self) -> int:
@@ -137,6 +147,7 @@ def resources(
     attended = 4 * turn.tokens * turn.context * len(layers) * shape.num_heads * shape.head_dim
     flops = 2 * (used * turn.tokens + head_nbytes * sampled) / itemsize + attended
     both = loaded > 0 and stored > 0.1 * loaded
+    idle = TURN_SECONDS + TURN_ROW_SECONDS * turn.rows if plan.groups == 1 else 0.0
     return {
         "link": max(
             loaded / (rates.both_directions if both else rates.host_to_device),
@@ -144,10 +155,10 @@ def resources(
         ),
         "disk": (moved["disk"] + cache["disk"]["load"]) / rates.disk_read + cache["disk"]["store"] / rates.disk_write,
         "device memory": (passes * (read + head_nbytes) + seen + loaded + stored)
-        / (rates.device_memory * DEVICE_MEMORY_SHARE),
-        "matmul": flops / (rates.matmul[plan.dtype] * MATMUL_SHARE),
-        # One group alone waits for rank 0 between its steps: that costs about what a second group would.
-        "launches": passes * (2 if plan.groups == 1 else 1) * len(layers) * rates.layer_seconds,
+        / (rates.device_memory * DEVICE_MEMORY_SHARE)
+        + idle,
+        "matmul": flops / (rates.matmul[plan.dtype] * MATMUL_SHARE) + idle,
+        "launches": passes * len(layers) * rates.layer_seconds + idle,
     }
 
 
@@ -172,6 +183,7 @@ def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
     whole = times * rounds * prefill[0] + waves * max(load.new_tokens - 1, 0) * decode[0]
     return {
         "rows": rows,
+        "longest_pages": load.longest,
         "prefill": _phase(filling, prefill),
         "decode": _phase(growing, decode),
         "tokens_per_second": load.num_rows * load.new_tokens / whole,

@@ -4,7 +4,7 @@ Where the user left choices open, a handful of candidates are built and the one 
 Needs no torch, no MPI and no GPU.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from noria.blocks import Block, ModelShape
@@ -83,39 +83,41 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
 
     Raises the InputError of the most modest one if none fits.
     """
-    refused, kept = None, None
-    for resident in _resident_choices(work):
-        try:
-            plan = build(work, resident)
-        except InputError as error:
-            refused = error
-        else:
-            kept = plan
-            if costs.rows_in_flight(plan, load) >= load.num_rows:
-                return plan
-    found: list[tuple[float, Plan]] = []
-    for step_tokens in _steps(work):
-        for choice in _candidates(work, load, step_tokens):
-            try:
-                plan = build(work, choice)
-            except InputError as error:
-                refused = error
-                continue
-            if choice.weights is None and not plan.weight_slots:
-                continue  # everything fits: another candidate has it so, with the groups for that
-            found.append((_speed(work, plan, known, load), plan))
+    resident, refused = _built(work, known, load, _resident_choices(work))
+    kept, plan = max(resident, key=lambda one: one[0], default=(0.0, None))
+    if plan is not None and costs.rows_in_flight(plan, load) >= load.num_rows:
+        return plan
+    choices = (choice for step_tokens in _steps(work) for choice in _candidates(work, load, step_tokens))
+    found, last = _built(work, known, load, choices)
     if not found:
-        raise refused
+        raise last or refused
     best = max(speed for speed, _ in found)
-    if kept is not None and _speed(work, kept, known, load) * WORTH_IT >= best:
-        return kept
+    if kept * WORTH_IT >= best:
+        return plan
     good = (plan for speed, plan in found if speed >= 0.995 * best)
     return max(good, key=lambda plan: (plan.step_tokens, plan.laps))
 
 
-def _speed(work: Work, plan: Plan, known: rates.Rates, load: Load) -> float:
-    """Predicted tokens/s of the whole run."""
-    return costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
+def _built(
+    work: Work, known: rates.Rates, load: Load, choices: Iterable[Choice]
+) -> tuple[list[tuple[float, Plan]], InputError | None]:
+    """(predicted tokens/s of the whole run, plan) of the candidates that fit, and why the last one of the others does not.
+
+    Where some have room for the longest row, only those.
+    """
+    found, refused = [], None
+    for choice in choices:
+        try:
+            plan = build(work, choice)
+        except InputError as error:
+            refused = error
+            continue
+        if choice.weights is None and not plan.weight_slots:
+            continue  # everything fits: another candidate has it so, with the groups for that
+        speed = costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
+        found.append((speed, plan))
+    roomy = [(speed, plan) for speed, plan in found if plan.holds(load.longest)]
+    return roomy or found, refused
 
 
 def _resident_choices(work: Work) -> list[Choice]:
@@ -124,8 +126,9 @@ def _resident_choices(work: Work) -> list[Choice]:
     if placement.weights is not None or placement.cache is not None:
         return []
     step_tokens = pipeline.step_tokens or (MICROBATCH_TOKENS if work.machine.device == "cuda" else 512)
-    groups = pipeline.groups or _default_groups(work.config, work.num_ranks, work.machine.device)
-    return [Choice(pipeline.laps or 1, groups, step_tokens, {"gpu": 100.0}, None)]
+    return [
+        Choice(pipeline.laps or 1, groups, step_tokens, {"gpu": 100.0}, None) for groups in _groups(work, once=False)
+    ]
 
 
 def _steps(work: Work) -> list[int]:
@@ -141,25 +144,23 @@ def _steps(work: Work) -> list[int]:
 def _candidates(work: Work, load: Load, step_tokens: int) -> Iterator[Choice]:
     """Every combination of laps, room for the cache, and the tiers that the cache may live in."""
     placement, pipeline = work.config.placement, work.config.pipeline
-    num_ranks, device = work.num_ranks, work.machine.device
     for streams in (False, True):
         if streams and not _may_stream(placement.weights):
             continue
         if not streams and placement.weights is not None and _must_stream(placement.weights):
             continue
         for laps in _laps(work, streams):
-            single = streams and num_ranks == 1 and laps == 1
-            groups = pipeline.groups or _default_groups(work.config, num_ranks, device, single)
             small = not streams and not pipeline.step_tokens
             step = min(step_tokens, MICROBATCH_TOKENS) if small else step_tokens
-            base = Choice(laps, groups, step, placement.weights, placement.cache)
-            if placement.weights is None and not streams:
-                base = replace(base, weights={"gpu": 100.0})
-            for cached in _cached(work, base):
-                if base.weights is not None:
-                    yield cached
-                else:
-                    yield from _reserving(work, cached, load)
+            for groups in _groups(work, once=streams and laps == 1):
+                base = Choice(laps, groups, step, placement.weights, placement.cache)
+                if placement.weights is None and not streams:
+                    base = replace(base, weights={"gpu": 100.0})
+                for cached in _cached(work, base):
+                    if base.weights is not None:
+                        yield cached
+                    else:
+                        yield from _reserving(work, cached, load)
 
 
 def _may_stream(weights: Mapping | None) -> bool:
@@ -205,13 +206,15 @@ def _reserving(work: Work, base: Choice, load: Load) -> Iterator[Choice]:
             yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
 
 
-def _default_groups(config: Config, num_ranks: int, device: str, once: bool = False) -> int:
-    """M: the ring is full at M = N; one more group hides the hop and rank 0's own work. One GPU stays busy with two.
+def _groups(work: Work, once: bool) -> tuple[int, ...]:
+    """M to try: the ring is full at M = N; one more group hides the hop and rank 0's own work.
 
-    `once`: a single group, so that one rank loads its streamed blocks once a round.
+    A single GPU stays busy with two groups, but reads its weights for each of them. `once`: a single group there, so that
+    it loads its streamed blocks once a round.
     """
-    if config.pipeline.blocking:
-        return num_ranks
-    if num_ranks == 1:
-        return 2 if device == "cuda" and not once else 1
-    return num_ranks + 1
+    pipeline = work.config.pipeline
+    if pipeline.groups or pipeline.blocking:
+        return (pipeline.groups or work.num_ranks,)
+    if work.num_ranks == 1:
+        return (1,) if once or work.machine.device == "cpu" else (2, 1)
+    return (work.num_ranks + 1,)

@@ -50,6 +50,10 @@ class Plan:
         """The layers of each virtual stage."""
         return [range(*stage) for stage in self.stages]
 
+    def holds(self, pages: int) -> bool:
+        """Whether a row of so many pages finds room: all of them are in one tier."""
+        return max(self.cache_pages.values()) >= pages
+
     def as_dict(self) -> dict:
         return asdict(self)
 
@@ -72,7 +76,17 @@ class Plan:
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
-        return [head, *ranks, *(self._predicted_lines() if predicted else ())]
+        return [head, *ranks, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
+
+    def _too_small_lines(self) -> list[str]:
+        """A warning where rows that are known find no room."""
+        longest = self.predicted.get("longest_pages", 0)
+        if self.holds(longest):
+            return []
+        return [
+            f"plan: warning: rows of up to {longest * PAGE_TOKENS:,} tokens, prompt and new ones, but the cache has room for"
+            f" {max(self.cache_pages.values()) * PAGE_TOKENS:,}: longer ones will be errors"
+        ]
 
     def _predicted_lines(self) -> list[str]:
         if not self.predicted:

@@ -7,18 +7,30 @@ from noria.plan import tiers
 from noria.plan.memory import Sizes
 from noria.plan.tiers import size_words
 from noria.plan.work import Choice, Work
+from noria.step import PAGE_TOKENS
 
 
 def cache_pages(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
-    """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few."""
-    room = _room(work, sizes, choice)
+    """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few, or none a usual row."""
+    room, least = _room(work, sizes, choice), min(work.row_pages, work.cap(sizes.groups))
+    pages = _pages(work, sizes, choice, room)
+    if max(pages.values()) < least:  # all pages of a row are in one tier
+        if choice.cache is None:
+            _require_room(work, sizes, choice.cache_tiers[0], least, room[choice.cache_tiers[0]])
+        raise InputError(
+            f"the cache has room for {max(pages.values()) * PAGE_TOKENS} tokens in a tier, a usual row of this run needs"
+            f" {least * PAGE_TOKENS}: give placement.cache more, or lower sampling.max_new_tokens"
+        )
+    return pages
+
+
+def _pages(work: Work, sizes: Sizes, choice: Choice, room: Mapping[str, int]) -> dict[str, int]:
+    """Pages in each tier, of which `room` says what it can hold."""
     if choice.cache is None:
         pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
         for tier in choice.cache_tiers:
             pages[tier] = max(min(room[tier], left), 0)
             left -= pages[tier]
-        if not sum(pages.values()):
-            _require_room(work, sizes, choice.cache_tiers[0], 1, 0)
         return pages
     held = [tier for tier in TIERS if choice.cache.get(tier)]
     if tiers.is_budget(choice.cache):
@@ -62,7 +74,7 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
             free["cpu"] = min(free["cpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
         for tier in TIERS:
             if free[tier] < 0:
-                raise _refused(work, rank, tier, table[tier])
+                raise refused(work, rank, tier, table[tier])
             later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
             room[tier] = min(room[tier], (free[tier] + later) // sizes.page(rank))
     if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
@@ -77,10 +89,10 @@ def _require_room(work: Work, sizes: Sizes, tier: str, pages: int, room: int, as
         return
     tables = [table[tier] for table in sizes.tables({tier: pages})]
     rank = max(range(work.num_ranks), key=lambda rank: sum(tables[rank].values()))
-    raise _refused(work, rank, tier, tables[rank], asked)
+    raise refused(work, rank, tier, tables[rank], asked)
 
 
-def _refused(work: Work, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
+def refused(work: Work, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
     """What is said where a tier is too small for what the rank's `table` has there: the numbers and the remedy."""
     needed, limit = sum(table.values()), work.limits[tier]
     items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in table.items() if nbytes)

@@ -23,7 +23,7 @@ def look(config: Config, checkpoint, num_rows: int) -> Load:
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
     chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
     encode = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: None)
-    prompts, new, pages, samples, looked = 0, 0, 0, 0, 0
+    prompts, new, pages, samples, looked, longest = 0, 0, 0, 0, 0, 0
     for prompt in islice((one for one in open_prompts(config.prompts) if one.row in rows), LOOKED_AT):
         looked += 1
         try:
@@ -36,10 +36,11 @@ def look(config: Config, checkpoint, num_rows: int) -> Load:
         added = min(sampling.max_new_tokens, shape.max_positions - length)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n
-        pages += sampling.n * -(-(length + added) // PAGE_TOKENS)
+        its_pages = -(-(length + added) // PAGE_TOKENS)
+        pages, longest = pages + sampling.n * its_pages, max(longest, its_pages)
     if not samples:
         return Load(max(len(rows), 1) * config.sampling.n, shape.max_positions / 2, shape.max_positions / 2)
     whole = looked == len(rows)
     num_samples = samples if whole else max(round(len(rows) * samples / looked), 1)
     total = pages if whole else round(pages / samples * num_samples * MARGIN)
-    return Load(num_samples, prompts / samples, max(new / samples, 1.0), total)
+    return Load(num_samples, prompts / samples, max(new / samples, 1.0), total, longest)

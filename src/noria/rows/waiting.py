@@ -161,7 +161,7 @@ class Line:
             room = self._limits.most_pages * PAGE_TOKENS
             return (
                 f"prompt and max_new_tokens need {pages * PAGE_TOKENS} tokens of cache, there is room for {room}:"
-                " lower max_new_tokens or raise placement.gpu_memory"
+                " lower max_new_tokens, or give the cache more room (placement.cache, or the memory of its tier)"
             )
         return None
 
