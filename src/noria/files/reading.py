@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from noria.direct import DirectFile, chunks
@@ -17,7 +16,6 @@ from noria.tiers import HostMemory
 
 NUM_THREADS = 8
 NUM_BUFFERS = 2
-PAGE_NBYTES = 4096
 
 
 @dataclass
@@ -107,11 +105,6 @@ class _FileSource:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def _read(file: DirectFile, offset: int, view: memoryview) -> None:
-    np.frombuffer(view, np.uint8)[::PAGE_NBYTES] = 0  # pages that are there already: a direct read faults slowly
-    file.read(offset, view)
 
 
 class _MadeSource:

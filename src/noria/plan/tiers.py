@@ -85,4 +85,4 @@ def size_words(nbytes: int) -> str:
     for unit, size in (("TiB", 2 * 1024**4), ("GiB", 1024**3), ("MiB", 1024**2 / 10)):
         if nbytes >= size:
             return f"{nbytes / 1024 ** (' KMGT'.index(unit[0])):.1f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB"
+    return f"{nbytes / 1024:.1f} KiB" if nbytes else "0 B"
