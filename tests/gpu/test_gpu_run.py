@@ -69,6 +69,40 @@ def test_the_demo_on_gpus_gives_the_cpus_tokens_in_float64(demo, num_ranks, laps
         assert "transport mpi_device" in said, said  # nothing exported, nothing asked for
 
 
+PLACEMENTS = {
+    "weights": ["--weights", "cpu=100"],
+    "some weights, laps": ["--weights", "gpu=40,cpu=60", "--laps", "3"],
+    "weights, one after another": ["--weights", "cpu=100", "--schedule", "sequential"],
+    "weights on disk": ["--weights", "gpu=30,disk=70"],
+    "weights staged": ["--weights", "disk=100", "--stage"],
+    "cache": ["--cache", "gpu=30,cpu=70", "--microbatches", "3"],
+    "cache on disk": ["--cache", "cpu=50,disk=50"],
+    "hidden states": ["--activations", "cpu", "--microbatch-tokens", "64"],
+    "all of it, traced": [
+        "--weights",
+        "cpu=100",
+        "--cache",
+        "cpu=100",
+        "--activations",
+        "cpu",
+        "--laps",
+        "2",
+        "--trace",
+    ],
+}
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_what_lives_beside_the_gpu_changes_no_token(demo, num_ranks, name):
+    folder, expected = demo
+    model, output = folder / "model64.h5", folder / f"{name}{num_ranks}.h5"
+    if not model.exists():
+        convert(ROOT / "inputs/demo/model", model, dtype="float64")  # as the disk tier reads it
+    flags = [*PLACEMENTS[name], *([folder / "trace.json"] if "--trace" in PLACEMENTS[name] else [])]
+    assert generate(num_ranks, output, model, *DEMO, "--dtype", "float64", "--scratch", folder, *flags)[0] == expected
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("flags", [["--transport", "mpi_host"], ["--blocking"]], ids=["mpi_host", "blocking"])
 def test_the_other_ways_round_the_ring_give_the_same(demo, flags):
