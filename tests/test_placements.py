@@ -94,6 +94,13 @@ def bytes_of(path):
         return plan, {name: column[:].sum() for name, column in file["timing"].items()}
 
 
+def test_one_thing_after_the_other_loads_no_weights_in_vain_although_groups_are_passed_over(folder):
+    keys = {"weights": {"gpu": 40, "cpu": 60}, "schedule": "sequential", "laps": 2, "groups": 9}
+    plan, found = bytes_of(alone(folder, "in-vain", max_new_tokens=3, **keys))
+    assert found["visits"] < (found["rounds"] - 1) * plan["groups"] and found["decode_host_to_gpu_nbytes"]
+    assert found["weights_unused_nbytes"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("weights", range(len(WEIGHTS)))

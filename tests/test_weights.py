@@ -1,16 +1,20 @@
+import random
+
 import numpy as np
 import pytest
 import torch
 
 import tiny_models
 from late_streams import LateStreams
-from noria.blocks import layer_name
+from noria.blocks import lay_out, layer_name
+from noria.engine.cycle import once
 from noria.engine.loading import Loader
 from noria.engine.traffic import Traffic
-from noria.engine.weights import cast_block, views
+from noria.engine.weights import Home, Weights, cast_block, views
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
-from noria.streams import CpuStreams
+from noria.streams import CpuStreams, Done
+from noria.tiers import Transfer
 
 CPU = torch.device("cpu")
 
@@ -93,7 +97,7 @@ def test_streamed_blocks_are_the_checkpoints_whenever_they_are_used_although_eve
     used = 5 * sum(checkpoint.blocks[name].nbytes for name in names)
     assert traffic.decode["host_to_gpu"] == used and traffic.decode["disk_to_host"] == used * (tier == "disk")
     weights.close()
-    assert traffic.weights_unused <= (slots + len(names)) * max(checkpoint.blocks[name].nbytes for name in names)
+    assert traffic.weights_unused <= (slots > 1) * slots * max(checkpoint.blocks[name].nbytes for name in names)
 
 
 def test_an_embedding_in_host_memory_is_never_streamed(model):
@@ -102,3 +106,60 @@ def test_an_embedding_in_host_memory_is_never_streamed(model):
     weights = Loader(checkpoint, tiers, "float32", CpuStreams(CPU)).load([range(1)], 1, 2, Traffic())
     for key, value in weights.wait("embed").items():
         assert torch.equal(value, expected[f"embed/{key}"])
+
+
+class Tier:
+    """Loads nothing. `slow`: its transfers are never settled before somebody waits for them."""
+
+    def __init__(self, slow):
+        self.slow, self.num_loads = slow, 0
+
+    def load(self, pieces, after):
+        self.num_loads += 1
+        transfer = Transfer(Done())
+        if self.slow:
+            transfer = type("Slow", (Transfer,), {"settled": False})(Done())
+        return transfer
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(50))
+def test_loads_in_vain_are_at_most_the_slots_at_the_end_and_where_a_last_group_is_passed_over(seed, ahead, slow):
+    draw = random.Random(seed)
+    visits = [[f"{lap}.{layer}" for layer in range(draw.randint(1, 6))] for lap in range(draw.randint(1, 3))]
+    streamed = [[name for name in names if draw.random() < 0.8] for names in visits[:-1]] + [visits[-1][:]]
+    groups, slots, rounds, tier = draw.randint(1, 5), draw.randint(1, 4), 30, Tier(slow)
+    block = lay_out("any", {"weight": (1,)}, "float32")
+    homes = {name: Home(block, tier, 0, ("host_to_gpu",)) for names in streamed for name in names}
+    resident = {name: {} for names in visits for name in names if name not in homes}
+    traffic = Traffic()
+    weights = Weights(resident, homes, streamed, groups, slots, CpuStreams(CPU), traffic, ahead)
+    empty_share, used, passed_over = draw.choice([0.0, 0.1, 0.5, 0.9]), 0, 0
+    for round in range(rounds):
+        empty = [round == rounds - 1 or draw.random() < empty_share for _ in range(groups)]
+        computing = groups - sum(empty)
+        each_group = [not once(len(names), groups, slots) for names in streamed]
+        used += sum(
+            len(names) * (computing if each else min(computing, 1))
+            for names, each in zip(streamed, each_group, strict=True)
+        )
+        passed_over += empty[-1] and computing > 0 and each_group[0] and any(streamed[1:])
+        for lap, names in enumerate(visits):
+            for group in range(groups):
+                weights.begin(round, lap, group, empty[group])
+                for name in [] if empty[group] else names:
+                    if not ahead:
+                        weights.load(name)
+                    before = tier.num_loads
+                    weights.wait(name)
+                    assert slow or tier.num_loads == before  # it was on its way
+                    weights.done(name)
+    weights.close()
+    traffic.end_round(prefill=False)
+    assert traffic.decode["host_to_gpu"] == used * block.nbytes
+    assert traffic.weights_unused == (tier.num_loads - used) * block.nbytes
+    assert traffic.weights_unused <= ahead * slots * (1 + passed_over) * block.nbytes

@@ -3,8 +3,8 @@
 Names alone: no memory, no stream.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 
 class Cycle:
@@ -17,30 +17,37 @@ class Cycle:
     def __init__(self, visits: Sequence[Sequence[str]], groups: int, slots: int):
         self._visits, self._groups = [tuple(names) for names in visits], groups
         self.once = [once(len(names), groups, slots) for names in self._visits]
-        self._empty: Counter = Counter()
-        self._names = self._all()
+        self._round, self._empty = -1, 0
+        self._names = self._order(0, groups)
 
     def next(self) -> str:
         """The block to load next."""
         return next(self._names)
 
-    def skip(self, round: int) -> None:
-        """A group has nothing to compute in this round: its loads that are not on their way yet are left out."""
-        self._empty[round] += 1
+    def skip(self, round: int, group: int, ahead: Sequence[str]) -> bool:
+        """A group turns out to have nothing to compute in this round, on lap 0: the order goes on with the group after it.
 
-    def _all(self) -> Iterator[str]:
-        round = 0
+        Whether that is what the loads `ahead` are for; if not they are in vain, and the order goes on as without them.
+        """
+        self._empty = self._empty + 1 if round == self._round else 1
+        self._round = round
+        came, full = group + 1 - self._empty, self._groups - self._empty
+        self._names = self._order(came, full)
+        if list(islice(self._names, len(ahead))) == list(ahead):
+            return True
+        self._names = self._order(came, full)
+        return False
+
+    def _order(self, came: int, full: int) -> Iterator[str]:
+        """The blocks to load from where `came` of the `full` groups that compute in this round have been on lap 0."""
         while True:
             for lap, names in enumerate(self._visits):
-                visits = 0
-                while visits < self._wanted(round, lap):
+                for _ in range(self._times(lap, full) - self._times(lap, came)):
                     yield from names
-                    visits += 1
-            del self._empty[round]
-            round += 1
+                came = 0
+            full = self._groups
 
-    def _wanted(self, round: int, lap: int) -> int:
-        groups = self._groups - self._empty[round]
+    def _times(self, lap: int, groups: int) -> int:
         return min(groups, 1) if self.once[lap] else groups
 
 

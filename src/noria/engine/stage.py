@@ -184,8 +184,8 @@ class Stage:
     def _move(self, prepared: Prepared, layers: range, start: int, actions: Actions) -> None:
         """Sends the loads and stores of a row of the schedule, whose layers count from `start` on, on their way."""
         self._store(prepared, layers, start, [cell for cell in actions.store_cache if cell != actions.compute])
-        if actions.load_weight is not None:
-            self._weights.prefetch()
+        if actions.load_weight is not None and start + actions.load_weight < len(layers):
+            self._weights.load(blocks.layer_name(layers[start + actions.load_weight]))
         after = [self._streams.event()] if actions.waits and actions.load_cache else ()
         for layer, microbatch in actions.load_cache:
             self._activations.load(start + layer, microbatch, after)

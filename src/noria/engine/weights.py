@@ -65,8 +65,9 @@ class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
     `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks; `visits`:
-    those of each lap, in order; `tiers`: others that are closed with theirs. The slots are `num_slots` buffers of the largest of them, fixed for the run; with
-    `ahead` a slot that goes free is filled at once with the next block of the cycle.
+            self._drop().synchronize()
+        for tier in self._tiers.values():
+            tier.close()
     """
 
     def __init__(
@@ -107,13 +108,20 @@ class Weights:
                 self._release(name)
         self._at = round, lap, group
         if empty and lap == 0 and self._cycle:
-            self._cycle.skip(round)
+            needed = self._cycle.skip(round, group, [load.name for load in self._ahead])
+            while not needed and self._ahead and self._ahead[0].transfer.settled:  # the host waits for no other here
+                self._drop()
         if self._prefetches:
-            self.prefetch()
+            self._send()
 
-    def prefetch(self) -> None:
-        """Sends the next blocks of the cycle on their way into the slots that are free."""
-        while self._cycle and self._free:
+    def load(self, name: str) -> None:
+        """A block that the visit needs next should be on its way. For one that stays nothing is loaded."""
+        if name in self._homes and name not in self._held:
+            self._send()
+
+    def _send(self) -> None:
+        """Sends the next blocks of the cycle on their way into the slots that are free; without `ahead` one alone."""
+        while self._cycle and self._free and (self._prefetches or not self._ahead):
             name, slot = self._cycle.next(), self._free.popleft()
             home = self._homes[name]
             after = [] if slot.free is None else [slot.free]
@@ -138,25 +146,30 @@ class Weights:
         if name in self._held and (not self._cycle.once[lap] or group == self._groups - 1):
             self._release(name)
             if self._prefetches:
-                self.prefetch()
+                self._send()
 
     def _arrive(self, name: str) -> Load:
-        """The next load of this name; those before it belong to visits that were passed over."""
+        """The next load of this name; those before it were for a visit that was passed over."""
         if name not in self._homes:
             raise KeyError(name)
         while True:
-            self.prefetch()
+            self._send()
             assert self._ahead, f"no weight slot is free for {name}"
-            load, home = self._ahead.popleft(), self._homes[name]
-            ready = load.transfer.event()
-            if load.name == name:
-                self._streams.wait(ready)
+            if self._ahead[0].name == name:
+                load, home = self._ahead.popleft(), self._homes[name]
+                self._streams.wait(load.transfer.event())
                 for link in home.links:
                     self._traffic.add(link, home.block.nbytes)
                 return load
-            self._traffic.weights_unused += self._homes[load.name].block.nbytes
-            load.slot.free = ready
-            self._free.append(load.slot)
+            self._drop()
+
+    def _drop(self):
+        """The oldest load ahead is in vain: its slot goes free after the event returned."""
+        load = self._ahead.popleft()
+        load.slot.free = load.transfer.event()
+        self._free.append(load.slot)
+        self._traffic.weights_unused += self._homes[load.name].block.nbytes
+        return load.slot.free
 
     def _release(self, name: str) -> None:
         slot = self._held.pop(name).slot
@@ -166,8 +179,7 @@ class Weights:
     def close(self) -> None:
         """Waits for loads under way, which were for rounds that did not come, and closes the tiers."""
         while self._ahead:
-            load = self._ahead.popleft()
-            load.transfer.event().synchronize()
-            self._traffic.weights_unused += self._homes[load.name].block.nbytes
+            self._drop().synchronize()
         for tier in self._tiers.values():
+            tier.close()
             tier.close()
