@@ -182,4 +182,3 @@ class Weights:
             self._drop().synchronize()
         for tier in self._tiers.values():
             tier.close()
-            tier.close()
