@@ -174,7 +174,7 @@ class Job:
         "file for a trace of all ranks that Perfetto opens: compute, copies, messages and waits (JSON)"
     )
     strict: bool = key(
-        "fail, after the output is written, if the run did otherwise than planned: memory, and with --machine speed",
+        "fail, after the output is written, if the run did otherwise than planned: memory, and with --machine a GPU's speed",
         False,
     )
     machine: str | None = key(
