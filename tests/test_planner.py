@@ -282,6 +282,14 @@ def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
     assert not any("warning" in line for line in make(1, BIG).lines())
 
 
+@pytest.mark.parametrize("gpu_memory", ["1042MiB", "1246MiB"])  # steps of 1,024 or 4,096 tokens leave the longest none
+def test_smaller_steps_make_room_for_the_longest_row_though_all_usual_ones_fit(gpu_memory):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "gpu_memory": gpu_memory})
+    for longest in (5, 128):
+        plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 10, Load(10, 60, 4, 50, longest))
+        assert plan.holds(longest) and plan.holds(128) == (longest == 128)
+
+
 def test_a_single_gpu_reads_its_weights_once_a_round_where_that_takes_longer_than_rank_0():
     small = Load(64, 100, 100)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"})

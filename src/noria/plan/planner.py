@@ -85,14 +85,14 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
     """
     resident, refused = _built(work, known, load, _resident_choices(work))
     kept, plan = max(resident, key=lambda one: one[0], default=(0.0, None))
-    if plan is not None and costs.rows_in_flight(plan, load) >= load.num_rows:
+    if plan is not None and costs.rows_in_flight(plan, load) >= load.num_rows and plan.holds(load.longest):
         return plan
     choices = (choice for step_tokens in _steps(work) for choice in _candidates(work, load, step_tokens))
     found, last = _built(work, known, load, choices)
     if not found:
         raise last or refused
     best = max(speed for speed, _ in found)
-    if kept * WORTH_IT >= best:
+    if kept * WORTH_IT >= best and plan.holds(load.longest) >= found[0][1].holds(load.longest):
         return plan
     good = (plan for speed, plan in found if speed >= 0.995 * best)
     return max(good, key=lambda plan: (plan.step_tokens, plan.laps))
