@@ -266,14 +266,15 @@ class Stage:
         """
         found, start = [], 0
         while start < len(rows):
-            chunk = slice(start, start + self._head_rows)
+            count = min(self._head_rows, len(rows) - start)
+            chunk = slice(start, start + count)
             try:
                 found.append(use(chunk, self._head(hidden, rows[chunk])))
-                start = chunk.stop
+                start += count
             except torch.OutOfMemoryError:
-                if min(self._head_rows, len(rows) - start) == 1:
+                if count == 1:
                     raise
-                self._head_rows = max(1, min(self._head_rows, len(rows) - start) // 2)
+                self._head_rows = count // 2
                 self._report(f"out of memory: logits of {self._head_rows} rows at a time from now on")
         return found
 

@@ -72,7 +72,7 @@ def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[s
     moved = {"link": 0, "disk": 0}
     for lap in range(plan.laps):
         names = _streamed_of(plan, rank, lap)
-        times = 1 if plan.groups == 1 or len(names) <= plan.weight_slots - 1 else plan.groups
+        times = 1 if once(plan, rank, lap) else plan.groups
         for name in names:
             nbytes = times * block_nbytes(blocks[name], plan.dtype)
             moved["link"] += nbytes
@@ -133,9 +133,8 @@ def resources(
     layers = [name for name in names if name != "head"]
     passes = plan.groups * _microbatches(plan, turn)
     used = sum(_used_nbytes(blocks[name], plan.dtype, shape.experts_share) for name in layers)
-    touched = 1 - (1 - shape.experts_share) ** max(
-        turn.tokens / passes, 1
-    )  # of the experts, by any token of a microbatch
+    of_pass = max(turn.tokens / passes, 1)
+    touched = 1 - (1 - shape.experts_share) ** of_pass  # of the experts, by any of its tokens
     read = sum(_used_nbytes(blocks[name], plan.dtype, touched) for name in layers)
     head_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in names if name == "head")
     moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)

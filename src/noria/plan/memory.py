@@ -58,10 +58,7 @@ class Sizes:
         return max(map(self.block, streamed(self.weight_tiers[rank])), default=0)
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
-        """Bytes that the rank needs in a tier besides its cache's pages, by purpose.
-
-        `loading` is what the buffers of loading take beyond all that takes their place when the run begins.
-        """
+        """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
         items = {"weights": self.weights(rank, tier)}
         slots = self.cache_slots * self.cache_slot_pages * self.layer_page
         if tier == "gpu":
@@ -75,7 +72,6 @@ class Sizes:
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
             items["activations"] = 2 * self._hidden(self.step_tokens) * (self.activations == "cpu")
-            items["loading"] = max(self.loading(rank) - items["disk slots"] - items["activations"], 0)
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
     def loading(self, rank: int) -> int:
@@ -92,14 +88,18 @@ class Sizes:
         return tier != "cpu" and self.device != "cpu" or self.blocks[name].dtype != self.dtype
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
-        """Per tier the rank's bytes by purpose, with so many pages of cache in each tier."""
+        """Per tier the rank's bytes by purpose, with so many pages of cache in each tier.
+
+        `loading` is what the buffers of loading take beyond all that takes their place when the run begins.
+        """
         table = {tier: self.fixed(rank, tier) for tier in TIERS}
         for tier, pages in cache_pages.items():
             if pages:
                 table[tier]["cache"] = pages * self.page(rank)
         host = table["cpu"]
-        if loading := max(host.pop("loading", 0) - host.get("cache", 0), 0):
-            host["loading"] = loading
+        later = sum(host.get(purpose, 0) for purpose in ("disk slots", "activations", "cache"))
+        if (loading := self.loading(rank)) > later:
+            host["loading"] = loading - later
         if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
             host["disk slots"] = host.get("disk slots", 0) + DISK_NBYTES
         return table
