@@ -1,9 +1,12 @@
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from noria import config
 from noria.blocks import ModelShape
+from noria.rows.chat import encoder_of
 from noria.rows.lengths import LOOKED_AT, look
+from noria.rows.tokenizer import tokenizer_of
 
 
 @dataclass
@@ -20,7 +23,8 @@ def looked(tmp_path, rows, **flags):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = config.load(None, {"model": "m", "prompts": str(path), "output": "o", "max_new_tokens": 8, **flags})
-    return look(run, Model(), len(rows))
+    encode = encoder_of(Model(), tokenizer_of(Model()), run.sampling, datetime.now(), print)
+    return look(run, Model().shape.max_positions, len(rows), encode)
 
 
 def row(length, **keys):

@@ -13,7 +13,7 @@ from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
 from noria.rows.chat import Chat
 from noria.rows.examination import doubts
-from noria.rows.tokenizer import Tokenizer
+from noria.rows.tokenizer import tokenizer_of
 from noria.text import printable
 
 LINE_SECONDS = 10
@@ -49,7 +49,7 @@ def _doubts(target: Path) -> list[str]:
     """What a run would find wrong with the tokenizer and the template that were converted."""
     with open_checkpoint(target) as checkpoint:
         try:
-            tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+            tokenizer = tokenizer_of(checkpoint)
             chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
         except InputError as error:
             return [str(error)]

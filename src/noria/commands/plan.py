@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 from dataclasses import replace
+from datetime import datetime
 
 from noria import config as configuration
 from noria.commands import run as run_command
@@ -18,9 +19,11 @@ from noria.plan.costs import Load
 from noria.plan.plans import HOST_NBYTES, Plan, rate_words
 from noria.plan.rates import Rates
 from noria.plan.work import MEMORY_SHARE, Machine
+from noria.rows.chat import encoder_of
 from noria.rows.examination import dtype_of, open_model
 from noria.rows.lengths import look
 from noria.rows.prompts import count
+from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural, printable
 
 CORES = 8  # of a rank: loading and reading threads, and messages
@@ -43,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     num_rows = count(config.prompts)
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
-        load = look(config, checkpoint, num_rows)
+        encode = encoder_of(checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None)
+        load = look(config, checkpoint.shape.max_positions, num_rows, encode)
         rates = planner.rates_of(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip

@@ -19,7 +19,7 @@ from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
 from noria.rows.examination import doubts, open_model
 from noria.rows.prompts import count, open_prompts
-from noria.rows.tokenizer import Tokenizer
+from noria.rows.tokenizer import tokenizer_of
 from noria.rows.validation import Findings, Limits, examine
 from noria.text import plural, printable
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         source = config.model or config.job.random_weights
         _say("model", f"{source}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
              f" context {shape.max_positions:,}")  # fmt: skip
-        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+        tokenizer = tokenizer_of(checkpoint)
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
         for doubt in doubts(tokenizer, chat, shape.vocab_size):
             _say("note", doubt)

@@ -29,7 +29,7 @@ from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.finished import generation
 from noria.rows.identity import another_run, header
 from noria.rows.prompts import extends, open_prompts
-from noria.rows.tokenizer import Tokenizer
+from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural
 
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
@@ -46,7 +46,7 @@ class Desk:
     def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint, segment: Mapping):
         self._config, self._checkpoint = config, checkpoint
         self._num_prompts, self._rows = num_rows, shard_rows(config.job.shard, num_rows)
-        self._tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+        self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
         self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds, self._last = plan.groups, 0.0, None

@@ -15,11 +15,11 @@ from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
 from noria.plan.costs import Load
-from noria.rows.chat import Chat, encoder_of
+from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.identity import check_finished, check_shard, header
 from noria.rows.lengths import look
 from noria.rows.prompts import content_hash, count
-from noria.rows.tokenizer import Tokenizer
+from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
 
 
@@ -43,21 +43,21 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
         check_shard(config)
-        _check_encoder(config, checkpoint)
+        encode = _encoder(config, checkpoint)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
             state = "parts"
-        load = look(config, checkpoint, num_rows)
+        load = look(config, checkpoint.shape.max_positions, num_rows, encode)
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load)
 
 
-def _check_encoder(config: Config, checkpoint) -> None:
-    """Raises InputError for what the model, its tokenizer or its chat template cannot honour."""
+def _encoder(config: Config, checkpoint) -> Encoder:
+    """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or its chat template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-    encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
+    tokenizer = tokenizer_of(checkpoint)
+    return encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
 
 
 def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:

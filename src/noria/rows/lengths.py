@@ -1,28 +1,23 @@
 """How long the rows of a run are, from a look at the first of them: what the planner must know of the prompts."""
 
-from datetime import datetime
 from itertools import islice
 
 from noria.config import Config, InputError, shard_rows
 from noria.plan.costs import Load
-from noria.rows.chat import Chat, Encoder
+from noria.rows.chat import Encoder
 from noria.rows.prompts import open_prompts
-from noria.rows.tokenizer import Tokenizer
 from noria.step import PAGE_TOKENS
 
 LOOKED_AT = 256  # rows: enough for a mean, and read at once
 MARGIN = 1.1  # times the pages of the rows looked at are kept for the others
 
 
-def look(config: Config, checkpoint, num_rows: int) -> Load:
+def look(config: Config, max_positions: int, num_rows: int, encode: Encoder) -> Load:
     """Rows to generate, their mean lengths, and the pages that they reserve; `num_rows` are the prompts of the file.
 
     Rows that cannot run are left out; without any, the longest that the model takes is assumed.
     """
-    shape, rows = checkpoint.shape, shard_rows(config.job.shard, num_rows)
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
-    chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
-    encode = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: None)
+    rows = shard_rows(config.job.shard, num_rows)
     prompts, new, pages, samples, looked, longest = 0, 0, 0, 0, 0, 0
     for prompt in islice((one for one in open_prompts(config.prompts) if one.row in rows), LOOKED_AT):
         looked += 1
@@ -30,16 +25,16 @@ def look(config: Config, checkpoint, num_rows: int) -> Load:
             length = len(encode(prompt)) if prompt.error is None else 0
         except InputError:
             continue
-        if not 0 < length <= shape.max_positions:
+        if not 0 < length <= max_positions:
             continue
         sampling = config.sampling.override(prompt.sampling)
-        added = min(sampling.max_new_tokens, shape.max_positions - length)
+        added = min(sampling.max_new_tokens, max_positions - length)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n
         its_pages = -(-(length + added) // PAGE_TOKENS)
         pages, longest = pages + sampling.n * its_pages, max(longest, its_pages)
     if not samples:
-        return Load(max(len(rows), 1) * config.sampling.n, shape.max_positions / 2, shape.max_positions / 2)
+        return Load(max(len(rows), 1) * config.sampling.n, max_positions / 2, max_positions / 2)
     whole = looked == len(rows)
     num_samples = samples if whole else max(round(len(rows) * samples / looked), 1)
     total = pages if whole else round(pages / samples * num_samples * MARGIN)

@@ -22,6 +22,11 @@ _MOST_STUCK = 3  # texts, each of which keeps a thread busy for ever
 _REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) and convert again"
 
 
+def tokenizer_of(checkpoint) -> "Tokenizer":
+    """The tokenizer of a checkpoint. Raises InputError for a damaged file."""
+    return Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
