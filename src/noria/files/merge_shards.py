@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from noria.config import WHOLE, InputError, parse_shard, shard_rows
+from noria.files.agreement import differing
 from noria.files.assemble import assemble
 from noria.files.atomic import check_folder
 from noria.files.container import damaged_is_input_error
@@ -128,10 +129,9 @@ def _check_together(shards: list[Shard]) -> None:
             continue
         by_number.setdefault(shard.i, []).append(shard)
         ours, theirs = first.part.header, shard.part.header
-        for name in dict.fromkeys([*ours, *theirs]):
-            if name not in _MAY_DIFFER and ours.get(name) != theirs.get(name):
-                values = f"{json.dumps(ours.get(name))} in {file}, {json.dumps(theirs.get(name))} in {place}"
-                problems.append(f"the shards are of different runs: {name} is {values}")
+        for name in differing(theirs, ours, but=_MAY_DIFFER):
+            values = f"{json.dumps(ours.get(name))} in {file}, {json.dumps(theirs.get(name))} in {place}"
+            problems.append(f"the shards are of different runs: {name} is {values}")
     for same in by_number.values():
         if len(same) > 1:
             files = ", ".join(str(shard.part.path) for shard in same)

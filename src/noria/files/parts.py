@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from noria.files.agreement import difference, differing
 from noria.files.atomic import fsync, publish, temporary
 from noria.files.generations import Generation, open_generations
 from noria.files.schema import FORMAT, STATUS, VERSION, Writer, scores_of, write_attrs
@@ -178,12 +179,10 @@ class Parts:
     def differences(self, header: Mapping | None = None) -> list[str]:
         """Where the parts were made by another run than `header` describes: a line a key, empty if they agree."""
         ours = self.header if header is None else json.loads(json.dumps(header))
-        lines = {}
+        lines: dict[str, str] = {}
         for part in self.parts:
-            for name in [*ours, *(name for name in part.header if name not in ours)]:
-                theirs, mine = part.header.get(name), ours.get(name)
-                if theirs != mine and name not in lines:
-                    lines[name] = f"{name}: {json.dumps(theirs)} in {part.path.name}, {json.dumps(mine)} now"
+            for name in differing(part.header, ours):
+                lines.setdefault(name, difference(name, part.header, f"in {part.path.name}", ours))
         return list(lines.values())
 
     def remove(self) -> None:

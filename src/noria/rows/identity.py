@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from noria.config import WHOLE, Config, InputError, parse_shard
+from noria.files.agreement import difference, differing
 from noria.files.generations import open_generations
 from noria.files.schema import STATUS
 from noria.rows.prompts import content_key, extends, open_prompts
@@ -46,11 +47,10 @@ def check_finished(config: Config, header: Mapping) -> bool:
     )
     if extended:
         theirs["prompts"] = header["prompts"]
-    if theirs.get("sampling.seed") is None:  # greedy shards: any seed agrees with them
-        theirs.pop("sampling.seed", None)
-    names = [name for name, value in header.items() if value is not None and name in theirs and theirs[name] != value]
+    either = () if None not in (theirs.get("sampling.seed"), header["sampling.seed"]) else ("sampling.seed",)
+    names = differing(theirs, header, but=("chat.date", *either))
     if names:
-        different = [f"{name}: {json.dumps(theirs[name])} there, {json.dumps(header[name])} now" for name in names]
+        different = [difference(name, theirs, "there", header) for name in names]
         raise another_run(config.output, different)
     return extended or (errors and config.job.retry_errors)
 
