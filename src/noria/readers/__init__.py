@@ -39,8 +39,8 @@ def for_path(path: str | Path) -> ModuleType:
     raise InputError(f"prompts {path}: unknown kind of file; its name must end in one of {known}")
 
 
-def lines(path: str | Path) -> Iterator[bytes | None]:
-    """The lines of a file without their ends (\\n or \\r\\n) and without a BOM, decompressed if they are gzip.
+def lines(path: str | Path, ends: bool = False) -> Iterator[bytes | None]:
+    """The lines of a file without a BOM, decompressed if they are gzip; without their ends (\\n or \\r\\n), or with `ends`.
 
     None stands for a line above MAX_LINE_NBYTES. Raises InputError for a file that cannot be read or is damaged.
     """
@@ -54,7 +54,8 @@ def lines(path: str | Path) -> Iterator[bytes | None]:
                 whole = line.endswith(b"\n") or len(line) < MAX_LINE_NBYTES
                 if not whole:
                     _skip_line(file)
-                yield line.removesuffix(b"\n").removesuffix(b"\r") if whole else None
+                line = line if ends else line.removesuffix(b"\n").removesuffix(b"\r")
+                yield line if whole else None
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"prompts {path}: cannot be read after line {number} ({error}): the file is damaged or was cut short"
