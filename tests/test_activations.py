@@ -1,5 +1,6 @@
 """Hidden states between layers: the same values in CPU memory as on the device, although every copy is late."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Prepared:
 
 
 def prepared(borders):
-    parts = [Part(first, last) for first, last in zip(borders[:-1], borders[1:], strict=True)]
+    parts = [Part(first, last) for first, last in itertools.pairwise(borders)]
     return Prepared(parts, NEEDED, torch.from_numpy(NEEDED))
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -151,5 +153,5 @@ def test_no_prompts_at_all_is_one_round_of_stop():
 def test_a_cut_keeps_rows_whole_within_the_budget_and_makes_enough_microbatches(counts, budget, least):
     borders = cut(counts, budget, least)
     assert borders[0] == 0 and borders[-1] == len(counts) and borders == sorted(set(borders))
-    assert all(sum(counts[a:b]) <= budget for a, b in zip(borders, borders[1:], strict=False))
+    assert all(sum(counts[a:b]) <= budget for a, b in itertools.pairwise(borders))
     assert len(borders) - 1 >= min(least, len(counts))

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -371,7 +372,7 @@ def test_a_hostile_template_is_stopped_in_one_line_and_nothing_is_executed(name,
 
 
 def _peak_nbytes():
-    status = open("/proc/self/status").read()
+    status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 

@@ -470,7 +470,7 @@ def test_tokenizer_files_are_bytes_of_a_known_name(model):
 @pytest.mark.parametrize("dtype", sorted(DTYPE_NBYTES))
 def test_random_weights_are_the_same_every_time_and_differ_between_layers(config, dtype):
     one, other = random_checkpoint(config, dtype), random_checkpoint(config, dtype)
-    assert list(one.blocks)[0] == "embed" and one.header_hash == other.header_hash
+    assert next(iter(one.blocks)) == "embed" and one.header_hash == other.header_hash
     contents = {name: read(one, name) for name in one.blocks}
     assert all(read(other, name) == content for name, content in contents.items())
     assert len(set(contents.values())) == len(contents)

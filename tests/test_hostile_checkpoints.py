@@ -29,7 +29,7 @@ class Child:
     """A process that runs one command after another; a command that kills it is a failure that names the signal."""
 
     def __init__(self, folder):
-        self._errors = open(folder / "child.err", "w+")
+        self._errors = open(folder / "child.err", "w+")  # noqa: SIM115 - closed in close
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
         self._process = subprocess.Popen([sys.executable, CHILD], cwd=folder, env=environment, **pipes)

@@ -1,5 +1,7 @@
 """A rank whose memory does not suffice for a microbatch cuts finer, says so, and changes no token."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,7 +90,7 @@ def test_a_draw_that_memory_does_not_hold_is_made_for_fewer_rows(folder, monkeyp
 def test_refined_borders_keep_rows_whole_and_in_order_and_below_the_limit(counts, most):
     finer = refined([0, len(counts)], counts, most)
     assert finer[0] == 0 and finer[-1] == len(counts) and finer == sorted(set(finer))
-    for first, last in zip(finer[:-1], finer[1:], strict=True):
+    for first, last in itertools.pairwise(finer):
         assert last - first == 1 or sum(counts[first:last]) <= most
     assert refined([0, len(counts)], counts, None) == [0, len(counts)]
 

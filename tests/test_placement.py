@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +67,7 @@ def test_every_tier_gets_its_share_to_within_a_layer_at_every_point_of_the_way(n
 def test_a_fifth_on_the_gpu_is_every_fifth_layer():
     chosen = tiers.by_share([1] * 20, {"gpu": 20, "cpu": 80})
     places = [place for place, tier in enumerate(chosen) if tier == "gpu"]
-    assert len(places) == 4 and {after - before for before, after in zip(places, places[1:], strict=False)} == {5}
+    assert len(places) == 4 and {after - before for before, after in itertools.pairwise(places)} == {5}
 
 
 @given(

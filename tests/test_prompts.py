@@ -236,7 +236,7 @@ def test_the_edit_distance_is_that_of_its_definition(a, b):
     assert edit_distance(a, b) == distance(a, b)
 
 
-VALUES = {key: 1 for key in prompts.SAMPLING} | {"stop": "x", "system": "x", "stop_token_ids": [1]}
+VALUES = dict.fromkeys(prompts.SAMPLING, 1) | {"stop": "x", "system": "x", "stop_token_ids": [1]}
 VALUES |= {"logit_bias": {}} | dict.fromkeys(("ignore_eos", "chat", "prompt_logprobs"), True)
 
 

@@ -1,5 +1,7 @@
 """What a row's settings do to its logits, against transformers' logits processors on the same logits."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def feed(sampler, sequences):
     tokens = [one.prompt_token_ids + one.token_ids for one in sequences]
     borders = [0, 4, *range(len(sequences[0].prompt_token_ids), len(tokens[0]) + 1)]
     slots = np.arange(len(sequences))
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         ids = np.concatenate([row[start:stop] for row in tokens])
         sampler.count(
             Step(0, 0, slots=slots, counts=slots * 0 + stop - start, positions=slots * 0 + start, token_ids=ids)

@@ -1,5 +1,7 @@
 """Several samples of a prompt: its prefill is done once, whole pages are shared, everything is given back."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -218,7 +220,7 @@ def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):
         if kind == "no":
             assert sequence.prompt_logprobs is None
             continue
-        wanted = [-(before * 1000.0 + after) for before, after in zip(ids, ids[1:], strict=False)]
+        wanted = [-(before * 1000.0 + after) for before, after in itertools.pairwise(ids)]
         assert np.isnan(sequence.prompt_logprobs[0]) and sequence.prompt_logprobs[1:].tolist() == wanted
         assert sequence.finish_reason == "length" if kind == "alone" else sequence.token_ids
 

@@ -84,7 +84,7 @@ def train_tokenizer(texts):
 
 def encode(tokenizer, texts):
     """Return one int64 tensor a document: BOS, its tokens, EOS."""
-    return [torch.tensor(encoding.ids + [EOS_ID]) for encoding in tokenizer.encode_batch(texts)]
+    return [torch.tensor([*encoding.ids, EOS_ID]) for encoding in tokenizer.encode_batch(texts)]
 
 
 def windows(encoded, generator):

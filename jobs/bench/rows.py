@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import chain
 from pathlib import Path
 
 import h5py
@@ -104,7 +103,9 @@ def measure(folder: Path, num_rows: int) -> dict:
         "rss_mib_at_the_end": round(late[1] / MIB, 1),
         "rss_mib_most_while_merging": round(max(rss for _, rss in merging) / MIB, 1),
         "grown_bytes_a_row": round((late[1] - early[1]) / (0.9 * num_rows), 1),
-        "rss_mib": [round(rss / MIB) for _, rss in chain(*(looks[:: max(1, len(looks) // 10)] for looks in (generating, merging)))],
+        "rss_mib": [
+            round(rss / MIB) for looks in (generating, merging) for _, rss in looks[:: max(1, len(looks) // 10)]
+        ],
         "prompts_mib": round((folder / "prompts.jsonl").stat().st_size / MIB, 1),
         "output_mib": round(output.stat().st_size / MIB, 1),
         "rows_wrong": check(output, num_rows),

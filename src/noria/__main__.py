@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):  # closed by the caller: what is said there is lost, and that is their wish
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
     try:
         code = _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
         sys.stdout.flush()

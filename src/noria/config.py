@@ -275,7 +275,7 @@ def _read(path: str | Path) -> dict:
         require(
             len(text) <= MAX_RUN_FILE, f"run file {path} is longer than {MAX_RUN_FILE} bytes: is it the right file?"
         )
-        dots = max(map(lambda piece: piece.count(b"."), re.split(rb"[={},\[\]\n]", text)))
+        dots = max(piece.count(b".") for piece in re.split(rb"[={},\[\]\n]", text))
         require(dots <= _MAX_DOTS, f"run file {path} has a key of more than {_MAX_DOTS} parts")
         return tomllib.loads(text.decode())
     except OSError as error:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         except InputError as error:
             return watchdog.end(f"{error}", 2)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the job must end on every rank
             return watchdog.fail(error)
 
 

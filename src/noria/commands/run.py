@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, signals: Signals) -> int:
             raise
         except InputError as error:
             return watchdog.end(f"{error}", 2)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the job must end on every rank
             return watchdog.fail(error)
 
 

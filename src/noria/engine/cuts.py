@@ -1,12 +1,13 @@
 """Finer borders of a step's microbatches, where memory did not suffice for those that it came with. Plain numbers."""
 
+import itertools
 from collections.abc import Sequence
 
 
 def halved(borders: Sequence[int]) -> list[int]:
     """Borders [K+1], in rows, with every microbatch of two rows or more in two."""
     finer = list(borders[:1])
-    for first, last in zip(borders[:-1], borders[1:], strict=True):
+    for first, last in itertools.pairwise(borders):
         finer += [(first + last) // 2] * (last - first > 1) + [last]
     return finer
 
@@ -15,7 +16,7 @@ def refined(borders: Sequence[int], counts: Sequence[int], most: int | None) -> 
     """Borders whose microbatches have at most `most` tokens (None: as they are), or one row. counts: tokens of each row."""
     finer = list(borders)
     while finer and most is not None:
-        pairs = zip(finer[:-1], finer[1:], strict=True)
+        pairs = itertools.pairwise(finer)
         cut = [finer[0], *(border for pair in pairs for border in _cut(pair, counts, most))]
         if cut == finer:
             break
@@ -25,7 +26,7 @@ def refined(borders: Sequence[int], counts: Sequence[int], most: int | None) -> 
 
 def largest(borders: Sequence[int], counts: Sequence[int]) -> int:
     """Tokens of the largest microbatch."""
-    return max((sum(counts[first:last]) for first, last in zip(borders[:-1], borders[1:], strict=True)), default=0)
+    return max((sum(counts[first:last]) for first, last in itertools.pairwise(borders)), default=0)
 
 
 def _cut(pair: tuple[int, int], counts: Sequence[int], most: int) -> list[int]:

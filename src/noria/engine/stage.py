@@ -3,6 +3,7 @@
 Knows the model, its weights and its cache; nothing of the ring, of rounds or of other ranks.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class Stage:
 
     def _spans(self, step: Step, borders: list[int]) -> tuple[list, list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
-        pairs = zip(borders[:-1], borders[1:], strict=True)
+        pairs = itertools.pairwise(borders)
         spans = [self._cache.stage(self._cache.spans(step, first, last)) for first, last in pairs]
         return spans, [kv_cache.cache_rows(part) for part, _ in spans]
 

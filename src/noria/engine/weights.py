@@ -142,7 +142,7 @@ class Weights:
 
     def done(self, name: str) -> None:
         """This visit has queued all its work with the block. Its slot goes free unless another group needs it."""
-        round, lap, group = self._at
+        _, lap, group = self._at
         if name in self._held and (not self._cycle.once[lap] or group == self._groups - 1):
             self._release(name)
             if self._prefetches:

@@ -19,9 +19,9 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     """What lies at `path` before a run: "absent", "finished", or "parts" of a run that can be resumed.
 
     Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
-    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for a folder that is
-    missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a mistyped path), a
-    newer version.
+    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for
+    a folder that is missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a
+    mistyped path), a newer version.
     """
     path = Path(path)
     if path.is_dir():

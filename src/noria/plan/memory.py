@@ -1,4 +1,4 @@
-"""What a placement takes: bytes of each tier on each rank, by purpose. Work space is estimated generously, so that a plan is kept.
+"""What a placement takes: bytes of each tier on each rank, by purpose. Work space is estimated generously: a plan is kept.
 
 Arithmetic on sizes alone: no torch, no MPI, no GPU.
 """
@@ -85,7 +85,7 @@ class Sizes:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
         if tier == "disk":
             return self.staged
-        return tier != "cpu" and self.device != "cpu" or self.blocks[name].dtype != self.dtype
+        return (tier != "cpu" and self.device != "cpu") or self.blocks[name].dtype != self.dtype
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """Per tier the rank's bytes by purpose, with so many pages of cache in each tier.

@@ -1,4 +1,7 @@
-"""A plan: every choice of a run as plain data, as people read it, and held against what was measured. Knows not why it was chosen."""
+"""A plan: every choice of a run as plain data, as people read it, and held against what was measured.
+
+Knows not why it was chosen.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

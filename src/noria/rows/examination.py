@@ -53,7 +53,7 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
 
 
 def _encoder(config: Config, checkpoint) -> Encoder:
-    """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or its chat template cannot honour."""
+    """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
     tokenizer = tokenizer_of(checkpoint)

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -108,7 +109,7 @@ def _check_name(name):
 class _Generation(Extension):
     """`{% generation %}`, which marks what the model is trained on: here only what is inside it."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -198,7 +199,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             getattr(value, "__self__", None), str
         ):
             raise SecurityError("str.format is not for chat templates: join the pieces with ~")
-        return None
+        return
 
     def call(self, context, function, /, *args, **kwargs):
         if getattr(function, "__self__", None) is self:
@@ -329,6 +330,6 @@ def _strftime_at(now):
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """JSON without the escapes for HTML that Jinja2's own has."""
-    if len(str(indent)) > 16 or isinstance(indent, int) and not 0 <= indent <= 16:
+    if len(str(indent)) > 16 or (isinstance(indent, int) and not 0 <= indent <= 16):
         raise TemplateError("the chat template was stopped: it indents JSON too far")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -98,7 +98,7 @@ class Tokenizer:
         def work() -> None:
             try:  # of one text, because other threads go on meanwhile, as they do not with `encode`
                 answers.put(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0])
-            except BaseException as error:  # a Rust panic is no Exception
+            except BaseException as error:  # noqa: BLE001 - a Rust panic is no Exception
                 answers.put(error)
 
         limit = SECONDS + len(text) / CHARACTERS_PER_SECOND

@@ -3,6 +3,7 @@
 Owns what the kinds share: host memory that can be page-locked, and the ticket of a transfer. Knows bytes alone.
 """
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -92,10 +93,8 @@ class HostMemory:
 
 def _advise(pages: mmap.mmap, advice: str) -> None:
     if hasattr(mmap, advice):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             pages.madvise(getattr(mmap, advice))
-        except OSError:  # a kernel without huge pages: slower, not wrong
-            pass
 
 
 def total_nbytes(pieces: Sequence[tuple[int, torch.Tensor]]) -> int:

@@ -125,7 +125,7 @@ class Disk:
                 if not batches:
                     self._end(job, self._streams.copy(lane, [], job.after))
                 start(job, batches)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
                 self._fail(job, error)
                 self._end(job, None)
 
@@ -160,7 +160,7 @@ class Disk:
             try:
                 if job.error is None:
                     work(task)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
                 self._fail(job, error)
             with job.lock:
                 batch.left -= 1
@@ -179,7 +179,7 @@ class Disk:
             try:
                 if job.lane == "load" and job.error is None:
                     event = self._to_device(job, batch, last=job.next == num_batches)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
                 self._fail(job, error)
             self._free.put((batch.slot, event))
             if job.next == num_batches:

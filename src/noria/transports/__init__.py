@@ -70,7 +70,7 @@ def trial(comm, device: torch.device) -> str | None:
     transport = kinds.load("transports", "mpi_device").Transport(comm, device)
     try:
         failure = next((text for nbytes in TRIAL_NBYTES if (text := _exchange(transport, nbytes))), None)
-    except Exception as error:  # whatever MPI raises here, the answer is that it cannot
+    except Exception as error:  # noqa: BLE001 - whatever MPI raises here, the answer is that it cannot
         failure = f"{type(error).__name__}: {error}"
     failures = [(rank, text) for rank, text in enumerate(comm.allgather(failure)) if text]
     if not failures:

@@ -1,7 +1,7 @@
 """Tensors travel through staging buffers in host memory: works with every MPI, and MPI never sees device memory.
 
-What is in host memory already goes as it is. A message goes in chunks through two halves, so that the copy of one overlaps with the transfer of the other. Copies run
-on streams of this file's own.
+What is in host memory already goes as it is. A message goes in chunks through two halves, so that the copy of one
+overlaps with the transfer of the other. Copies run on streams of this file's own.
 """
 
 from collections.abc import Generator
@@ -66,7 +66,8 @@ class Transport:
 
     def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
         if self._in_host(tensor):
-            return self._mpi.send_now(tensor, dest, tag, ready)
+            self._mpi.send_now(tensor, dest, tag, ready)
+            return
         ready.synchronize()
         data = bytes_of(tensor)
         half = self._halves("send", tag, len(data))[0]
@@ -77,7 +78,8 @@ class Transport:
 
     def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
         if self._in_host(tensor):
-            return self._mpi.receive_now(tensor, source, tag)
+            self._mpi.receive_now(tensor, source, tag)
+            return
         half = self._halves("receive", tag, tensor.nbytes)[0]
         for chunk in bytes_of(tensor).split(CHUNK_NBYTES):
             staged = half[: len(chunk)]
