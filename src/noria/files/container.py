@@ -6,9 +6,7 @@ checked against the size of its file first, and a link never leaves the folder o
 
 import os
 import re
-import resource
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ import h5py
 from h5py import h5a, h5d, h5o, h5t
 
 from noria.config import InputError
+from noria.files.headers import text_nbytes
 
-MAX_TEXT_NBYTES = 256 << 20  # of memory while an attribute is read
+MAX_TEXT_NBYTES = 256 << 20  # of an attribute
 MAX_ATTRIBUTES_NBYTES = 16 << 20  # of one object; long texts lie elsewhere in the file
 MAX_LINKS = 4  # links from file to file on the way to one object
-_LIMIT = threading.Lock()  # the limit is the process's: one at a time lowers and restores it
 _NUMPY_TYPES = {"float64": h5t.IEEE_F64LE, "float32": h5t.IEEE_F32LE, "float16": h5t.IEEE_F16LE, "uint8": h5t.STD_U8LE}
 
 
@@ -102,27 +100,6 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
-@contextmanager
-def bounded_memory(nbytes: int = MAX_TEXT_NBYTES) -> Iterator[None]:
-    """Inside, the process gets at most `nbytes` more memory: HDF5 asks for as much as a text in a file says it is long.
-
-    What goes beyond fails as MemoryError or as an error of HDF5. Does nothing where the system has no such limit.
-    """
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        yield
-        return
-    with _LIMIT:
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + nbytes
-        if soft == resource.RLIM_INFINITY or limit < soft:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def format_of(path: Path) -> str:
     """The attribute `format` that every file of Noria carries, or an InputError if it has none."""
     with open_hdf5(path) as file, damaged_is_input_error(path):
@@ -132,7 +109,7 @@ def format_of(path: Path) -> str:
 
 
 def attribute(node: h5py.Group, name: str, path: Path) -> object:
-    """One value, of an attribute that is no array; None if there is none. Raises InputError for one that is an array.
+    """One number or text, of an attribute that is no array; None if there is none. Raises InputError for anything else.
 
     Looked at before it is read: what the file says of its size is the size that reading it would allocate.
     """
@@ -151,8 +128,27 @@ def attribute(node: h5py.Group, name: str, path: Path) -> object:
             f"{path}: {node.name!r} needs one value as its attribute {name!r}, it has shape {_shape(found.shape)}"
             f" of {nbytes} bytes (the file has {whole}): it is damaged, convert the model again"
         )
-    with bounded_memory():
-        return node.attrs.get(name)
+    _check_length(node, name, found.get_type(), path)
+    return node.attrs.get(name)
+
+
+def _check_length(node: h5py.Group, name: str, kind: h5t.TypeID, path: Path) -> None:
+    """Raises InputError for a text of variable length that says it is longer than its file, or than is read."""
+    if not isinstance(kind, h5t.TypeStringID) or not kind.is_variable_str():
+        plain = isinstance(kind, h5t.TypeIntegerID | h5t.TypeFloatID | h5t.TypeStringID | h5t.TypeEnumID)
+        if not plain:  # may hold texts of variable length itself
+            raise InputError(f"{path}: {node.name!r} needs a number or a text as its attribute {name!r}: it is damaged")
+        return
+    file = Path(node.file.filename)
+    with file.open("rb") as opened:
+        nbytes = text_nbytes(opened.fileno(), h5o.get_info(node.id).addr, name)
+    most = min(file.stat().st_size, MAX_TEXT_NBYTES)
+    if nbytes is None or nbytes > most:
+        said = "is not stored as HDF5 stores it by default" if nbytes is None else f"says it has {nbytes} bytes"
+        raise InputError(
+            f"{path}: the attribute {name!r} of {node.name!r} {said}, at most {most} are read:"
+            " it is damaged, copy or make the file again"
+        )
 
 
 def text_attribute(node: h5py.Group, name: str, path: Path) -> str:

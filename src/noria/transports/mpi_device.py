@@ -93,6 +93,10 @@ class Transport:
         found.Recv([data, MPI.BYTE])
         return bytes(data)
 
+    def keep(self, work: list[Generator]) -> None:
+        """Keeps transfers, with the memory that MPI may still write to, as long as the communicator is not given back."""
+        self.comm.Set_attr(MPI.Comm.Create_keyval(), work)
+
     def close(self) -> None:
         """Gives the communicator back, when no message is under way."""
         self.comm.Free()
