@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -142,6 +143,21 @@ def test_a_row_without_finite_logits_ends_with_an_error():
         [prompt(0, 3)], Limits(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN))
     )
     assert "not finite" in finished[0].error
+
+
+def test_the_most_likely_ids_of_a_row_do_not_keep_the_results_of_whole_steps():
+    kept = []
+
+    def answer(step):
+        ids = np.arange(step.num_samples * 20).reshape(-1, 20)
+        kept.extend((weakref.ref(ids), weakref.ref(logprobs := ids / -8)))
+        return Result(np.full(step.num_samples, 3), np.zeros(step.num_samples), ids, logprobs)
+
+    prompts = [prompt(row, 3, max_new_tokens=4, logprobs=row) for row in (2, 20)]
+    finished, steps = run(prompts, Limits(1, 100, 16, 16, 1, 64), answer)
+    assert [(ids.tolist(), logprobs.tolist()) for ids, logprobs in finished[0].top] == [([0, 1], [0.0, -0.125])] * 4
+    assert len(finished[1].top) == 4 and kept
+    assert not any(array() is not None for array in kept), "a row of 300 tokens would hold 300 steps"
 
 
 def test_no_prompts_at_all_is_one_round_of_stop():
