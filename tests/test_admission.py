@@ -154,7 +154,7 @@ def test_the_most_likely_ids_of_a_row_do_not_keep_the_results_of_whole_steps():
         return Result(np.full(step.num_samples, 3), np.zeros(step.num_samples), ids, logprobs)
 
     prompts = [prompt(row, 3, max_new_tokens=4, logprobs=row) for row in (2, 20)]
-    finished, steps = run(prompts, Limits(1, 100, 16, 16, 1, 64), answer)
+    finished, _ = run(prompts, Limits(1, 100, 16, 16, 1, 64), answer)
     assert [(ids.tolist(), logprobs.tolist()) for ids, logprobs in finished[0].top] == [([0, 1], [0.0, -0.125])] * 4
     assert len(finished[1].top) == 4 and kept
     assert not any(array() is not None for array in kept), "a row of 300 tokens would hold 300 steps"

@@ -1,5 +1,7 @@
 """Every kind of attention against dense softmax; varlen with a kernel on the CPU that computes what flash promises."""
 
+import types
+
 import pytest
 import torch
 
@@ -114,6 +116,35 @@ def test_sdpa_takes_decoding_rows_together_only_where_one_view_holds_their_keys(
     assert [(part.span.first, part.num, part.stride) for part in plan] == [
         (0, 3, 48), (3, 1, 0), (4, 1, 0), (5, 1, 0), (6, 1, 0), (7, 1, 0), (8, 1, 0)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("", "", varlen),
+        ("Tensor? alibi_slopes", "Tensor? other", varlen),
+        ("float? scale=None", "float? scale", varlen),
+        ("SymInt max_q, SymInt max_k", "SymInt max_k, SymInt max_q", sdpa),
+        ("bool return_debug_mask, *", "bool return_debug_mask, Tensor? sink, *", sdpa),
+        ("seqused_k", "used_k", sdpa),
+        ("Tensor? alibi_slopes=None", "Tensor alibi_slopes", sdpa),
+    ],
+)
+def test_a_torch_whose_kernel_takes_other_arguments_computes_by_sdpa(monkeypatch, old, new, kind):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True, raising=False)
+    schema = str(torch.ops.aten._flash_attention_forward.default._schema)
+    assert old in schema
+    changed = types.SimpleNamespace(_schema=torch._C.parse_schema(schema.replace(old, new) if old else schema))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", types.SimpleNamespace(default=changed))
+    assert attention.choose(torch.device("cuda", 0), torch.bfloat16, 64) is kind
+
+
+def test_a_torch_without_the_kernel_computes_by_sdpa(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True, raising=False)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
+    assert attention.choose(torch.device("cuda", 0), torch.bfloat16, 64) is sdpa
 
 
 def test_a_microbatch_without_rows_is_no_call():

@@ -38,7 +38,9 @@ def test_an_mpi_that_all_threads_may_use_is_taken(monkeypatch):
 def test_a_job_whose_mpi_was_started_for_one_thread_ends_with_one_line():
     start = "from noria.launch import mpi; mpi.start()"
     done = mpirun(2, [sys.executable, "-c", start], env={"MPI4PY_RC_THREAD_LEVEL": "single"})
-    assert done.returncode == 1 and "mpi.Refused: MPI gives this process the thread level" in done.stderr, describe(done)
+    assert done.returncode == 1 and "mpi.Refused: MPI gives this process the thread level" in done.stderr, describe(
+        done
+    )
 
 
 LATE = """

@@ -23,14 +23,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_out(monkeypatch, name, limit, argument):
+def of_a_library(message):
+    """As torch raises it where cuBLAS finds no memory for itself."""
+    return RuntimeError(f"CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`: {message}")
+
+
+def run_out(monkeypatch, name, limit, argument, error=torch.OutOfMemoryError):
     """The model's function `name` has no memory for more rows of hidden states than `limit`; returns what it was given."""
     function, given = getattr(noria.models.llama, name), []
 
     def limited(*arguments):
         given.append(len(arguments[argument]))
         if given[-1] > limit:
-            raise torch.OutOfMemoryError(f"no room for {given[-1]}")
+            raise error(f"no room for {given[-1]}")
         return function(*arguments)
 
     monkeypatch.setattr(noria.models.llama, name, limited)
@@ -56,6 +61,23 @@ def test_logits_that_memory_does_not_hold_are_computed_for_fewer_rows(folder, mo
     assert small_run.rows_of(folder / "logits.h5") == small_run.rows_of(folder / "undisturbed.h5")
     assert "out of memory: logits of 3 rows at a time from now on" in capsys.readouterr().err
     assert max(given) == 12 and sum(count > 4 for count in given) == 2
+
+
+@pytest.mark.parametrize(("name", "limit", "argument"), [("layer", 10, 3), ("head", 4, 2)])
+def test_a_library_that_finds_no_memory_for_itself_is_given_less_to_do(
+    folder, monkeypatch, capsys, name, limit, argument
+):
+    run_out(monkeypatch, name, limit, argument, of_a_library)
+    assert main(small_run.command(folder, f"{name}.h5", *FLOAT64)) == 0
+    assert small_run.rows_of(folder / f"{name}.h5") == small_run.rows_of(folder / "undisturbed.h5")
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "argument"), [("layer", 3), ("head", 2)])
+def test_an_error_that_is_not_of_memory_ends_the_run_at_once(folder, monkeypatch, capsys, name, argument):
+    given = run_out(monkeypatch, name, 0, argument, RuntimeError)
+    assert main(small_run.command(folder, f"{name}_fails.h5", *FLOAT64)) == 1
+    assert len(given) == 1 and "failed: RuntimeError: no room for " in capsys.readouterr().err
 
 
 def test_memory_that_does_not_hold_one_row_ends_the_run(folder, monkeypatch, capsys):

@@ -4,14 +4,18 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from noria.config import InputError
 from noria.files.generations import NewerVersion, open_generations
 from noria.files.parts import Parts, part_files, parts_folder, scan, select
+from noria.files.sealed import RowSet
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32", "sampling": {"temperature": 0.5}}
@@ -290,3 +294,35 @@ def test_header_of_a_part_is_plain_json_for_other_programs(output):
     with h5py.File(parts.seal()) as file:
         assert json.loads(file.attrs["header"]) == HEADER
         assert file.attrs["format"] == "noria-generations" and not file.attrs["complete"]
+
+
+def test_finished_rows_take_eight_bytes_each():
+    number, samples = 100_000, 3
+    rows = np.repeat(np.random.default_rng(1).permutation(number), samples)
+    tracemalloc.start()
+    found = RowSet(rows, np.tile(np.arange(samples), number))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10 * number * samples, "a set of tuples has 137 a row"
+    assert len(found) == number * samples and (0, 0) in found and (number - 1, 2) in found
+    assert (0, 3) not in found and (number, 0) not in found and (5, -1) not in found
+
+
+@given(st.sets(st.tuples(st.integers(0, 40), st.integers(0, 4)), max_size=60))
+def test_a_set_of_rows_is_what_a_set_of_pairs_is(pairs):
+    rows = np.array(sorted(pairs, reverse=True), np.int64).reshape(-1, 2)
+    found = RowSet(rows[:, 0], rows[:, 1])
+    assert found == pairs and sorted(found) == sorted(pairs) and found - {(0, 0)} == pairs - {(0, 0)}
+    assert [(row, sample) in found for row in range(41) for sample in range(5)] == [
+        (row, sample) in pairs for row in range(41) for sample in range(5)
+    ]
+
+
+def test_what_a_resume_knows_of_finished_rows_is_no_python_object_a_row(output):
+    parts = Parts(output, HEADER, report=silent)
+    fill(parts, [make_row(row) for row in range(2000)])
+    tracemalloc.start()
+    found = [parts.finished(), parts.done()]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert list(map(len, found)) == [2000, 2000] and held < 2 * 2000 * 20

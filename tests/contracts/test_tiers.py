@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -220,6 +221,67 @@ def test_a_disk_that_cannot_be_written_fails_what_comes_later(tmp_path, streams,
     with pytest.raises(OSError, match="writing"):
         tier.load([(0, torch.zeros(10, dtype=torch.uint8))]).event()
     tier.close()
+
+
+def closes(tier):
+    """Whether close() returns: it waits for every slot."""
+    closing = threading.Thread(target=tier.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    return not closing.is_alive()
+
+
+class Failing(CpuStreams):
+    """Streams whose copies, or the events after them, fail."""
+
+    def __init__(self, copies=False):
+        super().__init__(CPU)
+        self.copies = copies
+
+    def copy(self, lane, pairs, after=()):
+        if self.copies:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return self
+
+    def synchronize(self):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def query(self):
+        return True
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_device_that_fails_while_bytes_leave_it_does_not_hold_up_the_end(tmp_path, copies):
+    tier = disk(tmp_path, CpuStreams(CPU), True, num_slots=2)
+    tier._streams = Failing(copies)
+    for _ in range(3):  # more often than there are slots
+        transfer = tier.store([(0, numbers(5000, 1))])
+        while not transfer.settled:
+            time.sleep(0.001)
+    tier._streams = CpuStreams(CPU)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        tier.load([(0, torch.zeros(5000, dtype=torch.uint8))]).event()
+    assert closes(tier)
+
+
+@pytest.mark.parametrize("lane", ["load", "store"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_machine_that_starts_no_more_threads_does_not_hold_up_the_end(tmp_path, streams, monkeypatch, lane, after):
+    tier, submitted = disk(tmp_path, streams, True, num_slots=2), []
+    submit = tier._pool.submit
+
+    def refusing(*arguments):
+        submitted.append(arguments)
+        if len(submitted) > after:
+            raise RuntimeError("can't start new thread")
+        return submit(*arguments)
+
+    monkeypatch.setattr(tier._pool, "submit", refusing)
+    data = numbers(NBYTES, 1)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        getattr(tier, lane)([(0, data)]).event()
+        tier.load([(0, data)]).event()
+    assert len(submitted) > after and closes(tier)
 
 
 def test_a_file_system_that_refuses_direct_reads_is_read_through_its_cache(tmp_path, streams, monkeypatch):

@@ -13,6 +13,10 @@ import torch
 from noria.attention import pieces
 from noria.step import Span
 
+# The arguments that torch's kernel is given, in order and by name.
+GIVEN = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
+NAMED = ("scale", "window_size_left", "window_size_right", "seqused_k")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -32,7 +36,19 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
     available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)()
-    return available and torch.cuda.get_device_capability(device) >= (8, 0)
+    return available and takes_what_flash_gives() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def takes_what_flash_gives() -> bool:
+    """Whether this torch's kernel, which is private and may change, has the arguments that it is called with here."""
+    kernel = getattr(getattr(torch.ops.aten, "_flash_attention_forward", None), "default", None)
+    if kernel is None:
+        return False
+    arguments = kernel._schema.arguments
+    given = [argument.name for argument in arguments if not argument.kwarg_only]
+    named = {argument.name: argument.has_default_value() for argument in arguments if argument.kwarg_only}
+    needed = {name for name, has_default in named.items() if not has_default}
+    return given == GIVEN and needed <= set(NAMED) <= set(named)
 
 
 def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:

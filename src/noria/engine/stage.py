@@ -17,6 +17,7 @@ from noria.engine.activations import Embedding, InHost, OnDevice
 from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache, Staged
 from noria.engine.sampler import Sampler
+from noria.engine.shortage import is_shortage
 from noria.engine.trace import OFF
 from noria.engine.weights import Weights
 from noria.schedules import Actions, Cell
@@ -206,7 +207,9 @@ class Stage:
             hidden = self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
             self._trace.compute("layer", begin, *self._at, layer, microbatch)
             return hidden
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
             if len(halved(prepared.borders)) == len(prepared.borders):
                 its_rows = largest(prepared.borders, prepared.step.counts.tolist())
                 self._report(
@@ -228,9 +231,13 @@ class Stage:
             f"out of memory with {before} tokens in a microbatch: this rank goes on with {len(prepared.microbatches)}"
             f" microbatches of at most {self._most_tokens} tokens (lower pipeline.microbatch_tokens to begin so)"
         )
+        self._give_back()
+        self._activations.cut(old, prepared.microbatches)
+
+    def _give_back(self) -> None:
+        """Lets go of memory that torch keeps for later: what had too little may be a library beside it."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        self._activations.cut(old, prepared.microbatches)
 
     def sample(self, prepared: Prepared, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What step.Result holds, on the device, for the step's hidden states: [T, E], or what is needed of them.
@@ -272,11 +279,13 @@ class Stage:
             try:
                 found.append(use(chunk, self._head(hidden, rows[chunk])))
                 start += count
-            except torch.OutOfMemoryError:
-                if count == 1:
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_shortage(error):
                     raise
-                self._head_rows = count // 2
-                self._report(f"out of memory: logits of {self._head_rows} rows at a time from now on")
+            self._head_rows = count // 2
+            self._report(f"out of memory: logits of {self._head_rows} rows at a time from now on")
+            self._give_back()
         return found
 
     def _head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,11 @@ from noria.files.atomic import fsync, publish, temporary
 from noria.files.generations import Generation, open_generations
 from noria.files.schema import FORMAT, STATUS, VERSION, Writer, scores_of, write_attrs
 from noria.files.sealed import (
+    DONE,
     PART_NAME,
     TODO,
     Part,
+    RowSet,
     merged_folder,
     part_files,
     parts_folder,
@@ -147,18 +149,17 @@ class Parts:
         for part in old:
             part.path.unlink(missing_ok=True)
 
-    def finished(self) -> set[tuple[int, int]]:
+    def finished(self) -> RowSet:
         """(row, sample) of every row that is done or an error in a sealed part."""
         selection = select(self.parts)
-        return set(zip(selection.row.tolist(), selection.sample.tolist(), strict=True))
+        return RowSet(selection.row, selection.sample)
 
-    def done(self) -> set[tuple[int, int]]:
+    def done(self) -> RowSet:
         """(row, sample) of every row that is done, errors left out, in a sealed part."""
-        found = set()
-        for part in self.parts:
-            done = part.status == STATUS.index("done")
-            found |= set(zip(part.row[done].tolist(), part.sample[done].tolist(), strict=True))
-        return found
+        done = [(part.row[its], part.sample[its]) for part in self.parts if (its := part.status == DONE).any()]
+        rows, samples = zip(*done, strict=True) if done else ((), ())
+        empty = np.empty(0, np.int64)
+        return RowSet(np.concatenate([empty, *rows]), np.concatenate([empty, *samples]))
 
     @property
     def num_finished(self) -> int:

@@ -6,7 +6,7 @@ Knows the order of parts, nothing of how they are written nor of the run that fi
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from noria.files.generations import (
 )
 from noria.files.schema import STATUS, Scores
 
-TODO, ERROR = STATUS.index("todo"), STATUS.index("error")
+TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("error")
 WHOLE = 2**30  # the level of an output that was finished once
+MAX_SAMPLES = 2**20  # of one prompt, more than a run may have
 PART_NAME = re.compile(r"part-(\d{6,})\.h5")
 
 
@@ -68,6 +69,30 @@ class Selection:
     num_prompt_tokens: np.ndarray
     num_repeated: int  # rows left out because an earlier part has them finished in the same way
     num_todo: int  # rows that stopped half-way and are in no part as finished
+
+
+class RowSet(Set):
+    """A set of (row, sample), 8 bytes each."""
+
+    def __init__(self, row: np.ndarray, sample: np.ndarray):
+        possible = (row >= 0) & (row < 2**63 // MAX_SAMPLES) & (sample >= 0) & (sample < MAX_SAMPLES)
+        self._keys = np.unique(row[possible].astype(np.int64) * MAX_SAMPLES + sample[possible])
+
+    def __contains__(self, row_and_sample: object) -> bool:
+        key = row_and_sample[0] * MAX_SAMPLES + row_and_sample[1]
+        place = self._keys.searchsorted(key)
+        return bool(place < len(self._keys) and self._keys[place] == key)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(key, MAX_SAMPLES) for key in map(int, self._keys))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @classmethod
+    def _from_iterable(cls, pairs: Iterable[tuple[int, int]]) -> "RowSet":
+        rows = np.array(list(pairs), np.int64).reshape(-1, 2)
+        return cls(rows[:, 0], rows[:, 1])
 
 
 def to_stderr(message: str) -> None:

@@ -3,9 +3,10 @@
 Knows regions of files, not what lies there. Two transfers of the same bytes are done in the order of their calls.
 """
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -132,24 +133,32 @@ class Disk:
     def _start_load(self, job: _Job, batches: list[_Batch]) -> None:
         job.digest = self._digest(job)
         for batch in batches:
-            batch.slot = self._take_slot()
-            self._run(job, batch, len(batches), read, covers(batch.parts, batch.slot))
+            with self._slot_for(batch):
+                pieces = covers(batch.parts, batch.slot)
+            self._run(job, batch, len(batches), read, pieces)
 
     def _start_store(self, job: _Job, batches: list[_Batch]) -> None:
         for batch in batches:
-            batch.slot = self._take_slot()
-            pairs = [(batch.slot[part.place : part.place + part.data.numel()], part.data) for part in batch.parts]
-            event = self._streams.copy("store", pairs, job.after)
-            if batch.number == len(batches) - 1:
-                job.transfer.done(event)
-            event.synchronize()
-            self._run(job, batch, len(batches), write, exact(batch.parts, batch.slot))
+            with self._slot_for(batch):
+                pairs = [(batch.slot[part.place : part.place + part.data.numel()], part.data) for part in batch.parts]
+                event = self._streams.copy("store", pairs, job.after)
+                if batch.number == len(batches) - 1:
+                    job.transfer.done(event)
+                event.synchronize()
+                pieces = exact(batch.parts, batch.slot)
+            self._run(job, batch, len(batches), write, pieces)
 
-    def _take_slot(self) -> torch.Tensor:
-        slot, event = self._free.get()
-        if event is not None:
-            event.synchronize()
-        return slot
+    @contextlib.contextmanager
+    def _slot_for(self, batch: _Batch) -> Iterator[None]:
+        """Takes a slot for the batch; after an error inside, it is free again."""
+        batch.slot, event = self._free.get()
+        try:
+            if event is not None:
+                event.synchronize()
+            yield
+        except BaseException:
+            self._free.put((batch.slot, None))
+            raise
 
     def _run(self, job: _Job, batch: _Batch, num_batches: int, work: Callable, pieces: list) -> None:
         """Gives the batch's chunks to the threads; the last one to end delivers it."""
@@ -169,7 +178,11 @@ class Disk:
                     self._deliver(job, num_batches)
 
         for task in shares:
-            self._pool.submit(run, task)
+            try:
+                self._pool.submit(run, task)
+            except RuntimeError as error:  # no thread can be started: the task is over, and its slot will be free
+                self._fail(job, error)
+                run(task)
 
     def _deliver(self, job: _Job, num_batches: int) -> None:
         """Hands on what is ready, in order. Called with the job's lock."""
@@ -234,7 +247,9 @@ class Disk:
             thread.join()
         self._pool.shutdown()
         for _ in range(self._num_slots):
-            self._take_slot()
+            _, event = self._free.get()
+            if event is not None:
+                event.synchronize()
         self._regions.close()
         self._host.close()
         self._host = None
