@@ -191,7 +191,8 @@ class Admission:
         if sampling.logprobs is not None:
             sequence.logprobs.append(float(result.logprobs[place]))
             if sampling.logprobs:
-                top = slice(0, sampling.logprobs)  # copies: a view would keep the whole step's result, often page-locked
+                top = slice(0, sampling.logprobs)
+                # copies: a view would keep the whole step's result, which is often page-locked
                 sequence.top.append((result.top_ids[place, top].copy(), result.top_logprobs[place, top].copy()))
         limit = self._limits.max_positions
         prompt_length = len(sequence.prompt_token_ids)
