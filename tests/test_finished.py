@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from noria.config import InputError, Sampling
-from noria.rows.finished import generation
+from noria.rows.decoding import Writer
+from noria.rows.finished import generation, text_again
 from noria.rows.prompts import Prompt
 
 
@@ -28,8 +29,13 @@ class Sequence:
 class Letters:
     """A tokenizer without special tokens: 5 is f, 6 is g."""
 
+    special_ids, end_token_ids = {}, frozenset([9])
+
     def decode(self, token_ids):
         return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+    def writer(self, skip_special_tokens=True):
+        return Writer(self.decode, lambda token_id: self.decode([token_id]))
 
 
 PROMPT = Prompt(4, "id", "prompt", None, {}, '{"own": 1}', None)
@@ -54,7 +60,7 @@ def test_a_row_that_failed_has_its_error_and_what_was_known():
     assert (half.status, half.token_ids.tolist()) == ("error", [5, 6, 9])
 
 
-class Mute:
+class Mute(Letters):
     def decode(self, token_ids):
         raise InputError("the tokenizer cannot write these tokens (no)")
 
@@ -70,6 +76,31 @@ def test_a_row_that_the_tokenizer_cannot_write_is_an_error_with_its_tokens_once_
 def test_a_row_that_a_stop_text_ended_has_the_text_before_it():
     row = generation(Sequence(PROMPT, finish_reason="stop", text_end=1, sample=2), Letters())
     assert (row.text, row.token_ids.tolist(), row.finish_reason, row.sample) == ("f", [5, 6, 9], "stop", 2)
+
+
+@pytest.mark.parametrize(("text_end", "text"), [(2, "fg"), (None, "fgj")])
+def test_a_row_keeps_what_ended_it_where_that_is_asked(text_end, text):
+    sequence = Sequence(PROMPT, finish_reason="stop", text_end=text_end)
+    sequence.sampling = Sampling(include_stop_str_in_output=True)
+    assert generation(sequence, Letters()).text == text
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "keys", "reason", "text"),
+    [
+        ([5, 6, 9], {}, "stop", "fg"),
+        ([5, 6, 9], {"include_stop_str_in_output": True}, "stop", "fgj"),
+        ([5, 6, 9], {}, "length", "fgj"),
+        ([5, 6, 7], {"stop_token_ids": [7]}, "stop", "fg"),
+        ([5, 6, 7], {"stop": ["gh", "x"]}, "stop", "f"),
+        ([5, 6, 7], {"stop": "gh", "include_stop_str_in_output": True}, "stop", "fgh"),
+        ([5, 6, 7], {"stop": "gone"}, "stop", "fgh"),
+        ([5, 6, 7], {"stop": "f", "min_new_tokens": 2}, "length", "fgh"),
+        ([5, 6, 5], {"stop": "f", "min_new_tokens": 2}, "stop", "fg"),
+    ],
+)
+def test_the_text_of_a_written_row_is_found_anew_from_its_tokens(token_ids, keys, reason, text):
+    assert text_again(Letters(), [1, 2], np.array(token_ids), Sampling().override(keys), reason) == text
 
 
 def test_a_row_has_the_log_probabilities_that_it_asked_for_in_the_precision_of_the_run():

@@ -72,6 +72,8 @@ def test_every_sampling_key_may_stand_in_a_row(tmp_path):
         "system": "be a cat",
         "logprobs": 2,
         "prompt_logprobs": True,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
     }
     assert set(values) == set(prompts.SAMPLING)
     prompt = row_of(tmp_path, {"prompt": "p"} | values)

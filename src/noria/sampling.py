@@ -31,6 +31,8 @@ class Sampling:
         "text that ends a row and is cut from it; a list of such texts in a run file", text=True
     )
     stop_token_ids: list | None = key("token ids that end a row, beside the model's own, such as 5,6")
+    include_stop_str_in_output: bool = key("keep the text or token that ended a row at the end of its text", False)
+    skip_special_tokens: bool = key("leave special tokens out of the text", True)
     ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
     chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
     system: str | None = key("with chat: a system message before the user's", text=True)

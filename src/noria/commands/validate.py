@@ -39,10 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
         for doubt in doubts(tokenizer, chat, shape.vocab_size):
             _say("note", doubt)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
-        decode = tokenizer.decode if tokenizer.vocab_size else None
         limits = Limits(shape.max_positions, shape.vocab_size)
         rows = shard_rows(config.job.shard, num_rows)
-        found = examine(open_prompts(config.prompts), rows, encoder, config.sampling, limits, decode)
+        found = examine(open_prompts(config.prompts), rows, encoder, config.sampling, limits, tokenizer)
     _report(config, found, output)
     return _verdict(config, found)
 

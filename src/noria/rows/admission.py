@@ -5,10 +5,9 @@ Rank 0 alone has one. Knows slots, pages and tokens; nothing of devices, message
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from types import MappingProxyType
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.stopping import finish_reason
+from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
 from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
 
@@ -64,8 +64,8 @@ class Admission:
 
     `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is
     called with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job
-    generated for it; `done` has the (row, sample) that an earlier job finished; `decode` is the text of token ids
-    (None: no tokenizer), `special_ids` are the special tokens by their text.
+    generated for it; `done` has the (row, sample) that an earlier job finished; `tokenizer` finds stop texts (None: there
+    is none).
     """
 
     def __init__(
@@ -79,10 +79,9 @@ class Admission:
         finished: Callable[[Sequence], None],
         begun: Callable[[Sequence], None] = lambda sequence: None,
         done: Container[tuple[int, int]] = frozenset(),
-        decode: Callable[[Iterable[int]], str] | None = None,
-        special_ids: Mapping[str, int] = MappingProxyType({}),
+        tokenizer: Tokenizer | None = None,
     ):
-        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, decode, special_ids)
+        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, tokenizer)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < limits.vocab_size)
         self._limits, self._finished = limits, finished
         firsts = accumulate(limits.tiers, initial=0)

@@ -79,8 +79,7 @@ class Desk:
             self._finish,
             self._take_up,
             done,
-            self._tokenizer.decode if self._tokenizer.vocab_size else None,
-            self._tokenizer.special_ids,
+            self._tokenizer,
         )
         parts.begin({**segment, "of": num_rows})
 

@@ -1,9 +1,12 @@
 """A sequence as the row that is written for it. Knows no file format and no schedule."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from noria.config import InputError
+from noria.config import InputError, Sampling
 from noria.files.generations import Generation
+from noria.rows.stopping import StopTexts, ends, with_special_stops
 from noria.rows.tokenizer import Tokenizer
 
 
@@ -11,8 +14,8 @@ def generation(sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Gene
     """The row of a sequence: `done`, `error` if it has one, or `todo` if it was stopped half-way.
 
     `sequence` is a rows.sequence.Sequence; its token_ids are those generated. The end token that stopped it is in
-    `token_ids` and not in `text`, nor is the stop text; tokens that the tokenizer cannot write are an error too.
-    Log-probabilities are kept in `dtype`.
+    `token_ids` and not in `text`, nor is the stop text, unless sampling.include_stop_str_in_output; tokens that the
+    tokenizer cannot write are an error too. Log-probabilities are kept in `dtype`.
     """
     prompt, reason = sequence.prompt, sequence.finish_reason
     text, error = _text(sequence, tokenizer)
@@ -40,13 +43,34 @@ def _text(sequence, tokenizer: Tokenizer) -> tuple[str, str]:
     """What a sequence says, and why it says nothing if it has or makes an error."""
     if sequence.error:
         return "", sequence.error
-    written = sequence.token_ids
-    if sequence.text_end is None and sequence.finish_reason == "stop":
+    sampling, written = sequence.sampling, sequence.token_ids
+    if sequence.text_end is None and sequence.finish_reason == "stop" and not sampling.include_stop_str_in_output:
         written = written[:-1]
     try:
-        return tokenizer.decode(written)[: sequence.text_end], ""
+        writer = tokenizer.writer(sampling.skip_special_tokens)
+        return writer.continuation(sequence.prompt_token_ids, written)[: sequence.text_end], ""
     except InputError as error:  # half of a text may be what the whole is not
         return "", "" if sequence.finish_reason == "none" else str(error)
+
+
+def text_again(
+    tokenizer: Tokenizer,
+    prompt_token_ids: Sequence[int],
+    token_ids: Sequence[int],
+    sampling: Sampling,
+    finish_reason: str,
+) -> str:
+    """The text of a row that is written already, anew from its tokens, by the row's own settings.
+
+    Whether a token or a text stopped it is found out anew too. Raises InputError if the tokenizer cannot write them.
+    """
+    sampling = with_special_stops(sampling, tokenizer.special_ids)
+    writer, written, end = tokenizer.writer(sampling.skip_special_tokens), list(token_ids), None
+    if finish_reason == "stop" and not ends(written[-1], sampling, tokenizer.end_token_ids):
+        end = StopTexts(sampling, writer, prompt_token_ids).place(written) if sampling.stop_texts else None
+    elif finish_reason == "stop" and not sampling.include_stop_str_in_output:
+        written = written[:-1]
+    return writer.continuation(prompt_token_ids, written)[:end]
 
 
 def _scores(sequence, dtype: type) -> dict[str, np.ndarray]:

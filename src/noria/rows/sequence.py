@@ -20,7 +20,7 @@ class Sequence:
     """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
 
     logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
-    the row asks for it. `text_end`: characters of the text before the stop text that ended it (None: no such text).
+    the row asks for it. `text_end`: characters of the text up to the stop text that ended it (None: no such text).
     """
 
     prompt: Prompt

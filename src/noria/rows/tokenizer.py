@@ -5,13 +5,15 @@ Equal to transformers' `tokenizer(text).input_ids`. Reads bytes, not files; know
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from noria.config import InputError
+from noria.rows.decoding import Writer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GPT2_NAMED = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -49,6 +51,7 @@ class Tokenizer:
         if self._backend:
             ends += _ids(self._backend.token_to_id(named.get("eos_token", "")))
         self.end_token_ids = frozenset(ends)
+        self._special = frozenset(self.special_ids.values())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt, with the BOS that the post-processor adds unless the text begins with it.
@@ -72,8 +75,18 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder() if self._backend else {}
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of generated tokens without special tokens; a character that is cut becomes U+FFFD.
+    def writer(self, skip_special_tokens: bool = True) -> Writer:
+        """How generated tokens are written after those of their prompt."""
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return Writer(decode, partial(self._piece, left_out=self._special if skip_special_tokens else ()))
+
+    def _piece(self, token_id: int, left_out: Container[int]) -> str | None:
+        if self._backend is None or token_id in left_out:
+            return None
+        return self._backend.id_to_token(int(token_id))
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of tokens that stand alone; a character that is cut becomes U+FFFD.
 
         Ids that the tokenizer does not have, as in a padded vocabulary, have no text. "" without a tokenizer. Raises
         InputError if the file's own rules cannot make a text of these tokens.
@@ -82,7 +95,7 @@ class Tokenizer:
             return ""
         ids = [int(token_id) for token_id in token_ids]
         try:
-            return self._backend.decode(ids, skip_special_tokens=True)
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic is no Exception

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from noria.config import Sampling
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
+from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line
 
 SHOWN = 10  # bad rows that are told one by one
@@ -45,9 +46,9 @@ def examine(
     encode: Callable[[Prompt], list[int]],
     sampling: Sampling,
     limits: Limits,
-    decode,
+    tokenizer: Tokenizer,
 ) -> Findings:
-    """Holds every prompt of `rows` against the model. `decode` is the tokenizer's, None if there is none."""
+    """Holds every prompt of `rows` against the model."""
     found = Findings()
 
     def wrong(sequence: Sequence) -> None:
@@ -59,7 +60,7 @@ def examine(
             found.wrong.append((sequence.prompt.row, sequence.prompt.id, sequence.error))
 
     mine = (prompt for prompt in prompts if prompt.row in rows)
-    line = Line(mine, len(rows), encode, sampling, limits, wrong, lambda sequence: None, (), decode)
+    line = Line(mine, len(rows), encode, sampling, limits, wrong, lambda sequence: None, (), tokenizer)
     while (sequence := line.first()) is not None:
         line.take()
         _add(found, sequence, limits)

@@ -5,26 +5,25 @@ Knows neither slots nor pages.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import replace
-from types import MappingProxyType
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 
 from noria.config import Sampling
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
-from noria.rows.stopping import StopTexts
+from noria.rows.stopping import StopTexts, with_special_stops
+from noria.rows.tokenizer import Tokenizer
 from noria.step import PAGE_TOKENS
 
 
 class Line:
     """Sequences in the order of their prompts; samples whose prompt is computed go first.
 
-    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others.
-    `special_ids` are special tokens by their text: a stop text that is one of them is that token, because texts do not
-    show it. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample);
-    `num_rows` their sum.
+    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. With a
+    `tokenizer` stop texts are found; one that is a special token is that token, because texts do not show it.
+    `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample); `num_rows`
+    their sum.
     """
 
     def __init__(
@@ -37,13 +36,13 @@ class Line:
         finished: Callable[[Sequence], None],
         begun: Callable[[Sequence], None],
         done: Container[tuple[int, int]],
-        decode: Callable[[Iterable[int]], str] | None,
-        special_ids: Mapping[str, int] = MappingProxyType({}),
+        tokenizer: Tokenizer | None,
     ):
         self._prompts, self._num_unread = iter(prompts), num_prompts
         self._tokenize, self._sampling, self._limits = tokenize, sampling, limits
-        self._finished, self._begun, self._done, self._decode = finished, begun, done, decode
-        self._special_ids = special_ids
+        self._finished, self._begun, self._done = finished, begun, done
+        self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
+        self._special_ids = tokenizer.special_ids if tokenizer else {}
         self._read: Sequence | None = None
         self._ready: deque[Family] = deque()
         self._num_waiting = 0
@@ -111,16 +110,9 @@ class Line:
         sampling = self._sampling
         try:
             sampling = self._sampling.override(prompt.sampling) if prompt.sampling else sampling
-            return self._with_special_stops(sampling.check()), ""
+            return with_special_stops(sampling.check(), self._special_ids), ""
         except ValueError as error:
             return sampling, str(error)
-
-    def _with_special_stops(self, sampling: Sampling) -> Sampling:
-        special = [text for text in sampling.stop_texts if text in self._special_ids]
-        if not special:
-            return sampling
-        ids = [*(sampling.stop_token_ids or []), *(self._special_ids[text] for text in special)]
-        return replace(sampling, stop=[text for text in sampling.stop_texts if text not in special], stop_token_ids=ids)
 
     def _sample(self, first: Sequence, sample: int) -> Sequence:
         """Another sequence like the first one of a prompt."""
@@ -133,7 +125,8 @@ class Line:
                 first.prompt_logprobs = np.full(len(first.prompt_token_ids), np.nan)
             sequence.prompt_logprobs = first.prompt_logprobs
         if sampling.stop_texts:
-            sequence.stop_texts = StopTexts(sampling.stop_texts, self._decode, sampling.min_new_tokens)
+            writer = self._tokenizer.writer(sampling.skip_special_tokens)
+            sequence.stop_texts = StopTexts(sampling, writer, first.prompt_token_ids)
         self._begun(sequence)
         return sequence
 
@@ -148,7 +141,7 @@ class Line:
             sequence.error = str(wrong)
         else:
             sequence.error = self._too_long(sequence) or unknown_ids(sampling, self._limits.vocab_size) or ""
-            if sampling.stop_texts and self._decode is None:
+            if sampling.stop_texts and self._tokenizer is None:
                 sequence.error = "stop: the checkpoint has no tokenizer to read texts with: give stop_token_ids"
         return sequence
 
