@@ -1,18 +1,26 @@
 """Every cell of a table arrives as csv, pandas and pyarrow read it, or is a named error of its row."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 import random
+import subprocess
+import sys
+import uuid
 
 import pytest
 
 import tables
 from counts import count as cases
-from noria.readers import BadRow, for_path
+from noria.readers import BadRow, _arrow, for_path
 from noria.rows.prompts import open_prompts
 
 pandas = pytest.importorskip("pandas")
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+types = pyarrow.types
 
 QUOTING = {"minimal": csv.QUOTE_MINIMAL, "all": csv.QUOTE_ALL, "texts": csv.QUOTE_NONNUMERIC}
 
@@ -136,3 +144,184 @@ def test_a_csv_row_whose_quote_never_closes_or_closes_wrongly_is_the_only_one_th
 def test_many_quotes_that_never_close_take_no_more_time_than_their_length(tmp_path):
     rows = rows_of(tmp_path / "a.tsv", "prompt\tx\n" + '"a\t"b\n' * 20_000)
     assert len(rows) == 20_000 and rows[-1] == {"prompt": '"a', "x": '"b'}
+
+
+# parquet.
+
+
+def is_text(value):
+    """Whether all bytes in a value are text."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace").encode() == value
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return all(map(is_text, held))
+
+
+def same(found, value, type):
+    """Whether what arrived of a value, as JSON, is what pyarrow and pandas say that it is."""
+    if value is None:
+        return found is None
+    if isinstance(value, bytes):
+        return found == value.decode()
+    if types.is_map(type):
+        value = {str(key): one for key, one in value}
+        return found.keys() == value.keys() and all(same(found[key], value[key], type.item_type) for key in value)
+    if types.is_struct(type):
+        fields = {field.name: field.type for field in type if value[field.name] is not None}
+        all_same = all(same(found.get(name), value[name], kind) for name, kind in fields.items())
+        return all_same and found.keys() == fields.keys()
+    if isinstance(value, list):
+        return len(found) == len(value) and all(
+            same(one, other, type.value_type) for one, other in zip(found, value, strict=True)
+        )
+    if types.is_timestamp(type) or types.is_duration(type):
+        parsed = (pandas.Timestamp if types.is_timestamp(type) else pandas.Timedelta)(found)
+        return isinstance(found, str) and parsed == value
+    if isinstance(value, datetime.time):  # inside another value: pyarrow leaves the nanoseconds out
+        return found.startswith(str(value))
+    if types.is_time(type):
+        return pandas.Timestamp(f"1970-01-01 {found}").value == value
+    if isinstance(value, decimal.Decimal):
+        return isinstance(found, str) and decimal.Decimal(found) == value and len(found) == len(str(value))
+    if isinstance(value, datetime.date | uuid.UUID):
+        return found == str(value)
+    return found == value and type_of(found) == type_of(value)
+
+
+def type_of(value):
+    return (
+        bool
+        if isinstance(value, bool)
+        else int
+        if isinstance(value, int)
+        else float
+        if isinstance(value, float)
+        else str
+    )
+
+
+def judged(column):
+    """The column's values as pyarrow gives them; times of a day, of which Python has no nanoseconds, as integers of them."""
+    if types.is_time(column.type):
+        return [
+            None if one.value is None else one.value * {"ms": 10**6, "us": 10**3, "ns": 1}[column.type.unit]
+            for one in column
+        ]
+    return column.to_pylist()
+
+
+def test_tables_of_parquet_arrive_as_pyarrow_and_pandas_read_them(tmp_path):
+    path = tmp_path / "a.parquet"
+    for seed in range(cases(500)):
+        choose = random.Random(seed)
+        num_rows, kinds = choose.randint(0, 5), {name: tables.arrow_type(choose) for name in tables.names(choose)}
+        columns = {
+            name: pyarrow.array([tables.arrow_value(choose, kind) for _ in range(num_rows)], kind)
+            for name, kind in kinds.items()
+        }
+        prompts = pyarrow.array([tables.text(choose) + "." for _ in range(num_rows)], pyarrow.string())
+        parquet.write_table(pyarrow.table(columns | {"prompt": prompts}), path, row_group_size=3)
+        read = parquet.read_table(path).combine_chunks()
+        expected = {name: judged(read[name]) for name in read.column_names}
+        for row, prompt in enumerate(open_prompts(path)):
+            assert prompt.row == row
+            own = json.loads(prompt.extra) if prompt.extra else {}
+            values = {name: expected[name][row] for name in kinds}
+            if not all(map(is_text, values.values())):
+                assert "is not UTF-8 text: byte" in prompt.error, (seed, row)
+                continue
+            assert (prompt.error, prompt.prompt) == (None, expected["prompt"][row]), (seed, row)
+            for name, kind in kinds.items():
+                assert same(own.get(name), values[name], kind), (seed, row, name, own, values[name])
+        assert for_path(path).count(path) == num_rows
+
+
+def of_parquet(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+    return list(open_prompts(path))
+
+
+TALKS = [
+    [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"role": "tool", "content": "z", "tool_call_id": "7"},
+    ],
+    [{"role": "user", "content": "hello"}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"y": [None, 1]}}}]}],
+]
+
+
+def test_keys_that_a_struct_of_parquet_has_in_other_rows_alone_are_not_given(tmp_path):
+    """A table gives each message all keys, null where it has none; JSON lines of the same rows have no such keys."""
+    rows = [{"id": str(row), "messages": talk, "logit_bias": {str(row): 1.0}} for row, talk in enumerate(TALKS)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(open_prompts(tmp_path / "a.parquet")) == list(open_prompts(tmp_path / "a.jsonl"))
+    assert [prompt.messages for prompt in open_prompts(tmp_path / "a.parquet")] == TALKS
+
+
+def test_a_bias_that_is_null_is_not_given(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "logit_bias": {"5": null, "6": 1.5}}\n')
+    (prompt,) = open_prompts(tmp_path / "a.jsonl")
+    assert (prompt.error, prompt.sampling) == (None, {"logit_bias": {"6": 1.5}})
+    kind = pyarrow.map_(pyarrow.int32(), pyarrow.float64())
+    (prompt,) = of_parquet(
+        tmp_path / "a.parquet", prompt=["p"], logit_bias=pyarrow.array([[(5, None), (6, 1.5)]], kind)
+    )
+    assert (prompt.error, prompt.sampling) == (None, {"logit_bias": {"6": 1.5}})
+
+
+def test_a_value_of_parquet_that_cannot_be_read_is_the_error_of_its_row_which_keeps_its_id(tmp_path):
+    two = pyarrow.StructArray.from_arrays([pyarrow.array([1, 2, 3])] * 2, names=["k", "k"])
+    columns = {
+        "far": pyarrow.array([0, 2**60, 5], pyarrow.timestamp("us")),
+        "bytes": pyarrow.array([{"png": b"a"}, {"png": b"\x89PNG"}, None]),
+        "twice": pyarrow.array([[], [("a", 1), ("a", 2)], []], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
+    }
+    for name, column in columns.items():
+        first, bad, last = of_parquet(tmp_path / "a.parquet", prompt=["a", "b", "c"], id=["x", "y", "z"], own=column)
+        assert (first.error, first.id, last.error, last.id, bad.id) == (None, "x", None, "z", "y"), name
+        assert bad.error.startswith("row 1: 'own' "), bad.error
+    found = list(for_path("a.parquet").read(tmp_path / "a.parquet"))
+    assert found[1].error == "row 1: 'own' cannot be read: a map has one key twice"
+    assert "two fields of one name" in _arrow.values(two)[0].error
+
+
+def test_a_uuid_of_parquet_is_its_text(tmp_path):
+    one = uuid.uuid5(uuid.NAMESPACE_URL, "noria")
+    (prompt,) = of_parquet(tmp_path / "a.parquet", prompt=["p"], own=pyarrow.array([one.bytes], pyarrow.uuid()))
+    assert json.loads(prompt.extra) == {"own": str(one)}
+
+
+@pytest.mark.slow
+def test_nanoseconds_need_no_pandas(tmp_path):
+    times = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    parquet.write_table(pyarrow.table({"prompt": ["p"], "own": times}), tmp_path / "a.parquet")
+    program = """if True:
+        import sys
+        sys.modules["pandas"] = None
+        from noria.rows.prompts import open_prompts
+        (prompt,) = open_prompts(sys.argv[1])
+        print(prompt.extra)
+    """
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.parquet"], capture_output=True, text=True)
+    assert done.stdout == '{"own": "2023-11-14 22:13:20.123456789"}\n', done.stderr
+    assert pandas.Timestamp("2023-11-14 22:13:20.123456789").value == 1_700_000_000_123_456_789
+
+
+# JSON lines.
+
+
+@pytest.mark.parametrize("depth", [10, 190, 250, 800, 950, 970, 990, 2000])
+def test_values_that_are_nested_too_deeply_to_be_written_again_are_the_error_of_their_row(depth, tmp_path):
+    deep = "[" * depth + "]" * depth
+    rows = [{"prompt": "p", "own": 0}, {"prompt": 0}, {"messages": 0}, {"custom_id": "a", "body": 0}, {"id": 0}]
+    texts = [json.dumps(row).replace("0", deep) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(["x", *texts, '{"prompt": "last"}']))
+    found = list(open_prompts(tmp_path / "a.jsonl"))
+    assert found[-1].error is None and len(found) == len(rows) + 2
+    if depth < 200:
+        assert found[1].error is None and found[1].extra == json.dumps({"own": json.loads(deep)})
+    else:
+        assert all("nested" in prompt.error or "body is [[[" in prompt.error for prompt in found[1:-1])

@@ -29,6 +29,11 @@ class BadRow:
     id: str | int | None = None
 
 
+def own_id(value: object) -> str | int | None:
+    """A row's id as BadRow has it: None for what is no id."""
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
 def for_path(path: str | Path) -> ModuleType:
     """The reader of this file, by its suffix. Raises InputError that names the known ones."""
     readers = [kinds.load("readers", name) for name in kinds.names("readers")]

@@ -30,15 +30,13 @@ def count(path: str | Path) -> int:
 def _parse(line: bytes, number: int) -> dict | BadRow:
     try:
         record = json.loads(line.decode())
+        if not isinstance(record, dict):
+            return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
+        row = _openai.as_row(record) if _openai.is_request(record) else record
     except UnicodeDecodeError as error:
         return BadRow(f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")
     except RecursionError:
         return BadRow(f"line {number} is nested too deeply")
     except ValueError as error:
         return BadRow(f"line {number} is not JSON: {str(error).partition(';')[0]}")  # after that: advice to programmers
-    if not isinstance(record, dict):
-        return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
-    if not _openai.is_request(record):
-        return record
-    row = _openai.as_row(record)
     return BadRow(f"line {number}: {row.error}", row.id) if isinstance(row, BadRow) else row

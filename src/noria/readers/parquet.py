@@ -9,23 +9,29 @@ from pathlib import Path
 
 from noria import readers
 from noria.config import InputError, require
-from noria.readers import PROMPT_NAMES, BadRow
+from noria.readers import PROMPT_NAMES, BadRow, own_id
+from noria.readers._arrow import values
 
 SUFFIXES = (".parquet",)
 BATCH_ROWS = 256
 MAX_GROUP_NBYTES = 2**30  # a row group's columns, unpacked
 _MAX_TEXT = 2**27  # of the file's own description
-_JSON = (str, int, float, bool, list, dict, type(None))
 
 
 def read(path: str | Path) -> Iterator[dict | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
     with _opened(path) as file:
         row = 0
-        for batch in file.iter_batches(BATCH_ROWS):
-            for values in zip(*(_column(column) for column in batch.columns), strict=True):
-                yield _row(dict(zip(batch.schema.names, values, strict=True)), row)
+        for batch in _batches(file):
+            for record in zip(*map(values, batch.columns), strict=True):
+                yield _row(dict(zip(batch.schema.names, record, strict=True)), row)
                 row += 1
+
+
+def _batches(file) -> Iterator:
+    """A batch has rows of one group: pyarrow does not put nested dictionaries of several together."""
+    for group in range(file.metadata.num_row_groups):
+        yield from file.iter_batches(BATCH_ROWS, row_groups=[group])
 
 
 def count(path: str | Path) -> int:
@@ -75,26 +81,10 @@ def _check(file, path: str | Path) -> None:
     )
 
 
-def _column(column) -> list:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # one value alone is wrong: find out which
-        return [_one(value) for value in column]
-
-
-def _one(value):
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        return BadRow(f"is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")
-
-
 def _row(record: dict, row: int) -> dict | BadRow:
     for name, value in record.items():
         if isinstance(value, BadRow):
-            return BadRow(f"row {row} {value.error}")
-        if not isinstance(value, _JSON):
-            record[name] = str(value)  # dates and decimals
-        elif isinstance(value, float) and value != value:
+            return BadRow(f"row {row}: {name[:100]!r} {value.error}", own_id(record.get("id")))
+        if isinstance(value, float) and value != value:
             record[name] = None
     return record

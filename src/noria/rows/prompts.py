@@ -21,6 +21,7 @@ from noria.text import storable
 RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
+_MAX_DEPTH = 200  # of the lists and objects in a row
 _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 
 
@@ -107,6 +108,8 @@ def extends(path: str | Path, key: str) -> bool:
 def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
     ids = _Ids()
     for row, record in enumerate(records):
+        if not isinstance(record, BadRow) and _too_deep(record):
+            record = BadRow(f"its values are nested more than {_MAX_DEPTH} deep", readers.own_id(record.get("id")))
         if isinstance(record, BadRow):
             id, id_error = _id(row, record.id, ids)
             yield Prompt(row, id, "", None, {}, "", "; ".join(filter(None, [record.error, id_error]))[:_MAX_ERROR])
@@ -145,12 +148,23 @@ def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
             continue
         if name in SAMPLING:
             if value is not None:
-                own[name] = value
+                own[name] = _without_nulls(value) if name == "logit_bias" else value
         elif meant := misspelt(name, value):
             errors.append(f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)")
         else:
             extra[name] = value
     return own, extra, errors
+
+
+def _without_nulls(value):
+    """An object without the keys that null says are not given."""
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+def _too_deep(value, left: int = _MAX_DEPTH) -> bool:
+    """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 
 
 def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
