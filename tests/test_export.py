@@ -14,7 +14,7 @@ from noria.files import export as export_module
 from noria.files.export import KEYS, export
 from noria.files.merge import merge
 from noria.files.parts import Parts, part_files
-from noria.rows.prompts import content_hash, content_key
+from noria.rows.source import content_hash, content_key
 from output_rows import fill, make_row
 
 HEADER = {"run": 1}

@@ -27,7 +27,8 @@ from noria.__main__ import main
 from noria.config import InputError
 from noria.files.convert import convert
 from noria.files.generations import open_generations
-from noria.rows.prompts import count, open_prompts
+from noria.rows.prompts import open_prompts
+from noria.rows.source import count
 from noria.rows.tokenizer import Tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noria.config import InputError, Sampling
+from noria.names import _WORDS, NEAR, edit_distance, misspelt
 from noria.rows import prompts
-from noria.rows.prompts import content_hash, count, extends, open_prompts
-from noria.sampling import _WORDS, edit_distance, misspelt
+from noria.rows.prompts import open_prompts
+from noria.rows.source import content_hash, count, extends
 
 
 def rows_of(tmp_path, *records):
@@ -194,7 +195,7 @@ def test_the_parts_of_a_message_are_one_text_a_part_a_line(tmp_path):
 def test_messages_of_another_shape_are_that_rows_error(messages, words, tmp_path):
     prompt = row_of(tmp_path, {"messages": messages})
     assert re.search(words, prompt.error) and prompt.messages is None
-    assert "both prompt and messages" in row_of(tmp_path, {"prompt": "p", "messages": messages}).error
+    assert re.search(words, row_of(tmp_path, {"prompt": "p", "messages": messages}).error)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
                 yield word[:place] + letter + word[place + 1 :]
             yield word[:place] + word[place + 1 :]
 
-    known, choose = {*prompts.SAMPLING} - {"n"}, random.Random(3)
+    known, choose = {*NEAR} - {"n"}, random.Random(3)
     for key in sorted(known):
         once = sorted(set(edits(key)))
         twice = [choose.choice(sorted(set(edits(word)))) for word in choose.choices(once, k=20)]
@@ -269,14 +270,16 @@ def test_every_key_one_or_two_edits_from_a_sampling_key_is_found():
         ("SEED", [], "seed"),
         ("maxNewTokens", {}, "max_new_tokens"),
         ("max_tokns", 5, "max_new_tokens"),
-        ("max_tokens", 5, "max_new_tokens"),
-        ("max_tokens", "5", "max_new_tokens"),
+        ("max_gen_toks", 5, "max_new_tokens"),
+        ("max_gen_toks", "5", "max_new_tokens"),
+        ("Max Tokens", 5, "max_new_tokens"),
         ("max_length", 5.0, "max_new_tokens"),
-        ("min_tokens", 1, "min_new_tokens"),
+        ("best_of", 3, "n"),
+        ("eos_token_id", 65, "stop_token_ids"),
+        ("eos_token_id", [65, 66.0], "stop_token_ids"),
+        ("eos_token_id", "65", "stop_token_ids"),
         ("stop_sequences", ["x"], "stop"),
-        ("num_return_sequences", 2, "n"),
         ("random_seed", 5, "seed"),
-        ("system_prompt", "be kind", "system"),
         ("top_logprobs", 5, "logprobs"),
         ("temp", 0.5, "temperature"),
         ("stops", ["x"], "stop"),
@@ -304,6 +307,8 @@ def test_names_of_other_programs_and_misspelt_ones_are_known_by_the_value_too(ke
         ("spam", {"x": 1}),
         ("sede", "Roma"),
         ("max_length", "long"),
+        ("best_of", 1),
+        ("eos_token_id", "the end"),
         ("stop_words", 17),
         ("temp", "cold"),
         ("char", True),

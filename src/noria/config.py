@@ -173,6 +173,11 @@ class Job:
     trace: str | None = key(
         "file for a trace of all ranks that Perfetto opens: compute, copies, messages and waits (JSON)"
     )
+    strict_keys: bool = key(
+        "a row with a key by which another program steers a generation, and which Noria does not have, is an error"
+        " (default: such a key is named once and carried as a column)",
+        False,
+    )
     strict: bool = key(
         "fail, after the output is written, if the run did otherwise than planned: memory, and with --machine a GPU's speed",
         False,
@@ -197,8 +202,19 @@ class Config:
     """One run, whole."""
 
     model: str | None = key("checkpoint made by noria convert")
-    prompts: str | None = key("file of prompts: .jsonl, .txt, .csv, .tsv (all of them .gz too), .h5 or .parquet")
+    prompts: str | list | None = key(
+        "file of prompts: .jsonl, .txt, .csv, .tsv (all of them .gz too), .h5 or .parquet; several files, or a pattern"
+        " such as 'part-*.jsonl', are read one after another"
+    )
     output: str | None = key("HDF5 file for the generations")
+    prompt_column: str | None = key(
+        "column that holds the prompt (default: prompt); several, such as instruction,input, are joined; doc.question is"
+        " a place within a column",
+        text=True,
+    )
+    id_column: str | None = key("column that holds the id (default: id)", text=True)
+    messages_column: str | None = key("column that holds the conversation (default: messages)", text=True)
+    limit: int | None = key("read only so many rows, to try; the same command without it goes on to the others")
     dtype: str = key(
         "numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES)
     )
@@ -214,6 +230,9 @@ class Config:
         else:
             require(self.model, "no model: give model = FILE.h5 in the run file or --model FILE.h5")
         require(self.prompts, "no prompts: give prompts = FILE in the run file or --prompts FILE")
+        names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
+        require(all(isinstance(name, str) and name for name in names), f"prompts is {names}: it must be names of files")
+        require(self.limit is None or self.limit >= 1, f"limit is {self.limit}: it must be at least 1")
         self.sampling.check()
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
         sampled = self.sampling.temperature > 0 and self.sampling.seed is None

@@ -27,6 +27,7 @@ from noria.plan import planner
 from noria.progress import log
 from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
+from noria.rows.source import Source
 
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
 
@@ -95,7 +96,7 @@ def _generate(
         its_streams = streams.streams_of(device)
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
         if not work.num_rows:
-            _say_once(comm, f"warning: {config.prompts} has no rows")
+            _say_once(comm, f"warning: {Source.of(config)} has no rows")
         if mpi.on_first_rank(comm, lambda: desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
@@ -207,7 +208,7 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
 def _check_trace(config: Config) -> None:
     """Raises InputError unless a trace could be written, over no file but an older trace."""
     path = Path(config.job.trace)
-    files = [Path(file).resolve() for file in (config.model, config.prompts, config.output) if file]
+    files = [Path(file).resolve() for file in (config.model, *Source.of(config).files, config.output) if file]
     if path.is_dir() or path.resolve() in files:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
     check_folder(path)

@@ -1,11 +1,7 @@
-"""How a row is sampled: the keys of the section [sampling], which a row of the prompts may have too, and which of them a
-key that is none of them was meant to be. Knows no model.
-"""
+"""How a row is sampled: the keys of the section [sampling], which a row of the prompts may have too. Knows no model."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import get_args
 
 from noria.keys import checked, key, require, types_of
@@ -89,7 +85,7 @@ class Sampling:
         """
         known = types_of(Sampling)
         return replace(
-            self, **{name: checked(_whole(value, known[name]), known[name], name) for name, value in keys.items()}
+            self, **{name: checked(as_integers(value, known[name]), known[name], name) for name, value in keys.items()}
         )
 
 
@@ -98,7 +94,7 @@ def whole(value):
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
 
 
-def _whole(value, kind):
+def as_integers(value, kind):
     """The value, with integers in the place of floats where the key has no other numbers."""
     kinds = get_args(kind) or (kind,)
     if list in kinds and isinstance(value, list):
@@ -140,115 +136,3 @@ def _check_logit_bias(bias: Mapping) -> None:
     for text, value in bias.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1000
         require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
-
-
-# What other programs call the same setting.
-ALIASES = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "max_output_tokens": "max_new_tokens",
-    "max_gen_tokens": "max_new_tokens",
-    "max_gen_toks": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "num_predict": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "min_length": "min_new_tokens",
-    "temp": "temperature",
-    "nucleus": "top_p",
-    "rep_penalty": "repetition_penalty",
-    "repeat_penalty": "repetition_penalty",
-    "random_seed": "seed",
-    "num_samples": "n",
-    "num_return_sequences": "n",
-    "num_completions": "n",
-    "best_of": "n",
-    "stop_sequences": "stop",
-    "stop_strings": "stop",
-    "stop_words": "stop",
-    "eos_token_id": "stop_token_ids",
-    "ignore_eos_token": "ignore_eos",
-    "system_prompt": "system",
-    "top_logprobs": "logprobs",
-    "top_n_tokens": "logprobs",
-}
-# Words within the distance of a short key, which are columns of their own.
-_WORDS = frozenset(
-    "at atom bat bed can cap car cart cast cat cats chain char chars chart charts cheap chest coat cost crap crop cut"
-    " dead deed end fat feat fed fee feed feeds feel fees flat has hat hot lead led loop mind mine mini minor mins"
-    " mint minus mixup need needs plat prop read red scope seal seat sec sect see seek seem seen sees self sell send"
-    " sends sent sep set sets sex shed ship shop shops shot show skip slot slow snap snow soap son soon soup spec sped"
-    " speed speeds spend spot stat stay stem step steps stock store storm story strip swap systems tap than that tip"
-    " to toc tok took top topic tops topup tot toy used weed week what".split()
-)
-MAX_DISTANCE = 2
-_SHORT = 6  # letters: keys of more are near no word of a language
-_NAMES = tuple(types_of(Sampling))
-_LIKE_NAMES = {name: name for name in _NAMES} | {
-    name: ALIASES[name] for name in ("max_tokens", "max_completion_tokens")
-}
-_LONGEST = max(map(len, (*_NAMES, *ALIASES))) + MAX_DISTANCE
-
-
-def misspelt(name: str, value) -> str | None:
-    """The key of Sampling that `name`, which is none of them, was probably meant to be; None: it is the user's own.
-
-    Always where it differs in capitals and marks alone (`topP`, `top-k`), and within edit distance 2 of a key of more
-    than 6 letters (`max_tokns`, `temprature`). Within that distance of a shorter key, and where other programs call a key
-    so (`max_tokens`), if the key could have such a value: `topic` may be a text, but `top_l` is no number of a column.
-    Common words (`step`, `store`, `topic`) are never meant to be a key.
-    """
-    if len(name) > _LONGEST:
-        return None
-    return next((key for key, always in _candidates(name) if always or _could_be(value, key)), None)
-
-
-@lru_cache(maxsize=4096)
-def _candidates(name: str) -> tuple[tuple[str, bool], ...]:
-    """Keys that `name` may be meant to be, the nearest first, and whether that is so whatever its value is."""
-    lowered = name.lower()
-    folded = [key for key in _NAMES if len(key) > 1 and _letters(key) == _letters(lowered)]
-    if folded:
-        return ((folded[0], True),)
-    if lowered in _WORDS:
-        return ()
-    alias = ALIASES.get(lowered.replace("-", "_").replace(" ", "_"))
-    near = sorted((edit_distance(lowered, key), key) for key in _LIKE_NAMES)
-    # A key must share something with the name: for `n`, of one letter, every name of up to two letters would be as near.
-    found = [key for distance, key in near if distance <= min(MAX_DISTANCE, len(key) - 1)]
-    found = [(_LIKE_NAMES[key], len(key) > _SHORT and key != alias) for key in found]
-    return ((alias, False), *found) if alias else tuple(found)
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name))
-
-
-def _could_be(value, key: str) -> bool:
-    """Whether the key takes values of this type; a table's cell is text, whatever it says."""
-    if value is None:
-        return False
-    kind = types_of(Sampling)[key]
-    for one in (value, _json(value)):
-        try:
-            checked(_whole(one, kind), kind, key)
-            return True
-        except ValueError:
-            pass
-    return False
-
-
-def _json(value):
-    try:
-        return json.loads(value.lower()) if isinstance(value, str) and len(value) < 100 else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The least number of letters to insert, delete or replace that turns `a` into `b` (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
-    return row[-1]

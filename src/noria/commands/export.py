@@ -10,7 +10,7 @@ from noria.config import InputError
 from noria.files.export import FORMATS, export
 from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
-from noria.rows.prompts import content_hash, content_key
+from noria.rows.source import content_hash, content_key
 from noria.text import plural
 
 

@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from noria import config as configuration
 from noria.commands import run as run_command
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.files.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from noria.plan.work import MEMORY_SHARE, Machine
 from noria.rows.chat import encoder_of
 from noria.rows.examination import dtype_of, open_model
 from noria.rows.lengths import look
-from noria.rows.prompts import count
+from noria.rows.source import Source, count
 from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural, printable
 
@@ -39,11 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    own = ("run_file", "ranks")
-    flags = {name: value for name, value in vars(arguments).items() if name not in own and value is not None}
-    config, num_ranks = configuration.load(arguments.run_file, flags), arguments.ranks
+    config, num_ranks = run_command.load(arguments, "ranks"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
-    num_rows = count(config.prompts)
+    num_rows = count(Source.of(config))
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         encode = encoder_of(checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None)

@@ -5,7 +5,7 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 
 import argparse
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config, InputError
@@ -13,6 +13,7 @@ from noria.keys import WORDS
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
+from noria.rows.source import files_of
 from noria.run import run as run_job
 
 
@@ -23,16 +24,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_flags(parser.add_argument_group(f"[{section}]"), kind)
 
 
+def load(arguments: argparse.Namespace, *own: str) -> Config:
+    """The run that these arguments ask for, without those that are the command's `own`. Raises InputError.
+
+    Patterns among the prompts become the files that they match now, so that a file that comes later changes no run.
+    """
+    flags = {name: value for name, value in vars(arguments).items() if name not in own and value is not None}
+    run_file, prompts = flags.pop("run_file", None), flags.get("prompts", [])
+    if run_file is None and len(prompts) > 1 and prompts[-1].endswith(".toml"):
+        run_file, flags["prompts"] = prompts[-1], prompts[:-1]  # --prompts FILE RUN.toml
+    if len(flags.get("prompts", [])) == 1:
+        flags["prompts"] = flags["prompts"][0]
+    config = configuration.load(run_file, flags)
+    files = files_of(config.prompts)
+    return replace(config, prompts=list(files) if len(files) > 1 else files[0])
+
+
 def run(arguments: argparse.Namespace, signals: Signals) -> int:
     """The exit code of this rank. An error that the other ranks do not share ends them all at once.
 
     Raises mpi.Refused, on every rank, for the user's mistakes.
     """
-    flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
     with Watchdog() as watchdog:
         try:
             comm = mpi.start()
-            config = mpi.on_first_rank(comm, lambda: configuration.load(arguments.run_file, flags))
+            config = mpi.on_first_rank(comm, lambda: load(arguments))
             return run_job(config, comm, watchdog, signals)
         except mpi.Refused:
             raise
@@ -49,7 +65,9 @@ def _add_flags(group, kind: type) -> None:
             continue
         default = "" if key.default in (None, MISSING) else f" (default: {key.default})"
         flag, help = _flag(key.name), key.metadata["help"].replace("%", "%%") + default
-        if hints[key.name] is bool:
+        if key.name == "prompts":
+            group.add_argument(flag, nargs="+", metavar="FILE", help=help)
+        elif hints[key.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()

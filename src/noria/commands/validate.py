@@ -10,29 +10,28 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from noria import config as configuration
-from noria.commands.run import add_arguments  # noqa: F401  the flags are those of noria run
+from noria.commands.run import add_arguments, load  # noqa: F401  the flags are those of noria run
 from noria.config import Config, InputError, shard_rows
 from noria.files.atomic import check_folder
 from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
 from noria.rows.examination import doubts, open_model
-from noria.rows.prompts import count, open_prompts
+from noria.rows.prompts import noted, open_prompts
+from noria.rows.source import Source, count
 from noria.rows.tokenizer import tokenizer_of
 from noria.rows.validation import Findings, Limits, examine
 from noria.text import plural, printable
 
 
 def run(arguments: argparse.Namespace) -> int:
-    flags = {name: value for name, value in vars(arguments).items() if name != "run_file" and value is not None}
-    config = configuration.load(arguments.run_file, flags)
-    output = _output(config)
-    num_rows = count(config.prompts)
+    config = load(arguments)
+    output, source = _output(config), Source.of(config)
+    num_rows = count(source)
     with contextlib.closing(open_model(config, "float32")) as checkpoint:
         shape = checkpoint.shape
-        source = config.model or config.job.random_weights
-        _say("model", f"{source}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
+        name = config.model or config.job.random_weights
+        _say("model", f"{name}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
              f" context {shape.max_positions:,}")  # fmt: skip
         tokenizer = tokenizer_of(checkpoint)
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
@@ -41,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
         limits = Limits(shape.max_positions, shape.vocab_size)
         rows = shard_rows(config.job.shard, num_rows)
-        found = examine(open_prompts(config.prompts), rows, encoder, config.sampling, limits, tokenizer)
+        prompts = noted(open_prompts(source), lambda message: _say("note", message))
+        found = examine(prompts, rows, encoder, config.sampling, limits, tokenizer)
     _report(config, found, output)
     return _verdict(config, found)
 
@@ -60,7 +60,7 @@ def _output(config: Config) -> str:
 
 
 def _report(config: Config, found: Findings, output: str) -> None:
-    _say("prompts", f"{config.prompts}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
+    _say("prompts", f"{Source.of(config)}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
     longest = f" (longest {found.longest:,}, row {found.longest_row})" if found.longest else ""
     _say("tokens", f"{plural(found.num_tokens, 'prompt token')}{longest}, at most {found.num_new:,} new ones")
     needed, free = _space(config, found)
@@ -76,10 +76,10 @@ def _verdict(config: Config, found: Findings) -> int:
     needed, free = _space(config, found)
     wrong = []
     if found.num_rows == 0:
-        wrong.append(f"{config.prompts} has no rows")
+        wrong.append(f"{Source.of(config)} has no rows")
     if found.num_wrong:
         wrong.append(
-            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {config.prompts} would end with an error"
+            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {Source.of(config)} would end with an error"
         )
     if needed > free:
         wrong.append(

@@ -1,4 +1,5 @@
-"""The formats of prompts, one a file: SUFFIXES, read(path) -> rows, count(path) -> number of rows.
+"""The formats of prompts, one a file: SUFFIXES, read(path, names) -> rows, count(path, names) -> number of rows. A table
+that has none of the columns `names` is refused.
 
 Here is what they share: finding the reader of a file, a bad row, and lines in bounded memory. Knows no key of a row.
 """
@@ -15,9 +16,23 @@ from typing import BinaryIO
 
 from noria import kinds
 from noria.config import InputError, require
+from noria.readers._published import OWN, flag_for, folded, table_without
+
+__all__ = [
+    "OWN",
+    "PROMPT_NAMES",
+    "BadRow",
+    "flag_for",
+    "folded",
+    "for_path",
+    "lines",
+    "opened",
+    "table_without",
+    "too_long",
+]
 
 MAX_LINE_NBYTES = 16 * 2**20  # a longer line is a bad row: memory must not grow with the file
-PROMPT_NAMES = ("prompt", "messages", "token_ids")  # a table has a column of one of these names
+PROMPT_NAMES = OWN[1:]  # a table has a column of one of these names, if a run names no other
 _BOM = b"\xef\xbb\xbf"
 
 

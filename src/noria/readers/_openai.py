@@ -7,14 +7,14 @@ import json
 from dataclasses import fields
 
 from noria.keys import nearest
+from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
 from noria.readers import BadRow
-from noria.sampling import Sampling, misspelt
+from noria.sampling import Sampling
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_LENGTHS = ("max_completion_tokens", "max_tokens")
 _OURS = tuple(field.name for field in fields(Sampling) if field.name != "logprobs")
-# Asked for where the answer would be another one, and which cannot be had here: refused where they say anything.
-_REFUSED = (
+# Of the keys that Noria does not have, those that OpenAI has.
+_THEIRS = {
     "tools",
     "tool_choice",
     "functions",
@@ -24,13 +24,8 @@ _REFUSED = (
     "audio",
     "prediction",
     "echo",
-    "suffix",
-    "best_of",
-    "reasoning_effort",
-    "verbosity",
-    "web_search_options",
-)
-_NO_WISH = (None, [], {}, "none", "auto", {"type": "text"})
+}
+_THEIRS |= {"suffix", "best_of", "reasoning_effort", "verbosity", "web_search_options"}
 # They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
 _LEFT_OUT = (
@@ -42,7 +37,7 @@ _LEFT_OUT = (
     "prompt_cache_key",
     "prompt_cache_retention",
 )
-_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", *_LENGTHS, *_OURS, *_REFUSED, *_CARRIED, *_LEFT_OUT}
+_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities", *SYNONYMS, *_OURS, *_CARRIED, *_LEFT_OUT}
 
 
 def is_request(record: dict) -> bool:
@@ -62,10 +57,7 @@ def as_row(record: dict) -> dict | BadRow:
     row = {name: value for name, value in record.items() if name not in ("custom_id", "body", "method", "url")}
     row = {"id": record["custom_id"], "url": url} | row
     row |= {name: body[name] for name in (*_OURS, *_CARRIED) if name in body}
-    length = next((body[name] for name in _LENGTHS if body.get(name) is not None), None)
-    if length is not None:
-        row["max_new_tokens"] = length
-    row |= _logprobs(body)
+    row |= _logprobs(body) | {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
     if url == CHAT:
         return row | {"messages": body.get("messages")}
     prompt = body.get("prompt")
@@ -80,19 +72,25 @@ def _error(body, url) -> str | None:
         return f"url is {json.dumps(url)[:60]}: {CHAT} and {COMPLETIONS} can be run"
     if body.get("modalities") not in (None, [], ["text"]):
         return "body.modalities: only text can be generated"
-    for name in _REFUSED:
-        if _wished(body.get(name)):
-            return f"body.{name} is not in this version of Noria: take it out of the request"
-    unknown = next((name for name in body if name not in _KNOWN and name != "modalities"), None)
+    if twice := two_names({name: body[name] for name in _OURS if name in body} | _synonyms(body)):
+        return f"body: {twice}"
+    quiet = {name for name in (*FOREIGN, *_THEIRS) if name in body and not asks(name, body[name])}
+    unknown = next((name for name in body if name not in _KNOWN and name not in quiet), None)
     if unknown is None:
         return None
+    if unknown in _THEIRS:
+        return f"body.{unknown} is not in this version of Noria: take it out of the request"
     near = misspelt(unknown, body[unknown])
     hint = f"; did you mean {near!r}?" if near else nearest(unknown[:100], _KNOWN)
     return f"body.{unknown[:100]} is no key of a request{hint} (columns of your own go into metadata or beside body)"
 
 
-def _wished(value) -> bool:
-    return value is not False and value not in _NO_WISH and not (value == 1 and value is not True)
+def _synonyms(body: dict) -> dict:
+    """The keys of the body that have another name in Noria. OpenAI's max_completion_tokens replaces its max_tokens."""
+    found = {name: body[name] for name in SYNONYMS if body.get(name) is not None}
+    if "max_completion_tokens" in found:
+        found.pop("max_tokens", None)
+    return found
 
 
 def _logprobs(body: dict) -> dict:

@@ -5,23 +5,24 @@ An empty cell is a key that is not given; numbers, lists, booleans are read as J
 
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from noria.config import InputError, Sampling, require
-from noria.readers import PROMPT_NAMES, BadRow
+from noria.names import SYNONYMS
+from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _HINTS = typing.get_type_hints(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
-_VALUES = {"messages", "token_ids", *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
+_VALUES = {"messages", "token_ids", *SYNONYMS, *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
-def read(path: str | Path) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
     """The table's rows, in order; BadRow for a record that does not fit it. Raises InputError for a bad file."""
     table = records(path)
     _, header = next(table, (1, None))
@@ -30,22 +31,21 @@ def read(path: str | Path) -> Iterator[dict | BadRow]:
     require(
         not isinstance(header, BadRow), f"prompts {path}: its header cannot be read: {getattr(header, 'error', '')}"
     )
-    _check_header(path, header)
+    _check_header(path, header, names)
     for number, record in table:
         yield record if isinstance(record, BadRow) else _row(header, record, number)
 
 
-def count(path: str | Path) -> int:
+def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
-    return sum(1 for _ in read(path))
+    return sum(1 for _ in read(path, names))
 
 
-def _check_header(path: str | Path, header: list[str]) -> None:
+def _check_header(path: str | Path, header: list[str], names: Collection[str]) -> None:
     twice = [name for name in header if header.count(name) > 1]
     require(not twice, f"prompts {path}: two columns have the name {twice[0] if twice else ''!r}")
-    if not set(header) & set(PROMPT_NAMES):
-        shown = ", ".join(header)[:100]
-        raise InputError(f"prompts {path}: its first line names no column {' or '.join(PROMPT_NAMES)}; it has: {shown}")
+    if not set(header) & set(names):
+        raise InputError(f"prompts {path}: its first line names {table_without(names, header)}")
 
 
 def _row(header: list[str], record: list[str], number: int) -> dict | BadRow:

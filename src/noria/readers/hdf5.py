@@ -4,7 +4,7 @@ The file is not trusted: links, virtual and external datasets are refused, and n
 Knows no key of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,9 @@ MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
 _RAGGED = ("tokens", "offsets")
 
 
-def read(path: str | Path) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
-    with _opened(path) as (columns, num_rows):
+    with _opened(path, names) as (columns, num_rows):
         tokens = columns.pop("tokens", None)
         step = min([BLOCK_ROWS, *(max(1, BLOCK_NBYTES // column.dtype.itemsize) for column in columns.values())])
         for first in range(0, num_rows, step):
@@ -35,21 +35,21 @@ def read(path: str | Path) -> Iterator[dict | BadRow]:
                 yield _row(values, row, first + row, tokens)
 
 
-def count(path: str | Path) -> int:
+def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
-    with _opened(path) as (_, num_rows):
+    with _opened(path, names) as (_, num_rows):
         return num_rows
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[dict[str, h5py.Dataset], int]]:
+def _opened(path: str | Path, names: Collection[str]) -> Iterator[tuple[dict[str, h5py.Dataset], int]]:
     """The columns of the file, checked, and the number of its rows."""
     with readers.opened(path):
         pass
     try:
         with h5py.File(path, "r", locking=False) as file:
             columns = _columns(file, Path(path))
-            yield columns, _num_rows(columns, path)
+            yield columns, _num_rows(columns, path, names)
     except InputError:
         raise
     except (
@@ -114,16 +114,16 @@ def _check(dataset: h5py.Dataset, where: str, file_nbytes: int) -> None:
         require(num <= held, f"{where} says that it has {num} values, the file holds {held}: it was never finished")
 
 
-def _num_rows(columns: dict[str, h5py.Dataset], path: str | Path) -> int:
-    has = [name for name in PROMPT_NAMES if name in columns]
+def _num_rows(columns: dict[str, h5py.Dataset], path: str | Path, names: Collection[str]) -> int:
+    has = [name for name in names if name in columns]
     if not has and set(_RAGGED) <= set(columns):
         ragged = [columns[name].dtype.kind in "iu" for name in _RAGGED]
         require(all(ragged), f"prompts {path}: tokens and offsets must be integers")
         num_rows = len(columns["offsets"]) - 1
         require(num_rows >= 0, f"prompts {path}: offsets is empty: of n rows it has n + 1 values")
     else:
-        shown = ", ".join(columns)[:100] or "no dataset"
-        require(has, f"prompts {path}: it needs a dataset prompt, or tokens with offsets; it has {shown}")
+        needs = f"it needs a dataset {next(iter(names))}, or tokens with offsets"
+        require(has, f"prompts {path}: {needs}: {readers.table_without(names, columns)}")
         for name in _RAGGED:  # without a meaning beside a prompt
             columns.pop(name, None)
         num_rows = len(columns[has[0]])

@@ -4,7 +4,7 @@ Knows no key of a row.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from noria.readers import BadRow, _openai, lines, too_long
@@ -13,7 +13,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
-def read(path: str | Path) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict | BadRow]:
     """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for a bad file."""
     for number, line in enumerate(lines(path), 1):
         if line is None:
@@ -22,7 +22,7 @@ def read(path: str | Path) -> Iterator[dict | BadRow]:
             yield _parse(line, number)
 
 
-def count(path: str | Path) -> int:
+def count(path: str | Path, names: Collection[str] = ()) -> int:
     """The number of rows that `read` gives, without parsing them."""
     return sum(1 for line in lines(path) if line is None or line.strip())
 

@@ -3,7 +3,7 @@
 Read a batch of rows at a time. Knows no key of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,9 @@ MAX_GROUP_NBYTES = 2**30  # a row group's columns, unpacked
 _MAX_TEXT = 2**27  # of the file's own description
 
 
-def read(path: str | Path) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
-    with _opened(path) as file:
+    with _opened(path, names) as file:
         row = 0
         for batch in _batches(file):
             for record in zip(*map(values, batch.columns), strict=True):
@@ -34,14 +34,14 @@ def _batches(file) -> Iterator:
         yield from file.iter_batches(BATCH_ROWS, row_groups=[group])
 
 
-def count(path: str | Path) -> int:
+def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
-    with _opened(path) as file:
+    with _opened(path, names) as file:
         return file.metadata.num_rows
 
 
 @contextmanager
-def _opened(path: str | Path):
+def _opened(path: str | Path, names: Collection[str]):
     with readers.opened(path):
         pass
     try:
@@ -52,7 +52,7 @@ def _opened(path: str | Path):
     try:
         limits = {"thrift_string_size_limit": _MAX_TEXT, "thrift_container_size_limit": 2**20}
         with parquet.ParquetFile(path, memory_map=False, buffer_size=2**20, pre_buffer=False, **limits) as file:
-            _check(file, path)
+            _check(file, path, names)
             yield file
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
         if isinstance(error, InputError):
@@ -63,11 +63,11 @@ def _opened(path: str | Path):
         ) from error
 
 
-def _check(file, path: str | Path) -> None:
+def _check(file, path: str | Path, wanted: Collection[str]) -> None:
     names = file.schema_arrow.names
     shown = ", ".join(names)[:100]
     require(len(set(names)) == len(names), f"prompts {path}: two columns have the same name: {shown}")
-    require(set(names) & set(PROMPT_NAMES), f"prompts {path}: no column {' or '.join(PROMPT_NAMES)}; it has: {shown}")
+    require(set(names) & set(wanted), f"prompts {path}: {readers.table_without(wanted, names)}")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     most = max((group.total_byte_size for group in groups), default=0)
     require(

@@ -3,7 +3,7 @@
 Row r is line r + 1: a blank line between others is a row with an empty prompt, blank lines at the end are no rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from noria.readers import BadRow, lines, too_long
@@ -11,7 +11,7 @@ from noria.readers import BadRow, lines, too_long
 SUFFIXES = (".txt", ".txt.gz")
 
 
-def read(path: str | Path) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict | BadRow]:
     """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for a bad file."""
     blank = 0
     for number, line in enumerate(lines(path), 1):
@@ -24,7 +24,7 @@ def read(path: str | Path) -> Iterator[dict | BadRow]:
         yield _parse(line, number)
 
 
-def count(path: str | Path) -> int:
+def count(path: str | Path, names: Collection[str] = ()) -> int:
     """The number of rows that `read` gives."""
     last = 0
     for number, line in enumerate(lines(path), 1):

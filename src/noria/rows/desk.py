@@ -28,7 +28,8 @@ from noria.rows.begun import take_up
 from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.finished import generation
 from noria.rows.identity import another_run, header
-from noria.rows.prompts import extends, open_prompts
+from noria.rows.prompts import noted, open_prompts
+from noria.rows.source import Source, extends
 from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural
 
@@ -70,7 +71,7 @@ class Desk:
         self._begun = parts.unfinished()
         self._progress = Progress(num_rows, len(done))
         self.admission = Admission(
-            (prompt for prompt in open_prompts(config.prompts) if prompt.row in self._rows),
+            noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
             len(self._rows) - len(done) // self.sampling.n,
             self._encoder(plan.num_ranks),
             self.sampling,
@@ -189,6 +190,9 @@ class Desk:
         merge(self._parts, self._config.output, self._rows, attrs, columns, np.array(self.admission.samples))
         self._progress.end(self._config.output)
 
+    def _note(self, message: str) -> None:
+        log(0, 1, f"note: {message}")
+
     def _finish(self, sequence) -> None:
         row = generation(sequence, self._tokenizer, self._logprobs_dtype)
         self._parts.add(row)
@@ -223,7 +227,7 @@ class Desk:
             parts.header["chat.date"] = stored[0] if stored else _now()
         if self._config.job.extend:
             for part in parts.parts:
-                if extends(self._config.prompts, part.header["prompts"]):
+                if extends(Source.of(self._config), part.header["prompts"]):
                     part.header["prompts"] = parts.header["prompts"]
         different = parts.differences()
         if different:

@@ -18,7 +18,7 @@ from noria.plan.costs import Load
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.identity import check_finished, check_shard, header
 from noria.rows.lengths import look
-from noria.rows.prompts import content_hash, count
+from noria.rows.source import Source, content_hash, count
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
 
@@ -38,7 +38,8 @@ class Work:
 
 def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
-    num_rows, prompts_hash = count(config.prompts), content_hash(config.prompts)
+    source = Source.of(config)
+    num_rows, prompts_hash = count(source), content_hash(source)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)

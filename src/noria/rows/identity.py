@@ -11,22 +11,27 @@ from noria.config import WHOLE, Config, InputError, parse_shard
 from noria.files.agreement import difference, differing
 from noria.files.generations import open_generations
 from noria.files.schema import STATUS
-from noria.rows.prompts import content_key, extends, open_prompts
+from noria.rows.prompts import open_prompts
+from noria.rows.source import Source, content_key, extends
+
+COLUMNS = ("prompt_column", "id_column", "messages_column")  # they say what a row is
 
 
 def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
     """What rows generated now must have in common with those that are there already."""
     sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
+    source = Source.of(config)
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(config.prompts, prompts_hash)
-    return {"prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **sampling}
+    prompts = content_key(source, prompts_hash)
+    named = {name: getattr(config, name) for name in COLUMNS}
+    return {"prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **named, **sampling}
 
 
 def check_shard(config: Config) -> None:
     """Raises InputError if a row is sampled by its own keys and no seed says how: each shard would draw its own."""
     if config.job.shard is None or config.sampling.seed is not None:
         return
-    for prompt in open_prompts(config.prompts):
+    for prompt in open_prompts(Source.of(config)):
         if prompt.sampling.get("temperature", 0) > 0 and prompt.sampling.get("seed") is None:
             raise InputError(
                 f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature"
@@ -43,7 +48,9 @@ def check_finished(config: Config, header: Mapping) -> bool:
         theirs = json.loads(output.attrs.get("header", "{}"))
         errors = bool((output.column("status") == STATUS.index("error")).any())
     extended = (
-        config.job.extend and theirs.get("prompts") != header["prompts"] and extends(config.prompts, theirs["prompts"])
+        config.job.extend
+        and theirs.get("prompts") != header["prompts"]
+        and extends(Source.of(config), theirs["prompts"])
     )
     if extended:
         theirs["prompts"] = header["prompts"]

@@ -6,6 +6,7 @@ from noria.config import Config, InputError, shard_rows
 from noria.plan.costs import Load
 from noria.rows.chat import Encoder
 from noria.rows.prompts import open_prompts
+from noria.rows.source import Source
 from noria.step import PAGE_TOKENS
 
 LOOKED_AT = 256  # rows: enough for a mean, and read at once
@@ -19,7 +20,7 @@ def look(config: Config, max_positions: int, num_rows: int, encode: Encoder) -> 
     """
     rows = shard_rows(config.job.shard, num_rows)
     prompts, new, pages, samples, looked, longest = 0, 0, 0, 0, 0, 0
-    for prompt in islice((one for one in open_prompts(config.prompts) if one.row in rows), LOOKED_AT):
+    for prompt in islice((one for one in open_prompts(Source.of(config)) if one.row in rows), LOOKED_AT):
         looked += 1
         try:
             length = len(encode(prompt)) if prompt.error is None else 0

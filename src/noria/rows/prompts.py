@@ -1,10 +1,10 @@
-"""The rows of a file of prompts: which keys they may have, what is wrong with a row, and what is the user's own.
+"""The rows of a run's prompts: which keys they may have, what is wrong with a row, and what is the user's own.
 
 A bad row is a Prompt with an error, never an exception. Knows no tokenizer, no model and no file format.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -12,16 +12,22 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from noria import readers
 from noria.config import InputError, Sampling
-from noria.readers import BadRow
-from noria.sampling import misspelt, whole
+from noria.names import SYNONYMS, is_foreign, refusal, two_names
+from noria.readers import BadRow, own_id
+from noria.rows.columns import Content, content_of
+from noria.rows.source import Source, as_source, check_files, records
+from noria.sampling import whole
 from noria.text import storable
 
-RESERVED = ("id", "prompt", "messages", "token_ids")
 SAMPLING = tuple(f.name for f in fields(Sampling))
-EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
 _MAX_DEPTH = 200  # of the lists and objects in a row
+MAX_NOTES = 100  # that are said of a run's rows
+_FOREIGN = (
+    "{} is another program's key, which Noria does not have: rows are generated without it, and it is carried as a column"
+    " of your own (--strict-keys makes it an error)"
+)
+_FOREIGN_STRICT = "{} is another program's key, which Noria does not have (job.strict_keys): take it out of the row"
 _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 
 
@@ -31,7 +37,7 @@ class Prompt:
 
     `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the
     row's own keys of config.Sampling, checked; `extra` the user's own columns as JSON text ("" without any); `error`
-    says why the row cannot run (None: it can).
+    says why the row cannot run (None: it can); `notes` what the run's user must know of rows of this form.
     """
 
     row: int
@@ -42,90 +48,59 @@ class Prompt:
     extra: str
     error: str | None
     messages: list[dict] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def open_prompts(path: str | Path) -> Iterator[Prompt]:
-    """The prompts of a file, one at a time, in order.
+def open_prompts(prompts: Source | str | Path) -> Iterator[Prompt]:
+    """The prompts of a run's files, or of one file, one at a time, in order.
 
     Raises InputError for a missing file and an unknown suffix at once, and for a damaged file when the damage is
-    reached. Memory does not grow with the file but for 8 bytes a row, which find duplicate ids.
+    reached. Memory does not grow with the files but for 8 bytes a row, which find duplicate ids.
     """
-    reader = readers.for_path(path)
-    with readers.opened(path):
-        pass
-    return _prompts(reader.read(path))
+    source = as_source(prompts)
+    check_files(source)
+    return _prompts(source)
 
 
-def count(path: str | Path) -> int:
-    """The number of rows, counted without parsing them. Raises InputError as open_prompts does."""
-    return readers.for_path(path).count(path)
+def noted(prompts: Iterable[Prompt], say: Callable[[str], None]) -> Iterator[Prompt]:
+    """These prompts; what their rows' forms mean is said once for all rows of a form."""
+    said: set[str] = set()
+    for prompt in prompts:
+        for note in prompt.notes:
+            if note not in said and len(said) < MAX_NOTES:
+                said.add(note)
+                say(note)
+        yield prompt
 
 
-def content_hash(path: str | Path, nbytes: int | None = None) -> str:
-    """XXH3 (128 bits, hex) of the file's bytes as they are on disk, or of its first `nbytes`.
-
-    Raises InputError if it cannot be read.
-    """
-    digest, left = xxhash.xxh3_128(), float("inf") if nbytes is None else nbytes
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while left and (piece := file.read(min(2**22, left) if nbytes is not None else 2**22)):
-                digest.update(piece)
-                left -= len(piece)
-    except OSError as error:
-        raise InputError(f"prompts {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def content_key(path: str | Path, content: str) -> str:
-    """What tells these prompts from others, with all that `extends` must know: the hash and its bytes."""
-    return f"{content} of {Path(path).stat().st_size} bytes"
-
-
-def extends(path: str | Path, key: str) -> bool:
-    """Whether the file begins with the bytes of the one that had this key, up to the end of a line.
-
-    Raises InputError for formats in which more bytes can change an old row: an open quotation mark of a CSV, a line that
-    goes on in the next piece of a gzip file.
-    """
-    content, _, nbytes = key.removesuffix(" bytes").partition(" of ")
-    path = Path(path)
-    if not nbytes.isdigit() or path.stat().st_size < int(nbytes) or content_hash(path, int(nbytes)) != content:
-        return False
-    if path.stat().st_size == int(nbytes):
-        return True
-    if path.suffix not in EXTENDABLE:
-        raise InputError(
-            f"prompts {path}: job.extend needs a format whose rows are lines ({', '.join(EXTENDABLE)}):"
-            f" in {path.suffix} an old row may change; put the new rows in a file and an output of their own"
-        )
-    with open(path, "rb") as file:
-        file.seek(max(int(nbytes) - 1, 0))
-        border = file.read(2)
-    return b"\n" in border
-
-
-def _prompts(records: Iterator[dict | BadRow]) -> Iterator[Prompt]:
-    ids = _Ids()
-    for row, record in enumerate(records):
+def _prompts(source: Source) -> Iterator[Prompt]:
+    ids, names, current = _Ids(), source.names, 0
+    for row, (file, record) in enumerate(records(source)):
+        if file != current:
+            ids.next_file(names[file])
+            current = file
         if not isinstance(record, BadRow) and _too_deep(record):
-            record = BadRow(f"its values are nested more than {_MAX_DEPTH} deep", readers.own_id(record.get("id")))
+            record = BadRow(
+                f"its values are nested more than {_MAX_DEPTH} deep", own_id(record.get(source.columns.id or "id"))
+            )
         if isinstance(record, BadRow):
-            id, id_error = _id(row, record.id, ids)
-            yield Prompt(row, id, "", None, {}, "", "; ".join(filter(None, [record.error, id_error]))[:_MAX_ERROR])
+            id, id_error, notes = _id(row, record.id, ids)
+            where = f"{names[file]}: " if len(names) > 1 else ""
+            error = "; ".join(filter(None, [where + record.error, id_error]))[:_MAX_ERROR]
+            yield Prompt(row, id, "", None, {}, "", error, notes=notes)
         else:
-            yield _prompt(row, record, ids)
+            yield _prompt(row, record, ids, source)
 
 
-def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
-    own, extra, key_errors = _sort_keys(record)
-    id, id_error = _id(row, record.get("id"), ids)
+def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
+    content = content_of(record, source.columns)
+    own, extra, key_errors, key_notes = _sort_keys(content.rest, source.strict_keys)
+    id, id_error, id_notes = _id(row, content.id, ids)
     sampling, sampling_error = _sampling(own) if own else ({}, None)
-    prompt, token_ids = record.get("prompt"), _whole_ids(record.get("token_ids"))
-    content_error = _content_error(record, prompt, token_ids)
-    messages = None
-    if content_error is None and record.get("messages") is not None:
-        messages = _plain_messages(record["messages"])
+    prompt, token_ids, messages = content.prompt, _whole_ids(content.token_ids), None
+    content_error = content.error or _content_error(content, token_ids, source.columns.prompt or "prompt")
+    if content_error is None and content.messages is not None:
+        messages = _plain_messages(content.messages)
         prompt = _json_text(messages)
     error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
     return Prompt(
@@ -137,23 +112,31 @@ def _prompt(row: int, record: dict, ids: "_Ids") -> Prompt:
         _json_text(extra) if extra else "",
         error or None,
         messages,
+        (*content.notes, *key_notes, *id_notes),
     )
 
 
-def _sort_keys(record: dict) -> tuple[dict, dict, list[str]]:
-    """The row's sampling keys (null: not given), the user's own columns, and what is wrong with keys."""
-    own, extra, errors = {}, {}, []
-    for name, value in record.items():
-        if name in RESERVED:
-            continue
+def _sort_keys(rest: dict, strict: bool) -> tuple[dict, dict, list[str], list[str]]:
+    """The row's sampling keys (null: not given), the user's own columns, what is wrong with keys, and what is noted."""
+    own, extra, errors, notes = {}, {}, [], []
+    for name, value in rest.items():
         if name in SAMPLING:
             if value is not None:
                 own[name] = _without_nulls(value) if name == "logit_bias" else value
-        elif meant := misspelt(name, value):
-            errors.append(f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)")
+        elif name in SYNONYMS:
+            notes.append(f"{name} in rows is read as {SYNONYMS[name]}")
+        elif is_foreign(name, value):
+            extra[name] = value
+            (errors if strict else notes).append(_FOREIGN_STRICT.format(name) if strict else _FOREIGN.format(name))
+        elif wrong := refusal(name, value):
+            errors.append(wrong)
         else:
             extra[name] = value
-    return own, extra, errors
+    synonyms = {name: value for name, value in rest.items() if name in SYNONYMS and value is not None}
+    if synonyms:
+        errors += filter(None, [two_names(own | synonyms)])
+        own = {SYNONYMS[name]: value for name, value in synonyms.items()} | own
+    return own, extra, errors, notes
 
 
 def _without_nulls(value):
@@ -167,33 +150,32 @@ def _too_deep(value, left: int = _MAX_DEPTH) -> bool:
     return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 
 
-def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None]:
-    """The row's id and what is wrong with it. Without one it is the row's number, whatever ids the file has."""
+def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None, tuple[str, ...]]:
+    """The row's id, what is wrong with it, and what is noted. Without one it is the row's number, whatever ids there are."""
     if value is None:
-        return str(row), None
+        return str(row), None, ()
     value = whole(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        return str(row), f"id is {_short(value)}: it must be a string or an integer"
+        return str(row), f"id is {_short(value)}: it must be a string or an integer", ()
     id = storable(str(value))
-    return id, None if ids.add(id) else f"id {_short(id)} is that of an earlier row too"
+    if ids.add(id):
+        return id, None, ()
+    longer = ids.with_file(id)
+    if longer is None or not ids.add(longer):
+        return id, f"id {_short(id)} is that of an earlier row too", ()
+    return longer, None, ("ids that an earlier file has too are written FILE:id",)
 
 
-def _content_error(record: dict, prompt, token_ids) -> str | None:
-    """What is wrong with the part of the row that is to be continued."""
-    messages = record.get("messages")
-    given = [name for name in ("prompt", "token_ids", "messages") if record.get(name) is not None]
-    if len(given) > 1:
-        return f"both {' and '.join(given)}: give one of them"
-    if messages is not None:
-        return _messages_error(messages)
+def _content_error(content: Content, token_ids, name: str) -> str | None:
+    """What is wrong with the part of the row that is to be continued; `name`: the column of its prompt."""
+    prompt = content.prompt
+    if content.messages is not None:
+        return _messages_error(content.messages)
     if token_ids is not None:
         return _token_ids_error(token_ids)
-    if prompt is None:
-        names = ", ".join(repr(name) for name in record if name not in RESERVED)
-        return f"neither prompt nor messages nor token_ids{f': this row has {names[:60]}' if names else ''}"
     if not isinstance(prompt, str):
-        return f"prompt is {_short(prompt)}: it must be a string"
-    return None if prompt else "prompt is empty"
+        return f"{name} is {_short(prompt)}: it must be a string"
+    return None if prompt else f"{name} is empty"
 
 
 def _messages_error(messages) -> str | None:
@@ -278,21 +260,48 @@ def _short(value) -> str:
 
 
 class _Ids:
-    """The ids so far, as 8-byte hashes: recent ones in a set, the others in one sorted array."""
+    """The ids so far, as 8-byte hashes: those of this file, and those of earlier files."""
+
+    def __init__(self):
+        self._ours, self._earlier, self._file = _Hashes(), _Hashes(), None
+
+    def next_file(self, name: str) -> None:
+        self._earlier.join(self._ours)
+        self._ours, self._file = _Hashes(), name
+
+    def add(self, id: str) -> bool:
+        """False if the id was there already."""
+        digest = xxhash.xxh3_64_intdigest(id.encode())
+        return digest not in self._earlier and self._ours.add(digest)
+
+    def with_file(self, id: str) -> str | None:
+        """Another id for one that an earlier file has; None if it is this file that has it twice."""
+        ours = self._file is None or xxhash.xxh3_64_intdigest(id.encode()) in self._ours
+        return None if ours else f"{self._file}:{id}"
+
+
+class _Hashes:
+    """Hashes: recent ones in a set, the others in one sorted array."""
 
     def __init__(self):
         self._recent: set[int] = set()
         self._sorted = np.empty(0, np.uint64)
 
-    def add(self, id: str) -> bool:
-        """False if the id was there already."""
-        digest = xxhash.xxh3_64_intdigest(id.encode())
-        wanted = np.uint64(digest)
-        place = self._sorted.searchsorted(wanted)
-        if digest in self._recent or (place < len(self._sorted) and self._sorted[place] == wanted):
+    def __contains__(self, digest: int) -> bool:
+        place = self._sorted.searchsorted(np.uint64(digest))
+        return digest in self._recent or (place < len(self._sorted) and int(self._sorted[place]) == digest)
+
+    def add(self, digest: int) -> bool:
+        """False if the hash was there already."""
+        if digest in self:
             return False
         self._recent.add(digest)
         if len(self._recent) > 2**16:
-            self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)]))
-            self._recent.clear()
+            self.join(_Hashes())
         return True
+
+    def join(self, other: "_Hashes") -> None:
+        """Takes over the hashes of another."""
+        recent = np.fromiter(self._recent | other._recent, np.uint64)
+        self._sorted = np.sort(np.concatenate([self._sorted, other._sorted, recent]))
+        self._recent.clear()

@@ -1,0 +1,191 @@
+"""The files of a run's prompts, in order: which they are, how many rows they have, and what tells them from others.
+
+Knows no key of a row.
+"""
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import xxhash
+
+from noria import readers
+from noria.config import Config, InputError, require
+from noria.readers import BadRow
+from noria.rows.columns import Columns
+from noria.text import plural
+
+EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
+MAX_FILES = 10_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's prompts come from. `limit`: rows that are read at most (None: all)."""
+
+    files: tuple[str, ...]
+    columns: Columns = Columns()
+    limit: int | None = None
+    strict_keys: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> "Source":
+        """That of a run. Raises InputError for a pattern that no file matches."""
+        columns = Columns(config.prompt_column, config.id_column, config.messages_column)
+        return cls(files_of(config.prompts), columns, config.limit, config.job.strict_keys)
+
+    def __str__(self) -> str:
+        if len(self.files) == 1:
+            return self.files[0]
+        return f"{plural(len(self.files), 'file')} ({self.files[0]} to {self.files[-1]})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each file is called in ids and errors: its name, or its path where two files have one name."""
+        short = [Path(file).name for file in self.files]
+        return tuple(short if len(set(short)) == len(short) else self.files)
+
+
+def as_source(prompts: Source | str | Path) -> Source:
+    """A source, or one file as such."""
+    return prompts if isinstance(prompts, Source) else Source((str(prompts),))
+
+
+def files_of(prompts: str | list[str]) -> tuple[str, ...]:
+    """The files that a run names, in the order that it names them in; those of a pattern by name, numbers by their value.
+
+    Raises InputError for a pattern that no file matches, and for a file that is named twice.
+    """
+    files = [file for pattern in ([prompts] if isinstance(prompts, str) else prompts) for file in _matches(pattern)]
+    require(
+        len(files) <= MAX_FILES, f"prompts: {len(files):,} files, at most {MAX_FILES:,} are read: join some of them"
+    )
+    seen: set[str] = set()
+    for file in files:
+        require(file not in seen, f"prompts {file}: the file is named twice")
+        seen.add(file)
+    return tuple(files)
+
+
+def _matches(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [pattern]
+    found = sorted((file for file in glob.glob(pattern, recursive=True) if Path(file).is_file()), key=_natural)
+    require(found, f"prompts {pattern}: no file matches")
+    return found
+
+
+def _natural(name: str) -> list:
+    """The order in which people number files: part-2 before part-10."""
+    pieces = re.split(r"([0-9]+)", name)
+    return [(int(piece), piece) if place % 2 else piece for place, piece in enumerate(pieces)]
+
+
+def records(source: Source) -> Iterator[tuple[int, dict | BadRow]]:
+    """The rows of all files in order, each with the number of its file. Raises InputError as the readers do."""
+
+    def of_all_files() -> Iterator[tuple[int, dict | BadRow]]:
+        for number, file in enumerate(source.files):
+            for record in readers.for_path(file).read(file, source.columns.of_a_table):
+                yield number, record
+
+    return islice(of_all_files(), source.limit)
+
+
+def check_files(source: Source) -> None:
+    """Raises InputError for a file that is missing or of an unknown kind."""
+    for file in source.files:
+        readers.for_path(file)
+        with readers.opened(file):
+            pass
+
+
+def counts(prompts: Source | str | Path) -> list[int]:
+    """The number of rows of each file, counted without parsing them. Raises InputError as open_prompts does."""
+    source = as_source(prompts)
+    check_files(source)
+    if source.limit is not None:
+        found = [0] * len(source.files)
+        for number, _ in records(source):
+            found[number] += 1
+        return found
+    return [readers.for_path(file).count(file, source.columns.of_a_table) for file in source.files]
+
+
+def count(prompts: Source | str | Path) -> int:
+    """The number of rows of all files."""
+    return sum(counts(prompts))
+
+
+def content_hash(prompts: Source | str | Path) -> str:
+    """XXH3 (128 bits, hex) of a file's bytes as they are on disk; of several files that of their hashes and sizes.
+
+    Raises InputError if one cannot be read.
+    """
+    files = as_source(prompts).files
+    return _file_hash(files[0]) if len(files) == 1 else _joined([(file, None) for file in files])
+
+
+def content_key(prompts: Source | str | Path, content: str) -> str:
+    """What tells these prompts from others, with all that `extends` must know: the hash, its bytes and its files."""
+    files = as_source(prompts).files
+    several = f" in {len(files)} files" if len(files) > 1 else ""
+    return f"{content} of {sum(Path(file).stat().st_size for file in files)} bytes{several}"
+
+
+def extends(prompts: Source | str | Path, key: str) -> bool:
+    """Whether the prompts begin with those that had this key: whole files, of which the last may have become longer by
+    whole lines, and perhaps more files after them.
+
+    Raises InputError for formats in which more bytes can change an old row: an open quotation mark of a CSV, a line that
+    goes on in the next piece of a gzip file.
+    """
+    files = as_source(prompts).files
+    told = re.fullmatch(r"(\w+) of (\d+) bytes(?: in (\d+) files)?", key)
+    if not told or int(told[3] or 1) > len(files):
+        return False
+    files = files[: int(told[3] or 1)]
+    last = Path(files[-1])
+    nbytes = int(told[2]) - sum(Path(file).stat().st_size for file in files[:-1])
+    if not 0 <= nbytes <= last.stat().st_size:
+        return False
+    cut = [*((file, None) for file in files[:-1]), (files[-1], nbytes)]
+    found = _file_hash(last, nbytes) if len(files) == 1 else _joined(cut)
+    return found == told[1] and (nbytes == last.stat().st_size or _ends_a_line(last, nbytes))
+
+
+def _ends_a_line(path: Path, nbytes: int) -> bool:
+    """Whether a file's first bytes end with a line. Raises InputError if it has no rows that are lines."""
+    if path.suffix not in EXTENDABLE:
+        raise InputError(
+            f"prompts {path}: job.extend needs a format whose rows are lines ({', '.join(EXTENDABLE)}), or new files after"
+            f" the old ones: in {path.suffix} an old row may change; put the new rows in a file of their own"
+        )
+    with open(path, "rb") as file:
+        file.seek(max(nbytes - 1, 0))
+        border = file.read(2)
+    return b"\n" in border
+
+
+def _joined(files: list[tuple[str, int | None]]) -> str:
+    """The hash of several files' hashes and sizes; of each file its first bytes, or all (None)."""
+    digest = xxhash.xxh3_128()
+    for file, nbytes in files:
+        size = Path(file).stat().st_size if nbytes is None else nbytes
+        digest.update(f"{_file_hash(file, nbytes)} of {size} bytes\n".encode())
+    return digest.hexdigest()
+
+
+def _file_hash(path: str | Path, nbytes: int | None = None) -> str:
+    digest, left = xxhash.xxh3_128(), float("inf") if nbytes is None else nbytes
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while left and (piece := file.read(min(2**22, left) if nbytes is not None else 2**22)):
+                digest.update(piece)
+                left -= len(piece)
+    except OSError as error:
+        raise InputError(f"prompts {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
