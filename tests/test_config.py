@@ -18,7 +18,8 @@ def refusal(flags=None, text=None, tmp_path=None):
 
 def test_a_run_needs_only_model_prompts_and_output():
     run = config.load(None, NEEDED)
-    assert (run.sampling.max_new_tokens, run.sampling.temperature, run.dtype) == (256, 0.0, "auto")
+    settled = run.sampling.override({})
+    assert (settled.max_new_tokens, settled.temperature, settled.seed, run.dtype) == (256, 0.0, 0, "auto")
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -30,7 +30,7 @@ def next_token(tokens, number):
 def expected(one, sample, limit):
     tokens, new = list(one.token_ids), []
     while True:
-        new.append(next_token(tokens + new, uniform(3, one.row, sample, len(new))))
+        new.append(next_token(tokens + new, uniform(3, 0, sample, len(new))))
         if new[-1] == END or len(new) == one.sampling["max_new_tokens"] or len(tokens) + len(new) == limit:
             return new
 

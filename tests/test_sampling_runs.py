@@ -94,7 +94,7 @@ def expected(row, keys, sample):
     stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
     while len(one.token_ids) < sampling.max_new_tokens:
         logits = torch.from_numpy(reference.logits(CONFIG, STATE, one.prompt_token_ids + one.token_ids)[-1])
-        token = choose(one, logits, uniform(sampling.seed, row, sample, len(one.token_ids)))
+        token = choose(one, logits, uniform(sampling.seed, 0 if "seed" in keys else row, sample, len(one.token_ids)))
         raw = torch.log_softmax(logits, -1)
         best = raw.topk(sampling.logprobs or 0)
         one.token_ids.append(token)

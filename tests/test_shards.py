@@ -11,7 +11,7 @@ import pytest
 import small_run
 from mpirun import describe, mpirun
 from noria.__main__ import main
-from noria.config import InputError, load, parse_shard, shard_rows
+from noria.config import InputError, parse_shard, shard_rows
 from noria.files.generations import open_generations
 
 NUM_ROWS = 14
@@ -115,24 +115,14 @@ def without_seed(command):
     return command[:place] + command[place + 2 :]
 
 
-def test_a_sampled_shard_without_a_seed_is_refused():
-    keys = {"model": "m", "prompts": "p.jsonl", "output": "o", "temperature": 0.5, "shard": "1/2"}
-    with pytest.raises(InputError, match="temperature 0.5 and there is no seed: every shard would draw its own"):
-        load(None, keys)
-    assert load(None, keys | {"seed": 0}).job.shard == load(None, keys | {"temperature": 0}).job.shard == "1/2"
-
-
-def test_a_row_that_is_sampled_by_its_own_key_needs_a_seed_in_a_shard_too(folder, capsys):
-    (folder / "one.jsonl").write_text('{"prompt": "a"}\n{"token_ids": [5], "temperature": 0.5}\n')
-    command = small_run.command(
-        folder, "own.h5", "--prompts", folder / "one.jsonl", "--temperature", "0", "--shard", "1/2"
-    )
-    capsys.readouterr()
-    assert main(without_seed(command)) == 2
-    said = capsys.readouterr().err
-    assert "row 1 of" in said and "is sampled (its temperature is 0.5) without a seed: give all shards the same" in said
-    (folder / "one.jsonl").write_text('{"token_ids": [5], "temperature": 0.5, "seed": 3}\n')
-    assert main(without_seed(command)) == 0, "its own seed is enough"
+def test_a_sampled_shard_needs_no_seed(folder):
+    rows = [{"token_ids": [5 + row], "temperature": 1.5} for row in range(2)]
+    (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = small_run.command(folder, "own.h5", "--prompts", folder / "one.jsonl")
+    assert main(without_seed(command)) == 0
+    for i in (1, 2):
+        assert main(without_seed([*command, "--output", str(folder / f"own{i}.h5"), "--shard", f"{i}/2"])) == 0
+    assert tokens(folder / "own1.h5") + tokens(folder / "own2.h5") == tokens(folder / "own.h5")
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "a"])
@@ -185,8 +175,7 @@ def test_greedy_shards_need_no_seed_and_merge(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [[], ["--seed", "5"]])
-def test_greedy_shards_that_were_merged_take_longer_prompts_with_any_seed(folder, tmp_path, seed):
+def test_greedy_shards_that_were_merged_take_longer_prompts(folder, tmp_path):
     lines = (folder / "greedy.jsonl").read_text().splitlines(keepends=True)
     greedy = ["--prompts", tmp_path / "p.jsonl", "--temperature", "0"]
     (tmp_path / "p.jsonl").write_text("".join(lines[:9]))
@@ -195,7 +184,7 @@ def test_greedy_shards_that_were_merged_take_longer_prompts_with_any_seed(folder
         assert main(without_seed(arguments(folder, output, *greedy, "--shard", f"{i}/2"))) == 0
     assert main(["merge", str(merged), *map(str, shards)]) == 0
     (tmp_path / "p.jsonl").write_text("".join(lines))
-    longer = [*without_seed(arguments(folder, merged, *greedy)), *seed]
+    longer = without_seed(arguments(folder, merged, *greedy))
     assert main(longer) == 2 and main([*longer, "--extend"]) == 0
     assert main(without_seed(arguments(folder, tmp_path / "whole.h5", *greedy))) == 0
     assert tokens(merged) == tokens(tmp_path / "whole.h5") and len(tokens(merged)) == NUM_ROWS

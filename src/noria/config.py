@@ -235,12 +235,6 @@ class Config:
         require(self.limit is None or self.limit >= 1, f"limit is {self.limit}: it must be at least 1")
         self.sampling.check()
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
-        sampled = self.sampling.temperature > 0 and self.sampling.seed is None
-        require(
-            not (self.job.shard and sampled),
-            f"job.shard is {self.job.shard}, sampling.temperature {self.sampling.temperature:g} and there is no seed:"
-            " every shard would draw its own; give all of them the same sampling.seed (--seed 1)",
-        )
 
     def to_toml(self) -> str:
         """The run file that gives this run again: every key that is set."""

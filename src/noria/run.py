@@ -83,14 +83,14 @@ def _generate(
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
         mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
         watchdog.doing = "reading the sealed parts"
-        desk = mpi.on_first_rank(
-            comm, lambda: Desk(config, work.num_rows, work.prompts_hash, plan, checkpoint, segment), share=False
-        )
+        desk = mpi.on_first_rank(comm, lambda: Desk(config, work, plan, checkpoint, segment), share=False)
         if rank == 0:
             watchdog.record = desk.fail
             on_error.push(desk.withdraw)
         told = device.type == "cuda" or config.job.machine is not None  # nobody can assume what a CPU does
-        _announce(comm, place, device, [f"transport {transport_name}: {reason}", *plan.lines(predicted=told)])
+        _announce(
+            comm, place, device, [*work.said, f"transport {transport_name}: {reason}", *plan.lines(predicted=told)]
+        )
         traffic, timing, ring = Traffic(), Timing(), None
         title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
         its_streams = streams.streams_of(device)

@@ -1,7 +1,11 @@
-"""How a row is sampled: the keys of the section [sampling], which a row of the prompts may have too. Knows no model."""
+"""How a row is sampled: the keys of the section [sampling], nearly all of which a row of the prompts may have too.
+
+Knows no model.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import get_args
 
 from noria.keys import checked, key, require, types_of
@@ -9,19 +13,40 @@ from noria.keys import checked, key, require, types_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row is sampled. Every key may stand in a row of the prompts too, where it overrides the run's."""
+    """How one row is sampled. Every key but those of RUN_KEYS may stand in a row of the prompts, where it overrides the run's.
+
+    None for a key of OPEN: nobody has said it yet. `override` leaves none open.
+    """
 
     max_new_tokens: int = key("tokens to generate at most, per row; 0 scores the prompt alone", 256)
     min_new_tokens: int = key("tokens to generate at least: until then nothing ends the row", 0)
-    temperature: float = key("0 takes the most likely token; above 0 the distribution's sharpness", 0.0)
-    top_k: int = key("sample among the k most likely tokens (0: all)", 0)
-    top_p: float = key("sample among the most likely tokens that together have this probability", 1.0)
-    min_p: float = key("sample among the tokens at least this times as likely as the most likely one", 0.0)
-    repetition_penalty: float = key("above 1: tokens of the prompt and the text so far are less likely", 1.0)
+    generation_config: str = key(
+        "auto takes temperature, top_k, top_p, min_p and repetition_penalty from the model's generation_config.json where"
+        " its do_sample is true and neither row nor run sets them; none takes nothing from it",
+        "auto",
+        ("auto", "none"),
+    )
+    temperature: float | None = key(
+        "0 takes the most likely token; above 0 the distribution's sharpness (default: the model's, else 0; of OpenAI's"
+        " batch lines 1)"
+    )
+    top_k: int | None = key("sample among the k most likely tokens; 0: all (default: the model's, else 0)")
+    top_p: float | None = key(
+        "sample among the most likely tokens that together have this probability (default: the model's, else 1)"
+    )
+    min_p: float | None = key(
+        "sample among the tokens at least this times as likely as the most likely one (default: the model's, else 0)"
+    )
+    repetition_penalty: float | None = key(
+        "above 1: tokens of the prompt and the text so far are less likely (default: the model's, else 1)"
+    )
     presence_penalty: float = key("subtracted from the logits of tokens generated before", 0.0)
     frequency_penalty: float = key("subtracted as many times as the token was generated before", 0.0)
     logit_bias: dict | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
-    seed: int | None = key("seed of the random numbers; a sampled run without one draws it and stores it")
+    seed: int | None = key(
+        "seed of the random numbers: with the run's every row draws others, by its number; a row of the same text with"
+        " the same seed of its own gives the same tokens wherever it stands (default: 0)"
+    )
     n: int = key("samples of each prompt, each a row of the output", 1)
     stop: str | list | None = key(
         "text that ends a row and is cut from it; a list of such texts in a run file", text=True
@@ -43,12 +68,17 @@ class Sampling:
             bounds = f"in {least:g} .. {most:g}" if most < float("inf") else f"{least:g} or more"
             inside = value is None or (least <= value <= most and value != float("inf"))
             require(inside, f"sampling.{name} is {value}: it must be {'finite' if value == float('inf') else bounds}")
-        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
         require(
-            0 < self.repetition_penalty < float("inf"),
-            f"sampling.repetition_penalty is {self.repetition_penalty}: it must be above 0",
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1",
         )
-        require(0 <= self.top_k < 2**31, f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1")
+        penalty, top_k = self.repetition_penalty, self.top_k
+        right = penalty is None or 0 < penalty < float("inf")
+        require(right, f"sampling.repetition_penalty is {penalty}: it must be above 0")
+        require(
+            top_k is None or 0 <= top_k < 2**31,
+            f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1",
+        )
         require(self.seed is None or 0 <= self.seed < 2**63, f"sampling.seed is {self.seed}: it must be in 0 .. 2^63-1")
         _check_stop(self.stop_texts)
         _check_token_ids("stop_token_ids", self.stop_token_ids or [])
@@ -78,15 +108,27 @@ class Sampling:
         )
         return self
 
-    def override(self, keys: Mapping) -> "Sampling":
-        """These settings with a row's own keys. Raises InputError for a value of the wrong type or range.
+    def override(self, keys: Mapping, otherwise: Mapping = MappingProxyType({})) -> "Sampling":
+        """These settings with a row's own keys, and `otherwise`, else OPEN, for what is open still.
 
-        An integer may come as a float, as pandas writes a column of integers in which one is missing.
+        An integer may come as a float, as pandas writes a column of integers in which one is missing. Raises InputError for
+        a value of the wrong type or range.
         """
         known = types_of(Sampling)
-        return replace(
-            self, **{name: checked(as_integers(value, known[name]), known[name], name) for name, value in keys.items()}
-        )
+        own = {name: checked(as_integers(value, known[name]), known[name], name) for name, value in keys.items()}
+        defaults = {**OPEN, **otherwise}
+        return replace(self, **({name: defaults[name] for name in self.left_open} | own))
+
+    @property
+    def left_open(self) -> list[str]:
+        """The keys that nobody has said yet."""
+        return [name for name in OPEN if getattr(self, name) is None]
+
+
+# What a key is that neither row, nor run, nor model says.
+OPEN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+RUN_KEYS = ("generation_config",)  # never a row's
+ROW_KEYS = tuple(name for name in types_of(Sampling) if name not in RUN_KEYS)
 
 
 def whole(value):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
 from noria.rows.examination import doubts, open_model
+from noria.rows.model_sampling import taken, told
 from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import Source, count
 from noria.rows.tokenizer import tokenizer_of
@@ -37,11 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
         for doubt in doubts(tokenizer, chat, shape.vocab_size):
             _say("note", doubt)
+        by_model = taken(checkpoint.generation_config, config.sampling)
+        for line in told(checkpoint.generation_config, config.sampling, by_model):
+            _say("note", line)
+        sampling = replace(config.sampling, **by_model)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
         limits = Limits(shape.max_positions, shape.vocab_size)
         rows = shard_rows(config.job.shard, num_rows)
         prompts = noted(open_prompts(source), lambda message: _say("note", message))
-        found = examine(prompts, rows, encoder, config.sampling, limits, tokenizer)
+        found = examine(prompts, rows, encoder, sampling, limits, tokenizer)
     _report(config, found, output)
     return _verdict(config, found)
 

@@ -8,13 +8,18 @@ from collections.abc import Container, Mapping
 from dataclasses import fields
 
 from noria.config import WHOLE, Sampling
+from noria.sampling import OPEN
 
-OLD_RULES = 1  # of outputs that do not say by which rules they were begun
+# By which rules rows are rendered, drawn and decoded. An output says by which it was begun, and goes on by them.
+RULES = 2
+# Of outputs that say nothing: a row's own seed draws by its number in the file, nothing comes from the model's
+# generation_config.json, OpenAI's batch lines are sampled as other rows, a text is that of the new tokens alone.
+OLD_RULES = 1
 # What a header means that lacks the key: it was written before there was such a key, so with what is now its default.
 _DEFAULTS = {
     "rules": OLD_RULES,
     "shard": WHOLE,
-    **{f"sampling.{key.name}": key.default for key in fields(Sampling)},
+    **{f"sampling.{key.name}": OPEN.get(key.name, key.default) for key in fields(Sampling)},
 }
 
 

@@ -41,6 +41,20 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     return "parts" if part_files(folder) else "absent"
 
 
+def begun_with(path: str | Path) -> dict | None:
+    """The header of what lies at an output's place, finished or not; None if nothing does that can be read."""
+    path = Path(path)
+    for file in [path, *part_files(parts_folder(path))]:
+        try:
+            with open_generations(file) as opened:
+                header = json.loads(opened.attrs.get("header", "{}"))
+        except (InputError, OSError, ValueError, RecursionError):
+            continue
+        if isinstance(header, dict):
+            return header
+    return None
+
+
 def reopen(path: str | Path) -> None:
     """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again.
 

@@ -186,6 +186,12 @@ class Parts:
                 lines.setdefault(name, difference(name, part.header, f"in {part.path.name}", ours))
         return list(lines.values())
 
+    def adopt(self) -> None:
+        """Takes the parts for those of this run, as they are: `differences` found none."""
+        for part in self.parts:
+            part.header.clear()
+            part.header.update(self.header)
+
     def remove(self) -> None:
         """Deletes the folder. It is renamed first: a kill leaves all parts or none."""
         remove_parts(self.output)

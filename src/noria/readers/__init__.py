@@ -49,6 +49,10 @@ def own_id(value: object) -> str | int | None:
     return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
+class Request(dict):
+    """A row that was a line of OpenAI's batch format: what it leaves open is OpenAI's default."""
+
+
 def for_path(path: str | Path) -> ModuleType:
     """The reader of this file, by its suffix. Raises InputError that names the known ones."""
     readers = [kinds.load("readers", name) for name in kinds.names("readers")]

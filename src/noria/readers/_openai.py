@@ -4,15 +4,14 @@ Knows the format's keys and what Noria calls them; what a value may be is checke
 """
 
 import json
-from dataclasses import fields
 
 from noria.keys import nearest
 from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
-from noria.readers import BadRow
-from noria.sampling import Sampling
+from noria.readers import BadRow, Request
+from noria.sampling import ROW_KEYS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_OURS = tuple(field.name for field in fields(Sampling) if field.name != "logprobs")
+_OURS = tuple(name for name in ROW_KEYS if name != "logprobs")
 # Of the keys that Noria does not have, those that OpenAI has.
 _THEIRS = {
     "tools",
@@ -59,9 +58,10 @@ def as_row(record: dict) -> dict | BadRow:
     row |= {name: body[name] for name in (*_OURS, *_CARRIED) if name in body}
     row |= _logprobs(body) | {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
     if url == CHAT:
-        return row | {"messages": body.get("messages")}
+        return Request(row | {"messages": body.get("messages")})
     prompt = body.get("prompt")
-    return {"chat": False} | row | ({"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt})
+    said = {"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt}
+    return Request({"chat": False} | row | said)
 
 
 def _error(body, url) -> str | None:

@@ -12,6 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from noria.config import InputError, Sampling
+from noria.files.agreement import RULES
 from noria.rows.composing import compose
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
@@ -65,7 +66,7 @@ class Admission:
     `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is
     called with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job
     generated for it; `done` has the (row, sample) that an earlier job finished; `tokenizer` finds stop texts (None: there
-    is none).
+    is none); `rules` are those of files/agreement.py.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Admission:
         begun: Callable[[Sequence], None] = lambda sequence: None,
         done: Container[tuple[int, int]] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        rules: int = RULES,
     ):
-        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, tokenizer)
+        self._line = Line(prompts, num_prompts, tokenize, sampling, limits, finished, begun, done, tokenizer, rules)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < limits.vocab_size)
         self._limits, self._finished = limits, finished
         firsts = accumulate(limits.tiers, initial=0)

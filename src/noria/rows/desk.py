@@ -4,18 +4,16 @@ Knows the files and the sequences; nothing of steps, devices or messages.
 """
 
 import errno
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from noria.blocks import ModelShape
-from noria.config import TIERS, Config, InputError, Sampling, shard_rows
+from noria.config import TIERS, Config, InputError, shard_rows
 from noria.files.compact import Compactor
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -26,8 +24,9 @@ from noria.progress import Progress, log
 from noria.rows.admission import Admission, Limits
 from noria.rows.begun import take_up
 from noria.rows.chat import Encoder, encoder_of, tells_date
+from noria.rows.examination import Work
 from noria.rows.finished import generation
-from noria.rows.identity import another_run, header
+from noria.rows.identity import another_run
 from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import Source, extends
 from noria.rows.tokenizer import tokenizer_of
@@ -44,9 +43,10 @@ class Desk:
     is stopped for its deadline. Raises InputError if the parts beside the output are those of another run.
     """
 
-    def __init__(self, config: Config, num_rows: int, prompts_hash: str, plan: Plan, checkpoint, segment: Mapping):
-        self._config, self._checkpoint = config, checkpoint
-        self._num_prompts, self._rows = num_rows, shard_rows(config.job.shard, num_rows)
+    def __init__(self, config: Config, work: Work, plan: Plan, checkpoint, segment: Mapping):
+        self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
+        self.sampling = work.identity.sampling
+        self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
         self.seconds_left: Callable[[], float] = lambda: float("inf")
@@ -54,7 +54,7 @@ class Desk:
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
         make_room(config)
-        self._parts = Parts(config.output, header(config, prompts_hash, checkpoint.header_hash, plan.dtype))
+        self._parts = Parts(config.output, work.identity.header)
         try:
             self._open(plan, segment)
         except BaseException:
@@ -64,7 +64,7 @@ class Desk:
     def _open(self, plan: Plan, segment: Mapping) -> None:
         """From the parts that are there to the admission of what is left; last of all the record of this job."""
         config, parts = self._config, self._parts
-        self.sampling = self._agree()
+        self._agree()
         num_rows = len(self._rows) * self.sampling.n
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()
@@ -81,6 +81,7 @@ class Desk:
             self._take_up,
             done,
             self._tokenizer,
+            self._identity.rules,
         )
         parts.begin({**segment, "of": num_rows})
 
@@ -187,6 +188,7 @@ class Desk:
             self._parts.end("finished")
             self._merging = True  # from here on the parts may go at any moment
         attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
+        attrs |= {"model_sampling": self._identity.taken}
         merge(self._parts, self._config.output, self._rows, attrs, columns, np.array(self.admission.samples))
         self._progress.end(self._config.output)
 
@@ -210,14 +212,10 @@ class Desk:
             self._checkpoint, self._tokenizer, self.sampling, date, lambda message: log(0, num_ranks, message)
         )
 
-    def _agree(self) -> Sampling:
-        """The run's sampling with its seed: the user's, else the one that the parts store, else one drawn now."""
-        sampling, parts = self._config.sampling, self._parts
-        if sampling.seed is None and not self._config.job.shard:
-            stored = [seed for part in parts.parts if (seed := part.header.get("sampling.seed")) is not None]
-            sampling = replace(sampling, seed=stored[0] if stored else secrets.randbits(62))
-            parts.header["sampling.seed"] = sampling.seed
-        for part in parts.parts:  # a greedy shard drew nothing: any seed agrees with it
+    def _agree(self) -> None:
+        """Raises InputError if the parts are of another run; those that are not may be of an earlier version."""
+        parts = self._parts
+        for part in parts.parts:  # a greedy shard of the old rules drew nothing: any seed agrees with it
             if part.header.get("sampling.seed") is None:
                 part.header["sampling.seed"] = parts.header["sampling.seed"]
         if tells_date(
@@ -232,7 +230,7 @@ class Desk:
         different = parts.differences()
         if different:
             raise another_run(parts.folder, different)
-        return sampling
+        parts.adopt()
 
 
 def make_room(config: Config) -> None:

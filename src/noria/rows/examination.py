@@ -10,14 +10,16 @@ from pathlib import Path
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape
 from noria.config import Config, InputError, require
+from noria.files.agreement import OLD_RULES
 from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.plan import planner
 from noria.plan.costs import Load
 from noria.rows.chat import Chat, Encoder, encoder_of
-from noria.rows.identity import check_finished, check_shard, header
+from noria.rows.identity import Identity, check_finished, identity
 from noria.rows.lengths import look
+from noria.rows.model_sampling import told
 from noria.rows.source import Source, content_hash, count
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
@@ -34,6 +36,8 @@ class Work:
     dtype: str
     prompts_hash: str
     load: Load  # how long its rows are
+    identity: Identity
+    said: list[str]  # for the user, a line each
 
 
 def examine(config: Config, num_ranks: int, device: str) -> Work:
@@ -43,14 +47,15 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
-        check_shard(config)
         encode = _encoder(config, checkpoint)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
-        if state == "finished" and check_finished(config, header(config, prompts_hash, checkpoint.header_hash, dtype)):
+        own = identity(config, prompts_hash, checkpoint, dtype)
+        if state == "finished" and check_finished(config, own.header):
             state = "parts"
         load = look(config, checkpoint.shape.max_positions, num_rows, encode)
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load)
+        said = told(checkpoint.generation_config, config.sampling, own.taken) if own.rules > OLD_RULES else []
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load, own, said)
 
 
 def _encoder(config: Config, checkpoint) -> Encoder:

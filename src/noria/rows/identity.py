@@ -5,44 +5,68 @@ Reads prompts and finished outputs; generates nothing.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 
-from noria.config import WHOLE, Config, InputError, parse_shard
-from noria.files.agreement import difference, differing
+from noria.config import WHOLE, Config, InputError, Sampling, parse_shard
+from noria.files.agreement import OLD_RULES, RULES, difference, differing
 from noria.files.generations import open_generations
+from noria.files.output import begun_with
 from noria.files.schema import STATUS
-from noria.rows.prompts import open_prompts
+from noria.rows.model_sampling import taken
 from noria.rows.source import Source, content_key, extends
+from noria.sampling import OPEN, ROW_KEYS
 
 COLUMNS = ("prompt_column", "id_column", "messages_column")  # they say what a row is
 
 
-def header(config: Config, prompts_hash: str, checkpoint_hash: str, dtype: str) -> dict:
-    """What rows generated now must have in common with those that are there already."""
-    sampling = {f"sampling.{name}": value for name, value in asdict(config.sampling).items()}
-    source = Source.of(config)
+@dataclass(frozen=True)
+class Identity:
+    """What rows generated now must have in common with those that are there already.
+
+    `sampling`: the run's, with what the model says where the run leaves a key open; `taken`: what that is; `rules`: by
+    which the output was begun (files/agreement.py); `header`: all that is compared.
+    """
+
+    sampling: Sampling
+    taken: dict
+    rules: int
+    header: dict
+
+
+def identity(config: Config, prompts_hash: str, checkpoint, dtype: str) -> Identity:
+    """That of a run, beside what lies at its output's place. Raises InputError for sampling keys of the model that are wrong.
+
+    An output of the old rules was begun without the model's keys and with a seed that was drawn: what the run leaves open
+    is what that output says.
+    """
+    begun = (None if config.job.overwrite else begun_with(config.output)) or {"rules": RULES}
+    rules = int(begun.get("rules", OLD_RULES))
+    if rules > OLD_RULES:
+        found = taken(checkpoint.generation_config, config.sampling)
+        # The temperature stays open: OpenAI's batch lines have another default than rows.
+        said = {name: value for name, value in OPEN.items() if name != "temperature"} | found
+    else:
+        found, said = {}, {name: begun.get(f"sampling.{name}", value) for name, value in OPEN.items()}
+    sampling = replace(config.sampling, **{name: said[name] for name in config.sampling.left_open if name in said})
+    return Identity(
+        sampling, found, rules, _header(config, sampling, rules, prompts_hash, checkpoint.header_hash, dtype)
+    )
+
+
+def _header(
+    config: Config, sampling: Sampling, rules: int, prompts_hash: str, checkpoint_hash: str, dtype: str
+) -> dict:
+    keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(source, prompts_hash)
-    named = {name: getattr(config, name) for name in COLUMNS}
-    return {"prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **named, **sampling}
-
-
-def check_shard(config: Config) -> None:
-    """Raises InputError if a row is sampled by its own keys and no seed says how: each shard would draw its own."""
-    if config.job.shard is None or config.sampling.seed is not None:
-        return
-    for prompt in open_prompts(Source.of(config)):
-        if prompt.sampling.get("temperature", 0) > 0 and prompt.sampling.get("seed") is None:
-            raise InputError(
-                f"job.shard is {config.job.shard} and row {prompt.row} of {config.prompts} is sampled (its temperature"
-                f" is {prompt.sampling['temperature']:g}) without a seed: give all shards the same sampling.seed (--seed 1)"
-            )
+    prompts = content_key(Source.of(config), prompts_hash)
+    keys = {name: getattr(config, name) for name in COLUMNS} | keys
+    return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
 def check_finished(config: Config, header: Mapping) -> bool:
     """Whether the finished output has rows to generate still: new ones of longer prompts, or errors to be tried again.
 
-    Raises InputError if it is that of another run (a run without a seed takes any).
+    Raises InputError if it is that of another run.
     """
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))

@@ -5,7 +5,7 @@ A bad row is a Prompt with an error, never an exception. Knows no tokenizer, no 
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import xxhash
 
 from noria.config import InputError, Sampling
 from noria.names import SYNONYMS, is_foreign, refusal, two_names
-from noria.readers import BadRow, own_id
+from noria.readers import BadRow, Request, own_id
 from noria.rows.columns import Content, content_of
 from noria.rows.source import Source, as_source, check_files, records
-from noria.sampling import whole
+from noria.sampling import ROW_KEYS, RUN_KEYS, whole
 from noria.text import storable
 
-SAMPLING = tuple(f.name for f in fields(Sampling))
+SAMPLING = ROW_KEYS
 _MAX_DEPTH = 200  # of the lists and objects in a row
 MAX_NOTES = 100  # that are said of a run's rows
 _FOREIGN = (
@@ -37,7 +37,8 @@ class Prompt:
 
     `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the
     row's own keys of config.Sampling, checked; `extra` the user's own columns as JSON text ("" without any); `error`
-    says why the row cannot run (None: it can); `notes` what the run's user must know of rows of this form.
+    says why the row cannot run (None: it can); `notes` what the run's user must know of rows of this form. `request`: it
+    is a line of OpenAI's batch format.
     """
 
     row: int
@@ -49,6 +50,7 @@ class Prompt:
     error: str | None
     messages: list[dict] | None = None
     notes: tuple[str, ...] = ()
+    request: bool = False
 
 
 def open_prompts(prompts: Source | str | Path) -> Iterator[Prompt]:
@@ -113,6 +115,7 @@ def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
         error or None,
         messages,
         (*content.notes, *key_notes, *id_notes),
+        isinstance(record, Request),
     )
 
 
@@ -125,6 +128,8 @@ def _sort_keys(rest: dict, strict: bool) -> tuple[dict, dict, list[str], list[st
                 own[name] = _without_nulls(value) if name == "logit_bias" else value
         elif name in SYNONYMS:
             notes.append(f"{name} in rows is read as {SYNONYMS[name]}")
+        elif name in RUN_KEYS and isinstance(value, str):
+            errors.append(f"{name} is a key of the run: it is the same for all rows")
         elif is_foreign(name, value):
             extra[name] = value
             (errors if strict else notes).append(_FOREIGN_STRICT.format(name) if strict else _FOREIGN.format(name))

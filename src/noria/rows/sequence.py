@@ -14,19 +14,23 @@ from noria.rows.randomness import uniform
 from noria.rows.stopping import StopTexts
 from noria.step import PAGE_TOKENS, Run
 
+_DEFAULT = Sampling().override({})
+
 
 @dataclass(eq=False)
 class Sequence:
     """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
 
     logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
-    the row asks for it. `text_end`: characters of the text up to the stop text that ended it (None: no such text).
+    the row asks for it. `drawn_as`: the row number by which its random numbers are drawn (None: its own).
+    `text_end`: characters of the text up to the stop text that ended it (None: no such text).
     """
 
     prompt: Prompt
     sampling: Sampling
     prompt_token_ids: list[int]
     sample: int = 0
+    drawn_as: int | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "none"
     error: str = ""
@@ -60,9 +64,10 @@ class Sequence:
 
     def uniform(self) -> float:
         """The random number of the next token; a greedy row needs none."""
-        if self.sampling.temperature == 0:
+        if not self.sampling.temperature:
             return 0.0
-        return uniform(self.sampling.seed, self.prompt.row, self.sample, len(self.token_ids))
+        row = self.prompt.row if self.drawn_as is None else self.drawn_as
+        return uniform(self.sampling.seed or 0, row, self.sample, len(self.token_ids))
 
 
 @dataclass(eq=False)
@@ -98,7 +103,7 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict:
     The keys of config.Sampling that concern logits; `banned`: ids that may not be sampled before min_new_tokens;
     `prompt_length`; `shared`: the tokens that the row's steps will not carry, where penalties must know them.
     """
-    sampling, default = sequence.sampling, Sampling()
+    sampling, default = sequence.sampling, _DEFAULT
     settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs"):
         if getattr(sampling, name) != getattr(default, name):

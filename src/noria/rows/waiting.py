@@ -5,11 +5,12 @@ Knows neither slots nor pages.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import numpy as np
 
 from noria.config import Sampling
+from noria.files.agreement import OLD_RULES, RULES
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
 from noria.rows.stopping import StopTexts, with_special_stops
@@ -21,9 +22,9 @@ class Line:
     """Sequences in the order of their prompts; samples whose prompt is computed go first.
 
     `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. With a
-    `tokenizer` stop texts are found; one that is a special token is that token, because texts do not show it.
-    `samples`: of each prompt read so far, in order, how many rows it has (an error too: one for each sample); `num_rows`
-    their sum.
+    `tokenizer` stop texts are found; one that is a special token is that token, because texts do not show it. `rules` are
+    those of files/agreement.py. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one
+    for each sample); `num_rows` their sum.
     """
 
     def __init__(
@@ -37,9 +38,12 @@ class Line:
         begun: Callable[[Sequence], None],
         done: Container[tuple[int, int]],
         tokenizer: Tokenizer | None,
+        rules: int = RULES,
     ):
+        self._rules = rules
         self._prompts, self._num_unread = iter(prompts), num_prompts
         self._tokenize, self._sampling, self._limits = tokenize, sampling, limits
+        self._plain = [of_row({}, request, sampling, rules) for request in (False, True)]  # rows without own keys
         self._finished, self._begun, self._done = finished, begun, done
         self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
         self._special_ids = tokenizer.special_ids if tokenizer else {}
@@ -109,7 +113,8 @@ class Line:
             return self._sampling, prompt.error
         sampling = self._sampling
         try:
-            sampling = self._sampling.override(prompt.sampling) if prompt.sampling else sampling
+            own, request = prompt.sampling, prompt.request
+            sampling = of_row(own, request, self._sampling, self._rules) if own else self._plain[request]
             return with_special_stops(sampling.check(), self._special_ids), ""
         except ValueError as error:
             return sampling, str(error)
@@ -117,7 +122,8 @@ class Line:
     def _sample(self, first: Sequence, sample: int) -> Sequence:
         """Another sequence like the first one of a prompt."""
         sampling = first.sampling
-        sequence = Sequence(first.prompt, sampling, first.prompt_token_ids, sample, error=first.error)
+        drawn_as = 0 if self._rules > OLD_RULES and "seed" in first.prompt.sampling else None
+        sequence = Sequence(first.prompt, sampling, first.prompt_token_ids, sample, drawn_as, error=first.error)
         if sequence.error:
             return sequence
         if sampling.scores_prompt:
@@ -157,6 +163,17 @@ class Line:
                 " lower max_new_tokens, or give the cache more room (placement.cache, or the memory of its tier)"
             )
         return None
+
+
+_OF_REQUESTS = {"temperature": 1.0}  # OpenAI's defaults, where they are others than Noria's
+
+
+def of_row(own: Mapping, request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
+    """How a row is sampled: by its own keys, else the run's (which have the model's), else by the defaults of its kind.
+
+    `request`: it is a line of OpenAI's batch format. Raises InputError for a wrong value.
+    """
+    return sampling.override(own, _OF_REQUESTS if request and rules > OLD_RULES else {})
 
 
 def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
