@@ -109,3 +109,39 @@ def _arrow_leaf(choose: random.Random, type):
         return choose.choice([0, choose.randrange(_DAY * per_second), choose.randrange(_DAY) * per_second])
     most = 3 * 10**9 * per_second if types.is_duration(type) else _RANGE[type.unit] // 4
     return choose.choice([0, 1, -1, choose.randint(-most, most), choose.randint(-(10**9), 10**9) * per_second % most])
+
+
+# What a row of an output holds.
+
+
+def json_value(choose: random.Random, depth: int = 2):
+    """A random value of a user's own column, as JSON has it."""
+    numbers = [0, -1, 7, 2**53, 2**53 + 1, -(2**63), 2**63 - 1, 2**64, 10**30, 0.1, -0.0, 1e300, 1e-300, 2.0, 1e16]
+    kinds = [
+        lambda: None,
+        lambda: choose.random() < 0.5,
+        lambda: choose.choice(numbers),
+        lambda: text(choose) + choose.choice(["", "", "\0"]),
+    ]
+    nested = [
+        lambda: [json_value(choose, depth - 1) for _ in range(choose.randint(0, 3))],
+        lambda: {text(choose): json_value(choose, depth - 1) for _ in range(choose.randint(0, 3))},
+    ]
+    return choose.choice(kinds + nested * (depth > 0))()
+
+
+def column_of(choose: random.Random, num_rows: int) -> list:
+    """The values of a column: all of one kind, or of any kind."""
+    integers, floats = [0, 5, 2**53 + 1, -(2**63)], [0.5, 1e300, -0.0, float("inf"), 3.0]
+    one = choose.choice(
+        [
+            lambda: choose.choice([None, text(choose)]),
+            lambda: choose.choice([None, *integers]),
+            lambda: choose.choice([None, *floats]),
+            lambda: choose.choice([None, True, False]),
+            lambda: choose.choice([*floats, 1, 2**53, -7]),
+            lambda: choose.choice([*floats, *integers]),
+            lambda: json_value(choose),
+        ]
+    )
+    return [one() for _ in range(num_rows)]

@@ -1,8 +1,10 @@
-"""Text that leaves the program: what HDF5 can store, what a terminal may show.
+"""Text that leaves the program: what HDF5 can store, what JSON has, what a terminal may show.
 
 Knows no file and no terminal.
 """
 
+import json
+import math
 import re
 
 REPLACEMENT = "\ufffd"
@@ -14,6 +16,22 @@ _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u20
 def storable(text: str) -> str:
     """`text` as an HDF5 string can hold it: NUL and lone surrogates become U+FFFD."""
     return _UNSTORABLE.sub(REPLACEMENT, text)
+
+
+def json_text(value: object, ensure_ascii: bool = False) -> str:
+    """The value as JSON, in any script unless `ensure_ascii`; numbers that JSON lacks (infinity, NaN) are null."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ensure_ascii)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:

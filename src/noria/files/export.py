@@ -4,7 +4,6 @@ Knows the finished output and its parts; nothing of how they came about.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from noria.files.export_openai import responses
 from noria.files.export_tables import write_csv, write_parquet
 from noria.files.generations import Generation, open_generations
 from noria.files.sealed import gather, part_files, parts_folder, scan, select, to_stderr
-from noria.text import plural
+from noria.text import json_text, plural
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 FORMATS = ("rows", "openai")
@@ -33,10 +32,10 @@ def export(
     """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
 
     The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
-    name of one of KEYS is exported as `input_NAME`, never instead of Noria's. Numbers that JSON lacks (NaN, infinity)
-    become null. With `format` openai a response a prompt, as JSON lines. An output that is not finished is exported
-    from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises InputError for
-    what is no output or cannot be written.
+    name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
+    is written, which has none. With `format` openai a response a prompt, as JSON lines. An output that is not finished is
+    exported from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises
+    InputError for what is no output or cannot be written.
     """
     source, target = Path(source), Path(target)
     check_target(target, format)
@@ -84,24 +83,28 @@ def as_object(generation: Generation) -> dict:
             row[name] = _numbers(values)
     if generation.error:
         row["error"] = generation.error
-    for name, value in own_columns(generation.extra).items():
-        while name in KEYS or name in row:
-            name = f"input_{name}"
-        row[name] = value
+    own = own_columns(generation.extra)
+    for name, value in own.items():
+        row[f"input_{name}" if _taken(name, own) else name] = value
     return row
 
 
+def _taken(name: str, own: dict) -> bool:
+    """Whether a user's column has the name of one of KEYS, or of a user's column that is renamed for that."""
+    while name not in KEYS:
+        before = name.removeprefix("input_")
+        if before == name or before not in own:
+            return False
+        name = before
+    return True
+
+
 def own_columns(extra: str) -> dict:
-    """The user's own columns of a row, from their JSON text."""
-    columns = json.loads(extra, parse_float=_finite, parse_constant=lambda name: None) if extra else {}
+    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
+    columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
     if not isinstance(columns, dict):
         raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")
     return columns
-
-
-def _finite(digits: str) -> float | None:
-    value = float(digits)
-    return value if math.isfinite(value) else None
 
 
 def _numbers(values: np.ndarray) -> list:
@@ -160,7 +163,7 @@ def _write_lines(path: Path, objects: Iterable[dict]) -> int:
 
 def _line(row: dict) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json_text(row).encode() + b"\n"
     except UnicodeEncodeError:
         # A lone surrogate in a user's own column, which UTF-8 cannot hold and a JSON escape can.
-        return json.dumps(row).encode() + b"\n"
+        return json_text(row, ensure_ascii=True).encode() + b"\n"

@@ -3,32 +3,34 @@
 Knows rows as plain objects, nothing of the output that they come from. Parquet needs pyarrow, an extra.
 """
 
-import csv
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 
 from noria.config import InputError
+from noria.text import json_text
 
 BATCH_ROWS = 1024
+BATCH_CHARACTERS = 2**26  # of texts: a column of a batch holds less than 2 GiB
 # What the cells of a column are: the narrowest of these that holds all of them. `json` is the text of a JSON value.
 _NARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
+_EXACT = 2**53  # integers up to here are floats too
+_QUOTED = re.compile(r'[",\r\n]|^$')
 
 Rows = Callable[[], Iterable[dict]]
 
 
 def write_csv(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
-    """Writes a header and a record a row (RFC 4180, UTF-8): texts as they are, lists, objects as JSON, null as nothing.
+    """Writes a header and a record a row (RFC 4180, UTF-8): texts as they are, lists, objects as JSON, null as nothing, an
+    empty text as two quotes.
 
     `known` are the kinds of Noria's own columns by name, in their order. Returns the number of rows.
     """
     names, count = list(_columns(rows(), known)), 0
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([_storable(name) for name in names])
+        file.write(",".join(map(_cell, _storable_names(names))) + "\n")
         for row in rows():
-            table.writerow([_cell(row.get(name)) for name in names])
+            file.write(",".join([_cell(row.get(name)) for name in names]) + "\n")
             count += 1
     return count
 
@@ -41,7 +43,7 @@ def write_parquet(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
     pyarrow, parquet = _pyarrow()
     columns, count = _columns(rows(), known), 0
     kinds = {name: _type(pyarrow, kind) for name, kind in columns.items()}
-    schema = pyarrow.schema([(_storable(name), kind) for name, kind in kinds.items()])
+    schema = pyarrow.schema(list(zip(_storable_names(columns), kinds.values(), strict=True)))
     with parquet.ParquetWriter(path, schema) as writer:
         for batch in _batches(rows()):
             values = [[_value(row.get(name), kind) for row in batch] for name, kind in columns.items()]
@@ -67,19 +69,28 @@ def _columns(rows: Iterable[dict], known: Mapping[str, str]) -> dict[str, str]:
         for name, value in row.items():
             kinds[name] = known.get(name) or _wider(kinds.get(name), value)
     ours = {name: kind for name, kind in known.items() if name in kinds or not kinds}
-    return ours | {name: kind or "string" for name, kind in kinds.items() if name not in known}
+    own = {
+        name: {None: "string", "int54": "int64"}.get(kind, kind) for name, kind in kinds.items() if name not in known
+    }
+    return ours | own
 
 
 def _wider(kind: str | None, value) -> str | None:
     """The kind of a column that also holds this value."""
     if value is None:
         return kind
-    mine = _NARROW.get(type(value), "json")
-    if mine == "int64" and not -(2**63) <= value < 2**63:
-        mine = "json"
+    mine = _kind(value)
     if kind in (None, mine):
         return mine
-    return "float64" if {kind, mine} == {"int64", "float64"} else "json"
+    both = {kind, mine}
+    return "float64" if both == {"int54", "float64"} else "int64" if both == {"int54", "int64"} else "json"
+
+
+def _kind(value) -> str:
+    """The kind of a value; `int54` are integers that floats hold as well."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int54" if abs(value) <= _EXACT else "int64" if -(2**63) <= value < 2**63 else "json"
+    return _NARROW.get(type(value), "json")
 
 
 def _type(pyarrow, kind: str):
@@ -93,14 +104,27 @@ def _value(value, kind: str):
     if value is None:
         return None
     if kind == "json":
-        return _storable(json.dumps(value, ensure_ascii=False))
+        return _storable(json_text(value))
     return _storable(value) if kind == "string" else float(value) if kind == "float64" else value
 
 
 def _cell(value) -> str:
     if value is None:
         return ""
-    return _storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    # Of a float that is as JSON has it, but for infinity, which programs that read tables know as inf.
+    text = value if isinstance(value, str) else str(value) if isinstance(value, float) else json_text(value)
+    text = _storable(text)
+    return '"' + text.replace('"', '""') + '"' if _QUOTED.search(text) else text
+
+
+def _storable_names(names: Iterable[str]) -> list[str]:
+    """Names of columns that UTF-8 holds, each another one."""
+    found: list[str] = []
+    for name in map(_storable, names):
+        while name in found:
+            name += "_"
+        found.append(name)
+    return found
 
 
 def _storable(text: str) -> str:
@@ -113,6 +137,12 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH_ROWS)):
+    batch, left = [], BATCH_CHARACTERS
+    for row in rows:
+        batch.append(row)
+        left -= sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(batch) == BATCH_ROWS or left < 0:
+            yield batch
+            batch, left = [], BATCH_CHARACTERS
+    if batch:
         yield batch
