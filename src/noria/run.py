@@ -150,7 +150,7 @@ def _execute(
     if desk is None:
         return executor.run(follow(ring))
     desk.seconds_left = lambda: stopping.seconds_left
-    stopping.seal, stopping.tend = desk.stop, desk.tend
+    desk.nudge, stopping.seal, stopping.tend = stopping.nudge, desk.stop, desk.tend
     timing = executor.run(lead(ring, desk.admission, plan.groups, desk.tick, desk.lock))
     stopping.merging, stopping.seal = desk.complete, desk.stop  # until the last row is sealed
     return timing

@@ -91,10 +91,9 @@ class Parts:
         self.pending.append(generation)
 
     def expect(self, num_rows: int) -> None:
-        """The whole job has so many rows, as far as its prompts are read: with the next seal `inspect` knows."""
-        with self.lock:
-            if self.segment:
-                self.segment.facts["of"] = num_rows
+        """The whole job has so many rows, as far as its prompts are read: with the next seal `inspect` knows. Never waits."""
+        if self.segment:
+            self.segment.facts["of"] = num_rows
 
     def end(self, reason: str) -> None:
         """Records why this job stops: `finished`, `walltime`, a signal's name, what failed."""
@@ -129,10 +128,20 @@ class Parts:
                 self.segment.sealed(len(finished), errors, sum(len(one.token_ids) for one in finished))
             return path
 
+    def is_due(self, seconds: float) -> bool:
+        """Whether `seal_if_due` has something to seal. Never waits."""
+        pending = self.pending
+        return bool(pending) and (self.clock() - self.sealed_at >= seconds or len(pending) >= MAX_PENDING)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many rows wait that no more should be added before a seal."""
+        return len(self.pending) >= 2 * MAX_PENDING
+
     def seal_if_due(self, seconds: float) -> Path | None:
         """Seals if a row waits and the last seal is `seconds` ago or more, or if MAX_PENDING rows wait."""
         moment = self.clock()
-        if self.pending and (moment - self.sealed_at >= seconds or len(self.pending) >= MAX_PENDING):
+        if self.is_due(seconds):
             self.seen_at = moment
             return self.seal()
         if self.segment and moment - self.seen_at >= max(seconds, _ALIVE_SECONDS):

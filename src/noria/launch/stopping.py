@@ -1,6 +1,6 @@
-"""How a job stops before its end: rank 0's thread that waits for signals and for the deadline.
+"""How a job stops before its end: rank 0's threads, one that waits for signals and for the deadline, one that seals.
 
-It seals what there is at once and lets the ring drain; the other ranks hear of it by the headers. Knows no signals'
+A stop seals what there is at once and lets the ring drain; the other ranks hear of it by the headers. Knows no signals'
 handlers, and of the rows only how to ask for their sealing.
 """
 
@@ -20,11 +20,11 @@ DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
 
 
 class Stopping:
-    """Rank 0's own; the thread lives inside its `with`.
+    """Rank 0's own; the threads live inside its `with`.
 
     `seal(reason)`: brings what there is to the disk; returns words for the user and the seconds of a round. None before
-    the first step. `tend`: called every second until then. Both have a second thread, so that a second SIGINT is heard
-    while a disk keeps them waiting.
+    the first step. `tend`: called every second until then, and when `nudge` is. Each has a thread of its own, so that a
+    second SIGINT is heard while a disk keeps them waiting, and a stop does not wait for what `tend` is at.
     """
 
     def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
@@ -41,7 +41,8 @@ class Stopping:
         self._drained_by = float("inf")
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="noria-stopping", daemon=True)
-        self._sealing = threading.Thread(target=self._tend_and_seal, name="noria-sealing", daemon=True)
+        self._sealing = threading.Thread(target=self._tend, name="noria-sealing", daemon=True)
+        self._last: threading.Thread | None = None
         self._due = threading.Event()
 
     def __enter__(self) -> "Stopping":
@@ -52,9 +53,13 @@ class Stopping:
     def __exit__(self, *_) -> None:
         self._closed = True
         self._signals.wake()
+        self.nudge()
+        for thread in filter(None, (self._thread, self._sealing, self._last)):
+            thread.join(1.0)
+
+    def nudge(self) -> None:
+        """Lets `tend` be called now. Never waits."""
         self._due.set()
-        self._thread.join(1.0)
-        self._sealing.join(1.0)
 
     @property
     def seconds_left(self) -> float:
@@ -88,17 +93,20 @@ class Stopping:
             return
         self.reason = reason
         if self.seal is not None:
-            self._due.set()
+            self._last = threading.Thread(target=self._seal, name="noria-stop", daemon=True)
+            self._last.start()
         else:
             self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)
 
-    def _tend_and_seal(self) -> None:
-        while not self._due.wait(TEND_SECONDS):
-            if self.tend is not None:
+    def _tend(self) -> None:
+        while not self._closed:
+            self._due.wait(TEND_SECONDS)
+            self._due.clear()
+            if self.tend is not None and not self._closed and not self.reason:
                 self.tend()
-        if self._closed and not self.reason:
-            return
+
+    def _seal(self) -> None:
         words, round_seconds = self.seal(self.reason)
         if self.merging:
             self._watchdog.say(f"{self.reason}: every row is finished, the output is being written: that goes on")

@@ -33,14 +33,15 @@ from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural
 
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
-OVERDUE_SECONDS = 1.0  # so long after its time a seal is no longer left to the next step
+WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
 
 
 class Desk:
     """Prompts, tokenizer, parts and progress of a run around its Admission.
 
     Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
-    is stopped for its deadline. Raises InputError if the parts beside the output are those of another run.
+    is stopped for its deadline. Rows are sealed by the thread that calls `tend`, about every second and when it is
+    called by `nudge`; here, it is called in place. Raises InputError if the parts beside the output are of another run.
     """
 
     def __init__(self, config: Config, work: Work, plan: Plan, checkpoint, segment: Mapping):
@@ -49,6 +50,11 @@ class Desk:
         self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
+        self.nudge: Callable[[], None] = self.tend
+        self._tending = (
+            threading.Lock()
+        )  # held while the run goes on with what `tend` does; after `lock`, before that of parts
+        self._failure: Exception | None = None  # of `tend`: the next step raises it
         self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds, self._last = plan.groups, 0.0, None
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
@@ -99,7 +105,7 @@ class Desk:
             self._stopped = True
             unfinished = self.admission.stop()
             self._dropped = self._dropped or bool(unfinished)
-            waiting = sum(row.status != "todo" for row in self._parts.pending)
+            waiting = sum(row.status != "todo" for row in list(self._parts.pending))
             begun = [sequence for sequence in unfinished if sequence.token_ids]
             for sequence in begun:
                 self._parts.add(generation(sequence, self._tokenizer, self._logprobs_dtype))
@@ -110,8 +116,9 @@ class Desk:
 
     def leave(self) -> None:
         """Says how far a run came that stops before its end."""
-        with self.lock:
+        with self.lock, self._tending:
             self._seal()
+            self._merging = True  # nothing is left to tend
             if not self._stopped:  # by a signal: admission ended in time for the walltime
                 self._parts.end("walltime")
         self._progress.end(self._config.output)
@@ -127,18 +134,22 @@ class Desk:
             self._parts.end(" ".join(message.split())[:300])
 
     def tend(self) -> None:
-        """From another thread, about every second: seals what is overdue, for a step may take longer than `seal_seconds`."""
-        if self.lock.acquire(blocking=False):  # else the run itself is at it
+        """From the thread that seals: brings to the disk what is due, and puts small parts together."""
+        with self._tending:
+            if self._merging or self._failure is not None:
+                return
             try:
-                if not self._merging:
-                    self._seal(self._config.job.seal_seconds + OVERDUE_SECONDS)
-            finally:
-                self.lock.release()
+                if self._seal(self._config.job.seal_seconds):
+                    self._compactor.compact_if_due()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the run must end with it
+                self._failure = error
 
     def tick(self) -> None:
-        """Between two steps: seals what is due, shows how far the run is and looks at the time."""
+        """Between two steps: has sealed what is due, shows how far the run is and looks at the time.
+
+        Waits for the disk only where the run finishes rows faster than it takes them. Raises what `tend` met with.
+        """
         with self.lock:
-            self._seal(self._config.job.seal_seconds)
             counted = self.admission.counted
             unread = len(self._rows) - len(self.admission.samples)
             expected = self.admission.num_rows + unread * self.sampling.n
@@ -147,7 +158,13 @@ class Desk:
             self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
-        self._compactor.compact_if_due()  # without the lock: a second in which a signal must not wait
+        if self._parts.is_due(self._config.job.seal_seconds):
+            self.nudge()
+        while self._parts.is_full and self._failure is None and not self._stopped:
+            self.nudge()
+            time.sleep(WAIT_SECONDS)
+        if self._failure is not None:
+            raise self._failure
 
     def _look_at_the_time(self) -> None:
         """Admits nothing more when what is left would not be worth a row's prefill."""
@@ -164,7 +181,7 @@ class Desk:
             self._closed_for_deadline = True
             self.admission.admit_no_more()
 
-    def _seal(self, due: float | None = None) -> None:
+    def _seal(self, due: float | None = None) -> Path | None:
         """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
         parts = self._parts
         if parts.taken_away():
@@ -174,7 +191,7 @@ class Desk:
                 str(parts.folder),
             )
         try:
-            parts.seal() if due is None else parts.seal_if_due(due)
+            return parts.seal() if due is None else parts.seal_if_due(due)
         except OSError as error:
             said = f"{error.strerror or error}: {plural(len(parts.pending), 'row')} could not be sealed; what is sealed stays:"
             remedy = "make room and start the same run again"
@@ -183,7 +200,7 @@ class Desk:
     def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
-        with self.lock:
+        with self.lock, self._tending:
             self._seal()
             self._parts.end("finished")
             self._merging = True  # from here on the parts may go at any moment
