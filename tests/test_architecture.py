@@ -12,7 +12,20 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below. Within a level there are no cycles.
 LEVELS = [
-    {"config", "keys", "names", "sampling", "text", "blocks", "direct", "step", "kinds", "streams", "progress"},
+    {
+        "config",
+        "keys",
+        "names",
+        "sampling",
+        "text",
+        "blocks",
+        "direct",
+        "step",
+        "kinds",
+        "streams",
+        "communicator",
+        "progress",
+    },
     {"models", "attention", "transports", "readers", "tiers", "schedules"},
     {"files", "plan"},
     {"rows"},

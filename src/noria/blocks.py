@@ -7,6 +7,7 @@ This file knows no torch, no file and no rank.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
 DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,7 +28,7 @@ class ModelShape:
     tied: bool
     mixture_size: int = 0  # numbers that a token takes while a mixture of experts is computed
     experts_share: float = 1.0  # of a mixture's experts, those that one token goes to
-    details: Mapping = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def cache_nbytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V that one token occupies in one layer's cache."""

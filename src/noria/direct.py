@@ -29,7 +29,7 @@ class DirectFile:
         """Another view on the file of an open descriptor, which stays the caller's. `path` is for messages."""
         self.path = Path(path)
         self._keeps_cache = writable  # what was written here is read again, what is read only is not
-        self._buffered = os.dup(descriptor)
+        self._buffered: int | None = os.dup(descriptor)  # None: closed
         self._direct = _open_direct(descriptor, writable) if direct else None
         self.direct = self._direct is not None
 
@@ -43,10 +43,14 @@ class DirectFile:
         if done < needed:
             raise InputError(
                 f"{self.path} is truncated: {needed} bytes were to be read at byte {offset}, the file has"
-                f" {os.fstat(self._buffered).st_size}; copy or make it again"
+                f" {self._size()}; copy or make it again"
             )
-        if not self.direct and not self._keeps_cache:
+        if not self.direct and not self._keeps_cache and self._buffered is not None:
             os.posix_fadvise(self._buffered, offset, len(into), os.POSIX_FADV_DONTNEED)
+
+    def _size(self) -> int:
+        assert self._buffered is not None, f"{self.path} is closed"
+        return os.fstat(self._buffered).st_size
 
     def write(self, offset: int, data: memoryview) -> None:
         """Writes `data` at byte `offset`. Raises OSError with the file, the place and the numbers."""
@@ -56,7 +60,7 @@ class DirectFile:
         if done < len(data):
             raise OSError(errno.EIO, f"{self.path}: only {done} of {len(data)} bytes were written at byte {offset}")
 
-    def _transfer(self, call: Callable, doing: str, offset: int, data: memoryview, needed: int) -> int:
+    def _transfer(self, call: Callable[..., int], doing: str, offset: int, data: memoryview, needed: int) -> int:
         done = 0
         while done < needed:
             at, part = offset + done, data[done : done + _MAX_NBYTES]

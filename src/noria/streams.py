@@ -6,11 +6,48 @@ Knows no tensors but the device's: who waits for what is said by its callers.
 import contextlib
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 LANES = ("load", "store")  # to the device and from it: a link carries both at once
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (destination, source) of copies
+Pairs: TypeAlias = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (destination, source) of copies
+Mark: TypeAlias = int | torch.cuda.Event  # a point in time: CpuStreams' marks are numbers, CudaStreams' events
+Observe: TypeAlias = Callable[[str, str, dict[str, Any], int, Mark, Mark], None]
+
+
+class Event(Protocol):
+    """A point of a stream: what was queued before it has completed, or has not."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Streams(Protocol):
+    """What the rest of the program asks of a device's streams; CpuStreams and CudaStreams say what each does."""
+
+    device: torch.device
+    observe: Observe | None
+
+    def event(self) -> Event: ...
+
+    def set_device(self) -> None: ...
+
+    def copying(self) -> AbstractContextManager[object]: ...
+
+    def wait(self, event: Event) -> None: ...
+
+    def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event: ...
+
+    def label(self, buffer: torch.Tensor, name: str, **args: object) -> None: ...
+
+    def mark(self) -> Mark: ...
+
+    def nanoseconds(self, start: Mark, mark: Mark) -> int: ...
+
+    def anchor(self) -> tuple[Mark, int]: ...
 
 
 class Observed:
@@ -19,22 +56,29 @@ class Observed:
     observe(lane, name, args, nbytes, begin mark, end mark).
     """
 
-    observe: Callable | None = None
+    observe: Observe | None = None
+    _labels: dict[int, tuple[str, dict[str, object]]] | None = None
 
-    def label(self, buffer: torch.Tensor, name: str, **args) -> None:
+    def mark(self) -> Mark:
+        """A point of the compute stream."""
+        raise NotImplementedError
+
+    def label(self, buffer: torch.Tensor, name: str, **args: object) -> None:
         """Names, for a trace, what copies to and from the memory of this buffer of the device carry from now on."""
         if self.observe is not None:
-            self.__dict__.setdefault("_labels", {})[buffer.untyped_storage().data_ptr()] = name, args
+            if self._labels is None:
+                self._labels = {}
+            self._labels[buffer.untyped_storage().data_ptr()] = name, args
 
-    def _begin(self):
+    def _begin(self) -> Mark | None:
         return self.mark() if self.observe is not None else None
 
-    def _end(self, lane: str, pairs: Pairs, begin) -> None:
+    def _end(self, lane: str, pairs: list[tuple[torch.Tensor, torch.Tensor]], begin: Mark | None) -> None:
         """The copies of `pairs` are queued; called on their stream."""
-        if begin is None or not pairs:
+        if begin is None or self.observe is None or not pairs:
             return
         buffer = pairs[0][0 if lane == "load" else 1].untyped_storage().data_ptr()
-        name, args = self.__dict__.get("_labels", {}).get(buffer, (lane, {}))
+        name, args = (self._labels or {}).get(buffer, (lane, {}))
         self.observe(lane, name, args, sum(source.nbytes for _, source in pairs), begin, self.mark())
 
 
@@ -57,21 +101,21 @@ class CpuStreams(Observed):
     def __init__(self, device: torch.device):
         self.device = device
 
-    def event(self) -> Done:
+    def event(self) -> Event:
         """An event that marks all work queued so far on the compute stream."""
         return Done()
 
     def set_device(self) -> None:
         """Binds the calling thread to the device."""
 
-    def copying(self):
+    def copying(self) -> AbstractContextManager[object]:
         """Work inside the context goes to the copy stream."""
         return contextlib.nullcontext()
 
-    def wait(self, event: Done) -> None:
+    def wait(self, event: Event) -> None:
         """The compute stream goes on after `event`."""
 
-    def copy(self, lane: str, pairs: Pairs, after: Iterable[Done] = ()) -> Done:
+    def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event:
         """Copies on the lane's own stream, in order, after the given events. The event returned completes with them.
 
         Any thread may call it. Until the event has completed, sources must not be written to, nor destinations read.
@@ -89,8 +133,9 @@ class CpuStreams(Observed):
         """A point of the compute stream, in ns of the host's clock."""
         return time.perf_counter_ns()
 
-    def nanoseconds(self, start: int, mark: int) -> int:
+    def nanoseconds(self, start: Mark, mark: Mark) -> int:
         """From one mark to another."""
+        assert isinstance(start, int) and isinstance(mark, int), "marks of another device"
         return mark - start
 
     def anchor(self) -> tuple[int, int]:
@@ -120,22 +165,22 @@ class CudaStreams(Observed):
         torch.cuda.set_device(self.device)
         torch.cuda.current_stream(self.device).query()  # torch's setting alone may leave a new thread without a context
 
-    def copying(self):
+    def copying(self) -> AbstractContextManager[object]:
         """Work inside the context goes to the copy stream."""
         return torch.cuda.stream(self._copying)
 
-    def wait(self, event: torch.cuda.Event) -> None:
+    def wait(self, event: Event) -> None:
         """The compute stream goes on after `event`."""
-        self.compute.wait_event(event)
+        self.compute.wait_event(_own(event))
 
-    def copy(self, lane: str, pairs: Pairs, after: Iterable[torch.cuda.Event] = ()) -> torch.cuda.Event:
+    def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event:
         """Copies on the lane's own stream, in order, after the given events. The event returned completes with them.
 
         Any thread may call it. Until the event has completed, sources must not be written to, nor destinations read.
         """
         stream = self._lanes[lane]
         for event in after:
-            stream.wait_event(event)
+            stream.wait_event(_own(event))
         pairs = list(pairs)
         with torch.inference_mode(), torch.cuda.stream(stream):
             begin = self._begin()
@@ -152,11 +197,12 @@ class CudaStreams(Observed):
         event.record()
         return event
 
-    def nanoseconds(self, start: torch.cuda.Event, mark: torch.cuda.Event) -> int:
+    def nanoseconds(self, start: Mark, mark: Mark) -> int:
         """From one mark to another; waits for both, so it is for after the run."""
-        start.synchronize()
-        mark.synchronize()
-        return round(start.elapsed_time(mark) * 1e6)
+        begin, end = _own(start), _own(mark)
+        begin.synchronize()
+        end.synchronize()
+        return round(begin.elapsed_time(end) * 1e6)
 
     def anchor(self) -> tuple[torch.cuda.Event, int]:
         """A mark, and when it was on the host's clock (time.perf_counter_ns). Waits: it is for before the first step."""
@@ -165,5 +211,10 @@ class CudaStreams(Observed):
         return mark, time.perf_counter_ns()
 
 
-def streams_of(device: torch.device) -> CpuStreams | CudaStreams:
+def _own(event: Event | Mark) -> torch.cuda.Event:
+    assert isinstance(event, torch.cuda.Event), f"{event} is of another device"
+    return event
+
+
+def streams_of(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else CpuStreams(device)

@@ -118,7 +118,9 @@ def _gather(cache: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.cat([cache[start:stop] for start, stop in rows])
 
 
-def _decode_together(queries, keys, values, scale, attended) -> None:
+def _decode_together(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, attended: torch.Tensor
+) -> None:
     """One new token of each sequence. queries and attended [N, Hkv, G, D]; keys and values [N, Hkv, L, D]."""
     if not _elementwise(queries):
         attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
@@ -137,7 +139,14 @@ def _elementwise(queries: torch.Tensor) -> bool:
     return exact and not queries.is_cuda and queries.shape[2] == 1 and torch.get_num_threads() == 1
 
 
-def _decode(queries, keys, values, scale, window, attended) -> None:
+def _decode(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    attended: torch.Tensor,
+) -> None:
     """One new token: it sees all keys given. queries and attended [1, Hkv, G, D]; keys and values [L, Hkv, D]."""
     if _elementwise(queries):
         weights = torch.softmax((keys * (queries[0, :, 0] * scale)).sum(dim=-1), dim=0)
@@ -150,7 +159,14 @@ def _decode(queries, keys, values, scale, window, attended) -> None:
         attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
 
 
-def _prefill(queries, keys, values, scale, window, attended) -> None:
+def _prefill(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    attended: torch.Tensor,
+) -> None:
     """The last tokens of a sequence, or all. queries and attended [count, Hkv, G, D]; keys and values [L, Hkv, D]."""
     count, length = len(queries), len(keys)
     size = (*queries.shape[1:3], length, queries.shape[3])

@@ -6,6 +6,7 @@ T tokens, N sequences, H heads, Hkv key/value heads, D head dim.
 """
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from noria.step import Span
 # The arguments that torch's kernel is given, in order and by name.
 GIVEN = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
 NAMED = ("scale", "window_size_left", "window_size_right", "seqused_k")
+
+Rows: TypeAlias = tuple[tuple[int, int], ...]  # start .. stop of the pieces of the cache that hold a sequence's keys
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
     """At most four calls: one new token or several, keys in one piece or in several. One copy to the device."""
     if not spans:
         return ()
-    sorts: dict[tuple[bool, bool], list] = {}
+    sorts: dict[tuple[bool, bool], list[tuple[Span, Rows]]] = {}
     for span in spans:
         rows = pieces(span)
         sorts.setdefault((span.count == 1, len(rows) == 1), []).append((span, rows))
@@ -67,10 +70,13 @@ def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
         counts = [span.count for span, _ in members]
         first, total = members[0][0].first, sum(counts)
         together = members[-1][0].first + counts[-1] == first + total
+        query_starts, key_starts, lengths = short[5 * index + 1 : 5 * index + 4]
         calls.append(
             Call(
                 slice(first, first + total) if together else queries,
-                *short[5 * index + 1 : 5 * index + 4],
+                query_starts,
+                key_starts,
+                lengths,
                 None if whole else gather,
                 max(counts),
                 max(span.length for span, _ in members),
@@ -79,7 +85,7 @@ def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
     return tuple(calls)
 
 
-def _arrays(members: list[tuple[Span, tuple]], whole: bool) -> list[np.ndarray]:
+def _arrays(members: list[tuple[Span, Rows]], whole: bool) -> list[np.ndarray]:
     """Of one call: rows of its queries, starts of queries, starts of keys, lengths, rows of the cache to gather."""
     counts = np.array([span.count for span, _ in members])
     lengths = np.array([span.length for span, _ in members])
@@ -125,7 +131,14 @@ def attention(
     return attended
 
 
-def _compute(call: Call, queries, key_cache, value_cache, scale: float, window: int | None) -> torch.Tensor:
+def _compute(
+    call: Call,
+    queries: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
     """One kernel. With fewer queries than keys its causal mask ends at the last key, as a chunk with a past needs."""
     keys, values = key_cache, value_cache
     if call.gather is not None:
@@ -148,6 +161,6 @@ def _compute(call: Call, queries, key_cache, value_cache, scale: float, window: 
     )[0]
 
 
-def flash(*arguments, **options):
+def flash(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     """torch's flash attention over sequences side by side (FlashAttention-2, arXiv 2307.08691)."""
     return torch.ops.aten._flash_attention_forward(*arguments, **options)

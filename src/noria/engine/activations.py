@@ -7,12 +7,38 @@ number alone, nothing of models, weights or the ring.
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from noria.engine.fixed import Fixed
 from noria.engine.traffic import Traffic
+from noria.streams import Event, Streams
+
+
+class Part(Protocol):
+    """A microbatch, as far as this file knows it: tokens `first .. last` of the step."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+
+class Visit(Protocol):
+    """A prepared step (engine.stage.Prepared), as far as this file knows it."""
+
+    @property
+    def microbatches(self) -> Sequence[Part]: ...
+
+    @property
+    def needed(self) -> np.ndarray: ...
+
+    @property
+    def needed_rows(self) -> torch.Tensor: ...
+
 
 SLOTS = 3  # no schedule has more cells between their load and their store
 
@@ -31,9 +57,9 @@ class Embedding:
 class OnDevice:
     """Hidden states as tensors of the device. stored: the event after which those of the last visit are there (None: now)."""
 
-    stored = None
+    stored: Event | None = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parts: list[torch.Tensor] = []
         self._after: list[torch.Tensor] = []
 
@@ -41,11 +67,14 @@ class OnDevice:
         """What `InHost.needed` returns: here all rows stay where they are."""
         return np.empty(0, np.int64), sampled, scored
 
-    def begin(self, prepared, num_layers: int, hidden, output) -> None:
+    def begin(
+        self, prepared: Visit, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
+    ) -> None:
         """A visit begins with hidden [T, E]. `output` is None: the ring copies what it is sent."""
+        assert isinstance(hidden, torch.Tensor)
         self._parts, self._after = [hidden[m.first : m.last] for m in prepared.microbatches], []
 
-    def load(self, layer: int, microbatch: int, after: Iterable = ()) -> None:
+    def load(self, layer: int, microbatch: int, after: Iterable[Event] = ()) -> None:
         """Nothing is to be moved."""
 
     def take(self, layer: int, microbatch: int) -> torch.Tensor:
@@ -61,10 +90,11 @@ class OnDevice:
     def store(self, layer: int, microbatch: int) -> None:
         """Nothing is to be moved."""
 
-    def cut(self, old: Sequence, new: Sequence) -> None:
+    def cut(self, old: Sequence[Part], new: Sequence[Part]) -> None:
         """The layer is begun anew with finer microbatches."""
         whole = {m.first: (m, part) for m, part in zip(old, self._parts, strict=True)}
-        finer, holder = [], None
+        finer: list[torch.Tensor] = []
+        holder = old[0], self._parts[0]
         for microbatch in new:
             holder = whole.get(microbatch.first, holder)
             start = holder[0].first
@@ -86,8 +116,13 @@ class Slot:
     it may be read."""
 
     buffer: torch.Tensor
-    busy: list = field(default_factory=list)
-    ready: object = None
+    busy: list[Event] = field(default_factory=list)
+    ready: Event | None = None
+
+    @property
+    def written(self) -> Event:
+        assert self.ready is not None, "nothing was written to this buffer"
+        return self.ready
 
 
 class InHost:
@@ -103,7 +138,7 @@ class InHost:
         microbatch_tokens: int,
         hidden_size: int,
         dtype: torch.dtype,
-        streams,
+        streams: Streams,
         traffic: Traffic | None = None,
     ):
         self._streams, self._traffic = streams, traffic or Traffic()
@@ -112,33 +147,37 @@ class InHost:
         self._free = deque(Slot(torch.empty(size, dtype=dtype, device=streams.device)) for _ in range(SLOTS))
         self._coming: dict[tuple[int, int], Slot] = {}
         self._leaving: dict[tuple[int, int], Slot] = {}
-        self._written: dict[int, object] = {}  # address of a send buffer -> the event of its last store
-        self.stored = None
+        self._written: dict[int, Event] = {}  # address of a send buffer -> the event of its last store
+        self.stored: Event | None = None
 
     def needed(self, sampled: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows of a step that the head needs, and where among them the sampled and the scored rows are."""
         rows = np.union1d(sampled, scored).astype(np.int64)
         return rows, np.searchsorted(rows, sampled), np.searchsorted(rows, scored)
 
-    def begin(self, prepared, num_layers: int, hidden, output: torch.Tensor | None) -> None:
+    def begin(
+        self, prepared: Visit, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
+    ) -> None:
         """A visit begins with hidden [T, E] in host memory, or an Embedding. It ends in `output`, or with the head's rows."""
         self._microbatches, self._last, self._output = prepared.microbatches, num_layers - 1, output
-        self._input, self._needed, self._rows = hidden, (prepared.needed, prepared.needed_rows), []
+        self._input: torch.Tensor | Embedding | None = hidden
+        self._needed = prepared.needed, prepared.needed_rows
+        self._rows: list[torch.Tensor] = []
         self._held: tuple[int, torch.Tensor] | None = None  # (layer, [T, E] before it), where it stays on the device
         # A rank that is its own next one reads what it stored itself; from other ranks nothing comes before it is here.
         self.stored = None if isinstance(hidden, Embedding) else self._written.get(hidden.data_ptr())
         self._stored = [self.stored] * len(self._microbatches)
 
-    def load(self, layer: int, microbatch: int, after: Iterable = ()) -> None:
+    def load(self, layer: int, microbatch: int, after: Iterable[Event] = ()) -> None:
         """Sends a microbatch's part before a layer on its way to the device."""
         m = self._microbatches[microbatch]
         if (layer, microbatch) in self._coming or self._stays(layer):
             return
         if layer:
             source = self._turn(layer)[m.first : m.last]
-        elif not isinstance(self._input, Embedding):
+        elif isinstance(self._input, torch.Tensor):
             source = self._input[m.first : m.last]
-        elif self._input.in_host:
+        elif self._input is not None and self._input.in_host:
             source = self._input.gather(m.first, m.last)
         else:
             return
@@ -154,9 +193,10 @@ class InHost:
         if self._held is not None and self._held[0] == layer:
             return self._held[1][m.first : m.last]
         if (layer, microbatch) not in self._coming:
+            assert isinstance(self._input, Embedding), "nothing was loaded, so it is gathered on the device"
             return self._input.gather(m.first, m.last)
         slot = self._coming[layer, microbatch]
-        self._streams.wait(slot.ready)
+        self._streams.wait(slot.written)
         return slot.buffer[: m.last - m.first]
 
     def put(self, layer: int, microbatch: int, part: torch.Tensor) -> None:
@@ -185,16 +225,19 @@ class InHost:
         if slot is None:
             return
         m = self._microbatches[microbatch]
-        target = (self._output if layer == self._last else self._turn(layer + 1))[m.first : m.last]
-        self.stored = self._streams.copy("store", [(target, slot.buffer[: len(target)])], [slot.ready])
-        slot.busy, self._stored[microbatch] = [self.stored], self.stored
+        whole = self._output if layer == self._last else self._turn(layer + 1)
+        assert whole is not None, "the head's rows stay on the device"
+        target = whole[m.first : m.last]
+        stored = self._streams.copy("store", [(target, slot.buffer[: len(target)])], [slot.written])
+        self.stored = stored
+        slot.busy, self._stored[microbatch] = [stored], stored
         self._free.append(slot)
         self._traffic.add("gpu_to_host", target.nbytes)
 
-    def cut(self, old: Sequence, new: Sequence) -> None:
+    def cut(self, old: Sequence[Part], new: Sequence[Part]) -> None:
         """The layer is begun anew with finer microbatches, from the states before it."""
         for slot in (*self._coming.values(), *self._leaving.values()):
-            slot.busy = [self._streams.event(), slot.ready]
+            slot.busy = [self._streams.event(), slot.written]
             self._free.append(slot)
         self._coming.clear()
         self._leaving.clear()
@@ -207,7 +250,8 @@ class InHost:
         if self._output is None:
             rows, self._rows = self._rows, []
             return rows[0] if len(rows) == 1 else torch.cat(rows)
-        self._written[self._output.data_ptr()] = self.stored
+        if self.stored is not None:
+            self._written[self._output.data_ptr()] = self.stored
         return self._output
 
     def close(self) -> None:

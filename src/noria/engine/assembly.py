@@ -8,18 +8,21 @@ from noria.engine.activations import InHost, OnDevice
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, open_shares
 from noria.engine.loading import Loader
-from noria.engine.ring import open_ring
+from noria.engine.ring import AnyRing, open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
-from noria.engine.trace import OFF
+from noria.engine.trace import OFF, Tracing
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
-from noria.plan import planner
+from noria.files.checkpoint import OpenModel
 from noria.plan.placement import stages_of
+from noria.plan.plans import Plan
 from noria.progress import log
+from noria.streams import Streams
+from noria.transports import Transport
 
 
-def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, streams):
+def open_the_ring(plan: Plan, shape: ModelShape, transport: Transport | None, rank: int, streams: Streams) -> AnyRing:
     """This rank's place in the ring, with the buffers of its messages."""
     return open_ring(
         transport,
@@ -37,7 +40,9 @@ def open_the_ring(plan: planner.Plan, shape: ModelShape, transport, rank: int, s
     )
 
 
-def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, scratch: Path | None) -> Weights:
+def load(
+    plan: Plan, checkpoint: OpenModel, rank: int, streams: Streams, traffic: Traffic, scratch: Path | None
+) -> Weights:
     """This rank's weights, where the plan has them; those on disk go to `scratch` first, if it is given.
 
     Raises InputError for a block that is damaged.
@@ -48,15 +53,15 @@ def load(plan: planner.Plan, checkpoint, rank: int, streams, traffic: Traffic, s
 
 
 def build(
-    plan: planner.Plan,
+    plan: Plan,
     shape: ModelShape,
     weights: Weights,
-    ring,
+    ring: AnyRing,
     rank: int,
-    streams,
+    streams: Streams,
     traffic: Traffic,
     scratch: Path,
-    trace=OFF,
+    trace: Tracing = OFF,
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
@@ -90,7 +95,7 @@ def build(
     return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
 
 
-def _activations(plan: planner.Plan, shape: ModelShape, streams, traffic: Traffic) -> OnDevice | InHost:
+def _activations(plan: Plan, shape: ModelShape, streams: Streams, traffic: Traffic) -> OnDevice | InHost:
     """Where hidden states are between layers."""
     if plan.activations == "gpu":
         return OnDevice()

@@ -12,6 +12,8 @@ from noria.engine.fixed import Fixed
 from noria.engine.heartbeat import SILENCE, Heart
 from noria.engine.order import HEADER, HIDDEN, RESULT, Place, tag
 from noria.step import Result, Step
+from noria.streams import Event, Streams
+from noria.transports import Transport
 
 
 class BlockingRing:
@@ -20,13 +22,13 @@ class BlockingRing:
 
     def __init__(
         self,
-        transport,
+        transport: Transport,
         place: Place,
         hidden_size: int,
         step_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        streams,
+        streams: Streams,
         in_host: bool = False,
     ):
         self.place = place
@@ -39,7 +41,9 @@ class BlockingRing:
         self._rounds = [0] * place.groups
         self._num_tokens = [0] * place.groups  # of each group's latest step
         self._header: bytes | None = None  # waits for its hidden states
-        self._received: dict[tuple[int, int], object] = {}  # rank 0: (lap, group) -> what the visit needs
+        # Rank 0: what visits to come need that is here.
+        self._received: dict[tuple[int, int], torch.Tensor] = {}  # (lap, group) -> hidden states
+        self._results: dict[int, bytes] = {}  # group -> result
         self._heart: Heart | None = None
         streams.set_device()
 
@@ -82,7 +86,7 @@ class BlockingRing:
         """As in engine.ring."""
         return self._output[:num_tokens] if self._in_host else None
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
         """Hands hidden [T, E] on to the next virtual stage, as engine.ring does. Blocks until it is being received."""
         assert not self.place.answers(lap)
         output = self._output[: len(hidden)]
@@ -95,7 +99,7 @@ class BlockingRing:
             self._send_kept_header()
         self._transport.send_now(output, self.place.next, tag(HIDDEN, group), ready)
 
-    def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
+    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
         """Last virtual stage: the result that `make` returns after the event `ready` goes to rank 0. Blocks."""
         ready.synchronize()
         self._transport.send_bytes_now(make().encode(), 0, tag(RESULT, group))
@@ -103,10 +107,10 @@ class BlockingRing:
     def receive_result(self, group: int) -> Result:
         """Rank 0: the result of the group's last step that had tokens."""
         self._receive_once(0, group)
-        return Result.decode(self._received.pop((0, group)))
+        return Result.decode(self._results.pop(group))
 
     def close(self) -> None:
-        assert not self._received, "messages that nobody asked for"
+        assert not self._received and not self._results, "messages that nobody asked for"
         if self._heart is not None:
             self._heart.close()
         for buffer in self._buffers:
@@ -123,6 +127,7 @@ class BlockingRing:
 
     def _send_kept_header(self) -> None:
         header, self._header = self._header, None
+        assert header is not None
         self._transport.send_bytes_now(header, self.place.next, tag(HEADER))
 
     def _receive_ahead(self, lap: int, group: int) -> None:
@@ -132,12 +137,10 @@ class BlockingRing:
             self._receive_once(lap, group)
 
     def _receive_once(self, lap: int, group: int) -> None:
-        if (lap, group) in self._received:
-            return
-        if lap:
+        if lap and (lap, group) not in self._received:
             self._received[lap, group] = self._receive_hidden(group, self._num_tokens[group])
-        else:
-            self._received[lap, group] = self._transport.receive_bytes_now(self.place.last, tag(RESULT, group))
+        elif not lap and group not in self._results:
+            self._results[group] = self._transport.receive_bytes_now(self.place.last, tag(RESULT, group))
 
     def _receive_hidden(self, group: int, num_tokens: int) -> torch.Tensor:
         hidden = self._inputs[group, :num_tokens]

@@ -10,35 +10,39 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
 
 SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a 32nd of the idle time, between these two
 LONGEST_PAUSE = 5e-4
 SLICE = 0.05  # seconds; a waiting thread looks this often whether the communication thread has failed
 
 
+T = TypeVar("T")
+
+
 class CommunicationError(RuntimeError):
     """The communication thread has failed; the cause is its own exception."""
 
 
-class Ticket:
+class Ticket(Generic[T]):
     """Stands for work that the communication thread does."""
 
     def __init__(self, communication: "Communication"):
         self._communication = communication
         self._finished = threading.Event()
-        self._value = None
+        self._value: T
 
     @property
     def done(self) -> bool:
         return self._finished.is_set()
 
-    def wait(self):
+    def wait(self) -> T:
         """What the work returned, once it has ended. Raises CommunicationError when the thread has failed."""
         while not self._finished.wait(SLICE):
             self._communication.check()
         return self._value
 
-    def finish(self, value) -> None:
+    def finish(self, value: T) -> None:
         self._value = value
         self._finished.set()
 
@@ -48,8 +52,8 @@ class Communication:
 
     def __init__(self, prepare: Callable[[], None] = lambda: None):
         self._prepare = prepare
-        self._new: deque[tuple[Generator, Ticket]] = deque()
-        self._live: list[tuple[Generator, Ticket]] = []
+        self._new: deque[tuple[Generator[None, None, Any], Ticket[Any]]] = deque()
+        self._live: list[tuple[Generator[None, None, Any], Ticket[Any]]] = []
         self._wake = threading.Event()
         self._closing = False
         self._abandoned = False
@@ -58,7 +62,7 @@ class Communication:
         self._thread = threading.Thread(target=self._run, name="noria-communication", daemon=True)
         self._thread.start()
 
-    def start(self, work: Generator, ticket: Ticket | None = None) -> Ticket:
+    def start(self, work: Generator[None, None, T], ticket: Ticket[T] | None = None) -> Ticket[T]:
         """Hands over work; never waits. Work started in the order of the calls takes its first step in that order.
 
         Work that other work starts takes its first step at once: a receive started before a send is posted before it.
@@ -77,7 +81,7 @@ class Communication:
         """The rank is through with its part: work without an end of its own ends now."""
         return self._closing
 
-    def ticket(self) -> Ticket:
+    def ticket(self) -> Ticket[Any]:
         """A ticket for work that is started later."""
         return Ticket(self)
 
@@ -141,7 +145,7 @@ class Communication:
             self._step(*self._new.popleft())
         return self._moved
 
-    def _step(self, work: Generator, ticket: Ticket) -> None:
+    def _step(self, work: Generator[None, None, T], ticket: Ticket[T]) -> None:
         try:
             next(work)
         except StopIteration as end:

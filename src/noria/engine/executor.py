@@ -6,15 +6,22 @@ The same on every rank: what differs (who composes a step, who samples) is decid
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
+from noria.engine.activations import Embedding
+from noria.engine.ring import AnyRing
 from noria.engine.stage import Prepared, Stage
-from noria.engine.trace import OFF
+from noria.engine.trace import OFF, Tracing
+from noria.engine.traffic import Traffic
 from noria.step import Result, Step, Word
+from noria.streams import Streams
 
+T = TypeVar("T")
 MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
 
 
@@ -46,12 +53,14 @@ class Timing:
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
 
 
-def figures(timings: Sequence[Mapping], speeds: bool) -> dict:
+def figures(timings: Sequence[Mapping[str, Any]], speeds: bool) -> dict[str, Any]:
     """What the ranks measured, for a comparison with the plan: peaks of memory, one a rank, and tokens per second.
 
     Of a phase with few rounds nothing is said: its first round waits for what is loaded ahead in the others.
     """
-    found = {name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")}
+    found: dict[str, Any] = {
+        name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")
+    }
     for phase in ("prefill", "decode") if speeds else ():
         slowest = max(timings, key=lambda timing: timing[f"{phase}_seconds"])
         if slowest[f"{phase}_rounds"] >= MIN_ROUNDS:
@@ -71,13 +80,13 @@ class Executor:
         self,
         stage: Stage,
         stages: list[range],
-        ring,
+        ring: AnyRing,
         rank: int,
         num_ranks: int,
         groups: int,
-        streams,
-        traffic,
-        trace=OFF,
+        streams: Streams,
+        traffic: Traffic,
+        trace: Tracing = OFF,
     ):
         self._traffic, self._trace = traffic, trace
         self._stage, self._stages, self._ring = stage, stages, ring
@@ -98,9 +107,9 @@ class Executor:
     def run(self, next_step: "NextStep") -> Timing:
         """All rounds, until every header of one says STOP."""
         started = began = time.perf_counter()
-        steps: list[Prepared | None] = [None] * self._groups
+        steps: dict[int, Prepared] = {}
         for round in count():
-            before = [prepared.step for prepared in steps if prepared]
+            before = [prepared.step for prepared in steps.values()]
             for lap, layers in enumerate(self._stages):
                 for group in range(self._groups):
                     self._at = round, lap, group
@@ -113,11 +122,11 @@ class Executor:
                     self.timing.visits += lap == 0 and not empty
                     if not empty:
                         self._visit(steps[group], group, lap, layers)
-            composed = [prepared.step for prepared in steps]
+            composed = [prepared.step for prepared in steps.values()]
             self._traffic.end_round(_is_prefill(composed))
             if all(step.word is Word.STOP for step in composed):
+                self._time_round(round, composed, began)
                 break
-        self._time_round(round, composed, began)
         self.timing.seconds = time.perf_counter() - started
         self._stage.close()
         return self.timing
@@ -134,21 +143,22 @@ class Executor:
         """One group's way through one virtual stage."""
         if self._first_rank and lap == 0:
             begin = self._trace.mark()
-            hidden = self._stage.embed(prepared)
-            self._trace.compute("embed", begin, *self._at)
+            hidden: torch.Tensor | Embedding = self._stage.embed(prepared)
+            self._trace.compute("embed", begin, prepared.step.round, lap, group)
         else:
-            hidden = self._wait("waiting for hidden states", self._ring.receive, group, lap, prepared.step.num_tokens)
+            num_tokens = prepared.step.num_tokens
+            hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
         answers = self._last_rank and lap == len(self._stages) - 1
         output = None if answers else self._ring.output(group, lap, prepared.step.num_tokens)
-        hidden = self._stage.forward(prepared, layers, hidden, output)
+        after = self._stage.forward(prepared, layers, hidden, output)
         if answers:
-            answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, hidden).items()}
+            answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, after).items()}
             make = lambda: Result(**{name: values.numpy() for name, values in answer.items()})  # noqa: E731
             self._ring.send_result(group, self._streams.event(), make)
         else:
-            self._ring.send(group, lap, hidden, self._stage.stored)
+            self._ring.send(group, lap, after, self._stage.stored)
             if not (self._first_rank and self._last_rank):
-                self._traffic.add("rank_to_rank", hidden.nbytes)
+                self._traffic.add("rank_to_rank", after.nbytes)
 
     def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, complete when an event recorded now is."""
@@ -163,10 +173,10 @@ class Executor:
         self._doing = "computing"
         return step
 
-    def _wait(self, doing: str, call: Callable, *arguments):
+    def _wait(self, doing: str, call: Callable[[], T]) -> T:
         """What `call` returns; the time that it takes counts as waiting for the ring."""
         before, self._doing, done_before = time.perf_counter(), doing, self._doing
-        value = call(*arguments)
+        value = call()
         self._doing = done_before
         ended = time.perf_counter()
         self.timing.waited += ended - before
@@ -174,23 +184,42 @@ class Executor:
         return value
 
 
-# A source of steps: next_step(round, group, wait), where wait(words, call, *arguments) is how it waits for the ring.
-NextStep = Callable[[int, int, Callable], Step]
+class Composer(Protocol):
+    """What rank 0's source of steps asks of the admission."""
+
+    def compose(self, round: int, group: int) -> Step: ...
+
+    def apply(self, step: Step, result: Result) -> None: ...
 
 
-def lead(ring, admission, groups: int, after_step: Callable[[], None], lock=contextlib.nullcontext()) -> NextStep:
+class Wait(Protocol):
+    """How a source of steps waits for the ring: what `call` returns; `doing` says in words what for."""
+
+    def __call__(self, doing: str, call: Callable[[], T]) -> T: ...
+
+
+NextStep: TypeAlias = Callable[[int, int, Wait], Step]  # a source of steps: next_step(round, group, wait)
+
+
+def lead(
+    ring: AnyRing,
+    admission: Composer,
+    groups: int,
+    after_step: Callable[[], None],
+    lock: AbstractContextManager[object] = contextlib.nullcontext(),
+) -> NextStep:
     """Rank 0's source of steps: takes the group's last result in, composes its next step and sends the header ahead.
 
     `lock` is held while the admission is touched, and never while this rank waits.
     """
     under_way: list[Step | None] = [None] * groups
 
-    def next_step(round: int, group: int, wait: Callable) -> Step:
-        expected = under_way[group] is not None
-        result = wait("waiting for results", ring.receive_result, group) if expected else None
+    def next_step(round: int, group: int, wait: Wait) -> Step:
+        before = under_way[group]
+        result = None if before is None else wait("waiting for results", lambda: ring.receive_result(group))
         with lock:
-            if result is not None:
-                admission.apply(under_way[group], result)
+            if before is not None and result is not None:
+                admission.apply(before, result)
             step = admission.compose(round, group)
         ring.send_header(step)
         under_way[group] = step if step.num_tokens else None
@@ -200,6 +229,6 @@ def lead(ring, admission, groups: int, after_step: Callable[[], None], lock=cont
     return next_step
 
 
-def follow(ring) -> NextStep:
+def follow(ring: AnyRing) -> NextStep:
     """The other ranks' source of steps: the headers, in the order in which rank 0 sent them."""
-    return lambda round, group, wait: wait("waiting for the next step", ring.receive_header, group)
+    return lambda round, group, wait: wait("waiting for the next step", lambda: ring.receive_header(group))

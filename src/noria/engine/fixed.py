@@ -15,7 +15,7 @@ class Fixed:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, in_host: bool):
         """Raises OSError if the host does not have the memory, or may not page-lock it."""
-        self._host = None
+        self._host: HostMemory | None = None
         if not in_host:
             self.tensor = torch.empty(shape, dtype=dtype, device=device)
             return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator
 
 from noria.engine.order import BEAT, Place, tag
+from noria.transports import Transport
 
 SILENCE = 30.0  # seconds without a beat after which a rank counts as lost
 BEATS = 8  # in that time
@@ -16,7 +17,7 @@ PAUSE = 0.02  # seconds between two looks of a thread that has nothing else to d
 _ALIVE, _LAST = b"a", b"z"
 
 
-def beat(transport, place: Place, silence: float, ending: Callable[[], bool]) -> Generator[None, None, None]:
+def beat(transport: Transport, place: Place, silence: float, ending: Callable[[], bool]) -> Generator[None, None, None]:
     """Sends beats to the next rank until `ending` says that this rank is through, then the last one."""
     while not ending():
         yield from transport.send_bytes(_ALIVE, place.next, tag(BEAT))
@@ -27,7 +28,7 @@ def beat(transport, place: Place, silence: float, ending: Callable[[], bool]) ->
 
 
 def listen(
-    transport,
+    transport: Transport,
     place: Place,
     silence: float,
     lost: Callable[[int, float], None],
@@ -60,7 +61,7 @@ class Heart:
 
     def __init__(
         self,
-        transport,
+        transport: Transport,
         place: Place,
         silence: float,
         lost: Callable[[int, float], None],

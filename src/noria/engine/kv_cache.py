@@ -5,9 +5,10 @@ Pages beyond those on the device live in other tiers: a microbatch's are loaded 
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +17,15 @@ from noria.blocks import ModelShape
 from noria.engine.traffic import Traffic
 from noria.files.staged import scratch_region
 from noria.step import PAGE_TOKENS, Run, Span, Step
-from noria.tiers import Transfer
+from noria.streams import Event, Streams
+from noria.tiers import Tier, Transfer
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import SLOT_NBYTES, Disk
+
+Awaited: TypeAlias = Transfer | Event
+Triples: TypeAlias = Sequence[
+    tuple[int, int, int]
+]  # rows: the first in the tier, the first in a staging buffer, how many
 
 
 @dataclass(frozen=True)
@@ -27,21 +34,18 @@ class Share:
 
     first: int
     num_pages: int
-    tier: object
+    tier: Tier
     load_links: tuple[str, ...]
     store_links: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it.
-
-    Triples of rows (the first in the tier, the first in the staging buffer, how many).
-    """
+    """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it."""
 
     share: Share
-    loads: tuple[tuple[int, int, int], ...]
-    stores: tuple[tuple[int, int, int], ...]
+    loads: Triples
+    stores: Triples
 
 
 @dataclass
@@ -52,8 +56,8 @@ class Buffer:
     """
 
     rows: torch.Tensor
-    busy: list = field(default_factory=list)
-    coming: list = field(default_factory=list)
+    busy: list[Awaited] = field(default_factory=list)
+    coming: list[Awaited] = field(default_factory=list)
 
 
 class KvCache:
@@ -68,7 +72,7 @@ class KvCache:
         layers: list[int],
         num_pages: int,
         dtype: torch.dtype,
-        streams,
+        streams: Streams,
         shares: Iterable[Share] = (),
         slots: int = 0,
         slot_pages: int = 0,
@@ -86,7 +90,7 @@ class KvCache:
         staging = (2, slot_pages * PAGE_TOKENS, *row)
         self._free = deque(Buffer(torch.empty(staging, dtype=dtype, device=device)) for _ in range(slots))
         self._staged: dict[tuple[int, int], Buffer] = {}
-        self._stored: dict[int, object] = {}  # of each layer the last store under way
+        self._stored: dict[int, Transfer] = {}  # of each layer the last store under way
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +128,10 @@ class KvCache:
         share = next((share for share in reversed(self._shares) if first >= share.first), None)
         if share is None:
             return spans, None
-        moved, loads, stores, page = [], [], [], 0
+        moved: list[Span] = []
+        loads: list[tuple[int, int, int]] = []
+        stores: list[tuple[int, int, int]] = []
+        page = 0
         for span in spans:
             tier_rows = cache_rows([replace(span, first=0, count=span.length)]) - share.first * PAGE_TOKENS
             assert tier_rows[0] >= 0 and tier_rows[-1] < share.num_pages * PAGE_TOKENS, span
@@ -137,7 +144,7 @@ class KvCache:
         assert page <= self._slot_pages, f"a microbatch of {page} pages"
         return moved, Staged(share, tuple(loads), tuple(stores))
 
-    def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable = ()) -> None:
+    def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable[Event] = ()) -> None:
         """Sends a microbatch's keys and values of a layer on their way to the device."""
         if staged is None or (layer, microbatch) in self._staged:
             return
@@ -146,7 +153,7 @@ class KvCache:
         waits = [*after, *map(event_of, buffer.busy), *([event_of(stored)] if stored is not None else [])]
         self._streams.label(buffer.rows, "cache", layer=layer, microbatch=microbatch)
         pieces = self._pieces(layer, buffer, share, staged.loads)
-        buffer.busy, buffer.coming = [], [share.tier.load(pieces, waits)] if pieces else waits
+        buffer.busy, buffer.coming = [], [share.tier.load(pieces, waits)] if pieces else [*waits]
         self._count(share.load_links, staged.loads)
 
     def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,8 +172,8 @@ class KvCache:
             return
         buffer, share = self._staged.pop((layer, microbatch)), staged.share
         pieces = self._pieces(layer, buffer, share, staged.stores)
-        buffer.busy = [share.tier.store(pieces, [self._streams.event()])]
-        self._stored[layer] = buffer.busy[0]
+        stored = self._stored[layer] = share.tier.store(pieces, [self._streams.event()])
+        buffer.busy = [stored]
         self._free.append(buffer)
         self._count(share.store_links, staged.stores)
 
@@ -184,7 +191,7 @@ class KvCache:
         for share in self._shares:
             share.tier.close()
 
-    def _pieces(self, layer: int, buffer: Buffer, share: Share, triples) -> list[tuple[int, torch.Tensor]]:
+    def _pieces(self, layer: int, buffer: Buffer, share: Share, triples: Triples) -> list[tuple[int, torch.Tensor]]:
         """(offset in the tier, bytes in the staging buffer) of keys and values. In a tier: [layer][K, V][row]."""
         start = self._index[layer] * 2 * share.num_pages * PAGE_TOKENS
         pieces = []
@@ -195,30 +202,31 @@ class KvCache:
                 pieces.append(((base + tier_row) * self._row_nbytes, bytes_))
         return pieces
 
-    def _count(self, links: Iterable[str], triples) -> None:
+    def _count(self, links: Iterable[str], triples: Triples) -> None:
         nbytes = 2 * self._row_nbytes * sum(count for _, _, count in triples)
         for link in links:
             self._traffic.add(link, nbytes)
 
 
 def open_shares(
-    cache_pages: dict[str, int], shape: ModelShape, num_layers: int, dtype: str, streams, scratch: Path
+    cache_pages: dict[str, int], shape: ModelShape, num_layers: int, dtype: str, streams: Streams, scratch: Path
 ) -> list[Share]:
     """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
-    shares, first = [], 0
+    shares: list[Share] = []
+    first = 0
     for name, num_pages in cache_pages.items():
         nbytes = share_nbytes(shape, num_layers, num_pages, dtype)
         if name == "cpu" and num_pages:
-            tier = Cpu(nbytes, streams)
-            tier.touch()
-            tier.register()
-            shares.append(Share(first, num_pages, tier, ("host_to_gpu",), ("gpu_to_host",)))
+            memory = Cpu(nbytes, streams)
+            memory.touch()
+            memory.register()
+            shares.append(Share(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
         elif name == "disk" and num_pages:
-            tier = Disk(
+            disk = Disk(
                 scratch_region(scratch, nbytes), streams, slot_nbytes=min(SLOT_NBYTES, nbytes // max(num_layers, 1))
             )
             links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
-            shares.append(Share(first, num_pages, tier, *links))
+            shares.append(Share(first, num_pages, disk, *links))
         first += num_pages
     return shares
 
@@ -228,7 +236,7 @@ def share_nbytes(shape: ModelShape, num_layers: int, num_pages: int, dtype: str)
     return num_layers * num_pages * PAGE_TOKENS * shape.cache_nbytes_per_token(dtype)
 
 
-def event_of(awaited):
+def event_of(awaited: Awaited) -> Event:
     """The event of a transfer, once it has one; an event is its own."""
     return awaited.event() if isinstance(awaited, Transfer) else awaited
 

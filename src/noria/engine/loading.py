@@ -11,8 +11,10 @@ import torch
 from noria.blocks import layer_name
 from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
+from noria.files.checkpoint import OpenModel
 from noria.files.reading import read_ahead
 from noria.files.staged import checkpoint_regions, stage
+from noria.streams import Streams
 from noria.tiers import HostMemory
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import SLOT_NBYTES, Disk
@@ -24,7 +26,14 @@ class Loader:
     `scratch`: the folder that the disk tier's blocks are copied to first (None: they are read where they lie).
     """
 
-    def __init__(self, checkpoint, tiers: Mapping[str, str], dtype: str, streams, scratch: Path | None = None):
+    def __init__(
+        self,
+        checkpoint: OpenModel,
+        tiers: Mapping[str, str],
+        dtype: str,
+        streams: Streams,
+        scratch: Path | None = None,
+    ):
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
         self._targets = {name: cast_block(checkpoint.blocks[name], dtype) for name in tiers}
         self._resident: dict[str, Parameters] = {}

@@ -10,6 +10,7 @@ import torch
 from noria.engine.fixed import Fixed
 from noria.engine.order import Place
 from noria.step import Result, Step
+from noria.streams import Event
 
 
 class LoopbackRing:
@@ -31,8 +32,8 @@ class LoopbackRing:
         shape = (self._turns, place.groups, step_tokens, hidden_size)
         self._buffer = Fixed(shape, dtype, device, in_host) if place.laps > 1 else None
         self._in_host = in_host
-        self._laps = {}
-        self._results = {}
+        self._laps: dict[int, int] = {}
+        self._results: dict[int, tuple[Event, Callable[[], Result]]] = {}
 
     def watch(self, lost: Callable[[int, float], None], silence: float = 0.0) -> None:
         """There is no other rank."""
@@ -52,7 +53,7 @@ class LoopbackRing:
         """Where in host memory to put the [num_tokens, E] that `send` is given next; None where it takes a copy itself."""
         return self._of(group, lap, num_tokens) if self._in_host else None
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
         """Keeps hidden [T, E] for the next lap, as a copy made on the current stream; with an event it is `output`'s."""
         assert not self.place.answers(lap)
         if ready is None:
@@ -61,9 +62,10 @@ class LoopbackRing:
 
     def _of(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
         """Where lap `lap` leaves a group's hidden states."""
+        assert self._buffer is not None, "with one lap no hidden states are sent"
         return self._buffer.tensor[lap % self._turns, group, :num_tokens]
 
-    def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
+    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
         self._results[group] = ready, make
 
     def receive_result(self, group: int) -> Result:

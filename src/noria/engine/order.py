@@ -19,7 +19,7 @@ def tag(kind: str, group: int = 0) -> int:
 
 def kind_of(tag: int) -> tuple[str, int]:
     """The kind of message that an MPI tag says, and its group (0 where it says none)."""
-    kind = max((kind for kind in _TAGS if _TAGS[kind] <= tag), key=_TAGS.get)
+    kind = max((kind for kind in _TAGS if _TAGS[kind] <= tag), key=_TAGS.__getitem__)
     return kind, tag - _TAGS[kind]
 
 

@@ -5,17 +5,20 @@ The buffers that MPI sees are fixed for the run. Knows no MPI and no layers; the
 
 from collections import deque
 from collections.abc import Callable, Generator
+from typing import TypeAlias
 
 import torch
 
 from noria.engine.blocking_ring import BlockingRing
-from noria.engine.communication import Communication
+from noria.engine.communication import Communication, Ticket
 from noria.engine.fixed import Fixed
 from noria.engine.heartbeat import SILENCE, beat, listen
 from noria.engine.loopback import LoopbackRing
 from noria.engine.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
 from noria.plan.placement import check_blocking
 from noria.step import Result, Step, Word
+from noria.streams import Event, Streams
+from noria.transports import Transport
 
 
 class Ring:
@@ -32,13 +35,13 @@ class Ring:
 
     def __init__(
         self,
-        transport,
+        transport: Transport,
         place: Place,
         hidden_size: int,
         step_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        streams,
+        streams: Streams,
         in_host: bool = False,
     ):
         assert place.groups <= MAX_GROUPS
@@ -50,13 +53,14 @@ class Ring:
         # With one lap rank 0 receives no hidden states, and the last rank sends none.
         needed = not (one_lap and place.rank == 0), not (one_lap and place.is_last)
         self._buffers = [Fixed(shape, dtype, device, in_host) if its else None for its in needed]
-        self._inputs, self._outputs = (its and its.tensor for its in self._buffers)
+        none = torch.empty(0, dtype=dtype)
+        self._inputs, self._outputs = (none if its is None else its.tensor for its in self._buffers)
         self._in_host = in_host
         self._rounds = [0] * place.groups
-        self._headers = deque()  # tickets of the steps to come; the last one's header is not here yet
-        self._receives = {}
-        self._sends = {}
-        self._results = {}
+        self._headers: deque[Ticket[Step]] = deque()  # of the steps to come; the last one's header is not here yet
+        self._receives: dict[int, tuple[int, Ticket[None]]] = {}
+        self._sends: dict[int, Ticket[None]] = {}
+        self._results: dict[int, Ticket[bytes]] = {}
         self._communication = Communication(streams.set_device)
         if place.rank:
             self._headers.append(self._communication.ticket())
@@ -105,7 +109,7 @@ class Ring:
         self._wait_sent(group)
         return self._outputs[group, :num_tokens]
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready=None) -> None:
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
         """Hands hidden [T, E] on to the next virtual stage and returns at once.
 
         `hidden` is copied on the current stream: what is queued there later may write over it. With an event `ready` it is
@@ -123,7 +127,7 @@ class Ring:
             self._receives[group] = lap + 1, following
         self._sends[group] = self._communication.start(self._hand_on(group, output, ready, following))
 
-    def send_result(self, group: int, ready, make: Callable[[], Result]) -> None:
+    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
         """Last virtual stage: when the event `ready` has completed, the result that `make` returns goes to rank 0.
 
         The communication thread calls `make`: it must only read host memory that `ready` covers (a copy from the device
@@ -157,7 +161,7 @@ class Ring:
 
     # What follows runs in the communication thread.
 
-    def _relay_headers(self, awaited) -> Generator[None, None, None]:
+    def _relay_headers(self, awaited: Ticket[Step]) -> Generator[None, None, None]:
         stops_to_come = self.place.groups
         while stops_to_come:
             header = yield from self._transport.receive_bytes(self.place.previous, tag(HEADER))
@@ -174,25 +178,30 @@ class Ring:
             awaited.finish(step)
             awaited = following
 
-    def _hand_on(self, group: int, output: torch.Tensor, ready, following) -> Generator:
+    def _hand_on(
+        self, group: int, output: torch.Tensor, ready: Event, following: Ticket[None] | None
+    ) -> Generator[None, None, None]:
         while not ready.query():
             yield
         if following:
             self._post_receive(group, len(output), following)
         yield from self._transport.send(output, self.place.next, tag(HIDDEN, group), ready)
 
-    def _post_receive(self, group: int, num_tokens: int, ticket) -> None:
+    def _post_receive(self, group: int, num_tokens: int, ticket: Ticket[None]) -> None:
         buffer = self._inputs[group, :num_tokens]
         self._communication.start(self._transport.receive(buffer, self.place.previous, tag(HIDDEN, group)), ticket)
 
-    def _answer(self, group: int, ready, make: Callable[[], Result]) -> Generator:
+    def _answer(self, group: int, ready: Event, make: Callable[[], Result]) -> Generator[None, None, None]:
         while not ready.query():
             yield
         yield from self._transport.send_bytes(make().encode(), 0, tag(RESULT, group))
 
 
+AnyRing: TypeAlias = Ring | BlockingRing | LoopbackRing  # the three have the same methods
+
+
 def open_ring(
-    transport,
+    transport: Transport | None,
     rank: int,
     num_ranks: int,
     groups: int,
@@ -201,11 +210,11 @@ def open_ring(
     step_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-    streams,
+    streams: Streams,
     blocking: bool = False,
     in_host: bool = False,
-) -> Ring | BlockingRing | LoopbackRing:
-    """The ring of this run; the three have the same methods. Raises InputError where a blocking one would deadlock.
+) -> AnyRing:
+    """The ring of this run. Raises InputError where a blocking one would deadlock.
 
     `transport` is None with one rank: nothing travels there. `in_host`: hidden states are in host memory between visits.
     """
@@ -214,5 +223,6 @@ def open_ring(
         check_blocking(num_ranks, groups)
     if num_ranks == 1:
         return LoopbackRing(place, hidden_size, step_tokens, dtype, device, in_host)
+    assert transport is not None, "several ranks need a transport"
     kind = BlockingRing if blocking else Ring
     return kind(transport, place, hidden_size, step_tokens, dtype, device, streams, in_host)

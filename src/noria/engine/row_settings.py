@@ -3,14 +3,16 @@
 Knows nothing of drawing, slots or steps.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 # Changes flat scores [C * V] in place; its second argument puts an array on their device.
-Edit = Callable[[torch.Tensor, Callable[[np.ndarray], torch.Tensor]], None]
+Put: TypeAlias = Callable[[np.ndarray], torch.Tensor]
+Edit: TypeAlias = Callable[[torch.Tensor, Put], None]
 
 
 class Counts:
@@ -67,7 +69,7 @@ class RowSettings:
     greedy: bool = True
 
     @classmethod
-    def from_header(cls, settings: Mapping) -> "RowSettings":
+    def from_header(cls, settings: Mapping[str, Any]) -> "RowSettings":
         bias = settings.get("logit_bias", {})
         row = cls(
             settings["temperature"],
@@ -96,16 +98,21 @@ def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int
 
     positions [C]: of each row, the place in its sequence of the token that is sampled now.
     """
-    places = lambda ids: [row * vocab_size + ids_of_row for row, ids_of_row in ids]  # noqa: E731
+
+    def places(ids: Iterable[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        return [row * vocab_size + ids_of_row for row, ids_of_row in ids]
+
+    counted = [(row, one, one.counts) for row, one in enumerate(settings) if one.counts is not None]
     if any(len(one.biases) for one in settings):
         yield _add(places((row, one.bias_ids) for row, one in enumerate(settings)), [one.biases for one in settings])
-    repeated = [(row, one) for row, one in enumerate(settings) if one.repetition_penalty != 1]
+    repeated = [(row, one, counts) for row, one, counts in counted if one.repetition_penalty != 1]
     if repeated:
-        factors = [np.full(len(one.counts.ids), one.repetition_penalty) for _, one in repeated]
-        yield _penalise(places((row, one.counts.ids) for row, one in repeated), factors)
-    counted = [(row, one) for row, one in enumerate(settings) if one.presence_penalty or one.frequency_penalty]
-    if counted:
-        yield _add(places((row, one.counts.ids) for row, one in counted), [-_openai(one) for _, one in counted])
+        factors = [np.full(len(counts.ids), one.repetition_penalty) for _, one, counts in repeated]
+        yield _penalise(places((row, counts.ids) for row, _, counts in repeated), factors)
+    openai = [(row, one, counts) for row, one, counts in counted if one.presence_penalty or one.frequency_penalty]
+    if openai:
+        values = [-_openai(one, counts.generated) for _, one, counts in openai]
+        yield _add(places((row, counts.ids) for row, _, counts in openai), values)
     banned = [
         (row, one.banned)
         for row, one in enumerate(settings)
@@ -115,20 +122,19 @@ def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int
         yield _ban(places(banned))
 
 
-def _openai(row: RowSettings) -> np.ndarray:
+def _openai(row: RowSettings, generated: np.ndarray) -> np.ndarray:
     """What presence and frequency penalties take from the logits of a row's tokens.
 
     OpenAI's formula (API reference, "frequency and presence penalties"), over generated tokens alone:
     mu[j] -> mu[j] - c[j] * frequency_penalty - (c[j] > 0) * presence_penalty.
     """
-    generated = row.counts.generated
     return generated * row.frequency_penalty + (generated > 0) * row.presence_penalty
 
 
 def _add(places: list[np.ndarray], values: list[np.ndarray]) -> Edit:
     """logit_bias as in transformers' SequenceBiasLogitsProcessor for single tokens, and what is taken for penalties."""
 
-    def edit(scores: torch.Tensor, put) -> None:
+    def edit(scores: torch.Tensor, put: Put) -> None:
         index = put(np.concatenate(places))
         scores[index] = scores[index] + put(np.concatenate(values))
 
@@ -139,7 +145,7 @@ def _penalise(places: list[np.ndarray], factors: list[np.ndarray]) -> Edit:
     """repetition_penalty, over prompt and generated tokens: transformers' RepetitionPenaltyLogitsProcessor (CTRL,
     Keskar et al. 2019): negative logits are multiplied by it, the others divided."""
 
-    def edit(scores: torch.Tensor, put) -> None:
+    def edit(scores: torch.Tensor, put: Put) -> None:
         index, factor = put(np.concatenate(places)), put(np.concatenate(factors))
         values = scores[index]
         scores[index] = torch.where(values < 0, values * factor, values / factor)
@@ -150,7 +156,7 @@ def _penalise(places: list[np.ndarray], factors: list[np.ndarray]) -> Edit:
 def _ban(places: list[np.ndarray]) -> Edit:
     """min_new_tokens: transformers' MinNewTokensLengthLogitsProcessor."""
 
-    def edit(scores: torch.Tensor, put) -> None:
+    def edit(scores: torch.Tensor, put: Put) -> None:
         scores.index_fill_(0, put(np.concatenate(places)), -torch.inf)  # an assignment would wait for the device
 
     return edit

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from noria.engine.row_settings import RowSettings, edits_of
+from noria.engine.row_settings import Counts, RowSettings, edits_of
 from noria.step import NO_TOKEN, Step
 
 CHUNK_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
@@ -35,7 +35,7 @@ class Sampler:
     def __init__(self, device: torch.device):
         self._device = device
         self._settings: dict[int, RowSettings] = {}
-        self._counting: dict[int, RowSettings] = {}  # those whose tokens must be counted, for penalties
+        self._counting: dict[int, Counts] = {}  # those whose tokens must be counted, for penalties
 
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
@@ -47,7 +47,7 @@ class Sampler:
             if not settings.greedy or settings.logprobs >= 0:
                 self._settings[admitted.slot] = settings
             if settings.counts is not None:
-                self._counting[admitted.slot] = settings
+                self._counting[admitted.slot] = settings.counts
 
     def count(self, step: Step) -> None:
         """Counts the tokens of a step, prompt and generated, where a row is penalised for them. Before its samples."""
@@ -57,8 +57,8 @@ class Sampler:
         for slot, end, count, position in zip(
             step.slots.tolist(), ends, step.counts.tolist(), step.positions.tolist(), strict=True
         ):
-            if settings := self._counting.get(slot):
-                settings.counts.add(step.token_ids[end - count : end].tolist(), position)
+            if counts := self._counting.get(slot):
+                counts.add(step.token_ids[end - count : end].tolist(), position)
 
     def top(self, slots: np.ndarray) -> int:
         """The most of the likely ids that any of these rows asks for; -1 if none asks for log-probabilities."""
@@ -91,7 +91,9 @@ class Sampler:
         chunks = zip(logits.split(size), token_ids.split(size), strict=True)
         return torch.cat([_pick(torch.log_softmax(part.double(), dim=-1), ids) for part, ids in chunks])
 
-    def _choose(self, scores: torch.Tensor, settings: list[RowSettings], uniforms, positions) -> torch.Tensor:
+    def _choose(
+        self, scores: torch.Tensor, settings: list[RowSettings], uniforms: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
         """[C] ids by scores [C, V] float64, which are written over."""
         for edit in edits_of(settings, positions, scores.shape[1]):
             edit(scores.view(-1), self._put)
@@ -117,7 +119,9 @@ class Sampler:
         ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, drawn)
         return ids
 
-    def _logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int) -> tuple:
+    def _logprobs(
+        self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """logprobs [S], top_ids and top_logprobs [S, top] (None without any): of the raw distribution, before
         penalties, temperature and truncation."""
         count, device = len(ids), self._device
@@ -128,7 +132,7 @@ class Sampler:
             index = self._put(np.array(chunk))
             raw = torch.log_softmax(logits[index].double(), dim=-1)
             chosen[index] = _pick(raw, ids[index].clamp(min=0))
-            if top:
+            if top_ids is not None and top_logprobs is not None:
                 top_logprobs[index], top_ids[index] = raw.topk(top, dim=-1)
         return chosen, top_ids, top_logprobs
 

@@ -6,23 +6,28 @@ Knows the model, its weights and its cache; nothing of the ring, of rounds or of
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from noria import blocks
+from noria.attention import Attend
 from noria.engine import kv_cache
 from noria.engine.activations import Embedding, InHost, OnDevice
 from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache, Staged
-from noria.engine.sampler import Sampler
+from noria.engine.sampler import Sampled, Sampler
 from noria.engine.shortage import is_shortage
-from noria.engine.trace import OFF
+from noria.engine.trace import OFF, Tracing
 from noria.engine.weights import Weights
 from noria.schedules import Actions, Cell
-from noria.step import Step
+from noria.step import Span, Step
+from noria.streams import Event, Streams
 
+Spans: TypeAlias = tuple[list[Span], Staged | None]  # of a microbatch: as attention sees it, and what to move for that
+T = TypeVar("T")
 HEAD_ROWS = 512  # logits of this many rows at a time: 512 x 128k ids in float32 are 256 MiB
 
 
@@ -63,17 +68,17 @@ class Stage:
 
     def __init__(
         self,
-        model,
-        attention,
-        shape,
+        model: ModuleType,
+        attention: ModuleType,
+        shape: blocks.ModelShape,
         weights: Weights,
         cache: KvCache,
         sampler: Sampler,
-        schedule,
-        dtype,
-        streams,
+        schedule: ModuleType,
+        dtype: torch.dtype,
+        streams: Streams,
         report: Callable[[str], None] = lambda message: None,
-        trace=OFF,
+        trace: Tracing = OFF,
         activations: OnDevice | InHost | None = None,
     ):
         self._model, self._attention, self._shape = model, attention, shape
@@ -97,7 +102,7 @@ class Stage:
         self._activations.close()
 
     @property
-    def stored(self):
+    def stored(self) -> Event | None:
         """The event after which what `forward` returned last is in host memory; None where it is on the device."""
         return self._activations.stored
 
@@ -109,17 +114,19 @@ class Stage:
         spans, rows = self._spans(step, borders)
         needed, *head_rows = self._activations.needed(step.sample_rows, step.score_rows)
         parts = [step.token_ids, positions_of(step), *head_rows, step.score_ids, needed, *rows]
-        ids, positions, sample_rows, score_rows, score_ids, needed_rows, *rows = self._to_device(parts)
+        ids, positions, sample_rows, score_rows, score_ids, needed_rows, *its_rows = self._to_device(parts)
         of_head = sample_rows, score_rows, score_ids, needed, needed_rows
-        return Prepared(step, ids, positions, *of_head, self._microbatches(positions, spans, rows), borders)
+        return Prepared(step, ids, positions, *of_head, self._microbatches(positions, spans, its_rows), borders)
 
-    def _spans(self, step: Step, borders: list[int]) -> tuple[list, list[np.ndarray]]:
+    def _spans(self, step: Step, borders: list[int]) -> tuple[list[Spans], list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
         pairs = itertools.pairwise(borders)
         spans = [self._cache.stage(self._cache.spans(step, first, last)) for first, last in pairs]
         return spans, [kv_cache.cache_rows(part) for part, _ in spans]
 
-    def _microbatches(self, positions: torch.Tensor, spans: list, rows: list[torch.Tensor]) -> tuple[Microbatch, ...]:
+    def _microbatches(
+        self, positions: torch.Tensor, spans: list[Spans], rows: list[torch.Tensor]
+    ) -> tuple[Microbatch, ...]:
         microbatches, first = [], 0
         for (part, staged), its_rows in zip(spans, rows, strict=True):
             last = first + len(its_rows)
@@ -148,7 +155,13 @@ class Stage:
         )
         return self._model.embed(self._shape, parameters, ids, positions).pin_memory()
 
-    def forward(self, prepared: Prepared, layers: range, hidden, output: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        prepared: Prepared,
+        layers: range,
+        hidden: torch.Tensor | Embedding,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[T, E] after these layers; each layer's weights serve all microbatches of the step.
 
         Where hidden states are in CPU memory they are in `output` once `stored` has completed; without one, what the head
@@ -249,7 +262,7 @@ class Stage:
         sampler.count(step)
         top, positions = sampler.top(step.sample_slots), positions_of(step)[step.sample_rows] + 1
 
-        def draw(chunk: slice, logits: torch.Tensor):
+        def draw(chunk: slice, logits: torch.Tensor) -> Sampled:
             begin = self._trace.mark()
             drawn = sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk], positions[chunk], top)
             self._trace.compute("sample", begin, *self._at)
@@ -267,12 +280,13 @@ class Stage:
                 result[name] = torch.cat([getattr(piece, name) for piece in pieces])
         return result | ({"prompt_logprobs": torch.cat(scores)} if scores else {})
 
-    def _of_logits(self, hidden: torch.Tensor, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], Any]) -> list:
+    def _of_logits(self, hidden: torch.Tensor, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
         """What `use(rows, logits [_, V])` returns for the hidden states at these places, HEAD_ROWS at a time.
 
         Fewer where memory does not suffice: `use` must not mind to be called again.
         """
-        found, start = [], 0
+        found: list[T] = []
+        start = 0
         while start < len(rows):
             count = min(self._head_rows, len(rows) - start)
             chunk = slice(start, start + count)
@@ -295,8 +309,15 @@ class Stage:
         self._trace.compute("head", begin, *self._at)
         return logits
 
-    def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor):
-        def attend(queries, keys, values, *, scale=None, window=None):
+    def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor) -> Attend:
+        def attend(
+            queries: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            *,
+            scale: float | None = None,
+            window: int | None = None,
+        ) -> torch.Tensor:
             key_cache.index_copy_(0, microbatch.rows, keys)
             value_cache.index_copy_(0, microbatch.rows, values)
             scale = queries.shape[-1] ** -0.5 if scale is None else scale

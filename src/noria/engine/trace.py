@@ -6,12 +6,16 @@ Knows no MPI: the offsets of clocks are given to it.
 
 import json
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
+
+import torch
 
 from noria.engine.order import BEAT, HIDDEN, RESULT, kind_of
 from noria.files import atomic
+from noria.streams import Event, Mark, Streams
+from noria.transports import Transport
 
 LIMIT = 250_000  # spans of a rank, some 100 MB of host memory; those after them are counted and dropped
 TRACKS = ("steps", "waits", "compute", "load", "store", "send", "receive")
@@ -21,12 +25,38 @@ _ROUNDING = 2000  # ns by which two spans of a stream may seem to overlap: the d
 _ANCHOR_SPAN = 4 * 10**9  # ns; the device's clock counts milliseconds in 32 bits, which are exact near an anchor alone
 
 
+T = TypeVar("T")
+
+
 class Span(NamedTuple):
     track: str
     name: str
-    begin: object
-    end: object
-    args: dict
+    begin: Mark
+    end: Mark
+    args: dict[str, Any]
+
+
+class Tracing(Protocol):
+    """What the engine asks of a trace: Trace keeps it, Off does nothing."""
+
+    def start(self, offset: int, zero: int) -> None: ...
+
+    def mark(self) -> Mark | None: ...
+
+    def compute(
+        self,
+        name: str,
+        begin: Mark | None,
+        round: int,
+        lap: int,
+        group: int,
+        layer: int | None = None,
+        microbatch: int | None = None,
+    ) -> None: ...
+
+    def host(self, track: str, name: str, begin: float, end: float | None = None, **args: Any) -> None: ...
+
+    def transport(self, transport: Transport | None) -> Transport | None: ...
 
 
 class Off:
@@ -38,13 +68,22 @@ class Off:
     def mark(self) -> None:
         return None
 
-    def compute(self, name: str, begin, round: int, lap: int, group: int, layer=None, microbatch=None) -> None:
+    def compute(
+        self,
+        name: str,
+        begin: Mark | None,
+        round: int,
+        lap: int,
+        group: int,
+        layer: int | None = None,
+        microbatch: int | None = None,
+    ) -> None:
         pass
 
-    def host(self, track: str, name: str, begin: float, end: float | None = None, **args) -> None:
+    def host(self, track: str, name: str, begin: float, end: float | None = None, **args: Any) -> None:
         pass
 
-    def transport(self, transport):
+    def transport(self, transport: Transport | None) -> Transport | None:
         return transport
 
 
@@ -54,7 +93,7 @@ OFF = Off()
 class Trace:
     """The spans of one rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
 
-    def __init__(self, rank: int, title: str, streams, limit: int = LIMIT):
+    def __init__(self, rank: int, title: str, streams: Streams, limit: int = LIMIT):
         self._rank, self._title, self._streams, self._limit = rank, title, streams, limit
         self._spans: list[Span] = []
         self.dropped = 0
@@ -67,21 +106,30 @@ class Trace:
         self._anchor, self._began = self._streams.anchor()
         self._offset, self._zero = offset, zero
 
-    def mark(self):
+    def mark(self) -> Mark | None:
         """Where the compute stream is now; None when no span is kept any more."""
         return self._streams.mark() if len(self._spans) < self._limit else None
 
-    def compute(self, name: str, begin, round: int, lap: int, group: int, layer=None, microbatch=None) -> None:
+    def compute(
+        self,
+        name: str,
+        begin: Mark | None,
+        round: int,
+        lap: int,
+        group: int,
+        layer: int | None = None,
+        microbatch: int | None = None,
+    ) -> None:
         """A block was computed from the mark `begin` on to where the compute stream is now."""
         args = {"round": round, "lap": lap, "group": group, "layer": layer, "microbatch": microbatch}
         self._add("compute", name, begin, self.mark(), {key: v for key, v in args.items() if v is not None})
 
-    def host(self, track: str, name: str, begin: float, end: float | None = None, **args) -> None:
+    def host(self, track: str, name: str, begin: float, end: float | None = None, **args: Any) -> None:
         """Something of a host thread, in seconds of time.perf_counter(); it ends now if no end is given."""
         end = time.perf_counter() if end is None else end
         self._add(track, name, int(begin * 1e9), int(end * 1e9), args)
 
-    def transport(self, transport) -> "TracedTransport":
+    def transport(self, transport: Transport | None) -> Transport | None:
         """The transport, with its messages traced; those of the heartbeat and the wait for headers are not."""
         return TracedTransport(transport, self) if transport is not None else None
 
@@ -102,7 +150,7 @@ class Trace:
         title = self._title + (f" ({self.dropped} spans dropped)" if self.dropped else "")
         yield from self._names("process", 0, self._rank, title)
         for number, track in enumerate(TRACKS):
-            used = set()
+            used: set[int] = set()
             for place, begin, end, span in _beside(self._resolved(track)):
                 number_of = number * _SUBTRACKS + place
                 if place not in used:
@@ -117,10 +165,10 @@ class Trace:
         yield json.dumps(event | {"name": f"{what}_name", "args": {"name": name}})
         yield json.dumps(event | {"name": f"{what}_sort_index", "args": {"sort_index": index}})
 
-    def _copied(self, lane: str, name: str, args: dict, nbytes: int, begin, end) -> None:
+    def _copied(self, lane: str, name: str, args: dict[str, Any], nbytes: int, begin: Mark, end: Mark) -> None:
         self._add(lane, name, begin, end, args | {"bytes": nbytes})
 
-    def _add(self, track: str, name: str, begin, end, args: dict) -> None:
+    def _add(self, track: str, name: str, begin: Mark | None, end: Mark | None, args: dict[str, Any]) -> None:
         if len(self._spans) >= self._limit or begin is None or end is None:
             self.dropped += 1
         else:
@@ -128,9 +176,10 @@ class Trace:
 
     def _resolved(self, track: str) -> list[tuple[int, int, Span]]:
         """(begin, end, span) of a track in ns of this rank's clock, in order."""
-        found, anchor, at = [], self._anchor, self._began
+        found: list[tuple[int, int, Span]] = []
+        anchor, at = self._anchor, self._began
         for span in (span for span in self._spans if span.track == track):
-            if track in _HOST:
+            if isinstance(span.begin, int) and isinstance(span.end, int) and track in _HOST:
                 found.append((span.begin, span.end, span))
                 continue
             begin = at + self._streams.nanoseconds(anchor, span.begin)
@@ -155,41 +204,46 @@ def _beside(spans: list[tuple[int, int, Span]]) -> Iterable[tuple[int, int, int,
 class TracedTransport:
     """A transport whose messages leave spans: a send from when its bytes are ready, a receive from when it is posted."""
 
-    def __init__(self, transport, trace: Trace):
+    def __init__(self, transport: Transport, trace: Trace):
         self._transport, self._trace = transport, trace
+        self.device = transport.device
+        # The messages of a blocking ring that are no hidden states, and the end, leave no spans.
+        self.send_bytes_now, self.receive_bytes_now = transport.send_bytes_now, transport.receive_bytes_now
+        self.close = transport.close
 
-    def __getattr__(self, name: str):
-        return getattr(self._transport, name)
-
-    def send(self, tensor, dest: int, tag: int, ready) -> Generator:
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> Generator[None, None, None]:
         return self._watched("send", tag, tensor.nbytes, self._transport.send(tensor, dest, tag, ready))
 
-    def receive(self, tensor, source: int, tag: int) -> Generator:
+    def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
         return self._watched("receive", tag, tensor.nbytes, self._transport.receive(tensor, source, tag))
 
-    def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator:
+    def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator[None, None, None]:
         work = self._transport.send_bytes(data, dest, tag)
         return work if kind_of(tag)[0] == BEAT else self._watched("send", tag, len(data), work)
 
-    def receive_bytes(self, source: int, tag: int) -> Generator:
+    def receive_bytes(self, source: int, tag: int) -> Generator[None, None, bytes]:
         work = self._transport.receive_bytes(source, tag)
         return self._watched("receive", tag, None, work) if kind_of(tag)[0] == RESULT else work
 
-    def send_now(self, tensor, dest: int, tag: int, ready) -> None:
-        self._now("send", tag, tensor.nbytes, self._transport.send_now, tensor, dest, tag, ready)
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
+        self._now("send", tag, tensor.nbytes, lambda: self._transport.send_now(tensor, dest, tag, ready))
 
-    def receive_now(self, tensor, source: int, tag: int) -> None:
-        self._now("receive", tag, tensor.nbytes, self._transport.receive_now, tensor, source, tag)
+    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
+        self._now("receive", tag, tensor.nbytes, lambda: self._transport.receive_now(tensor, source, tag))
 
-    def _watched(self, track: str, tag: int, nbytes: int | None, work: Generator) -> Generator:
+    def _watched(
+        self, track: str, tag: int, nbytes: int | None, work: Generator[None, None, T]
+    ) -> Generator[None, None, T]:
         begin, (kind, group) = time.perf_counter_ns(), kind_of(tag)
         value = yield from work
-        self._trace.message(track, kind, begin, group, len(value) if nbytes is None else nbytes)
+        if nbytes is None:
+            nbytes = len(value) if isinstance(value, bytes) else 0
+        self._trace.message(track, kind, begin, group, nbytes)
         return value
 
-    def _now(self, track: str, tag: int, nbytes: int, call, *arguments) -> None:
+    def _now(self, track: str, tag: int, nbytes: int, call: Callable[[], None]) -> None:
         begin = time.perf_counter_ns()
-        call(*arguments)
+        call()
         self._trace.message(track, HIDDEN, begin, kind_of(tag)[1], nbytes)
 
 
@@ -197,8 +251,9 @@ class TraceFile:
     """The file of all ranks' events, there whole or not at all. An error is kept until `close`: every rank is heard."""
 
     def __init__(self, path: Path):
-        self._path, self._temporary, self._error, self._begun = path, atomic.temporary(path), None, False
-        self._file = None
+        self._path, self._temporary, self._begun = path, atomic.temporary(path), False
+        self._error: OSError | None = None
+        self._file: TextIO | None = None
 
     def add(self, events: list[str]) -> None:
         """A rank's events."""
@@ -216,6 +271,7 @@ class TraceFile:
         try:
             if self._error is not None:
                 raise self._error
+            assert self._file is not None, "a trace without the events of any rank"
             self._file.write("\n]}\n")
             self._file.close()
             atomic.fsync(self._temporary)

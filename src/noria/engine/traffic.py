@@ -11,9 +11,10 @@ LINKS = ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_
 class Traffic:
     """Counts of one rank. `weights_unused`: bytes of blocks that were loaded ahead and never computed with."""
 
-    def __init__(self):
-        self._round: Counter = Counter()
-        self.prefill, self.decode = Counter(), Counter()
+    def __init__(self) -> None:
+        self._round: Counter[str] = Counter()
+        self.prefill: Counter[str] = Counter()
+        self.decode: Counter[str] = Counter()
         self.weights_unused = 0
 
     def add(self, link: str, nbytes: int) -> None:

@@ -12,6 +12,8 @@ import torch
 from noria.blocks import Block, lay_out
 from noria.engine.cycle import Cycle
 from noria.engine.traffic import Traffic
+from noria.streams import Event, Streams
+from noria.tiers import Tier, Transfer
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -38,7 +40,7 @@ class Home:
     """Where a streamed block lives: its layout, the tier that holds it, its place there and the links that it crosses."""
 
     block: Block
-    tier: object
+    tier: Tier
     offset: int
     links: tuple[str, ...]
 
@@ -48,7 +50,7 @@ class Slot:
     """A buffer on the device that holds one block while it is used; `free`: the event after which it may be rewritten."""
 
     buffer: torch.Tensor
-    free: object = None
+    free: Event | None = None
     views: dict[str, Parameters] = field(default_factory=dict)
 
 
@@ -58,7 +60,7 @@ class Load:
 
     name: str
     slot: Slot
-    transfer: object
+    transfer: Transfer
 
 
 class Weights:
@@ -77,10 +79,10 @@ class Weights:
         visits: Sequence[Sequence[str]],
         groups: int,
         num_slots: int,
-        streams,
+        streams: Streams,
         traffic: Traffic | None = None,
         ahead: bool = True,
-        tiers: Sequence = (),
+        tiers: Sequence[Tier] = (),
     ):
         self._tiers = {id(tier): tier for tier in (*tiers, *(home.tier for home in homes.values()))}
         self._resident, self._homes, self._streams, self._prefetches = dict(resident), dict(homes), streams, ahead
@@ -143,7 +145,7 @@ class Weights:
     def done(self, name: str) -> None:
         """This visit has queued all its work with the block. Its slot goes free unless another group needs it."""
         _, lap, group = self._at
-        if name in self._held and (not self._cycle.once[lap] or group == self._groups - 1):
+        if name in self._held and self._cycle and (not self._cycle.once[lap] or group == self._groups - 1):
             self._release(name)
             if self._prefetches:
                 self._send()
@@ -163,13 +165,13 @@ class Weights:
                 return load
             self._drop()
 
-    def _drop(self):
+    def _drop(self) -> Event:
         """The oldest load ahead is in vain: its slot goes free after the event returned."""
         load = self._ahead.popleft()
-        load.slot.free = load.transfer.event()
+        event = load.slot.free = load.transfer.event()
         self._free.append(load.slot)
         self._traffic.weights_unused += self._homes[load.name].block.nbytes
-        return load.slot.free
+        return event
 
     def _release(self, name: str) -> None:
         slot = self._held.pop(name).slot

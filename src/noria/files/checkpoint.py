@@ -7,6 +7,8 @@ memory the caller has. The writer is checkpoint_writer.py.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 import h5py
 import xxhash
@@ -42,7 +44,7 @@ MAX_TOKENIZER_NBYTES = 1 << 30
 _VERIFY_NBYTES = 16 << 20
 
 
-def parse_json(text: str | bytes, where: str) -> dict:
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """The JSON object in `text`. Raises InputError, naming `where`, for anything else."""
     try:
         tree = json.loads(text)
@@ -53,7 +55,7 @@ def parse_json(text: str | bytes, where: str) -> dict:
     return tree
 
 
-def model_shape(config: dict, where: str) -> tuple[object, ModelShape]:
+def model_shape(config: dict[str, Any], where: str) -> tuple[ModuleType, ModelShape]:
     """The model family's module and the sizes in `config` (of a config.json). Raises InputError naming `where`."""
     try:
         family = models.for_config(config)
@@ -73,13 +75,32 @@ def block_names(shape: ModelShape) -> Iterator[str]:
     yield "head"
 
 
-def model_block(family, shape: ModelShape, name: str, dtype: str) -> Block:
+def model_block(family: ModuleType, shape: ModelShape, name: str, dtype: str) -> Block:
     """The layout of one block in `dtype`."""
     if name == "embed":
         return lay_out(name, family.embed_parameters(shape), dtype)
     if name == "head":
         return lay_out(name, family.head_parameters(shape), dtype)
     return lay_out(name, family.layer_parameters(shape, int(name.rpartition("/")[2])), dtype)
+
+
+class OpenModel(Protocol):
+    """A model as a run reads it: a Checkpoint, which says what the attributes are, or random weights."""
+
+    path: Path
+    shape: ModelShape
+    family: str
+    dtype: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    blocks: dict[str, Block]
+    tokenizer: dict[str, bytes]
+    header_hash: str
+    nbytes: int
+
+    def read_block(self, name: str, into: bytearray | memoryview) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Checkpoint:
@@ -121,7 +142,7 @@ class Checkpoint:
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
         return texts
 
-    def _find_blocks(self, module) -> None:
+    def _find_blocks(self, module: ModuleType) -> None:
         # the file's own count bounds the loop: a config may claim any number of layers
         layers = self._files.find("layers")
         held = len(layers) if isinstance(layers, h5py.Group) else 0
@@ -136,7 +157,7 @@ class Checkpoint:
             self._checksums[name] = text_attribute(self._files.find(name), CHECKSUM, self.path)
 
     def _block_extent(self, block: Block) -> Extent:
-        begin = None
+        begin: Extent | None = None
         for parameter in block.parameters:
             path = f"{block.name}/{parameter.name}"
             extent = self._files.extent(path, block.dtype, parameter.shape)
@@ -147,6 +168,7 @@ class Checkpoint:
                     f"{self.path}: {path!r} is at byte {extent.offset} of {extent.path.name},"
                     " not where its block has it"
                 )
+        assert begin is not None, "a block has parameters"
         check_inside(begin, block.name)
         return begin
 
@@ -173,7 +195,7 @@ class Checkpoint:
             digest.update(len(content).to_bytes(8, "little") + content)
         return digest.hexdigest()
 
-    def read_block(self, name: str, into) -> None:
+    def read_block(self, name: str, into: bytearray | memoryview) -> None:
         """Fills the writable buffer `into`, of exactly the block's nbytes, with the block.
 
         Raises InputError, naming the block, if the bytes are not those that were written (checked at its first load).
@@ -233,7 +255,7 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -257,7 +279,7 @@ def _check_format(root: h5py.File, path: Path) -> None:
         raise InputError(
             f"{path} is not a checkpoint: its format is {found!r}, not {FORMAT!r}; make one with noria convert"
         )
-    version = attribute(root, "version", path)
+    version: Any = attribute(root, "version", path)
     if getattr(version, "shape", None) != () or version.dtype.kind not in "iu" or version < 1:
         raise InputError(f"{path}: version is {version!r}, it should be a whole number from 1 on")
     if version > VERSION:

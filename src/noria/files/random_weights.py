@@ -7,6 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ MAX_THREADS = 16
 class RandomCheckpoint:
     """Blocks of random weights. Norms are 1; biases and matrices are normal with the config's own width."""
 
-    def __init__(self, config: dict, dtype: str):
+    def __init__(self, config: dict[str, Any], dtype: str):
         if dtype not in DTYPE_NBYTES:
             raise InputError(f"random weights: dtype is {dtype!r}; known: {', '.join(DTYPE_NBYTES)}")
         self.path = Path("random weights")
-        self.config, self.generation_config, self.tokenizer, self.dtype = config, {}, {}, dtype
+        self.config, self.dtype = config, dtype
+        self.generation_config: dict[str, Any] = {}
+        self.tokenizer: dict[str, bytes] = {}
         self._module, self.shape = model_shape(config, "random weights")
         self.family = self.shape.family
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
@@ -38,7 +41,7 @@ class RandomCheckpoint:
         width = config.get("initializer_range", config.get("init_std", 0.02))
         self._width = width if isinstance(width, float) and 0 < width < 1 else 0.02
 
-    def read_block(self, name: str, into) -> None:
+    def read_block(self, name: str, into: bytearray | memoryview) -> None:
         """Fills the writable buffer `into`, of exactly the block's nbytes, with the block. Any thread may call it."""
         block, view = self.blocks[name], memoryview(into).cast("B")
         assert len(view) == block.nbytes, (name, len(view), block.nbytes)
@@ -83,6 +86,6 @@ def _tile(target: np.ndarray, period: np.ndarray) -> None:
         part[:] = period[: len(part)]
 
 
-def random_checkpoint(config: dict, dtype: str) -> RandomCheckpoint:
+def random_checkpoint(config: dict[str, Any], dtype: str) -> RandomCheckpoint:
     """A model of `config` (of a config.json) with random weights in `dtype`. Raises InputError if it cannot be made."""
     return RandomCheckpoint(config, dtype)

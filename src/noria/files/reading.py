@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from noria.direct import DirectFile, chunks
-from noria.files.checkpoint import Checkpoint
+from noria.files.checkpoint import Checkpoint, OpenModel
 from noria.tiers import HostMemory
 
 NUM_THREADS = 8
@@ -25,11 +26,11 @@ class _Coming:
     name: str
     memory: torch.Tensor
     buffer: HostMemory | None
-    reads: list[Future]
+    reads: list[Future[Any]]
 
 
 def read_ahead(
-    checkpoint,
+    checkpoint: OpenModel,
     names: Iterable[str],
     threads: int = NUM_THREADS,
     into: Mapping[str, torch.Tensor] | None = None,
@@ -45,8 +46,10 @@ def read_ahead(
     sizes = {name: checkpoint.blocks[name].nbytes for name in names}
     buffers = _buffers([sizes[name] for name in names if name not in into], device)
     free = deque(buffers)
+    source: _FileSource | _MadeSource
     source = _FileSource(checkpoint) if isinstance(checkpoint, Checkpoint) else _MadeSource(checkpoint)
-    waiting, coming = deque(names), deque()
+    waiting = deque(names)
+    coming: deque[_Coming] = deque()
     pool = ThreadPoolExecutor(threads, "read")
     try:
         while waiting or coming:
@@ -92,14 +95,14 @@ class _FileSource:
         self._checkpoint = checkpoint
         self._files = direct_files(checkpoint, checkpoint.blocks)
 
-    def start(self, pool: ThreadPoolExecutor, name: str, memory: torch.Tensor) -> list[Future]:
-        extent, view = self._checkpoint.extent(name), memoryview(memory.numpy())
+    def start(self, pool: ThreadPoolExecutor, name: str, memory: torch.Tensor) -> list[Future[Any]]:
+        extent, view = self._checkpoint.extent(name), memory.numpy().data
         file = self._files[extent.fd]
         return [pool.submit(file.read, extent.offset + begin, view[begin:end]) for begin, end in chunks(extent.nbytes)]
 
     def check(self, name: str, memory: torch.Tensor) -> None:
         if check := self._checkpoint.checking(name):
-            check.update(memoryview(memory.numpy()))
+            check.update(memory.numpy().data)
             check.finish()
 
     def close(self) -> None:
@@ -110,11 +113,11 @@ class _FileSource:
 class _MadeSource:
     """The blocks of random weights, made in place."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint: OpenModel):
         self._checkpoint = checkpoint
 
-    def start(self, pool: ThreadPoolExecutor, name: str, memory: torch.Tensor) -> list[Future]:
-        return [pool.submit(self._checkpoint.read_block, name, memoryview(memory.numpy()))]
+    def start(self, pool: ThreadPoolExecutor, name: str, memory: torch.Tensor) -> list[Future[Any]]:
+        return [pool.submit(self._checkpoint.read_block, name, memory.numpy().data)]
 
     def check(self, name: str, memory: torch.Tensor) -> None:
         """What is made is right."""

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from noria.direct import chunks, scratch_file
-from noria.files.checkpoint import Checkpoint
+from noria.files.checkpoint import Checkpoint, OpenModel
 from noria.files.reading import NUM_THREADS, direct_files, read_ahead
 from noria.keys import InputError
 from noria.tiers.disk import Region
 
 
-def checkpoint_regions(checkpoint, names: Iterable[str]) -> list[Region]:
+def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Region]:
     """A region a block, in the order of `names`, in the checkpoint's own files; each is checked at its first load.
 
     The checkpoint may be closed after them. Raises InputError for random weights, which have no file.
@@ -33,7 +33,10 @@ def checkpoint_regions(checkpoint, names: Iterable[str]) -> list[Region]:
 
 
 def stage(
-    checkpoint, names: Iterable[str], folder: str | Path, staged: Callable[[int], None] = lambda nbytes: None
+    checkpoint: OpenModel,
+    names: Iterable[str],
+    folder: str | Path,
+    staged: Callable[[int], None] = lambda nbytes: None,
 ) -> list[Region]:
     """Copies the blocks, checked, into one nameless file in `folder`: a region a block, in the order of `names`.
 
@@ -46,7 +49,7 @@ def stage(
     try:
         with ThreadPoolExecutor(NUM_THREADS, "stage") as pool:
             for _, memory in read_ahead(checkpoint, names):
-                view = memoryview(memory.numpy())
+                view = memory.numpy().data
                 writes = [pool.submit(file.write, offset + begin, view[begin:end]) for begin, end in chunks(len(view))]
                 for write in writes:
                     write.result()

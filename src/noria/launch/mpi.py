@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
+from noria.communicator import Communicator
 from noria.config import InputError
 
 # The first of these that is set says how many ranks the launcher started.
@@ -21,6 +22,7 @@ LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")  # of what threads may
 TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
 PINGS = 100  # to and fro with each rank; the fastest one tells the clocks' difference
 HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
+T = TypeVar("T")
 
 
 class Refused(InputError):
@@ -36,10 +38,10 @@ class Solo:
     def Get_size(self) -> int:
         return 1
 
-    def bcast(self, value: Any, root: int = 0) -> Any:
+    def bcast(self, value: T, root: int = 0) -> T:
         return value
 
-    def allgather(self, value: Any) -> list:
+    def allgather(self, value: T) -> list[T]:
         return [value]
 
     def Split(self, color: int = 0, key: int = 0) -> "Solo":
@@ -47,6 +49,12 @@ class Solo:
 
     def Barrier(self) -> None:
         pass
+
+    def send(self, value: object, dest: int, tag: int = 0) -> None:
+        raise AssertionError(f"no rank {dest}: this process is alone")
+
+    def recv(self, source: int, tag: int = 0) -> Any:
+        raise AssertionError(f"no rank {source}: this process is alone")
 
 
 def launched() -> int:
@@ -59,7 +67,7 @@ def launched_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
-def start():
+def start() -> Communicator:
     """MPI's world communicator, or Solo for a process alone.
 
     Raises Refused for ranks that cannot see each other, and for an MPI that several threads may not use.
@@ -128,7 +136,11 @@ def abort(code: int) -> None:
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
 
 
-def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:
+@overload
+def on_first_rank(comm: Communicator, action: Callable[[], T], share: Literal[True] = True) -> T: ...
+@overload
+def on_first_rank(comm: Communicator, action: Callable[[], T], share: Literal[False]) -> T | None: ...
+def on_first_rank(comm: Communicator, action: Callable[[], T], share: bool = True) -> T | None:
     """What `action` returns on rank 0, on every rank (None on the others unless `share`).
 
     Its InputError is raised on every rank, as Refused.
@@ -140,7 +152,7 @@ def on_first_rank(comm, action: Callable[[], Any], share: bool = True) -> Any:
     return shared if share else value
 
 
-def on_every_rank(comm, action: Callable[[], Any], hurry: Callable[[str], Any] | None = None) -> Any:
+def on_every_rank(comm: Communicator, action: Callable[[], T], hurry: Callable[[str], object] | None = None) -> T:
     """What `action` returns on this rank. The first rank's InputError is raised on every rank, as Refused.
 
     `hurry` is called with it, in another thread, if the other ranks are still at theirs after HURRY_SECONDS.
@@ -159,7 +171,7 @@ def on_every_rank(comm, action: Callable[[], Any], hurry: Callable[[str], Any] |
     return value
 
 
-def clock_offset(comm) -> int:
+def clock_offset(comm: Communicator) -> int:
     """Nanoseconds to add to this rank's time.perf_counter_ns() for rank 0's. Collective: rank 0 answers each in turn."""
     if comm.Get_rank() == 0:
         for other in range(1, comm.Get_size()):
@@ -177,7 +189,7 @@ def clock_offset(comm) -> int:
     return min(trips)[1]
 
 
-def in_turn(comm, value: Any, take: Callable[[Any], None]) -> None:
+def in_turn(comm: Communicator, value: T, take: Callable[[T], None]) -> None:
     """Rank 0 takes every rank's value, in order, one at a time. Collective."""
     if comm.Get_rank():
         comm.send(value, dest=0, tag=TAG)
@@ -187,7 +199,7 @@ def in_turn(comm, value: Any, take: Callable[[Any], None]) -> None:
         take(comm.recv(source=other, tag=TAG))
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return action(), None
     except InputError as error:

@@ -5,13 +5,14 @@ A family knows nothing of ranks, streams or files. This file only finds the fami
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from noria import kinds
 from noria.config import InputError, require
 from noria.models._config import MAX_SHOWN, shown
 
 
-def for_config(config: Mapping) -> ModuleType:
+def for_config(config: Mapping[str, Any]) -> ModuleType:
     """The family that computes a model with this config.json.
 
     Found by `model_type`, or by `architectures` where that is missing. Raises InputError, with the known architectures,

@@ -5,6 +5,7 @@ and no tensors.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.config import InputError, require
 
@@ -22,38 +23,40 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
-def integer(config: Mapping, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+def integer(config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
     """A whole number of 1 to `most`; a missing or null key is the default. Raises InputError."""
-    value = default if config.get(key) is None else config[key]
-    require(value is not None, f"config.json: {key} is missing")
+    value: Any = default if config.get(key) is None else config[key]
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(whole, f"config.json: {key} is {shown(value)}: it must be a whole number of at least 1")
     require(value <= most, f"config.json: {key} is {shown(value)}: it must be at most {most}")
     return value
 
 
-def whole(config: Mapping, key: str, default: int) -> int:
+def whole(config: Mapping[str, Any], key: str, default: int) -> int:
     """As `integer`, but 0 is a number too."""
     return 0 if config.get(key) == 0 and config.get(key) is not False else integer(config, key, default)
 
 
-def number(config: Mapping, key: str, default: float | None = None) -> float:
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number above 0; a missing or null key is the default. Raises InputError."""
-    value = default if config.get(key) is None else config[key]
-    require(value is not None, f"config.json: {key} is missing")
+    value: Any = default if config.get(key) is None else config[key]
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
     positive = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
     require(positive, f"config.json: {key} is {shown(value)}: it must be a number above 0")
     return float(value)
 
 
-def flag(config: Mapping, key: str, default: bool) -> bool:
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     """True or false; a missing or null key is the default. Raises InputError."""
-    value = default if config.get(key) is None else config[key]
+    value: Any = default if config.get(key) is None else config[key]
     require(isinstance(value, bool), f"config.json: {key} is {shown(value)}: it must be true or false")
     return value
 
 
-def one_of(config: Mapping, key: str, default: str, known: tuple[str, ...]) -> str:
+def one_of(config: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]) -> str:
     """One of the known words; a missing or null key is the default. Raises InputError."""
     value = default if config.get(key) is None else config[key]
     right = isinstance(value, str) and value in known
@@ -61,7 +64,7 @@ def one_of(config: Mapping, key: str, default: str, known: tuple[str, ...]) -> s
     return value
 
 
-def only(config: Mapping, key: str, value: object, reason: str) -> None:
+def only(config: Mapping[str, Any], key: str, value: object, reason: str) -> None:
     """Raises InputError, with the reason, unless the key has this one value or is missing or null."""
     found = config.get(key)
     if found is not None and found != value:
@@ -75,7 +78,7 @@ def multiple(one: tuple[str, int], other: tuple[str, int]) -> None:
         raise InputError(f"config.json: {name} ({number}) is no multiple of {divisor_name} ({divisor})")
 
 
-def refuse_quantized(config: Mapping) -> None:
+def refuse_quantized(config: Mapping[str, Any]) -> None:
     """Raises InputError for weights that are stored in another form than numbers of the model's dtype."""
     found = config.get("quantization_config")
     if found is not None:

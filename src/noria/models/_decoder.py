@@ -5,11 +5,13 @@ RMSNorms compute in float32 for half precisions. Functions of tensors: nothing o
 T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from noria.attention import Attend
 from noria.blocks import ModelShape
 from noria.config import require
 from noria.models import _config as read
@@ -21,14 +23,14 @@ ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
 
 def shape(
     family: str,
-    config: Mapping,
+    config: Mapping[str, Any],
     *,
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
     head_norms: bool = False,
     window: tuple[int, Collection[int]] | None = None,
-    experts: Mapping | None = None,
+    experts: Mapping[str, Any] | None = None,
     partly_rotated: bool = False,
 ) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed.
@@ -73,11 +75,11 @@ def shape(
     )
 
 
-def num_layers(config: Mapping) -> int:
+def num_layers(config: Mapping[str, Any]) -> int:
     return read.integer(config, "num_hidden_layers", most=read.MAX_LAYERS)
 
 
-def window_of(config: Mapping, layers: Collection[int]) -> tuple[int, Collection[int]] | None:
+def window_of(config: Mapping[str, Any], layers: Collection[int]) -> tuple[int, Collection[int]] | None:
     """The window in `sliding_window`, on these layers or on those that `layer_types` says; None if there is none."""
     types = config.get("layer_types")
     if types is not None:
@@ -138,8 +140,11 @@ EXPERTS = ("mlp.experts", "gate_proj", "up_proj", "down_proj")
 
 
 def sources(
-    shape: ModelShape, block_name: str, modules: Mapping = MODULES, experts: tuple = EXPERTS
-) -> dict[str, tuple]:
+    shape: ModelShape,
+    block_name: str,
+    modules: Mapping[str, tuple[str, ...]] = MODULES,
+    experts: tuple[str, ...] = EXPERTS,
+) -> dict[str, tuple[str, ...]]:
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py)."""
     tokens = "model.embed_tokens.weight"
     if block_name == "embed":
@@ -156,7 +161,9 @@ def sources(
     return names
 
 
-def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def embed(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], token_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """[T, E] from token ids [T]; positions are the layers' business."""
     return F.embedding(token_ids, parameters["tokens"])
 
@@ -168,7 +175,12 @@ def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -
 
 
 def layer(
-    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: tuple, attend: Callable
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    positional: tuple[torch.Tensor, torch.Tensor],
+    attend: Attend,
 ) -> torch.Tensor:
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     size, details = shape.hidden_size, shape.details
@@ -185,7 +197,14 @@ def layer(
     return linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
 
 
-def _attention(shape: ModelShape, index: int, parameters: Mapping, normed, positional: tuple, attend: Callable):
+def _attention(
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    normed: torch.Tensor,
+    positional: tuple[torch.Tensor, torch.Tensor],
+    attend: Attend,
+) -> torch.Tensor:
     """[T, H * D] from normed hidden states [T, E]."""
     heads, kv_heads, details = shape.num_heads, shape.num_kv_heads, shape.details
     qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
@@ -202,7 +221,7 @@ def _attention(shape: ModelShape, index: int, parameters: Mapping, normed, posit
     return attend(queries, keys, qkv[:, heads + kv_heads :], window=window).reshape(len(normed), heads * shape.head_dim)
 
 
-def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
+def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     normed = F.rms_norm(hidden, (shape.hidden_size,), parameters["norm"], shape.details["norm_eps"])
     return linear(normed, parameters["lm_head"])

@@ -6,6 +6,7 @@ T tokens, C choices a token, X experts, E hidden, I intermediate.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ MAX_EXPERTS = 4096
 
 
 def settings(
-    config: Mapping, key: str, number: int, chosen: int, inner: int, normalized: bool, layers: Collection[int]
-) -> dict:
+    config: Mapping[str, Any], key: str, number: int, chosen: int, inner: int, normalized: bool, layers: Collection[int]
+) -> dict[str, Any]:
     """A family's experts as _decoder.shape takes them: how many (by `key`), and how many a token goes to."""
     number = read.integer(config, key, number, MAX_EXPERTS)
     chosen = read.integer(config, "num_experts_per_tok", chosen)
@@ -32,7 +33,7 @@ def parameters(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[int
     return {"router": (num_experts, hidden), "experts": (num_experts, 3 * inner, hidden)}
 
 
-def work_size(experts: Mapping, hidden: int) -> int:
+def work_size(experts: Mapping[str, Any], hidden: int) -> int:
     """Numbers that a token takes while its mixture is computed."""
     return experts["chosen"] * (4 * hidden + 3 * experts["inner"]) + 4 * experts["number"]
 

@@ -3,11 +3,13 @@
 T tokens, I inputs, O outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 # By the names that config.json files give them; each may write into its argument.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
     "gelu": F.gelu,
     "gelu_new": lambda inner: F.gelu(inner, approximate="tanh"),

@@ -6,16 +6,18 @@ Functions of tensors: nothing of a family, of ranks or of files. T tokens, N hea
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 
 from noria.config import InputError, require
 from noria.models import _config as read
 
+Scaling: TypeAlias = tuple[Any, ...]  # () or a type and its numbers, hashable: see _frequencies
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def settings(config: Mapping) -> tuple[float, tuple]:
+def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
     """Theta, and the scaling as a tuple: () for none, else its type and the type's numbers (see _frequencies).
 
     `rope_scaling` and its successor `rope_parameters` are both understood. The type `dynamic` changes nothing up to
@@ -48,7 +50,7 @@ def settings(config: Mapping) -> tuple[float, tuple]:
     return theta, ("llama3", *factors, float(context))
 
 
-def _yarn(parameters: Mapping, context: float) -> tuple:
+def _yarn(parameters: Mapping[str, Any], context: float) -> Scaling:
     """("yarn", scale, context, factor, fast, slow, truncated); the scale of cosines and sines is YaRN's (2309.00071)."""
     factor = read.number(parameters, "factor")
     require(factor * context < 2**31, f"config.json: factor is {factor:g}: the context would be too long")
@@ -63,20 +65,21 @@ def _yarn(parameters: Mapping, context: float) -> tuple:
     return "yarn", read.number(parameters, "attention_factor", scale), context, factor, fast, slow, truncated
 
 
-def _longrope(parameters: Mapping, context: float, most: int) -> tuple:
+def _longrope(parameters: Mapping[str, Any], context: float, most: int) -> Scaling:
     """("longrope", scale, context, *factors) with the factors for the context of the first training.
 
     A longer sequence has other factors, for all of its positions, the cached ones too: see `context`.
     """
     factor = read.number(parameters, "factor", most / context)
     scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 and context > 1 else 1.0
-    short = parameters.get("short_factor")
-    require(isinstance(short, list), f"config.json: short_factor is {read.shown(short)}: it must be a list of numbers")
-    short = [read.number({"short_factor": one}, "short_factor") for one in short]
+    found = parameters.get("short_factor")
+    listed = isinstance(found, list)
+    require(listed, f"config.json: short_factor is {read.shown(found)}: it must be a list of numbers")
+    short = [read.number({"short_factor": one}, "short_factor") for one in found or []]
     return "longrope", read.number(parameters, "attention_factor", scale), context, *short
 
 
-def context(scaling: tuple, most: int) -> int:
+def context(scaling: Scaling, most: int) -> int:
     """The positions that a model has, of which its config.json says `most`.
 
     YaRN's has its factor times those of its first training, which a config.json may leave at the old number. With longrope
@@ -87,13 +90,13 @@ def context(scaling: tuple, most: int) -> int:
     return min(most, int(scaling[2])) if scaling and scaling[0] == "longrope" else most
 
 
-def _parameters(config: Mapping) -> Mapping:
+def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(parameters, Mapping), f"config.json: rope_scaling is {read.shown(parameters)}: no object")
     return parameters
 
 
-def rotated_size(config: Mapping, head_dim: int, part: bool) -> int:
+def rotated_size(config: Mapping[str, Any], head_dim: int, part: bool) -> int:
     """R: how many numbers of each head are rotated, all unless a `part` may be. Raises InputError."""
     parameters = _parameters(config)
     for place in () if part else (config, parameters):
@@ -110,7 +113,9 @@ def rotated_size(config: Mapping, head_dim: int, part: bool) -> int:
     return size
 
 
-def tables(theta: float, scaling: tuple, size: int, positions: torch.Tensor, dtype: torch.dtype) -> tuple:
+def tables(
+    theta: float, scaling: Scaling, size: int, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines [T, 1, R] and sines [T, 1, R/2] of positions [T], in `dtype`.
 
     Angles are computed in float32 as transformers does, whatever the half precision; in float64 they are float64, where
@@ -124,7 +129,7 @@ def tables(theta: float, scaling: tuple, size: int, positions: torch.Tensor, dty
 
 
 @lru_cache(maxsize=16)
-def _frequencies(theta: float, size: int, scaling: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _frequencies(theta: float, size: int, scaling: Scaling, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[R/2] radians per position.
 
     linear: all slowed by `factor`; longrope: each by its own (LongRoPE, arXiv 2402.13753). llama3: long wavelengths slowed

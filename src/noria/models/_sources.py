@@ -13,7 +13,9 @@ class Transposed(str):
     __slots__ = ()
 
 
-def of_layer(prefix: str, parameters: Iterable[str], modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple]:
+def of_layer(
+    prefix: str, parameters: Iterable[str], modules: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
     """The sources of a layer's parameters: `modules` maps a parameter to its modules below `prefix`.
 
     `<name>_bias` is made of the biases of the modules of `<name>`.

@@ -4,11 +4,13 @@ Functions of tensors: nothing of ranks, streams or files.
 T tokens, S sampled rows, H heads, D head dim, E hidden, V vocab.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from noria.attention import Attend
 from noria.blocks import ModelShape
 from noria.models import _config as read
 from noria.models import _sources
@@ -19,7 +21,7 @@ ARCHITECTURES = ("GPT2LMHeadModel",)
 ALIASES = (("transformer.", ""),)  # the first published checkpoints
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     read.refuse_quantized(config)
     read.only(config, "add_cross_attention", False, "Noria computes GPT-2 as a decoder alone")
@@ -87,7 +89,9 @@ def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     return {key: tuple(map(Transposed, names[key])) if len(parameters[key]) == 2 else names[key] for key in names}
 
 
-def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def embed(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], token_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """[T, E] from token ids [T] and positions [T]."""
     return F.embedding(token_ids, parameters["tokens"]).add_(F.embedding(positions, parameters["positions"]))
 
@@ -97,7 +101,12 @@ def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -
 
 
 def layer(
-    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: None, attend: Callable
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    positional: None,
+    attend: Attend,
 ) -> torch.Tensor:
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     details, heads = shape.details, shape.num_heads
@@ -105,7 +114,8 @@ def layer(
     scale = scale / (index + 1) if details["scaled_by_layer"] else scale
     normed = _norm(shape, parameters, "attention_norm", hidden)
     qkv = linear(normed, parameters["qkv"], parameters["qkv_bias"]).view(len(hidden), 3 * heads, shape.head_dim)
-    attended = attend(*qkv.split(heads, dim=1), scale=scale).reshape(len(hidden), shape.hidden_size)
+    queries, keys, values = qkv.split(heads, dim=1)
+    attended = attend(queries, keys, values, scale=scale).reshape(len(hidden), shape.hidden_size)
     hidden = linear(attended, parameters["out"], parameters["out_bias"]).add_(hidden)
 
     normed = _norm(shape, parameters, "mlp_norm", hidden)
@@ -113,11 +123,11 @@ def layer(
     return linear(inner, parameters["down"], parameters["down_bias"]).add_(hidden)
 
 
-def _norm(shape: ModelShape, parameters: Mapping, name: str, hidden: torch.Tensor) -> torch.Tensor:
+def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
     weight, bias = parameters[name], parameters[f"{name}_bias"]
     return F.layer_norm(hidden, (shape.hidden_size,), weight, bias, shape.details["norm_eps"])
 
 
-def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
+def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     return linear(_norm(shape, parameters, "norm", hidden), parameters["lm_head"])

@@ -1,6 +1,7 @@
 """Llama 1, 2 and 3.x: RMSNorm, rotary positions, grouped queries, SwiGLU; as transformers' modeling_llama has it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _config as read
@@ -20,7 +21,7 @@ from noria.models._decoder import (  # noqa: F401
 ARCHITECTURES = ("LlamaForCausalLM",)
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     biases = read.flag(config, "attention_bias", False)
     mlp_bias = read.flag(config, "mlp_bias", False)

@@ -1,6 +1,7 @@
 """Mistral: Llama with grouped queries and a sliding window; as transformers' modeling_mistral computes it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _decoder
@@ -21,7 +22,7 @@ ARCHITECTURES = ("MistralForCausalLM",)
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     window = _decoder.window_of(config, range(_decoder.num_layers(config)))

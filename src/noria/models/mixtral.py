@@ -1,6 +1,7 @@
 """Mixtral: Mistral with a mixture of experts in every layer; as transformers' modeling_mixtral computes it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _config as read
@@ -23,7 +24,7 @@ MODULES = _decoder.MODULES | {"router": ("block_sparse_moe.gate",)}
 EXPERTS = ("block_sparse_moe.experts", "w1", "w3", "w2")
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     layers = range(_decoder.num_layers(config))
@@ -32,6 +33,6 @@ def shape(config: Mapping) -> ModelShape:
     return _decoder.shape("mixtral", config, window=_decoder.window_of(config, layers), experts=experts)
 
 
-def sources(shape: ModelShape, block_name: str) -> dict[str, tuple]:
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, MODULES, EXPERTS)

@@ -4,11 +4,13 @@ Functions of tensors: nothing of ranks, streams or files.
 T tokens, S sampled rows, H heads, D head dim, E hidden, V vocab.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from noria.attention import Attend
 from noria.blocks import ModelShape
 from noria.models import _config as read
 from noria.models import _sources
@@ -19,7 +21,7 @@ ALIASES = (("model.decoder.", "decoder."),)  # the first published checkpoints
 POSITION_OFFSET = 2  # row of the position table that belongs to position 0
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     read.refuse_quantized(config)
     hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
@@ -106,7 +108,9 @@ def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     return _sources.of_layer(f"{top}.layers.{layer}", layer_parameters(shape, layer), _MODULES)
 
 
-def embed(shape: ModelShape, parameters: Mapping, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def embed(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], token_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """[T, E] from token ids [T] and positions [T]."""
     learned = F.embedding(positions + POSITION_OFFSET, parameters["positions"])
     tokens = F.embedding(token_ids, parameters["tokens"])
@@ -120,7 +124,12 @@ def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -
 
 
 def layer(
-    shape: ModelShape, index: int, parameters: Mapping, hidden: torch.Tensor, positional: None, attend: Callable
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    positional: None,
+    attend: Attend,
 ) -> torch.Tensor:
     """[T, E] after one layer, from hidden states [T, E], which are left as they are.
 
@@ -129,7 +138,8 @@ def layer(
     heads, before = shape.num_heads, shape.details["norm_before"]
     normed = _norm(shape, parameters, "attention_norm", hidden) if before else hidden
     qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
-    attended = attend(*qkv.split(heads, dim=1)).reshape(len(hidden), shape.hidden_size)
+    queries, keys, values = qkv.split(heads, dim=1)
+    attended = attend(queries, keys, values).reshape(len(hidden), shape.hidden_size)
     hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
     hidden = hidden if before else _norm(shape, parameters, "attention_norm", hidden)
 
@@ -139,11 +149,11 @@ def layer(
     return hidden if before else _norm(shape, parameters, "mlp_norm", hidden)
 
 
-def _norm(shape: ModelShape, parameters: Mapping, name: str, hidden: torch.Tensor) -> torch.Tensor:
+def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(hidden, (shape.hidden_size,), parameters.get(name), parameters.get(f"{name}_bias"))
 
 
-def head(shape: ModelShape, parameters: Mapping, hidden: torch.Tensor) -> torch.Tensor:
+def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     if shape.details["final_norm"]:
         hidden = _norm(shape, parameters, "norm", hidden)

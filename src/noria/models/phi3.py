@@ -1,6 +1,7 @@
 """Phi-3 and Phi-4-mini: Llama with fused matrices and heads rotated in part; as transformers' modeling_phi3 has it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _decoder
@@ -20,14 +21,14 @@ DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # what a con
 MODULES = _decoder.MODULES | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)}
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = _with_longrope(DEFAULTS | dict(config))
     window = _decoder.window_of(config, range(_decoder.num_layers(config)))
     return _decoder.shape("phi3", config, window=window, partly_rotated=True)
 
 
-def _with_longrope(config: dict) -> dict:
+def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:
     """What Phi-3 calls `su` or `yarn` is longrope."""
     for key in ("rope_scaling", "rope_parameters"):
         parameters = config.get(key)
@@ -38,6 +39,6 @@ def _with_longrope(config: dict) -> dict:
     return config
 
 
-def sources(shape: ModelShape, block_name: str) -> dict[str, tuple]:
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, MODULES)

@@ -1,6 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases of queries, keys and values; as transformers' modeling_qwen2 computes it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _config as read
@@ -22,13 +23,13 @@ ARCHITECTURES = ("Qwen2ForCausalLM",)
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     return _decoder.shape("qwen2", config, qkv_bias=True, window=window(config))
 
 
-def window(config: Mapping) -> tuple | None:
+def window(config: Mapping[str, Any]) -> tuple[int, Collection[int]] | None:
     """The sliding window of the layers from `max_window_layers` on, if `use_sliding_window` asks for it."""
     if not read.flag(config, "use_sliding_window", False):
         return None

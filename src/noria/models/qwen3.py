@@ -1,6 +1,7 @@
 """Qwen3: Qwen2 with a norm of each head in place of biases; as transformers' modeling_qwen3 computes it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.models import _config as read
@@ -21,7 +22,7 @@ ARCHITECTURES = ("Qwen3ForCausalLM",)
 DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     biases = read.flag(config, "attention_bias", False)

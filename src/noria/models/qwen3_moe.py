@@ -1,6 +1,7 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts in most layers; as transformers' modeling_qwen3_moe computes it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.blocks import ModelShape
 from noria.config import require
@@ -23,14 +24,14 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 DEFAULTS = qwen2.DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
 
 
-def shape(config: Mapping) -> ModelShape:
+def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Every `decoder_sparse_step`-th layer has experts, less `mlp_only_layers`.
 
     Raises InputError, naming the key, for what this family cannot compute.
     """
     config = DEFAULTS | dict(config)
     num_layers, step = _decoder.num_layers(config), read.integer(config, "decoder_sparse_step", 1)
-    dense = config.get("mlp_only_layers") or []
+    dense: Any = config.get("mlp_only_layers") or []
     known = isinstance(dense, list) and all(isinstance(number, int) for number in dense)
     require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
     layers = frozenset(range(step - 1, num_layers, step)) - frozenset(dense)

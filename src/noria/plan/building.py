@@ -111,8 +111,9 @@ def _weight_tiers(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: in
             embed = {"embed": "gpu" if shares.get("gpu") else "cpu"}
         chosen = tiers.by_share([work.nbytes[name] for name in moved], shares)
         return embed | dict(zip(moved, chosen, strict=True))
-    planned = shares is None
-    budgets = _fill(work, sizes, choice, rank, slots) if planned else tiers.budgets_of(shares, "placement.weights")
+    budgets = (
+        _fill(work, sizes, choice, rank, slots) if shares is None else tiers.budgets_of(shares, "placement.weights")
+    )
     if "embed" in names:
         held = "gpu" if work.nbytes["embed"] <= budgets.get("gpu", 0) else "cpu"
         embed = {"embed": held}

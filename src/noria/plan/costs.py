@@ -6,6 +6,7 @@ A round takes as long as the slowest rank, or as one group's way round the ring 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape, layer_name
 from noria.plan.memory import block_nbytes
@@ -86,7 +87,7 @@ def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
     return tokens * shape.hidden_size * DTYPE_NBYTES[plan.dtype] * hops
 
 
-def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, float]:
+def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
     """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
     layers = sum(last - first for first, last in plan.stages[rank :: plan.num_ranks])
     token = layers * shape.cache_nbytes_per_token(plan.dtype)
@@ -115,7 +116,7 @@ def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
     ranks = [resources(plan, shape, blocks, rates, rank, turn) for rank in range(plan.num_ranks)]
     combine = sum if plan.schedule == "sequential" else max
     slowest = max(ranks, key=lambda used: combine(used.values()))
-    longest, binds = combine(slowest.values()), max(slowest, key=slowest.get)
+    longest, binds = combine(slowest.values()), max(slowest, key=slowest.__getitem__)
     message = turn.tokens / plan.groups * shape.hidden_size * DTYPE_NBYTES[plan.dtype]
     hops = plan.num_ranks * plan.laps * (rates.hop_seconds + message / rates.hop) if plan.num_ranks > 1 else 0.0
     way = sum(combine(used.values()) for used in ranks) / plan.groups + hops
@@ -169,7 +170,7 @@ def _used_nbytes(block: Block, dtype: str, share: float) -> float:
     return block_nbytes(block, dtype) * (1 - (1 - share) * experts / block.nbytes)
 
 
-def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, load: Load) -> dict:
+def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, load: Load) -> dict[str, Any]:
     """What the plan should reach: rows in flight, seconds and tokens/s of prefill and decode, tokens/s overall, what binds."""
     rows = rows_in_flight(plan, load)
     in_group = rows / plan.groups
@@ -203,7 +204,7 @@ def rows_in_flight(plan: Plan, load: Load) -> int:
     return max(min(held, load.num_rows, plan.groups * plan.step_tokens), 1)
 
 
-def _phase(turn: Round, took: tuple[float, str]) -> dict:
+def _phase(turn: Round, took: tuple[float, str]) -> dict[str, Any]:
     return {"round_seconds": took[0], "tokens_per_second": turn.tokens / took[0], "binds": took[1]}
 
 

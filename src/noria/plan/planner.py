@@ -6,6 +6,7 @@ Needs no torch, no MPI and no GPU.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, require
@@ -84,15 +85,15 @@ def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
     Raises the InputError of the most modest one if none fits.
     """
     resident, refused = _built(work, known, load, _resident_choices(work))
-    kept, plan = max(resident, key=lambda one: one[0], default=(0.0, None))
+    kept, plan = max(resident, key=lambda one: one[0]) if resident else (0.0, None)
     if plan is not None and costs.rows_in_flight(plan, load) >= load.num_rows and plan.holds(load.longest):
         return plan
     choices = (choice for step_tokens in _steps(work) for choice in _candidates(work, load, step_tokens))
     found, last = _built(work, known, load, choices)
     if not found:
-        raise last or refused
+        raise last or refused or AssertionError("a plan without a candidate")
     best = max(speed for speed, _ in found)
-    if kept * WORTH_IT >= best and plan.holds(load.longest) >= found[0][1].holds(load.longest):
+    if plan is not None and kept * WORTH_IT >= best and plan.holds(load.longest) >= found[0][1].holds(load.longest):
         return plan
     good = (plan for speed, plan in found if speed >= 0.995 * best)
     return max(good, key=lambda plan: (plan.step_tokens, plan.laps))
@@ -105,7 +106,8 @@ def _built(
 
     Where some have room for the longest row, only those.
     """
-    found, refused = [], None
+    found: list[tuple[float, Plan]] = []
+    refused: InputError | None = None
     for choice in choices:
         try:
             plan = build(work, choice)
@@ -163,11 +165,11 @@ def _candidates(work: Work, load: Load, step_tokens: int) -> Iterator[Choice]:
                         yield from _reserving(work, cached, load)
 
 
-def _may_stream(weights: Mapping | None) -> bool:
+def _may_stream(weights: Mapping[str, Any] | None) -> bool:
     return weights is None or _must_stream(weights)
 
 
-def _must_stream(weights: Mapping) -> bool:
+def _must_stream(weights: Mapping[str, Any]) -> bool:
     return any(share for tier, share in weights.items() if tier != "gpu")
 
 

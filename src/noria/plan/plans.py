@@ -5,6 +5,7 @@ Knows not why it was chosen.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from noria.config import TIERS
 from noria.plan.tiers import size_words
@@ -46,8 +47,8 @@ class Plan:
     cache_slots: int
     cache_slot_pages: int
     activations: str
-    memory: tuple[dict, ...]
-    predicted: dict = field(default_factory=dict)
+    memory: tuple[dict[str, Any], ...]
+    predicted: dict[str, Any] = field(default_factory=dict)
 
     def ranges(self) -> list[range]:
         """The layers of each virtual stage."""
@@ -57,7 +58,7 @@ class Plan:
         """Whether a row of so many pages finds room: all of them are in one tier."""
         return max(self.cache_pages.values()) >= pages
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def stage_words(self, rank: int) -> str:
@@ -103,7 +104,7 @@ class Plan:
             f" {decode['round_seconds']:.3f} s a round), {rate_words(self.predicted['tokens_per_second'])} tok/s overall"
         ]
 
-    def compare(self, measured: Mapping) -> list[str]:
+    def compare(self, measured: Mapping[str, Any]) -> list[str]:
         """Where a run did otherwise than planned, in words.
 
         `measured` may have prefill_tokens_per_second, decode_tokens_per_second and tokens_per_second, and, one number a

@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from noria.config import DTYPES, InputError, nearest, require
 
@@ -49,7 +50,7 @@ class Rates:
 
 
 NAMES = tuple(f.name for f in fields(Rates) if f.name not in ("device", "matmul", "assumed"))
-CPU = {
+CPU: dict[str, Any] = {
     "device": "CPU",
     "host_to_device": 8e9,
     "device_to_host": 8e9,
@@ -101,13 +102,13 @@ def read(path: str | Path, device: str = "cuda") -> Rates:
     base = assumed("cpu" if name == "CPU" else "cuda" if name else device)
     flops = {dtype: _rate(path, f"matmul.{dtype}", value) for dtype, value in matmul.items()}
     left = tuple(other for other in NAMES if other not in found) + (() if flops else ("matmul",))
-    values = {other: getattr(base, other) for other in NAMES} | found
+    values: dict[str, Any] = {other: getattr(base, other) for other in NAMES} | found
     return Rates(device=name or base.device, matmul=base.matmul | flops, assumed=left, **values)
 
 
-def _rate(path, name: str, value) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    require(number and 0 < value < 1e21, f"machine {path}: {name} is {value!r}: it must be a number above 0")
+def _rate(path: str | Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e21:
+        raise InputError(f"machine {path}: {name} is {value!r}: it must be a number above 0")
     return float(value)
 
 

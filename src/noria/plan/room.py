@@ -46,7 +46,7 @@ def _pages(work: Work, sizes: Sizes, choice: Choice, room: Mapping[str, int]) ->
 
 
 def _budgeted_pages(
-    work: Work, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping
+    work: Work, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping[str, int]
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
     largest = max(sizes.page(rank) for rank in range(work.num_ranks))

@@ -1,6 +1,7 @@
 """Which tier each block lives in: shares in % or budgets in bytes, spread evenly over a rank's blocks. Pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from noria.config import TIERS, parse_nbytes
 
@@ -13,7 +14,7 @@ class Uncovered(ValueError):
         self.missing, self.total = missing, total
 
 
-def is_budget(shares: Mapping) -> bool:
+def is_budget(shares: Mapping[str, Any]) -> bool:
     """Whether the key gives sizes, not shares in %."""
     return any(isinstance(share, str) for share in shares.values())
 
@@ -29,7 +30,7 @@ def by_share(sizes: Sequence[int], shares: Mapping[str, float]) -> list[str]:
     for size in sizes:
         for tier in TIERS:
             behind[tier] += size * shares.get(tier, 0) / total
-        chosen = max((tier for tier in TIERS if shares.get(tier, 0)), key=behind.get)
+        chosen = max((tier for tier in TIERS if shares.get(tier, 0)), key=behind.__getitem__)
         behind[chosen] -= size
         tiers.append(chosen)
     return tiers
@@ -58,7 +59,7 @@ def budgets_of(shares: Mapping[str, str], name: str) -> dict[str, int]:
     return {tier: parse_nbytes(size, f"{name}.{tier}") for tier, size in shares.items()}
 
 
-def amounts(shares: Mapping, name: str) -> Mapping[str, float]:
+def amounts(shares: Mapping[str, Any], name: str) -> Mapping[str, float]:
     """Shares in % or bytes, as numbers."""
     return budgets_of(shares, name) if is_budget(shares) else shares
 
@@ -73,7 +74,7 @@ def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
         fitting = [tier for tier in TIERS if size <= left[tier]]
         if not fitting:
             return list(filled)
-        chosen = max(fitting, key=behind.get)
+        chosen = max(fitting, key=behind.__getitem__)
         behind[chosen] -= size
         left[chosen] -= size
         tiers.append(chosen)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from noria.blocks import Block, ModelShape
 from noria.config import Config, parse_nbytes, require
@@ -40,8 +41,8 @@ class Choice:
     laps: int
     groups: int
     step_tokens: int
-    weights: Mapping | None
-    cache: Mapping | None
+    weights: Mapping[str, Any] | None
+    cache: Mapping[str, Any] | None
     reserved: Mapping[str, int] | None = None
     cache_tiers: tuple[str, ...] = ("gpu",)
 

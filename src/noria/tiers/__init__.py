@@ -8,11 +8,16 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeAlias
 
 import torch
 
-Pieces = Iterable[tuple[int, torch.Tensor]]  # (offset in bytes, the device's bytes: contiguous uint8)
-Events = Iterable[object]  # of streams: a transfer does not touch the device's bytes before they have completed
+from noria.streams import Event
+
+Pieces: TypeAlias = Iterable[tuple[int, torch.Tensor]]  # (offset in bytes, the device's bytes: contiguous uint8)
+Events: TypeAlias = Iterable[
+    Event
+]  # of streams: a transfer does not touch the device's bytes before they have completed
 _TOUCH_NBYTES = 64 << 20
 _TOUCH_THREADS = 16
 
@@ -20,13 +25,13 @@ _TOUCH_THREADS = 16
 class Transfer:
     """A load or store under way. Any thread may wait."""
 
-    def __init__(self, event=None):
+    def __init__(self, event: Event | None = None):
         """`event` None: it is told later, by `done` or `failed`."""
-        self._future: Future = Future()
+        self._future: Future[Event] = Future()
         if event is not None:
             self.done(event)
 
-    def done(self, event) -> None:
+    def done(self, event: Event) -> None:
         self._future.set_result(event)
 
     def failed(self, error: BaseException) -> None:
@@ -36,12 +41,24 @@ class Transfer:
     def settled(self) -> bool:
         return self._future.done()
 
-    def event(self):
+    def event(self) -> Event:
         """The event after which the device's bytes are there (load), or may be written again (store).
 
         Blocks the host until the copy is queued. Raises what went wrong on the way.
         """
         return self._future.result()
+
+
+class Tier(Protocol):
+    """A place of bytes other than the device; cpu.Cpu says what the methods do."""
+
+    nbytes: int
+
+    def load(self, pieces: Pieces, after: Events = ()) -> Transfer: ...
+
+    def store(self, pieces: Pieces, after: Events = ()) -> Transfer: ...
+
+    def close(self) -> None: ...
 
 
 class HostMemory:
@@ -88,7 +105,7 @@ class HostMemory:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
             self._registered = False
-        self.memory = None
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
 
 def _advise(pages: mmap.mmap, advice: str) -> None:

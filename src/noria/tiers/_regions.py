@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -14,28 +15,25 @@ from noria.blocks import ALIGNMENT, round_up
 from noria.direct import CHUNK_NBYTES, DirectFile, chunks
 
 
+class Check(Protocol):
+    """Takes the bytes of a region in order, in pieces of any size; `finish` raises InputError if they are damaged."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 @dataclass
 class Region:
     """`nbytes` at byte `offset` of a file. The tier's own offsets count through its regions, one after another.
 
-    check: called once, when the whole region is first loaded as one piece, for something with `update(bytes)` and
-    `finish()`, which raises InputError if the bytes were damaged; or None.
+    check: called once, when the whole region is first loaded as one piece, for what checks its bytes; or None.
     """
 
     file: DirectFile
     offset: int
     nbytes: int
-    check: Callable[[], object] | None = None
-
-
-@dataclass
-class _Part:
-    """A run of bytes in one region: `at` in its file, `place` in the slot, `data` on the device."""
-
-    region: Region
-    at: int
-    place: int
-    data: torch.Tensor
+    check: Callable[[], Check | None] | None = None
 
 
 @dataclass
@@ -46,6 +44,9 @@ class Part:
     at: int
     place: int
     data: torch.Tensor
+
+
+Chunk: TypeAlias = tuple[DirectFile, int, memoryview, int]  # (file, offset, memory, bytes needed)
 
 
 class Regions:
@@ -67,7 +68,8 @@ class Regions:
 
     def cut(self, pieces: Iterable[tuple[int, torch.Tensor]], slot_nbytes: int) -> Iterator[list[Part]]:
         """The pieces cut into what fits a slot. Each part lies in its slot as its sectors do on the disk."""
-        parts, used = [], 0
+        parts: list[Part] = []
+        used = 0
         for offset, data in pieces:
             done = 0
             while done < data.numel():
@@ -91,31 +93,32 @@ class Regions:
             file.close()
 
 
-def covers(parts: list[Part], slot: torch.Tensor) -> list[tuple]:
-    """(file, offset, memory, bytes needed) of whole sectors that hold the parts, in chunks."""
+def covers(parts: list[Part], slot: torch.Tensor) -> list[Chunk]:
+    """Whole sectors that hold the parts, in chunks."""
     covers = []
     for part in parts:
         head = part.at % ALIGNMENT
         needed = head + part.data.numel()
-        view = memoryview(slot[part.place - head : part.place - head + round_up(needed)].numpy())
+        view = slot[part.place - head : part.place - head + round_up(needed)].numpy().data
         for begin, end in chunks(len(view)):
             covers.append((part.region.file, part.at - head + begin, view[begin:end], min(end, needed) - begin))
     return covers
 
 
-def exact(parts: list[Part], slot: torch.Tensor) -> list[tuple]:
-    """(file, offset, memory, bytes) of the parts, in chunks."""
+def exact(parts: list[Part], slot: torch.Tensor) -> list[Chunk]:
+    """The bytes of the parts, in chunks."""
     exact = []
     for part in parts:
-        view = memoryview(slot[part.place : part.place + part.data.numel()].numpy())
+        view = slot[part.place : part.place + part.data.numel()].numpy().data
         for begin, end in chunks(len(view)):
             exact.append((part.region.file, part.at + begin, view[begin:end], end - begin))
     return exact
 
 
-def in_tasks(pieces: list[tuple]) -> list[list[tuple]]:
+def in_tasks(pieces: list[Chunk]) -> list[list[Chunk]]:
     """Small pieces together, so that each task is worth a thread's while."""
-    tasks, nbytes = [[]], 0
+    tasks: list[list[Chunk]] = [[]]
+    nbytes = 0
     for piece in pieces:
         if tasks[-1] and nbytes + len(piece[2]) > CHUNK_NBYTES:
             tasks.append([])
@@ -125,11 +128,11 @@ def in_tasks(pieces: list[tuple]) -> list[list[tuple]]:
     return tasks
 
 
-def read(task: list[tuple]) -> None:
+def read(task: list[Chunk]) -> None:
     for file, offset, view, needed in task:
         file.read(offset, view, needed)
 
 
-def write(task: list[tuple]) -> None:
+def write(task: list[Chunk]) -> None:
     for file, offset, view, _ in task:
         file.write(offset, view)

@@ -3,6 +3,9 @@
 Knows offsets in its memory, not what lies there.
 """
 
+import torch
+
+from noria.streams import Streams
 from noria.tiers import Events, HostMemory, Pieces, Transfer, total_nbytes
 
 
@@ -13,7 +16,7 @@ class Cpu:
     transfers of the same bytes are in order only if they are on the same lane, or one comes `after` the other's event.
     """
 
-    def __init__(self, nbytes: int, streams):
+    def __init__(self, nbytes: int, streams: Streams):
         """Raises OSError if the address space does not have them."""
         self._host, self._streams = HostMemory(nbytes), streams
         self.memory, self.nbytes = self._host.memory, nbytes
@@ -41,12 +44,12 @@ class Cpu:
         pairs = [(self._part(offset, data), data) for offset, data in pieces]
         return Transfer(self._streams.copy("store", pairs, after))
 
-    def _part(self, offset: int, data):
+    def _part(self, offset: int, data: torch.Tensor) -> torch.Tensor:
         end = offset + data.numel()
         assert 0 <= offset and end <= self.nbytes, (offset, end, self.nbytes)
         return self.memory[offset:end]
 
     def close(self) -> None:
         """Unlocks and lets go of the memory. No transfer may be under way. May be called twice."""
-        self.memory = None
+        self.memory = torch.empty(0, dtype=torch.uint8)
         self._host.close()

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from noria.blocks import ALIGNMENT, round_up
+from noria.streams import Event, Streams
 from noria.tiers import Events, HostMemory, Pieces, Transfer, total_nbytes
-from noria.tiers._regions import Part, Region, Regions, covers, exact, in_tasks, read, write
+from noria.tiers._regions import Check, Chunk, Part, Region, Regions, covers, exact, in_tasks, read, write
 
 SLOT_NBYTES = 64 << 20
 NUM_SLOTS = 4
@@ -27,15 +28,15 @@ class _Batch:
 
     number: int
     parts: list[Part]
-    slot: torch.Tensor | None = None
+    slot: torch.Tensor = field(init=False)
     left: int = 0
 
 
 @dataclass
 class _Job:
     lane: str
-    pieces: list
-    after: list
+    pieces: list[tuple[int, torch.Tensor]]
+    after: list[Event]
     ranges: list[tuple[int, int]]
     earlier: list["_Job"] = field(default_factory=list)
     transfer: Transfer = field(default_factory=Transfer)
@@ -43,7 +44,7 @@ class _Job:
     over: threading.Event = field(default_factory=threading.Event)
     ready: dict[int, _Batch] = field(default_factory=dict)
     error: BaseException | None = None
-    digest: object = None
+    digest: Check | None = None
     next: int = 0
 
 
@@ -57,7 +58,7 @@ class Disk:
     def __init__(
         self,
         regions: Sequence[Region],
-        streams,
+        streams: Streams,
         slot_nbytes: int = SLOT_NBYTES,
         num_slots: int = NUM_SLOTS,
         num_threads: int = NUM_THREADS,
@@ -67,16 +68,21 @@ class Disk:
         self.nbytes = self._regions.nbytes
         self.nbytes_read = self.nbytes_written = 0
         self._slot_nbytes = max(round_up(slot_nbytes), 2 * ALIGNMENT)
-        self._host = HostMemory(self._slot_nbytes * num_slots)
-        self._host.touch()
-        self._host.register(streams.device)
-        self._free: queue.Queue = queue.Queue()  # (slot, event after which it may be used)
-        for slot in self._host.memory.split(self._slot_nbytes):
+        host = HostMemory(self._slot_nbytes * num_slots)
+        host.touch()
+        host.register(streams.device)
+        self._host: HostMemory | None = host  # None: closed
+        self._free: queue.Queue[tuple[torch.Tensor, Event | None]] = (
+            queue.Queue()
+        )  # (slot, event after which it may be used)
+        for slot in host.memory.split(self._slot_nbytes):
             self._free.put((slot, None))
-        self._num_slots, self._broken = num_slots, None
-        self._lock, self._under_way = threading.Lock(), []
+        self._num_slots = num_slots
+        self._broken: BaseException | None = None
+        self._lock = threading.Lock()
+        self._under_way: list[_Job] = []
         self._pool = ThreadPoolExecutor(num_threads, "disk", initializer=streams.set_device)
-        self._jobs = {lane: queue.Queue() for lane in ("load", "store")}
+        self._jobs: dict[str, queue.Queue[_Job | None]] = {lane: queue.Queue() for lane in ("load", "store")}
         self._threads = [
             threading.Thread(target=self._work, args=(lane, start), name=f"disk {lane}", daemon=True)
             for lane, start in (("load", self._start_load), ("store", self._start_store))
@@ -110,7 +116,7 @@ class Disk:
             self._jobs[lane].put(job)
         return job.transfer
 
-    def _work(self, lane: str, start: Callable) -> None:
+    def _work(self, lane: str, start: Callable[[_Job, list[_Batch]], None]) -> None:
         self._streams.set_device()
         while (job := self._jobs[lane].get()) is not None:
             try:
@@ -160,12 +166,14 @@ class Disk:
             self._free.put((batch.slot, None))
             raise
 
-    def _run(self, job: _Job, batch: _Batch, num_batches: int, work: Callable, pieces: list) -> None:
+    def _run(
+        self, job: _Job, batch: _Batch, num_batches: int, work: Callable[[list[Chunk]], None], pieces: list[Chunk]
+    ) -> None:
         """Gives the batch's chunks to the threads; the last one to end delivers it."""
         shares = in_tasks(pieces)
         batch.left = len(shares)
 
-        def run(task: list) -> None:
+        def run(task: list[Chunk]) -> None:
             try:
                 if job.error is None:
                     work(task)
@@ -198,11 +206,11 @@ class Disk:
             if job.next == num_batches:
                 self._end(job, event)
 
-    def _to_device(self, job: _Job, batch: _Batch, last: bool):
+    def _to_device(self, job: _Job, batch: _Batch, last: bool) -> Event:
         sources = [batch.slot[part.place : part.place + part.data.numel()] for part in batch.parts]
         if job.digest is not None:
             for source in sources:
-                job.digest.update(memoryview(source.numpy()))
+                job.digest.update(source.numpy().data)
             if last:
                 job.digest.finish()
         pairs = [(part.data, source) for part, source in zip(batch.parts, sources, strict=True)]
@@ -214,7 +222,7 @@ class Disk:
             if job.lane == "store":
                 self._broken = self._broken or error
 
-    def _end(self, job: _Job, event) -> None:
+    def _end(self, job: _Job, event: Event | None) -> None:
         with job.lock:
             if job.over.is_set():
                 return
@@ -222,11 +230,12 @@ class Disk:
                 if job.error is not None:
                     job.transfer.failed(job.error)
                 else:
+                    assert event is not None, "a load is over with its last copy's event"
                     job.transfer.done(event)
             job.pieces, job.after = [], []
             job.over.set()
 
-    def _digest(self, job: _Job):
+    def _digest(self, job: _Job) -> Check | None:
         """What checks the one region that the job loads whole, the first time."""
         if len(job.pieces) != 1:
             return None

@@ -7,13 +7,16 @@ import ctypes
 import os
 import re
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from noria import kinds
+from noria.communicator import Communicator
 from noria.config import InputError
-from noria.streams import streams_of
+from noria.streams import Event, streams_of
 
 TRIAL_SECONDS = 30.0
 TRIAL_NBYTES = (16 << 10, 4 << 20)  # one message below and one above the limit of every MPI's eager protocol
@@ -23,7 +26,40 @@ REMEDY = (
 )
 
 
-def choose(comm, device: torch.device, requested: str = "auto") -> tuple[str, str]:
+class Transport(Protocol):
+    """Point-to-point messages between the ranks of a ring; mpi_device.Transport says what each method does.
+
+    The first four are generators: work that advances each time it is resumed. The others block.
+    """
+
+    device: torch.device
+
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> Generator[None, None, None]: ...
+
+    def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]: ...
+
+    def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator[None, None, None]: ...
+
+    def receive_bytes(self, source: int, tag: int) -> Generator[None, None, bytes]: ...
+
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None: ...
+
+    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None: ...
+
+    def send_bytes_now(self, data: bytes, dest: int, tag: int) -> None: ...
+
+    def receive_bytes_now(self, source: int, tag: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Keeping(Transport, Protocol):
+    """A transport for a trial: it may fail with messages under way."""
+
+    def keep(self, work: list[Generator[None, None, None]]) -> None: ...
+
+
+def choose(comm: Communicator, device: torch.device, requested: str = "auto") -> tuple[str, str]:
     """The transport to use and, in one line, why. Collective over `comm`; every rank returns the same.
 
     `auto` takes mpi_device for CPU tensors; for CUDA tensors if MPI shows signs of being CUDA-aware on all ranks and a
@@ -46,7 +82,7 @@ def choose(comm, device: torch.device, requested: str = "auto") -> tuple[str, st
     return "mpi_host", f"hidden states are staged in host memory, because {failure}: {REMEDY}"
 
 
-def open_transport(name: str, comm, device: torch.device):
+def open_transport(name: str, comm: Communicator, device: torch.device) -> Transport | None:
     """The transport of this name (collective over `comm`), or None for `loopback`."""
     return None if name == "loopback" else kinds.load("transports", name).Transport(comm, device)
 
@@ -65,11 +101,11 @@ def cuda_sign() -> str | None:
     return None
 
 
-def trial(comm, device: torch.device) -> str | None:
+def trial(comm: Communicator, device: torch.device) -> str | None:
     """Sends checked CUDA buffers once round the ring, in this process; returns what failed on any rank, or None."""
     transport = kinds.load("transports", "mpi_device").Transport(comm, device)
     try:
-        failure = next((text for nbytes in TRIAL_NBYTES if (text := _exchange(transport, nbytes))), None)
+        failure = next((text for nbytes in TRIAL_NBYTES if (text := _exchange(transport, comm, nbytes))), None)
     except Exception as error:  # noqa: BLE001 - whatever MPI raises here, the answer is that it cannot
         failure = f"{type(error).__name__}: {error}"
     failures = [(rank, text) for rank, text in enumerate(comm.allgather(failure)) if text]
@@ -80,8 +116,8 @@ def trial(comm, device: torch.device) -> str | None:
     return f"the trial exchange failed on rank {rank}: {text}"
 
 
-def _exchange(transport, nbytes: int) -> str | None:
-    rank, num_ranks = transport.comm.Get_rank(), transport.comm.Get_size()
+def _exchange(transport: Keeping, comm: Communicator, nbytes: int) -> str | None:
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
     previous, following = (rank - 1) % num_ranks, (rank + 1) % num_ranks
     received = torch.zeros(nbytes, dtype=torch.uint8, device=transport.device)
     sent = _pattern(rank, nbytes, transport.device)

@@ -8,6 +8,8 @@ from collections.abc import Generator
 import torch
 from mpi4py import MPI
 
+from noria.streams import Event
+
 MAX_MESSAGE_NBYTES = 1 << 30  # MPI 3 counts bytes in 32 bits
 
 
@@ -17,9 +19,9 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def message(data: torch.Tensor) -> list:
+def message(data: torch.Tensor) -> tuple[MPI.buffer, MPI.Datatype]:
     """How MPI is told of a uint8 tensor, on any device: an address and a length."""
-    return [MPI.buffer.fromaddress(data.data_ptr(), data.numel()), MPI.BYTE]
+    return MPI.buffer.fromaddress(data.data_ptr(), data.numel()), MPI.BYTE
 
 
 def completed(requests: list[MPI.Request]) -> Generator[None, None, None]:
@@ -52,7 +54,7 @@ class Transport:
         self.isend = self.comm.Issend if synchronous else self.comm.Isend
         self.irecv = self.comm.Irecv
 
-    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> Generator[None, None, None]:
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> Generator[None, None, None]:
         """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
         while not ready.query():  # MPI knows nothing of streams
             yield
@@ -74,7 +76,7 @@ class Transport:
 
     # The same four, blocking: each returns when it is over, and sends are synchronous.
 
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
         ready.synchronize()
         for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES):
             self.comm.Ssend(message(piece), dest, tag)
@@ -93,7 +95,7 @@ class Transport:
         found.Recv([data, MPI.BYTE])
         return bytes(data)
 
-    def keep(self, work: list[Generator]) -> None:
+    def keep(self, work: list[Generator[None, None, None]]) -> None:
         """Keeps transfers, with the memory that MPI may still write to, as long as the communicator is not given back."""
         self.comm.Set_attr(MPI.Comm.Create_keyval(), work)
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 import torch
 from mpi4py import MPI
 
-from noria.streams import streams_of
+from noria.streams import Event, Streams, streams_of
 from noria.transports import mpi_device
 from noria.transports.mpi_device import bytes_of, completed, message
 
@@ -31,7 +31,7 @@ class Transport:
         self._sending, self._receiving = streams_of(device), streams_of(device)
         self._staging: dict[tuple[str, int], list[torch.Tensor]] = {}
 
-    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> Generator[None, None, None]:
+    def send(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> Generator[None, None, None]:
         """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
         if self._in_host(tensor):
             yield from self._mpi.send(tensor, dest, tag, ready)
@@ -40,7 +40,7 @@ class Transport:
             yield
         data = bytes_of(tensor)
         halves = self._halves("send", tag, len(data))
-        busy = [[], []]
+        busy: list[list[MPI.Request]] = [[], []]
         for index, chunk in enumerate(data.split(CHUNK_NBYTES)):
             half = index % 2
             yield from completed(busy[half])
@@ -64,7 +64,7 @@ class Transport:
             if index + 2 < len(chunks):
                 requests.append(self._mpi.irecv(message(staged[index + 2]), source, tag))
 
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready) -> None:
+    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
         if self._in_host(tensor):
             self._mpi.send_now(tensor, dest, tag, ready)
             return
@@ -102,14 +102,14 @@ class Transport:
         return halves
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor, streams):
+def _copy(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Event:
     """Queues the copy on the copy stream; returns its event."""
     with streams.copying():
         target.copy_(source, non_blocking=True)
         return streams.event()
 
 
-def _copied(source: torch.Tensor, target: torch.Tensor, streams) -> Generator[None, None, None]:
+def _copied(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Generator[None, None, None]:
     event = _copy(source, target, streams)
     while not event.query():
         yield
