@@ -162,6 +162,7 @@ def _provenance(config: Config, work: Work, plan: planner.Plan, checkpoint, devi
         run_file=config.to_toml(),
         checkpoint_hash=checkpoint.header_hash,
         prompts_hash=work.prompts_hash,
+        **({"prompt_files": work.prompt_files} if work.prompt_files else {}),
         launcher=mpi.launcher_name(),
         devices=devices,
         start=started,

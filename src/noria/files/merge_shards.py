@@ -179,7 +179,17 @@ def _check_rows(shards: list[Shard]) -> int:
 def _attrs(shards: list[Shard], total: int, argv: Sequence[str]) -> dict[str, object]:
     """What the output says of itself: the first shard's words on what all share, and every shard's on its own."""
     first = shards[0].attrs
-    shared = ("run_file", "versions", "checkpoint_hash", "prompts_hash", "launcher", "plan", "seed", "model_sampling")
+    shared = (
+        "run_file",
+        "versions",
+        "checkpoint_hash",
+        "prompts_hash",
+        "prompt_files",
+        "launcher",
+        "plan",
+        "seed",
+        "model_sampling",
+    )
     told = [
         {
             "shard": shard.name,

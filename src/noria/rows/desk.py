@@ -247,6 +247,12 @@ class Desk:
         different = parts.differences()
         if different:
             raise another_run(parts.folder, different)
+        last = max((int(part.row.max(initial=-1)) for part in parts.parts), default=-1)
+        if last >= self._num_prompts:
+            raise InputError(
+                f"limit is {self._config.limit}, and {parts.folder} holds row {last}: leave --limit away,"
+                f" or give at least {last + 1}"
+            )
         parts.adopt()
 
 

@@ -20,7 +20,7 @@ from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.identity import Identity, check_finished, identity
 from noria.rows.lengths import look
 from noria.rows.model_sampling import told
-from noria.rows.source import Source, content_hash, count
+from noria.rows.source import Source, content_hash, counts, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
 
@@ -35,6 +35,7 @@ class Work:
     blocks: dict[str, Block]
     dtype: str
     prompts_hash: str
+    prompt_files: list[dict]  # see source.prompt_files
     load: Load  # how long its rows are
     identity: Identity
     said: list[str]  # for the user, a line each
@@ -43,7 +44,8 @@ class Work:
 def examine(config: Config, num_ranks: int, device: str) -> Work:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
     source = Source.of(config)
-    num_rows, prompts_hash = count(source), content_hash(source)
+    by_file, prompts_hash = counts(source), content_hash(source)
+    num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
@@ -51,11 +53,12 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, prompts_hash, checkpoint, dtype)
-        if state == "finished" and check_finished(config, own.header):
+        if state == "finished" and check_finished(config, own.header, num_rows):
             state = "parts"
         load = look(config, checkpoint.shape.max_positions, num_rows, encode)
         said = told(checkpoint.generation_config, config.sampling, own.taken) if own.rules > OLD_RULES else []
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, load, own, said)
+        files = prompt_files(source, by_file)
+        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, files, load, own, said)
 
 
 def _encoder(config: Config, checkpoint) -> Encoder:

@@ -63,13 +63,15 @@ def _header(
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
-def check_finished(config: Config, header: Mapping) -> bool:
-    """Whether the finished output has rows to generate still: new ones of longer prompts, or errors to be tried again.
+def check_finished(config: Config, header: Mapping, num_rows: int) -> bool:
+    """Whether the finished output has rows to generate still: new ones of longer prompts, those that a limit left out, or
+    errors to be tried again. `num_rows`: of the prompts, as many as this run reads.
 
     Raises InputError if it is that of another run.
     """
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))
+        limited = output.attrs.get("prompt_rows", num_rows) < num_rows
         errors = bool((output.column("status") == STATUS.index("error")).any())
     extended = (
         config.job.extend
@@ -83,7 +85,7 @@ def check_finished(config: Config, header: Mapping) -> bool:
     if names:
         different = [difference(name, theirs, "there", header) for name in names]
         raise another_run(config.output, different)
-    return extended or (errors and config.job.retry_errors)
+    return extended or limited or (errors and config.job.retry_errors)
 
 
 def another_run(place, different: list[str]) -> InputError:

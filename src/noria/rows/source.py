@@ -7,7 +7,7 @@ import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import xxhash
@@ -118,6 +118,13 @@ def counts(prompts: Source | str | Path) -> list[int]:
 def count(prompts: Source | str | Path) -> int:
     """The number of rows of all files."""
     return sum(counts(prompts))
+
+
+def prompt_files(source: Source, by_file: list[int]) -> list[dict]:
+    """The files of several, their first rows and numbers of rows, as an output tells them; of one file nothing."""
+    firsts = accumulate(by_file, initial=0)
+    told = zip(source.files, firsts, by_file, strict=False)
+    return [{"file": file, "first_row": first, "rows": rows} for file, first, rows in told] if len(by_file) > 1 else []
 
 
 def content_hash(prompts: Source | str | Path) -> str:
