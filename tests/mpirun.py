@@ -13,6 +13,8 @@ import time
 import uuid
 from pathlib import Path
 
+from forks import forked
+
 ENVIRONMENT = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
 MARK = "NORIA_TEST_LAUNCH"
 ORPHAN_SECONDS = 10.0
@@ -22,25 +24,29 @@ class RanksHung(AssertionError):
     """The ranks were still running at the time limit."""
 
 
-def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
+def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None, fresh=False):
     """Run `mpirun -n num_ranks argv...` and return its CompletedProcess, with stdout and stderr as text.
 
     The exit code is the caller's to check, and `orphans`: the ranks that were there ORPHAN_SECONDS after mpirun. `env` is
-    added to the environment; a value of None takes a variable away. Raises RanksHung, with the output so far, after
-    `timeout` seconds; no rank outlives the call.
+    added to the environment; a value of None takes a variable away. Ranks of Python are forked from a process that has
+    imported Noria, unless `fresh`. Raises RanksHung, with the output so far, after `timeout` seconds; no rank outlives
+    the call.
     """
-    script = 'source "$1"; PATH="$2:$PATH"; exec timeout -k 5 "${@:3}"'
-    launch = [str(timeout), "mpirun", "-n", str(num_ranks), *map(str, argv)]
-    command = ["bash", "-c", script, "bash", str(ENVIRONMENT), os.path.dirname(sys.executable), *launch]
+    launch = [str(timeout), "mpirun", "-n", str(num_ranks), *(map(str, argv) if fresh else forked(argv))]
     mark = uuid.uuid4().hex
-    variables = os.environ | {"OMP_NUM_THREADS": "1", MARK: mark} | (env or {})
+    variables = environment() | {MARK: mark} | (env or {})
     variables = {name: value for name, value in variables.items() if value is not None}
     # Files and not pipes: a rank that outlives mpirun would hold a pipe open, and reading it would hang too.
     orphans = []
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         try:
             code = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=variables, cwd=cwd
+                ["timeout", "-k", "5", *launch],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=variables,
+                cwd=cwd,
             ).returncode
             # 124: ended by SIGTERM; 137: it took SIGKILL, which a rank that was killed for its memory also shows.
             killed = code in (137, -9) and "timeout: the monitored command" in _text(stderr)
@@ -53,6 +59,20 @@ def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None):
     if hung:
         raise RanksHung(f"still running after {timeout} s\n{describe(result)}")
     return result
+
+
+def environment():
+    """The variables with which mpirun starts ranks here: this process's, jobs/local/environment.sh's and one thread."""
+    script = [
+        "bash",
+        "-c",
+        'source "$1"; PATH="$2:$PATH"; env -0',
+        "bash",
+        ENVIRONMENT,
+        os.path.dirname(sys.executable),
+    ]
+    printed = subprocess.run(script, stdout=subprocess.PIPE, check=True).stdout.decode(errors="surrogateescape")
+    return dict(line.split("=", 1) for line in printed.split("\0") if line) | {"OMP_NUM_THREADS": "1"}
 
 
 def describe(result):

@@ -14,6 +14,7 @@ import noria.files.compact as compact_module
 import noria.files.export as export_module
 import noria.rows.desk as desk_module
 import small_run
+from forks import forked
 from noria.__main__ import main
 from noria.files.compact import FAN_IN, Compactor
 from noria.files.generations import open_generations
@@ -24,7 +25,6 @@ from noria.launch.stopping import Stopping
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts": "ab12", "dtype": "float32"}
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture
@@ -240,8 +240,8 @@ def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
     while code != 0:
         output = tmp_path / f"{kill_at}" / "run.h5"
         shutil.copytree(tmp_path / "original", output.parent)
-        command = [sys.executable, "-c", KILLED, str(output), str(kill_at)]
-        code = subprocess.run(command, env=ENVIRONMENT, timeout=60).returncode
+        command = forked([sys.executable, "-c", KILLED, output, kill_at])
+        code = subprocess.run(command, timeout=60).returncode
         assert code in (0, -9)
         counts.add(len(names(output)))
         assert sum(len(part.row) for part in scan(parts_folder(output), refuse)) == 12, "a reader sees each row once"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import families
+from forks import forked
 from noria.files.convert import convert
 
 SCRIPT = Path(__file__).parent.parent / "jobs" / "local" / "compare.py"
@@ -34,7 +35,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_of_the_users_own_agrees_with_transformers(source, dtype):
     command = [sys.executable, SCRIPT, source, "--device", "cpu", "--max-new-tokens", "6", "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(forked(command), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("logits differ by at most") == 4 and done.stdout.endswith("agree\n")
     assert "tokens/s transformers" in done.stdout
@@ -42,7 +43,9 @@ def test_a_model_of_the_users_own_agrees_with_transformers(source, dtype):
 
 @pytest.mark.slow
 def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path / "none"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        forked([sys.executable, SCRIPT, tmp_path / "none"]), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2 and done.stderr == f"compare: {tmp_path}/none does not exist\n", done.stderr
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny_models
+from forks import forked
 from noria.__main__ import main
 from noria.config import InputError
 from noria.files import convert as convert_module
@@ -450,7 +451,7 @@ def test_two_conversions_of_one_target_are_one_too_many(tmp_path):
 
     def meanwhile(block, done, total):
         if not others:
-            others.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
+            others.append(subprocess.run(forked(command), capture_output=True, text=True, timeout=60))
 
     made = convert(source, target, progress=meanwhile)
     assert others[0].returncode == 2 and made.notes == convert(source, tmp_path / "other.h5").notes

@@ -1,21 +1,17 @@
 """Every family from a directory that transformers saved, through convert and run, on rings of one and three ranks."""
 
 import json
-import sys
-from pathlib import Path
 
+import families_worker
 import numpy as np
 import pytest
 import torch
 
 import families
+import world
 from families import CONFIGS
-from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.files.generations import open_generations
-
-sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from families_worker import cases  # noqa: E402
 
 # Six layers: two for each of three ranks, one a lap. Every family, and the settings that change what a layer does.
 SETTINGS = [
@@ -107,12 +103,10 @@ def test_the_command_generates_transformers_tokens(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 def test_every_ring_generates_transformers_tokens_with_every_family(folder):
-    worker = Path(__file__).parent / "mpi" / "families_worker.py"
-    done = mpirun(3, [sys.executable, worker, folder], timeout=300)
-    assert done.returncode == 0, describe(done)
-    names = [name for name, _, _ in cases(3)]
+    world.call(3, families_worker.work, folder, timeout=300)
+    names = [name for name, _, _ in families_worker.cases(3)]
     assert names == ["N1-V1", "N1-V2", "N3-V1", "N3-V2"]
     for name in SETTINGS:
         for case in names:

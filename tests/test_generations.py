@@ -15,6 +15,7 @@ import pytest
 
 import noria.files.assemble as assemble_module
 import noria.files.generations as generations_module
+from forks import forked
 from noria.config import InputError
 from noria.files.generations import blocks, describe, open_generations
 from noria.files.merge import MissingRows, merge
@@ -24,7 +25,6 @@ from noria.files.provenance import provenance
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32"}
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture
@@ -365,8 +365,8 @@ def test_a_disk_that_is_full_during_the_merge_is_an_error_and_the_parts_stay(out
         nbytes += output.stat().st_size
         output.unlink()
     fill(Parts(output, {}), rows, 100)
-    command = [sys.executable, "-c", FULL, str(output), str(nbytes)]
-    result = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=60)
+    command = forked([sys.executable, "-c", FULL, output, nbytes])
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     assert result.returncode == 0, "HDF5 itself would end in a segmentation fault"
     assert "File too large (the parts are kept: make room and start the same run again)" in result.stdout
     assert os.listdir(output.parent) == ["run.h5.parts"]
@@ -384,9 +384,8 @@ def test_a_merge_killed_anywhere_is_finished_by_the_next_one(tmp_path, ask_first
         folder = tmp_path / f"{kill_at}"
         shutil.copytree(tmp_path / "original", folder)
         output = folder / "run.h5"
-        code = subprocess.run(
-            [sys.executable, "-c", KILLED, str(output), str(kill_at)], env=ENVIRONMENT, timeout=60
-        ).returncode
+        command = forked([sys.executable, "-c", KILLED, output, kill_at])
+        code = subprocess.run(command, timeout=60).returncode
         assert code in (0, -9)
         # What a run does that is started again: it asks what is there, then reads the parts and merges.
         state = probe_output(output) if ask_first else "parts" if parts_folder(output).exists() else "finished"

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from forks import forked
 from noria.config import InputError
 from noria.files import lock as lock_module
 from noria.files.lock import OutputLock, lock_path
@@ -26,7 +27,9 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run.h5"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        forked([sys.executable, "-c", HOLD, tmp_path / "run.h5"]), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()

@@ -13,6 +13,7 @@ import time
 import h5py
 import pytest
 
+from forks import forked
 from noria.__main__ import main
 from noria.files import lock
 from noria.files.generations import open_generations
@@ -23,7 +24,6 @@ from noria.files.provenance import provenance
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts": "ab12", "checkpoint": "cd34", "dtype": "float32", "sampling.temperature": 0.5, "sampling.seed": 7}
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 NUM_ROWS = 11
 
 
@@ -234,8 +234,8 @@ def test_a_merge_under_way_is_not_disturbed_by_another(shards, output, monkeypat
         "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 1, 'start': 's'}, print)\n"
         "print('held', flush=True)\nsys.stdin.read()\n"
     )
-    command = [sys.executable, "-c", script, str(output)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as other:
+    command = forked([sys.executable, "-c", script, output])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(["merge", str(output), *map(str, shards)]) == 2
         assert "is being written by job 17 on n3" in capsys.readouterr().err
@@ -291,8 +291,8 @@ def test_a_merge_killed_anywhere_is_done_by_the_next_one(shards, tmp_path):
     while code != 0:
         output = tmp_path / f"{kill_at}" / "out.h5"
         output.parent.mkdir()
-        command = [sys.executable, "-c", KILLED, str(kill_at), str(output), *map(str, shards)]
-        code = subprocess.run(command, env=ENVIRONMENT, timeout=60).returncode
+        command = forked([sys.executable, "-c", KILLED, kill_at, output, *shards])
+        code = subprocess.run(command, timeout=60).returncode
         assert code in (0, -signal.SIGKILL)
         left.add(tuple(os.listdir(output.parent)))
         merge_shards(shards, output, [])

@@ -31,7 +31,7 @@ def still_runs(pid, patience=5):
 
 def test_two_ranks_are_one_world_with_one_thread_each():
     code = "import os; from mpi4py import MPI; c = MPI.COMM_WORLD; print(c.size, c.rank, os.environ['OMP_NUM_THREADS'])"
-    result = mpirun(2, python(code))
+    result = mpirun(2, python(code), fresh=True)
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == ["2 0 1", "2 1 1"]
 
@@ -43,7 +43,7 @@ def test_more_ranks_than_cores_start():
 
 
 def test_the_exit_code_of_a_rank_comes_through():
-    assert mpirun(1, python("raise SystemExit(75)")).returncode == 75
+    assert mpirun(1, python("raise SystemExit(75)"), fresh=True).returncode == 75
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_ranks_that_hang_fail_with_their_output_and_are_gone():
     code = f"import os, signal, time; {ignore_sigterm}; print(os.getpid(), flush=True); time.sleep(60)"
     start = time.monotonic()
     with pytest.raises(RanksHung) as caught:
-        mpirun(2, python(code), timeout=3)
+        mpirun(2, python(code), timeout=3, fresh=True)
     assert time.monotonic() - start < 20
     printed = str(caught.value).split("--- stdout\n")[1].split("--- stderr")[0]
     pids = [int(line) for line in printed.split()]

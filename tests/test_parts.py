@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forks import forked
 from noria.config import InputError
 from noria.files.generations import NewerVersion, open_generations
 from noria.files.parts import Parts, part_files, parts_folder, scan, select
@@ -268,10 +269,9 @@ while True:
 def test_a_killed_writer_loses_no_row_that_it_had_sealed(output):
     for kill_after in (3, 20, 41):
         process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS, str(output)],
+            forked([sys.executable, "-c", ENDLESS, output]),
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         for _ in range(kill_after):
             sealed = int(process.stdout.readline())

@@ -2,14 +2,14 @@
 
 # ruff: noqa: F811 -- the folder of test_same is a fixture here
 import json
-import sys
-from pathlib import Path
 
 import h5py
+import placement_worker
 import pytest
+from placement_worker import CACHE, SCHEDULES, SHORT, WEIGHTS, cases, home
 
+import world
 from late_streams import LateStreams
-from mpirun import describe, mpirun
 from noria import config, streams
 from noria.blocks import layer_name
 from noria.engine.cycle import once
@@ -17,9 +17,6 @@ from noria.files.checkpoint import open_checkpoint
 from noria.launch.mpi import Solo
 from noria.run import run
 from test_same import CONFIG, compare, fill, folder  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from placement_worker import CACHE, SCHEDULES, SHORT, WEIGHTS, cases, home  # noqa: E402
 
 NUM_ROWS, MOST = 7, 5  # rows, and tokens of a row, for each of 432 cases: more would only take longer
 
@@ -71,18 +68,16 @@ def test_one_rank_gives_the_references_tokens_with_hidden_states_in_cpu_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 def test_every_placement_schedule_and_lap_gives_the_references_tokens(folder):
     names = [(name, home(num_ranks)) for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
-    worker = Path(__file__).parent / "mpi" / "placement_worker.py"
     (folder / SHORT).mkdir()
     fill(folder / SHORT, CONFIG | {"num_hidden_layers": 7})
     for place in (folder, folder / SHORT):
         rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()[:NUM_ROWS]]
         few = [row | {"max_new_tokens": min(row["max_new_tokens"], MOST)} for row in rows]
         (place / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
-    done = mpirun(4, [sys.executable, worker, folder], timeout=900)
-    assert done.returncode == 0, describe(done)
+    world.call(4, placement_worker.work, folder, timeout=900)
     for place in (folder, folder / SHORT):
         compare(place, [name for name, home in names if folder / home == place], NUM_ROWS, MOST)
 

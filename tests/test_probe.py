@@ -1,10 +1,9 @@
 """noria probe on this machine: alone, and under mpirun."""
 
-import sys
-
 import pytest
 
-from mpirun import describe, mpirun
+import world
+from mpirun import describe
 from noria.__main__ import main
 from noria.plan import rates
 
@@ -23,10 +22,10 @@ def test_a_probe_alone_measures_all_but_messages(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.world
 def test_a_probe_of_ranks_measures_messages_too(tmp_path):
     path = tmp_path / "machine.toml"
-    command = [sys.executable, "-m", "noria", "probe", *QUICK, "--output", str(path), "--scratch", str(tmp_path)]
-    result = mpirun(2, command, timeout=120)
+    result = world.command(2, ["probe", *QUICK, "--output", path, "--scratch", tmp_path])
     assert result.returncode == 0, describe(result)
     assert rates.read(path).assumed == () and result.stdout.count("disk_read") == 1
     assert "mpi_device" in result.stdout

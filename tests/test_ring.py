@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ring_worker
 import torch
 
+import world
 from mpirun import describe, mpirun
 from noria import transports
 from noria.config import InputError
@@ -31,14 +33,12 @@ def ranks(num_ranks, *argv, timeout=60, code=0):
 @pytest.fixture(scope="module")
 def wrong():
     """How many inputs and results were wrong in each case of the ring's worker, by the case's name."""
-    lines = ranks(4, HERE / "mpi" / "ring_worker.py", "cases", timeout=150).splitlines()
-    return {
-        name: int(count.split()[0]) for name, count in (line.split(": ") for line in lines if line.endswith(" wrong"))
-    }
+    counts = world.call(4, ring_worker.cases, timeout=150)
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.parametrize("transport", ["mpi_device", "mpi_host"])
 @pytest.mark.parametrize("laps", [1, 3])
 @pytest.mark.parametrize("kind", ["groups=4", "groups=5", "blocking groups=2", "blocking groups=4"])
@@ -49,13 +49,13 @@ def test_every_rank_computes_from_the_right_hidden_states_though_sends_wait_for_
     assert wrong[" ".join([transport, *blocking, f"laps={laps}", groups])] == 0
 
 
-@pytest.mark.mpi
+@pytest.mark.world
 def test_a_late_transport_shows_a_wait_that_was_lost(wrong):
     assert wrong["late Ring"] == 0
     assert wrong["late Hasty"] > 0
 
 
-@pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.parametrize("transport", ["mpi_device", "mpi_host"])
 @pytest.mark.parametrize("blocking", [False, True])
 def test_mpi_does_not_see_a_tensor_before_its_event_has_completed(wrong, transport, blocking):
@@ -66,10 +66,11 @@ def test_mpi_does_not_see_a_tensor_before_its_event_has_completed(wrong, transpo
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_an_error_in_the_communication_thread_reaches_the_waiting_main_thread():
-    output = ranks(4, HERE / "mpi" / "ring_worker.py", "failure", code=9)
+    output = ranks(4, HERE / "mpi" / "ring_worker.py", code=9)
     assert "rank 1 heard: communication failed: OSError: broken wire; cause OSError" in output
 
 
+@pytest.mark.alone
 @pytest.mark.mpi
 @pytest.mark.slow
 def test_hops_overlap_with_stages_and_the_bubble_is_the_theorys():

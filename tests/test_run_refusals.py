@@ -14,6 +14,7 @@ import torch
 import noria.run
 import small_run
 import tiny_models
+from forks import forked
 from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.config import MAX_GROUPS
@@ -258,7 +259,7 @@ def test_a_gpu_that_the_scheduler_gave_is_not_passed_over(refusal, monkeypatch):
 def test_ranks_that_do_not_see_each_other_are_refused(folder):
     environment = os.environ | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}
     command = [sys.executable, "-m", "noria", *small_run.command(folder, "lonely.h5")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(forked(command), env=environment, capture_output=True, text=True, timeout=60)
     said = [line for line in done.stderr.splitlines() if line.startswith("noria: ")]
     assert done.returncode == 2 and len(said) == 1, done.stderr
     assert "the launcher started 4 ranks, but MPI sees 1" in said[0] and "mpirun of the same MPI" in said[0]

@@ -1,6 +1,7 @@
 """A run that is stopped seals what it has, says so, and goes on later as if nothing had been: whoever stopped it, wherever."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -17,7 +18,8 @@ import pytest
 import noria.files.lock
 import noria.run
 import small_run
-from mpirun import ENVIRONMENT, describe, mpirun
+from forks import forked
+from mpirun import describe, environment, mpirun
 from noria.__main__ import main
 from noria.engine.stage import Stage
 from noria.files.parts import Parts, part_files, parts_folder
@@ -255,7 +257,7 @@ def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypa
 def test_a_second_job_on_an_output_is_refused_and_told_who_has_it(folder, monkeypatch, capsys):
     monkeypatch.setattr(noria.files.lock, "PATIENCE", 0.1)
     output = folder / "owned.h5"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(forked([sys.executable, "-c", HOLD, output]), stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         assert main(small_run.command(folder, "owned.h5")) == 2
@@ -545,15 +547,19 @@ def test_a_checkpoint_that_shrinks_under_the_run_ends_it_naming_the_file_and_the
 
 @pytest.mark.slow
 @pytest.mark.mpi
-def test_ten_kills_lose_no_row_and_change_none(tmp_path):
+def test_ten_kills_lose_no_row_and_change_none(tmp_path, monkeypatch):
     bench = Path(__file__).parent.parent / "jobs" / "bench" / "kill.py"
-    script = 'source "$1"; PATH="$2:$PATH"; exec timeout -k 5 900 "${@:3}"'
-    arguments = [bench, "--kills", "10", "--seconds", "400", "--seed", "3", "--folder", tmp_path]
-    places = [ENVIRONMENT, os.path.dirname(sys.executable)]
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", *places, sys.executable, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout)
+    spec = importlib.util.spec_from_file_location("kill", bench)
+    kill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kill)
+    job = kill.command
+
+    def of_forks(*arguments):
+        *launcher, python = job(*arguments)[:4]
+        return [*launcher, *forked([python, *job(*arguments)[4:]])]
+
+    monkeypatch.setattr(kill, "command", of_forks)
+    monkeypatch.setattr(kill.os, "environ", environment())
+    result = kill.measure(tmp_path, kills=10, seconds=400, seed=3)
     assert result["kills"] >= 1 and result["rows"] == 64, "a machine that is busy has time for few kills"
     assert (result["lost"], result["twice"], result["different"], result["left_behind"]) == (0, 0, 0, [])

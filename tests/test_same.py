@@ -2,22 +2,18 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import same_worker
 import torch
 import xxhash
 
 import reference
 import tiny_models
-from mpirun import describe, mpirun
+import world
 from noria.files.convert import convert
 from noria.files.generations import open_generations
-
-sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from same_worker import cases  # noqa: E402
 
 # 13 layers: neither 2, 3, 4 ranks nor their 1, 2 or 3 laps divide them.
 CONFIG = tiny_models.LLAMA | {"num_hidden_layers": 13, "eos_token_id": 3, "max_position_embeddings": 96}
@@ -120,11 +116,9 @@ def test_one_rank_without_mpi_gives_the_references_tokens(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 def test_every_shape_of_ring_gives_the_references_tokens(folder):
-    names = [name for num_ranks in (1, 2, 3, 4) for name, _ in cases(num_ranks)]
+    names = [name for num_ranks in (1, 2, 3, 4) for name, _ in same_worker.cases(num_ranks)]
     assert len(names) == 120
-    worker = Path(__file__).parent / "mpi" / "same_worker.py"
-    done = mpirun(4, [sys.executable, worker, folder], timeout=420)
-    assert done.returncode == 0, describe(done)
+    world.call(4, same_worker.work, folder, timeout=420)
     compare(folder, names)

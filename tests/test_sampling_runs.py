@@ -3,18 +3,19 @@ reference with transformers' processors, whatever the ring."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sampling_worker
 import torch
 import xxhash
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from worker import generate
 
 import reference
-from mpirun import describe, mpirun
+import world
 from noria.config import InputError, Sampling
 from noria.files.convert import convert
 from noria.files.generations import open_generations
@@ -24,10 +25,6 @@ from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from test_row_settings import reference as processed
 from test_row_settings import warped
-
-sys.path.insert(0, str(Path(__file__).parent / "mpi"))
-from sampling_worker import CASES  # noqa: E402
-from worker import generate  # noqa: E402
 
 DEMO = Path(__file__).parent.parent / "inputs" / "demo" / "model"
 CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -175,12 +172,10 @@ def test_one_rank_gives_the_references_rows(folder, wanted, name, keys):
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 def test_rings_give_the_references_rows(folder, wanted):
-    worker = Path(__file__).parent / "mpi" / "sampling_worker.py"
-    done = mpirun(3, [sys.executable, worker, folder], timeout=240)
-    assert done.returncode == 0, describe(done)
-    for name in CASES:
+    world.call(3, sampling_worker.work, folder, timeout=240)
+    for name in sampling_worker.CASES:
         compare(folder / f"{name}.h5", wanted)
 
 

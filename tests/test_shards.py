@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import small_run
-from mpirun import describe, mpirun
+import world
+from mpirun import describe
 from noria.__main__ import main
 from noria.config import InputError, parse_shard, shard_rows
 from noria.files.generations import open_generations
@@ -212,13 +211,12 @@ def test_more_shards_than_rows_leave_some_empty_and_merge(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 def test_shards_on_other_numbers_of_ranks_merged_are_the_run_of_one_rank(folder):
     assert main(arguments(folder, "alone.h5")) == 0
     outputs = [folder / f"ranks.{i}.h5" for i in (1, 2, 3)]
     for i, output in enumerate(outputs, 1):
-        command = [sys.executable, "-m", "noria", *arguments(folder, output.name, "--shard", f"{i}/3")]
-        done = mpirun(i, command, timeout=120, cwd=Path(folder))
+        done = world.command(i, arguments(folder, output.name, "--shard", f"{i}/3"))
         assert done.returncode == 0, describe(done)
     assert main(["merge", str(folder / "ranks.h5"), *map(str, outputs)]) == 0
     assert tokens(folder / "ranks.h5") == tokens(folder / "alone.h5")

@@ -10,7 +10,8 @@ import torch
 
 import small_run
 import tiny_models
-from mpirun import describe, mpirun
+import world
+from mpirun import describe
 from noria.__main__ import main
 from noria.engine import trace as tracing
 from noria.engine.trace import Trace, TraceFile
@@ -152,11 +153,11 @@ def test_a_trace_that_would_write_over_the_run_or_nowhere_is_refused_first(folde
 
 
 @pytest.mark.slow
-@pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.parametrize("more", [["--laps", 2], ["--laps", 1, "--blocking", "--groups", 2]], ids=["laps", "blocking"])
 def test_two_ranks_leave_one_trace_on_one_clock(folder, more):
     name = f"two-{len(more)}"
-    done = mpirun(2, ["noria", *traced(folder, name, *PLACED, *more)])
+    done = world.command(2, traced(folder, name, *PLACED, *more))
     assert done.returncode == 0, describe(done)
     read = Read(folder, name)
     check(read, 2)

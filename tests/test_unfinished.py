@@ -10,6 +10,7 @@ import pytest
 
 import noria.files.sealed as sealed
 import noria.files.unfinished as unfinished_module
+from forks import forked
 from noria.__main__ import main
 from noria.files.compact import Compactor
 from noria.files.merge import merge
@@ -17,7 +18,6 @@ from noria.files.parts import Parts, part_files, parts_folder
 from output_rows import fill, make_row
 
 HEADER = {"prompts": "ab12", "dtype": "float32", "shard": "2/3", "sampling.top_k": None}
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 JOB = {"hosts": ["n1", "n2"], "ranks": 4, "of": 10, "job_ids": {"SLURM_JOB_ID": "77"}}
 
 
@@ -80,8 +80,8 @@ def test_a_job_that_works_on_it_is_named(output, capsys):
         "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 4711, 'start': 'then'}, print)\n"
         "print('held', flush=True)\nsys.stdin.read()\n"
     )
-    command = [sys.executable, "-c", script, str(output)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as other:
+    command = forked([sys.executable, "-c", script, output])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert "being written by job 17 on n3 (process 4711, since then)" in inspect(capsys, output)[1]
         other.kill()

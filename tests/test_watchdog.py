@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from forks import forked
 from noria.launch import mpi, watchdog
 from noria.launch.deadline import NONE, Deadline
 from noria.launch.signals import Signals
@@ -28,7 +29,7 @@ def end_of(body):
     """Exit code, stderr and seconds of a process whose MPI hangs in its abort."""
     began = time.monotonic()
     code = HANGING.format(body=body)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(forked([sys.executable, "-c", code]), capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stderr, time.monotonic() - began
 
 

@@ -1,19 +1,16 @@
-"""Run by every rank: the same prompts under every placement, schedule and number of laps, on sub-communicators.
+"""Called on every rank: the same prompts under every placement, schedule and number of laps, on sub-communicators.
 
-Usage: placement_worker.py FOLDER, which has a model and the prompts few.jsonl, and FOLDER/short too. Rank 0 of each
-sub-communicator leaves <case>.h5 there. Prints one line a case.
+FOLDER has a model and the prompts few.jsonl, and FOLDER/short too. Rank 0 of each sub-communicator leaves <case>.h5
+there. Prints one line a case.
 """
 
-import sys
 from itertools import product
-from pathlib import Path
+from unittest.mock import patch
 
-from worker import generate, main, share
+from worker import generate, share
 
+from late_streams import LateStreams
 from noria import streams
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from late_streams import LateStreams  # noqa: E402
 
 WEIGHTS = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"cpu": 50, "disk": 50}, {"disk": 100}]
 CACHE = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"gpu": 30, "cpu": 30, "disk": 40}]
@@ -46,13 +43,8 @@ def home(num_ranks):
 
 
 def work(world, folder):
-    streams.streams_of = LateStreams  # every copy as late as its events allow
-    for num_ranks in range(1, world.Get_size() + 1):
-        comm, mine = share(world, num_ranks, list(cases(num_ranks)))
-        for name, keys in mine:
-            generate(folder / home(num_ranks), name, keys, comm, prompts="few.jsonl", scratch="")
-    world.Barrier()
-
-
-if __name__ == "__main__":
-    main(work)
+    with patch.object(streams, "streams_of", LateStreams):  # every copy as late as its events allow
+        for num_ranks in range(1, world.Get_size() + 1):
+            with share(world, num_ranks, list(cases(num_ranks))) as (comm, mine):
+                for name, keys in mine:
+                    generate(folder / home(num_ranks), name, keys, comm, prompts="few.jsonl", scratch="")

@@ -1,19 +1,19 @@
-"""What each rank of tests/test_ring.py runs: rings whose stages are arithmetic on whole numbers, every input checked.
+"""Called on every rank by tests/test_ring.py: rings whose stages are arithmetic on whole numbers, every input checked.
 
-ring_worker.py cases|failure
+As a program, `ring_worker.py` under mpirun: a ring whose wire breaks.
 """
 
 import random
-import sys
 import time
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from noria.engine.communication import CommunicationError
 from noria.engine.order import Place
 from noria.engine.ring import Ring, open_ring
+from noria.launch import mpi
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
 from noria.transports import mpi_device, mpi_host
@@ -22,11 +22,6 @@ CPU = torch.device("cpu")
 STREAMS = streams_of(CPU)
 HIDDEN, STEP_TOKENS = 512, 256  # 512 KiB in float32, 128 times the eager limit of shared memory
 TRANSPORTS = {"mpi_device": mpi_device, "mpi_host": mpi_host}
-comm = MPI.COMM_WORLD
-rank, num_ranks = comm.Get_rank(), comm.Get_size()
-# Messages go in pieces here, as they do above 1 GiB and 8 MiB.
-mpi_device.MAX_MESSAGE_NBYTES = 300_000
-mpi_host.CHUNK_NBYTES = 100_000
 
 
 def embedding(token_ids):
@@ -80,9 +75,9 @@ def wrong_inputs(ring, dtype, seed, num_rounds=4):
     for round, sizes in enumerate([*rounds, [0] * place.groups]):
         for lap in range(place.laps):
             for group in range(place.groups):
-                if lap == 0 and rank == 0:
+                if lap == 0 and place.rank == 0:
                     if group in waiting:
-                        final = expected(waiting.pop(group), num_ranks * place.laps)[:, 0]
+                        final = expected(waiting.pop(group), place.num_ranks * place.laps)[:, 0]
                         wrong += ring.receive_result(group).token_ids.tolist() != final.tolist()
                     ids = np.array([draw.randrange(251) for _ in range(sizes[group])], np.int32)
                     word = Word.STOP if round == num_rounds else Word.RUN
@@ -102,7 +97,7 @@ def wrong_inputs(ring, dtype, seed, num_rounds=4):
 def visit(ring, ids, lap, group, dtype):
     """One visit; returns 1 if its input was wrong."""
     place = ring.place
-    stage = lap * num_ranks + rank
+    stage = lap * place.num_ranks + place.rank
     hidden = embedding(ids) if place.embeds(lap) else ring.receive(group, lap, len(ids)).long()
     wrong = not torch.equal(hidden, expected(ids, stage))
     output = stage_of(hidden, stage)
@@ -113,13 +108,15 @@ def visit(ring, ids, lap, group, dtype):
     return wrong
 
 
-def report(name, wrong):
-    total = comm.allreduce(wrong)
-    if rank == 0:
-        print(f"{name}: {total} wrong", flush=True)
+def cases(comm):
+    """How many inputs and results of this rank were wrong, by the case's name."""
+    # Messages go in pieces here, as they do above 1 GiB and 8 MiB.
+    with patch.object(mpi_device, "MAX_MESSAGE_NBYTES", 300_000), patch.object(mpi_host, "CHUNK_NBYTES", 100_000):
+        return dict([*ring_cases(comm), *late_cases(comm), *event_cases(comm)])
 
 
-def ring_cases():
+def ring_cases(comm):
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
     shapes = [(blocking, laps, groups) for blocking in (False, True) for laps in (1, 3) for groups in (num_ranks, 0)]
     for name, module in TRANSPORTS.items():
         for number, (blocking, laps, groups) in enumerate(shapes):
@@ -129,14 +126,15 @@ def ring_cases():
             shape = (groups, laps, HIDDEN, STEP_TOKENS, dtype, CPU, STREAMS, blocking)
             wrong = wrong_inputs(open_ring(transport, rank, num_ranks, *shape), dtype, seed=number)
             transport.close()
-            report(f"{name} {'blocking ' * blocking}laps={laps} groups={groups}", wrong)
+            yield f"{name} {'blocking ' * blocking}laps={laps} groups={groups}", wrong
 
 
-def late_cases():
+def late_cases(comm):
     for kind in (Ring, Hasty):
         transport = mpi_device.Transport(comm, CPU)
-        ring = kind(Late(transport), Place(rank, num_ranks, 5, 2), HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
-        report(f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1))
+        place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
+        ring = kind(Late(transport), place, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
+        yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
         transport.close()
 
 
@@ -157,7 +155,7 @@ class LateEvent:
             time.sleep(0.001)
 
 
-def event_cases():
+def event_cases(comm):
     """Tensors that are written late, sent round by each transport: once with their event, once without."""
     for name, module in TRANSPORTS.items():
         for waits in (True, False):
@@ -167,12 +165,13 @@ def event_cases():
                 written = LateEvent(lambda sent=sent: sent.fill_(1))
                 ready = written if waits else Done()
                 send = exchange_now if blocking else exchange
-                send(transport, sent, received, ready)
-                report(f"{name} event={waits} blocking={blocking}", int(received.ne(1).any()))
+                send(comm, transport, sent, received, ready)
+                yield f"{name} event={waits} blocking={blocking}", int(received.ne(1).any())
                 transport.close()
 
 
-def exchange(transport, sent, received, ready):
+def exchange(comm, transport, sent, received, ready):
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
     live = [
         transport.receive(received, (rank - 1) % num_ranks, 5),
         transport.send(sent, (rank + 1) % num_ranks, 5, ready),
@@ -181,7 +180,8 @@ def exchange(transport, sent, received, ready):
         time.sleep(1e-4)
 
 
-def exchange_now(transport, sent, received, ready):
+def exchange_now(comm, transport, sent, received, ready):
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
     ends = [
         lambda: transport.send_now(sent, (rank + 1) % num_ranks, 5, ready),
         lambda: transport.receive_now(received, (rank - 1) % num_ranks, 5),
@@ -202,8 +202,9 @@ class Broken:
         raise OSError("broken wire")
 
 
-def failure():
+def failure(comm):
     """Rank 1's communication thread fails: its main thread, which waits for the next header, must hear of it."""
+    rank, num_ranks = comm.Get_rank(), comm.Get_size()
     transport = mpi_device.Transport(comm, CPU)
     transport = Broken(transport) if rank == 1 else transport
     ring = open_ring(transport, rank, num_ranks, 2, 2, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
@@ -217,9 +218,4 @@ def failure():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "failure":
-        failure()
-    else:
-        ring_cases()
-        late_cases()
-        event_cases()
+    failure(mpi.start())

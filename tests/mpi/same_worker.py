@@ -1,11 +1,11 @@
-"""Run by every rank: the same prompts through every shape of ring that these ranks can form, on sub-communicators.
+"""Called on every rank: the same prompts through every shape of ring that these ranks can form, on sub-communicators.
 
-Usage: same_worker.py FOLDER. Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
+Rank 0 of each sub-communicator leaves FOLDER/<case>.h5. Prints one line a case.
 """
 
 from itertools import product
 
-from worker import generate, main, share
+from worker import generate, share
 
 
 def cases(num_ranks):
@@ -22,11 +22,6 @@ def cases(num_ranks):
 
 def work(world, folder):
     for num_ranks in range(1, world.Get_size() + 1):
-        comm, mine = share(world, num_ranks, list(cases(num_ranks)))
-        for name, keys in mine:
-            generate(folder, name, keys, comm)
-    world.Barrier()
-
-
-if __name__ == "__main__":
-    main(work)
+        with share(world, num_ranks, list(cases(num_ranks))) as (comm, mine):
+            for name, keys in mine:
+                generate(folder, name, keys, comm)

@@ -1,9 +1,9 @@
-"""Run by every rank: the same prompts through a few shapes of ring. Usage: sampling_worker.py FOLDER.
+"""Called on every rank: the same prompts through a few shapes of ring.
 
 Rank 0 of each ring leaves FOLDER/<case>.h5.
 """
 
-from worker import generate, main
+from worker import generate
 
 # name -> ranks, keys of the run file
 CASES = {
@@ -18,8 +18,4 @@ def work(world, folder):
         comm = world.Split(int(world.Get_rank() >= num_ranks), world.Get_rank())
         if world.Get_rank() < num_ranks:
             generate(folder, name, keys, comm)
-        world.Barrier()
-
-
-if __name__ == "__main__":
-    main(work)
+        comm.Free()

@@ -1,32 +1,18 @@
-"""What the programs have in common that every rank runs: how they start, part into rings and generate."""
+"""What the functions have in common that every rank calls: how ranks part into rings and generate."""
 
-import sys
-import traceback
-from pathlib import Path
-
-import torch
+import contextlib
 
 from noria import config
-from noria.launch import mpi
 from noria.run import run
 
 
-def main(work):
-    """`work` with all ranks' communicator and the folder that the program was given; an error ends all ranks."""
-    try:
-        torch.set_num_threads(1)
-        work(mpi.start(), Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        mpi.abort(1)
-        raise
-
-
+@contextlib.contextmanager
 def share(world, num_ranks, cases):
     """This rank's ring of so many ranks, and which of the cases it takes: none if the rank is left over."""
     teams, team = world.Get_size() // num_ranks, world.Get_rank() // num_ranks
     comm = world.Split(min(team, teams), world.Get_rank())
-    return comm, cases[team::teams] if team < teams else []
+    yield comm, cases[team::teams] if team < teams else []
+    comm.Free()
 
 
 def generate(folder, name, keys, comm, **files):
