@@ -15,6 +15,7 @@ RULES = 2
 # Of outputs that say nothing: a row's own seed draws by its number in the file, nothing comes from the model's
 # generation_config.json, OpenAI's batch lines are sampled as other rows, a text is that of the new tokens alone.
 OLD_RULES = 1
+ANEW = "decoded anew"  # what an output of the old rules says of its texts if this version finished it
 # What a header means that lacks the key: it was written before there was such a key, so with what is now its default.
 _DEFAULTS = {
     "rules": OLD_RULES,

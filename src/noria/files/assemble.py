@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from noria.files.atomic import GuardedFile, fsync, publish, temporary
-from noria.files.generations import Generations, open_generations
+from noria.files.generations import Generation, Generations, open_generations
 from noria.files.schema import FORMAT, VERSION, Writer, checksums, scores_together, write_attrs
 from noria.files.sealed import Part, Selection, gather
 
@@ -25,16 +25,17 @@ def assemble(
     complete: bool = True,
     remedy: str = "the parts are kept: make room and start the same run again",
     opened: Sequence[Generations] | None = None,
+    change: Callable[[Generation], Generation] | None = None,
 ) -> None:
     """Writes the selected rows of `files` to `target`, in order; what had that name before is replaced.
 
-    `attrs` must hold `header`; `timing` is that of merge.merge, `opened` that of sealed.gather. `check` looks at the
-    new file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with
+    `attrs` must hold `header`; `timing` and `change` are those of merge.merge, `opened` that of sealed.gather. `check` looks
+    at the new file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with
     the remedy, or the file does not read back as it was written; then there is nothing new.
     """
     unchecked = temporary(target)
     try:
-        sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened)
+        sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened, change)
         fsync(unchecked)
         with open_generations(unchecked) as file:
             found = checksums(file.datasets, file.scores)
@@ -48,7 +49,7 @@ def assemble(
         raise
 
 
-def _write(path, files, selection, attrs, timing, complete, remedy, opened) -> dict[str, str]:
+def _write(path, files, selection, attrs, timing, complete, remedy, opened, change) -> dict[str, str]:
     scores = scores_together(part.scores for part in files)
     tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
     with GuardedFile(path) as disk:
@@ -57,7 +58,7 @@ def _write(path, files, selection, attrs, timing, complete, remedy, opened) -> d
                 write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, **attrs})
                 writer = Writer(file, len(selection.row), tokens, prompt_tokens, scores)
                 for block in gather(files, selection, opened):
-                    writer.append(block)
+                    writer.append([change(one) for one in block] if change else block)
                     disk.check(remedy)
                 if complete:
                     _write_timing(file.create_group("timing"), timing)

@@ -4,14 +4,14 @@ May be killed anywhere and called again. Knows nothing of the run; what it says 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from noria.files.assemble import assemble
-from noria.files.generations import Generations
+from noria.files.generations import Generation, Generations
 from noria.files.parts import Parts
 from noria.files.schema import STATUS
 from noria.files.sealed import Selection, select
@@ -42,13 +42,15 @@ def merge(
     attrs: Mapping,
     timing: Mapping | None = None,
     samples: int | np.ndarray = 1,
+    change: Callable[[Generation], Generation] | None = None,
 ) -> Merged:
     """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
 
     The rows must be exactly those of `rows` (a number: from 0 on), each with samples 0 .. samples-1 (a number, or
     [rows] its own for each row), all done or error.
     `attrs`: provenance, stored as attributes (lists and tables as JSON text). `timing`: name -> array with a value (or
-    row) a rank, or a mapping of such names. Memory: a block of rows, and about 100 bytes for each row of the output.
+    row) a rank, or a mapping of such names. `change` is asked for each row before it is written, in order; its tokens stay
+    as many. Memory: a block of rows, and about 100 bytes for each row of the output.
     Raises MissingRows; OSError if the disk is full or does not read back as written. Either way the parts stay.
     """
     output, rows = Path(output), range(rows) if isinstance(rows, int) else rows
@@ -68,7 +70,7 @@ def merge(
         return _wrong_rows(file, rows, samples)
 
     attrs = {"header": json.dumps(parts.header), "repeated_rows": selection.num_repeated, **attrs}
-    assemble(output, parts.parts, selection, attrs, check, timing)
+    assemble(output, parts.parts, selection, attrs, check, timing, change=change)
     parts.remove()
     return merged
 

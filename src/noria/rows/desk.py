@@ -14,6 +14,7 @@ import numpy as np
 
 from noria.blocks import ModelShape
 from noria.config import TIERS, Config, InputError, shard_rows
+from noria.files.agreement import ANEW, OLD_RULES
 from noria.files.compact import Compactor
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -27,7 +28,8 @@ from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.examination import Work
 from noria.rows.finished import generation
 from noria.rows.identity import another_run
-from noria.rows.prompts import noted, open_prompts
+from noria.rows.old_rules import texts_again
+from noria.rows.prompts import Prompt, noted, open_prompts
 from noria.rows.source import Source, extends
 from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural
@@ -79,7 +81,7 @@ class Desk:
         self.admission = Admission(
             noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
             len(self._rows) - len(done) // self.sampling.n,
-            self._encoder(plan.num_ranks),
+            self._with_begun(self._encoder(plan.num_ranks)),
             self.sampling,
             self._tokenizer.end_token_ids,
             _limits(plan, self._checkpoint.shape),
@@ -206,7 +208,12 @@ class Desk:
             self._merging = True  # from here on the parts may go at any moment
         attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
         attrs |= {"model_sampling": self._identity.taken}
-        merge(self._parts, self._config.output, self._rows, attrs, columns, np.array(self.admission.samples))
+        again = None
+        if self._identity.rules == OLD_RULES:
+            prompts = open_prompts(Source.of(self._config))
+            again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
+        samples = np.array(self.admission.samples)
+        merge(self._parts, self._config.output, self._rows, attrs, columns, samples, again)
         self._progress.end(self._config.output)
 
     def _note(self, message: str) -> None:
@@ -222,6 +229,11 @@ class Desk:
         begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
         if begun is not None:
             take_up(sequence, begun)
+
+    def _with_begun(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
+        """The way from rows to token ids; a row that was stopped half-way keeps those of its prompt as they were sealed."""
+        stored = {row: one.prompt_token_ids.tolist() for (row, _), one in self._begun.items()}
+        return lambda prompt: stored[prompt.row] if prompt.row in stored else encode(prompt)
 
     def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())

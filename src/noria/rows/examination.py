@@ -20,6 +20,7 @@ from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.identity import Identity, check_finished, identity
 from noria.rows.lengths import look
 from noria.rows.model_sampling import told
+from noria.rows.old_rules import check_rendering
 from noria.rows.source import Source, content_hash, counts, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
@@ -56,17 +57,20 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         if state == "finished" and check_finished(config, own.header, num_rows):
             state = "parts"
         load = look(config, checkpoint.shape.max_positions, num_rows, encode)
-        said = told(checkpoint.generation_config, config.sampling, own.taken) if own.rules > OLD_RULES else []
+        if own.rules > OLD_RULES:
+            said = told(checkpoint.generation_config, config.sampling, own.taken)
+        else:
+            said = check_rendering(config, own, num_rows, lambda date: _encoder(config, checkpoint, date))
         files = prompt_files(source, by_file)
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, files, load, own, said)
 
 
-def _encoder(config: Config, checkpoint) -> Encoder:
+def _encoder(config: Config, checkpoint, date: datetime | None = None) -> Encoder:
     """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
     tokenizer = tokenizer_of(checkpoint)
-    return encoder_of(checkpoint, tokenizer, config.sampling, datetime.now(), lambda message: None)
+    return encoder_of(checkpoint, tokenizer, config.sampling, date or datetime.now(), lambda message: None)
 
 
 def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:

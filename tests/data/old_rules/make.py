@@ -74,6 +74,7 @@ def make(folder: Path) -> None:
 
 
 def run(output: str) -> int:
+    sys.argv = ["noria", "run"]  # what outputs say of their command
     return main(["run", "--model", "model.h5", "--prompts", "prompts.jsonl", "--output", output, *KEYS])
 
 
