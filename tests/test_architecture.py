@@ -24,6 +24,8 @@ LEVELS = [
         "kinds",
         "streams",
         "communicator",
+        "helper",
+        "helper_child",
         "progress",
     },
     {"models", "attention", "transports", "readers", "tiers", "schedules"},

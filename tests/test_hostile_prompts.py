@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -27,6 +28,7 @@ from noria.__main__ import main
 from noria.config import InputError
 from noria.files.convert import convert
 from noria.files.generations import open_generations
+from noria.rows import template
 from noria.rows.prompts import open_prompts
 from noria.rows.source import count
 from noria.rows.tokenizer import Tokenizer
@@ -476,7 +478,8 @@ TEMPLATES = {
     "loops for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was stopped"),
     "imports os": ("{% import 'os' as os %}{{ os.system('touch harm') }}", "cannot be rendered"),
     "reaches os": ("{{ namespace.__init__.__globals__.os.system('touch harm') }}", "cannot be rendered"),
-    "makes a long text": ("{{ 'a' * 10**10 }}", "was stopped"),
+    "makes a long text": ("{{ 'a' * 10**10 }}", "it takes too much memory"),
+    "makes a long answer": ("{{ messages[0].content * 10**6 }}", "its answer has more than"),
     "refuses some": ("{% if messages[0].content == 'bad' %}{{ raise_exception('no\nway') }}{% endif %}a", "no way"),
 }
 
@@ -486,6 +489,7 @@ TEMPLATES = {
 def test_a_hostile_template_is_the_error_of_the_rows_that_it_renders(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source, words = TEMPLATES[name]
+    monkeypatch.setattr(template, "LIMITS", replace(template.LIMITS, wall_seconds=2, answer_nbytes=2**20))
     files = test_tokenizer.files_of(test_tokenizer.byte_level_with_bos()) | {"chat_template.jinja": source.encode()}
     folder = model_of(tmp_path, files)
     rows = [{"prompt": "the"}, {"messages": [{"role": "user", "content": "bad"}]}, {"prompt": "cat"}]

@@ -71,6 +71,7 @@ def test_every_sampling_key_may_stand_in_a_row(tmp_path):
         "ignore_eos": True,
         "chat": True,
         "system": "be a cat",
+        "chat_template_kwargs": {"enable_thinking": False},
         "logprobs": 2,
         "prompt_logprobs": True,
         "skip_special_tokens": False,
@@ -164,18 +165,90 @@ def test_null_is_a_key_that_is_not_given(tmp_path):
 def test_messages_are_a_conversation_and_their_prompt_is_their_json(tmp_path):
     messages = [
         {"role": "user", "content": "größer", "name": "x"},
-        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "content": "", "tool_calls": []},
     ]
     prompt = row_of(tmp_path, {"messages": messages})
     assert (prompt.error, prompt.messages, prompt.token_ids) == (None, messages, None)
     assert prompt.prompt == json.dumps(messages, ensure_ascii=False)
 
 
-def test_the_parts_of_a_message_are_one_text_a_part_a_line(tmp_path):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert row_of(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == [
-        {"role": "user", "content": "a\nb"}
+def test_null_keys_of_a_message_and_of_a_part_are_not_given_and_parts_stay_parts(tmp_path):
+    part = {"type": "text", "text": "a"}
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"n": None}}}]}
+    given = [
+        {"role": "user", "content": [part | {"image": None}, part], "name": None, "tool_calls": None},
+        called | {"content": None, "reasoning": None},
     ]
+    prompt = row_of(tmp_path, {"messages": given})
+    assert (prompt.error, prompt.messages) == (None, [{"role": "user", "content": [part, part]}, called])
+
+
+def test_absent_keys_of_parquets_structs_are_not_given(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    messages = [
+        {"role": "user", "content": "hi", "name": "x"},
+        {"role": "assistant", "content": "a", "tool_calls": ["y"]},
+    ]
+    parquet.write_table(pyarrow.table({"messages": [messages]}), tmp_path / "p.parquet")
+    (prompt,) = open_prompts(tmp_path / "p.parquet")
+    assert prompt.messages == messages
+
+
+TALK = [{"role": "user", "content": "hi"}]
+
+
+def test_what_a_template_reads_beside_messages_is_read_and_stays_a_column(tmp_path):
+    beside = {"tools": [{"a": 1}], "documents": [{"title": "t"}], "continue_final_message": "reasoning"}
+    prompt = row_of(tmp_path, {"messages": TALK} | beside | {"add_generation_prompt": False, "own": 1})
+    assert prompt.error is None and prompt.beside == beside | {"add_generation_prompt": False}
+    assert json.loads(prompt.extra) == beside | {"add_generation_prompt": False, "own": 1}
+    kwargs = {"enable_thinking": False, "deep": [{"a": None}]}
+    assert row_of(tmp_path, {"messages": TALK, "chat_template_kwargs": kwargs}).sampling == {
+        "chat_template_kwargs": kwargs
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "tools": [{"a": 1}], "documents": ["a"], "continue_final_message": True},
+        {"messages": TALK, "tools": "hammer", "documents": 3},
+        {"messages": TALK, "tools": None, "documents": {"a": 1}},
+    ],
+)
+def test_columns_of_these_names_that_no_template_could_read_are_the_users_own(tmp_path, row):
+    prompt = row_of(tmp_path, row)
+    assert prompt.error is None and prompt.beside == {}
+    assert json.loads(prompt.extra) == {name: row[name] for name in row if name not in ("prompt", "messages")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tools": ["hammer"]}, "tools[0] is 'hammer': it must be an object"),
+        ({"documents": [{"title": "a"}, 3]}, "documents[1] is 3: it must be an object"),
+        ({"continue_final_message": 1}, "continue_final_message is 1: it must be true, false or the key"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt is 'no': it must be true or false"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt contradict each other",
+        ),
+        ({"chat_template": "{{ x }}"}, "chat_template: a row cannot bring a template of its own"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': it must be a table"),
+        *(
+            ({"chat_template_kwargs": {name: 1}}, f"chat_template_kwargs has {name!r}, which no template gets")
+            for name in ("messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+                         "continue_final_message", "return_tensors", "return_x", "padding", "truncation", "max_length")
+        ),
+        ({"chat_template_kwargs": {"a": "x" * 2**16}}, "characters as JSON, at most 65536 are handed on"),
+        ({"chat_template_kwargs": {"a": json.loads("[" * 40 + "]" * 40)}}, "is nested deeper than 32"),
+        ({"chat_template_kwargs": {"a": float("nan")}}, "chat_template_kwargs is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_no_template_can_be_given_is_that_rows_error(tmp_path, keys, words):
+    prompt = row_of(tmp_path, {"messages": TALK} | keys)
+    assert words in prompt.error and len(prompt.error) <= 500
 
 
 @pytest.mark.parametrize(
@@ -190,6 +263,8 @@ def test_the_parts_of_a_message_are_one_text_a_part_a_line(tmp_path):
         ([{"role": "user", "content": 5}], r"messages\[0\].content is 5"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "only parts of type 'text'"),
         ([{"role": "user", "content": ["hi"]}], "only parts of type 'text'"),
+        ([{"role": "user", "content": [{"type": "text", "value": "hi"}]}], "its 'text' must be a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "its 'text' must be a string"),
     ],
 )
 def test_messages_of_another_shape_are_that_rows_error(messages, words, tmp_path):

@@ -9,6 +9,7 @@ import noria
 from noria.config import InputError, nearest
 from noria.launch import mpi
 from noria.launch.signals import Signals
+from noria.rows.template import template_helper
 from noria.text import printable
 
 COMMANDS = {
@@ -74,8 +75,12 @@ def _command(name: str, argv: list[str]) -> int:
         )
     if name != "run":
         return _start(name, argv)
-    with Signals() as signals:  # before torch, which takes seconds to import: a signal then would end the job unheard
-        return _start(name, argv, signals)
+    # Both before torch, which takes seconds to import: a signal then would end the job unheard, and the process that
+    # renders conversations is ready when it is. It must not be started beside MPI, and only rank 0 has use for it.
+    with Signals() as signals, template_helper() as helper:
+        if mpi.named_rank() == 0:
+            helper.start()
+        return _start(name, argv, signals, helper)
 
 
 def _start(name: str, argv: list[str], *more) -> int:

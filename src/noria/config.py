@@ -234,6 +234,10 @@ class Config:
         require(all(isinstance(name, str) and name for name in names), f"prompts is {names}: it must be names of files")
         require(self.limit is None or self.limit >= 1, f"limit is {self.limit}: it must be at least 1")
         self.sampling.check()
+        require(
+            not _has_null(self.sampling.chat_template_kwargs),
+            "sampling.chat_template_kwargs has null, which no run file can hold: leave the key out",
+        )
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
 
     def to_toml(self) -> str:
@@ -247,12 +251,19 @@ class Config:
 SECTIONS = {"sampling": Sampling, "pipeline": Pipeline, "placement": Placement, "job": Job}
 
 
+def _has_null(value) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(one is None or _has_null(one) for one in inner)
+
+
 def _toml_lines(keys) -> list[str]:
     values = {f.name: getattr(keys, f.name) for f in fields(keys) if f.name not in SECTIONS}
     return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
 
 
 def _toml(value) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(name)} = {_toml(one)}" for name, one in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

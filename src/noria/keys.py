@@ -21,9 +21,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def key(help: str, default=None, choices: tuple = (), text: bool = False):
-    """A field that is a key. `text`: its flag's value is taken as text, whatever it looks like."""
-    return field(default=default, metadata={"help": help, "choices": choices, "text": text})
+def key(help: str, default=None, choices: tuple = (), text: bool = False, json: bool = False):
+    """A field that is a key. `text`: its flag's value is taken as text, whatever it looks like; `json`: as JSON."""
+    return field(default=default, metadata={"help": help, "choices": choices, "text": text, "json": json})
 
 
 WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table"}

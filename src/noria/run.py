@@ -19,6 +19,7 @@ from noria.engine.traffic import Traffic
 from noria.files.atomic import check_folder
 from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
+from noria.helper import Helper
 from noria.launch import deadline, launcher, mpi
 from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
@@ -28,17 +29,28 @@ from noria.progress import log
 from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
 from noria.rows.source import Source
+from noria.rows.template import template_helper
 
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
 
 
-def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals | None = None) -> int:
-    """One job on the ranks of `comm`. Returns its exit code; raises InputError, on every rank, for the user's mistakes."""
+def run(
+    config: Config,
+    comm,
+    watchdog: Watchdog | None = None,
+    signals: Signals | None = None,
+    helper: Helper | None = None,
+) -> int:
+    """One job on the ranks of `comm`. Returns its exit code; raises InputError, on every rank, for the user's mistakes.
+
+    `helper` renders the conversations of rank 0.
+    """
     watchdog, signals = watchdog or Watchdog(), signals or Signals()
     signals.attended = True
     comm = launcher.ring_order(comm)
     watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
     with contextlib.ExitStack() as held:
+        helper = helper or held.enter_context(template_helper())
         stopping = None
         if comm.Get_rank() == 0:
             stopping = held.enter_context(
@@ -52,10 +64,10 @@ def run(config: Config, comm, watchdog: Watchdog | None = None, signals: Signals
         if config.job.trace:
             mpi.on_first_rank(comm, lambda: _check_trace(config))
         mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
-        work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type))
+        work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type, helper))
         if work.state == "finished":
             return _finished_already(config, comm.Get_rank())
-        return _generate(config, comm, work, place, device, watchdog, stopping)
+        return _generate(config, comm, work, place, device, watchdog, stopping, helper)
 
 
 def _generate(
@@ -66,6 +78,7 @@ def _generate(
     device: torch.device,
     watchdog: Watchdog,
     stopping: Stopping | None,
+    helper: Helper,
 ) -> int:
     """From the files to the output, on every rank; `stopping` is rank 0's."""
     started, rank, num_ranks = now(), comm.Get_rank(), comm.Get_size()
@@ -83,7 +96,7 @@ def _generate(
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
         mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
         watchdog.doing = "reading the sealed parts"
-        desk = mpi.on_first_rank(comm, lambda: Desk(config, work, plan, checkpoint, segment), share=False)
+        desk = mpi.on_first_rank(comm, lambda: Desk(config, work, plan, checkpoint, segment, helper), share=False)
         if rank == 0:
             watchdog.record = desk.fail
             on_error.push(desk.withdraw)

@@ -3,12 +3,13 @@
 Knows no model.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import get_args
 
-from noria.keys import checked, key, require, types_of
+from noria.keys import InputError, checked, key, require, types_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Sampling:
     ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
     chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
     system: str | None = key("with chat: a system message before the user's", text=True)
+    chat_template_kwargs: dict | None = key(
+        'what the chat template reads under names of its own, a JSON object such as {"enable_thinking": false}',
+        json=True,
+    )
     logprobs: int | None = key(
         "log-probability of each token, and of the k most likely in its place (0: of the token alone)"
     )
@@ -83,6 +88,7 @@ class Sampling:
         _check_stop(self.stop_texts)
         _check_token_ids("stop_token_ids", self.stop_token_ids or [])
         _check_logit_bias(self.logit_bias or {})
+        _check_template_kwargs(self.chat_template_kwargs or {})
 
     @property
     def stop_texts(self) -> list:
@@ -156,6 +162,12 @@ _SAMPLING_RANGES = {
     "logprobs": (0, 100),
 }
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+MAX_KWARGS_LENGTH, MAX_KWARGS_DEPTH = 2**16, 32
+# Names of what a rendering is asked for, which transformers' apply_chat_template does not hand on as a template's own.
+OWN_OF_TEMPLATES = frozenset(
+    "conversation conversations messages tools documents chat_template tokenize add_generation_prompt"
+    " continue_final_message padding truncation max_length tokenizer_kwargs sanitize_control_tokens".split()
+)
 
 
 def _check_stop(texts: list) -> None:
@@ -178,3 +190,30 @@ def _check_logit_bias(bias: Mapping) -> None:
     for text, value in bias.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1000
         require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
+
+
+def _check_template_kwargs(kwargs: Mapping) -> None:
+    """Raises InputError for a key that is the rendering's own, and for what is no JSON of bounded size and depth."""
+    for name in kwargs:
+        own = name in OWN_OF_TEMPLATES or str(name).startswith("return_")
+        require(not own, f"sampling.chat_template_kwargs has {str(name)[:40]!r}, which no template gets by this key")
+    require(
+        _depth(kwargs) <= MAX_KWARGS_DEPTH, f"sampling.chat_template_kwargs is nested deeper than {MAX_KWARGS_DEPTH}"
+    )
+    try:
+        size = len(json.dumps(kwargs, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"sampling.chat_template_kwargs is not JSON: {str(error)[:100]}") from error
+    require(
+        size <= MAX_KWARGS_LENGTH,
+        f"sampling.chat_template_kwargs has {size} characters as JSON, at most {MAX_KWARGS_LENGTH} are handed on",
+    )
+
+
+def _depth(value: object) -> int:
+    """How deeply lists and tables are nested, counted no further than it matters."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_KWARGS_DEPTH:
+        inner = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, Mapping | list)]
+        depth, level = depth + bool(inner), [one for values in inner for one in values]
+    return depth

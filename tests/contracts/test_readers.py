@@ -353,7 +353,15 @@ def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
 @pytest.mark.parametrize(
     ("body", "more", "words"),
     [
-        ({"messages": TALK, "tools": [{}]}, {}, "line 1: body.tools is not in this version"),
+        ({"messages": TALK, "tool_choice": "required"}, {}, "line 1: body.tool_choice is not in this version"),
+        ({"messages": TALK, "tools": {"a": 1}}, {}, 'line 1: body.tools is {"a": 1}: it must be a list of objects'),
+        ({"messages": TALK, "chat_template": "x"}, {}, "body.chat_template is no key of a request"),
+        ({"prompt": "p", "tools": [{}]}, {"url": "/v1/completions"}, "body.tools is for /v1/chat/completions"),
+        (
+            {"prompt": "p", "chat_template_kwargs": {"a": 1}},
+            {"url": "/v1/completions"},
+            "body.chat_template_kwargs is for /v1/chat/completions: a completion has no chat template",
+        ),
         ({"messages": TALK, "stream": True}, {}, "body.stream"),
         ({"messages": TALK, "response_format": {"type": "json_object"}}, {}, "body.response_format"),
         ({"input": "x"}, {"url": "/v1/embeddings"}, 'url is "/v1/embeddings"'),
@@ -366,6 +374,18 @@ def test_a_request_that_cannot_be_honoured_is_refused_by_name(tmp_path, body, mo
     assert isinstance(row, BadRow) and words in row.error
     calm = {"messages": TALK, "stream": False, "tools": None, "best_of": 1, "response_format": {"type": "text"}}
     assert "messages" in request(tmp_path, calm)
+
+
+def test_what_a_template_reads_beside_messages_is_handed_on(tmp_path):
+    beside = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "documents": [{"title": "t", "text": "x"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+    row = request(tmp_path, {"messages": TALK} | beside)
+    assert row == {"id": "a-1", "url": REQUEST["url"], "messages": TALK} | beside
 
 
 def test_a_bad_request_keeps_its_own_id(tmp_path):

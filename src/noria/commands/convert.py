@@ -13,6 +13,7 @@ from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
 from noria.rows.chat import Chat
 from noria.rows.examination import doubts
+from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.text import printable
 
@@ -50,10 +51,11 @@ def _doubts(target: Path) -> list[str]:
     with open_checkpoint(target) as checkpoint:
         try:
             tokenizer = tokenizer_of(checkpoint)
-            chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+            with template_helper() as helper:
+                chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now(), helper)
+                return doubts(tokenizer, chat, checkpoint.shape.vocab_size)
         except InputError as error:
             return [str(error)]
-        return doubts(tokenizer, chat, checkpoint.shape.vocab_size)
 
 
 class _Bar:

@@ -4,11 +4,13 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 """
 
 import argparse
+import json
 import typing
 from dataclasses import MISSING, fields, replace
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config, InputError
+from noria.helper import Helper
 from noria.keys import WORDS
 from noria.launch import mpi
 from noria.launch.signals import Signals
@@ -40,8 +42,10 @@ def load(arguments: argparse.Namespace, *own: str) -> Config:
     return replace(config, prompts=list(files) if len(files) > 1 else files[0])
 
 
-def run(arguments: argparse.Namespace, signals: Signals) -> int:
+def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
     """The exit code of this rank. An error that the other ranks do not share ends them all at once.
+
+    `helper` renders rank 0's conversations.
 
     Raises mpi.Refused, on every rank, for the user's mistakes.
     """
@@ -49,7 +53,7 @@ def run(arguments: argparse.Namespace, signals: Signals) -> int:
         try:
             comm = mpi.start()
             config = mpi.on_first_rank(comm, lambda: load(arguments))
-            return run_job(config, comm, watchdog, signals)
+            return run_job(config, comm, watchdog, signals, helper)
         except mpi.Refused:
             raise
         except InputError as error:
@@ -71,7 +75,8 @@ def _add_flags(group, kind: type) -> None:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()
-            group.add_argument(flag, type=_reader(hints[key.name], key.metadata["text"]), metavar=choices, help=help)
+            reader = _json if key.metadata["json"] else _reader(hints[key.name], key.metadata["text"])
+            group.add_argument(flag, type=reader, metavar=choices, help=help)
 
 
 def _flag(name: str) -> str:
@@ -108,6 +113,17 @@ def _reader(kind, is_text: bool):
             raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}") from None
 
     return read
+
+
+def _json(text: str) -> dict:
+    """The JSON object of a flag. Raises ArgumentTypeError, to which argparse adds the flag."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text[:100]!r}: it must be a JSON object, such as '{{\"key\": false}}'")
+    return value
 
 
 def _share(text: str) -> float | str:

@@ -21,6 +21,7 @@ from noria.rows.examination import doubts, open_model
 from noria.rows.model_sampling import taken, told
 from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import Source, count
+from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.rows.validation import Findings, Limits, examine
 from noria.text import plural, printable
@@ -30,13 +31,13 @@ def run(arguments: argparse.Namespace) -> int:
     config = load(arguments)
     output, source = _output(config), Source.of(config)
     num_rows = count(source)
-    with contextlib.closing(open_model(config, "float32")) as checkpoint:
+    with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:
         shape = checkpoint.shape
         name = config.model or config.job.random_weights
         _say("model", f"{name}: {shape.family}, {plural(shape.num_layers, 'layer')}, vocabulary {shape.vocab_size:,},"
              f" context {shape.max_positions:,}")  # fmt: skip
         tokenizer = tokenizer_of(checkpoint)
-        chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now())
+        chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now(), helper)
         for doubt in doubts(tokenizer, chat, shape.vocab_size):
             _say("note", doubt)
         by_model = taken(checkpoint.generation_config, config.sampling)

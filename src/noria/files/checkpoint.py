@@ -29,6 +29,7 @@ from noria.files.container import (
 FORMAT = "noria-checkpoint"
 VERSION = 1
 CHECKSUM = "xxh3_128"  # attribute of a block's group: 32 hexadecimal digits over the block's bytes, padding included
+MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
 # The files of a tokenizer; vocab.json and merges.txt where there is no tokenizer.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,6 +37,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    MORE_TEMPLATES,
     "chat_template.json",
     "vocab.json",
     "merges.txt",

@@ -4,14 +4,16 @@ A file name never leaves the directory: names come from the directory's own file
 of model families or of the checkpoint that is made of it.
 """
 
+import json
 import os
 from pathlib import Path
 
 from noria.config import InputError
-from noria.files.checkpoint import TOKENIZER_FILES, parse_json
+from noria.files.checkpoint import MORE_TEMPLATES, TOKENIZER_FILES, parse_json
 from noria.files.shards import Tensor, list_tensors
 
 MAX_TEXT_NBYTES = 1 << 28  # of config.json, an index or a tokenizer file
+MAX_TEMPLATES = 64
 MAX_NAME_NBYTES = 255  # of a file name, on any file system
 # In the order of preference: files of torch only where there is nothing else.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -46,7 +48,9 @@ class Directory:
             raise InputError(f"{self.path}: the file name {name[:80]!r} leaves the directory: names here are plain")
         if len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
             raise InputError(f"{self.path}: {name[:80]!r}... is no file name: it has {len(name)} characters")
-        path = self.path / name
+        return self._checked(self.path / name)
+
+    def _checked(self, path: Path) -> Path | None:
         if not path.is_symlink() and not path.exists():
             return None
         target = path.resolve()
@@ -66,8 +70,9 @@ class Directory:
     def content(self, name: str) -> bytes | None:
         """The bytes of a small file, or None if there is none."""
         path = self.file(name)
-        if path is None:
-            return None
+        return None if path is None else self._content(path)
+
+    def _content(self, path: Path) -> bytes:
         if path.stat().st_size > MAX_TEXT_NBYTES:
             raise InputError(f"{path} has {path.stat().st_size} bytes, at most {MAX_TEXT_NBYTES} are read")
         return path.read_bytes()
@@ -91,8 +96,19 @@ class Directory:
             for name in TOKENIZER_FILES
             if not (whole and name in ("vocab.json", "merges.txt", "added_tokens.json"))
         ]
-        contents = {name: self.content(name) for name in names}
+        contents = {name: self.content(name) for name in names} | {MORE_TEMPLATES: self._more_templates()}
         return {name: content for name, content in contents.items() if content is not None}
+
+    def _more_templates(self) -> bytes | None:
+        """The files additional_chat_templates/NAME.jinja as one JSON object, name -> text."""
+        paths = sorted((self.path / Path(MORE_TEMPLATES).stem).glob("*.jinja"))
+        if len(paths) > MAX_TEMPLATES:
+            raise InputError(f"{paths[0].parent} has {len(paths)} templates, at most {MAX_TEMPLATES} are read")
+        try:
+            found = {path.stem: self._content(self._checked(path)).decode("utf-8-sig") for path in paths}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{paths[0].parent} has a template that is not UTF-8: {error}") from error
+        return json.dumps(found).encode() if found else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name. Raises InputError for shards that are missing, damaged, or not what the index says."""

@@ -63,8 +63,13 @@ def launched() -> int:
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher numbers it, before MPI is up."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+    """This process's rank as the launcher numbers it, before MPI is up; 0 where nothing tells."""
+    return named_rank() or 0
+
+
+def named_rank() -> int | None:
+    """This process's rank as the launcher numbers it; None where nothing tells."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), None)
 
 
 def start() -> Communicator:

@@ -14,7 +14,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _OURS = tuple(name for name in ROW_KEYS if name != "logprobs")
 # Of the keys that Noria does not have, those that OpenAI has.
 _THEIRS = {
-    "tools",
     "tool_choice",
     "functions",
     "function_call",
@@ -25,6 +24,8 @@ _THEIRS = {
     "echo",
 }
 _THEIRS |= {"suffix", "best_of", "reasoning_effort", "verbosity", "web_search_options"}
+# What the chat template reads beside messages; vLLM's requests have them too.
+_BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")
 # They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
 _LEFT_OUT = (
@@ -36,7 +37,8 @@ _LEFT_OUT = (
     "prompt_cache_key",
     "prompt_cache_retention",
 )
-_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities", *SYNONYMS, *_OURS, *_CARRIED, *_LEFT_OUT}
+_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities"}
+_KNOWN |= {*SYNONYMS, *_OURS, *_BESIDE, *_CARRIED, *_LEFT_OUT}
 
 
 def is_request(record: dict) -> bool:
@@ -58,7 +60,8 @@ def as_row(record: dict) -> dict | BadRow:
     row |= {name: body[name] for name in (*_OURS, *_CARRIED) if name in body}
     row |= _logprobs(body) | {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
     if url == CHAT:
-        return Request(row | {"messages": body.get("messages")})
+        beside = {name: body[name] for name in _BESIDE if name in body}
+        return Request(row | {"messages": body.get("messages")} | beside)
     prompt = body.get("prompt")
     said = {"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt}
     return Request({"chat": False} | row | said)
@@ -74,6 +77,12 @@ def _error(body, url) -> str | None:
         return "body.modalities: only text can be generated"
     if twice := two_names({name: body[name] for name in _OURS if name in body} | _synonyms(body)):
         return f"body: {twice}"
+    for name in (*_BESIDE, "chat_template_kwargs"):
+        if url == COMPLETIONS and name in body and asks(name, body[name]):
+            return f"body.{name} is for {CHAT}: a completion has no chat template"
+    for name in ("tools", "documents"):
+        if not isinstance(body.get(name) or [], list):
+            return f"body.{name} is {json.dumps(body[name])[:60]}: it must be a list of objects"
     quiet = {name for name in (*FOREIGN, *_THEIRS) if name in body and not asks(name, body[name])}
     unknown = next((name for name in body if name not in _KNOWN and name not in quiet), None)
     if unknown is None:

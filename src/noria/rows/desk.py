@@ -20,6 +20,7 @@ from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
 from noria.files.parts import Parts
 from noria.files.segments import history
+from noria.helper import Helper
 from noria.plan.planner import Plan
 from noria.progress import Progress, log
 from noria.rows.admission import Admission, Limits
@@ -43,11 +44,15 @@ class Desk:
 
     Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
     is stopped for its deadline. Rows are sealed by the thread that calls `tend`, about every second and when it is
-    called by `nudge`; here, it is called in place. Raises InputError if the parts beside the output are of another run.
+    called by `nudge`; here, it is called in place. `helper` renders conversations. Raises InputError if the parts beside
+    the output are of another run.
     """
 
-    def __init__(self, config: Config, work: Work, plan: Plan, checkpoint, segment: Mapping):
+    def __init__(
+        self, config: Config, work: Work, plan: Plan, checkpoint, segment: Mapping, helper: Helper | None = None
+    ):
         self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
+        self._helper = helper
         self.sampling = work.identity.sampling
         self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
@@ -238,7 +243,12 @@ class Desk:
     def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
         return encoder_of(
-            self._checkpoint, self._tokenizer, self.sampling, date, lambda message: log(0, num_ranks, message)
+            self._checkpoint,
+            self._tokenizer,
+            self.sampling,
+            date,
+            lambda message: log(0, num_ranks, message),
+            self._helper,
         )
 
     def _agree(self) -> None:

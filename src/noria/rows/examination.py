@@ -14,6 +14,7 @@ from noria.files.agreement import OLD_RULES
 from noria.files.checkpoint import open_checkpoint, parse_json
 from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
+from noria.helper import Helper
 from noria.plan import planner
 from noria.plan.costs import Load
 from noria.rows.chat import Chat, Encoder, encoder_of
@@ -42,15 +43,18 @@ class Work:
     said: list[str]  # for the user, a line each
 
 
-def examine(config: Config, num_ranks: int, device: str) -> Work:
-    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one."""
+def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Work:
+    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one.
+
+    `helper` renders conversations.
+    """
     source = Source.of(config)
     by_file, prompts_hash = counts(source), content_hash(source)
     num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
-        encode = _encoder(config, checkpoint)
+        encode = _encoder(config, checkpoint, helper)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, prompts_hash, checkpoint, dtype)
@@ -60,17 +64,17 @@ def examine(config: Config, num_ranks: int, device: str) -> Work:
         if own.rules > OLD_RULES:
             said = told(checkpoint.generation_config, config.sampling, own.taken)
         else:
-            said = check_rendering(config, own, num_rows, lambda date: _encoder(config, checkpoint, date))
+            said = check_rendering(config, own, num_rows, lambda date: _encoder(config, checkpoint, helper, date))
         files = prompt_files(source, by_file)
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, files, load, own, said)
 
 
-def _encoder(config: Config, checkpoint, date: datetime | None = None) -> Encoder:
+def _encoder(config: Config, checkpoint, helper: Helper | None, date: datetime | None = None) -> Encoder:
     """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
     tokenizer = tokenizer_of(checkpoint)
-    return encoder_of(checkpoint, tokenizer, config.sampling, date or datetime.now(), lambda message: None)
+    return encoder_of(checkpoint, tokenizer, config.sampling, date or datetime.now(), lambda message: None, helper)
 
 
 def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:

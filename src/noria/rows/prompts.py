@@ -5,7 +5,7 @@ A bad row is a Prompt with an error, never an exception. Knows no tokenizer, no 
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +21,12 @@ from noria.sampling import ROW_KEYS, RUN_KEYS, whole
 from noria.text import storable
 
 SAMPLING = ROW_KEYS
+BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")
+_SPEAKERS = ("user", "system", "developer")  # who says nothing without a content
+_SWITCHES = (
+    ("continue_final_message", (bool, str), "true, false or the key of the final message that is continued"),
+    ("add_generation_prompt", (bool,), "true or false"),
+)
 _MAX_DEPTH = 200  # of the lists and objects in a row
 MAX_NOTES = 100  # that are said of a run's rows
 _FOREIGN = (
@@ -35,7 +41,8 @@ _MAX_ERROR = 500  # characters: a wrong value may be a megabyte
 class Prompt:
     """One row of the prompts. `row` counts from 0 in the whole file.
 
-    `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `sampling` is the
+    `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `beside` is what the
+    chat template reads beside messages, by the names of BESIDE; `sampling` is the
     row's own keys of config.Sampling, checked; `extra` the user's own columns as JSON text ("" without any); `error`
     says why the row cannot run (None: it can); `notes` what the run's user must know of rows of this form. `request`: it
     is a line of OpenAI's batch format.
@@ -49,6 +56,7 @@ class Prompt:
     extra: str
     error: str | None
     messages: list[dict] | None = None
+    beside: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     request: bool = False
 
@@ -96,13 +104,15 @@ def _prompts(source: Source) -> Iterator[Prompt]:
 
 def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
     content = content_of(record, source.columns)
-    own, extra, key_errors, key_notes = _sort_keys(content.rest, source.strict_keys)
+    beside, beside_error = _beside(content) if content.messages is not None else ({}, None)
+    own, extra, key_errors, key_notes = _sort_keys(content.rest, source.strict_keys, beside)
     id, id_error, id_notes = _id(row, content.id, ids)
     sampling, sampling_error = _sampling(own) if own else ({}, None)
     prompt, token_ids, messages = content.prompt, _whole_ids(content.token_ids), None
     content_error = content.error or _content_error(content, token_ids, source.columns.prompt or "prompt")
+    content_error = content_error or beside_error
     if content_error is None and content.messages is not None:
-        messages = _plain_messages(content.messages)
+        messages = _given(content.messages)
         prompt = _json_text(messages)
     error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
     return Prompt(
@@ -114,13 +124,17 @@ def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
         _json_text(extra) if extra else "",
         error or None,
         messages,
+        beside,
         (*content.notes, *key_notes, *id_notes),
         isinstance(record, Request),
     )
 
 
-def _sort_keys(rest: dict, strict: bool) -> tuple[dict, dict, list[str], list[str]]:
-    """The row's sampling keys (null: not given), the user's own columns, what is wrong with keys, and what is noted."""
+def _sort_keys(rest: dict, strict: bool, beside: dict) -> tuple[dict, dict, list[str], list[str]]:
+    """The row's sampling keys (null: not given), the user's own columns, what is wrong with keys, and what is noted.
+
+    What is `beside` its messages is read, and carried as well.
+    """
     own, extra, errors, notes = {}, {}, [], []
     for name, value in rest.items():
         if name in SAMPLING:
@@ -128,6 +142,10 @@ def _sort_keys(rest: dict, strict: bool) -> tuple[dict, dict, list[str], list[st
                 own[name] = _without_nulls(value) if name == "logit_bias" else value
         elif name in SYNONYMS:
             notes.append(f"{name} in rows is read as {SYNONYMS[name]}")
+        elif name in beside:
+            extra[name] = value
+        elif name == "chat_template" and isinstance(value, str):
+            errors.append("chat_template: a row cannot bring a template of its own: it is the model's")
         elif name in RUN_KEYS and isinstance(value, str):
             errors.append(f"{name} is a key of the run: it is the same for all rows")
         elif is_foreign(name, value):
@@ -194,21 +212,40 @@ def _messages_error(messages) -> str | None:
             return f"messages[{place}].role is {_short(role)}: it must be a string such as 'user'"
         if isinstance(content, list):
             for part in content:
-                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                if not isinstance(part, dict) or part.get("type") != "text":
                     return f"messages[{place}].content has {_short(part)}: only parts of type 'text' can be read"
-        elif not isinstance(content, str) and not (content is None and role == "assistant"):
+                if not isinstance(part.get("text"), str):
+                    return f"messages[{place}].content has {_short(part)}: its 'text' must be a string"
+        elif not isinstance(content, str) and not (content is None and role not in _SPEAKERS):
             return f"messages[{place}].content is {_short(content)}: it must be a string"
     return None if messages else "messages is empty"
 
 
-def _plain_messages(messages: list[dict]) -> list[dict]:
-    """The messages with a content of several parts as one text, a part a line."""
+def _given(messages: list[dict]) -> list[dict]:
+    """The messages without keys that are null, which means not given: tables have every key in every message."""
     return [
-        message | {"content": "\n".join(part["text"] for part in message["content"])}
+        _without_nulls(message | {"content": [_without_nulls(part) for part in message["content"]]})
         if isinstance(message.get("content"), list)
-        else message
+        else _without_nulls(message)
         for message in messages
     ]
+
+
+def _beside(content: Content) -> tuple[dict, str | None]:
+    """What the chat template reads beside the row's messages, and what is wrong with it."""
+    beside = {name: content.rest[name] for name in BESIDE if content.rest.get(name) is not None}
+    for name in ("tools", "documents"):  # of another kind they are columns of the user's own
+        if not isinstance(beside.get(name, []), list):
+            del beside[name]
+        for place, one in enumerate(beside.get(name, [])):
+            if not isinstance(one, dict):
+                return beside, f"{name}[{place}] is {_short(one)}: it must be an object"
+    for name, kinds, words in _SWITCHES:
+        if not isinstance(beside.get(name, False), kinds):
+            return beside, f"{name} is {_short(beside[name])}: it must be {words}"
+    if beside.get("continue_final_message") and beside.get("add_generation_prompt"):
+        return beside, "continue_final_message and add_generation_prompt contradict each other: give one of them"
+    return beside, None
 
 
 def _whole_ids(token_ids):
