@@ -23,6 +23,11 @@ from noria.rows.waiting import Line, num_pages
 from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
 
 
+# A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
+# tier than this is free, the first in line waits for a run that holds it whole. Larger: more pages lie idle.
+WHOLE_RUNS_BELOW = 0.1
+
+
 @dataclass(frozen=True)
 class Limits:
     """What admission may fill: see plan.planner, which chooses these numbers.
@@ -267,7 +272,12 @@ class Admission:
             return False
         share = max(pages.num_pages // self._limits.groups, 1)
         fair = not self._active[group] or self._pages_of_group[group][tier] + count <= share
-        return fair and count <= pages.num_free
+        return fair and count <= pages.num_free and not self._waits_for_a_run(pages, count)
+
+    def _waits_for_a_run(self, pages: Pages, count: int) -> bool:
+        """Whether no free run holds so many pages, and soon one may: pages are short, and sequences in flight free some."""
+        short = pages.num_free < WHOLE_RUNS_BELOW * pages.num_pages
+        return short and pages.longest < count and self.num_active > 0
 
     def _hold(self, sequence: Sequence, family: Family) -> None:
         """A family holds the pages of its prompt from its leader's admission to that of its last sample.

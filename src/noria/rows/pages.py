@@ -30,6 +30,11 @@ class Pages:
         if num_pages:
             self._add(first, num_pages)
 
+    @property
+    def longest(self) -> int:
+        """Pages of the longest free run."""
+        return self._by_size[-1][0] if self._by_size else 0
+
     def reserve(self, count: int) -> tuple[Run, ...] | None:
         """`count` free pages with one holder each: one run where a free run holds them, else several, longest first.
 

@@ -1,0 +1,57 @@
+"""A cache that is full of rows of many lengths keeps nearly every row in one run of pages, as attention wants it."""
+
+import numpy as np
+import pytest
+
+import noria.rows.admission as admission_module
+from counts import count
+from noria.attention import pieces
+from noria.config import Sampling
+from noria.rows.admission import Admission, Limits
+from noria.rows.prompts import Prompt
+from noria.step import Result, Span
+
+END, OTHER = 2, 9
+ENDS = 0.01  # of the tokens sampled
+NUM_PAGES, GROUPS, ROUNDS, SETTLED = 12_000, 2, 400, 100
+
+
+def full_cache(seed):
+    """(rows in flight, share of their tokens in several pieces) over the rounds after SETTLED, prompts of 50 to 1,000 tokens,
+    at most 256 new ones, ends at random."""
+    draw = np.random.default_rng(seed)
+    lengths = iter(lambda: int(draw.integers(50, 1000)), None)
+    prompts = (Prompt(row, str(row), "", [5] * length, {}, "", None) for row, length in enumerate(lengths))
+    limits = Limits(GROUPS, NUM_PAGES, 16384, 16384, 1, 4096, 128_000)
+    sampling = Sampling(max_new_tokens=256)
+    admission = Admission(prompts, 1 << 20, lambda p: p.token_ids, sampling, frozenset({END}), limits, lambda row: None)
+    steps, runs, counted = [None] * GROUPS, {}, []
+    for round in range(ROUNDS):
+        for group in range(GROUPS):
+            if steps[group] is not None:
+                ends = draw.random(len(steps[group].sample_slots)) < ENDS
+                admission.apply(steps[group], Result(np.where(ends, END, OTHER)))
+            steps[group] = step = admission.compose(round, group)
+            for slot in step.released:
+                del runs[slot]
+            runs |= {admitted.slot: admitted.runs for admitted in step.admitted}
+            if round >= SETTLED:
+                lengths_now = (step.positions + step.counts).tolist()
+                rows = zip(step.slots.tolist(), step.counts.tolist(), lengths_now, strict=True)
+                tokens = [(length, len(pieces(Span(0, new, length, runs[slot]))) > 1) for slot, new, length in rows]
+                counted.append((len(tokens), sum(n for n, _ in tokens), sum(n for n, cut in tokens if cut)))
+    rows, tokens, in_pieces = np.sum(counted, axis=0)
+    return rows / (ROUNDS - SETTLED), in_pieces / tokens
+
+
+@pytest.mark.slow
+def test_nearly_no_token_of_a_full_cache_lies_in_pieces_and_few_rows_wait_for_that(monkeypatch):
+    seeds = range(count(5))
+    rows, in_pieces = np.mean([full_cache(seed) for seed in seeds], axis=0)
+    monkeypatch.setattr(admission_module, "WHOLE_RUNS_BELOW", 0.0)
+    rows_at_most, in_pieces_before = np.mean([full_cache(seed) for seed in seeds], axis=0)
+    print(
+        f"{in_pieces:.1%} of tokens in pieces instead of {in_pieces_before:.1%}, {rows / rows_at_most:.3f} of the rows in flight"
+    )
+    assert in_pieces <= 0.03 < 0.3 < in_pieces_before
+    assert rows / rows_at_most >= 0.92 + 0.02 * (len(seeds) == 5), "one draw of lengths differs by 0.02 from the next"
