@@ -22,7 +22,6 @@ from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
 from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
 
-
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
 # tier than this is free, the first in line waits for a run that holds it whole. Larger: more pages lie idle.
 WHOLE_RUNS_BELOW = 0.1
