@@ -12,7 +12,8 @@ if [ "${1:-}" = --fix ]; then
     ruff format --quiet .
 fi
 failed=0
-# All three, so that one run says everything.
+# All three, so that one run says everything. mypy: src, by the settings in pyproject.toml.
 ruff check . || failed=1
 ruff format --check . || failed=1
+mypy || failed=1
 exit "$failed"

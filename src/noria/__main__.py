@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import noria
 from noria.config import InputError, nearest
@@ -62,7 +63,7 @@ def _forget_stdout() -> None:
 class Parser(argparse.ArgumentParser):
     """Raises InputError, in one line, where argparse would print the usage and leave."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help says more")
 
 
@@ -83,7 +84,7 @@ def _command(name: str, argv: list[str]) -> int:
         return _start(name, argv, signals, helper)
 
 
-def _start(name: str, argv: list[str], *more) -> int:
+def _start(name: str, argv: list[str], *more: object) -> int:
     command = importlib.import_module(f"noria.commands.{name}")
     parser = Parser(f"noria {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)

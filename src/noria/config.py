@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from noria.keys import InputError, checked, key, nearest, require, types_of
 from noria.sampling import Sampling
@@ -61,7 +62,7 @@ class Pipeline:
     microbatches: int = key("least number of microbatches in a step (K)", 1)
     step_tokens: int | None = key("new tokens in one step of a group, at most (default: planned)")
     microbatch_tokens: int | None = key("new tokens in one microbatch, at most (default: planned)")
-    partition: str | list = key(
+    partition: str | list[int] = key(
         "layers per virtual stage: greedy (equal, the first get the remainder), balanced (weighs head and"
         " embedding), or a list such as 10,10,11,9",
         "greedy",
@@ -76,7 +77,7 @@ class Pipeline:
     transport: str = key("how hidden states travel", "auto", ("auto", "mpi_device", "mpi_host"))
     blocking: bool = key("the textbook ring of blocking sends and receives; needs 2 <= groups <= ranks", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("laps", "groups", "microbatches", "step_tokens", "microbatch_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"pipeline.{name} is {value}: it must be at least 1")
@@ -98,12 +99,12 @@ class Pipeline:
 class Placement:
     """Where bytes live. All sizes are per rank."""
 
-    weights: dict | None = key(
+    weights: dict[str, Any] | None = key(
         "where layers and head live: shares in %, gpu=60,cpu=40, or sizes that are filled in this order,"
         " gpu=40GiB,cpu=60GiB,disk=1TiB (default: what fits on the GPU, then in CPU memory, then on disk)",
         text=True,
     )
-    cache: dict | None = key(
+    cache: dict[str, Any] | None = key(
         "where the KV cache lives: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
         " planned: on the GPU, and in CPU memory where that is faster)",
         text=True,
@@ -122,7 +123,7 @@ class Placement:
     )
     stage: bool = key("copy the weights that live on disk to scratch once, and read them there", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("weights", "cache"):
             if getattr(self, name) is not None:
                 _check_shares(f"placement.{name}", getattr(self, name))
@@ -131,7 +132,7 @@ class Placement:
                 parse_nbytes(getattr(self, name), f"placement.{name}")
 
 
-def _check_shares(name: str, shares: dict) -> None:
+def _check_shares(name: str, shares: dict[str, Any]) -> None:
     """Raises InputError unless these are shares in % with sum 100, or sizes, by tier."""
     require(shares, f'{name} is empty: give shares in %, such as gpu = 60, cpu = 40, or sizes, such as gpu = "40GiB"')
     for tier in shares:
@@ -186,7 +187,7 @@ class Job:
         "machine.toml of noria probe: measured rates to plan with (default: built-in figures, marked as assumed)"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.seal_seconds >= 0, f"job.seal_seconds is {self.seal_seconds}: it must be 0 or more")
         if self.shard is not None:
             parse_shard(self.shard)
@@ -202,11 +203,11 @@ class Config:
     """One run, whole."""
 
     model: str | None = key("checkpoint made by noria convert")
-    prompts: str | list | None = key(
+    prompts: str | list[str] = key(
         "file of prompts: .jsonl, .txt, .csv, .tsv (all of them .gz too), .h5 or .parquet; several files, or a pattern"
         " such as 'part-*.jsonl', are read one after another"
     )
-    output: str | None = key("HDF5 file for the generations")
+    output: str = key("HDF5 file for the generations")
     prompt_column: str | None = key(
         "column that holds the prompt (default: prompt); several, such as instruction,input, are joined; doc.question is"
         " a place within a column",
@@ -224,7 +225,7 @@ class Config:
     placement: Placement = field(default_factory=Placement)
     job: Job = field(default_factory=Job)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.job.random_weights:
             require(self.model is None, "model and job.random_weights contradict each other: give one of them")
         else:
@@ -251,17 +252,17 @@ class Config:
 SECTIONS = {"sampling": Sampling, "pipeline": Pipeline, "placement": Placement, "job": Job}
 
 
-def _has_null(value) -> bool:
+def _has_null(value: Any) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(one is None or _has_null(one) for one in inner)
 
 
-def _toml_lines(keys) -> list[str]:
+def _toml_lines(keys: Any) -> list[str]:
     values = {f.name: getattr(keys, f.name) for f in fields(keys) if f.name not in SECTIONS}
     return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
 
 
-def _toml(value) -> str:
+def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, dict):
@@ -292,7 +293,7 @@ def section_of(name: str) -> str | None:
     return None
 
 
-def _read(path: str | Path) -> dict:
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_RUN_FILE + 1)
@@ -310,7 +311,7 @@ def _read(path: str | Path) -> dict:
         raise InputError(f"run file {path} is not TOML: {str(error).partition(';')[0][:200]}") from error
 
 
-def _build(tree: Mapping) -> Config:
+def _build(tree: Mapping[str, Any]) -> Config:
     values = {}
     for name, value in tree.items():
         if name in SECTIONS:
@@ -321,16 +322,16 @@ def _build(tree: Mapping) -> Config:
     return Config(**values)
 
 
-def _require_section(name: str | None, value) -> None:
+def _require_section(name: str | None, value: Any) -> None:
     require(isinstance(value, dict), f"{name} is a section of the run file: write [{name}]")
 
 
-def _section(section: str, tree: Mapping):
+def _section(section: str, tree: Mapping[str, Any]) -> Any:
     kind = SECTIONS[section]
     return kind(**{name: _value(f"{section}.", kind, name, value) for name, value in tree.items()})
 
 
-def _value(prefix: str, kind: type, name: str, value):
+def _value(prefix: str, kind: type, name: str, value: Any) -> Any:
     known = types_of(kind)
     if name not in known:
         other = section_of(name)

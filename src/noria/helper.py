@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from noria import helper_child
 from noria.helper_child import ANSWERS, LIFELINE, answered, decoded, encoded, one_line
@@ -92,7 +93,7 @@ class Helper:
             if self._worker is None:
                 self._spawn({})
 
-    def ask(self, request: object) -> object:
+    def ask(self, request: object) -> Any:
         """The module's answer. Raises Failed: this request has none, later ones may."""
         try:
             line = encoded(request)
@@ -101,11 +102,11 @@ class Helper:
         with self._lock:
             said = self._answer(line)
         try:
-            answer, error = decoded(said)
+            answer, wrong = decoded(said)
         except (ValueError, TypeError, RecursionError) as problem:
             raise Failed(f"its answer cannot be read: {one_line(problem)}") from problem
-        if error is not None:
-            raise Failed(error)
+        if wrong is not None:
+            raise Failed(wrong)
         return answer
 
     def close(self) -> None:
@@ -142,8 +143,9 @@ class Helper:
         path = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if os.environ.get(name)}
         for environment in ({}, path):  # some interpreters do not find their own library without it
             with contextlib.suppress(OSError, ValueError):
-                if self._spawn(environment).ready():
-                    return self._worker
+                child = self._spawn(environment)
+                if child.ready():
+                    return child
         if self._had_child:  # what ended the last one must not get at this process
             raise _Ended("no other process could be started")
         self._close()
@@ -166,7 +168,7 @@ class _Child:
         command = [sys.executable, "-I", "-S", helper_child.__file__, json.dumps(settings)]
         ends = [_high(end) for _ in range(3) for end in os.pipe()]
         requests, self._requests, self._answers, answers, lifeline, self._lifeline = ends
-        actions = [(os.POSIX_SPAWN_DUP2, requests, 0), (os.POSIX_SPAWN_DUP2, answers, ANSWERS)]
+        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, requests, 0), (os.POSIX_SPAWN_DUP2, answers, ANSWERS)]
         actions += [(os.POSIX_SPAWN_DUP2, lifeline, LIFELINE)]
         actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
         self.pid = 0
@@ -292,7 +294,7 @@ class _Here:
         try:
             said = answers.get(timeout=self._limits.cpu_seconds)
         except queue.Empty:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_TimeIsOver))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeIsOver))
             thread.join(_GRACE_SECONDS)
             raise _Ended(f"it took more than {self._limits.cpu_seconds} s") from None
         if len(said) > self._limits.answer_nbytes:
@@ -308,7 +310,7 @@ def _high(fd: int) -> int:
         os.close(fd)
 
 
-def _polled(fd: int, event: int, milliseconds: int) -> list:
+def _polled(fd: int, event: int, milliseconds: int) -> list[tuple[int, int]]:
     poll = select.poll()
     poll.register(fd, event)
     return poll.poll(milliseconds)
@@ -316,6 +318,6 @@ def _polled(fd: int, event: int, milliseconds: int) -> list:
 
 def _paths(packages: Iterable[str]) -> list[str]:
     """The folders in which these packages or single modules lie."""
-    found = [spec for name in packages if (spec := importlib.util.find_spec(name)) and spec.origin]
-    folders = [Path(spec.origin).parents[bool(spec.submodule_search_locations)] for spec in found]
+    found = [spec for name in packages if (spec := importlib.util.find_spec(name))]
+    folders = [Path(spec.origin).parents[bool(spec.submodule_search_locations)] for spec in found if spec.origin]
     return list(dict.fromkeys(map(str, folders)))

@@ -13,6 +13,7 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 ANSWERS, LIFELINE = 3, 4  # file descriptors, beside 0 for requests
 _NOBODY = 65534
@@ -23,7 +24,7 @@ def encoded(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def decoded(line: bytes) -> object:
+def decoded(line: bytes) -> Any:
     """The value of a line. Raises ValueError or RecursionError."""
     return json.loads(line.decode("utf-8", "surrogatepass"))
 
@@ -42,7 +43,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())[:300]
 
 
-def serve(settings: dict) -> None:
+def serve(settings: dict[str, Any]) -> None:
     """Answers the lines of standard input until it ends."""
     _end_with_the_parent()
     _close_others()

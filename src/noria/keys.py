@@ -5,10 +5,12 @@ Knows no key.
 
 import difflib
 import functools
+import operator
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import field, fields, is_dataclass
+from typing import Any
 
 
 class InputError(ValueError):
@@ -21,7 +23,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def key(help: str, default=None, choices: tuple = (), text: bool = False, json: bool = False):
+def key(help: str, default: Any = None, choices: tuple[str, ...] = (), text: bool = False, json: bool = False) -> Any:
     """A field that is a key. `text`: its flag's value is taken as text, whatever it looks like; `json`: as JSON."""
     return field(default=default, metadata={"help": help, "choices": choices, "text": text, "json": json})
 
@@ -29,20 +31,26 @@ def key(help: str, default=None, choices: tuple = (), text: bool = False, json: 
 WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table"}
 
 
-def require(condition, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raises InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
 
 
 @functools.cache  # every row of the prompts asks
-def types_of(kind: type) -> dict:
-    """The type of each key of a section, and of the run file's top level, by name."""
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each key of a section, and of the run file's top level, by name: `list | None`, whatever it lists."""
     hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind) if not is_dataclass(hints[f.name])}
+    return {f.name: _bare(hints[f.name]) for f in fields(kind) if not is_dataclass(hints[f.name])}
 
 
-def checked(value, kind, name: str):
+def _bare(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return functools.reduce(operator.or_, map(_bare, typing.get_args(hint)))
+    return typing.get_origin(hint) or hint
+
+
+def checked(value: Any, kind: Any, name: str) -> Any:
     """`value` if it is of this type (an int will do for a float). Raises InputError that names the key."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):

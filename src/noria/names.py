@@ -5,6 +5,7 @@ have, a key misspelt, or a column of the user's own. One list for rows and for b
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from noria.keys import checked, types_of
 from noria.sampling import Sampling, as_integers, whole
@@ -45,7 +46,7 @@ ALIASES = {
     "top_n_tokens": "logprobs",
 }
 # Keys by which other programs steer a generation and which Noria does not have, with the values that ask for nothing.
-FOREIGN: dict[str, tuple] = {
+FOREIGN: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "assistant_early_exit": (),
     "audio": (),
@@ -177,12 +178,12 @@ _LIKE_NAMES = {name: name for name in NEAR} | {name: SYNONYMS[name] for name in 
 _LONGEST = max(map(len, (*NEAR, *ALIASES, *REFUSED))) + MAX_DISTANCE
 
 
-def is_foreign(name: str, value) -> bool:
+def is_foreign(name: str, value: Any) -> bool:
     """Whether this is another program's key that Noria does not have, with a value that asks for something."""
     return name in FOREIGN and asks(name, value)
 
 
-def asks(name: str, value) -> bool:
+def asks(name: str, value: Any) -> bool:
     """Whether the value of another program's key asks for anything: not where it is null, empty, or says `as usual`."""
     neutral = FOREIGN.get(name, (1,) if name == "best_of" else ())
     schema = name in ("guided_json", "json_schema")  # {} is any JSON
@@ -191,7 +192,7 @@ def asks(name: str, value) -> bool:
     return not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
-def two_names(keys: Mapping) -> str | None:
+def two_names(keys: Mapping[str, Any]) -> str | None:
     """What is said if two names of one key have different values."""
     given: dict[str, tuple[str, object]] = {}
     for name, value in keys.items():
@@ -201,18 +202,18 @@ def two_names(keys: Mapping) -> str | None:
     return None
 
 
-def refusal(name: str, value) -> str | None:
+def refusal(name: str, value: Any) -> str | None:
     """Why a row with this key, which is none of Sampling, is refused; None: it is a column."""
     if name in REFUSED:
         meant, why = REFUSED[name]
         if not asks(name, value) or not _could_be_refused(name, value):
             return None
         return f"{name!r} is no key of Noria's: {why}; did you mean {meant!r}? (if it is your own column, rename it)"
-    meant = misspelt(name, value)
-    return f"unknown key {name!r}; did you mean {meant!r}? (if it is your own column, rename it)" if meant else None
+    near = misspelt(name, value)
+    return f"unknown key {name!r}; did you mean {near!r}? (if it is your own column, rename it)" if near else None
 
 
-def misspelt(name: str, value) -> str | None:
+def misspelt(name: str, value: Any) -> str | None:
     """The key of Sampling that `name`, which is none of them, was probably meant to be; None: it is the user's own.
 
     Always where it differs in capitals and marks alone (`topP`, `top-k`), and within edit distance 2 of a key of more
@@ -238,8 +239,8 @@ def _candidates(name: str) -> tuple[tuple[str, bool], ...]:
     alias = ALIASES.get(exact) or SYNONYMS.get(exact) or REFUSED.get(exact, (None,))[0]
     near = sorted((edit_distance(lowered, key), key) for key in _LIKE_NAMES)
     # A key must share something with the name: for `n`, of one letter, every name of up to two letters would be as near.
-    found = [key for distance, key in near if distance <= min(MAX_DISTANCE, len(key) - 1)]
-    found = [(_LIKE_NAMES[key], len(key) > _SHORT and key != alias) for key in found]
+    keys = [key for distance, key in near if distance <= min(MAX_DISTANCE, len(key) - 1)]
+    found = [(_LIKE_NAMES[key], len(key) > _SHORT and key != alias) for key in keys]
     return ((alias, False), *found) if alias else tuple(found)
 
 
@@ -247,7 +248,7 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name))
 
 
-def _could_be_refused(name: str, value) -> bool:
+def _could_be_refused(name: str, value: Any) -> bool:
     if name != "eos_token_id":
         return _could_be(value, REFUSED[name][0])
     value = _json(value)
@@ -255,7 +256,7 @@ def _could_be_refused(name: str, value) -> bool:
     return all(isinstance(whole(one), int) and not isinstance(one, bool) for one in ids)
 
 
-def _could_be(value, key: str) -> bool:
+def _could_be(value: Any, key: str) -> bool:
     """Whether the key takes values of this type; a table's cell is text, whatever it says."""
     if value is None:
         return False
@@ -269,7 +270,7 @@ def _could_be(value, key: str) -> bool:
     return False
 
 
-def _json(value):
+def _json(value: Any) -> Any:
     try:
         return json.loads(value.lower()) if isinstance(value, str) and len(value) < 100 else value
     except (ValueError, RecursionError):

@@ -6,17 +6,21 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from noria import streams, transports
+from noria.communicator import Communicator
 from noria.config import Config, InputError
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, Timing, figures, follow, lead
 from noria.engine.heartbeat import SILENCE
-from noria.engine.trace import OFF, Trace, TraceFile
+from noria.engine.ring import AnyRing
+from noria.engine.trace import OFF, Trace, TraceFile, Tracing
 from noria.engine.traffic import Traffic
 from noria.files.atomic import check_folder
+from noria.files.checkpoint import OpenModel
 from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
 from noria.helper import Helper
@@ -30,13 +34,14 @@ from noria.rows.desk import Desk
 from noria.rows.examination import Work, examine, open_model
 from noria.rows.source import Source
 from noria.rows.template import template_helper
+from noria.streams import Streams
 
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
 
 
 def run(
     config: Config,
-    comm,
+    comm: Communicator,
     watchdog: Watchdog | None = None,
     signals: Signals | None = None,
     helper: Helper | None = None,
@@ -61,8 +66,8 @@ def run(
         place = launcher.settle(comm, place, device)
         mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
         watchdog.doing = "opening the files"
-        if config.job.trace:
-            mpi.on_first_rank(comm, lambda: _check_trace(config))
+        if trace_file := config.job.trace:
+            mpi.on_first_rank(comm, lambda: _check_trace(config, Path(trace_file)))
         mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
         work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type, helper))
         if work.state == "finished":
@@ -72,7 +77,7 @@ def run(
 
 def _generate(
     config: Config,
-    comm,
+    comm: Communicator,
     work: Work,
     place: launcher.Place,
     device: torch.device,
@@ -97,7 +102,7 @@ def _generate(
         mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
         watchdog.doing = "reading the sealed parts"
         desk = mpi.on_first_rank(comm, lambda: Desk(config, work, plan, checkpoint, segment, helper), share=False)
-        if rank == 0:
+        if desk is not None:
             watchdog.record = desk.fail
             on_error.push(desk.withdraw)
         told = device.type == "cuda" or config.job.machine is not None  # nobody can assume what a CPU does
@@ -110,7 +115,7 @@ def _generate(
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
         if not work.num_rows:
             _say_once(comm, f"warning: {Source.of(config)} has no rows")
-        if mpi.on_first_rank(comm, lambda: desk.complete):
+        if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
             ring = open_the_ring(plan, checkpoint.shape, trace.transport(transport), rank, its_streams)
@@ -120,14 +125,14 @@ def _generate(
             timing = _execute(comm, plan, executor, ring, desk, trace, watchdog, stopping)
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))
-        if rank == 0 and not desk.complete:
+        if desk is not None and not desk.complete:
             desk.leave()
-        elif rank == 0:
+        elif desk is not None:
             desk.close(_provenance(config, work, plan, checkpoint, devices, started), timings)
         watchdog.record = None
-        if config.job.trace:
+        if config.job.trace and isinstance(trace, Trace):
             _write_trace(comm, Path(config.job.trace), trace)
-        complete = mpi.on_first_rank(comm, lambda: desk.complete)
+        complete = mpi.on_first_rank(comm, lambda: desk is not None and desk.complete)
         if ring is not None:
             ring.close()
         on_error.pop_all()
@@ -138,7 +143,15 @@ def _generate(
 
 
 def _build(
-    config: Config, comm, plan: planner.Plan, checkpoint, ring, its_streams, traffic, trace, watchdog
+    config: Config,
+    comm: Communicator,
+    plan: planner.Plan,
+    checkpoint: OpenModel,
+    ring: AnyRing,
+    its_streams: Streams,
+    traffic: Traffic,
+    trace: Tracing,
+    watchdog: Watchdog,
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
     rank, scratch = comm.Get_rank(), launcher.scratch_folder(config)
@@ -153,14 +166,21 @@ def _build(
 
 
 def _execute(
-    comm, plan: planner.Plan, executor: Executor, ring, desk: Desk | None, trace, watchdog, stopping: Stopping | None
+    comm: Communicator,
+    plan: planner.Plan,
+    executor: Executor,
+    ring: AnyRing,
+    desk: Desk | None,
+    trace: Tracing,
+    watchdog: Watchdog,
+    stopping: Stopping | None,
 ) -> Timing:
     """Every step of the job, begun together. `desk` and `stopping` are rank 0's: a signal finds who seals its rows."""
     if trace is not OFF:
         trace.start(mpi.clock_offset(comm), mpi.on_first_rank(comm, time.perf_counter_ns))
     comm.Barrier()
     watchdog.doing = executor.doing
-    if desk is None:
+    if desk is None or stopping is None:
         return executor.run(follow(ring))
     desk.seconds_left = lambda: stopping.seconds_left
     desk.nudge, stopping.seal, stopping.tend = stopping.nudge, desk.stop, desk.tend
@@ -169,23 +189,26 @@ def _execute(
     return timing
 
 
-def _provenance(config: Config, work: Work, plan: planner.Plan, checkpoint, devices: list[str], started: str) -> dict:
+def _provenance(
+    config: Config, work: Work, plan: planner.Plan, checkpoint: OpenModel, devices: list[str], started: str
+) -> dict[str, Any]:
     """How the output was made: its attributes."""
+    more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
     return provenance(
         run_file=config.to_toml(),
         checkpoint_hash=checkpoint.header_hash,
         prompts_hash=work.prompts_hash,
-        **({"prompt_files": work.prompt_files} if work.prompt_files else {}),
         launcher=mpi.launcher_name(),
         devices=devices,
         start=started,
         mpi_library=mpi.library_version(),
         argv=sys.argv,
         plan=plan.as_dict(),
+        **more,
     )
 
 
-def _say_otherwise(plan: planner.Plan, timings: list[dict], strict: bool) -> list[str]:
+def _say_otherwise(plan: planner.Plan, timings: list[dict[str, Any]], strict: bool) -> list[str]:
     """Says where the run did otherwise than planned; of its speed only if the plan's rates were measured, on a GPU."""
     predicted = plan.predicted
     known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
@@ -201,7 +224,7 @@ def _own(config: Config, host: str) -> OutputLock:
     return OutputLock(config.output, holder, lambda message: log(0, 1, message))
 
 
-def _check_same(comm, hosts: list[str], config: Config, checkpoint) -> None:
+def _check_same(comm: Communicator, hosts: list[str], config: Config, checkpoint: OpenModel) -> None:
     """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name."""
     seen = comm.allgather((checkpoint.nbytes, checkpoint.header_hash))
     other = next((rank for rank, one in enumerate(seen) if one != seen[0]), None)
@@ -219,16 +242,15 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
     watchdog.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
 
 
-def _check_trace(config: Config) -> None:
+def _check_trace(config: Config, path: Path) -> None:
     """Raises InputError unless a trace could be written, over no file but an older trace."""
-    path = Path(config.job.trace)
     files = [Path(file).resolve() for file in (config.model, *Source.of(config).files, config.output) if file]
     if path.is_dir() or path.resolve() in files:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
     check_folder(path)
 
 
-def _write_trace(comm, path: Path, trace: Trace) -> None:
+def _write_trace(comm: Communicator, path: Path, trace: Trace) -> None:
     """Every rank's spans into rank 0's file. That it cannot be written costs the trace alone."""
     events, file = list(trace.events(mpi.clock_offset(comm))), TraceFile(path)
     mpi.in_turn(comm, events, file.add)
@@ -240,14 +262,14 @@ def _write_trace(comm, path: Path, trace: Trace) -> None:
             log(0, comm.Get_size(), f"warning: the trace {path} was not written: {error.strerror or error}")
 
 
-def _announce(comm, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
+def _announce(comm: Communicator, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
     """Once, before the weights are loaded: who runs where, and the plan."""
     placed = comm.allgather(f"{_device_name(place, device)}, {place.cores}")
     for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
         _say_once(comm, line)
 
 
-def _say_once(comm, line: str) -> None:
+def _say_once(comm: Communicator, line: str) -> None:
     if comm.Get_rank() == 0:
         log(0, comm.Get_size(), line)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import get_args
+from typing import Any, get_args
 
 from noria.keys import InputError, checked, key, require, types_of
 
@@ -43,22 +43,22 @@ class Sampling:
     )
     presence_penalty: float = key("subtracted from the logits of tokens generated before", 0.0)
     frequency_penalty: float = key("subtracted as many times as the token was generated before", 0.0)
-    logit_bias: dict | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
+    logit_bias: dict[str, Any] | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
     seed: int | None = key(
         "seed of the random numbers: with the run's every row draws others, by its number; a row of the same text with"
         " the same seed of its own gives the same tokens wherever it stands (default: 0)"
     )
     n: int = key("samples of each prompt, each a row of the output", 1)
-    stop: str | list | None = key(
+    stop: str | list[str] | None = key(
         "text that ends a row and is cut from it; a list of such texts in a run file", text=True
     )
-    stop_token_ids: list | None = key("token ids that end a row, beside the model's own, such as 5,6")
+    stop_token_ids: list[int] | None = key("token ids that end a row, beside the model's own, such as 5,6")
     include_stop_str_in_output: bool = key("keep the text or token that ended a row at the end of its text", False)
     skip_special_tokens: bool = key("leave special tokens out of the text", True)
     ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
     chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
     system: str | None = key("with chat: a system message before the user's", text=True)
-    chat_template_kwargs: dict | None = key(
+    chat_template_kwargs: dict[str, Any] | None = key(
         'what the chat template reads under names of its own, a JSON object such as {"enable_thinking": false}',
         json=True,
     )
@@ -67,7 +67,7 @@ class Sampling:
     )
     prompt_logprobs: bool = key("log-probability of each token of the prompt too", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (least, most) in _SAMPLING_RANGES.items():
             value = getattr(self, name)
             bounds = f"in {least:g} .. {most:g}" if most < float("inf") else f"{least:g} or more"
@@ -91,7 +91,7 @@ class Sampling:
         _check_template_kwargs(self.chat_template_kwargs or {})
 
     @property
-    def stop_texts(self) -> list:
+    def stop_texts(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
@@ -114,7 +114,7 @@ class Sampling:
         )
         return self
 
-    def override(self, keys: Mapping, otherwise: Mapping = MappingProxyType({})) -> "Sampling":
+    def override(self, keys: Mapping[str, Any], otherwise: Mapping[str, Any] = MappingProxyType({})) -> "Sampling":
         """These settings with a row's own keys, and `otherwise`, else OPEN, for what is open still.
 
         An integer may come as a float, as pandas writes a column of integers in which one is missing. Raises InputError for
@@ -132,17 +132,24 @@ class Sampling:
 
 
 # What a key is that neither row, nor run, nor model says.
-OPEN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+OPEN: dict[str, Any] = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+}
 RUN_KEYS = ("generation_config",)  # never a row's
 ROW_KEYS = tuple(name for name in types_of(Sampling) if name not in RUN_KEYS)
 
 
-def whole(value):
+def whole(value: Any) -> Any:
     """A float that is an integer, exactly, as an int; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
 
 
-def as_integers(value, kind):
+def as_integers(value: Any, kind: Any) -> Any:
     """The value, with integers in the place of floats where the key has no other numbers."""
     kinds = get_args(kind) or (kind,)
     if list in kinds and isinstance(value, list):
@@ -170,20 +177,20 @@ OWN_OF_TEMPLATES = frozenset(
 )
 
 
-def _check_stop(texts: list) -> None:
+def _check_stop(texts: list[Any]) -> None:
     require(len(texts) <= MAX_STOPS, f"sampling.stop has {len(texts)} texts: it must be at most {MAX_STOPS}")
     for text in texts:
         right = isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH
         require(right, f"sampling.stop has {str(text)[:20]!r}: it must be texts of 1 to {MAX_STOP_LENGTH} characters")
 
 
-def _check_token_ids(name: str, ids: Iterable) -> None:
+def _check_token_ids(name: str, ids: Iterable[Any]) -> None:
     for token_id in ids:
         right = type(token_id) is int and 0 <= token_id < 2**31
         require(right, f"sampling.{name} has {str(token_id)[:20]!r}: it must be token ids, integers from 0")
 
 
-def _check_logit_bias(bias: Mapping) -> None:
+def _check_logit_bias(bias: Mapping[str, Any]) -> None:
     # JSON and TOML have texts for keys: "50" is the token id 50, "050" and "+50" are nobody's.
     right = {text: int(text) if text.isascii() and text.isdigit() and len(text) < 11 else text for text in bias}
     _check_token_ids("logit_bias", (token_id if str(token_id) == text else text for text, token_id in right.items()))
@@ -192,7 +199,7 @@ def _check_logit_bias(bias: Mapping) -> None:
         require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
 
 
-def _check_template_kwargs(kwargs: Mapping) -> None:
+def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises InputError for a key that is the rendering's own, and for what is no JSON of bounded size and depth."""
     for name in kwargs:
         own = name in OWN_OF_TEMPLATES or str(name).startswith("return_")

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Admitted:
 
     slot: int
     runs: tuple[Run, ...]
-    sampling: dict
+    sampling: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Span:
     runs: tuple[Run, ...]
 
 
-def _no(dtype):
+def _no(dtype: type) -> Any:
     return field(default_factory=lambda: np.empty(0, dtype))
 
 

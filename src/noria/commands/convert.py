@@ -5,6 +5,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -61,8 +62,8 @@ def _doubts(target: Path) -> list[str]:
 class _Bar:
     """Progress on a terminal."""
 
-    def __init__(self):
-        self._bar: tqdm | None = None
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
 
     def __call__(self, block: str, done: int, total: int) -> None:
         self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
@@ -77,7 +78,7 @@ class _Bar:
 class _Lines:
     """Progress in a log: a line now and then."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last = time.monotonic()
 
     def __call__(self, block: str, done: int, total: int) -> None:

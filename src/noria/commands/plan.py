@@ -12,7 +12,7 @@ from datetime import datetime
 
 from noria.commands import run as run_command
 from noria.config import Config, InputError, parse_nbytes, require
-from noria.files.checkpoint import Checkpoint
+from noria.files.checkpoint import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Load
 from noria.plan.plans import HOST_NBYTES, Plan, rate_words
@@ -105,7 +105,7 @@ def _device(config: Config) -> str:
 
 
 def _plan(
-    config: Config, checkpoint: Checkpoint, num_ranks: int, num_rows: int, load, rates: Rates, device: str
+    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, load: Load, rates: Rates, device: str
 ) -> Plan:
     """The plan for this many ranks. Raises InputError if there is none."""
     dtype = dtype_of(config, checkpoint.dtype, device)
@@ -131,7 +131,7 @@ def _machine_words(rates: Rates) -> str:
     return f"{rates.device}; assumed, not measured: {names} (noria probe --output machine.toml measures them)"
 
 
-def _moved(plan: Plan, checkpoint: Checkpoint, load: Load) -> list[str]:
+def _moved(plan: Plan, checkpoint: OpenModel, load: Load) -> list[str]:
     """What a decode round moves over each link."""
     lines, rows, shape = [], plan.predicted["rows"], checkpoint.shape
     turn = costs.decoding(rows, load)
@@ -151,7 +151,7 @@ def _moved(plan: Plan, checkpoint: Checkpoint, load: Load) -> list[str]:
 
 
 def _one_more(
-    config: Config, checkpoint: Checkpoint, num_ranks: int, num_rows: int, load, device: str, plan: Plan
+    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, load: Load, device: str, plan: Plan
 ) -> str:
     """What one rank more would buy, with as many laps and groups where that many ranks can have them."""
     rates = planner.rates_of(config, device, num_ranks + 1)

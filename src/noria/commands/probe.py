@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from noria.communicator import Communicator
 from noria.config import Config, require
 from noria.files.atomic import check_folder
 from noria.keys import InputError
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             return watchdog.fail(error)
 
 
-def _probe(arguments: argparse.Namespace, comm) -> int:
+def _probe(arguments: argparse.Namespace, comm: Communicator) -> int:
     mpi.on_first_rank(comm, lambda: _check(arguments))
     config = Config(model="-", prompts="-", output=str(arguments.output or "machine.toml"), device=arguments.device)
     place = launcher.place(comm)

@@ -6,12 +6,14 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 import argparse
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
+from typing import Any
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config, InputError
 from noria.helper import Helper
-from noria.keys import WORDS
+from noria.keys import WORDS, types_of
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
@@ -62,8 +64,8 @@ def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
             return watchdog.fail(error)
 
 
-def _add_flags(group, kind: type) -> None:
-    hints = typing.get_type_hints(kind)
+def _add_flags(group: argparse._ActionsContainer, kind: type) -> None:
+    hints = types_of(kind)
     for key in fields(kind):
         if key.name in SECTIONS:
             continue
@@ -83,12 +85,12 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _reader(kind, is_text: bool):
+def _reader(kind: Any, is_text: bool) -> Callable[[str], Any]:
     """Turns a flag's text into the key's type. Raises ArgumentTypeError, to which argparse adds the flag."""
     kinds = typing.get_args(kind) or (kind,)
 
-    def read(text: str):
-        number = next((k for k in (int, float) if k in kinds), str)
+    def read(text: str) -> Any:
+        number: type = next((k for k in (int, float) if k in kinds), str)
         if is_text and dict not in kinds:
             return text
         try:
@@ -115,7 +117,7 @@ def _reader(kind, is_text: bool):
     return read
 
 
-def _json(text: str) -> dict:
+def _json(text: str) -> dict[str, Any]:
     """The JSON object of a flag. Raises ArgumentTypeError, to which argparse adds the flag."""
     try:
         value = json.loads(text)

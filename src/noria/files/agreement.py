@@ -6,6 +6,7 @@ A header is a table of plain JSON values; see rows/identity.py, which makes it. 
 import json
 from collections.abc import Container, Mapping
 from dataclasses import fields
+from typing import Any
 
 from noria.config import WHOLE, Sampling
 from noria.sampling import OPEN
@@ -24,7 +25,7 @@ _DEFAULTS = {
 }
 
 
-def differing(theirs: Mapping, ours: Mapping, but: Container[str] = ()) -> list[str]:
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
     """The names of the values that two headers do not share, `but` for some.
 
     A value that a header lacks is at its default (null without one), so a later version with more keys agrees with it.
@@ -33,14 +34,14 @@ def differing(theirs: Mapping, ours: Mapping, but: Container[str] = ()) -> list[
     return [name for name in names if name not in but and _value(theirs, name) != _value(ours, name)]
 
 
-def difference(name: str, theirs: Mapping, there: str, ours: Mapping) -> str:
+def difference(name: str, theirs: Mapping[str, Any], there: str, ours: Mapping[str, Any]) -> str:
     """`sampling.top_k: 3 in part-000000.h5, 5 now`: a value that two headers do not share, in words."""
     return f"{name}: {_json(theirs, name)} {there}, {_json(ours, name)} now"
 
 
-def _value(header: Mapping, name: str) -> object:
+def _value(header: Mapping[str, Any], name: str) -> object:
     return header.get(name, _DEFAULTS.get(name))
 
 
-def _json(header: Mapping, name: str) -> str:
+def _json(header: Mapping[str, Any], name: str) -> str:
     return json.dumps(_value(header, name))

@@ -5,6 +5,7 @@ Knows files and rows; not which files these are, nor what becomes of them.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,9 +20,9 @@ def assemble(
     target: Path,
     files: Sequence[Part],
     selection: Selection,
-    attrs: Mapping,
+    attrs: Mapping[str, Any],
     check: Callable[[Generations], list[str]],
-    timing: Mapping | None = None,
+    timing: Mapping[str, Any] | None = None,
     complete: bool = True,
     remedy: str = "the parts are kept: make room and start the same run again",
     opened: Sequence[Generations] | None = None,
@@ -49,7 +50,17 @@ def assemble(
         raise
 
 
-def _write(path, files, selection, attrs, timing, complete, remedy, opened, change) -> dict[str, str]:
+def _write(
+    path: Path,
+    files: Sequence[Part],
+    selection: Selection,
+    attrs: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    complete: bool,
+    remedy: str,
+    opened: Sequence[Generations] | None,
+    change: Callable[[Generation], Generation] | None,
+) -> dict[str, str]:
     scores = scores_together(part.scores for part in files)
     tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
     with GuardedFile(path) as disk:
@@ -71,7 +82,7 @@ def _write(path, files, selection, attrs, timing, complete, remedy, opened, chan
     return sums
 
 
-def _write_timing(group: h5py.Group, timing: Mapping) -> None:
+def _write_timing(group: h5py.Group, timing: Mapping[str, Any]) -> None:
     for name, values in timing.items():
         if isinstance(values, Mapping):
             _write_timing(group.create_group(name), values)

@@ -4,7 +4,9 @@ Knows nothing of what the files hold.
 """
 
 import errno
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from noria.config import InputError
@@ -60,14 +62,15 @@ class GuardedFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.error, self.place, self.end = path, None, 0, 0
+        self.path, self.place, self.end = path, 0, 0
+        self.error: OSError | None = None
         self.not_taken: list[tuple[int, bytes]] = []  # (offset, bytes), in the order of the writes
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def __enter__(self) -> "GuardedFile":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.handle)
 
     def check(self, remedy: str) -> None:
@@ -83,7 +86,7 @@ class GuardedFile:
     def tell(self) -> int:
         return self.place
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self.end - self.place))
         found = os.preadv(self.handle, [view[:count]], self.place)
@@ -95,11 +98,11 @@ class GuardedFile:
         self.place += count
         return count
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         done = 0
         while self.error is None and done < len(view):
-            done += self._try(os.pwrite, view[done:], self.place + done) or 0
+            done += self._try(functools.partial(os.pwrite, self.handle, view[done:], self.place + done)) or 0
         if done < len(view):
             self.not_taken.append((self.place + done, bytes(view[done:])))
         self.place += len(view)
@@ -108,15 +111,15 @@ class GuardedFile:
 
     def truncate(self, size: int | None = None) -> int:
         self.end = self.place if size is None else size
-        self._try(os.ftruncate, self.end)
+        self._try(lambda: os.ftruncate(self.handle, self.end))
         return self.end
 
     def flush(self) -> None:
         pass
 
-    def _try(self, call, *arguments):
+    def _try(self, call: Callable[[], int | None]) -> int | None:
         try:
-            return call(self.handle, *arguments)
+            return call()
         except OSError as error:
             self.error = self.error or error
             return None

@@ -88,12 +88,13 @@ def _order(blocks: Mapping[str, Block], shared: str | None) -> dict[Place, tuple
         names["embed"],
         [place for name in names if "/" in name for place in names[name]],
     )
-    one, other = ("embed", shared), ("head", "lm_head")
+    none: tuple[Place, ...] = ()
+    one, other = ("embed", shared or ""), ("head", "lm_head")
     if shared and head[-1] == other and embed[0] == one:
-        return dict.fromkeys(layers + head[:-1], ()) | {other: (one,)} | dict.fromkeys(embed[1:], ())
+        return dict.fromkeys(layers + head[:-1], none) | {other: (one,)} | dict.fromkeys(embed[1:], none)
     if shared and head[0] == other and embed[-1] == one:
-        return dict.fromkeys(layers + embed[:-1], ()) | {other: (one,)} | dict.fromkeys(head[1:], ())
-    return dict.fromkeys(embed + layers + head, ())
+        return dict.fromkeys(layers + embed[:-1], none) | {other: (one,)} | dict.fromkeys(head[1:], none)
+    return dict.fromkeys(embed + layers + head, none)
 
 
 def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapping[Place, tuple[Place, ...]]) -> None:
@@ -108,11 +109,11 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
         for block in blocks.values():
             file.create_group(block.name).attrs[CHECKSUM] = np.bytes_("0" * 32)
         datasets = []
-        for (block, name), others in order.items():
-            shape = next(parameter.shape for parameter in blocks[block].parameters if parameter.name == name)
-            datasets.append(_create_dataset(file[block], name, shape, header.dtype))
+        for (folder, name), others in order.items():
+            shape = next(parameter.shape for parameter in blocks[folder].parameters if parameter.name == name)
+            datasets.append(_create_dataset(file[folder], name, shape, header.dtype))
             for other in others:
-                file["/".join(other)] = file[block][name]
+                file["/".join(other)] = file[folder][name]
         # space is given at the first write: in this order, with nothing between
         for dataset in datasets:
             _touch(dataset)
@@ -157,7 +158,13 @@ def _offsets(path: Path, blocks: Mapping[str, Block]) -> dict[Place, int]:
     return offsets
 
 
-def _fill(descriptor: int, blocks, order, offsets, chunks: Chunks) -> dict[str, str]:
+def _fill(
+    descriptor: int,
+    blocks: Mapping[str, Block],
+    order: Mapping[Place, tuple[Place, ...]],
+    offsets: Mapping[Place, int],
+    chunks: Chunks,
+) -> dict[str, str]:
     digests = {name: xxhash.xxh3_128() for name in blocks}
     for place, others in order.items():
         block = blocks[place[0]]

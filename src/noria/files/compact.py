@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,8 @@ class Compactor:
 
         Takes about 10 ms a part. Another thread may seal meanwhile.
         """
-        path = None
+        path: Path | None = None
+        run: list[Part] = []
         try:
             # What was put together may be one of enough parts of its own level.
             while len(run := latest(self._parts.parts, self._parts.header)) >= self._fan_in:
@@ -45,7 +47,7 @@ class Compactor:
             return path
 
 
-def latest(parts: list[Part], header: dict) -> list[Part]:
+def latest(parts: list[Part], header: dict[str, Any]) -> list[Part]:
     """The last parts, in order, that are small, were put together equally often and belong to the same run."""
     run: list[Part] = []
     for part in reversed(list(parts)):

@@ -263,7 +263,7 @@ def _type_name(dataset: h5py.Dataset) -> str:
     return next(names, str(dataset.dtype))
 
 
-def _shape(shape) -> str:
+def _shape(shape: tuple[int, ...] | None) -> str:
     return str(list(shape)) if shape is not None else "none"
 
 

@@ -9,9 +9,10 @@ import glob
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -72,7 +73,8 @@ def convert(
     dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right,
     before the target is touched, and while another process makes it; the target appears whole or not at all.
     """
-    target, notes = Path(target), []
+    target = Path(target)
+    notes: list[str] = []
     _check_target(target, overwrite)
     holder = {"job": "", "what": "noria convert", "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(target, holder, notes.append) as lock:
@@ -95,7 +97,9 @@ def _remove_leftovers(target: Path) -> list[str]:
 def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool) -> Converted:
     _check_target(target, overwrite)  # again: the holder before may have made it
     directory = Directory(source)
-    config_text, config = directory.json("config.json")
+    found = directory.json("config.json")
+    assert found is not None, "a Directory has a config.json"
+    config_text, config = found
     generation = directory.json("generation_config.json")
     tensors = directory.tensors()
     family, shape = model_shape(config, str(directory.path))
@@ -141,13 +145,14 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Tensor]) -> Plan:
+def _plan(directory: Directory, family: ModuleType, shape: ModelShape, tensors: dict[str, Tensor]) -> Plan:
     """The tensors of every parameter. Raises InputError for the first block that lacks one or has a wrong shape."""
     plan: Plan = {}
     for block in block_names(shape):
         wanted = family.sources(shape, block)
-        found = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
-        missing = [name for name, tensor in found.items() if tensor is None]
+        looked = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
+        missing = [name for name, tensor in looked.items() if tensor is None]
+        found = {name: tensor for name, tensor in looked.items() if tensor is not None}
         if missing:
             named = ", ".join(map(repr, missing[:3])) + (" and more" if missing[3:] else "")
             raise InputError(
@@ -161,7 +166,7 @@ def _plan(directory: Directory, family, shape: ModelShape, tensors: dict[str, Te
     return plan
 
 
-def _find(name: str, tensors: dict[str, Tensor], aliases) -> Tensor | None:
+def _find(name: str, tensors: dict[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
     names = [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
     return next((tensors[name] for name in names if name in tensors), None)
 
@@ -187,7 +192,8 @@ def _check_parts(block: str, parameter: Parameter, parts: list[Part]) -> None:
 
 def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
     """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it."""
-    sizes, counts = Counter(), Counter()
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for tensor in {part.tensor.name: part.tensor for parts in plan.values() for part in parts}.values():
         sizes[tensor.dtype] += tensor.size
         counts[tensor.dtype] += 1
@@ -250,7 +256,7 @@ class _Source:
             for chunk in self._reader.chunks(tensor, part.transposed):
                 cast = chunk if chunk.dtype == self._dtype else self._cast[: len(chunk)].copy_(chunk)
                 _check_range(chunk, cast, tensor)
-                yield memoryview(cast.view(torch.uint8).numpy())
+                yield cast.view(torch.uint8).numpy().data
                 self._done += cast.nbytes
                 if self._progress:
                     self._progress(block.name, self._done, self._total)

@@ -6,6 +6,7 @@ Knows the finished output and its parts; nothing of how they came about.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def check_target(target: Path, format: str = "rows") -> None:
     check_folder(target)
 
 
-def as_object(generation: Generation) -> dict:
+def as_object(generation: Generation) -> dict[str, Any]:
     """The row as it is exported: Noria's keys, then the user's own columns."""
     row = {
         "id": generation.id,
@@ -89,7 +90,7 @@ def as_object(generation: Generation) -> dict:
     return row
 
 
-def _taken(name: str, own: dict) -> bool:
+def _taken(name: str, own: dict[str, Any]) -> bool:
     """Whether a user's column has the name of one of KEYS, or of a user's column that is renamed for that."""
     while name not in KEYS:
         before = name.removeprefix("input_")
@@ -99,7 +100,7 @@ def _taken(name: str, own: dict) -> bool:
     return True
 
 
-def own_columns(extra: str) -> dict:
+def own_columns(extra: str) -> dict[str, Any]:
     """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
     columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
     if not isinstance(columns, dict):
@@ -107,7 +108,7 @@ def own_columns(extra: str) -> dict:
     return columns
 
 
-def _numbers(values: np.ndarray) -> list:
+def _numbers(values: np.ndarray) -> list[Any]:
     if values.ndim > 1:
         return [_numbers(one) for one in values]
     return values.tolist() if values.dtype.kind == "i" else [_shortest(value) for value in values]
@@ -147,12 +148,12 @@ def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, 
     return count
 
 
-def _hidden(generation: Generation) -> dict:
+def _hidden(generation: Generation) -> dict[str, Any]:
     """What a response needs beside what is exported."""
     return {"row": generation.row, "num_prompt_tokens": len(generation.prompt_token_ids)}
 
 
-def _write_lines(path: Path, objects: Iterable[dict]) -> int:
+def _write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> int:
     count = 0
     with path.open("wb") as file:
         for one in objects:
@@ -161,7 +162,7 @@ def _write_lines(path: Path, objects: Iterable[dict]) -> int:
     return count
 
 
-def _line(row: dict) -> bytes:
+def _line(row: dict[str, Any]) -> bytes:
     try:
         return json_text(row).encode() + b"\n"
     except UnicodeEncodeError:

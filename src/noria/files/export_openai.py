@@ -6,18 +6,19 @@ Knows exported rows as plain objects. Token ids stand for tokens (`token_id:5`),
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import groupby
+from typing import Any
 
 COMPLETIONS = "/v1/completions"
 
 
-def responses(rows: Iterable[dict], start: str) -> Iterator[dict]:
+def responses(rows: Iterable[dict[str, Any]], start: str) -> Iterator[dict[str, Any]]:
     """One response for all samples of a row. `start` is when the job began (ISO 8601). Rows are in order of `row`."""
     created = _seconds(start)
     for row, samples in groupby(rows, key=lambda one: one["row"]):
         yield _response(row, list(samples), created)
 
 
-def _response(row: int, samples: list[dict], created: int) -> dict:
+def _response(row: int, samples: list[dict[str, Any]], created: int) -> dict[str, Any]:
     first = samples[0]
     wrong = next((one["error"] for one in samples if one["status"] == "error"), None)
     response = {"id": f"batch_req_{row}", "custom_id": first["id"], "response": None, "error": None}
@@ -37,7 +38,7 @@ def _response(row: int, samples: list[dict], created: int) -> dict:
     return response | {"response": {"status_code": 200, "request_id": f"req_{row}", "body": body}}
 
 
-def _choice(one: dict, is_chat: bool) -> dict:
+def _choice(one: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     said = (
         {"message": {"role": "assistant", "content": one["text"], "refusal": None}}
         if is_chat
@@ -46,7 +47,7 @@ def _choice(one: dict, is_chat: bool) -> dict:
     return {"index": one["sample"], **said, "logprobs": _logprobs(one, is_chat), "finish_reason": one["finish_reason"]}
 
 
-def _logprobs(one: dict, is_chat: bool) -> dict | None:
+def _logprobs(one: dict[str, Any], is_chat: bool) -> dict[str, Any] | None:
     if "logprobs" not in one:
         return None
     tokens = [_token(token_id) for token_id in one["token_ids"]]

@@ -6,6 +6,7 @@ Knows rows as plain objects, nothing of the output that they come from. Parquet 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from noria.config import InputError
 from noria.text import json_text
@@ -17,7 +18,7 @@ _NARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
 _EXACT = 2**53  # integers up to here are floats too
 _QUOTED = re.compile(r'[",\r\n]|^$')
 
-Rows = Callable[[], Iterable[dict]]
+Rows = Callable[[], Iterable[dict[str, Any]]]
 
 
 def write_csv(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
@@ -53,7 +54,7 @@ def write_parquet(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
     return count
 
 
-def _pyarrow():
+def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -62,7 +63,7 @@ def _pyarrow():
     return pyarrow, parquet
 
 
-def _columns(rows: Iterable[dict], known: Mapping[str, str]) -> dict[str, str]:
+def _columns(rows: Iterable[dict[str, Any]], known: Mapping[str, str]) -> dict[str, str]:
     """Column -> kind: Noria's own first, those that are in no row left out, then the user's as they come."""
     kinds: dict[str, str | None] = {}
     for row in rows:
@@ -70,12 +71,14 @@ def _columns(rows: Iterable[dict], known: Mapping[str, str]) -> dict[str, str]:
             kinds[name] = known.get(name) or _wider(kinds.get(name), value)
     ours = {name: kind for name, kind in known.items() if name in kinds or not kinds}
     own = {
-        name: {None: "string", "int54": "int64"}.get(kind, kind) for name, kind in kinds.items() if name not in known
+        name: "string" if kind is None else "int64" if kind == "int54" else kind
+        for name, kind in kinds.items()
+        if name not in known
     }
     return ours | own
 
 
-def _wider(kind: str | None, value) -> str | None:
+def _wider(kind: str | None, value: Any) -> str | None:
     """The kind of a column that also holds this value."""
     if value is None:
         return kind
@@ -86,21 +89,21 @@ def _wider(kind: str | None, value) -> str | None:
     return "float64" if both == {"int54", "float64"} else "int64" if both == {"int54", "int64"} else "json"
 
 
-def _kind(value) -> str:
+def _kind(value: Any) -> str:
     """The kind of a value; `int54` are integers that floats hold as well."""
     if isinstance(value, int) and not isinstance(value, bool):
         return "int54" if abs(value) <= _EXACT else "int64" if -(2**63) <= value < 2**63 else "json"
     return _NARROW.get(type(value), "json")
 
 
-def _type(pyarrow, kind: str):
+def _type(pyarrow: Any, kind: str) -> Any:
     """`int32`, `list<int32>`, `list<list<float64>>`: lists of pyarrow's own types."""
     if kind.startswith("list<"):
         return pyarrow.list_(_type(pyarrow, kind[5:-1]))
     return pyarrow.string() if kind == "json" else getattr(pyarrow, {"bool": "bool_"}.get(kind, kind))()
 
 
-def _value(value, kind: str):
+def _value(value: Any, kind: str) -> Any:
     if value is None:
         return None
     if kind == "json":
@@ -108,7 +111,7 @@ def _value(value, kind: str):
     return _storable(value) if kind == "string" else float(value) if kind == "float64" else value
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     # Of a float that is as JSON has it, but for infinity, which programs that read tables know as inf.
@@ -136,7 +139,7 @@ def _has_surrogates(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch, left = [], BATCH_CHARACTERS
     for row in rows:
         batch.append(row)

@@ -6,6 +6,7 @@ Finished outputs and sealed parts read the same. The schema is schema.py's; know
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -61,7 +62,7 @@ class Generations:
     def __enter__(self) -> "Generations":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -77,8 +78,8 @@ class Generations:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """[rows] tokens generated in each row; [rows] tokens of each prompt."""
-        ends = (self.column(name) for name in ("offsets", "prompt_offsets"))
-        return tuple(np.diff(one).astype(np.int32) for one in ends)
+        tokens, prompt_tokens = (self.column(name) for name in ("offsets", "prompt_offsets"))
+        return np.diff(tokens).astype(np.int32), np.diff(prompt_tokens).astype(np.int32)
 
     def rows(self) -> Iterator[Generation]:
         """All rows in the order of the file, read a block at a time."""
@@ -86,7 +87,7 @@ class Generations:
         for start, stop in blocks(tokens * (1 + self.scores.top), prompt_tokens):
             yield from self.read(start, stop)
 
-    def read(self, start: int, stop: int, wanted: Sequence[int] | None = None) -> list[Generation]:
+    def read(self, start: int, stop: int, wanted: Sequence[int] | np.ndarray | None = None) -> list[Generation]:
         """Rows start .. stop-1, or those of them at the positions `wanted`, in that order."""
         file, part = self.datasets, slice(start, stop)
         columns = {name: file[name][part] for name in ("row", "sample", "status", "finish_reason", *STRINGS)}
@@ -120,9 +121,9 @@ def _some(values: np.ndarray) -> np.ndarray | None:
     return None if np.isnan(values).all() else values
 
 
-def _scores_of_row(values: dict[str, np.ndarray]) -> dict[str, np.ndarray | None]:
+def _scores_of_row(values: dict[str, np.ndarray]) -> dict[str, Any]:
     """A row's logprobs, top_ids and top_logprobs: as many of the most likely ids as the row asked for, else None."""
-    row = {"logprobs": _some(values["logprobs"])} if "logprobs" in values else {}
+    row: dict[str, Any] = {"logprobs": _some(values["logprobs"])} if "logprobs" in values else {}
     if "top_ids" in values:
         top = int((values["top_ids"] != NO_ID).sum(axis=1).max(initial=0))
         row |= {name: values[name][:, :top] if top else None for name in WIDE}
@@ -219,12 +220,13 @@ def _check_format(path: Path, file: h5py.File) -> None:
 
 
 def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
-    def require(condition, reason: str) -> None:
+    def require(condition: object, reason: str) -> None:
         if not condition:
             raise InputError(f"{path} is damaged: {reason}")
 
-    sizes, datasets = {}, {}
-    optional = {}
+    sizes: dict[str, int] = {}
+    datasets: dict[str, h5py.Dataset] = {}
+    optional: dict[str, h5py.Dataset] = {}
     for name in ("logprobs", "prompt_logprobs", *WIDE):
         if isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset):
             optional[name] = file[name]
@@ -232,7 +234,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     scores = _scores(optional)
     require(scores.dtype in (None, "float32", "float64"), f"logprobs are {scores.dtype}")
     for name, (dtype, per) in schema(scores).items():
-        dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        dataset: Any = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1 + (name in WIDE), f"dataset {name} is missing")
         require(name not in WIDE or dataset.shape[1] == scores.top, f"{name} has rows of {dataset.shape[-1]} values")
         require(not dataset.is_virtual and not dataset.external, f"dataset {name} lies in another file")
@@ -252,7 +254,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     return datasets
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return value.item() if isinstance(value, np.generic) else value

@@ -7,6 +7,7 @@ of model families or of the checkpoint that is made of it.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from noria.config import InputError
 from noria.files.checkpoint import MORE_TEMPLATES, TOKENIZER_FILES, parse_json
@@ -77,7 +78,7 @@ class Directory:
             raise InputError(f"{path} has {path.stat().st_size} bytes, at most {MAX_TEXT_NBYTES} are read")
         return path.read_bytes()
 
-    def json(self, name: str) -> tuple[str, dict] | None:
+    def json(self, name: str) -> tuple[str, dict[str, Any]] | None:
         """The text of a JSON file and its object, or None if there is none."""
         content = self.content(name)
         if content is None:
@@ -105,7 +106,9 @@ class Directory:
         if len(paths) > MAX_TEMPLATES:
             raise InputError(f"{paths[0].parent} has {len(paths)} templates, at most {MAX_TEMPLATES} are read")
         try:
-            found = {path.stem: self._content(self._checked(path)).decode("utf-8-sig") for path in paths}
+            found = {
+                path.stem: self._content(file).decode("utf-8-sig") for path in paths if (file := self._checked(path))
+            }
         except UnicodeDecodeError as error:
             raise InputError(f"{paths[0].parent} has a template that is not UTF-8: {error}") from error
         return json.dumps(found).encode() if found else None
@@ -120,7 +123,8 @@ class Directory:
 
     def _indexed(self, index: str) -> dict[str, Tensor]:
         where = self.path / index
-        weight_map = self.json(index)[1].get("weight_map")
+        _, tree = self.json(index) or ("", {})
+        weight_map = tree.get("weight_map")
         suffix = ".safetensors" if "safetensors" in index else ".bin"
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{where} has no weight_map from tensor names to file names")

@@ -45,7 +45,7 @@ class OutputLock:
     def __enter__(self) -> "OutputLock":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

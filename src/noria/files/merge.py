@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +40,8 @@ def merge(
     parts: Parts,
     output: str | Path,
     rows: int | range,
-    attrs: Mapping,
-    timing: Mapping | None = None,
+    attrs: Mapping[str, Any],
+    timing: Mapping[str, Any] | None = None,
     samples: int | np.ndarray = 1,
     change: Callable[[Generation], Generation] | None = None,
 ) -> Merged:

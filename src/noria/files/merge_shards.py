@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -26,6 +27,7 @@ from noria.text import plural
 _MAY_DIFFER = ("shard", "chat.date")
 _MAX_OPEN = 256  # files at a time
 _SHOWN = 5  # problems in one line
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +37,14 @@ class Shard:
     part: Part
     i: int
     n: int
-    attrs: dict
+    attrs: dict[str, Any]
     timing: dict[str, np.ndarray]
 
     @property
     def name(self) -> str:
         return f"{self.i}/{self.n}"
 
-    def told(self, name: str, default):
+    def told(self, name: str, default: T) -> T:
         """An attribute that is stored as JSON text."""
         try:
             value = json.loads(self.attrs.get(name, ""))
@@ -170,6 +172,7 @@ def _check_rows(shards: list[Shard]) -> int:
     for shard in shards:
         part, wanted = shard.part, shard_rows(shard.name, total)
         begins = np.flatnonzero(part.sample == 0)
+        counted: np.ndarray | list[int]
         counted = np.arange(len(part.row)) - np.repeat(begins, np.diff([*begins, len(part.row)])) if len(begins) else []
         right = np.array_equal(part.row[begins], np.arange(wanted.start, wanted.stop, wanted.step))
         right = right and len(counted) == len(part.row) and np.array_equal(part.sample, counted)
@@ -193,6 +196,7 @@ def _attrs(shards: list[Shard], total: int, argv: Sequence[str]) -> dict[str, ob
         "seed",
         "model_sampling",
     )
+    none: list[Any] = []
     told = [
         {
             "shard": shard.name,
@@ -210,8 +214,8 @@ def _attrs(shards: list[Shard], total: int, argv: Sequence[str]) -> dict[str, ob
         "argv": list(argv),
         "prompt_rows": total,
         "ranks": sum(int(shard.attrs.get("ranks", 0)) for shard in shards),
-        "devices": [device for shard in shards for device in shard.told("devices", [])],
-        "hosts": list(dict.fromkeys(str(host) for shard in shards for host in shard.told("hosts", []))),
+        "devices": [device for shard in shards for device in shard.told("devices", none)],
+        "hosts": list(dict.fromkeys(str(host) for shard in shards for host in shard.told("hosts", none))),
         "start": min(str(shard.attrs.get("start", "")) for shard in shards),
         "end": max(str(shard.attrs.get("end", "")) for shard in shards),
         "restarts": sum(int(shard.attrs.get("restarts", 0)) for shard in shards),
@@ -234,7 +238,7 @@ def _is_column(values: object) -> bool:
     return isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf"
 
 
-def _merged_before(output: Path, attrs: Mapping) -> bool:
+def _merged_before(output: Path, attrs: Mapping[str, Any]) -> bool:
     """Whether `output` is the merge of these shards. Raises InputError if something else is there."""
     if part_files(parts_folder(output)):
         raise InputError(f"{output} is the output of a run that is not finished: name another file")

@@ -6,6 +6,7 @@ Knows the names of outputs and parts; reads of them only what kind of file they 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from noria.config import InputError
 from noria.files.atomic import check_folder, fsync
@@ -41,7 +42,7 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     return "parts" if part_files(folder) else "absent"
 
 
-def begun_with(path: str | Path) -> dict | None:
+def begun_with(path: str | Path) -> dict[str, Any] | None:
     """The header of what lies at an output's place, finished or not; None if nothing does that can be read."""
     path = Path(path)
     for file in [path, *part_files(parts_folder(path))]:

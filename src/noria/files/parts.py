@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -49,7 +50,7 @@ class Parts:
     def __init__(
         self,
         output: str | Path,
-        header: Mapping,
+        header: Mapping[str, Any],
         report: Callable[[str], None] = to_stderr,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -69,7 +70,7 @@ class Parts:
         self.lock = threading.RLock()
         self._reserved = -1
 
-    def begin(self, facts: Mapping) -> None:
+    def begin(self, facts: Mapping[str, Any]) -> None:
         """Records this job among those that worked on the output: see segments.py. `facts`: provenance.segment_of."""
         self.segment = Segment(self.folder, self.header, facts)
 
@@ -105,7 +106,9 @@ class Parts:
         """The path of the next part in order."""
         with self.lock:
             self.folder.mkdir(exist_ok=True)
-            taken = [int(PART_NAME.fullmatch(path.name)[1]) for path in part_files(self.folder)[-1:]]
+            taken = [
+                int(match[1]) for path in part_files(self.folder)[-1:] if (match := PART_NAME.fullmatch(path.name))
+            ]
             self._reserved = max([self._reserved, *taken]) + 1
             return self.folder / f"part-{self._reserved:06}.h5"
 
@@ -177,7 +180,8 @@ class Parts:
 
     def unfinished(self) -> dict[tuple[int, int], Generation]:
         """The rows that stopped half-way, as they were last sealed; a row that was finished since is not among them."""
-        finished, found = self.finished(), {}
+        finished = self.finished()
+        found: dict[tuple[int, int], Generation] = {}
         for part in self.parts:
             wanted = np.flatnonzero(part.status == TODO)
             if len(wanted):
@@ -186,7 +190,7 @@ class Parts:
                 found |= {(one.row, one.sample): one for one in rows if (one.row, one.sample) not in finished}
         return found
 
-    def differences(self, header: Mapping | None = None) -> list[str]:
+    def differences(self, header: Mapping[str, Any] | None = None) -> list[str]:
         """Where the parts were made by another run than `header` describes: a line a key, empty if they agree."""
         ours = self.header if header is None else json.loads(json.dumps(header))
         lines: dict[str, str] = {}
@@ -231,7 +235,7 @@ def _write(path: Path, image: bytes) -> None:
         raise
 
 
-def _image(rows: Sequence[Generation], header: dict) -> bytes:
+def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:
     # Built in memory: one sequential write, and a full disk is an OSError of write(), not a broken HDF5 file.
     with h5py.File("part", "w", driver="core", backing_store=False) as file:
         attrs = {"format": FORMAT, "version": VERSION, "complete": False, "header": json.dumps(header)}
@@ -246,13 +250,15 @@ def _image(rows: Sequence[Generation], header: dict) -> bytes:
         return file.id.get_file_image()
 
 
-def _part(path: Path, header: dict, rows: Sequence[Generation]) -> Part:
+def _part(path: Path, header: dict[str, Any], rows: Sequence[Generation]) -> Part:
     # As narrow as they are in the file: they are kept for every row of the run.
-    columns = (
-        (np.int64, (one.row for one in rows)),
-        (np.int32, (one.sample for one in rows)),
-        (np.int8, (STATUS.index(one.status) for one in rows)),
-        (np.int32, (len(one.token_ids) for one in rows)),
-        (np.int32, (len(one.prompt_token_ids) for one in rows)),
+    return Part(
+        path,
+        header,
+        row=np.array([one.row for one in rows], np.int64),
+        sample=np.array([one.sample for one in rows], np.int32),
+        status=np.array([STATUS.index(one.status) for one in rows], np.int8),
+        num_tokens=np.array([len(one.token_ids) for one in rows], np.int32),
+        num_prompt_tokens=np.array([len(one.prompt_token_ids) for one in rows], np.int32),
+        scores=scores_of(rows),
     )
-    return Part(path, header, *(np.fromiter(values, dtype, len(rows)) for dtype, values in columns), scores_of(rows))

@@ -146,13 +146,13 @@ class Writer:
         """Writes the next rows. Text is made storable."""
         if not generations:
             return
-        values = {
+        numbers = {
             "row": [one.row for one in generations],
             "sample": [one.sample for one in generations],
             "status": [STATUS.index(one.status) for one in generations],
             "finish_reason": [FINISH_REASON.index(one.finish_reason) for one in generations],
         }
-        values = {name: np.asarray(numbers, self.columns[name][0]) for name, numbers in values.items()}
+        values = {name: np.asarray(column, self.columns[name][0]) for name, column in numbers.items()}
         for name in STRINGS:
             values[name] = np.empty(len(generations), object)
             values[name][:] = [storable(getattr(one, name)).encode() for one in generations]
@@ -199,12 +199,12 @@ def _padded(generation: Generation, name: str, count: int, width: tuple[int, ...
     return np.pad(values, ((0, 0), (0, missing)), constant_values=none) if missing else np.asarray(values)
 
 
-def _update(hasher, values: np.ndarray) -> None:
+def _update(hasher: xxhash.xxh3_64, values: np.ndarray) -> None:
     # Strings one after another with their lengths, so that the sum does not depend on the blocks they came in.
     if values.dtype.kind == "O":
         hasher.update(b"".join(len(text).to_bytes(8, "little") + text for text in values))
     else:
-        hasher.update(np.ascontiguousarray(values))
+        hasher.update(np.ascontiguousarray(values).data)
 
 
 def checksums(datasets: Mapping[str, h5py.Dataset], scores: Scores) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Part:
     """What a sealed part holds, without its texts and tokens. [R] arrays, a value a row."""
 
     path: Path
-    header: dict
+    header: dict[str, Any]
     row: np.ndarray
     sample: np.ndarray
     status: np.ndarray
@@ -71,14 +72,14 @@ class Selection:
     num_todo: int  # rows that stopped half-way and are in no part as finished
 
 
-class RowSet(Set):
+class RowSet(Set[tuple[int, int]]):
     """A set of (row, sample), 8 bytes each."""
 
     def __init__(self, row: np.ndarray, sample: np.ndarray):
         possible = (row >= 0) & (row < 2**63 // MAX_SAMPLES) & (sample >= 0) & (sample < MAX_SAMPLES)
         self._keys = np.unique(row[possible].astype(np.int64) * MAX_SAMPLES + sample[possible])
 
-    def __contains__(self, row_and_sample: object) -> bool:
+    def __contains__(self, row_and_sample: Any) -> bool:
         key = row_and_sample[0] * MAX_SAMPLES + row_and_sample[1]
         place = self._keys.searchsorted(key)
         return bool(place < len(self._keys) and self._keys[place] == key)
@@ -90,7 +91,7 @@ class RowSet(Set):
         return len(self._keys)
 
     @classmethod
-    def _from_iterable(cls, pairs: Iterable[tuple[int, int]]) -> "RowSet":
+    def _from_iterable(cls, pairs: Iterable[Any]) -> "RowSet":  # type: ignore[override]  # pairs alone, not any set's
         rows = np.array(list(pairs), np.int64).reshape(-1, 2)
         return cls(rows[:, 0], rows[:, 1])
 
@@ -115,7 +116,8 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
     together with others).
     """
     parts: list[Part] = []
-    damaged, replaced = [], set()
+    damaged: list[str] = []
+    replaced: set[str] = set()
     for path in reversed(part_files(folder)):
         if path.name in replaced:
             continue
@@ -139,10 +141,10 @@ def scan_one(path: Path, verify: bool = True) -> Part:
         if verify:
             verify_checksums(file)
         header = json.loads(file.attrs["header"])
-        numbers = (file.column(name) for name in ("row", "sample", "status"))
+        row, sample, status = (file.column(name) for name in ("row", "sample", "status"))
         level = WHOLE if file.complete else int(file.attrs.get("level", 0))
         replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))
-        return Part(path, header, *numbers, *file.lengths(), file.scores, level, replaces)
+        return Part(path, header, row, sample, status, *file.lengths(), file.scores, level, replaces)
 
 
 def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
@@ -166,8 +168,16 @@ def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
     winner = np.maximum.accumulate(np.where(first, age, 0))  # the place in `order` of what stands for this row
     repeated = finished & ~first & (status[order] == status[order][winner])
     chosen = order[first if half_way else first & finished]
-    arrays = (array[chosen] for array in (number, position, row, sample, num_tokens, num_prompt_tokens))
-    return Selection(*arrays, int(repeated.sum()), int((first & ~finished).sum()))
+    return Selection(
+        number[chosen],
+        position[chosen],
+        row[chosen],
+        sample[chosen],
+        num_tokens[chosen],
+        num_prompt_tokens[chosen],
+        num_repeated=int(repeated.sum()),
+        num_todo=int((first & ~finished).sum()),
+    )
 
 
 def gather(
@@ -180,7 +190,7 @@ def gather(
     width = 1 + max((part.scores.top for part in parts), default=0)
     for start, stop in blocks(selection.num_tokens * width, selection.num_prompt_tokens):
         numbers, positions = selection.part[start:stop], selection.position[start:stop]
-        block: list = [None] * (stop - start)
+        block: list[Any] = [None] * (stop - start)
         for number in np.unique(numbers):
             places = np.flatnonzero(numbers == number)
             wanted = positions[places]

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from noria.files.atomic import publish, temporary
 from noria.files.provenance import now
@@ -30,7 +31,7 @@ _EMPTY = {
 }
 
 
-def read_segments(folder: Path) -> list[dict]:
+def read_segments(folder: Path) -> list[dict[str, Any]]:
     """The segments of a folder of parts, in order; files that are no segments are left out.
 
     Of each: `start`, `end` (when it was last seen alive, UTC), `ended` (why; "" while it runs, and if it was killed),
@@ -40,7 +41,7 @@ def read_segments(folder: Path) -> list[dict]:
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
 
-def segment_lines(segments: list[dict]) -> list[str]:
+def segment_lines(segments: list[dict[str, Any]]) -> list[str]:
     """Each segment in a line, for people."""
     lines = []
     for number, one in enumerate(segments, 1):
@@ -78,13 +79,13 @@ def history(folder: Path) -> dict[str, object]:
     }
 
 
-def restore(folder: Path, attrs: Mapping) -> None:
+def restore(folder: Path, attrs: Mapping[str, Any]) -> None:
     """Puts the segments that a finished output tells of back among the parts, where its next jobs add theirs."""
     for number, segment in enumerate(segments_of(attrs)):
         _write(folder / f"segment-{number:06}.json", {"format": FORMAT, **segment})
 
 
-def _found(folder: Path) -> list[tuple[Path, dict]]:
+def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     paths = folder.iterdir() if folder.is_dir() else ()
     numbered = sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)))
     found = []
@@ -97,13 +98,13 @@ def _found(folder: Path) -> list[tuple[Path, dict]]:
     return found
 
 
-def _whole(segments: object) -> list[dict]:
+def _whole(segments: object) -> list[dict[str, Any]]:
     """Those that are segments indeed, with every field that all have: a file may hold anything."""
     tables = [{**_EMPTY, **one} for one in segments if isinstance(one, dict)] if isinstance(segments, list) else []
     return [one for one in tables if all(type(one[name]) is type(empty) for name, empty in _EMPTY.items())]
 
 
-def segments_of(attrs: Mapping) -> list[dict]:
+def segments_of(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The segments that the attributes of a finished output tell of."""
     try:
         return _whole(json.loads(attrs.get("segments", "[]")))
@@ -111,7 +112,7 @@ def segments_of(attrs: Mapping) -> list[dict]:
         return []
 
 
-def _write(path: Path, segment: Mapping) -> None:
+def _write(path: Path, segment: Mapping[str, Any]) -> None:
     unsealed = temporary(path)
     with unsealed.open("w") as file:
         json.dump(segment, file, indent=1)
@@ -131,7 +132,13 @@ class Segment:
     run, which ends soon enough if its rows cannot be written either.
     """
 
-    def __init__(self, folder: Path, header: Mapping, facts: Mapping, report: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        header: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        report: Callable[[str], None] | None = None,
+    ):
         self.folder, self._report = folder, report or (lambda message: print(message, file=sys.stderr))
         own = {name: value for name, value in header.items() if name not in _DRAWN}
         self._header = json.loads(json.dumps(own))

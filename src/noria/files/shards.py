@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(name: str, path: Path, entry: dict, data: int) -> Tensor:
+def _tensor(name: str, path: Path, entry: dict[str, Any], data: int) -> Tensor:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     if not isinstance(dtype, str) or not whole or begin > end:
@@ -89,7 +90,7 @@ def _tensor(name: str, path: Path, entry: dict, data: int) -> Tensor:
 class Reader:
     """Reads tensors through one buffer. Of torch's files one is open at a time, mapped into memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffer = bytearray(CHUNK_NBYTES)
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -177,7 +178,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path) -> Any:
     """What torch's own restricted unpickler makes of the file: no code of the file's runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is wrong with the file is said in one line, by the caller

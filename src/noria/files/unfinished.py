@@ -6,6 +6,7 @@ Reads its parts, segments and lock; changes nothing, and may be called while the
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from noria.config import WHOLE, InputError
 from noria.files.generations import describe
@@ -29,6 +30,8 @@ def describe_unfinished(path: Path, verify: bool = False) -> list[str]:
     Of a run that finishes meanwhile, what generations.describe says. Raises InputError for damaged parts if `verify`.
     """
     damaged: list[str] = []
+    parts: list[Part] = []
+    lines: list[str] = []
     for attempt in range(_TRIES):
         try:
             damaged.clear()
@@ -71,7 +74,7 @@ def _lines(path: Path, parts: list[Part], damaged: list[str]) -> list[str]:
     ]
 
 
-def _state(path: Path, segments: list[dict]) -> str:
+def _state(path: Path, segments: list[dict[str, Any]]) -> str:
     holder = held_by(path)
     if holder:
         return f"being written by {holder}"

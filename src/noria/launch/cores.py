@@ -6,6 +6,7 @@ Reads and sets this process's affinity; knows nothing of configurations or messa
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def gpu_node(device: torch.device) -> int | None:
     """The NUMA node of a GPU, None for a CPU and where the machine does not say."""
     if device.type != "cuda":
         return None
-    at = torch.cuda.get_device_properties(device)
+    at: Any = torch.cuda.get_device_properties(device)  # torch's own annotations leave these three out
     try:
         address = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
         node = int((SYSTEM / "bus/pci/devices" / address / "numa_node").read_text())

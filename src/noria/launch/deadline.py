@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from noria.config import parse_walltime
@@ -38,7 +38,12 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str:
     return next((environment[name] for name in JOB_VARIABLES if environment.get(name)), "")
 
 
-def find(walltime: str | int | None, started: float, environment: Mapping[str, str] = os.environ, ask=None) -> Deadline:
+def find(
+    walltime: str | int | None,
+    started: float,
+    environment: Mapping[str, str] = os.environ,
+    ask: Callable[[list[str]], str] | None = None,
+) -> Deadline:
     """The earliest end that is known: `walltime` counts from `started`, a scheduler's limit from the job's own start.
 
     Raises InputError for a walltime that is no time.

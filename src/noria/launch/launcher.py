@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from noria.communicator import Communicator
 from noria.config import Config, InputError
 from noria.launch import cores
 from noria.plan.work import MEMORY_SHARE, Machine
@@ -29,13 +30,13 @@ class Place:
     cores: str = ""
 
 
-def ring_order(comm):
+def ring_order(comm: Communicator) -> Communicator:
     """A communicator whose ranks follow the machines, so that most hops of the ring stay inside a node."""
     hosts = comm.allgather(socket.gethostname())
     return comm.Split(0, key=hosts.index(hosts[comm.Get_rank()]) * len(hosts) + comm.Get_rank())
 
 
-def place(comm) -> Place:
+def place(comm: Communicator) -> Place:
     """Where this rank runs, counted over the communicator. Widens a binding to one core that nobody asked for."""
     rank, host = comm.Get_rank(), socket.gethostname()
     hosts = comm.allgather(host)
@@ -44,7 +45,7 @@ def place(comm) -> Place:
     return Place(host, local_rank, ranks_on_host)
 
 
-def settle(comm, place: Place, device: torch.device) -> Place:
+def settle(comm: Communicator, place: Place, device: torch.device) -> Place:
     """The place with its cores: those near the device, one thread of computation each, shared with the ranks beside."""
     cores.stay_near(device)
     own = tuple(sorted(os.sched_getaffinity(0)))
@@ -72,7 +73,7 @@ def device_of(config: Config, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank % torch.cuda.device_count())
 
 
-def check_sharing(config: Config, comm, place: Place, device: torch.device) -> None:
+def check_sharing(config: Config, comm: Communicator, place: Place, device: torch.device) -> None:
     """Refuses two ranks on one GPU unless they are allowed. Raises InputError on every rank."""
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     gpus = Counter((host, gpu) for host, gpu in comm.allgather((place.host, uuid)) if gpu)
@@ -81,7 +82,7 @@ def check_sharing(config: Config, comm, place: Place, device: torch.device) -> N
         raise InputError(f"{shared[0]}: start one rank per GPU, or set job.allow_gpu_sharing = true")
 
 
-def device_memory(comm, place: Place, device: torch.device) -> int:
+def device_memory(comm: Communicator, place: Place, device: torch.device) -> int:
     """Bytes of the device that this rank may fill; on a CPU its share of what its cgroup and its machine have free."""
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -96,7 +97,7 @@ def host_memory(place: Place) -> int:
     return int(min(_free_memory(), *_cgroup_limits()) * MEMORY_SHARE / place.ranks_on_host)
 
 
-def machine(config: Config, comm, place: Place, device: torch.device) -> Machine:
+def machine(config: Config, comm: Communicator, place: Place, device: torch.device) -> Machine:
     """What the tightest rank has, for the planner. Collective. Raises InputError for a scratch folder that is none."""
     folder, placement = scratch_folder(config), config.placement
     needed = placement.stage or bool((placement.cache or {}).get("disk"))

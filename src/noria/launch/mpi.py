@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from noria.communicator import Communicator
 from noria.config import InputError
@@ -173,7 +173,7 @@ def on_every_rank(comm: Communicator, action: Callable[[], T], hurry: Callable[[
     first = next((rank for rank, error in enumerate(errors) if error is not None), None)
     if first is not None:
         raise Refused(errors[first] if len(set(errors)) == 1 else f"rank {first}: {errors[first]}")
-    return value
+    return cast(T, value)  # without an error it is what the action returned
 
 
 def clock_offset(comm: Communicator) -> int:

@@ -3,18 +3,22 @@
 Every figure is the slowest rank's. Knows no model and no plan but the names of the rates.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from noria import direct, transports
+from noria.communicator import Communicator
 from noria.launch import launcher
 from noria.plan.rates import NAMES, Rates
-from noria.streams import streams_of
+from noria.streams import Event, streams_of
 from noria.tiers import HostMemory
+from noria.transports import Transport
 
 NUM_THREADS = 4  # that read and write, as in tiers.disk
 OPERATIONS = 20  # small ones, such as a layer has
@@ -26,14 +30,20 @@ class Probe:
     """One rank's measurements. `seconds` of each figure, about; `folder` is where the disk is measured."""
 
     def __init__(
-        self, comm, place: launcher.Place, device: torch.device, folder: Path, seconds: float, nbytes: int | None
+        self,
+        comm: Communicator,
+        place: launcher.Place,
+        device: torch.device,
+        folder: Path,
+        seconds: float,
+        nbytes: int | None,
     ):
         self._comm, self._place, self._device, self._folder, self._seconds = comm, place, device, folder, seconds
         self._streams = streams_of(device)
         self._cuda = device.type == "cuda"
         self._nbytes = nbytes or (256 << 20 if self._cuda else 64 << 20)
 
-    def measure(self, transport, say: Callable[[str, float, str], None]) -> Rates:
+    def measure(self, transport: Transport | None, say: Callable[[str, float, str], None]) -> Rates:
         """All rates. Collective. `transport` None: one rank, no messages. `say(name, value, unit)` after each."""
         found: dict[str, float] = {}
         for measured in (self._link, self._memory, self._launches, self._disk, lambda: self._hop(transport)):
@@ -64,7 +74,7 @@ class Probe:
             count += 1
         return elapsed / count
 
-    def _wait(self, made) -> None:
+    def _wait(self, made: Any) -> None:
         """Until an event has completed, or what the compute stream was given so far."""
         (made if hasattr(made, "synchronize") else self._streams.event()).synchronize()
 
@@ -75,7 +85,7 @@ class Probe:
             memory.register(self._device)
         there, here = (torch.zeros(self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
 
-        def both():
+        def both() -> Event:
             loading = self._streams.copy("load", [(there, host.memory)])
             self._streams.copy("store", [(back.memory, here)]).synchronize()
             return loading
@@ -94,14 +104,14 @@ class Probe:
         rates = {}
         for name, device in (("device_memory", self._device), ("host_memory", torch.device("cpu"))):
             source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-            rates[name] = 2 * size / self._timed(lambda target=target, source=source: target.copy_(source))
-        device = launcher.device_memory(self._comm, self._place, self._device)
-        return rates | {"device_capacity": float(device), "host_capacity": float(launcher.host_memory(self._place))}
+            rates[name] = 2 * size / self._timed(functools.partial(target.copy_, source))
+        capacity = launcher.device_memory(self._comm, self._place, self._device)
+        return rates | {"device_capacity": float(capacity), "host_capacity": float(launcher.host_memory(self._place))}
 
     def _launches(self) -> dict[str, float]:
         small = torch.zeros(16, device=self._device)
 
-        def layer():
+        def layer() -> None:
             for _ in range(OPERATIONS):
                 small.add_(1)
 
@@ -118,7 +128,7 @@ class Probe:
         pieces = direct.chunks(most)
         memory = HostMemory(NUM_THREADS * direct.CHUNK_NBYTES)
         memory.touch()
-        views = [memoryview(part.numpy()) for part in memory.memory.split(direct.CHUNK_NBYTES)]
+        views = [part.numpy().data for part in memory.memory.split(direct.CHUNK_NBYTES)]
         file = direct.scratch_file(self._folder, most, "--scratch")
         try:
             with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -131,13 +141,13 @@ class Probe:
             memory.close()
         return {"disk_read": read[0], "disk_write": write[0]}
 
-    def _hop(self, transport) -> dict[str, float]:
+    def _hop(self, transport: Transport | None) -> dict[str, float]:
         if transport is None:
             return {}
         large, small = (self._exchange(transport, nbytes) for nbytes in (MESSAGE_NBYTES, SMALL_NBYTES))
         return {"hop": MESSAGE_NBYTES / max(large - small, 1e-9), "hop_seconds": small}
 
-    def _exchange(self, transport, nbytes: int) -> float:
+    def _exchange(self, transport: Transport, nbytes: int) -> float:
         """Seconds in which a message goes from every rank to the next one: the same number of times on all ranks."""
         rank, num_ranks = self._comm.Get_rank(), self._comm.Get_size()
         sent, received = (torch.zeros(nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
@@ -158,7 +168,11 @@ class Probe:
 
 
 def _passes(
-    pool: ThreadPoolExecutor, pieces: list, views: list[memoryview], call: Callable, seconds: float
+    pool: ThreadPoolExecutor,
+    pieces: list[tuple[int, int]],
+    views: list[memoryview],
+    call: Callable[[int, memoryview], None],
+    seconds: float,
 ) -> tuple[float, int]:
     """Bytes/s of calls for one piece after another, some at once, and how many pieces were done in about `seconds`."""
     done, nbytes, began = 0, 0, time.perf_counter()
@@ -169,7 +183,7 @@ def _passes(
     return nbytes / (time.perf_counter() - began), done
 
 
-def choose_transport(comm, device: torch.device, requested: str) -> tuple[str, str, object]:
+def choose_transport(comm: Communicator, device: torch.device, requested: str) -> tuple[str, str, Transport | None]:
     """The transport's name, why, and the transport (None for one rank). Collective."""
     name, reason = transports.choose(comm, device, requested)
     return name, reason, transports.open_transport(name, comm, device)

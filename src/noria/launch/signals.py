@@ -9,6 +9,9 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
@@ -20,11 +23,11 @@ class Signals:
     `attended`: the run listens, on this rank or another. Until then a second SIGINT ends the process at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.attended = False
         self._interrupted = float("inf")
         self._read, self._write = -1, -1
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._wakeup = -1
         self._woken = threading.Event()
 
@@ -35,7 +38,7 @@ class Signals:
             self._before = {number: signal.signal(number, self._note) for number in STOPS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
@@ -61,7 +64,7 @@ class Signals:
         if self._read >= 0:
             os.write(self._write, b"\0")
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         """A handler, so that the signal does not end the process; the pipe has it."""
         if number == signal.SIGINT and not self.attended:
             now = time.monotonic()

@@ -50,7 +50,7 @@ class Stopping:
         self._sealing.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed = True
         self._signals.wake()
         self.nudge()
@@ -67,7 +67,7 @@ class Stopping:
         return self._deadline.seconds_left - self.margin
 
     def _watch(self) -> None:
-        while not self._closed:
+        while True:
             came = self._signals.wait(min(1.0, max(self.seconds_left, 0.05)))
             if self._closed:
                 return
@@ -93,7 +93,7 @@ class Stopping:
             return
         self.reason = reason
         if self.seal is not None:
-            self._last = threading.Thread(target=self._seal, name="noria-stop", daemon=True)
+            self._last = threading.Thread(target=self._seal, args=[self.seal], name="noria-stop", daemon=True)
             self._last.start()
         else:
             self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
@@ -106,8 +106,8 @@ class Stopping:
             if self.tend is not None and not self._closed and not self.reason:
                 self.tend()
 
-    def _seal(self) -> None:
-        words, round_seconds = self.seal(self.reason)
+    def _seal(self, seal: Callable[[str], tuple[str, float]]) -> None:
+        words, round_seconds = seal(self.reason)
         if self.merging:
             self._watchdog.say(f"{self.reason}: every row is finished, the output is being written: that goes on")
         else:

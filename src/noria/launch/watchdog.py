@@ -26,21 +26,23 @@ class Watchdog:
     does, and given RECORD_SECONDS: the disk may be what fails.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank, self.num_ranks = mpi.launched_rank(), max(mpi.launched(), 1)
         self.host, self.stage = socket.gethostname(), ""
         self.began = time.time()
         self.doing: str | Callable[[], str] = "starting"
         self.record: Callable[[str], None] | None = None
-        self._hooks = None
+        self._hooks = sys.excepthook, threading.excepthook
 
     def __enter__(self) -> "Watchdog":
         self._hooks = sys.excepthook, threading.excepthook
         sys.excepthook = lambda kind, error, _: self.fail(error)
-        threading.excepthook = lambda failed: self.fail(failed.exc_value)
+        threading.excepthook = lambda failed: self.fail(
+            failed.exc_value or RuntimeError("a thread ended without a reason")
+        )
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         sys.excepthook, threading.excepthook = self._hooks
 
     def place(self) -> str:
@@ -61,14 +63,15 @@ class Watchdog:
             self.say(details.rstrip())
         self.say(f"{message}\nwas {self.place()}")
         if self.record is not None:
-            recorder = threading.Thread(target=self._record, args=[message], daemon=True)
+            recorder = threading.Thread(target=_record, args=[self.record, message], daemon=True)
             recorder.start()
             recorder.join(RECORD_SECONDS)
         return abort(code)
 
-    def _record(self, message: str) -> None:
-        with contextlib.suppress(Exception):
-            self.record(message)
+
+def _record(record: Callable[[str], None], message: str) -> None:
+    with contextlib.suppress(Exception):
+        record(message)
 
 
 def abort(code: int) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from noria import kinds
 from noria.config import InputError, require
@@ -49,7 +49,7 @@ def own_id(value: object) -> str | int | None:
     return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
-class Request(dict):
+class Request(dict[str, Any]):
     """A row that was a line of OpenAI's batch format: what it leaves open is OpenAI's default."""
 
 
@@ -98,7 +98,7 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
     try:
         require(path.exists(), f"prompts {path}: no such file")
         require(path.is_file(), f"prompts {path}: not a regular file; it is read more than once")
-        with open(path, "rb", buffering=2**20) as plain:
+        with io.BufferedReader(io.FileIO(path), 2**20) as plain:
             start = plain.peek(2)[:2]
             require(
                 start not in (b"\xff\xfe", b"\xfe\xff"),

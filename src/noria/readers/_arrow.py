@@ -20,7 +20,7 @@ _PLAIN = ("null", "bool", "int", "uint", "float", "double", "string", "large_str
 _LISTS = ("list<", "large_list<", "fixed_size_list<")
 
 
-def values(column: Any) -> list:
+def values(column: Any) -> list[Any]:
     """The values of a pyarrow.Array; for each that has no such form a BadRow, whose error goes on from a column's name."""
     kind = column.type
     while str(kind).startswith(_LISTS):
@@ -59,18 +59,18 @@ def _value(scalar: Any) -> Any:
     return str(value)
 
 
-def _list(scalar: Any) -> list:
+def _list(scalar: Any) -> list[Any]:
     return [_value(one) for one in scalar.values]
 
 
-def _struct(scalar: Any) -> dict:
+def _struct(scalar: Any) -> dict[str, Any]:
     names = [field.name for field in scalar.type]
     if len(set(names)) < len(names):
         raise ValueError(f"a struct has two fields of one name: {', '.join(names)[:60]}")
     return {name: value for name, one in scalar.items() if (value := _value(one)) is not None}
 
 
-def _map(scalar: Any) -> dict | list:
+def _map(scalar: Any) -> dict[str, Any] | list[Any]:
     """An object where all keys are texts or integers, as JSON writes them; else a list of pairs."""
     pairs = [[_value(one) for _, one in entry.items()] for entry in scalar.values]
     if not all(isinstance(key, str | int) and not isinstance(key, bool) for key, _ in pairs):
@@ -96,7 +96,7 @@ def _in_zone(time: datetime, name: str) -> datetime:
     except (ValueError, LookupError, OSError):
         return time
     there = time.astimezone(zone)
-    return time if there.utcoffset() % timedelta(minutes=1) else there
+    return time if (there.utcoffset() or timedelta()) % timedelta(minutes=1) else there
 
 
 def _time_of_day(scalar: Any) -> str:

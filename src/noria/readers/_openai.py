@@ -4,6 +4,7 @@ Knows the format's keys and what Noria calls them; what a value may be is checke
 """
 
 import json
+from typing import Any
 
 from noria.keys import nearest
 from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
@@ -41,12 +42,12 @@ _KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities"}
 _KNOWN |= {*SYNONYMS, *_OURS, *_BESIDE, *_CARRIED, *_LEFT_OUT}
 
 
-def is_request(record: dict) -> bool:
+def is_request(record: dict[str, Any]) -> bool:
     """Whether a line is one of the batch format: no row of Noria's own has a custom_id beside a body."""
     return "custom_id" in record and "body" in record
 
 
-def as_row(record: dict) -> dict | BadRow:
+def as_row(record: dict[str, Any]) -> dict[str, Any] | BadRow:
     """The request as a row: Noria's keys, and `model`, `url`, `user`, `metadata` as the user's own columns.
 
     A key of the body that is neither OpenAI's nor Noria's is refused, as OpenAI does: what it asks for could not be
@@ -67,7 +68,7 @@ def as_row(record: dict) -> dict | BadRow:
     return Request({"chat": False} | row | said)
 
 
-def _error(body, url) -> str | None:
+def _error(body: Any, url: Any) -> str | None:
     """What is wrong with a request."""
     if not isinstance(body, dict):
         return f"body is {json.dumps(body)[:60]}: it must be an object with messages or a prompt"
@@ -94,7 +95,7 @@ def _error(body, url) -> str | None:
     return f"body.{unknown[:100]} is no key of a request{hint} (columns of your own go into metadata or beside body)"
 
 
-def _synonyms(body: dict) -> dict:
+def _synonyms(body: dict[str, Any]) -> dict[str, Any]:
     """The keys of the body that have another name in Noria. OpenAI's max_completion_tokens replaces its max_tokens."""
     found = {name: body[name] for name in SYNONYMS if body.get(name) is not None}
     if "max_completion_tokens" in found:
@@ -102,7 +103,7 @@ def _synonyms(body: dict) -> dict:
     return found
 
 
-def _logprobs(body: dict) -> dict:
+def _logprobs(body: dict[str, Any]) -> dict[str, Any]:
     """Chat requests ask with a boolean and the number of alternatives, completions with that number alone."""
     asked, top = body.get("logprobs"), body.get("top_logprobs")
     if asked is None or asked is False:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 OWN = ("id", "prompt", "messages", "token_ids")  # Noria's own columns
 # The likeliest first.
@@ -10,7 +11,7 @@ _PROMPTS = ("question", "turns", "text", "query", "problem", "input", "content",
 _CONTEXTS = ("input", "context")  # beside an instruction
 
 
-def flag_for(row: Mapping | Iterable[str]) -> str:
+def flag_for(row: Mapping[str, Any] | Iterable[str]) -> str:
     """The flag by which rows with these columns would have a prompt, as it is typed; "" where none is known."""
     names = {folded(name): name for name in row if isinstance(name, str) and name not in OWN}
     for kind in ("prompt", "messages"):

@@ -39,7 +39,8 @@ class Feed:
     """The lines of a file as text with their ends. It counts what a record takes, and gives lines back to be read again."""
 
     def __init__(self, path: str | Path):
-        self._lines, self._back = _numbered(path), deque()
+        self._lines = _numbered(path)
+        self._back: deque[tuple[int, str | None]] = deque()
         self.taken: list[tuple[int, str | None]] = []  # the lines of this record, with their numbers
         self._nbytes = 0
 

@@ -8,29 +8,30 @@ import typing
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from noria.config import InputError, Sampling, require
+from noria.keys import types_of
 from noria.names import SYNONYMS
 from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-_HINTS = typing.get_type_hints(Sampling)
+_HINTS = types_of(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
 _VALUES = {"messages", "token_ids", *SYNONYMS, *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The table's rows, in order; BadRow for a record that does not fit it. Raises InputError for a bad file."""
     table = records(path)
     _, header = next(table, (1, None))
     if header is None:
         return
-    require(
-        not isinstance(header, BadRow), f"prompts {path}: its header cannot be read: {getattr(header, 'error', '')}"
-    )
+    if isinstance(header, BadRow):
+        raise InputError(f"prompts {path}: its header cannot be read: {header.error}")
     _check_header(path, header, names)
     for number, record in table:
         yield record if isinstance(record, BadRow) else _row(header, record, number)
@@ -48,7 +49,7 @@ def _check_header(path: str | Path, header: list[str], names: Collection[str]) -
         raise InputError(f"prompts {path}: its first line names {table_without(names, header)}")
 
 
-def _row(header: list[str], record: list[str], number: int) -> dict | BadRow:
+def _row(header: list[str], record: list[str], number: int) -> dict[str, Any] | BadRow:
     if len(record) != len(header):
         return BadRow(f"line {number} has {len(record)} cells, the header has {len(header)}")
     row = {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
@@ -57,7 +58,7 @@ def _row(header: list[str], record: list[str], number: int) -> dict | BadRow:
     return row
 
 
-def _value(name: str, cell: str):
+def _value(name: str, cell: str) -> Any:
     if name == "prompt":
         return cell
     if cell == "" and (name in _VALUES or name in _EITHER or name in (*PROMPT_NAMES, "id")):

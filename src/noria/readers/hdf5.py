@@ -7,6 +7,7 @@ Knows no key of a row.
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -23,7 +24,7 @@ MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
 _RAGGED = ("tokens", "offsets")
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
     with _opened(path, names) as (columns, num_rows):
         tokens = columns.pop("tokens", None)
@@ -133,10 +134,11 @@ def _num_rows(columns: dict[str, h5py.Dataset], path: str | Path, names: Collect
     return num_rows
 
 
-def _row(values: dict[str, np.ndarray], place: int, row: int, tokens: h5py.Dataset | None) -> dict | BadRow:
+def _row(values: dict[str, np.ndarray], place: int, row: int, tokens: h5py.Dataset | None) -> dict[str, Any] | BadRow:
     record = {}
     for name, column in values.items():
         if name == "offsets":
+            assert tokens is not None, "offsets stand beside tokens"
             first, last = int(column[place]), int(column[place + 1])
             if not 0 <= first <= last <= len(tokens) or (last - first) * 8 > readers.MAX_LINE_NBYTES:
                 return BadRow(f"row {row}: its tokens are {first} to {last} of {len(tokens)}: offsets are wrong")
@@ -150,7 +152,7 @@ def _row(values: dict[str, np.ndarray], place: int, row: int, tokens: h5py.Datas
     return record
 
 
-def _value(value):
+def _value(value: Any) -> Any:
     """A value of a column as JSON would have it; NaN, which tables have where nothing is given, is none."""
     if isinstance(value, bytes):
         return value.decode()

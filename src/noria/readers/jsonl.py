@@ -6,6 +6,7 @@ Knows no key of a row.
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from noria.readers import BadRow, _openai, lines, too_long
 
@@ -13,7 +14,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
-def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for a bad file."""
     for number, line in enumerate(lines(path), 1):
         if line is None:
@@ -27,7 +28,7 @@ def count(path: str | Path, names: Collection[str] = ()) -> int:
     return sum(1 for line in lines(path) if line is None or line.strip())
 
 
-def _parse(line: bytes, number: int) -> dict | BadRow:
+def _parse(line: bytes, number: int) -> dict[str, Any] | BadRow:
     try:
         record = json.loads(line.decode())
         if not isinstance(record, dict):

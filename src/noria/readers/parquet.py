@@ -6,6 +6,7 @@ Read a batch of rows at a time. Knows no key of a row.
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from noria import readers
 from noria.config import InputError, require
@@ -18,7 +19,7 @@ MAX_GROUP_NBYTES = 2**30  # a row group's columns, unpacked
 _MAX_TEXT = 2**27  # of the file's own description
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
     with _opened(path, names) as file:
         row = 0
@@ -28,7 +29,7 @@ def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[di
                 row += 1
 
 
-def _batches(file) -> Iterator:
+def _batches(file: Any) -> Iterator[Any]:
     """A batch has rows of one group: pyarrow does not put nested dictionaries of several together."""
     for group in range(file.metadata.num_row_groups):
         yield from file.iter_batches(BATCH_ROWS, row_groups=[group])
@@ -41,7 +42,7 @@ def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
 
 
 @contextmanager
-def _opened(path: str | Path, names: Collection[str]):
+def _opened(path: str | Path, names: Collection[str]) -> Iterator[Any]:
     with readers.opened(path):
         pass
     try:
@@ -63,7 +64,7 @@ def _opened(path: str | Path, names: Collection[str]):
         ) from error
 
 
-def _check(file, path: str | Path, wanted: Collection[str]) -> None:
+def _check(file: Any, path: str | Path, wanted: Collection[str]) -> None:
     names = file.schema_arrow.names
     shown = ", ".join(names)[:100]
     require(len(set(names)) == len(names), f"prompts {path}: two columns have the same name: {shown}")
@@ -81,7 +82,7 @@ def _check(file, path: str | Path, wanted: Collection[str]) -> None:
     )
 
 
-def _row(record: dict, row: int) -> dict | BadRow:
+def _row(record: dict[str, Any], row: int) -> dict[str, Any] | BadRow:
     for name, value in record.items():
         if isinstance(value, BadRow):
             return BadRow(f"row {row}: {name[:100]!r} {value.error}", own_id(record.get("id")))

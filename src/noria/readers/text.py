@@ -5,13 +5,14 @@ Row r is line r + 1: a blank line between others is a row with an empty prompt, 
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from noria.readers import BadRow, lines, too_long
 
 SUFFIXES = (".txt", ".txt.gz")
 
 
-def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict | BadRow]:
+def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for a bad file."""
     blank = 0
     for number, line in enumerate(lines(path), 1):
@@ -33,7 +34,7 @@ def count(path: str | Path, names: Collection[str] = ()) -> int:
     return last
 
 
-def _parse(line: bytes | None, number: int) -> dict | BadRow:
+def _parse(line: bytes | None, number: int) -> dict[str, Any] | BadRow:
     if line is None:
         return BadRow(too_long(number))
     try:

@@ -20,7 +20,7 @@ from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.stopping import finish_reason
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
-from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Step, Word
+from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Run, Step, Word
 
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
 # tier than this is free, the first in line waits for a run that holds it whole. Larger: more pages lie idle.
@@ -101,7 +101,7 @@ class Admission:
         self._over = False
 
     @property
-    def samples(self) -> array:
+    def samples(self) -> "array[int]":
         """Of each prompt read so far, in order, how many rows the output has of it."""
         return self._line.samples
 
@@ -155,9 +155,9 @@ class Admission:
                 rows.append((sequence, self._chunk(sequence, budget)))
                 budget -= rows[-1][1]
         admitted = []
-        while budget > 0 and not self._stopping and (sequence := self._admit(group)):
-            admitted.append(Admitted(sequence.slot, sequence.runs, sampler_settings(sequence, self._end_token_ids)))
-            rows.append((sequence, self._chunk(sequence, budget)))
+        while budget > 0 and not self._stopping and (new := self._admit(group)):
+            admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
+            rows.append((new, self._chunk(new, budget)))
             budget -= rows[-1][1]
         rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released, self._released[group] = tuple(self._released[group]), []
@@ -216,7 +216,7 @@ class Admission:
         rows = zip(step.slots.tolist(), step.positions.tolist(), [0, *ends], ends, strict=False)
         for slot, position, start, end in rows:
             sequence = self._active[step.group].get(slot)
-            if sequence is not None and end > start:
+            if sequence is not None and sequence.prompt_logprobs is not None and end > start:
                 values = result.prompt_logprobs[start:end]
                 sequence.prompt_logprobs[position + 1 : position + 1 + end - start] = values
                 if np.isnan(values).any():
@@ -225,7 +225,7 @@ class Admission:
     def _prompt_computed(self, sequence: Sequence) -> None:
         """After the first answer to a family's leader every rank has the prompt's pages: the others may share them."""
         family, sequence.family = sequence.family, None
-        if family.leader is sequence and family.waiting:
+        if family is not None and family.leader is sequence and family.waiting:
             self._line.computed(family)
 
     def _end(self, group: int, sequence: Sequence) -> None:
@@ -244,13 +244,12 @@ class Admission:
         known = self.num_active + self._line.num_left
         if not self._free_slots[group] or len(active) >= -(-known // limits.groups):
             return None
-        follows = sequence.family is not None and sequence.family.leader is not sequence
-        shared = sequence.family.shared if follows else ()
+        leader = sequence.family.leader if sequence.family is not None else sequence
+        shared = sequence.family.shared if sequence.family is not None and leader is not sequence else ()
         count = num_pages(sequence, limits.max_positions) - sum(run.count for run in shared)
-        tiers = [sequence.family.leader.tier] if follows else range(len(self._pages))
+        tiers = range(len(self._pages)) if leader is sequence else [leader.tier]
         tier = next((tier for tier in tiers if self._has_room(group, tier, count, shared)), None)
-        runs = None if tier is None else self._pages[tier].reserve(count)
-        if runs is None:
+        if tier is None or (runs := self._pages[tier].reserve(count)) is None:
             return None
         self._pages[tier].share(shared)
         sequence.slot, sequence.num_own_pages, sequence.tier = self._free_slots[group].popleft(), count, tier
@@ -264,7 +263,7 @@ class Admission:
             self._hold(sequence, sequence.family)
         return sequence
 
-    def _has_room(self, group: int, tier: int, count: int, shared: tuple) -> bool:
+    def _has_room(self, group: int, tier: int, count: int, shared: tuple[Run, ...]) -> bool:
         """Whether a sequence of this group may take so many pages of a tier: the group's equal share, or all if it is empty."""
         pages = self._pages[tier]
         if tier and count + sum(run.count for run in shared) > self._limits.slot_pages:

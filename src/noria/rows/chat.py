@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 from noria.config import InputError, Sampling, require
-from noria.files.checkpoint import MORE_TEMPLATES
+from noria.files.checkpoint import MORE_TEMPLATES, OpenModel
 from noria.helper import Helper
 from noria.rows.continuing import FIELDS, Continued
 from noria.rows.forms import formed, reads_parts_alone
@@ -34,13 +35,13 @@ _MOST_WARNINGS = 20
 class Asked:
     """What a rendering is asked for beside its messages, by transformers' names; `kwargs` are the template's own keys."""
 
-    tools: list | None = None
-    documents: list | None = None
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
     continue_final_message: bool | str = False
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
-    kwargs: Mapping | None = None
+    kwargs: Mapping[str, Any] | None = None
 
-    def variables(self) -> dict:
+    def variables(self) -> dict[str, Any]:
         """What the template sees."""
         begins = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
         beside = {"tools": self.tools, "documents": self.documents, "add_generation_prompt": begins}
@@ -81,7 +82,7 @@ class Chat:
         usable = bool(self.sources) and not self.error
         return usable and reads_parts_alone(lambda messages: self._rendered(messages, Asked()))
 
-    def render(self, messages: list[dict], asked: Asked | None = None) -> str:
+    def render(self, messages: list[dict[str, Any]], asked: Asked | None = None) -> str:
         """The text of a conversation, up to where the model's answer begins. Raises InputError."""
         asked = asked or Asked()
         if not self.sources:
@@ -99,11 +100,11 @@ class Chat:
         """Whether a template has this word, without which it cannot read a key of this name."""
         return any(name in source for source in self.sources.values())
 
-    def _rendered(self, messages: list[dict], asked: Asked) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], asked: Asked) -> str:
         variables = self._special_tokens | asked.variables() | {"messages": messages}
         return self._template(asked.tools).render(variables)
 
-    def _template(self, tools: list | None) -> Template:
+    def _template(self, tools: list[Any] | None) -> Template:
         """The one that transformers takes: `tool_use` for tools where there is one, else `default`."""
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         found = self._templates.get(name)
@@ -116,7 +117,7 @@ def _unusable(error: InputError) -> str:
     return f"the model's chat template cannot be used: {error}: mend it in the model's directory and convert again"
 
 
-def _with_reasoning(message: dict) -> dict:
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under every name that templates read it by, as transformers hands it on."""
     found = next((message[name] for name in FIELDS if message.get(name) is not None), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
@@ -135,7 +136,7 @@ class Encoder:
         self._tokenizer, self._chat, self._vocab_size = tokenizer, chat, vocab_size
         self._settings = {"chat": sampling.chat, "system": sampling.system}
         self._kwargs = sampling.chat_template_kwargs or {}
-        self._warn, self._warned = warn, set()
+        self._warn, self._warned = warn, set[str]()
         require(not sampling.chat or chat.sources, f"sampling.chat: the model has no chat template: {_REMEDY}")
         require(not sampling.chat or not chat.error, f"sampling.chat: {chat.error}")
         require(sampling.chat or sampling.system is None, "sampling.system needs sampling.chat: add --chat")
@@ -179,20 +180,25 @@ class Encoder:
 
 
 def encoder_of(
-    checkpoint, tokenizer: Tokenizer, sampling: Sampling, date: datetime, warn: Callable, helper: Helper | None = None
+    checkpoint: OpenModel,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    date: datetime,
+    warn: Callable[[str], None],
+    helper: Helper | None = None,
 ) -> Encoder:
     """A checkpoint's way from rows to token ids. Raises InputError for what its tokenizer or template cannot honour."""
     chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, date, helper)
     return Encoder(tokenizer, chat, sampling, checkpoint.shape.vocab_size, warn)
 
 
-def conversation(prompt: Prompt, system: str | None, as_parts: bool = False) -> list[dict]:
+def conversation(prompt: Prompt, system: str | None, as_parts: bool = False) -> list[dict[str, Any]]:
     """The row's messages, or its prompt as a user's; `system` goes before those that begin with none of their own.
 
     `as_parts`: what is put into a message here is a content part.
     """
 
-    def said(role: str, text: str) -> dict:
+    def said(role: str, text: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
 
     messages = prompt.messages or [said("user", prompt.prompt)]
@@ -212,7 +218,7 @@ def template_sources(files: Mapping[str, bytes]) -> dict[str, str]:
     reads with processors alone, comes last.
     """
     if "chat_template.jinja" in files or MORE_TEMPLATES in files:
-        more = _json_file(files, MORE_TEMPLATES)
+        more: Any = _json_file(files, MORE_TEMPLATES)
         default = {"default": _decoded(files, "chat_template.jinja")} if "chat_template.jinja" in files else {}
         return _checked_sources(default | more, MORE_TEMPLATES)
     for name in ("tokenizer_config.json", "chat_template.json"):
@@ -225,7 +231,7 @@ def template_sources(files: Mapping[str, bytes]) -> dict[str, str]:
     return {}
 
 
-def _checked_sources(found: dict, file: str) -> dict[str, str]:
+def _checked_sources(found: dict[str, Any], file: str) -> dict[str, str]:
     for name, source in found.items():
         texts = isinstance(name, str) and isinstance(source, str)
         require(texts, f"the checkpoint's {file}: its chat_template {str(name)[:40]!r} is no text")

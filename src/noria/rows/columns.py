@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from noria.readers import OWN, flag_for, folded
 
@@ -41,16 +42,16 @@ class Content:
     """What is to be continued: one of prompt, messages and token_ids (as they stand, not checked); the row's id; `rest`,
     its other columns. `error`: why nothing is; `notes`: what the run's user must know of such rows."""
 
-    prompt: object = None
-    messages: object = None
-    token_ids: object = None
-    id: object = None
-    rest: dict = field(default_factory=dict)
+    prompt: Any = None
+    messages: Any = None
+    token_ids: Any = None
+    id: Any = None
+    rest: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def content_of(record: dict, columns: Columns) -> Content:
+def content_of(record: dict[str, Any], columns: Columns) -> Content:
     """The row by its columns. A column that the run names goes before Noria's own, messages before prompt; what is not
     taken is a column of the user's own."""
     found = Content(rest=dict(record))
@@ -102,11 +103,11 @@ def _of_a_data_set(found: Content, columns: Columns) -> None:
             found.error = str(error)
 
 
-def _is_conversation(value) -> bool:
+def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
-def _message(message, place: int):
+def _message(message: Any, place: int) -> Any:
     """A message with role and content where it has ShareGPT's from and value. Raises ValueError for another speaker."""
     if not isinstance(message, dict) or "role" in message or "from" not in message or "value" not in message:
         return message
@@ -117,7 +118,7 @@ def _message(message, place: int):
     return {"role": _ROLES[speaker], "content": message["value"]} | others
 
 
-def _look(record: Mapping, name: str):
+def _look(record: Mapping[str, Any], name: str) -> Any:
     """The value of a column, of several that are one prompt, or at a path; None without any."""
     if name in record:
         return record[name]
@@ -132,19 +133,19 @@ def _look(record: Mapping, name: str):
     return None if value is record else value
 
 
-def _at(value, step: str):
+def _at(value: Any, step: str) -> Any:
     if isinstance(value, Mapping):
         return value.get(step)
     index = int(step) if step.isascii() and step.isdigit() and len(step) < 7 else None
     return value[index] if isinstance(value, list) and index is not None and index < len(value) else None
 
 
-def _take(rest: dict, name: str):
+def _take(rest: dict[str, Any], name: str) -> Any:
     """The value of a column, which leaves the others; one that was put together, or of a path, leaves them as they are."""
     return rest.pop(name) if name in rest else _look(rest, name)
 
 
-def _nothing(record: Mapping, columns: Columns) -> str:
+def _nothing(record: Mapping[str, Any], columns: Columns) -> str:
     """Why a row has nothing to continue, with the flag that would read it."""
     named = [f"{kind} column {name!r}" for kind in ("prompt", "messages") if (name := getattr(columns, kind))]
     lacking = f"no {' and no '.join(named)}" if named else "neither prompt nor messages nor token_ids"
@@ -163,7 +164,7 @@ def _nearly(name: str) -> str | None:
     return f"column {name!r} is not {meant!r}: it is carried as a column of your own{does}"
 
 
-def _json(text: str):
+def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

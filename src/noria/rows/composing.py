@@ -1,11 +1,25 @@
 """A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
 
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
 from noria.rows.sequence import Sequence
 from noria.step import PAGE_TOKENS, Admitted, Step, Word
+
+
+class Cuts(Protocol):
+    """How a step is cut into microbatches: rows.admission.Limits, of which this file knows no more."""
+
+    @property
+    def microbatch_tokens(self) -> int: ...
+
+    @property
+    def microbatches(self) -> int: ...
+
+    @property
+    def slot_pages(self) -> int: ...
 
 
 def compose(
@@ -14,14 +28,17 @@ def compose(
     released: tuple[int, ...],
     admitted: tuple[Admitted, ...],
     rows: list[tuple[Sequence, int]],
-    limits,
+    limits: Cuts,
 ) -> Step:
     """The step in which each of these sequences advances by so many tokens; counts them as cached.
 
     limits.microbatch_tokens and limits.microbatches say how it is cut.
     """
     token_ids: list[int] = []
-    positions, sampled, score_rows, score_ids = [], [], [], []
+    positions: list[int] = []
+    sampled: list[tuple[int, Sequence]] = []
+    score_rows: list[int] = []
+    score_ids: list[int] = []
     for sequence, count in rows:
         positions.append(sequence.cached)
         if sequence.scores:
@@ -52,12 +69,12 @@ def compose(
     )
 
 
-def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits) -> list[int]:
+def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits: Cuts) -> list[int]:
     """Borders [K+1] of the step's microbatches: each in one tier, and beyond the device within a staging buffer's pages."""
     counts = [count for _, count in rows]
     borders = [0]
-    for tier, members in groupby(range(len(rows)), key=lambda row: rows[row][0].tier):
-        first, *_ = members = list(members)
+    for tier, group in groupby(range(len(rows)), key=lambda row: rows[row][0].tier):
+        first, *_ = members = list(group)
         pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members] if tier else None
         its = [counts[row] for row in members]
         borders += [

@@ -3,6 +3,8 @@
 A tag behind the message's text shows where the template writes it; what comes after it is cut off.
 """
 
+from typing import Any
+
 from noria.config import InputError, require
 
 FIELDS = (
@@ -19,7 +21,7 @@ class Continued:
     `source` is the template's. Raises InputError where there is nothing to continue, as transformers does.
     """
 
-    def __init__(self, messages: list[dict], field: bool | str, source: str):
+    def __init__(self, messages: list[dict[str, Any]], field: bool | str, source: str):
         field = field if isinstance(field, str) else "content"
         final = messages[-1]
         text = final.get(field)
@@ -27,11 +29,13 @@ class Continued:
         names = [name for name in FIELDS if final.get(name) == text] if field in FIELDS else [field]
         read = any(name in source for name in names)
         require(read, f"continue_final_message: the chat template does not read {field!r}")
+        tagged: str | list[dict[str, Any]]
         if isinstance(text, list):
             self._text, tagged = _tagged_parts(text)
-        else:
-            require(isinstance(text, str), f"continue_final_message: {field!r} of the final message is no text")
+        elif isinstance(text, str):
             self._text, tagged = text, text + _TAG
+        else:
+            raise InputError(f"continue_final_message: {field!r} of the final message is no text")
         self.messages = [*messages[:-1], final | dict.fromkeys(names, tagged)]
 
     def cut(self, said: str) -> str:
@@ -45,7 +49,7 @@ class Continued:
         return kept if said.startswith(_TAG, end) else kept.rstrip()
 
 
-def _tagged_parts(parts: list[dict]) -> tuple[str, list[dict]]:
+def _tagged_parts(parts: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """The last text among content parts, and the parts with the tag behind it."""
     place = max((place for place, part in enumerate(parts) if "text" in part), default=None)
     if place is None:

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from noria.blocks import ModelShape
 from noria.config import TIERS, Config, InputError, shard_rows
 from noria.files.agreement import ANEW, OLD_RULES
+from noria.files.checkpoint import OpenModel
 from noria.files.compact import Compactor
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
@@ -23,6 +25,7 @@ from noria.files.segments import history
 from noria.helper import Helper
 from noria.plan.planner import Plan
 from noria.progress import Progress, log
+from noria.rows import sequence as sequences
 from noria.rows.admission import Admission, Limits
 from noria.rows.begun import take_up
 from noria.rows.chat import Encoder, encoder_of, tells_date
@@ -49,7 +52,13 @@ class Desk:
     """
 
     def __init__(
-        self, config: Config, work: Work, plan: Plan, checkpoint, segment: Mapping, helper: Helper | None = None
+        self,
+        config: Config,
+        work: Work,
+        plan: Plan,
+        checkpoint: OpenModel,
+        segment: Mapping[str, Any],
+        helper: Helper | None = None,
     ):
         self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
         self._helper = helper
@@ -63,7 +72,8 @@ class Desk:
         )  # held while the run goes on with what `tend` does; after `lock`, before that of parts
         self._failure: Exception | None = None  # of `tend`: the next step raises it
         self.seconds_left: Callable[[], float] = lambda: float("inf")
-        self._groups, self._step_seconds, self._last = plan.groups, 0.0, None
+        self._groups, self._step_seconds = plan.groups, 0.0
+        self._last: float | None = None
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
         make_room(config)
@@ -74,7 +84,7 @@ class Desk:
             self._parts.withdraw()
             raise
 
-    def _open(self, plan: Plan, segment: Mapping) -> None:
+    def _open(self, plan: Plan, segment: Mapping[str, Any]) -> None:
         """From the parts that are there to the admission of what is left; last of all the record of this job."""
         config, parts = self._config, self._parts
         self._agree()
@@ -130,7 +140,7 @@ class Desk:
                 self._parts.end("walltime")
         self._progress.end(self._config.output)
 
-    def withdraw(self, kind, error, trace) -> None:
+    def withdraw(self, kind: object, error: BaseException | None, trace: object) -> None:
         """The way out after an error: a run that was refused before any row was sealed leaves nothing behind."""
         if isinstance(error, InputError) and not self._parts.parts:
             self._parts.withdraw()
@@ -204,7 +214,7 @@ class Desk:
             remedy = "make room and start the same run again"
             raise OSError(error.errno, f"{said} {remedy}", str(parts.folder)) from error
 
-    def close(self, attrs: Mapping, timings: Sequence[Mapping[str, float]]) -> None:
+    def close(self, attrs: Mapping[str, Any], timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
         with self.lock, self._tending:
@@ -224,12 +234,12 @@ class Desk:
     def _note(self, message: str) -> None:
         log(0, 1, f"note: {message}")
 
-    def _finish(self, sequence) -> None:
+    def _finish(self, sequence: sequences.Sequence) -> None:
         row = generation(sequence, self._tokenizer, self._logprobs_dtype)
         self._parts.add(row)
         self._progress.add(rows=1, errors=row.status == "error")
 
-    def _take_up(self, sequence) -> None:
+    def _take_up(self, sequence: sequences.Sequence) -> None:
         """Gives the sequence the tokens that an earlier job sealed for it."""
         begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
         if begun is not None:

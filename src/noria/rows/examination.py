@@ -7,11 +7,12 @@ import contextlib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape
 from noria.config import Config, InputError, require
 from noria.files.agreement import OLD_RULES
-from noria.files.checkpoint import open_checkpoint, parse_json
+from noria.files.checkpoint import OpenModel, open_checkpoint, parse_json
 from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.helper import Helper
@@ -37,7 +38,7 @@ class Work:
     blocks: dict[str, Block]
     dtype: str
     prompts_hash: str
-    prompt_files: list[dict]  # see source.prompt_files
+    prompt_files: list[dict[str, Any]]  # see source.prompt_files
     load: Load  # how long its rows are
     identity: Identity
     said: list[str]  # for the user, a line each
@@ -69,7 +70,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, files, load, own, said)
 
 
-def _encoder(config: Config, checkpoint, helper: Helper | None, date: datetime | None = None) -> Encoder:
+def _encoder(config: Config, checkpoint: OpenModel, helper: Helper | None, date: datetime | None = None) -> Encoder:
     """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
@@ -90,23 +91,24 @@ def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
     return said + ([chat.error] if chat.error else [])
 
 
-def open_model(config: Config, dtype: str | None):
+def open_model(config: Config, dtype: str) -> OpenModel:
     """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
-    if config.job.random_weights is None:
+    if config.model is not None:
         model = Path(config.model)
         found = "is a folder" if model.is_dir() else "does not exist"
         require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
         return open_checkpoint(config.model)
-    return random_checkpoint(_shape_file(config), dtype)
+    assert config.job.random_weights is not None, "a run has a model or random weights"
+    return random_checkpoint(_shape_file(config.job.random_weights), dtype)
 
 
-def _shape_file(config: Config) -> dict:
+def _shape_file(path: str) -> dict[str, Any]:
     """The config.json of random weights."""
     try:
-        text = Path(config.job.random_weights).read_bytes()
+        text = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"random_weights {config.job.random_weights}: {error.strerror}") from error
-    return parse_json(text, config.job.random_weights)
+        raise InputError(f"random_weights {path}: {error.strerror}") from error
+    return parse_json(text, path)
 
 
 def dtype_of(config: Config, stored: str | None, device: str) -> str:
@@ -114,7 +116,7 @@ def dtype_of(config: Config, stored: str | None, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
     if device != "cpu" and stored is None and config.job.random_weights:
-        shape = _shape_file(config)
+        shape = _shape_file(config.job.random_weights)
         named = shape.get("dtype", shape.get("torch_dtype"))
         stored = named if named in DTYPE_NBYTES else None
     return "float32" if device == "cpu" else stored or "bfloat16"

@@ -1,19 +1,21 @@
 """A sequence as the row that is written for it. Knows no file format and no schedule."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from noria.config import InputError, Sampling
 from noria.files.generations import Generation
+from noria.rows import sequence as sequences
 from noria.rows.stopping import StopTexts, ends, with_special_stops
 from noria.rows.tokenizer import Tokenizer
 
 
-def generation(sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Generation:
+def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Generation:
     """The row of a sequence: `done`, `error` if it has one, or `todo` if it was stopped half-way.
 
-    `sequence` is a rows.sequence.Sequence; its token_ids are those generated. The end token that stopped it is in
+    Its token_ids are those generated. The end token that stopped it is in
     `token_ids` and not in `text`, nor is the stop text, unless sampling.include_stop_str_in_output; tokens that the
     tokenizer cannot write are an error too. Log-probabilities are kept in `dtype`.
     """
@@ -39,7 +41,7 @@ def generation(sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Gene
     )
 
 
-def _text(sequence, tokenizer: Tokenizer) -> tuple[str, str]:
+def _text(sequence: sequences.Sequence, tokenizer: Tokenizer) -> tuple[str, str]:
     """What a sequence says, and why it says nothing if it has or makes an error."""
     if sequence.error:
         return "", sequence.error
@@ -73,9 +75,10 @@ def text_again(
     return writer.continuation(prompt_token_ids, written)[:end]
 
 
-def _scores(sequence, dtype: type) -> dict[str, np.ndarray]:
+def _scores(sequence: sequences.Sequence, dtype: type) -> dict[str, Any]:
     """The log-probabilities that the row asked for, of as many tokens as it has."""
-    scores, asked = {}, sequence.sampling.logprobs
+    asked = sequence.sampling.logprobs
+    scores: dict[str, Any] = {}
     if asked is not None and sequence.sampling.max_new_tokens:
         scores["logprobs"] = np.array(sequence.logprobs, dtype)
         if asked:

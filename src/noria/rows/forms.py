@@ -9,15 +9,18 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any, TypeAlias
 
 from noria.rows.template import TemplateError, TemplateStopped
+
+Render: TypeAlias = Callable[[list[dict[str, Any]]], str]  # the text of messages
 
 ARGUMENTS = "arguments"  # beside the roles whose contents are parts: what a form is chosen for
 _MARK = "40917{:06d}26385"  # digits: no filter of texts changes them
 _PRINTED = "\x85"  # behind a mark: Python prints it as \\x85, and JSON as it is or as \\u0085
 
 
-def formed(messages: list[dict], render: Callable[[list[dict]], str]) -> list[dict]:
+def formed(messages: list[dict[str, Any]], render: Render) -> list[dict[str, Any]]:
     """The messages in the form that the template behind `render` reads.
 
     Content parts stay parts where it reads parts and are joined with a space, as transformers' server does it, where it
@@ -28,7 +31,7 @@ def formed(messages: list[dict], render: Callable[[list[dict]], str]) -> list[di
     return _with(messages, _taken(messages, wanted, render)) if wanted else messages
 
 
-def reads_parts_alone(render: Callable[[list[dict]], str]) -> bool:
+def reads_parts_alone(render: Callable[[list[dict[str, Any]]], str]) -> bool:
     """Whether the template behind `render` loses a message whose content is a text, and reads it in a part."""
     mark = _MARK.format(0)
     for content in (mark, [{"type": "text", "text": mark}]):
@@ -38,7 +41,7 @@ def reads_parts_alone(render: Callable[[list[dict]], str]) -> bool:
     return True
 
 
-def _wanted(messages: list[dict]) -> Iterator[str]:
+def _wanted(messages: list[dict[str, Any]]) -> Iterator[str]:
     """The roles whose messages have parts, and ARGUMENTS if there are such texts: what has two forms."""
     for message in messages:
         if isinstance(message.get("content"), list):
@@ -47,7 +50,7 @@ def _wanted(messages: list[dict]) -> Iterator[str]:
             yield ARGUMENTS
 
 
-def _taken(messages: list[dict], wanted: frozenset, render: Callable) -> frozenset:
+def _taken(messages: list[dict[str, Any]], wanted: frozenset[str], render: Render) -> frozenset[str]:
     """Of `wanted` what the template takes in its first form: as parts, as an object."""
     for kept in _choices(wanted):
         marks = _Marks()
@@ -61,13 +64,13 @@ def _taken(messages: list[dict], wanted: frozenset, render: Callable) -> frozens
     return wanted
 
 
-def _choices(wanted: frozenset) -> list[frozenset]:
+def _choices(wanted: frozenset[str]) -> list[frozenset[str]]:
     """All, all but one, one alone, none."""
     found = [wanted, *(wanted - {one} for one in sorted(wanted)), *(frozenset({one}) for one in sorted(wanted))]
     return list(dict.fromkeys([*found, frozenset()]))
 
 
-def _tried(render: Callable, messages: list[dict]) -> str | None:
+def _tried(render: Render, messages: list[dict[str, Any]]) -> str | None:
     try:
         return render(messages)
     except TemplateStopped:
@@ -82,21 +85,21 @@ class _Marks:
     Beside each is a second one under a key of its own, which Python writes otherwise where it prints an object.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._numbers = count()
         self._given: dict[str, list[str]] = {}
 
-    def part(self, part: dict) -> dict:
+    def part(self, part: dict[str, Any]) -> dict[str, Any]:
         """A content part with a mark as its text."""
         mark = _MARK.format(next(self._numbers))
         return part | {"text": mark, mark: mark + _PRINTED}
 
-    def argument(self) -> dict:
+    def argument(self) -> dict[str, Any]:
         """A key and a value among a call's arguments."""
         mark = _MARK.format(next(self._numbers))
         return {mark: mark + _PRINTED}
 
-    def note(self, wanted: str, found: dict) -> dict:
+    def note(self, wanted: str, found: dict[str, Any]) -> dict[str, Any]:
         """The marked object, kept in mind for `wanted`."""
         self._given.setdefault(wanted, []).append(next(reversed(found)))
         return found
@@ -108,12 +111,12 @@ class _Marks:
         return any(mark in said for mark in given) and not printed
 
 
-def _with(messages: list[dict], kept: frozenset, marks: _Marks | None = None) -> list[dict]:
+def _with(messages: list[dict[str, Any]], kept: frozenset[str], marks: _Marks | None = None) -> list[dict[str, Any]]:
     """The messages with what is in `kept` in its first form and all else in its second; marked ones for a trial."""
     return [_message(message, kept, marks) for message in messages]
 
 
-def _message(message: dict, kept: frozenset, marks: _Marks | None) -> dict:
+def _message(message: dict[str, Any], kept: frozenset[str], marks: _Marks | None) -> dict[str, Any]:
     content, role = message.get("content"), message["role"]
     if isinstance(content, list):
         parts = [marks.note(role, marks.part(part)) if marks else part for part in content]
@@ -124,7 +127,7 @@ def _message(message: dict, kept: frozenset, marks: _Marks | None) -> dict:
     return message
 
 
-def _call(call: object, as_object: bool, marks: _Marks | None) -> object:
+def _call(call: Any, as_object: bool, marks: _Marks | None) -> object:
     function = _function(call)
     found = _object(function)
     if function is None or found is None:
@@ -138,12 +141,12 @@ def _call(call: object, as_object: bool, marks: _Marks | None) -> object:
     return call | {"function": changed} if function is call.get("function") else changed
 
 
-def _functions(message: dict) -> list[dict]:
+def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
     calls = message.get("tool_calls")
     return [one for one in map(_function, calls) if one is not None] if isinstance(calls, list) else []
 
 
-def _function(call: object) -> dict | None:
+def _function(call: object) -> dict[str, Any] | None:
     """Where a call's name and arguments are: in its `function`, or in the call itself."""
     if not isinstance(call, dict):
         return None
@@ -151,7 +154,7 @@ def _function(call: object) -> dict | None:
     return function if isinstance(function, dict) else call
 
 
-def _object(function: dict | None) -> dict | None:
+def _object(function: dict[str, Any] | None) -> dict[str, Any] | None:
     """The object that arguments given as text hold; a blank text holds none inside. None: they are no such text."""
     text = (function or {}).get("arguments")
     if not isinstance(text, str):

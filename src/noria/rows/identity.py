@@ -6,9 +6,12 @@ Reads prompts and finished outputs; generates nothing.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from noria.config import WHOLE, Config, InputError, Sampling, parse_shard
 from noria.files.agreement import OLD_RULES, RULES, difference, differing
+from noria.files.checkpoint import OpenModel
 from noria.files.generations import open_generations
 from noria.files.output import begun_with
 from noria.files.schema import STATUS
@@ -28,12 +31,12 @@ class Identity:
     """
 
     sampling: Sampling
-    taken: dict
+    taken: dict[str, Any]
     rules: int
-    header: dict
+    header: dict[str, Any]
 
 
-def identity(config: Config, prompts_hash: str, checkpoint, dtype: str) -> Identity:
+def identity(config: Config, prompts_hash: str, checkpoint: OpenModel, dtype: str) -> Identity:
     """That of a run, beside what lies at its output's place. Raises InputError for sampling keys of the model that are wrong.
 
     An output of the old rules was begun without the model's keys and with a seed that was drawn: what the run leaves open
@@ -55,7 +58,7 @@ def identity(config: Config, prompts_hash: str, checkpoint, dtype: str) -> Ident
 
 def _header(
     config: Config, sampling: Sampling, rules: int, prompts_hash: str, checkpoint_hash: str, dtype: str
-) -> dict:
+) -> dict[str, Any]:
     keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
     prompts = content_key(Source.of(config), prompts_hash)
@@ -63,7 +66,7 @@ def _header(
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
-def check_finished(config: Config, header: Mapping, num_rows: int) -> bool:
+def check_finished(config: Config, header: Mapping[str, Any], num_rows: int) -> bool:
     """Whether the finished output has rows to generate still: new ones of longer prompts, those that a limit left out, or
     errors to be tried again. `num_rows`: of the prompts, as many as this run reads.
 
@@ -88,7 +91,7 @@ def check_finished(config: Config, header: Mapping, num_rows: int) -> bool:
     return extended or limited or (errors and config.job.retry_errors)
 
 
-def another_run(place, different: list[str]) -> InputError:
+def another_run(place: str | Path, different: list[str]) -> InputError:
     """The refusal to mix rows of two runs, with a line of each difference."""
     return InputError(
         f"{place} holds rows of another run: {'; '.join(different)};"

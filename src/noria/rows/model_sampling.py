@@ -1,6 +1,7 @@
 """What a model's own generation_config.json says of sampling: what is taken, and what cannot be. Knows no rows."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from noria.config import InputError, Sampling, require
 
@@ -36,7 +37,7 @@ _NOT_TAKEN = {
 }
 
 
-def taken(generation_config: Mapping, sampling: Sampling) -> dict[str, float]:
+def taken(generation_config: Mapping[str, Any], sampling: Sampling) -> dict[str, Any]:
     """The keys that the run's `sampling` leaves open, as the model would have them: those that it says if it samples.
 
     A model samples where `do_sample` is true, then with a temperature of 1 if it says none. Raises InputError for a value
@@ -56,7 +57,7 @@ def taken(generation_config: Mapping, sampling: Sampling) -> dict[str, float]:
     return {name: getattr(checked, name) for name in open_now}
 
 
-def told(generation_config: Mapping, sampling: Sampling, found: Mapping) -> list[str]:
+def told(generation_config: Mapping[str, Any], sampling: Sampling, found: Mapping[str, Any]) -> list[str]:
     """Lines for the user: what was taken, and what the model asks for and does not get."""
     if sampling.generation_config == "none":
         return []
@@ -71,12 +72,12 @@ def told(generation_config: Mapping, sampling: Sampling, found: Mapping) -> list
     return lines
 
 
-def _asks(generation_config: Mapping, name: str) -> bool:
+def _asks(generation_config: Mapping[str, Any], name: str) -> bool:
     value = generation_config.get(name)
     return value is not None and value not in _NOT_TAKEN[name]
 
 
-def _words(keys: Mapping) -> str:
+def _words(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {str(value)[:60]}" for name, value in keys.items())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from noria.config import Config, InputError, Sampling, shard_rows
 from noria.files.agreement import OLD_RULES, differing
@@ -55,14 +56,17 @@ def texts_again(
     prompts: Iterable[Prompt], sampling: Sampling, tokenizer: Tokenizer
 ) -> Callable[[Generation], Generation]:
     """What gives finished rows, asked in the order of `prompts`, the texts that today's rules make of their tokens."""
-    remaining, current = iter(prompts), [None]
+    remaining = iter(prompts)
+    current: Prompt | None = None
 
     def again(row: Generation) -> Generation:
-        while current[0] is None or current[0].row < row.row:
-            current[0] = next(remaining)
+        nonlocal current
+        prompt = current
+        while prompt is None or prompt.row < row.row:
+            prompt = current = next(remaining)
         if row.status == "done":
             try:
-                its = of_row(current[0].sampling, False, sampling, OLD_RULES)
+                its = of_row(prompt.sampling, False, sampling, OLD_RULES)
                 row.text = text_again(
                     tokenizer, row.prompt_token_ids.tolist(), row.token_ids.tolist(), its, row.finish_reason
                 )
@@ -73,7 +77,7 @@ def texts_again(
     return again
 
 
-def _same_run(config: Config, begun: dict, header: dict) -> bool:
+def _same_run(config: Config, begun: dict[str, Any], header: dict[str, Any]) -> bool:
     """Whether the run is that of the output, perhaps with longer prompts; another is refused elsewhere, with its reasons."""
     other = differing(begun, header, but=("chat.date", "sampling.seed"))
     longer = config.job.extend and other == ["prompts"] and extends(Source.of(config), begun["prompts"])

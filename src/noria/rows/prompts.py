@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -52,11 +53,11 @@ class Prompt:
     id: str
     prompt: str
     token_ids: list[int] | None
-    sampling: dict
+    sampling: dict[str, Any]
     extra: str
     error: str | None
-    messages: list[dict] | None = None
-    beside: dict = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
+    beside: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
     request: bool = False
 
@@ -102,7 +103,7 @@ def _prompts(source: Source) -> Iterator[Prompt]:
             yield _prompt(row, record, ids, source)
 
 
-def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
+def _prompt(row: int, record: dict[str, Any], ids: "_Ids", source: Source) -> Prompt:
     content = content_of(record, source.columns)
     beside, beside_error = _beside(content) if content.messages is not None else ({}, None)
     own, extra, key_errors, key_notes = _sort_keys(content.rest, source.strict_keys, beside)
@@ -130,7 +131,9 @@ def _prompt(row: int, record: dict, ids: "_Ids", source: Source) -> Prompt:
     )
 
 
-def _sort_keys(rest: dict, strict: bool, beside: dict) -> tuple[dict, dict, list[str], list[str]]:
+def _sort_keys(
+    rest: dict[str, Any], strict: bool, beside: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], list[str], list[str]]:
     """The row's sampling keys (null: not given), the user's own columns, what is wrong with keys, and what is noted.
 
     What is `beside` its messages is read, and carried as well.
@@ -162,18 +165,18 @@ def _sort_keys(rest: dict, strict: bool, beside: dict) -> tuple[dict, dict, list
     return own, extra, errors, notes
 
 
-def _without_nulls(value):
+def _without_nulls(value: Any) -> Any:
     """An object without the keys that null says are not given."""
     return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
-def _too_deep(value, left: int = _MAX_DEPTH) -> bool:
+def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:
     """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 
 
-def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None, tuple[str, ...]]:
+def _id(row: int, value: Any, ids: "_Ids") -> tuple[str, str | None, tuple[str, ...]]:
     """The row's id, what is wrong with it, and what is noted. Without one it is the row's number, whatever ids there are."""
     if value is None:
         return str(row), None, ()
@@ -189,7 +192,7 @@ def _id(row: int, value, ids: "_Ids") -> tuple[str, str | None, tuple[str, ...]]
     return longer, None, ("ids that an earlier file has too are written FILE:id",)
 
 
-def _content_error(content: Content, token_ids, name: str) -> str | None:
+def _content_error(content: Content, token_ids: Any, name: str) -> str | None:
     """What is wrong with the part of the row that is to be continued; `name`: the column of its prompt."""
     prompt = content.prompt
     if content.messages is not None:
@@ -201,7 +204,7 @@ def _content_error(content: Content, token_ids, name: str) -> str | None:
     return None if prompt else f"{name} is empty"
 
 
-def _messages_error(messages) -> str | None:
+def _messages_error(messages: Any) -> str | None:
     if not isinstance(messages, list):
         return f"messages is {_short(messages)}: it must be a list of objects with role and content"
     for place, message in enumerate(messages):
@@ -221,7 +224,7 @@ def _messages_error(messages) -> str | None:
     return None if messages else "messages is empty"
 
 
-def _given(messages: list[dict]) -> list[dict]:
+def _given(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages without keys that are null, which means not given: tables have every key in every message."""
     return [
         _without_nulls(message | {"content": [_without_nulls(part) for part in message["content"]]})
@@ -231,7 +234,7 @@ def _given(messages: list[dict]) -> list[dict]:
     ]
 
 
-def _beside(content: Content) -> tuple[dict, str | None]:
+def _beside(content: Content) -> tuple[dict[str, Any], str | None]:
     """What the chat template reads beside the row's messages, and what is wrong with it."""
     beside = {name: content.rest[name] for name in BESIDE if content.rest.get(name) is not None}
     for name in ("tools", "documents"):  # of another kind they are columns of the user's own
@@ -248,14 +251,14 @@ def _beside(content: Content) -> tuple[dict, str | None]:
     return beside, None
 
 
-def _whole_ids(token_ids):
+def _whole_ids(token_ids: Any) -> Any:
     """Token ids as integers where a table has them as floats."""
     if isinstance(token_ids, list) and float in map(type, token_ids):
         return [whole(token_id) for token_id in token_ids]
     return token_ids
 
 
-def _token_ids_error(token_ids) -> str | None:
+def _token_ids_error(token_ids: Any) -> str | None:
     if not isinstance(token_ids, list):
         return f"token_ids is {_short(token_ids)}: it must be a list of integers"
     for place, token_id in enumerate(token_ids):
@@ -264,7 +267,7 @@ def _token_ids_error(token_ids) -> str | None:
     return None if token_ids else "token_ids is empty"
 
 
-def _sampling(own: dict) -> tuple[dict, str | None]:
+def _sampling(own: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The row's own sampling keys, checked, and what is wrong with them."""
     hashable = not any(isinstance(value, list | dict) or len(str(value)) > 100 for value in own.values())
     override = _override if hashable else _override.__wrapped__
@@ -275,14 +278,14 @@ def _sampling(own: dict) -> tuple[dict, str | None]:
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: true is not 1
-def _override(names: tuple[str, ...], *values) -> dict:
+def _override(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
     """Rows mostly repeat each other's values, and checking them takes longer than all the rest."""
     settings = Sampling().override(dict(zip(names, values, strict=True)))
     return {name: getattr(settings, name) for name in names}
 
 
-def _json_text(extra: dict) -> str:
-    """JSON of the user's own columns, readable in any script; lone surrogates, which no file can hold, stay escaped."""
+def _json_text(extra: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """JSON of own columns or a conversation, readable in any script; lone surrogates, which no file holds, stay escaped."""
     text = json.dumps(extra, ensure_ascii=False)
     return text if _encodable(text) else json.dumps(extra)
 
@@ -295,7 +298,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     """A wrong value as an error message shows it."""
     text = repr(value[:50] if isinstance(value, str | list) else value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -304,8 +307,9 @@ def _short(value) -> str:
 class _Ids:
     """The ids so far, as 8-byte hashes: those of this file, and those of earlier files."""
 
-    def __init__(self):
-        self._ours, self._earlier, self._file = _Hashes(), _Hashes(), None
+    def __init__(self) -> None:
+        self._ours, self._earlier = _Hashes(), _Hashes()
+        self._file: str | None = None
 
     def next_file(self, name: str) -> None:
         self._earlier.join(self._ours)
@@ -325,13 +329,13 @@ class _Ids:
 class _Hashes:
     """Hashes: recent ones in a set, the others in one sorted array."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._recent: set[int] = set()
         self._sorted = np.empty(0, np.uint64)
 
     def __contains__(self, digest: int) -> bool:
         place = self._sorted.searchsorted(np.uint64(digest))
-        return digest in self._recent or (place < len(self._sorted) and int(self._sorted[place]) == digest)
+        return digest in self._recent or bool(place < len(self._sorted) and int(self._sorted[place]) == digest)
 
     def add(self, digest: int) -> bool:
         """False if the hash was there already."""

@@ -8,7 +8,7 @@ import importlib
 import json
 from datetime import datetime
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -26,7 +26,7 @@ for _name in (
     importlib.import_module(_name)
 
 
-def answer(request: dict) -> dict:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """`text`, what the template `source` makes of `variables` (null: it is only read) on the date `now`; or `error`."""
     try:
         template = _compiled(request["source"], request["now"])
@@ -75,17 +75,17 @@ class _Names(Namespace):
 class _Dict:
     """What a template may do with `dict`: its attributes lead nowhere."""
 
-    def __call__(self, *args: object, **kwargs: object) -> dict:
+    def __call__(self, *args: object, **kwargs: object) -> dict[str, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: object) -> dict:
+    def fromkeys(self, *args: Any) -> dict[str, Any]:
         return dict.fromkeys(*args)
 
 
 class _Generation(Extension):
     """`{% generation %}`, which marks what a model is trained on: here only what is inside it, in a scope of its own."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja2 has it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

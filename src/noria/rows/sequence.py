@@ -5,6 +5,7 @@ Knows token ids and pages; nothing of slots' order, budgets or devices.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -97,14 +98,14 @@ def whole_pages(sequence: Sequence) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict:
+def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[str, Any]:
     """What the last rank must know of a row, for the header; keys that stand at their default are left out.
 
     The keys of config.Sampling that concern logits; `banned`: ids that may not be sampled before min_new_tokens;
     `prompt_length`; `shared`: the tokens that the row's steps will not carry, where penalties must know them.
     """
     sampling, default = sequence.sampling, _DEFAULT
-    settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    settings: dict[str, Any] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs"):
         if getattr(sampling, name) != getattr(default, name):
             settings[name] = getattr(sampling, name)

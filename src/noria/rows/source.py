@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -78,16 +79,16 @@ def _matches(pattern: str) -> list[str]:
     return found
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[Any]:
     """The order in which people number files: part-2 before part-10."""
     pieces = re.split(r"([0-9]+)", name)
     return [(int(piece), piece) if place % 2 else piece for place, piece in enumerate(pieces)]
 
 
-def records(source: Source) -> Iterator[tuple[int, dict | BadRow]]:
+def records(source: Source) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """The rows of all files in order, each with the number of its file. Raises InputError as the readers do."""
 
-    def of_all_files() -> Iterator[tuple[int, dict | BadRow]]:
+    def of_all_files() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         for number, file in enumerate(source.files):
             for record in readers.for_path(file).read(file, source.columns.of_a_table):
                 yield number, record
@@ -120,7 +121,7 @@ def count(prompts: Source | str | Path) -> int:
     return sum(counts(prompts))
 
 
-def prompt_files(source: Source, by_file: list[int]) -> list[dict]:
+def prompt_files(source: Source, by_file: list[int]) -> list[dict[str, Any]]:
     """The files of several, their first rows and numbers of rows, as an output tells them; of one file nothing."""
     firsts = accumulate(by_file, initial=0)
     told = zip(source.files, firsts, by_file, strict=False)
@@ -187,10 +188,10 @@ def _joined(files: list[tuple[str, int | None]]) -> str:
 
 
 def _file_hash(path: str | Path, nbytes: int | None = None) -> str:
-    digest, left = xxhash.xxh3_128(), float("inf") if nbytes is None else nbytes
+    digest, left = xxhash.xxh3_128(), 2**63 if nbytes is None else nbytes
     try:
         with open(path, "rb", buffering=0) as file:
-            while left and (piece := file.read(min(2**22, left) if nbytes is not None else 2**22)):
+            while left and (piece := file.read(min(2**22, left))):
                 digest.update(piece)
                 left -= len(piece)
     except OSError as error:

@@ -5,6 +5,7 @@ A template without an end, or one that takes all memory, costs the row that it r
 
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from noria.config import InputError
 from noria.helper import Failed, Helper, Limits
@@ -37,11 +38,11 @@ class Template:
         """Raises TemplateError for a template that can render nothing."""
         self._ask(None)
 
-    def render(self, variables: Mapping) -> str:
+    def render(self, variables: Mapping[str, Any]) -> str:
         """The text that the template makes of JSON-like variables. Raises TemplateError."""
         return self._ask(dict(variables))
 
-    def _ask(self, variables: Mapping | None) -> str:
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
         if len(self.source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(self.source)} characters, at most {MAX_SOURCE} are read")
         refused = bool(self._helper.given_up)

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from noria.config import InputError
+from noria.files.checkpoint import OpenModel
 from noria.rows.decoding import Writer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -24,7 +26,7 @@ _MOST_STUCK = 3  # texts, each of which keeps a thread busy for ever
 _REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) and convert again"
 
 
-def tokenizer_of(checkpoint) -> "Tokenizer":
+def tokenizer_of(checkpoint: OpenModel) -> "Tokenizer":
     """The tokenizer of a checkpoint. Raises InputError for a damaged file."""
     return Tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
 
@@ -38,7 +40,7 @@ class Tokenizer:
     are the tokens that end a text by any of the three. Raises InputError for a damaged file.
     """
 
-    def __init__(self, files: Mapping[str, bytes], config: Mapping, generation_config: Mapping):
+    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], generation_config: Mapping[str, Any]):
         settings = _json_file(files, "special_tokens_map.json") | _json_file(files, "tokenizer_config.json")
         named = {name: text for name in _NAMED if (text := _text(settings.get(name)))}
         if "tokenizer.json" not in files:
@@ -106,11 +108,13 @@ class Tokenizer:
 
         Nothing can stop one, so a thread is left alone with it.
         """
-        answers: SimpleQueue = SimpleQueue()
+        answers: SimpleQueue[Any] = SimpleQueue()
+        backend = self._backend
+        assert backend is not None, "text needs a tokenizer"
 
         def work() -> None:
             try:  # of one text, because other threads go on meanwhile, as they do not with `encode`
-                answers.put(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0])
+                answers.put(backend.encode_batch([text], add_special_tokens=add_special_tokens)[0])
             except BaseException as error:  # noqa: BLE001 - a Rust panic is no Exception
                 answers.put(error)
 
@@ -155,7 +159,7 @@ def checked_ids(ids: list[int], vocab_size: int, whose: str) -> list[int]:
     return ids
 
 
-def _backend(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, str]) -> Backend | None:
+def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any], named: Mapping[str, str]) -> Backend | None:
     try:
         if "tokenizer.json" in files:
             # transformers too takes add_bos_token from the post-processor of this file, whatever the settings say.
@@ -176,10 +180,12 @@ def _backend(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, 
     return backend
 
 
-def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping, named: Mapping[str, str]) -> Backend:
+def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping[str, Any], named: Mapping[str, str]) -> Backend:
     """The tokenizer of GPT-2 and OPT from its original files (transformers' GPT2Tokenizer)."""
     lines = files["merges.txt"].decode().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    merges: Any = [
+        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+    ]  # it checks them
     backend = Backend(models.BPE(vocab=_json_file(files, "vocab.json"), merges=merges, fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
@@ -194,7 +200,7 @@ def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping, named: Mappin
     return backend
 
 
-def _added_tokens(files: Mapping[str, bytes], settings: Mapping) -> dict[int, AddedToken]:
+def _added_tokens(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Tokens beside the vocabulary, by id: from tokenizer_config.json, or from added_tokens.json where it has none."""
     if decoder := settings.get("added_tokens_decoder"):
         return {int(token_id): AddedToken(**token) for token_id, token in decoder.items()}
@@ -210,7 +216,7 @@ def _mark_special(backend: Backend, named: Mapping[str, str]) -> None:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
-def _json_file(files: Mapping[str, bytes], name: str) -> dict:
+def _json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         value = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -224,13 +230,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _text(token) -> str | None:
+def _text(token: Any) -> str | None:
     """The text of a token as settings have it: a string, or an object with its `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
-def _ids(value) -> list[int]:
+def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list | tuple) else [value]
     return [token_id for token_id in values if isinstance(token_id, int) and not isinstance(token_id, bool)]
 

@@ -6,6 +6,7 @@ Knows neither slots nor pages.
 from array import array
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +17,19 @@ from noria.rows.sequence import Family, Sequence
 from noria.rows.stopping import StopTexts, with_special_stops
 from noria.rows.tokenizer import Tokenizer
 from noria.step import PAGE_TOKENS
+
+
+class Room(Protocol):
+    """What a sequence is held against: rows.admission.Limits, or rows.validation.Limits where there are no ranks."""
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def most_pages(self) -> int: ...
 
 
 class Line:
@@ -33,7 +47,7 @@ class Line:
         num_prompts: int,
         tokenize: Callable[[Prompt], list[int]],
         sampling: Sampling,
-        limits,
+        limits: Room,
         finished: Callable[[Sequence], None],
         begun: Callable[[Sequence], None],
         done: Container[tuple[int, int]],
@@ -131,6 +145,7 @@ class Line:
                 first.prompt_logprobs = np.full(len(first.prompt_token_ids), np.nan)
             sequence.prompt_logprobs = first.prompt_logprobs
         if sampling.stop_texts:
+            assert self._tokenizer is not None, "stop texts without a tokenizer are the row's error"
             writer = self._tokenizer.writer(sampling.skip_special_tokens)
             sequence.stop_texts = StopTexts(sampling, writer, first.prompt_token_ids)
         self._begun(sequence)
@@ -168,7 +183,7 @@ class Line:
 _OF_REQUESTS = {"temperature": 1.0}  # OpenAI's defaults, where they are others than Noria's
 
 
-def of_row(own: Mapping, request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
+def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
     """How a row is sampled: by its own keys, else the run's (which have the model's), else by the defaults of its kind.
 
     `request`: it is a line of OpenAI's batch format. Raises InputError for a wrong value.
