@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from itertools import product
+from itertools import pairwise, product
 
 import h5py
 import pytest
@@ -88,7 +88,7 @@ def check_apart(spans):
         tracks[span["pid"], span["tid"]].append(interval(span))
     for track, intervals in tracks.items():
         intervals.sort()
-        for (_, end), (begin, _) in zip(intervals, intervals[1:], strict=False):
+        for (_, end), (begin, _) in pairwise(intervals):
             assert end <= begin + 2, track  # ns: microseconds are written with three places
 
 
@@ -103,7 +103,7 @@ def check_compute(read, microbatches):
     assert set(keys) == wanted and set(keys.values()) == {1}
     assert "compute 2" not in read.names() and {"compute", "steps", "waits"} <= read.names()
     heads = [span["name"] for span in read.of("compute") if span["name"] != "layer"]
-    assert Counter(heads) == {name: ROUNDS * GROUPS for name in ("embed", "head", "sample")}
+    assert Counter(heads) == dict.fromkeys(("embed", "head", "sample"), ROUNDS * GROUPS)
 
 
 def check_loads(read):

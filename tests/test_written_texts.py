@@ -1,6 +1,7 @@
 """The texts of a run, in its output and its exports: what transformers' tokenizer says after the prompt."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     config = tiny_models.LLAMA | {"vocab_size": 8, "eos_token_id": 2, "num_hidden_layers": 1}
     state = {name: torch.zeros_like(tensor) for name, tensor in tiny_models.state(config).items()}
     state["model.norm.weight"].fill_(1)
-    for word, following in zip(CHAIN, CHAIN[1:], strict=False):
+    for word, following in itertools.pairwise(CHAIN):
         state["model.embed_tokens.weight"][WORDS.index(word), WORDS.index(word)] = 1
         state["lm_head.weight"][WORDS.index(following), WORDS.index(word)] = 1
     tiny_models.write_directory(folder / "hf", config, state)

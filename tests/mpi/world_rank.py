@@ -19,8 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from noria.__main__ import main  # noqa: E402
-from noria.launch import mpi  # noqa: E402
+from noria.__main__ import main
+from noria.launch import mpi
 
 PATIENCE = 2.0  # seconds in which threads may end and files close after a call
 
