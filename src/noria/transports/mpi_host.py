@@ -9,6 +9,7 @@ from collections.abc import Generator
 import torch
 from mpi4py import MPI
 
+from noria import transports
 from noria.streams import Event, Streams, streams_of
 from noria.transports import mpi_device
 from noria.transports.mpi_device import bytes_of, completed, message
@@ -113,3 +114,6 @@ def _copied(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Gen
     event = _copy(source, target, streams)
     while not event.query():
         yield
+
+
+_: type[transports.Transport] = Transport  # as the others know it
