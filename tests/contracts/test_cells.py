@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -211,17 +212,19 @@ def judged(column):
 
 
 def test_tables_of_parquet_arrive_as_pyarrow_and_pandas_read_them(tmp_path):
-    path = tmp_path / "a.parquet"
+    path, unreadable = tmp_path / "a.parquet", 0
     for seed in range(cases(500)):
         choose = random.Random(seed)
         num_rows, kinds = choose.randint(0, 5), {name: tables.arrow_type(choose) for name in tables.names(choose)}
-        columns = {
-            name: pyarrow.array([tables.arrow_value(choose, kind) for _ in range(num_rows)], kind)
-            for name, kind in kinds.items()
-        }
+        columns = {name: [tables.arrow_value(choose, kind) for _ in range(num_rows)] for name, kind in kinds.items()}
         prompts = pyarrow.array([tables.text(choose) + "." for _ in range(num_rows)], pyarrow.string())
-        parquet.write_table(pyarrow.table(columns | {"prompt": prompts}), path, row_group_size=3)
-        read = parquet.read_table(path).combine_chunks()
+        try:
+            columns = {name: pyarrow.array(column, kinds[name]) for name, column in columns.items()}
+            parquet.write_table(pyarrow.table(columns | {"prompt": prompts}), path, row_group_size=3)
+            read = parquet.read_table(path).combine_chunks()
+        except pyarrow.ArrowException:  # older ones make no float16 of a float, and read no null lists of a fixed size
+            unreadable += 1
+            continue
         expected = {name: judged(read[name]) for name in read.column_names}
         for row, prompt in enumerate(open_prompts(path)):
             assert prompt.row == row
@@ -231,9 +234,12 @@ def test_tables_of_parquet_arrive_as_pyarrow_and_pandas_read_them(tmp_path):
                 assert "is not UTF-8 text: byte" in prompt.error, (seed, row)
                 continue
             assert (prompt.error, prompt.prompt) == (None, expected["prompt"][row]), (seed, row)
-            for name, kind in kinds.items():
+            for name in kinds:
+                kind = read.schema.field(name).type
                 assert same(own.get(name), values[name], kind), (seed, row, name, own, values[name])
         assert for_path(path).count(path) == num_rows
+    newest = int(pyarrow.__version__.split(".")[0]) >= 26
+    assert unreadable <= (0 if newest else cases(500) / 4), "tables that pyarrow itself cannot write and read"
 
 
 def of_parquet(path, **columns):
@@ -257,8 +263,11 @@ def test_keys_that_a_struct_of_parquet_has_in_other_rows_alone_are_not_given(tmp
     rows = [{"id": str(row), "messages": talk, "logit_bias": {str(row): 1.0}} for row, talk in enumerate(TALKS)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(open_prompts(tmp_path / "a.parquet")) == list(open_prompts(tmp_path / "a.jsonl"))
-    assert [prompt.messages for prompt in open_prompts(tmp_path / "a.parquet")] == TALKS
+    found, wanted = (list(open_prompts(tmp_path / name)) for name in ("a.parquet", "a.jsonl"))
+    assert [prompt.messages for prompt in found] == [prompt.messages for prompt in wanted] == TALKS
+    # Before 24 pyarrow puts the keys of a struct in order, and with them those of the prompt's text.
+    assert all(json.loads(one.prompt) == json.loads(other.prompt) for one, other in zip(found, wanted, strict=True))
+    assert [replace(prompt, prompt=None) for prompt in found] == [replace(prompt, prompt=None) for prompt in wanted]
 
 
 def test_a_bias_that_is_null_is_not_given(tmp_path):
@@ -288,6 +297,7 @@ def test_a_value_of_parquet_that_cannot_be_read_is_the_error_of_its_row_which_ke
     assert "two fields of one name" in _arrow.values(two)[0].error
 
 
+@pytest.mark.skipif(not hasattr(pyarrow, "uuid"), reason="needs pyarrow 18")
 def test_a_uuid_of_parquet_is_its_text(tmp_path):
     one = uuid.uuid5(uuid.NAMESPACE_URL, "noria")
     (prompt,) = of_parquet(tmp_path / "a.parquet", prompt=["p"], own=pyarrow.array([one.bytes], pyarrow.uuid()))
