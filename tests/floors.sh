@@ -3,16 +3,17 @@
 #   bash tests/floors.sh [pytest arguments]
 #   PYTHON=python3.12          the interpreter (default: python3.11, the least, else python3)
 #   NORIA_FLOORS=FOLDER        the environment (default: .venv-floors); a second call uses it again
-#   NORIA_FLOORS_TORCH=any     leave torch's own floor out: with the torch that pip installs by itself
-# PyPI has torch for Linux on x86_64 as a CUDA build alone: 3 GB to fetch, 5 GB on disk. It is taken where PyTorch's own index of
-# CPU builds cannot be reached.
+#   NORIA_FLOORS_TORCH=any     leaves torch's own floor out: takes the torch that pip installs by itself
+# PyPI has torch for Linux on x86_64 as a CUDA build alone: 3 GB to fetch, 5 GB on disk. It is taken where PyTorch's own index
+# of CPU builds cannot be reached.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 source jobs/local/environment.sh
 
-folder=${NORIA_FLOORS:-.venv-floors}
-python=${PYTHON:-$(PATH=${PATH//"$noria_root/.venv/bin:"/} bash -c 'command -v python3.11 || command -v python3')}
+folder=$(realpath -m "${NORIA_FLOORS:-.venv-floors}")
+python=${PYTHON:-python3.11}
+[ -n "${PYTHON:-}" ] || "$python" -c '' 2>/dev/null || python=python3
 cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { echo "floors: $*"; }
@@ -53,5 +54,5 @@ names = [re.match(r"[\w.-]+", line)[0] for line in lines]
 print("floors: Python", sys.version.split()[0], *(f"{name} {importlib.metadata.version(name)}" for name in names))
 PYTHON
 
-export PATH="$PWD/$folder/bin:$PATH"
+export PATH="$folder/bin:$PATH"
 exec timeout --foreground --signal=INT --kill-after=60 "${NORIA_FLOORS_LIMIT:-20m}" python -m pytest -m "not slow" "$@"
