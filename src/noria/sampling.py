@@ -19,7 +19,10 @@ class Sampling:
     None for a key of OPEN: nobody has said it yet. `override` leaves none open.
     """
 
-    max_new_tokens: int = key("tokens to generate at most, per row; 0 scores the prompt alone", 256)
+    max_new_tokens: int | None = key(
+        "tokens to generate at most, per row; 0 scores the prompt alone (default: 256; of OpenAI's batch lines what the"
+        " context leaves)"
+    )
     min_new_tokens: int = key("tokens to generate at least: until then nothing ends the row", 0)
     generation_config: str = key(
         "auto takes temperature, top_k, top_p, min_p and repetition_penalty from the model's generation_config.json where"
@@ -95,12 +98,17 @@ class Sampling:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def most_new_tokens(self) -> int:
+        """max_new_tokens, or its default where nobody has said it."""
+        return int(OPEN["max_new_tokens"]) if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
     def scores_prompt(self) -> bool:
         return self.prompt_logprobs or self.max_new_tokens == 0
 
     def check(self) -> "Sampling":
         """These settings, if their keys agree: a row's own may contradict the run's. Raises InputError."""
-        most = self.max_new_tokens
+        most = self.most_new_tokens
         require(
             most > 0 or self.prompt_logprobs or self.logprobs is not None,
             "sampling.max_new_tokens is 0, which scores the prompt: say so with prompt_logprobs = true,"
@@ -133,6 +141,7 @@ class Sampling:
 
 # What a key is that neither row, nor run, nor model says.
 OPEN: dict[str, Any] = {
+    "max_new_tokens": 256,
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
@@ -140,6 +149,8 @@ OPEN: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "seed": 0,
 }
+# Those that are others for a line of OpenAI's batch format: it goes on as far as the context lets it.
+OPEN_IN_REQUESTS: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 2**31 - 1}
 RUN_KEYS = ("generation_config",)  # never a row's
 ROW_KEYS = tuple(name for name in types_of(Sampling) if name not in RUN_KEYS)
 

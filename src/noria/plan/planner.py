@@ -75,7 +75,7 @@ def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
 
 def _usual(config: Config, shape: ModelShape, num_rows: int) -> Load:
     """Rows of a usual length, in a model's context."""
-    new = min(max(config.sampling.max_new_tokens, 1), shape.max_positions)
+    new = min(max(config.sampling.most_new_tokens, 1), shape.max_positions)
     return Load(max(num_rows, 1) * config.sampling.n, max(min(PROMPT_TOKENS, shape.max_positions - new), 1), new)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from noria.keys import nearest
 from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
-from noria.readers import BadRow, Request
-from noria.sampling import ROW_KEYS
+from noria.readers import OWN, BadRow, Request
+from noria.sampling import ROW_KEYS, whole
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _OURS = tuple(name for name in ROW_KEYS if name != "logprobs")
@@ -38,6 +38,8 @@ _LEFT_OUT = (
     "prompt_cache_key",
     "prompt_cache_retention",
 )
+# Names of the keys of a row: beside the body they are columns of the user's own.
+_RESERVED = {*OWN, *_BESIDE, "chat", "custom_id", "prompt_index"}
 _KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities"}
 _KNOWN |= {*SYNONYMS, *_OURS, *_BESIDE, *_CARRIED, *_LEFT_OUT}
 
@@ -47,43 +49,136 @@ def is_request(record: dict[str, Any]) -> bool:
     return "custom_id" in record and "body" in record
 
 
-def as_row(record: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """The request as a row: Noria's keys, and `model`, `url`, `user`, `metadata` as the user's own columns.
+def requested_rows(record: dict[str, Any]) -> list[dict[str, Any] | BadRow]:
+    """The request as rows, one for each of its prompts: Noria's keys, and `model`, `url`, `user`, `metadata` as the user's
+    own columns, as are those beside `body` (`input_NAME` where such a column has the name of one of these).
 
     A key of the body that is neither OpenAI's nor Noria's is refused, as OpenAI does: what it asks for could not be
-    honoured. A bad request has its custom_id.
+    honoured. A bad request has its custom_id. Of several prompts each row has `custom_id` and `prompt_index`.
     """
-    body, url = record["body"], record.get("url", CHAT)
-    if error := _error(body, url):
-        return BadRow(error, record["custom_id"])
-    row = {name: value for name, value in record.items() if name not in ("custom_id", "body", "method", "url")}
-    row = {"id": record["custom_id"], "url": url} | row
-    row |= {name: body[name] for name in (*_OURS, *_CARRIED) if name in body}
-    row |= _logprobs(body) | {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
+    body, url, id = record["body"], _url(record), record["custom_id"]
+    if error := _error(record, url):
+        return [BadRow(error, id)]
+    carried = {name: body[name] for name in _CARRIED if name in body}
+    row = {"id": id, "url": record.get("url") or url} | carried
+    for name, value in record.items():
+        if name not in ("custom_id", "body", "method", "url"):
+            row[f"input_{name}" if name in row or name in _RESERVED else name] = value
+    row |= {name: body[name] for name in _OURS if name in body} | _logprobs(body)
+    row |= {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
+    row = _in_our_ranges(row)
     if url == CHAT:
         beside = {name: body[name] for name in _BESIDE if name in body}
-        return Request(row | {"messages": body.get("messages")} | beside)
-    prompt = body.get("prompt")
-    said = {"token_ids": prompt} if isinstance(prompt, list) else {"prompt": prompt}
-    return Request({"chat": False} | row | said)
+        return [Request(row | {"messages": _messages(body.get("messages"))} | beside)]
+    row = {"chat": False} | row
+    prompts = _prompts(body.get("prompt"))
+    if len(prompts) == 1:
+        return [Request(row | prompts[0])]
+    several = [{"id": id_of(id, index), "custom_id": id, "prompt_index": index} for index in range(len(prompts))]
+    return [Request(row | which | prompt) for which, prompt in zip(several, prompts, strict=True)]
 
 
-def _error(body: Any, url: Any) -> str | None:
+def id_of(custom_id: object, index: int) -> object:
+    """The id of the row of one of a request's prompts: the first has the request's own."""
+    return f"{custom_id}[{index}]" if index and isinstance(custom_id, str | int) else custom_id
+
+
+def _url(record: dict[str, Any]) -> object:
+    """What the request asks for, CHAT or COMPLETIONS, or another url: Azure's has no /v1, none at all goes by the body."""
+    url, body = record.get("url"), record["body"]
+    if url is None:
+        return COMPLETIONS if isinstance(body, dict) and "messages" not in body and "prompt" in body else CHAT
+    return f"/v1{url}" if isinstance(url, str) and f"/v1{url}" in (CHAT, COMPLETIONS) else url
+
+
+def _in_our_ranges(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what OpenAI allows and Noria says otherwise: top_p 0 is the most likely token, a seed has 64 bits."""
+    if row.get("top_p") == 0 and not isinstance(row["top_p"], bool):
+        row = {name: value for name, value in row.items() if name != "top_p"} | {"top_k": 1}
+    seed = whole(row.get("seed"))
+    if isinstance(seed, int) and -(2**63) <= seed < 0:
+        row["seed"] = seed + 2**63
+    return row
+
+
+def _messages(messages: object) -> object:
+    """The messages, with what an assistant refused to say as the text that it is."""
+    if not isinstance(messages, list):
+        return messages
+    return [_without_refusal(message) if isinstance(message, dict) else message for message in messages]
+
+
+def _without_refusal(message: dict[str, Any]) -> dict[str, Any]:
+    content, refusal = message.get("content"), message.get("refusal")
+    if isinstance(content, list):
+        content = [_text_part(part) if isinstance(part, dict) else part for part in content]
+    elif content is None and isinstance(refusal, str):
+        content, refusal = refusal, None
+    said = {name: value for name, value in message.items() if name != "refusal" or refusal is not None}
+    return said if content is None else said | {"content": content}
+
+
+def _text_part(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": part.get("refusal")} if part.get("type") == "refusal" else part
+
+
+def _prompts(prompt: object) -> list[dict[str, Any]]:
+    """The prompts of a request, each as the keys of its row: a text, token ids, or a list of such."""
+    if not isinstance(prompt, list):
+        return [{"prompt": prompt}]
+    several = prompt if isinstance(prompt[0], str | list) else [prompt]
+    return [{"token_ids": one} if isinstance(one, list) else {"prompt": one} for one in several]
+
+
+def _prompt_error(prompt: object) -> str | None:
+    """What is wrong with a prompt that is a list."""
+    if not isinstance(prompt, list):
+        return None
+    nested = any(isinstance(one, str | list) for one in prompt)
+    for place, ids in enumerate(prompt) if nested else [(None, prompt)]:
+        where = "body.prompt" if place is None else f"body.prompt[{place}]"
+        if not isinstance(ids, str | list):
+            return f"{where} is {json.dumps(ids)[:60]}: it must be a text or a list of token ids"
+        if not ids and isinstance(ids, list):
+            return f"{where} is empty: it must have a text or token ids"
+        for index, one in enumerate(ids if isinstance(ids, list) else ()):
+            if type(whole(one)) is not int or not 0 <= one < 2**31:
+                return f"{where}[{index}] is {json.dumps(one)[:60]}: it must be a token id, an integer from 0"
+    return None
+
+
+def _error(record: dict[str, Any], url: object) -> str | None:
     """What is wrong with a request."""
+    body, method = record["body"], record.get("method")
     if not isinstance(body, dict):
         return f"body is {json.dumps(body)[:60]}: it must be an object with messages or a prompt"
     if url not in (CHAT, COMPLETIONS):
         return f"url is {json.dumps(url)[:60]}: {CHAT} and {COMPLETIONS} can be run"
+    if method is not None and str(method).upper() != "POST":
+        return f"method is {json.dumps(method)[:60]}: it must be POST"
     if body.get("modalities") not in (None, [], ["text"]):
         return "body.modalities: only text can be generated"
-    if twice := two_names({name: body[name] for name in _OURS if name in body} | _synonyms(body)):
+    ours = {name: body[name] for name in _OURS if name in body}
+    twice = next((name for name in ours if name in record and record[name] != body[name]), None)
+    if twice:
+        return f"{twice} stands beside body too, with another value: give it once"
+    if twice := two_names(ours | _synonyms(body)):
         return f"body: {twice}"
+    return _unknown_error(body) or _beside_error(body, url) or _content_error(body, url)
+
+
+def _beside_error(body: dict[str, Any], url: object) -> str | None:
+    """What is wrong with what a template reads beside the messages."""
     for name in (*_BESIDE, "chat_template_kwargs"):
         if url == COMPLETIONS and name in body and asks(name, body[name]):
             return f"body.{name} is for {CHAT}: a completion has no chat template"
     for name in ("tools", "documents"):
         if not isinstance(body.get(name) or [], list):
             return f"body.{name} is {json.dumps(body[name])[:60]}: it must be a list of objects"
+    return None
+
+
+def _unknown_error(body: dict[str, Any]) -> str | None:
     quiet = {name for name in (*FOREIGN, *_THEIRS) if name in body and not asks(name, body[name])}
     unknown = next((name for name in body if name not in _KNOWN and name not in quiet), None)
     if unknown is None:
@@ -93,6 +188,20 @@ def _error(body: Any, url: Any) -> str | None:
     near = misspelt(unknown, body[unknown])
     hint = f"; did you mean {near!r}?" if near else nearest(unknown[:100], _KNOWN)
     return f"body.{unknown[:100]} is no key of a request{hint} (columns of your own go into metadata or beside body)"
+
+
+def _content_error(body: dict[str, Any], url: object) -> str | None:
+    """What is wrong with keys that stand in one kind of request alone."""
+    other = "prompt" if url == CHAT else "messages"
+    if body.get(other) is not None:
+        right = COMPLETIONS if url == CHAT else CHAT
+        return f"body.{other} is a key of {right}, and url says {url}"
+    if body.get("top_logprobs") not in (None, 0):
+        if url == COMPLETIONS:
+            return f"body.top_logprobs is a key of {CHAT}: {COMPLETIONS} has the number itself as logprobs"
+        if body.get("logprobs") in (None, False):
+            return "body.top_logprobs is without logprobs: add logprobs: true"
+    return _prompt_error(body.get("prompt"))
 
 
 def _synonyms(body: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ Knows no key of a row.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from noria.readers import BadRow, _openai, lines, too_long
 
+_ESCAPED = re.compile(rb"\\u00[2-7]")  # letters of a key may be written so
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
@@ -20,24 +22,34 @@ def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, An
         if line is None:
             yield BadRow(too_long(number))
         elif line.strip():
-            yield _parse(line, number)
+            yield from _parse(line, number)
 
 
 def count(path: str | Path, names: Collection[str] = ()) -> int:
-    """The number of rows that `read` gives, without parsing them."""
-    return sum(1 for line in lines(path) if line is None or line.strip())
+    """The number of rows that `read` gives; only lines that may be a request of several prompts are parsed."""
+    return sum(_num_rows(line) for line in lines(path) if line is None or line.strip())
 
 
-def _parse(line: bytes, number: int) -> dict[str, Any] | BadRow:
+def _num_rows(line: bytes | None) -> int:
+    if line is None:
+        return 1
+    escaped = _ESCAPED.search(line) is not None
+    several = all(escaped or name in line for name in (b'"custom_id"', b'"prompt"'))
+    return len(_parse(line, 0)) if several else 1
+
+
+def _parse(line: bytes, number: int) -> list[dict[str, Any] | BadRow]:
+    """The rows of a line: one, but of a request with several prompts."""
     try:
         record = json.loads(line.decode())
         if not isinstance(record, dict):
-            return BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")
-        row = _openai.as_row(record) if _openai.is_request(record) else record
+            return [BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")]
+        rows = _openai.requested_rows(record) if _openai.is_request(record) else [record]
+        return [BadRow(f"line {number}: {row.error}", row.id) if isinstance(row, BadRow) else row for row in rows]
     except UnicodeDecodeError as error:
-        return BadRow(f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}")
+        wrong = f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
     except RecursionError:
-        return BadRow(f"line {number} is nested too deeply")
+        wrong = f"line {number} is nested too deeply"
     except ValueError as error:
-        return BadRow(f"line {number} is not JSON: {str(error).partition(';')[0]}")  # after that: advice to programmers
-    return BadRow(f"line {number}: {row.error}", row.id) if isinstance(row, BadRow) else row
+        wrong = f"line {number} is not JSON: {str(error).partition(';')[0]}"  # after that: advice to programmers
+    return [BadRow(wrong)]

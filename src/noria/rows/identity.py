@@ -17,7 +17,7 @@ from noria.files.output import begun_with
 from noria.files.schema import STATUS
 from noria.rows.model_sampling import taken
 from noria.rows.source import Source, content_key, extends
-from noria.sampling import OPEN, ROW_KEYS
+from noria.sampling import OPEN, OPEN_IN_REQUESTS, ROW_KEYS
 
 COLUMNS = ("prompt_column", "id_column", "messages_column")  # they say what a row is
 
@@ -46,8 +46,8 @@ def identity(config: Config, prompts_hash: str, checkpoint: OpenModel, dtype: st
     rules = int(begun.get("rules", OLD_RULES))
     if rules > OLD_RULES:
         found = taken(checkpoint.generation_config, config.sampling)
-        # The temperature stays open: OpenAI's batch lines have another default than rows.
-        said = {name: value for name, value in OPEN.items() if name != "temperature"} | found
+        # What stays open has another default in OpenAI's batch lines than in rows.
+        said = {name: value for name, value in OPEN.items() if name not in OPEN_IN_REQUESTS} | found
     else:
         found, said = {}, {name: begun.get(f"sampling.{name}", value) for name, value in OPEN.items()}
     sampling = replace(config.sampling, **{name: said[name] for name in config.sampling.left_open if name in said})

@@ -7,6 +7,7 @@ from noria.plan.costs import Load
 from noria.rows.chat import Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.source import Source
+from noria.rows.waiting import of_row
 from noria.step import PAGE_TOKENS
 
 LOOKED_AT = 256  # rows: enough for a mean, and read at once
@@ -28,8 +29,8 @@ def look(config: Config, max_positions: int, num_rows: int, encode: Encoder) -> 
             continue
         if not 0 < length <= max_positions:
             continue
-        sampling = config.sampling.override(prompt.sampling)
-        added = min(sampling.max_new_tokens, max_positions - length)
+        sampling = of_row(prompt.sampling, prompt.request, config.sampling)
+        added = min(sampling.most_new_tokens, max_positions - length)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n
         its_pages = -(-(length + added) // PAGE_TOKENS)

@@ -111,6 +111,8 @@ def _prompt(row: int, record: dict[str, Any], ids: "_Ids", source: Source) -> Pr
     sampling, sampling_error = _sampling(own) if own else ({}, None)
     prompt, token_ids, messages = content.prompt, _whole_ids(content.token_ids), None
     content_error = content.error or _content_error(content, token_ids, source.columns.prompt or "prompt")
+    if prompt == "" and content.error is None and isinstance(record, Request):
+        content_error = None  # the tokenizer may make a token of it, that of the beginning
     content_error = content_error or beside_error
     if content_error is None and content.messages is not None:
         messages = _given(content.messages)

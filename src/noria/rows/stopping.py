@@ -19,13 +19,13 @@ def finish_reason(
     max_new_tokens are generated, or prompt and generated tokens together fill the model's max_positions. An end token
     in the last place is a `stop`. Before min_new_tokens none of these tokens is sampled.
     """
-    if sampling.max_new_tokens == 0:
+    if sampling.most_new_tokens == 0:
         return "length"
     if not token_ids:
         return "none"
     if ends(token_ids[-1], sampling, end_token_ids):
         return "stop"
-    full = len(token_ids) >= sampling.max_new_tokens or prompt_length + len(token_ids) >= max_positions
+    full = len(token_ids) >= sampling.most_new_tokens or prompt_length + len(token_ids) >= max_positions
     return "length" if full else "none"
 
 

@@ -70,7 +70,7 @@ def examine(
 
 def _add(found: Findings, sequence: Sequence, limits: Limits) -> None:
     length, sampling = len(sequence.prompt_token_ids), sequence.sampling
-    new = min(sampling.max_new_tokens, max(0, limits.max_positions - length))
+    new = min(sampling.most_new_tokens, max(0, limits.max_positions - length))
     found.num_tokens += length
     found.num_new += new * sampling.n
     if length > found.longest:

@@ -16,6 +16,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
 from noria.rows.stopping import StopTexts, with_special_stops
 from noria.rows.tokenizer import Tokenizer
+from noria.sampling import OPEN_IN_REQUESTS
 from noria.step import PAGE_TOKENS
 
 
@@ -169,7 +170,7 @@ class Line:
     def _too_long(self, sequence: Sequence) -> str | None:
         length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
         pages = num_pages(sequence, limit)
-        if length + (sequence.sampling.max_new_tokens > 0) > limit:
+        if length + (sequence.sampling.most_new_tokens > 0) > limit:
             return f"the prompt has {length} tokens, the model's context {limit}: shorten it"
         if pages > self._limits.most_pages:
             room = self._limits.most_pages * PAGE_TOKENS
@@ -180,15 +181,12 @@ class Line:
         return None
 
 
-_OF_REQUESTS = {"temperature": 1.0}  # OpenAI's defaults, where they are others than Noria's
-
-
 def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
     """How a row is sampled: by its own keys, else the run's (which have the model's), else by the defaults of its kind.
 
     `request`: it is a line of OpenAI's batch format. Raises InputError for a wrong value.
     """
-    return sampling.override(own, _OF_REQUESTS if request and rules > OLD_RULES else {})
+    return sampling.override(own, OPEN_IN_REQUESTS if request and rules > OLD_RULES else {})
 
 
 def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
@@ -203,5 +201,5 @@ def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
 
 def num_pages(sequence: Sequence, max_positions: int) -> int:
     """Pages for the prompt and all tokens that may follow."""
-    tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_new_tokens
+    tokens = len(sequence.prompt_token_ids) + sequence.sampling.most_new_tokens
     return -(-min(tokens, max_positions) // PAGE_TOKENS)
