@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # closed by the caller: what is said there is lost, and that is their wish
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+        if hasattr(getattr(sys, name), "reconfigure"):  # what the terminal cannot show is written as escapes
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
+        if any("\0" in argument for argument in argv):
+            raise InputError("an argument has a NUL character: no path and no text of a run has one")
         code = _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
         sys.stdout.flush()
         return code

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from noria.keys import InputError, checked, key, nearest, require, types_of
+from noria.keys import InputError, check_path, checked, key, nearest, require, types_of
 from noria.sampling import Sampling
 
 MAX_GROUPS = 10_000  # as many as engine/order.py has tags for
@@ -240,6 +240,10 @@ class Config:
             "sampling.chat_template_kwargs has null, which no run file can hold: leave the key out",
         )
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
+        paths = {"model": self.model, "output": self.output, "placement.scratch": self.placement.scratch}
+        paths |= {f"job.{name}": getattr(self.job, name) for name in ("random_weights", "trace", "machine")}
+        for name, path in [*paths.items(), *(("prompts", name) for name in names)]:
+            check_path(path, name)
 
     def to_toml(self) -> str:
         """The run file that gives this run again: every key that is set."""

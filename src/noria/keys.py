@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
+MAX_NAME_NBYTES, MAX_PATH_NBYTES = 255, 4095  # of a file's name, and of a path (Linux)
+
 
 class InputError(ValueError):
     """The user's input is wrong: the message says what, where, the numbers and the remedy. The command exits with 2."""
@@ -35,6 +37,19 @@ def require(condition: object, message: str) -> None:
     """Raises InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def check_path(path: str | None, name: str) -> None:
+    """Raises InputError for a path that no file system takes. Looks at its letters alone."""
+    text = path or ""
+    require("\0" not in text, f"{name} is {text[:100]!r}: no path has a NUL character")
+    longest = max(text.split("/"), key=len)
+    for part, most in ((longest, MAX_NAME_NBYTES), (text, MAX_PATH_NBYTES)):
+        nbytes = len(part.encode(errors="surrogateescape"))
+        require(
+            nbytes <= most,
+            f"{name} begins with {part[:40]!r} and has {nbytes} bytes, a path has at most {most}: shorten it",
+        )
 
 
 @functools.cache  # every row of the prompts asks

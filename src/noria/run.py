@@ -244,8 +244,8 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
 
 def _check_trace(config: Config, path: Path) -> None:
     """Raises InputError unless a trace could be written, over no file but an older trace."""
-    files = [Path(file).resolve() for file in (config.model, *Source.of(config).files, config.output) if file]
-    if path.is_dir() or path.resolve() in files:
+    files = [os.path.realpath(file) for file in (config.model, *Source.of(config).files, config.output) if file]
+    if path.is_dir() or os.path.realpath(path) in files:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
     check_folder(path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from noria.communicator import Communicator
 from noria.config import Config, require
 from noria.files.atomic import check_folder
-from noria.keys import InputError
+from noria.keys import InputError, check_path
 from noria.launch import launcher, mpi
 from noria.launch.rates import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
@@ -72,16 +72,16 @@ def _probe(arguments: argparse.Namespace, comm: Communicator) -> int:
     rates = probe.measure(transport, lambda what, value, unit: _say(first, what, _figure(value, unit)))
     if transport is not None:
         transport.close()
-    if first:
-        _write(arguments.output, rates)
-    comm.Barrier()
+    mpi.on_first_rank(comm, lambda: _write(arguments.output, rates))
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     require(0 < arguments.seconds <= 60, f"--seconds is {arguments.seconds:g}: it must be above 0 and at most 60")
     require(arguments.megabytes is None or 1 <= arguments.megabytes <= 8192, "--megabytes must be in 1 .. 8192")
+    check_path(arguments.scratch, "--scratch")
     if arguments.output is not None:
+        check_path(str(arguments.output), "--output")
         require(not arguments.output.is_dir(), f"--output {arguments.output} is a folder: name a file")
         check_folder(arguments.output)
 
@@ -95,7 +95,10 @@ def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Place
 def _write(path: Path | None, rates: Rates) -> None:
     if path is None:
         return
-    path.write_text(rates.to_toml())
+    try:
+        path.write_text(rates.to_toml())
+    except OSError as error:
+        raise InputError(f"--output {path}: {(error.strerror or str(error)).lower()}: name another file") from error
     left = ", ".join(rates.assumed)
     _say(True, "written", f"{path}{f' (without {left}: not measured)' if left else ''}")
 

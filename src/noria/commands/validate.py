@@ -13,7 +13,7 @@ from pathlib import Path
 
 from noria.commands.run import add_arguments, load  # noqa: F401  the flags are those of noria run
 from noria.config import Config, InputError, shard_rows
-from noria.files.atomic import check_folder
+from noria.files.atomic import check_file
 from noria.files.generations import open_generations
 from noria.files.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
@@ -58,7 +58,7 @@ def _output(config: Config) -> str:
     path = Path(config.output)
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
-    check_folder(path)
+    check_file(path)
     if path.exists():
         with open_generations(path) as file:
             return f"there already, with {plural(len(file), 'row')}"

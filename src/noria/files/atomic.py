@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from noria.config import InputError
+from noria.keys import check_path
 
 
 def temporary(target: Path) -> Path:
@@ -37,6 +38,9 @@ def publish(path: Path, target: Path) -> None:
 
 def check_folder(path: Path) -> None:
     """Raises InputError unless a file at `path` could be written: its folder is there and takes a file."""
+    check_path(str(path), "the file to write")
+    if path.name in ("", ".."):
+        raise InputError(f"{path} is a folder: name a file, such as {path / 'run.h5'}")
     folder = path.parent
     if not folder.exists():
         raise InputError(f"{path}: there is no folder {folder}: make it (mkdir -p {folder}) or name another")
@@ -51,6 +55,13 @@ def check_folder(path: Path) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{path}: folder {folder} cannot be written ({reason}): name another folder") from error
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError unless a file of Noria's could be written at `path`, or put in the place of one that is there."""
+    check_folder(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a device or a pipe, which cannot be replaced by a file: name a file")
 
 
 class GuardedFile:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from noria.config import InputError, nearest
-from noria.files.atomic import check_folder, fsync, publish, temporary
+from noria.files.atomic import check_file, fsync, publish, temporary
 from noria.files.export_openai import responses
 from noria.files.export_tables import write_csv, write_parquet
 from noria.files.generations import Generation, open_generations
@@ -64,7 +64,7 @@ def check_target(target: Path, format: str = "rows") -> None:
         )
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file in it")
-    check_folder(target)
+    check_file(target)
 
 
 def as_object(generation: Generation) -> dict[str, Any]:

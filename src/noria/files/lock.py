@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from noria.config import InputError
-from noria.files.atomic import check_folder
+from noria.files.atomic import check_file
 
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 PATIENCE = 5.0  # seconds: a job that was killed may be given up by mpirun before the system has ended its processes
@@ -35,7 +35,7 @@ class OutputLock:
     """
 
     def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
-        check_folder(Path(output))
+        check_file(Path(output))
         self.path = lock_path(output)
         self._handle = _take(self.path, output, report)
         if self._handle is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import InputError
-from noria.files.atomic import check_folder, fsync
+from noria.files.atomic import check_file, fsync
 from noria.files.generations import NewerVersion, open_generations
 from noria.files.parts import remove_parts
 from noria.files.sealed import part_files, parts_folder, scan
@@ -27,7 +27,7 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     path = Path(path)
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
-    check_folder(path)
+    check_file(path)
     folder = parts_folder(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
