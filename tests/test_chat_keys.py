@@ -3,20 +3,24 @@
 import json
 import os
 import re
+import sys
 from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
 import test_tokenizer
+from mpirun import describe, mpirun
 from noria import __main__ as program
 from noria import config as configuration
 from noria.commands import run as run_command
 from noria.config import InputError, Sampling
+from noria.files.generations import open_generations
 from noria.rows.chat import Chat, Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import Tokenizer
+from test_hostile_prompts import model_of
 
 SOURCE = (
     "{{ style }}{{ enable_thinking }}{{ tools | tojson if tools else '' }}{{ documents | length if documents else '' }}"
@@ -178,3 +182,27 @@ def test_other_commands_start_no_helper(monkeypatch):
     monkeypatch.setattr("noria.helper.Helper.start", lambda self: pytest.fail("started"))
     monkeypatch.setattr(program, "_start", lambda name, argv: 7)
     assert program.main(["validate"]) == 7
+
+
+BAD = "{% for m in messages %}{{ m.content * (30000000 if m.content == 'bad' else 1) }}{% endfor %}"
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_ranks_of_a_launcher_render_conversations_and_lose_one_row_where_the_helper_ends(tmp_path):
+    model_of(tmp_path, test_tokenizer.files_of(test_tokenizer.byte_level()) | {"chat_template.jinja": BAD.encode()})
+    texts = ["the cat", "bad", "the dog", "the log"]
+    rows = [{"messages": [{"role": "user", "content": text}], "max_new_tokens": 2} for text in texts]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "noria", "run", "--model", "model.h5", "--prompts", "p.jsonl", "--device", "cpu"]
+    done = mpirun(2, [*command, "--output", "o.h5"], cwd=tmp_path, fresh=True)
+    assert done.returncode == 0, describe(done)
+    with open_generations(tmp_path / "o.h5") as file:
+        found = list(file.rows())
+    assert [row.status for row in found] == ["done", "error", "done", "done"]
+    assert "the chat template was stopped: its answer has more than" in found[1].error
+    say = Tokenizer(test_tokenizer.files_of(test_tokenizer.byte_level()), {}, {}).encode
+    assert [row.prompt_token_ids.tolist() for row in found if row.status == "done"] == [
+        say(text, False) for text in texts if text != "bad"
+    ]
+    assert done.orphans == [] and "Traceback" not in done.stderr

@@ -22,6 +22,7 @@ from noria.rows.chat import encoder_of
 from noria.rows.examination import dtype_of, open_model
 from noria.rows.lengths import look
 from noria.rows.source import Source, count
+from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.text import plural, printable
 
@@ -43,8 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     num_rows = count(Source.of(config))
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
-        encode = encoder_of(checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None)
-        load = look(config, checkpoint.shape.max_positions, num_rows, encode)
+        with template_helper() as helper:
+            encode = encoder_of(
+                checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None, helper
+            )
+            load = look(config, checkpoint.shape.max_positions, num_rows, encode)
         rates = planner.rates_of(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip
