@@ -140,9 +140,7 @@ def test_what_is_wrong_with_the_run_itself_is_one_line(validated, flags, words):
     assert code == 2 and words in error
 
 
-def test_a_file_without_rows_and_a_disk_without_space_are_wrong(validated, monkeypatch):
-    code, _, error = validated([])
-    assert code == 2 and "has no rows" in error
+def test_a_disk_without_space_is_wrong(validated, monkeypatch):
     monkeypatch.setattr(validate, "_space", lambda config, found: (3 * 2**30, 2**30))
     code, _, error = validated([{"prompt": "the"}])
     assert code == 2 and "may need 3.00 GiB, its folder has 1.00 GiB free" in error

@@ -163,6 +163,9 @@ class Job:
     )
     retry_errors: bool = key("generate rows that ended with status error again, from the same prompts", False)
     extend: bool = key("take a longer file of prompts, whose beginning is the old one unchanged", False)
+    fail_on_errors: bool = key(
+        "exit with 65 if any row of the whole output is an error (default: only if all rows are)", False
+    )
     overwrite: bool = key("move an existing output aside and begin again", False)
     allow_gpu_sharing: bool = key("let two ranks use one GPU", False)
     random_weights: str | None = key("a config.json: run its shape with random weights made in place, without a model")

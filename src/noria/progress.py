@@ -6,7 +6,7 @@ Knows counts and times, nothing of the rows themselves.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -102,10 +102,10 @@ class Progress:
             lines.append(f"output: {printable(str(output))}")
         return "\n".join(lines)
 
-    def end(self, output: str | Path) -> None:
-        """Closes and writes the summary."""
+    def end(self, output: str | Path, more: Sequence[str] = ()) -> None:
+        """Closes and writes the summary, and `more` lines."""
         self.close()
-        self.stream.write(self.summary(output) + "\n")
+        self.stream.write("".join(f"{line}\n" for line in [self.summary(output), *more]))
         self.stream.flush()
 
     def _speed(self) -> float:

@@ -71,7 +71,7 @@ def run(
         mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
         work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type, helper))
         if work.state == "finished":
-            return _finished_already(config, comm.Get_rank())
+            return _finished_already(config, work, comm.Get_rank())
         return _generate(config, comm, work, place, device, watchdog, stopping, helper)
 
 
@@ -132,14 +132,14 @@ def _generate(
         watchdog.record = None
         if config.job.trace and isinstance(trace, Trace):
             _write_trace(comm, Path(config.job.trace), trace)
-        complete = mpi.on_first_rank(comm, lambda: desk is not None and desk.complete)
+        complete, code = mpi.on_first_rank(comm, lambda: (desk is not None and desk.complete, desk.code if desk else 0))
         if ring is not None:
             ring.close()
         on_error.pop_all()
     otherwise = mpi.on_first_rank(comm, lambda: _say_otherwise(plan, timings, config.job.strict))
     if otherwise and config.job.strict:
         return NOT_AS_PLANNED
-    return 0 if complete else STOPPED
+    return code if complete else STOPPED
 
 
 def _build(
@@ -279,7 +279,9 @@ def _device_name(place: launcher.Place, device: torch.device) -> str:
     return f"{place.host} {device} ({name})"
 
 
-def _finished_already(config: Config, rank: int) -> int:
+def _finished_already(config: Config, work: Work, rank: int) -> int:
     if rank == 0:
         log(0, 1, f"{config.output} is finished: nothing to do (noria export writes it out; --overwrite begins again)")
-    return 0
+        for line in work.said:
+            log(0, 1, line)
+    return work.code

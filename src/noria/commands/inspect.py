@@ -7,6 +7,7 @@ from pathlib import Path
 from noria.config import InputError
 from noria.files import checkpoint, generations, unfinished
 from noria.files.container import format_of
+from noria.files.outcome import how_to_read, outcome_of
 from noria.files.schema import FORMAT as GENERATIONS
 from noria.text import plural, printable
 
@@ -27,9 +28,16 @@ def run(arguments: argparse.Namespace) -> int:
     if found == checkpoint.FORMAT:
         return _checkpoint(output, arguments.verify)
     if found == GENERATIONS:
-        _write(generations.describe(output, arguments.verify))
+        _write([*generations.describe(output, arguments.verify), *_outcome(output)])
         return 0
     raise InputError(f"{output}: its format is {found!r}; known: {checkpoint.FORMAT!r}, {GENERATIONS!r}")
+
+
+def _outcome(output: Path) -> list[str]:
+    try:
+        return [*outcome_of(output).lines(), how_to_read(output)]
+    except InputError as error:
+        return [f"why rows are in error cannot be read: {error}"]
 
 
 def _checkpoint(path: Path, verify: bool) -> int:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from noria.files.lock import OutputLock
 from noria.files.merge_shards import merge_shards
+from noria.files.outcome import outcome_of
 from noria.files.parts import to_stderr
 from noria.files.provenance import job_ids, now
-from noria.text import plural
+from noria.text import plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SHARD.h5",
         help="outputs of all shards, in any order; they stay as they are",
+    )
+    parser.add_argument(
+        "--fail-on-errors", action="store_true", help="exit with 65 if any row is an error (default: only if all are)"
     )
 
 
@@ -36,5 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     words = " is the merge of these shards already"
     if count is not None:
         words = f": {plural(count, 'row')} of {len(shards)} shards"
-    sys.stderr.write(f"{output}{words}\n")
-    return 0
+    outcome = outcome_of(output)
+    said = [f"{output}{words}", *outcome.lines()]
+    sys.stderr.write("".join(f"{printable(line)}\n" for line in said))
+    return outcome.code(arguments.fail_on_errors)

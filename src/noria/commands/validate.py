@@ -11,7 +11,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from noria.commands.run import add_arguments, load  # noqa: F401  the flags are those of noria run
+from noria.commands import run as run_command
+from noria.commands.run import load
 from noria.config import Config, InputError, shard_rows
 from noria.files.atomic import check_file
 from noria.files.generations import open_generations
@@ -23,12 +24,17 @@ from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import Source, count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
-from noria.rows.validation import Findings, Limits, examine
+from noria.rows.validation import SHOWN, Findings, Limits, examine
 from noria.text import plural, printable
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="list every row that is wrong, not the first 10 alone")
+    run_command.add_arguments(parser)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    config = load(arguments)
+    config = load(arguments, "all")
     output, source = _output(config), Source.of(config)
     num_rows = count(source)
     with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         limits = Limits(shape.max_positions, shape.vocab_size)
         rows = shard_rows(config.job.shard, num_rows)
         prompts = noted(open_prompts(source), lambda message: _say("note", message))
-        found = examine(prompts, rows, encoder, sampling, limits, tokenizer)
+        found = examine(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)
     _report(config, found, output)
     return _verdict(config, found)
 
@@ -76,14 +82,14 @@ def _report(config: Config, found: Findings, output: str) -> None:
         name = f" ({id})" if id != str(row) else ""
         _say(f"row {row}", f"{error}{name}")
     if found.num_wrong > len(found.wrong):
-        _say("", f"and {plural(found.num_wrong - len(found.wrong), 'other row')}")
+        _say("", f"and {plural(found.num_wrong - len(found.wrong), 'other row')} (--all lists them)")
+        for line in found.reasons.lines():
+            _say("", line)
 
 
 def _verdict(config: Config, found: Findings) -> int:
     needed, free = _space(config, found)
     wrong = []
-    if found.num_rows == 0:
-        wrong.append(f"{Source.of(config)} has no rows")
     if found.num_wrong:
         wrong.append(
             f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {Source.of(config)} would end with an error"
@@ -95,7 +101,8 @@ def _verdict(config: Config, found: Findings) -> int:
         )
     if wrong:
         raise InputError("; ".join(wrong))
-    _say("", "nothing is wrong")
+    nothing = f"warning: {Source.of(config)} has no rows" if found.num_rows == 0 else "nothing is wrong"
+    _say("", nothing)
     return 0
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from noria.config import WHOLE, InputError
 from noria.files.generations import describe
 from noria.files.lock import held_by
+from noria.files.outcome import outcome_of_parts
 from noria.files.schema import FORMAT, STATUS
-from noria.files.sealed import Part, part_files, parts_folder, scan, select
+from noria.files.sealed import Part, Selection, part_files, parts_folder, scan, select
 from noria.files.segments import age, read_segments, segment_lines
 from noria.text import plural
 
@@ -68,10 +69,18 @@ def _lines(path: Path, parts: list[Part], damaged: list[str]) -> list[str]:
         f" {plural(int(selection.num_tokens.sum()), 'generated token')} of finished rows",
         f"{plural(len(files), 'part')} in {folder}, {nbytes / 2**20:.1f} MiB, last sealed {sealed}",
         *damaged,
+        *_outcome(parts, selection),
         *([f"shard: {shard}"] if shard != WHOLE else []),
         *([f"header: {json.dumps(header)}"] if header else []),
         *segment_lines(segments),
     ]
+
+
+def _outcome(parts: list[Part], selection: Selection) -> list[str]:
+    try:
+        return outcome_of_parts(parts, selection).lines()
+    except InputError as error:
+        return [f"why rows are in error cannot be read: {error}"]
 
 
 def _state(path: Path, segments: list[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from noria.files.agreement import ANEW, OLD_RULES
 from noria.files.checkpoint import OpenModel
 from noria.files.compact import Compactor
 from noria.files.merge import merge
+from noria.files.outcome import how_to_read, outcome_of
 from noria.files.output import probe_output, reopen
 from noria.files.parts import Parts
 from noria.files.segments import history
@@ -77,6 +78,7 @@ class Desk:
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
         make_room(config)
+        self.code = 0  # the job's exit code, once the output is whole
         self._parts = Parts(config.output, work.identity.header)
         try:
             self._open(plan, segment)
@@ -229,7 +231,9 @@ class Desk:
             again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
         samples = np.array(self.admission.samples)
         merge(self._parts, self._config.output, self._rows, attrs, columns, samples, again)
-        self._progress.end(self._config.output)
+        outcome = outcome_of(self._config.output)
+        self.code = outcome.code(self._config.job.fail_on_errors)
+        self._progress.end(self._config.output, [*outcome.lines(), how_to_read(self._config.output)])
 
     def _note(self, message: str) -> None:
         log(0, 1, f"note: {message}")

@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape
-from noria.config import Config, InputError, require
+from noria.config import Config, InputError, Sampling, require
 from noria.files.agreement import OLD_RULES
 from noria.files.checkpoint import OpenModel, open_checkpoint, parse_json
+from noria.files.outcome import outcome_of
 from noria.files.output import probe_output
 from noria.files.random_weights import random_checkpoint
 from noria.helper import Helper
 from noria.plan import planner
 from noria.plan.costs import Load
+from noria.rows import validation
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.identity import Identity, check_finished, identity
 from noria.rows.lengths import look
 from noria.rows.model_sampling import told
 from noria.rows.old_rules import check_rendering
+from noria.rows.prompts import open_prompts
 from noria.rows.source import Source, content_hash, counts, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
+from noria.rows.validation import Limits
 from noria.rows.waiting import unknown_ids
+from noria.text import plural
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Work:
     load: Load  # how long its rows are
     identity: Identity
     said: list[str]  # for the user, a line each
+    code: int = 0  # the exit code of a job that finds the output finished
 
 
 def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Work:
@@ -55,26 +61,51 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
         dtype = dtype_of(config, checkpoint.dtype, device)
-        encode = _encoder(config, checkpoint, helper)
+        tokenizer = tokenizer_of(checkpoint)
+        encode = _encoder(config, checkpoint, tokenizer, helper)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, prompts_hash, checkpoint, dtype)
         if state == "finished" and check_finished(config, own.header, num_rows):
             state = "parts"
+        if state == "absent" and config.job.shard is None:
+            _refuse_useless(source, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
         load = look(config, checkpoint.shape.max_positions, num_rows, encode)
-        if own.rules > OLD_RULES:
+        outcome = outcome_of(config.output) if state == "finished" else None
+        if outcome:
+            said = outcome.lines()
+        elif own.rules > OLD_RULES:
             said = told(checkpoint.generation_config, config.sampling, own.taken)
         else:
-            said = check_rendering(config, own, num_rows, lambda date: _encoder(config, checkpoint, helper, date))
-        files = prompt_files(source, by_file)
-        return Work(state, num_rows, checkpoint.shape, checkpoint.blocks, dtype, prompts_hash, files, load, own, said)
+            said = check_rendering(
+                config, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
+            )
+        files, code = prompt_files(source, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
+        shape, blocks = checkpoint.shape, checkpoint.blocks
+        return Work(state, num_rows, shape, blocks, dtype, prompts_hash, files, load, own, said, code)
 
 
-def _encoder(config: Config, checkpoint: OpenModel, helper: Helper | None, date: datetime | None = None) -> Encoder:
+def _refuse_useless(
+    source: Source, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
+) -> None:
+    """Raises InputError, with the reasons, if there are rows and none of the first LOOKED_AT can run."""
+    limits = Limits(shape.max_positions, shape.vocab_size)
+    reasons = validation.all_wrong(open_prompts(source), encode, sampling, limits, tokenizer)
+    if reasons is not None:
+        most = validation.LOOKED_AT
+        first = f"the first {most:,} rows" if num_rows > most else plural(num_rows, "row")
+        raise InputError(
+            f"none of {first} of {source} can run: {'; '.join(reasons.lines())}; nothing is written (noria validate --all"
+            " lists them)"
+        )
+
+
+def _encoder(
+    config: Config, checkpoint: OpenModel, tokenizer: Tokenizer, helper: Helper | None, date: datetime | None = None
+) -> Encoder:
     """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
     unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
     require(unknown is None, f"sampling.{unknown}")
-    tokenizer = tokenizer_of(checkpoint)
     return encoder_of(checkpoint, tokenizer, config.sampling, date or datetime.now(), lambda message: None, helper)
 
 

@@ -5,14 +5,17 @@ Knows no devices, no ranks and no files but the prompts'.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from noria.config import Sampling
+from noria.files.outcome import Reasons
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line
 
 SHOWN = 10  # bad rows that are told one by one
+LOOKED_AT = 1000  # rows before a model is loaded: where none of them can run, none is likely to
 _ROW_NBYTES = 200  # of a row's columns beside its texts and tokens
 _TOKEN_NBYTES = 12  # a token id and its text
 
@@ -38,6 +41,7 @@ class Findings:
     longest_row: int = 0
     nbytes: int = 0
     wrong: list[tuple[int, str, str]] = field(default_factory=list)  # row, id, what is wrong
+    reasons: Reasons = field(default_factory=Reasons)
 
 
 def examine(
@@ -47,8 +51,9 @@ def examine(
     sampling: Sampling,
     limits: Limits,
     tokenizer: Tokenizer,
+    shown: int = SHOWN,
 ) -> Findings:
-    """Holds every prompt of `rows` against the model."""
+    """Holds every prompt of `rows` against the model; keeps the first `shown` wrong ones."""
     found = Findings()
 
     def wrong(sequence: Sequence) -> None:
@@ -56,7 +61,8 @@ def examine(
             return
         found.num_wrong += 1
         found.nbytes += _ROW_NBYTES + len(sequence.prompt.prompt.encode(errors="replace"))
-        if len(found.wrong) < SHOWN:
+        found.reasons.add(sequence.prompt.id, sequence.error)
+        if len(found.wrong) < shown:
             found.wrong.append((sequence.prompt.row, sequence.prompt.id, sequence.error))
 
     mine = (prompt for prompt in prompts if prompt.row in rows)
@@ -66,6 +72,25 @@ def examine(
         _add(found, sequence, limits)
     found.num_rows = len(line.samples)
     return found
+
+
+def all_wrong(
+    prompts: Iterable[Prompt],
+    encode: Callable[[Prompt], list[int]],
+    sampling: Sampling,
+    limits: Limits,
+    tokenizer: Tokenizer,
+) -> Reasons | None:
+    """Why none of the first LOOKED_AT prompts can run; None if one can, or if there is none. Reads up to the first that can."""
+    reasons = Reasons()
+
+    def wrong(sequence: Sequence) -> None:
+        if not sequence.sample:
+            reasons.add(sequence.prompt.id, sequence.error)
+
+    first = islice(prompts, LOOKED_AT)
+    line = Line(first, LOOKED_AT, encode, sampling, limits, wrong, lambda sequence: None, (), tokenizer)
+    return reasons if line.first() is None and reasons.counts else None
 
 
 def _add(found: Findings, sequence: Sequence, limits: Limits) -> None:
