@@ -207,7 +207,8 @@ class Config:
 
     model: str | None = key("checkpoint made by noria convert")
     prompts: str | list[str] = key(
-        "file of prompts: .jsonl, .txt, .csv, .tsv (all of them .gz too), .h5 or .parquet; several files, or a pattern"
+        "file of prompts: .jsonl, .json, .txt, .csv, .tsv (all of them .gz and .zst too), .h5 or .parquet; several files,"
+        " or a pattern"
         " such as 'part-*.jsonl', are read one after another"
     )
     output: str = key("HDF5 file for the generations")

@@ -58,6 +58,15 @@ class Sampling:
     stop_token_ids: list[int] | None = key("token ids that end a row, beside the model's own, such as 5,6")
     include_stop_str_in_output: bool = key("keep the text or token that ended a row at the end of its text", False)
     skip_special_tokens: bool = key("leave special tokens out of the text", True)
+    bad_words: str | list[str] | None = key(
+        "text whose tokens are never generated one after another, with or without a space before it; a list of such texts"
+        " in a run file",
+        text=True,
+    )
+    allowed_token_ids: list[int] | None = key("token ids of which alone may be generated, such as 5,6")
+    truncate_prompt_tokens: int | None = key(
+        "keep only the last so many tokens of a prompt; -1: as many as the model's context leaves beside max_new_tokens"
+    )
     ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
     chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
     system: str | None = key("with chat: a system message before the user's", text=True)
@@ -88,7 +97,15 @@ class Sampling:
             f"sampling.top_k is {self.top_k}: it must be in 0 (all tokens) .. 2^31-1",
         )
         require(self.seed is None or 0 <= self.seed < 2**63, f"sampling.seed is {self.seed}: it must be in 0 .. 2^63-1")
-        _check_stop(self.stop_texts)
+        _check_texts("stop", self.stop_texts, MAX_STOPS)
+        _check_texts("bad_words", self.bad_texts, MAX_BAD_WORDS)
+        _check_token_ids("allowed_token_ids", self.allowed_token_ids or [])
+        require(self.allowed_token_ids != [], "sampling.allowed_token_ids is empty: nothing could be generated")
+        kept = self.truncate_prompt_tokens
+        right = kept is None or kept == -1 or kept >= 1
+        require(
+            right, f"sampling.truncate_prompt_tokens is {kept}: it must be 1 or more, or -1 for what the context leaves"
+        )
         _check_token_ids("stop_token_ids", self.stop_token_ids or [])
         _check_logit_bias(self.logit_bias or {})
         _check_template_kwargs(self.chat_template_kwargs or {})
@@ -101,6 +118,10 @@ class Sampling:
     def most_new_tokens(self) -> int:
         """max_new_tokens, or its default where nobody has said it."""
         return int(OPEN["max_new_tokens"]) if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
+    def bad_texts(self) -> list[str]:
+        return [self.bad_words] if isinstance(self.bad_words, str) else self.bad_words or []
 
     @property
     def scores_prompt(self) -> bool:
@@ -179,7 +200,7 @@ _SAMPLING_RANGES = {
     "n": (1, 4096),
     "logprobs": (0, 100),
 }
-MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+MAX_STOPS, MAX_BAD_WORDS, MAX_STOP_LENGTH = 64, 1000, 1000
 MAX_KWARGS_LENGTH, MAX_KWARGS_DEPTH = 2**16, 32
 # Names of what a rendering is asked for, which transformers' apply_chat_template does not hand on as a template's own.
 OWN_OF_TEMPLATES = frozenset(
@@ -188,11 +209,11 @@ OWN_OF_TEMPLATES = frozenset(
 )
 
 
-def _check_stop(texts: list[Any]) -> None:
-    require(len(texts) <= MAX_STOPS, f"sampling.stop has {len(texts)} texts: it must be at most {MAX_STOPS}")
+def _check_texts(name: str, texts: list[Any], most: int) -> None:
+    require(len(texts) <= most, f"sampling.{name} has {len(texts)} texts: it must be at most {most}")
     for text in texts:
         right = isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH
-        require(right, f"sampling.stop has {str(text)[:20]!r}: it must be texts of 1 to {MAX_STOP_LENGTH} characters")
+        require(right, f"sampling.{name} has {str(text)[:20]!r}: it must be texts of 1 to {MAX_STOP_LENGTH} characters")
 
 
 def _check_token_ids(name: str, ids: Iterable[Any]) -> None:

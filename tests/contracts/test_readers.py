@@ -46,6 +46,7 @@ def as_parquet(prompts):
 # How each kind writes rows that have only a prompt. A new kind adds itself here.
 WRITE = {
     "jsonl": lambda prompts: "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode(),
+    "json": lambda prompts: json.dumps([{"prompt": prompt} for prompt in prompts]).encode(),
     "text": lambda prompts: "".join(prompt + "\n" for prompt in prompts).encode(),
     "csv": as_csv,
     "hdf5": as_hdf5,
@@ -60,7 +61,7 @@ PROMPTS = [
     "x" * 2**20,
 ]
 ALL = [(name, suffix) for name in kinds.names("readers") for suffix in kinds.load("readers", name).SUFFIXES]
-CASES = [case for case in ALL if case[0] not in ("hdf5", "parquet")]  # kinds of text, whose rows are lines
+CASES = [case for case in ALL if case[0] not in ("hdf5", "json", "parquet")]  # kinds of text, whose rows are lines
 HEADER_LINES = {"csv": 1}
 
 

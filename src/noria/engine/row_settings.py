@@ -47,6 +47,32 @@ class Counts:
         self._length += len(fresh)
 
 
+class BadWords:
+    """Sequences of token ids that a row must not generate, and the end of what it has generated."""
+
+    def __init__(self, words: list[list[int]], prompt_length: int):
+        self._words = [np.array(word, np.int64) for word in words]
+        self._keep = max(map(len, words)) - 1
+        self._next = prompt_length  # place in the sequence of the next generated token
+        self._last = np.empty(0, np.int64)
+
+    def add(self, token_ids: list[int], position: int) -> None:
+        """The tokens from this position of the sequence on; those of the prompt and those given before do not count."""
+        assert self._next >= position or not token_ids, "tokens between are missing"
+        fresh = token_ids[self._next - position :]
+        self._next += len(fresh)
+        if self._keep and fresh:
+            self._last = np.concatenate([self._last, np.array(fresh, np.int64)])[-self._keep :]
+
+    def banned(self) -> np.ndarray:
+        """The ids that would end one of the words now: the last of each whose other ids were generated just before."""
+        ends = [word[-1] for word in self._words if self._follows(word[:-1])]
+        return np.unique(np.array(ends, np.int64))
+
+    def _follows(self, before: np.ndarray) -> bool:
+        return len(before) <= len(self._last) and np.array_equal(self._last[len(self._last) - len(before) :], before)
+
+
 @dataclass(eq=False)
 class RowSettings:
     """How one row is sampled; see rows/sequence.py: sampler_settings. `logprobs`: how many of the likely ids; -1: no
@@ -65,7 +91,9 @@ class RowSettings:
     banned: np.ndarray
     bias_ids: np.ndarray
     biases: np.ndarray
+    allowed: np.ndarray
     counts: Counts | None = None
+    bad_words: BadWords | None = None
     greedy: bool = True
 
     @classmethod
@@ -85,16 +113,32 @@ class RowSettings:
             np.array(settings.get("banned", []), np.int64),
             np.array([int(token_id) for token_id in bias], np.int64),
             np.array(list(bias.values()), np.float64),
+            np.unique(np.array(settings.get("allowed", []), np.int64)),
         )
         if row.repetition_penalty != 1 or row.presence_penalty or row.frequency_penalty:
             row.counts = Counts(row.prompt_length)
             row.counts.add(settings.get("shared", []), 0)
-        row.greedy = row.temperature == 0 and row.counts is None and not len(row.banned) and not bias
+        if settings.get("bad_words"):
+            row.bad_words = BadWords(settings["bad_words"], row.prompt_length)
+        edited = bias or len(row.banned) or len(row.allowed) or row.follows
+        row.greedy = row.temperature == 0 and not edited
         return row
+
+    @property
+    def follows(self) -> bool:
+        """Whether the row's tokens must be told to `add`."""
+        return self.counts is not None or self.bad_words is not None
+
+    def add(self, token_ids: list[int], position: int) -> None:
+        """Tokens of the row, prompt and generated, from this position of its sequence on."""
+        for one in (self.counts, self.bad_words):
+            if one is not None:
+                one.add(token_ids, position)
 
 
 def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int) -> Iterator[Edit]:
-    """What the rows' settings do to their logits, in transformers' order: logit_bias, penalties, min_new_tokens.
+    """What the rows' settings do to their logits, in transformers' order: logit_bias, penalties, min_new_tokens; then
+    bad_words and allowed_token_ids, which leave no other ids whatever stands before them.
 
     positions [C]: of each row, the place in its sequence of the token that is sampled now.
     """
@@ -118,8 +162,12 @@ def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int
         for row, one in enumerate(settings)
         if len(one.banned) and positions[row] - one.prompt_length < one.min_new_tokens
     ]
-    if banned:
+    banned += [(row, one.bad_words.banned()) for row, one in enumerate(settings) if one.bad_words is not None]
+    if any(len(ids) for _, ids in banned):
         yield _ban(places(banned))
+    allowing = [row for row, one in enumerate(settings) if len(one.allowed)]
+    if allowing:
+        yield _allow(np.array(allowing), places((row, settings[row].allowed) for row in allowing), vocab_size)
 
 
 def _openai(row: RowSettings, generated: np.ndarray) -> np.ndarray:
@@ -154,9 +202,22 @@ def _penalise(places: list[np.ndarray], factors: list[np.ndarray]) -> Edit:
 
 
 def _ban(places: list[np.ndarray]) -> Edit:
-    """min_new_tokens: transformers' MinNewTokensLengthLogitsProcessor."""
+    """min_new_tokens: transformers' MinNewTokensLengthLogitsProcessor. bad_words: its NoBadWordsLogitsProcessor, over
+    generated tokens alone, as in vLLM."""
 
     def edit(scores: torch.Tensor, put: Put) -> None:
         scores.index_fill_(0, put(np.concatenate(places)), -torch.inf)  # an assignment would wait for the device
+
+    return edit
+
+
+def _allow(rows: np.ndarray, places: list[np.ndarray], vocab_size: int) -> Edit:
+    """allowed_token_ids, as in vLLM: all other ids of these rows are impossible."""
+
+    def edit(scores: torch.Tensor, put: Put) -> None:
+        index = put(np.concatenate(places))
+        kept = scores[index]
+        scores.view(-1, vocab_size).index_fill_(0, put(rows), -torch.inf)
+        scores[index] = kept
 
     return edit

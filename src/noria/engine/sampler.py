@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from noria.engine.row_settings import Counts, RowSettings, edits_of
+from noria.engine.row_settings import RowSettings, edits_of
 from noria.step import NO_TOKEN, Step
 
 CHUNK_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
@@ -35,30 +35,30 @@ class Sampler:
     def __init__(self, device: torch.device):
         self._device = device
         self._settings: dict[int, RowSettings] = {}
-        self._counting: dict[int, Counts] = {}  # those whose tokens must be counted, for penalties
+        self._following: dict[int, RowSettings] = {}  # those whose tokens must be known: for penalties, bad words
 
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
         for slot in step.released:
             self._settings.pop(slot, None)
-            self._counting.pop(slot, None)
+            self._following.pop(slot, None)
         for admitted in step.admitted:
             settings = RowSettings.from_header(admitted.sampling)
             if not settings.greedy or settings.logprobs >= 0:
                 self._settings[admitted.slot] = settings
-            if settings.counts is not None:
-                self._counting[admitted.slot] = settings.counts
+            if settings.follows:
+                self._following[admitted.slot] = settings
 
     def count(self, step: Step) -> None:
-        """Counts the tokens of a step, prompt and generated, where a row is penalised for them. Before its samples."""
-        if not self._counting:
+        """Takes the tokens of a step, prompt and generated, where a row's logits depend on them. Before its samples."""
+        if not self._following:
             return
         ends = np.cumsum(step.counts).tolist()
         for slot, end, count, position in zip(
             step.slots.tolist(), ends, step.counts.tolist(), step.positions.tolist(), strict=True
         ):
-            if counts := self._counting.get(slot):
-                counts.add(step.token_ids[end - count : end].tolist(), position)
+            if settings := self._following.get(slot):
+                settings.add(step.token_ids[end - count : end].tolist(), position)
 
     def top(self, slots: np.ndarray) -> int:
         """The most of the likely ids that any of these rows asks for; -1 if none asks for log-probabilities."""

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from noria import kinds
 from noria.config import InputError, require
 from noria.readers._published import OWN, flag_for, folded, table_without
+from noria.readers._zstd import MAGIC, Decompressed
 
 __all__ = [
     "OWN",
@@ -33,6 +34,7 @@ __all__ = [
 
 MAX_LINE_NBYTES = 16 * 2**20  # a longer line is a bad row: memory must not grow with the file
 PROMPT_NAMES = OWN[1:]  # a table has a column of one of these names, if a run names no other
+DAMAGED = (OSError, EOFError, zlib.error)  # what reading on may raise where a file is damaged
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -64,7 +66,7 @@ def for_path(path: str | Path) -> ModuleType:
 
 
 def lines(path: str | Path, ends: bool = False) -> Iterator[bytes | None]:
-    """The lines of a file without a BOM, decompressed if they are gzip; without their ends (\\n or \\r\\n), or with `ends`.
+    """The lines of a file without a BOM, decompressed as `opened` does; without their ends (\\n or \\r\\n), or with `ends`.
 
     None stands for a line above MAX_LINE_NBYTES. Raises InputError for a file that cannot be read or is damaged.
     """
@@ -80,10 +82,13 @@ def lines(path: str | Path, ends: bool = False) -> Iterator[bytes | None]:
                     _skip_line(file)
                 line = line if ends else line.removesuffix(b"\n").removesuffix(b"\r")
                 yield line if whole else None
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"prompts {path}: cannot be read after line {number} ({error}): the file is damaged or was cut short"
-            ) from error
+        except DAMAGED as error:
+            raise damaged(path, f"line {number}", error) from error
+
+
+def damaged(path: str | Path, place: str, error: Exception) -> InputError:
+    """What is said of a file that cannot be read on."""
+    return InputError(f"prompts {path}: cannot be read after {place} ({error}): the file is damaged or was cut short")
 
 
 def too_long(number: int) -> str:
@@ -93,7 +98,7 @@ def too_long(number: int) -> str:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed if it begins as gzip does. Raises InputError for what is no file of text."""
+    """The file's bytes, decompressed if it begins as gzip or Zstandard do. Raises InputError for what is no file of text."""
     path = Path(path)
     try:
         require(path.exists(), f"prompts {path}: no such file")
@@ -104,8 +109,11 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
                 start not in (b"\xff\xfe", b"\xfe\xff"),
                 f"prompts {path}: UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8",
             )
-            zipped = start == b"\x1f\x8b"
-            yield io.BufferedReader(gzip.GzipFile(fileobj=plain), 2**20) if zipped else plain
+            if plain.peek(4)[:4] == MAGIC:
+                yield io.BufferedReader(Decompressed(plain, str(path)), 2**20)
+            else:
+                zipped = start == b"\x1f\x8b"
+                yield io.BufferedReader(gzip.GzipFile(fileobj=plain), 2**20) if zipped else plain
     except OSError as error:
         raise InputError(f"prompts {path}: {error.strerror or error}") from error
 

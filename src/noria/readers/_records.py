@@ -24,7 +24,7 @@ def records(path: str | Path) -> Iterator[tuple[int, list[str] | BadRow]]:
     Lines end in \\n, \\r\\n or \\r, as for csv and pandas. Raises InputError for a file that cannot be read.
     """
     feed = Feed(path)
-    split = _tsv_record if ".tsv" in str(path).lower()[-7:] else _csv_records(feed)
+    split = _tsv_record if ".tsv" in str(path).lower()[-8:] else _csv_records(feed)
     while feed.begin():
         record = split(feed)
         if record:

@@ -1,4 +1,4 @@
-"""Prompts as a table in text: a header with the names of the columns, then a row a record (RFC 4180), plain or gzip.
+"""Prompts as a table in text: a header with the names of the columns, then a row a record (RFC 4180), plain or compressed.
 
 An empty cell is a key that is not given; numbers, lists, booleans are read as JSON. Knows no key of a row but its type.
 """
@@ -16,7 +16,7 @@ from noria.names import SYNONYMS
 from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
 
-SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst")
 _HINTS = types_of(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}

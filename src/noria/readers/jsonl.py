@@ -1,4 +1,4 @@
-"""Prompts as JSON lines: an object a line, plain or gzip; lines of OpenAI's batch format too. Blank lines are no rows.
+"""Prompts as JSON lines: an object a line, plain or compressed; lines of OpenAI's batch format too. Blank lines are no rows.
 
 Knows no key of a row.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from noria.readers import BadRow, _openai, lines, too_long
 
 _ESCAPED = re.compile(rb"\\u00[2-7]")  # letters of a key may be written so
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
@@ -22,7 +22,7 @@ def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, An
         if line is None:
             yield BadRow(too_long(number))
         elif line.strip():
-            yield from _parse(line, number)
+            yield from parse(line, f"line {number}", " on one line")
 
 
 def count(path: str | Path, names: Collection[str] = ()) -> int:
@@ -31,25 +31,28 @@ def count(path: str | Path, names: Collection[str] = ()) -> int:
 
 
 def _num_rows(line: bytes | None) -> int:
-    if line is None:
-        return 1
-    escaped = _ESCAPED.search(line) is not None
-    several = all(escaped or name in line for name in (b'"custom_id"', b'"prompt"'))
-    return len(_parse(line, 0)) if several else 1
+    return 1 if line is None else num_rows(line)
 
 
-def _parse(line: bytes, number: int) -> list[dict[str, Any] | BadRow]:
-    """The rows of a line: one, but of a request with several prompts."""
+def num_rows(text: bytes) -> int:
+    """How many rows `parse` gives."""
+    escaped = _ESCAPED.search(text) is not None
+    several = all(escaped or name in text for name in (b'"custom_id"', b'"prompt"'))
+    return len(parse(text, "")) if several else 1
+
+
+def parse(text: bytes, where: str, form: str = "") -> list[dict[str, Any] | BadRow]:
+    """The rows that are written there: one, but of a request with several prompts. `form`: how a row has to be."""
     try:
-        record = json.loads(line.decode())
+        record = json.loads(text.decode())
         if not isinstance(record, dict):
-            return [BadRow(f"line {number} is {_NAMES[type(record)]}: a row is a JSON object on one line")]
+            return [BadRow(f"{where} is {_NAMES[type(record)]}: a row is a JSON object{form}")]
         rows = _openai.requested_rows(record) if _openai.is_request(record) else [record]
-        return [BadRow(f"line {number}: {row.error}", row.id) if isinstance(row, BadRow) else row for row in rows]
+        return [BadRow(f"{where}: {row.error}", row.id) if isinstance(row, BadRow) else row for row in rows]
     except UnicodeDecodeError as error:
-        wrong = f"line {number} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        wrong = f"{where} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
     except RecursionError:
-        wrong = f"line {number} is nested too deeply"
+        wrong = f"{where} is nested too deeply"
     except ValueError as error:
-        wrong = f"line {number} is not JSON: {str(error).partition(';')[0]}"  # after that: advice to programmers
+        wrong = f"{where} is not JSON: {str(error).partition(';')[0]}"  # after that: advice to programmers
     return [BadRow(wrong)]

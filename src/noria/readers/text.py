@@ -1,4 +1,4 @@
-"""Prompts as plain text: a prompt a line, plain or gzip, exactly as it stands. Knows no key but `prompt`.
+"""Prompts as plain text: a prompt a line, plain or compressed, exactly as it stands. Knows no key but `prompt`.
 
 Row r is line r + 1: a blank line between others is a row with an empty prompt, blank lines at the end are no rows.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from noria.readers import BadRow, lines, too_long
 
-SUFFIXES = (".txt", ".txt.gz")
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 
 
 def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:

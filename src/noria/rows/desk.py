@@ -31,7 +31,7 @@ from noria.rows.admission import Admission, Limits
 from noria.rows.begun import take_up
 from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.examination import Work
-from noria.rows.finished import generation
+from noria.rows.finished import generation, num_cut
 from noria.rows.identity import another_run
 from noria.rows.old_rules import texts_again
 from noria.rows.prompts import Prompt, noted, open_prompts
@@ -94,6 +94,7 @@ class Desk:
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()
         self._begun = parts.unfinished()
+        self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
         self._progress = Progress(num_rows, len(done))
         self.admission = Admission(
             noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
@@ -245,6 +246,7 @@ class Desk:
 
     def _take_up(self, sequence: sequences.Sequence) -> None:
         """Gives the sequence the tokens that an earlier job sealed for it."""
+        sequence.num_cut = self._cut.get(sequence.prompt.row, sequence.num_cut)
         begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
         if begun is not None:
             take_up(sequence, begun)

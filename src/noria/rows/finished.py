@@ -1,5 +1,6 @@
 """A sequence as the row that is written for it. Knows no file format and no schedule."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,11 @@ import numpy as np
 from noria.config import InputError, Sampling
 from noria.files.generations import Generation
 from noria.rows import sequence as sequences
+from noria.rows.prompts import json_text
 from noria.rows.stopping import StopTexts, ends, with_special_stops
 from noria.rows.tokenizer import Tokenizer
+
+CUT = "truncated_prompt_tokens"  # the column of how many tokens truncate_prompt_tokens cut off
 
 
 def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type = np.float32) -> Generation:
@@ -36,9 +40,26 @@ def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type =
         token_ids=np.array(sequence.token_ids, np.int32),
         prompt_token_ids=np.array(sequence.prompt_token_ids, np.int32),
         error=error,
-        extra=prompt.extra,
+        extra=_extra(sequence),
         **_scores(sequence, dtype),
     )
+
+
+def _extra(sequence: sequences.Sequence) -> str:
+    """The user's own columns, with the number of tokens that were cut off the prompt where cutting was asked for."""
+    extra = sequence.prompt.extra
+    if sequence.error or sequence.sampling.truncate_prompt_tokens is None:
+        return extra
+    own = json.loads(extra) if extra else {}
+    if CUT in own:
+        own[f"input_{CUT}"] = own.pop(CUT)
+    return json_text(own | {CUT: sequence.num_cut})
+
+
+def num_cut(written: Generation) -> int:
+    """How many tokens were cut off the prompt of a row that is written already."""
+    found = json.loads(written.extra).get(CUT) if CUT in written.extra else 0
+    return found if isinstance(found, int) else 0
 
 
 def _text(sequence: sequences.Sequence, tokenizer: Tokenizer) -> tuple[str, str]:

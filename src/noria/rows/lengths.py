@@ -7,7 +7,7 @@ from noria.plan.costs import Load
 from noria.rows.chat import Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.source import Source
-from noria.rows.waiting import of_row
+from noria.rows.waiting import kept_tokens, of_row
 from noria.step import PAGE_TOKENS
 
 LOOKED_AT = 256  # rows: enough for a mean, and read at once
@@ -25,11 +25,13 @@ def look(config: Config, max_positions: int, num_rows: int, encode: Encoder) -> 
         looked += 1
         try:
             length = len(encode(prompt)) if prompt.error is None else 0
+            sampling = of_row(prompt.sampling, prompt.request, config.sampling)
+            keep = kept_tokens(sampling, max_positions)
         except InputError:
             continue
+        length = length if keep is None else min(length, keep)
         if not 0 < length <= max_positions:
             continue
-        sampling = of_row(prompt.sampling, prompt.request, config.sampling)
         added = min(sampling.most_new_tokens, max_positions - length)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n

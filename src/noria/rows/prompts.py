@@ -116,7 +116,7 @@ def _prompt(row: int, record: dict[str, Any], ids: "_Ids", source: Source) -> Pr
     content_error = content_error or beside_error
     if content_error is None and content.messages is not None:
         messages = _given(content.messages)
-        prompt = _json_text(messages)
+        prompt = json_text(messages)
     error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
     return Prompt(
         row,
@@ -124,7 +124,7 @@ def _prompt(row: int, record: dict[str, Any], ids: "_Ids", source: Source) -> Pr
         prompt if isinstance(prompt, str) else "",
         None if content_error else token_ids,
         sampling,
-        _json_text(extra) if extra else "",
+        json_text(extra) if extra else "",
         error or None,
         messages,
         beside,
@@ -286,7 +286,7 @@ def _override(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def _json_text(extra: dict[str, Any] | list[dict[str, Any]]) -> str:
+def json_text(extra: dict[str, Any] | list[dict[str, Any]]) -> str:
     """JSON of own columns or a conversation, readable in any script; lone surrogates, which no file holds, stay escaped."""
     text = json.dumps(extra, ensure_ascii=False)
     return text if _encodable(text) else json.dumps(extra)

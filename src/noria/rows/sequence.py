@@ -24,7 +24,8 @@ class Sequence:
 
     logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
     the row asks for it. `drawn_as`: the row number by which its random numbers are drawn (None: its own).
-    `text_end`: characters of the text up to the stop text that ended it (None: no such text).
+    `text_end`: characters of the text up to the stop text that ended it (None: no such text). `num_cut`: tokens of the
+    prompt that truncate_prompt_tokens cut off. `bad_words`: each as token ids.
     """
 
     prompt: Prompt
@@ -46,6 +47,8 @@ class Sequence:
     prompt_logprobs: np.ndarray | None = None
     stop_texts: StopTexts | None = None
     text_end: int | None = None
+    num_cut: int = 0
+    bad_words: list[list[int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +104,8 @@ def whole_pages(sequence: Sequence) -> tuple[Run, ...]:
 def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[str, Any]:
     """What the last rank must know of a row, for the header; keys that stand at their default are left out.
 
-    The keys of config.Sampling that concern logits; `banned`: ids that may not be sampled before min_new_tokens;
+    The keys of config.Sampling that concern logits; `bad_words`: token ids that may not be sampled one after another;
+    `allowed`: ids that alone may be sampled; `banned`: ids that may not be sampled before min_new_tokens;
     `prompt_length`; `shared`: the tokens that the row's steps will not carry, where penalties must know them.
     """
     sampling, default = sequence.sampling, _DEFAULT
@@ -111,6 +115,10 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
             settings[name] = getattr(sampling, name)
     if sampling.logit_bias:
         settings["logit_bias"] = sampling.logit_bias
+    if sequence.bad_words:
+        settings["bad_words"] = sequence.bad_words
+    if sampling.allowed_token_ids:
+        settings["allowed"] = sampling.allowed_token_ids
     if sampling.min_new_tokens:
         ends = () if sampling.ignore_eos else end_token_ids
         settings["banned"] = sorted({*ends, *(sampling.stop_token_ids or ())})

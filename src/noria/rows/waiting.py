@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from noria.config import Sampling
+from noria.config import InputError, Sampling, require
 from noria.files.agreement import OLD_RULES, RULES
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
 from noria.rows.stopping import StopTexts, with_special_stops
 from noria.rows.tokenizer import Tokenizer
-from noria.sampling import OPEN_IN_REQUESTS
+from noria.sampling import OPEN, OPEN_IN_REQUESTS
 from noria.step import PAGE_TOKENS
 
 
@@ -139,6 +139,7 @@ class Line:
         sampling = first.sampling
         drawn_as = 0 if self._rules > OLD_RULES and "seed" in first.prompt.sampling else None
         sequence = Sequence(first.prompt, sampling, first.prompt_token_ids, sample, drawn_as, error=first.error)
+        sequence.num_cut, sequence.bad_words = first.num_cut, first.bad_words
         if sequence.error:
             return sequence
         if sampling.scores_prompt:
@@ -158,7 +159,11 @@ class Line:
         if error:
             return sequence
         try:
-            sequence.prompt_token_ids = self._tokenize(prompt)
+            ids = self._tokenize(prompt)
+            keep = kept_tokens(sampling, self._limits.max_positions)
+            sequence.prompt_token_ids = ids if keep is None else ids[-keep:]
+            sequence.num_cut = len(ids) - len(sequence.prompt_token_ids)
+            sequence.bad_words = bad_words(sampling, self._tokenizer, self._limits.vocab_size)
         except ValueError as wrong:
             sequence.error = str(wrong)
         else:
@@ -181,6 +186,40 @@ class Line:
         return None
 
 
+def kept_tokens(sampling: Sampling, max_positions: int) -> int | None:
+    """How many of a prompt's last tokens are kept at most; None: all. Raises InputError where the context leaves none.
+
+    A request that says no max_new_tokens leaves room for as many as a row that says none.
+    """
+    if sampling.truncate_prompt_tokens != -1:
+        return sampling.truncate_prompt_tokens
+    most = sampling.most_new_tokens
+    most = int(OPEN["max_new_tokens"]) if most == OPEN_IN_REQUESTS["max_new_tokens"] else most
+    require(
+        most < max_positions,
+        f"truncate_prompt_tokens is -1, and max_new_tokens ({most}) leaves nothing of the model's context of"
+        f" {max_positions} for the prompt: lower max_new_tokens",
+    )
+    return max_positions - most
+
+
+def bad_words(sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    """The token ids of each of the row's bad words: of the word alone, and of the word after a space.
+
+    vLLM takes the second only where it has as many tokens as the first, so that a word which is one token after a space
+    and several alone is generated there; here it is not. Raises InputError for a text without tokens.
+    """
+    found = []
+    for text in sampling.bad_texts:
+        if tokenizer is None or not tokenizer.vocab_size:
+            raise InputError("bad_words: the checkpoint has no tokenizer to read texts with: give logit_bias")
+        word = text.lstrip() or text
+        plain, spaced = (tokenizer.encode(one, add_special_tokens=False) for one in (word, f" {word}"))
+        require(plain, f"bad_words has {text!r}: the tokenizer makes no tokens of it")
+        found += [plain] if spaced == plain else [plain, spaced]
+    return [ids for ids in found if max(ids) < vocab_size]  # others are never generated
+
+
 def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
     """How a row is sampled: by its own keys, else the run's (which have the model's), else by the defaults of its kind.
 
@@ -192,6 +231,7 @@ def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int
 def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
     """What is said if a key names a token that the model does not have."""
     named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": map(int, sampling.logit_bias or ())}
+    named["allowed_token_ids"] = sampling.allowed_token_ids
     for name, ids in named.items():
         for token_id in ids or ():
             if token_id >= vocab_size:
