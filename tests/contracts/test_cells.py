@@ -5,12 +5,15 @@ import datetime
 import decimal
 import io
 import json
+import math
 import random
 import subprocess
 import sys
 import uuid
 from dataclasses import replace
 
+import h5py
+import numpy as np
 import pytest
 
 import tables
@@ -335,3 +338,97 @@ def test_values_that_are_nested_too_deeply_to_be_written_again_are_the_error_of_
         assert found[1].error is None and found[1].extra == json.dumps({"own": json.loads(deep)})
     else:
         assert all("nested" in prompt.error or "body is [[[" in prompt.error for prompt in found[1:-1])
+
+
+# HDF5.
+
+
+def hdf5_column(choose, num_rows):
+    """A column as h5py takes it, its type there, and the values that h5py and numpy say it has."""
+    texts = [tables.text(choose, without="\0") for _ in range(num_rows)]
+    shape = choose.choice([(num_rows,), (num_rows, 2), (num_rows, 1, 3)])
+    dtype = np.dtype(choose.choice(["<i1", "<u8", ">i4", ">f8", "<f4", "<f2", "?", np.longdouble]))
+    numbers = np.array([choose.choice([0, 1, 5]) for _ in range(math.prod(shape))]).reshape(shape).astype(dtype)
+    if num_rows and dtype.kind == "f" and dtype.itemsize <= 8:
+        numbers.flat[0] = choose.choice([-0.5, np.inf, np.nan])
+    kind = choose.choice(["text", "bytes", "fixed", "numbers", "numbers", "lists", "named", "broken"])
+    if kind == "numbers":
+        return numbers, dtype, numbers.astype(np.float64 if dtype == np.longdouble else dtype).tolist()
+    if kind == "lists":
+        lists = [np.arange(choose.randint(0, 3), dtype="<i2") for _ in range(num_rows)]
+        return lists, h5py.vlen_dtype(np.dtype("<i2")), [one.tolist() for one in lists]
+    if kind == "named":
+        dtype = np.dtype([("n", "<i8"), ("t", h5py.string_dtype()), ("l", "<f4", (2,))])
+        rows = [(choose.randint(-9, 9), text, (0.5, 2.0)) for text in texts]
+        return np.array(rows, dtype), dtype, [{"n": n, "t": t, "l": list(values)} for n, t, values in rows]
+    if kind == "broken":
+        return [b"\xff" + text.encode() for text in texts], h5py.string_dtype(), [None] * num_rows
+    if kind == "fixed":
+        longest = max([1, *(len(text.encode()) for text in texts)])
+        return [text.encode() for text in texts], np.dtype(f"S{longest}"), texts
+    return texts, h5py.string_dtype("utf-8" if kind == "text" else "ascii"), texts
+
+
+def write_hdf5(path, columns):
+    with h5py.File(path, "w") as file:
+        for name, (data, dtype, _) in columns.items():
+            if dtype.kind != "O":
+                file.create_dataset(name, data=np.array(data, dtype if isinstance(data, list) else None), dtype=dtype)
+                continue
+            file.create_dataset(name, (len(data),), dtype)
+            for row, value in enumerate(data):
+                file[name][row] = value.encode() if isinstance(value, str) else value
+
+
+@pytest.mark.slow
+def test_tables_of_hdf5_arrive_as_h5py_and_numpy_read_them(tmp_path):
+    for seed in range(cases(500)):
+        choose = random.Random(seed)
+        num_rows = choose.randint(0, 5)
+        names = [name.replace("/", "").replace(".", "") for name in tables.names(choose)]
+        columns = {name: hdf5_column(choose, num_rows) for name in dict.fromkeys(names)}
+        prompts = [tables.text(choose, without="\0") + "." for _ in range(num_rows)]
+        write_hdf5(tmp_path / "a.h5", columns | {"prompt": (prompts, h5py.string_dtype(), prompts)})
+        broken = any(values[:1] == [None] for *_, values in columns.values())
+        for row, prompt in enumerate(open_prompts(tmp_path / "a.h5")):
+            if broken:
+                assert f"row {row} is not UTF-8 text: byte 0 of" in prompt.error
+                continue
+            assert (prompt.error, prompt.prompt) == (None, prompts[row]), seed
+            own, expected = (
+                json.loads(prompt.extra or "{}"),
+                {name: values[row] for name, (*_, values) in columns.items()},
+            )
+            expected = {name: None if value != value else value for name, value in expected.items()}
+            assert json.dumps(own, sort_keys=True) == json.dumps(expected, sort_keys=True), seed
+        assert for_path("a.h5").count(tmp_path / "a.h5") == num_rows
+
+
+def of_hdf5(path, **columns):
+    with h5py.File(path, "w") as file:
+        for name, value in columns.items():
+            file[name] = value
+    return list(open_prompts(path))
+
+
+def test_token_ids_of_hdf5_may_be_rows_of_a_table(tmp_path):
+    found = of_hdf5(tmp_path / "a.h5", token_ids=np.arange(6).reshape(2, 3), vector=np.zeros((2, 2), "f4"))
+    assert [(one.error, one.token_ids, one.extra) for one in found] == [
+        (None, [0, 1, 2], '{"vector": [0.0, 0.0]}'),
+        (None, [3, 4, 5], '{"vector": [0.0, 0.0]}'),
+    ]
+
+
+def test_columns_called_tokens_and_offsets_beside_prompts_are_the_users_own(tmp_path):
+    found = of_hdf5(tmp_path / "a.h5", prompt=["a", "b"], tokens=[5, 6], offsets=[0, 1])
+    assert [one.extra for one in found] == ['{"offsets": 0, "tokens": 5}', '{"offsets": 1, "tokens": 6}']
+    assert [one.extra for one in of_hdf5(tmp_path / "a.h5", prompt=["a"], tokens=[5, 6], offsets=[0, 2])] == [""]
+
+
+def test_a_number_that_no_float64_holds_is_the_error_of_its_row_which_keeps_its_id(tmp_path):
+    exact, more = np.longdouble(1), np.longdouble(1) + np.finfo(np.longdouble).eps
+    if float(more) == more:
+        pytest.skip("long double is float64 here")
+    first, bad = of_hdf5(tmp_path / "a.h5", prompt=["a", "b"], id=["x", "y"], z=np.array([exact, more]))
+    assert (first.error, first.extra, bad.id) == (None, '{"z": 1.0}', "y")
+    assert bad.error.startswith("row 1: z is 1.000") and "more digits than a float64" in bad.error

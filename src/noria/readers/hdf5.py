@@ -1,9 +1,12 @@
 """Prompts in HDF5: a dataset `prompt`, or `tokens` with `offsets`, and a column of the same length for any other key.
 
+A column of more dimensions has a list a row, one of a compound type an object.
+
 The file is not trusted: links, virtual and external datasets are refused, and nothing is allocated but what it holds.
 Knows no key of a row.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,35 +25,39 @@ BLOCK_NBYTES = 2**22  # read at once of a column, at most, where values are smal
 BLOCK_ROWS = 1024
 MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
 _RAGGED = ("tokens", "offsets")
+Datasets = dict[str, h5py.Dataset]
 
 
 def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
-    with _opened(path, names) as (columns, num_rows):
-        tokens = columns.pop("tokens", None)
-        step = min([BLOCK_ROWS, *(max(1, BLOCK_NBYTES // column.dtype.itemsize) for column in columns.values())])
+    with _opened(path, names) as (columns, ragged, num_rows):
+        sizes = [column.dtype.itemsize * _row_size(column) for column in columns.values()]
+        step = min([BLOCK_ROWS, *(max(1, BLOCK_NBYTES // size) for size in sizes if size)])
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows)
-            values = {name: column[first : last + (name == "offsets")] for name, column in columns.items()}
+            values = {name: column[first:last] for name, column in columns.items()}
+            offsets = ragged["offsets"][first : last + 1] if ragged else None
             for row in range(last - first):
-                yield _row(values, row, first + row, tokens)
+                span = None if offsets is None else (int(offsets[row]), int(offsets[row + 1]))
+                yield _row(values, row, first + row, ragged.get("tokens"), span)
 
 
 def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
-    with _opened(path, names) as (_, num_rows):
+    with _opened(path, names) as (_, _, num_rows):
         return num_rows
 
 
 @contextmanager
-def _opened(path: str | Path, names: Collection[str]) -> Iterator[tuple[dict[str, h5py.Dataset], int]]:
-    """The columns of the file, checked, and the number of its rows."""
+def _opened(path: str | Path, names: Collection[str]) -> Iterator[tuple[Datasets, Datasets, int]]:
+    """The columns of the file, checked; tokens and offsets, where they are the prompts; and the number of its rows."""
     with readers.opened(path):
         pass
     try:
         with h5py.File(path, "r", locking=False) as file:
             columns = _columns(file, Path(path))
-            yield columns, _num_rows(columns, path, names)
+            ragged = _ragged(columns, path, names)
+            yield columns, ragged, _num_rows(columns, ragged, path, names)
     except InputError:
         raise
     except (
@@ -91,13 +98,14 @@ def _columns(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
 
 def _check(dataset: h5py.Dataset, where: str, file_nbytes: int) -> None:
     """Raises InputError for a dataset whose values are not all in this file, or are no column."""
-    require(dataset.ndim == 1, f"{where} has the shape {dataset.shape}: a column has a value a row")
-    kind = h5py.check_vlen_dtype(dataset.dtype) or dataset.dtype
-    readable = h5py.check_string_dtype(dataset.dtype) or getattr(kind, "kind", "") in "iufb"
-    require(readable, f"{where} is of type {dataset.dtype}: columns are text or numbers")
-    size = dataset.dtype.itemsize
+    require(dataset.ndim, f"{where} has the shape {dataset.shape}: a column has a value a row")
+    require(
+        _readable(dataset.dtype),
+        f"{where} is of type {dataset.dtype}: columns are text or numbers, or hold these by name",
+    )
+    size = dataset.dtype.itemsize * _row_size(dataset)
     require(size <= readers.MAX_LINE_NBYTES, f"{where}: a value has {size} bytes, at most {readers.MAX_LINE_NBYTES}")
-    create, num = dataset.id.get_create_plist(), len(dataset)
+    create, num = dataset.id.get_create_plist(), dataset.size
     layout = create.get_layout()
     inside = layout in (h5d.CONTIGUOUS, h5d.CHUNKED, h5d.COMPACT) and not create.get_external_count()
     require(inside, f"{where} has its values in other files: copy them into this one")
@@ -106,59 +114,107 @@ def _check(dataset: h5py.Dataset, where: str, file_nbytes: int) -> None:
         fits = num * size <= file_nbytes and (num == 0 or dataset.id.get_offset() is not None)
         require(fits, f"{where} says that it has {num} values, which the file of {file_nbytes} bytes cannot hold")
     elif layout == h5d.CHUNKED:
-        chunk = dataset.chunks[0]
+        chunk = math.prod(dataset.chunks)
         require(
             chunk * max(size, 1) <= MAX_CHUNK_NBYTES,
             f"{where} is stored in chunks of {chunk * size} bytes, at most {MAX_CHUNK_NBYTES} are unpacked",
         )
-        held = dataset.id.get_num_chunks() * chunk
-        require(num <= held, f"{where} says that it has {num} values, the file holds {held}: it was never finished")
+        chunks = math.prod(-(-length // part) for length, part in zip(dataset.shape, dataset.chunks, strict=True))
+        held = dataset.id.get_num_chunks()
+        require(
+            chunks <= held,
+            f"{where} says that it has {num} values, the file holds {held * chunk}: it was never finished",
+        )
 
 
-def _num_rows(columns: dict[str, h5py.Dataset], path: str | Path, names: Collection[str]) -> int:
+def _readable(dtype: np.dtype) -> bool:
+    """Whether these are texts, numbers, lists of numbers, or hold such under names."""
+    if dtype.names is not None:
+        return all(_readable(dtype[name]) for name in dtype.names)
+    if dtype.subdtype is not None:
+        return _readable(dtype.subdtype[0])
+    kind = h5py.check_vlen_dtype(dtype) or dtype
+    return bool(h5py.check_string_dtype(dtype)) or getattr(kind, "kind", "") in ("i", "u", "f", "b")
+
+
+def _row_size(dataset: h5py.Dataset) -> int:
+    """How many values a row has."""
+    return math.prod(dataset.shape[1:])
+
+
+def _ragged(columns: Datasets, path: str | Path, names: Collection[str]) -> Datasets:
+    """Takes tokens and offsets out of the columns where they are the prompts, and beside prompts if they are no columns."""
     has = [name for name in names if name in columns]
-    if not has and set(_RAGGED) <= set(columns):
-        ragged = [columns[name].dtype.kind in "iu" for name in _RAGGED]
-        require(all(ragged), f"prompts {path}: tokens and offsets must be integers")
-        num_rows = len(columns["offsets"]) - 1
-        require(num_rows >= 0, f"prompts {path}: offsets is empty: of n rows it has n + 1 values")
+    if has:
+        for name in _RAGGED:
+            if name in columns and len(columns[name]) != len(columns[has[0]]):
+                del columns[name]
+        return {}
+    if not set(_RAGGED) <= set(columns):
+        return {}
+    found = {name: columns.pop(name) for name in _RAGGED}
+    integers = all(column.dtype.kind in "iu" and column.ndim == 1 for column in found.values())
+    require(integers, f"prompts {path}: tokens and offsets must be integers")
+    require(len(found["offsets"]), f"prompts {path}: offsets is empty: of n rows it has n + 1 values")
+    return found
+
+
+def _num_rows(columns: Datasets, ragged: Datasets, path: str | Path, names: Collection[str]) -> int:
+    has = [name for name in names if name in columns]
+    if ragged:
+        num_rows = len(ragged["offsets"]) - 1
     else:
         needs = f"it needs a dataset {next(iter(names))}, or tokens with offsets"
         require(has, f"prompts {path}: {needs}: {readers.table_without(names, columns)}")
-        for name in _RAGGED:  # without a meaning beside a prompt
-            columns.pop(name, None)
-        num_rows = len(columns[has[0]])
+        first = columns[has[0]]
+        single = first.ndim == 1 or first.dtype.kind in "iu"
+        require(single, f"prompts {path}: {has[0]!r} has the shape {first.shape}: a column has a value a row")
+        num_rows = len(first)
     for name, column in columns.items():
-        right = name in _RAGGED or len(column) == num_rows
+        right = len(column) == num_rows
         require(right, f"prompts {path}: {name!r} has {len(column)} values for {num_rows} rows")
     return num_rows
 
 
-def _row(values: dict[str, np.ndarray], place: int, row: int, tokens: h5py.Dataset | None) -> dict[str, Any] | BadRow:
-    record = {}
+def _row(
+    values: dict[str, np.ndarray], place: int, row: int, tokens: h5py.Dataset | None, span: tuple[int, int] | None
+) -> dict[str, Any] | BadRow:
+    record: dict[str, Any] = {}
+    if tokens is not None and span is not None:
+        first, last = span
+        if not 0 <= first <= last <= len(tokens) or (last - first) * 8 > readers.MAX_LINE_NBYTES:
+            return BadRow(f"row {row}: its tokens are {first} to {last} of {len(tokens)}: offsets are wrong")
+        record["token_ids"] = tokens[first:last].tolist()
+    wrong = ""
     for name, column in values.items():
-        if name == "offsets":
-            assert tokens is not None, "offsets stand beside tokens"
-            first, last = int(column[place]), int(column[place + 1])
-            if not 0 <= first <= last <= len(tokens) or (last - first) * 8 > readers.MAX_LINE_NBYTES:
-                return BadRow(f"row {row}: its tokens are {first} to {last} of {len(tokens)}: offsets are wrong")
-            record["token_ids"] = tokens[first:last].tolist()
-            continue
         try:
             record[name] = _value(column[place])
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            return BadRow(f"row {row} is not UTF-8 text: byte {error.start} of {name} is {byte:#04x}")
-    return record
+            wrong = wrong or f"row {row} is not UTF-8 text: byte {error.start} of {name} is {byte:#04x}"
+        except ValueError as error:
+            wrong = wrong or f"row {row}: {name} {error}"
+    return BadRow(wrong, readers.own_id(record.get("id"))) if wrong else record
 
 
 def _value(value: Any) -> Any:
     """A value of a column as JSON would have it; NaN, which tables have where nothing is given, is none."""
+    plain = _plain(value)
+    return None if isinstance(plain, float) and plain != plain else plain
+
+
+def _plain(value: Any) -> Any:
+    """Texts, numbers, lists, objects. Raises ValueError for a number that is none of Python's."""
     if isinstance(value, bytes):
         return value.decode()
+    if isinstance(value, np.void):
+        return {name: _plain(value[name]) for name in value.dtype.names or ()}
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        exact = value.dtype.kind in "iub" or (value.dtype.itemsize <= 8 and value.dtype.kind == "f")
+        return value.tolist() if exact else [_plain(one) for one in value]
+    if isinstance(value, np.longdouble):
+        if float(value) != value and value == value:
+            raise ValueError(f"is {value!s}: a number of more digits than a float64 has")
+        return float(value)
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, bytes):
-        return value.decode()
-    return None if isinstance(value, float) and value != value else value
+    return value.decode() if isinstance(value, bytes) else value
