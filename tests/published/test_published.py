@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "jobs" / "local" / "published_model.py"
 UNAVAILABLE = 69
 SEED, TOP, MAX_NEW_TOKENS = 7, 5, 40  # of the run; TOP log-probabilities of each token
-ROUNDING = 2e-3  # of a log-probability, at most
+ROUNDING = 2e-4  # of a log-probability, at most
 TIES = 0.01  # of all tokens, at most
 
 STORY = "Once upon a time there was a miller whose water wheel turned by day and by night. " * 12
@@ -228,8 +228,8 @@ def test_ends_and_draws_of_every_kind_are_among_them(generate, tokenizer):
 
 @pytest.mark.mpi
 def test_one_changed_weight_is_seen(generate, model, reference, tokenizer, defaults):
-    weights = model.model.layers[15].mlp.down_proj.weight.detach()
-    place = divmod(int(weights.abs().argmax()), weights.shape[1])
+    weights = model.model.layers[15].mlp.down_proj.weight.detach().view(-1)
+    place = int(weights.abs().median(dim=0).indices)  # of ordinary size
     row, before = generate(1)[0], weights[place].item()
     compare(0, row, reference, tokenizer, defaults)
     try:
