@@ -1,6 +1,7 @@
 """What a child of noria.helper is asked in tests: it tries what its limits forbid and says how far it came."""
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -12,6 +13,9 @@ from pathlib import Path
 def answer(request):
     ((name, value),) = request.items()
     return DOES[name](value)
+
+
+LIMITS = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_CORE", "RLIMIT_NPROC", "RLIMIT_NOFILE")
 
 
 def _loop(_):
@@ -50,6 +54,7 @@ def _state(_):
         "group": os.getpgid(0) == os.getpid(),
         "blocked": sorted(int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "uid": os.getuid(),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS},
     }
 
 

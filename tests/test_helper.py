@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -86,13 +87,21 @@ def test_the_child_starts_nothing_and_writes_and_opens_nothing(child, tmp_path):
     assert os.listdir(tmp_path) == ["log"] and (tmp_path / "log").read_bytes() == b""
 
 
-def test_a_child_that_may_open_files_reads_and_still_writes_none(tmp_path):
-    with Helper("helper_answers", Limits(2**28, 1, 3, 2**20, opens_files=True)) as helper:
+def test_a_child_that_may_open_files_reads_and_still_writes_none():
+    limits = Limits(2**28, 1, 60, 2**20, opens_files=True)
+    with Helper("helper_answers", limits) as helper, tempfile.NamedTemporaryFile() as file:
+        os.chmod(file.name, 0o666)
         assert helper.ask({"read": "/etc/passwd"}) == Path("/etc/passwd").read_text()[:9]
-        (tmp_path / "open").touch()
-        (tmp_path / "open").chmod(0o666)
-        assert helper.ask({"write": str(tmp_path / "open")}) in ("OSError", "PermissionError")
-    assert (tmp_path / "open").read_bytes() == b""
+        assert helper.ask({"write": file.name}) == "OSError", "the file is too large"
+        assert Path(file.name).read_bytes() == b""
+
+
+def test_the_limits_are_the_kernels_and_cannot_be_raised(child):
+    found = child.ask({"state": None})["limits"]
+    assert found["RLIMIT_AS"] == [2**28, 2**28]
+    for name in ("RLIMIT_FSIZE", "RLIMIT_CORE", "RLIMIT_NPROC", "RLIMIT_NOFILE"):
+        assert found[name] == [0, 0], name
+    assert 1 <= found["RLIMIT_CPU"][0] <= 4
 
 
 def test_what_the_child_prints_goes_nowhere_and_the_next_answer_is_right(child, capfd):

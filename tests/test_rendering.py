@@ -247,6 +247,35 @@ def test_every_construct_renders_every_conversation_as_transformers_does(name, t
     assert helper.pid
 
 
+DECIDED = (
+    "adds",
+    "prints",
+    "tojson",
+    "reasoning",
+    "thinking",
+    "keys in a message",
+    *PARTS,
+    *(n for n in TEXTS if "argum" in n),
+)
+FORMS = (
+    "null keys",
+    "parts and texts",
+    "parts of all",
+    "reasoning",
+    "null reasoning",
+    "calls by text",
+    "calls by objects",
+)
+
+
+def test_each_template_gets_the_form_that_it_reads_of_each_conversation_with_forms(tmp_path, helper, theirs):
+    """Of all templates that choose, all of them: the others are drawn from."""
+    for name in DECIDED:
+        for said in FORMS:
+            expected = reference(theirs, name, ALL[name], CONVERSATIONS[said])
+            assert ours(tmp_path, helper, ALL[name], CONVERSATIONS[said]) == expected, (name, said)
+
+
 def random_row(draw):
     """A conversation of everything at once."""
 
