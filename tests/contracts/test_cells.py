@@ -150,6 +150,20 @@ def test_many_quotes_that_never_close_take_no_more_time_than_their_length(tmp_pa
     assert len(rows) == 20_000 and rows[-1] == {"prompt": '"a', "x": '"b'}
 
 
+def test_what_a_template_reads_beside_messages_is_a_value_in_a_table_too(tmp_path):
+    talk, tools = [{"role": "user", "content": "q"}], [{"type": "function", "function": {"name": "f"}}]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "messages", "tools", "add_generation_prompt"])
+        table.writerow(["", json.dumps(talk), json.dumps(tools), "False"])
+        table.writerow(["", json.dumps(talk), "", ""])
+        table.writerow(["p", "", "[]", "no"])
+    first, second, third = open_prompts(tmp_path / "a.csv")
+    assert (first.error, first.messages, first.beside) == (None, talk, {"tools": tools, "add_generation_prompt": False})
+    assert (second.error, second.beside) == (None, {})
+    assert (third.error, third.beside, json.loads(third.extra)["tools"]) == (None, {}, "[]")
+
+
 # parquet.
 
 
@@ -324,6 +338,25 @@ def test_nanoseconds_need_no_pandas(tmp_path):
 
 
 # JSON lines.
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_objects_written_by_json_arrive_as_json_reads_them(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    for seed in range(cases(500)):
+        choose = random.Random(seed)
+        rows = [{name: tables.json_value(choose) for name in tables.names(choose)} for _ in range(choose.randint(1, 5))]
+        rows = [row | {"prompt": tables.text(choose) + choose.choice(["\ud800.", "."])} for row in rows]
+        dump = {"ensure_ascii": True, "indent": choose.choice([None, 1]) if suffix == ".json" else None}
+        end = choose.choice(["\n", "\r\n", "\n\n"])
+        text = json.dumps(rows, **dump) if suffix == ".json" else end.join(json.dumps(row, **dump) for row in rows)
+        text = text.replace("\\u2028", "\u2028").replace("\\u00df", "ß")
+        path.write_bytes(text.encode(choose.choice(["utf-8", "utf-8-sig"])))
+        found = arrived(path)
+        # What is compared are texts: -0.0 is not 0.0, 2.0 is not 2.
+        assert [json.dumps(one, sort_keys=True) for one in found] == [
+            json.dumps(row, sort_keys=True) for row in rows
+        ], seed
 
 
 @pytest.mark.parametrize("depth", [10, 190, 250, 800, 950, 970, 990, 2000])

@@ -21,6 +21,7 @@ _HINTS = types_of(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
 _VALUES = {"messages", "token_ids", *SYNONYMS, *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
+_BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")  # values beside messages, else text
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
@@ -53,6 +54,8 @@ def _row(header: list[str], record: list[str], number: int) -> dict[str, Any] | 
     if len(record) != len(header):
         return BadRow(f"line {number} has {len(record)} cells, the header has {len(header)}")
     row = {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
+    if isinstance(row.get("messages"), list):
+        row |= {name: _json_value(row[name]) for name in _BESIDE if name in row}
     if row.get("prompt") == "" and any(row.get(name) is not None for name in ("token_ids", "messages")):
         del row["prompt"]  # a table has the column in every row
     return row
@@ -63,9 +66,12 @@ def _value(name: str, cell: str) -> Any:
         return cell
     if cell == "" and (name in _VALUES or name in _EITHER or name in (*PROMPT_NAMES, "id")):
         return None
-    if name in _VALUES or (name in _EITHER and cell.startswith("[")):
-        try:
-            return json.loads(cell.lower() if cell in ("True", "False", "TRUE", "FALSE") else cell)
-        except (ValueError, RecursionError):
-            return cell
-    return cell
+    return _json_value(cell) if name in _VALUES or (name in _EITHER and cell.startswith("[")) else cell
+
+
+def _json_value(cell: str) -> Any:
+    """The value of a cell in JSON's notation, None of an empty one; the cell where it is no JSON."""
+    try:
+        return json.loads(cell.lower() if cell in ("True", "False", "TRUE", "FALSE") else cell or "null")
+    except (ValueError, RecursionError):
+        return cell
