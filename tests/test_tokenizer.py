@@ -6,7 +6,7 @@ import time
 import pytest
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from noria.config import InputError
 from noria.rows import tokenizer as module
@@ -106,11 +106,11 @@ def files_of(backend, **settings):
     }
 
 
-def both(tmp_path, files, kind=PreTrainedTokenizerFast):
+def both(tmp_path, files, kind=PreTrainedTokenizerFast, config=None):
     """Noria's tokenizer and transformers', of the same files."""
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    return Tokenizer(files, {}, {}), kind.from_pretrained(tmp_path)
+    return Tokenizer(files, config or {}, {}), kind.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +151,8 @@ def test_vocabulary_and_merges_alone_are_the_tokenizer_of_opt_and_gpt2(add_bos_t
         whole = settings | {"add_bos_token": add_bos_token, "added_tokens_decoder": decoder}
         files["tokenizer_config.json"] = json.dumps(whole).encode()
         del files["added_tokens.json"]
-    ours, theirs = both(tmp_path, files, GPT2Tokenizer)
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    ours, theirs = both(tmp_path, files, AutoTokenizer, {"model_type": "opt"})
     for text in [*TEXTS, "a <extra> b<more>c <pad>"]:
         token_ids = theirs(text).input_ids
         assert ours.encode(text) == token_ids
@@ -269,11 +270,15 @@ def test_without_a_tokenizer_token_ids_run_and_text_is_refused_with_the_remedy()
         {"special_tokens_map.json": b"\xff\xfe"},
         {"vocab.json": b'{"a": "b"}', "merges.txt": b""},
         {"vocab.json": b'{"a": 0}', "merges.txt": b"a b c"},
+        {"tokenizer_config.json": b'{"bos_token": {"text": "<s>"}}'},
+        {"tokenizer_config.json": b'{"added_tokens_decoder": [1]}'},
+        {"tokenizer_config.json": b'{"extra_special_tokens": [5]}'},
+        {"special_tokens_map.json": b'{"pad_token": 7}'},
     ],
 )
 def test_damaged_files_are_the_users_error(files):
     with pytest.raises(InputError, match="tokenizer|special_tokens_map"):
-        Tokenizer(files, {}, {})
+        Tokenizer(files, {"model_type": "gpt2"}, {})
 
 
 def split_by(pattern):

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from noria.config import DTYPES, InputError
 from noria.files.checkpoint import open_checkpoint
 from noria.files.convert import convert
+from noria.files.hugging_face import Directory
 from noria.rows.chat import Chat
 from noria.rows.examination import doubts
 from noria.rows.template import template_helper
-from noria.rows.tokenizer import tokenizer_of
+from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.text import printable
 
 LINE_SECONDS = 10
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
+    _check_tokenizer(arguments.source)
     report = _Bar() if sys.stderr.isatty() else _Lines()
     try:
         made = convert(arguments.source, arguments.target, arguments.dtype, report, arguments.overwrite)
@@ -45,6 +47,19 @@ def run(arguments: argparse.Namespace) -> int:
         f" {made.nbytes / 2**30:.2f} GiB in {seconds:.1f} s ({made.nbytes / 1e9 / seconds:.2f} GB/s)\n"
     )
     return 0
+
+
+def _check_tokenizer(source: Path) -> None:
+    """Raises InputError for a tokenizer that no run could use, before anything is written."""
+    directory = Directory(source)
+    found = [directory.json(name) for name in ("config.json", "generation_config.json")]
+    config, generation = (tree[1] if tree else {} for tree in found)
+    try:
+        Tokenizer(directory.tokenizer(), config, generation)
+    except InputError as error:
+        raise InputError(
+            f"{source}: {error} (for rows of token_ids alone, convert it without its tokenizer's files)"
+        ) from error
 
 
 def _doubts(target: Path) -> list[str]:

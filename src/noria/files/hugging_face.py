@@ -90,13 +90,9 @@ class Directory:
             raise InputError(f"{self.path / name} is not UTF-8: {error}") from error
 
     def tokenizer(self) -> dict[str, bytes]:
-        """The tokenizer's files by name; vocabulary and merges alone only where there is no tokenizer.json."""
+        """The tokenizer's files by name; vocabulary and merges only where there is no tokenizer.json."""
         whole = self.file("tokenizer.json") is not None
-        names = [
-            name
-            for name in TOKENIZER_FILES
-            if not (whole and name in ("vocab.json", "merges.txt", "added_tokens.json"))
-        ]
+        names = [name for name in TOKENIZER_FILES if not (whole and name in ("vocab.json", "merges.txt"))]
         contents = {name: self.content(name) for name in names} | {MORE_TEMPLATES: self._more_templates()}
         return {name: content for name, content in contents.items() if content is not None}
 

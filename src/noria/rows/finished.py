@@ -100,7 +100,7 @@ def _scores(sequence: sequences.Sequence, dtype: type) -> dict[str, Any]:
     """The log-probabilities that the row asked for, of as many tokens as it has."""
     asked = sequence.sampling.logprobs
     scores: dict[str, Any] = {}
-    if asked is not None and sequence.sampling.max_new_tokens:
+    if asked is not None and sequence.sampling.max_new_tokens != 0:
         scores["logprobs"] = np.array(sequence.logprobs, dtype)
         if asked:
             shape = (len(sequence.top), asked if not sequence.top else -1)

@@ -3,27 +3,23 @@
 Equal to transformers' `tokenizer(text).input_ids`. Reads bytes, not files; knows no rows and no model weights.
 """
 
-import json
 import threading
 from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
+from tokenizers import Encoding
 
 from noria.config import InputError
 from noria.files.checkpoint import OpenModel
 from noria.rows.decoding import Writer
+from noria.rows.pretrained import REMEDY, pretrained
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_GPT2_NAMED = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 SECONDS = 60.0  # that a text may take, and CHARACTERS_PER_SECOND more: far more than an honest tokenizer needs
 CHARACTERS_PER_SECOND = 20_000
 _SHORT = 200  # characters: the regular expressions of tokenizers give up on them within half a minute
 _MOST_STUCK = 3  # texts, each of which keeps a thread busy for ever
-_REMEDY = "save one with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) and convert again"
 
 
 def tokenizer_of(checkpoint: OpenModel) -> "Tokenizer":
@@ -32,26 +28,24 @@ def tokenizer_of(checkpoint: OpenModel) -> "Tokenizer":
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint, as transformers' AutoTokenizer makes it of the same files.
 
-    `files` are its files by name: tokenizer.json, or vocab.json and merges.txt of a byte-level BPE (GPT-2, OPT); and
-    their settings: tokenizer_config.json, special_tokens_map.json, added_tokens.json. Without a tokenizer `vocab_size`
-    is 0: rows of token_ids can be run, text cannot. `config` and `generation_config` are the model's; `end_token_ids`
-    are the tokens that end a text by any of the three. Raises InputError for a damaged file.
+    `files` are its files by name: see files.checkpoint. Without a tokenizer `vocab_size` is 0: rows of token_ids can be
+    run, text cannot. `config` and `generation_config` are the model's; `end_token_ids` are the tokens that end a text by
+    any of the three; `special_tokens` are those with a name (bos_token, ...) by it, which chat templates read. Raises
+    InputError for a damaged file and for a tokenizer that Noria has no rules for.
     """
 
     def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], generation_config: Mapping[str, Any]):
-        settings = _json_file(files, "special_tokens_map.json") | _json_file(files, "tokenizer_config.json")
-        named = {name: text for name in _NAMED if (text := _text(settings.get(name)))}
-        if "tokenizer.json" not in files:
-            named = _GPT2_NAMED | named
-        self.special_tokens = named  # name (bos_token, eos_token, ...) -> text
-        self._backend = _backend(files, settings, named)
+        made = pretrained(files, config)
+        self.special_tokens = made.named if made else {}
+        self._backend = made.backend if made else None
+        self._cleans_up = bool(made and made.cleans_up)
         self._num_stuck = 0
         self.vocab_size = self._backend.get_vocab_size() if self._backend else 0
         ends = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
         if self._backend:
-            ends += _ids(self._backend.token_to_id(named.get("eos_token", "")))
+            ends += _ids(self._backend.token_to_id(self.special_tokens.get("eos_token", "")))
         self.end_token_ids = frozenset(ends)
         self._special = frozenset(self.special_ids.values())
 
@@ -62,7 +56,7 @@ class Tokenizer:
         which are no text, become U+FFFD. Raises InputError if the checkpoint has no tokenizer, or one that cannot do it.
         """
         if self._backend is None:
-            raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {_REMEDY}")
+            raise InputError(f"the checkpoint has no tokenizer.json: give token_ids, or {REMEDY}")
         encoding = self._encoded(_without_lone_surrogates(text), add_special_tokens)
         if not add_special_tokens:
             return encoding.ids
@@ -97,7 +91,8 @@ class Tokenizer:
             return ""
         ids = [int(token_id) for token_id in token_ids]
         try:
-            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            return _cleaned_up(text) if self._cleans_up else text
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic is no Exception
@@ -120,7 +115,7 @@ class Tokenizer:
 
         limit = SECONDS + len(text) / CHARACTERS_PER_SECOND
         if self._num_stuck >= _MOST_STUCK:
-            raise InputError(f"the tokenizer did not come to an end with {_MOST_STUCK} texts: {_REMEDY}")
+            raise InputError(f"the tokenizer did not come to an end with {_MOST_STUCK} texts: {REMEDY}")
         if len(text) <= _SHORT:
             work()
         else:
@@ -159,81 +154,18 @@ def checked_ids(ids: list[int], vocab_size: int, whose: str) -> list[int]:
     return ids
 
 
-def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any], named: Mapping[str, str]) -> Backend | None:
-    try:
-        if "tokenizer.json" in files:
-            # transformers too takes add_bos_token from the post-processor of this file, whatever the settings say.
-            backend = Backend.from_str(files["tokenizer.json"].decode())
-        elif "vocab.json" in files and "merges.txt" in files:
-            backend = _byte_level_bpe(files, settings, named)
-        else:
-            return None
-    except InputError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
-        raise InputError(f"the checkpoint's tokenizer cannot be read ({error}): {_REMEDY}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    _mark_special(backend, named)
-    return backend
-
-
-def _byte_level_bpe(files: Mapping[str, bytes], settings: Mapping[str, Any], named: Mapping[str, str]) -> Backend:
-    """The tokenizer of GPT-2 and OPT from its original files (transformers' GPT2Tokenizer)."""
-    lines = files["merges.txt"].decode().split("\n")
-    merges: Any = [
-        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
-    ]  # it checks them
-    backend = Backend(models.BPE(vocab=_json_file(files, "vocab.json"), merges=merges, fuse_unk=False))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
-    backend.decoder = decoders.ByteLevel()
-    for token_id, token in sorted(_added_tokens(files, settings).items()):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise InputError(f"the checkpoint's tokenizer has no place {token_id} for {token.content!r}: {_REMEDY}")
-    bos = named["bos_token"]
-    bos_id = backend.token_to_id(bos)
-    if settings.get("add_bos_token") and bos_id is not None:
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
-    return backend
-
-
-def _added_tokens(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Tokens beside the vocabulary, by id: from tokenizer_config.json, or from added_tokens.json where it has none."""
-    if decoder := settings.get("added_tokens_decoder"):
-        return {int(token_id): AddedToken(**token) for token_id, token in decoder.items()}
-    added = _json_file(files, "added_tokens.json")
-    return {token_id: AddedToken(text, normalized=True) for text, token_id in added.items()}
-
-
-def _mark_special(backend: Backend, named: Mapping[str, str]) -> None:
-    """The tokens that the settings name are special even where tokenizer.json does not say so; the vocabulary stays."""
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    for text in named.values():
-        if text not in special and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the checkpoint's {name} is not JSON ({error}): {_REMEDY}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"the checkpoint's {name} is not a JSON object: {_REMEDY}")
-    return value
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _text(token: Any) -> str | None:
-    """The text of a token as settings have it: a string, or an object with its `content`."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def _cleaned_up(text: str) -> str:
+    """Without the spaces that a tokenizer of words puts before marks (transformers' clean_up_tokenization)."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text
 
 
 def _ids(value: Any) -> list[int]:
