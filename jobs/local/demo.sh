@@ -57,3 +57,4 @@ printf '\nAll of them: %s (HDF5) and %s (JSON lines)\n' "$output" "$text"
 if [ -n "$before" ] && [ "$before" = "$(stat -c %Y.%i "$output")" ]; then
     echo "They were there from an earlier call, so nothing was generated now. Anew: bash jobs/local/demo.sh ${chat:+$chat }--overwrite"
 fi
+echo "To go on in this shell: source jobs/local/environment.sh   (puts noria and mpirun on PATH, also as root and for more ranks than cores)"

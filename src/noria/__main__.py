@@ -82,7 +82,7 @@ def _command(name: str, argv: list[str]) -> int:
         return _start(name, argv)
     # Both before torch, which takes seconds to import: a signal then would end the job unheard, and the process that
     # renders conversations is ready when it is. It must not be started beside MPI, and only rank 0 has use for it.
-    with Signals() as signals, template_helper() as helper:
+    with Signals(mpi.launched_rank() == 0, mpi.launched() > 1) as signals, template_helper() as helper:
         if mpi.named_rank() == 0:
             helper.start()
         return _start(name, argv, signals, helper)

@@ -1,6 +1,6 @@
 """What Noria asks of a communicator: mpi4py's, or launch.mpi.Solo for a process alone. Imports no MPI.
 
-Names are MPI's. All but send and recv are collective.
+Names are MPI's. All but send, recv and iprobe are collective.
 """
 
 from typing import Any, Protocol, TypeVar
@@ -29,5 +29,8 @@ class Communicator(Protocol):
     def send(self, value: Any, /, dest: int, tag: int) -> None:
         """To one rank, which calls `recv`."""
 
-    def recv(self, *, source: int, tag: int) -> Any:
-        """What that rank sends next with this tag."""
+    def recv(self, *, source: int = ..., tag: int) -> Any:
+        """What that rank, or any, sends next with this tag."""
+
+    def iprobe(self, *, tag: int) -> bool:
+        """Whether `recv` of any rank's message with this tag would not wait."""

@@ -25,6 +25,7 @@ from noria.files.lock import OutputLock
 from noria.files.provenance import now, provenance, segment_of
 from noria.helper import Helper
 from noria.launch import deadline, launcher, mpi
+from noria.launch.notices import Notices
 from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
@@ -56,13 +57,14 @@ def run(
     watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
     with contextlib.ExitStack() as held:
         helper = helper or held.enter_context(template_helper())
-        stopping = None
+        stopping, notices = None, held.enter_context(Notices(comm, signals))
         if comm.Get_rank() == 0:
-            stopping = held.enter_context(
-                Stopping(signals, deadline.find(config.job.walltime, watchdog.began), watchdog)
-            )
+            until = deadline.find(config.job.walltime, watchdog.began)
+            stopping = held.enter_context(Stopping(signals, until, watchdog, notices))
         place = launcher.place(comm)
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
+        if device.type == "cuda":
+            notices.prepare = lambda: torch.cuda.set_device(device)
         place = launcher.settle(comm, place, device)
         mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
         watchdog.doing = "opening the files"

@@ -53,6 +53,9 @@ class Solo:
     def send(self, value: object, dest: int, tag: int = 0) -> None:
         raise AssertionError(f"no rank {dest}: this process is alone")
 
+    def iprobe(self, tag: int) -> bool:
+        return False
+
     def recv(self, source: int, tag: int = 0) -> Any:
         raise AssertionError(f"no rank {source}: this process is alone")
 

@@ -20,11 +20,14 @@ AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
 class Signals:
     """Holds STOPS back inside its `with`. Elsewhere than in the main thread it does nothing.
 
-    `attended`: the run listens, on this rank or another. Until then a second SIGINT ends the process at once.
+    `attended`: the run listens, on this rank or another. Until then a second SIGINT ends the process at once, if
+    `is_first`: at another rank than rank 0 it may be a launcher's copy of the first. `is_last_act`: the process ends after
+    the `with`, and a signal that comes then is ignored: it would take the exit code away.
     """
 
-    def __init__(self) -> None:
-        self.attended = False
+    def __init__(self, is_first: bool = True, is_last_act: bool = False):
+        self.attended = not is_first
+        self._is_last_act = is_last_act
         self._interrupted = float("inf")
         self._read, self._write = -1, -1
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -40,7 +43,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._is_last_act else handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._read)

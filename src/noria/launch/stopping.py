@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from noria.launch.deadline import Deadline
+from noria.launch.notices import Notices, say_where_it_is_read
 from noria.launch.signals import AGAIN_SECONDS, Signals
 from noria.launch.watchdog import Watchdog, abort
 
@@ -24,11 +25,12 @@ class Stopping:
 
     `seal(reason)`: brings what there is to the disk; returns words for the user and the seconds of a round. None before
     the first step. `tend`: called every second until then, and when `nudge` is. Each has a thread of its own, so that a
-    second SIGINT is heard while a disk keeps them waiting, and a stop does not wait for what `tend` is at.
+    second SIGINT is heard while a disk keeps them waiting, and a stop does not wait for what `tend` is at. `notices`: of
+    signals at other ranks, which stop the job as rank 0's own do, but never count as a second SIGINT.
     """
 
-    def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog):
-        self._signals, self._deadline, self._watchdog = signals, deadline, watchdog
+    def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog, notices: Notices | None = None):
+        self._signals, self._deadline, self._watchdog, self._notices = signals, deadline, watchdog, notices
         part, least, most = MARGIN
         self.margin = (
             min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
@@ -71,8 +73,11 @@ class Stopping:
             came = self._signals.wait(min(1.0, max(self.seconds_left, 0.05)))
             if self._closed:
                 return
+            told = self._notices.heard() if came is None and self._notices is not None else None
             if came is not None:
                 self._heed(came)
+            elif told is not None:
+                self._stop(told)
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
             elif time.monotonic() > self._drained_by and not self.merging:
@@ -96,8 +101,11 @@ class Stopping:
             self._last = threading.Thread(target=self._seal, args=[self.seal], name="noria-stop", daemon=True)
             self._last.start()
         else:
-            self._watchdog.say(f"stopped ({reason}) before the first step: start the same run again to go on")
+            self._say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)
+
+    def _say(self, message: str) -> None:
+        say_where_it_is_read(lambda stream: self._watchdog.say(message, stream))
 
     def _tend(self) -> None:
         while not self._closed:
@@ -109,7 +117,7 @@ class Stopping:
     def _seal(self, seal: Callable[[str], tuple[str, float]]) -> None:
         words, round_seconds = seal(self.reason)
         if self.merging:
-            self._watchdog.say(f"{self.reason}: every row is finished, the output is being written: that goes on")
+            self._say(f"{self.reason}: every row is finished, the output is being written: that goes on")
         else:
             self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)
-            self._watchdog.say(f"stopping ({self.reason}): {words}")
+            self._say(f"stopping ({self.reason}): {words}")

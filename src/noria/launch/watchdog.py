@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from noria.launch import mpi
 from noria.progress import log
@@ -50,8 +51,8 @@ class Watchdog:
         doing = self.doing() if callable(self.doing) else self.doing
         return ", ".join(filter(None, [f"on {self.host}", self.stage, doing]))
 
-    def say(self, message: str) -> None:
-        log(self.rank, self.num_ranks, message)
+    def say(self, message: str, stream: TextIO | None = None) -> None:
+        log(self.rank, self.num_ranks, message, stream)
 
     def fail(self, error: BaseException) -> int:
         """Says what failed, and ends every rank with code 1. Returns it where no other rank is."""
