@@ -147,7 +147,7 @@ def test_requests_with_letters_written_as_escapes_are_counted_as_they_are_read(t
 
 def test_columns_beside_the_body_never_take_the_place_of_the_requests_own(tmp_path):
     own = {"id": 5, "prompt": "mine", "model": "mine", "chat": "mine", "label": 1, "custom": None}
-    (row,) = jsonl._parse(json.dumps(chat(model="m") | own).encode(), 1)
+    (row,) = jsonl.parse(json.dumps(chat(model="m") | own).encode(), "line 1")
     assert (row["id"], row["model"], row["messages"]) == ("a", "m", TALK) and "chat" not in row
     assert {name: row.get(f"input_{name}", row.get(name)) for name in own} == own
     (prompt,) = prompts_of(tmp_path, chat(model="m") | own)

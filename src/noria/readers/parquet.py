@@ -30,9 +30,17 @@ def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[di
 
 
 def _batches(file: Any) -> Iterator[Any]:
-    """A batch has rows of one group: pyarrow does not put nested dictionaries of several together."""
+    """A batch has rows of one group: pyarrow does not put nested dictionaries of several together.
+
+    Raises ValueError for a group that has other rows than it says.
+    """
     for group in range(file.metadata.num_row_groups):
-        yield from file.iter_batches(BATCH_ROWS, row_groups=[group])
+        left = file.metadata.row_group(group).num_rows
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+            yield batch
+            left -= batch.num_rows
+        if left:
+            raise ValueError(f"row group {group} has not as many rows as it says: {left} are missing")
 
 
 def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
