@@ -141,6 +141,15 @@ def test_a_column_that_the_run_names_goes_before_norias_own(tmp_path):
     assert len(said) == 2 and all("is carried as a column of your own" in line for line in said)
 
 
+def test_a_prompt_is_the_first_of_several_turns_wherever_they_stand(tmp_path):
+    for record, name in (({"turns": ["a", "b"]}, "turns"), ({"doc": {"turns": ["a", "b"]}}, "doc.turns")):
+        (row,), said = rows_of(tmp_path, record, "--prompt-column", name)
+        assert row.prompt == "a" and json.loads(row.extra) == record
+        assert said == [f"{name} has several texts: the first is the prompt, all are carried"]
+    (row,), said = rows_of(tmp_path, {"turns": ["a"]}, "--prompt-column", "turns")
+    assert (row.prompt, row.extra, said) == ("a", "", [])
+
+
 def test_a_name_with_a_dot_or_a_comma_that_is_a_column_is_that_column(tmp_path):
     (row,), _ = rows_of(tmp_path, {"a,b": "one", "a": "x", "b": "y"}, "--prompt-column", "a,b")
     assert row.prompt == "one"

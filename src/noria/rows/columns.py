@@ -59,41 +59,53 @@ def content_of(record: dict[str, Any], columns: Columns) -> Content:
     if columns.id and found.id == "":
         found.id = None
     named = {"messages": columns.messages or "messages", "prompt": columns.prompt or "prompt", "token_ids": "token_ids"}
-    values = {kind: _look(record, name) for kind, name in named.items()}
-    given = [kind for kind, value in values.items() if value is not None]
-    explicit = [kind for kind in given if getattr(columns, kind, None)]
-    chosen = explicit or given
-    if "messages" in chosen and (explicit or "token_ids" not in given):
-        chosen = ["messages"]
+    given = [kind for kind, name in named.items() if _look(record, name) is not None]
+    chosen = _chosen(given, columns)
     if len(chosen) > 1:
         found.error = f"both {' and '.join(sorted(chosen))}: give one of them"
     elif not chosen:
         found.error = _nothing(record, columns)
-    for kind in given:
-        if kind not in chosen:
-            found.notes.append(
-                f"rows with {named[chosen[0]]} and {named[kind]} are read by {named[chosen[0]]};"
-                f" {named[kind]} is carried as a column of your own"
-            )
+    else:
+        found.notes = [_carried(named[chosen[0]], named[kind]) for kind in given if kind not in chosen]
     for kind in chosen:
         setattr(found, kind, _take(found.rest, named[kind]))
-    for kind in set(OWN[1:]) - set(given):
-        if found.rest.get(kind, 0) is None and named[kind] == kind:
+    for kind, name in named.items():
+        if kind == name and found.rest.get(kind, 0) is None:
             del found.rest[kind]  # null is not given
-    _of_a_data_set(found, columns)
+    _first_of_turns(found, columns.prompt, record)
+    _read_conversation(found)
     found.notes += [note for name in found.rest if (note := _nearly(name)) and folded(name) not in record]
     return found
 
 
-def _of_a_data_set(found: Content, columns: Columns) -> None:
-    """A list of messages in the prompt's place, a conversation as JSON text, or in ShareGPT's form; the first of turns."""
+def _chosen(given: list[str], columns: Columns) -> list[str]:
+    """Which of the kinds of content that a row has is continued; several: it is not said which."""
+    explicit = [kind for kind in given if getattr(columns, kind, None)]
+    if "messages" in explicit or ("messages" in given and not explicit and "token_ids" not in given):
+        return ["messages"]
+    return explicit or given
+
+
+def _carried(read: str, other: str) -> str:
+    return f"rows with {read} and {other} are read by {read}; {other} is carried as a column of your own"
+
+
+def _first_of_turns(found: Content, name: str | None, record: Mapping[str, Any]) -> None:
+    """Of a column of several texts, as of MT-bench's turns, the first is the prompt."""
+    turns = found.prompt
+    if name is None or not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        return
+    found.prompt = turns[0]
+    if len(turns) > 1:
+        found.notes.append(f"{name} has several texts: the first is the prompt, all are carried")
+        if name in record:
+            found.rest[name] = turns
+
+
+def _read_conversation(found: Content) -> None:
+    """A conversation in the prompt's place, as JSON text, or in ShareGPT's form."""
     if _is_conversation(found.prompt):
         found.prompt, found.messages = None, found.prompt
-    if columns.prompt and isinstance(found.prompt, list) and found.prompt and isinstance(found.prompt[0], str):
-        turns, found.prompt = found.prompt, found.prompt[0]
-        if len(turns) > 1:
-            found.rest[columns.prompt] = turns
-            found.notes.append(f"{columns.prompt} has several texts: the first is the prompt, all are carried")
     if isinstance(found.messages, str) and found.messages.lstrip().startswith("["):
         found.messages = _json(found.messages)
     if isinstance(found.messages, list):
