@@ -1,6 +1,6 @@
-"""Case C: everything resident. A Llama-8B shape with random weights, prompts of one length all submitted at once, greedy:
+"""Case C: everything resident. A Llama-8B shape with random weights, all prompts submitted at once, greedy:
 
-    python jobs/bench/resident.py --ranks 1 2 --prompts 256 1024 [--shape shape.json] [-- flags of noria run]
+    python jobs/bench/resident.py --ranks 1 2 --prompts 256 1024 [--mixed] [--shape shape.json] [-- flags of noria run]
 
 Prints one JSON line a run: generated tokens per second from the first step to the last, prefill included, and the share of
 the ranks' time that they waited for the ring. Starts mpirun itself.
@@ -11,10 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
-import numpy as np
+import lengths
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,15 +35,13 @@ LLAMA_8B = {
 }
 
 
-def write_inputs(folder: Path, shape: dict, num_prompts: int, length: int) -> None:
-    random = np.random.default_rng(0)
+def write_inputs(folder: Path, shape: dict, rows: Iterable[dict]) -> None:
     (folder / "config.json").write_text(json.dumps(shape))
     with (folder / "prompts.jsonl").open("w") as file:
-        for _ in range(num_prompts):
-            file.write(json.dumps({"token_ids": random.integers(0, shape["vocab_size"], length).tolist()}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def run(folder: Path, ranks: int, max_new_tokens: int, flags: list[str]) -> dict:
+def run(folder: Path, ranks: int, flags: list[str]) -> dict:
     """One job; what its output measured."""
     noria = [
         sys.executable,
@@ -54,14 +53,7 @@ def run(folder: Path, ranks: int, max_new_tokens: int, flags: list[str]) -> dict
         "--ignore-eos",
         "--overwrite",
     ]
-    files = [
-        "--prompts",
-        folder / "prompts.jsonl",
-        "--output",
-        folder / "run.h5",
-        "--max-new-tokens",
-        str(max_new_tokens),
-    ]
+    files = ["--prompts", folder / "prompts.jsonl", "--output", folder / "run.h5"]
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     subprocess.run([*launch, *noria, *files, *flags], check=True, timeout=560)
     with h5py.File(folder / "run.h5") as output:
@@ -80,19 +72,18 @@ def run(folder: Path, ranks: int, max_new_tokens: int, flags: list[str]) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[256])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    lengths.add_arguments(parser, prompts=[256], max_new_tokens=128)
     parser.add_argument("--shape", type=Path, help="a config.json (default: Llama-8B)")
     parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
     arguments = parser.parse_args()
     shape = json.loads(arguments.shape.read_text()) if arguments.shape else LLAMA_8B
     for num_prompts in arguments.prompts:
         with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), shape, num_prompts, arguments.prompt_tokens)
+            write_inputs(Path(folder), shape, lengths.rows(arguments, num_prompts, shape["vocab_size"]))
             for ranks in arguments.ranks:
-                measured = run(Path(folder), ranks, arguments.max_new_tokens, arguments.flags)
-                asked = {"ranks": ranks, "prompts": num_prompts, "prompt_tokens": arguments.prompt_tokens}
+                measured = run(Path(folder), ranks, arguments.flags)
+                length = "mixed" if arguments.mixed else arguments.prompt_tokens
+                asked = {"ranks": ranks, "prompts": num_prompts, "prompt_tokens": length}
                 print(json.dumps({"bench": "resident", **asked, **measured, "flags": arguments.flags}), flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Weights or cache beyond the GPU: an OPT shape with random weights, prompts of one length, greedy, every row as long:
+"""Weights or cache beyond the GPU: an OPT shape with random weights, greedy, every row as long or lengths mixed:
 
-    python jobs/bench/streamed.py --ranks 1 2 [--shape opt-30b] [--prompts 128] [-- flags of noria run]
+    python jobs/bench/streamed.py --ranks 1 2 [--shape opt-30b] [--prompts 128] [--mixed] [-- flags of noria run]
 
 Prints one JSON line a run: seconds of a decode round and of prefill, bytes over each link in a decode round, and what share
 of the link's own rate, measured on all GPUs at once just before, that is. Starts mpirun itself.
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import h5py
-import numpy as np
+import lengths
 import xxhash
 
 SHAPES = {  # hidden size, layers, heads
@@ -96,16 +96,13 @@ def disk_rate(folder: str) -> float:
 
 def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
     """One job; what its output measured."""
-    random = np.random.default_rng(0)
     (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant)))
     with (folder / "prompts.jsonl").open("w") as file:
-        for _ in range(arguments.prompts):
-            file.write(json.dumps({"token_ids": random.integers(4, 50000, arguments.prompt_tokens).tolist()}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in lengths.rows(arguments, arguments.prompts, vocabulary=50000))
     link = link_rate(ranks) if arguments.link else None
     disk = disk_rate(arguments.disk) if arguments.disk else None
     files = ["--random-weights", "config.json", "--prompts", "prompts.jsonl", "--output", "run.h5", "--overwrite"]
-    noria = [sys.executable, "-m", "noria", "run", *files, "--dtype", "float16", "--ignore-eos"]
-    noria += ["--max-new-tokens", str(arguments.max_new_tokens), *arguments.flags]
+    noria = [sys.executable, "-m", "noria", "run", *files, "--dtype", "float16", "--ignore-eos", *arguments.flags]
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     subprocess.run([*launch, *noria], check=True, timeout=560, cwd=folder)
     with h5py.File(folder / "run.h5") as output:
@@ -156,9 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--shape", choices=SHAPES, default="opt-30b")
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    lengths.add_arguments(parser, prompts=128, max_new_tokens=32)
     parser.add_argument("--no-link", dest="link", action="store_false", help="do not measure the link")
     parser.add_argument("--constant", action="store_true", help="weights that are all the same")
     parser.add_argument("--disk", metavar="FOLDER", help="measure direct reads in this folder too")
@@ -167,7 +162,8 @@ def main() -> None:
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             figures = run(Path(folder), arguments, ranks)
-        asked = {"ranks": ranks, "shape": arguments.shape, "prompts": arguments.prompts, "flags": arguments.flags}
+        asked = {"ranks": ranks, "shape": arguments.shape, "prompts": arguments.prompts, "mixed": arguments.mixed}
+        asked |= {"flags": arguments.flags}
         print(json.dumps({"bench": "streamed", **asked, **figures}), flush=True)
 
 
