@@ -1,7 +1,10 @@
 """Dense softmax attention over a paged cache, token by token in float64: what every kind of attention must give."""
 
+import random
+
 import torch
 
+from noria.rows.pages import Pages
 from noria.step import PAGE_TOKENS, Run, Span
 
 
@@ -32,6 +35,24 @@ def spans_of(*sequences: tuple[int, int, tuple[tuple[int, int], ...]]) -> list[S
     return spans
 
 
+def full_cache(num_pages, rounds, seed=0, most=400) -> list[Span]:
+    """Rows of many lengths in a cache that stayed full while rows ended and others came: some lie in several runs.
+
+    Most of them decode, one in eight is at a chunk of its prompt.
+    """
+    choose, pages, rows = random.Random(seed), Pages(num_pages), []
+    for _ in range(rounds):
+        while (runs := pages.reserve(-(-(length := choose.randint(5, most)) // PAGE_TOKENS))) is not None:
+            rows.append((length, runs))
+        for _ in range(1 + len(rows) // 8):
+            pages.release(rows.pop(choose.randrange(len(rows)))[1])
+    sequences = []
+    for place, (length, runs) in enumerate(rows):
+        seen = choose.randint(2, length)
+        sequences.append((min(seen, 17) if place % 8 == 0 else 1, seen, [(run.start, run.count) for run in runs]))
+    return spans_of(*sequences)
+
+
 # Microbatches that a kind of attention must compute: new tokens, length, and pages of every sequence.
 CASES = {
     "one decoding row": spans_of((1, 37, ((2, 3),))),
@@ -55,6 +76,7 @@ CASES = {
     ),
     "pages in several runs": spans_of((1, 60, ((9, 1), (3, 2), (12, 1))), (18, 35, ((7, 1), (0, 2)))),
     "runs that touch, and pages not yet used": spans_of((1, 20, ((4, 1), (5, 4), (1, 2))), (16, 16, ((14, 1), (2, 1)))),
+    "mixed lengths in a full cache": full_cache(22, rounds=20, most=90),
     "everything at once": spans_of(
         (1, 18, ((20, 2),)), (6, 40, ((1, 1), (8, 2))), (1, 33, ((4, 1), (3, 1), (2, 1))), (30, 30, ((12, 2),))
     ),

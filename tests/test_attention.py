@@ -47,6 +47,16 @@ def test_sdpa_is_dense_softmax_over_each_sequences_own_pages(case, heads, dtype)
     check(sdpa, case, heads, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sdpa_is_dense_softmax_over_rows_of_mixed_lengths_in_a_full_cache(dtype):
+    spans = dense.full_cache(num_pages=200, rounds=30)
+    assert len(spans) > 10 and sum(len(span.runs) > 1 for span in spans) > 2
+    queries, keys, values = dense.tensors(spans, 4, 2, 16, dtype, pages=200)
+    found = sdpa.attention(sdpa.prepare(spans, CPU), queries, keys, values, 0.3, None)
+    expected = dense.attention(spans, queries, keys, values, 0.3, None)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("case", dense.CASES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.usefixtures("two_threads")

@@ -45,6 +45,18 @@ def test_flash_is_chosen_for_half_precisions_and_sdpa_for_the_rest():
     assert attention.choose(device(), torch.bfloat16, 36) is sdpa
 
 
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_mixed_lengths_in_a_full_cache_are_dense_softmax(kind, dtype, seed):
+    spans = dense.full_cache(num_pages=500, rounds=60, seed=seed, most=700)
+    assert len(spans) > 15 and sum(len(span.runs) > 1 for span in spans) > 4
+    with torch.inference_mode():
+        queries, keys, values = dense.tensors(spans, 8, 2, 128, dtype, device(), pages=500)
+        found = kind.attention(kind.prepare(spans, device()), queries, keys, values, 128**-0.5, None)
+    expected = dense.attention(spans, queries, keys, values, 128**-0.5, None)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("count", [1, 300])
 def test_long_sequences_in_a_large_cache_are_read_at_their_own_rows(count):
     spans = dense.spans_of((count, 900, ((0, 60),)), (count, 1300, ((100, 90),)))
