@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import world
 from mpirun import describe, mpirun
 from noria import attention, kinds
 from noria.blocks import layer_name
@@ -24,7 +25,7 @@ from noria.files.generations import open_generations
 from noria.step import Admitted, Run, Step
 from noria.streams import streams_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.world]
 ROOT = Path(__file__).parent.parent.parent
 RANKS = [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
 DEMO = ["--prompts", ROOT / "inputs/demo/prompts.jsonl", "--max-new-tokens", "32", "--seed", "5"]
@@ -39,10 +40,14 @@ LLAMA_1B = {
 }
 
 
-def generate(num_ranks, output, model, *flags):
-    """Runs noria, alone or under mpirun, and returns (tokens of every row, what it said)."""
-    command = [sys.executable, "-m", "noria", "run", "--model", model, "--output", output, *flags]
-    done = mpirun(num_ranks, command, timeout=240)
+def generate(num_ranks, output, model, *flags, fresh=False):
+    """Runs noria on ranks of the shared world, or on `fresh` ones with all cores; returns (tokens of every row, what it said)."""
+    command = ["run", "--model", model, "--output", output, *flags]
+    if fresh:
+        launch = [sys.executable, "-m", "noria", *command]
+        done = mpirun(num_ranks, launch, timeout=240, env={"OMP_NUM_THREADS": None})
+    else:
+        done = world.command(num_ranks, command, timeout=240)
     assert done.returncode == 0, describe(done)
     with open_generations(output) as file:
         rows = list(file.rows())
@@ -63,7 +68,8 @@ def demo(tmp_path_factory):
 def test_the_demo_on_gpus_gives_the_cpus_tokens_in_float64(demo, num_ranks, laps):
     folder, expected = demo
     output = folder / f"gpu{num_ranks}-{laps}.h5"
-    tokens, said = generate(num_ranks, output, folder / "model.h5", *DEMO, "--dtype", "float64", "--laps", laps)
+    flags = [*DEMO, "--dtype", "float64", "--laps", laps]
+    tokens, said = generate(num_ranks, output, folder / "model.h5", *flags, fresh=True)
     assert tokens == expected
     if num_ranks == 2:
         assert "transport mpi_device" in said, said  # nothing exported, nothing asked for
@@ -138,7 +144,7 @@ def test_a_1b_llama_gives_the_cpus_tokens_in_float64(llama, num_ranks):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--prompts", prompts, "--max-new-tokens", "12", "--seed", "3", "--ignore-eos", "--dtype", "float64"]
     if not (folder / "cpu.h5").exists():
-        generate(1, folder / "cpu.h5", folder / "model.h5", *flags, "--device", "cpu")
+        generate(1, folder / "cpu.h5", folder / "model.h5", *flags, "--device", "cpu", fresh=True)
     with open_generations(folder / "cpu.h5") as file:
         expected = [row.token_ids.tolist() for row in file.rows()]
     assert generate(num_ranks, folder / f"gpu{num_ranks}.h5", folder / "model.h5", *flags)[0] == expected
@@ -149,7 +155,8 @@ def test_a_rank_holds_its_own_layers_and_keeps_to_its_plan(llama, num_ranks):
     prompts = llama / "short.jsonl"
     prompts.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in token_rows([100] * 6)))
     output = llama / f"memory{num_ranks}.h5"
-    generate(num_ranks, output, llama / "model.h5", "--prompts", prompts, "--max-new-tokens", "8", "--ignore-eos")
+    flags = ["--prompts", prompts, "--max-new-tokens", "8", "--ignore-eos"]
+    generate(num_ranks, output, llama / "model.h5", *flags, fresh=True)  # its peak is that of a process
     with h5py.File(output) as file:
         planned, peaks = json.loads(file.attrs["plan"])["memory"], file["timing/peak_device_nbytes"][:].tolist()
     for rank, (memory, peak) in enumerate(zip(planned, peaks, strict=True)):
