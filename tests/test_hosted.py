@@ -31,7 +31,7 @@ def test_a_step_of_the_workflow_runs_a_script_that_is_there(command):
 
 def test_the_workflow_runs_what_has_to_pass_here_and_the_floors():
     commands = [step["run"] for step in STEPS if "run" in step]
-    assert "bash .ci/run" in commands and "bash tests/floors.sh" in commands
+    assert "bash .ci/run" in commands and "bash tests/run.sh --floors" in commands
 
 
 def test_what_has_to_pass_begins_with_style_and_runs_scripts_that_are_there():
