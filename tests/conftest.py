@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     _skip_without_gpu(items)
     _share(items)

@@ -15,6 +15,7 @@ import time
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 
+from forks import forked
 from mpirun import environment
 
 NUM_RANKS = 4
@@ -57,7 +58,7 @@ class World:
         listener = Listener(f"{self._folder.name}/socket", backlog=NUM_RANKS)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the world
         self._launcher = subprocess.Popen(
-            ["mpirun", "-n", str(NUM_RANKS), sys.executable, str(RANK), listener.address],
+            ["mpirun", "-n", str(NUM_RANKS), *forked([sys.executable, RANK, listener.address])],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,

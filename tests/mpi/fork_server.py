@@ -4,6 +4,7 @@ Usage: fork_server.py SOCKET. fork_client.py asks for one; it ends when its stdi
 forked process has the client's arguments, environment, folder, cores and standard streams; it is a child of this one.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -16,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 
 IMPORTED = (
     "noria.__main__",
@@ -145,6 +147,36 @@ def execute(argv):
         runpy.run_path(argv[0], run_name="__main__")
 
 
+def outcome(argv):
+    """The exit code with which the interpreter would end, which it says itself where it is an error."""
+    try:
+        execute(argv)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:  # noqa: BLE001 -- as the interpreter: it ends by it
+        sys.excepthook(type(error), error, error.__traceback__)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def leave(code):
+    """Ends as the interpreter does, but for taking the modules apart: torch's take a fifth of a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # the tests' own modules
     for module in IMPORTED:
@@ -156,4 +188,4 @@ if __name__ == "__main__":
     request, streams = server.serve()
     become(request, streams)
     del server, streams
-    execute(request["argv"])
+    leave(outcome(request["argv"]))

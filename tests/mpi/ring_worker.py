@@ -16,12 +16,17 @@ from noria.engine.ring import Ring, open_ring
 from noria.launch import mpi
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
-from noria.transports import mpi_device, mpi_host
 
 CPU = torch.device("cpu")
 STREAMS = streams_of(CPU)
 HIDDEN, STEP_TOKENS = 512, 256  # 512 KiB in float32, 128 times the eager limit of shared memory
-TRANSPORTS = {"mpi_device": mpi_device, "mpi_host": mpi_host}
+
+
+def transports():
+    """Of each kind the module. They import MPI, which must be up: not where a test imports this one."""
+    from noria.transports import mpi_device, mpi_host
+
+    return {"mpi_device": mpi_device, "mpi_host": mpi_host}
 
 
 def embedding(token_ids):
@@ -111,14 +116,15 @@ def visit(ring, ids, lap, group, dtype):
 def cases(comm):
     """How many inputs and results of this rank were wrong, by the case's name."""
     # Messages go in pieces here, as they do above 1 GiB and 8 MiB.
-    with patch.object(mpi_device, "MAX_MESSAGE_NBYTES", 300_000), patch.object(mpi_host, "CHUNK_NBYTES", 100_000):
+    device, host = transports().values()
+    with patch.object(device, "MAX_MESSAGE_NBYTES", 300_000), patch.object(host, "CHUNK_NBYTES", 100_000):
         return dict([*ring_cases(comm), *late_cases(comm), *event_cases(comm)])
 
 
 def ring_cases(comm):
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
     shapes = [(blocking, laps, groups) for blocking in (False, True) for laps in (1, 3) for groups in (num_ranks, 0)]
-    for name, module in TRANSPORTS.items():
+    for name, module in transports().items():
         for number, (blocking, laps, groups) in enumerate(shapes):
             groups = groups or (2 if blocking else num_ranks + 1)
             dtype = (torch.float32, torch.bfloat16)[number % 2]
@@ -131,7 +137,7 @@ def ring_cases(comm):
 
 def late_cases(comm):
     for kind in (Ring, Hasty):
-        transport = mpi_device.Transport(comm, CPU)
+        transport = transports()["mpi_device"].Transport(comm, CPU)
         place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
         ring = kind(Late(transport), place, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
         yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
@@ -157,7 +163,7 @@ class LateEvent:
 
 def event_cases(comm):
     """Tensors that are written late, sent round by each transport: once with their event, once without."""
-    for name, module in TRANSPORTS.items():
+    for name, module in transports().items():
         for waits in (True, False):
             for blocking in (False, True):
                 transport = module.Transport(comm, CPU)
@@ -205,7 +211,7 @@ class Broken:
 def failure(comm):
     """Rank 1's communication thread fails: its main thread, which waits for the next header, must hear of it."""
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
-    transport = mpi_device.Transport(comm, CPU)
+    transport = transports()["mpi_device"].Transport(comm, CPU)
     transport = Broken(transport) if rank == 1 else transport
     ring = open_ring(transport, rank, num_ranks, 2, 2, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
     try:

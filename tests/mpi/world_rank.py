@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import io
 import os
+import stat
 import sys
 import threading
 import time
@@ -20,9 +21,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from noria.__main__ import main
+from noria.engine import communication
 from noria.launch import mpi
 
-PATIENCE = 2.0  # seconds in which threads may end and files close after a call
+PATIENCE = 1.5  # seconds in which threads may end and files close after a call
 
 
 def command(comm, argv):
@@ -48,7 +50,7 @@ def open_things():
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/self/fd/{descriptor}")
-            if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+            if stat.S_ISREG(os.stat(f"/proc/self/fd/{descriptor}").st_mode):
                 files.append(f"file {target}")
     return files + [f"thread {thread.name}" for thread in threading.enumerate()]
 
@@ -82,8 +84,10 @@ def perform(comm, function, arguments):
 
 def serve(connection, world):
     """Answers calls until the connection closes; the communicators among the first ranks are made once."""
+    from patient import Patient
+
     rank, size = world.Get_rank(), world.Get_size()
-    comms = {number: world.Split(int(rank >= number), rank) for number in range(1, size + 1)}
+    comms = {number: Patient(world).Split(int(rank >= number), rank) for number in range(1, size + 1)}
     connection.send((rank, os.getpid()))
     while True:
         try:
@@ -96,4 +100,5 @@ def serve(connection, world):
 if __name__ == "__main__":
     faulthandler.enable()
     torch.set_num_threads(1)
+    communication.SHORTEST_PAUSE = 2e-4  # with more ranks than cores looking costs more than being late
     serve(Client(sys.argv[1]), mpi.start())
