@@ -59,24 +59,45 @@ def test_plain_lines_come_after_5_seconds_and_then_every_30(clock):
 
 def test_a_plain_line_gives_rows_tokens_speed_and_time_left(clock):
     progress = Progress(64, stream=io.StringIO(), clock=clock)
-    progress.add(rows=12, tokens=1234)
+    progress.add(rows=12, tokens=1234, prompt_tokens=300)
     clock.now += 30
-    assert progress.line() == "12/64 rows  1,234 tokens  41 tok/s  about 2 min left"
+    assert progress.line() == "12/64 rows  300 prompt tokens (10 tok/s), 1,234 generated (41 tok/s)  about 2 min left"
 
 
 def test_no_time_left_is_guessed_before_a_row_is_finished(clock):
     progress = Progress(64, stream=io.StringIO(), clock=clock)
     progress.add(tokens=100)
-    assert progress.line() == "0/64 rows  100 tokens  0 tok/s", "no time has passed"
+    assert progress.line() == "0/64 rows  0 prompt tokens (0 tok/s), 100 generated (0 tok/s)", "no time has passed"
     clock.now += 10
-    assert progress.line() == "0/64 rows  100 tokens  10 tok/s"
+    assert progress.line() == "0/64 rows  0 prompt tokens (0 tok/s), 100 generated (10 tok/s)"
+
+
+def test_a_long_prefill_shows_its_tokens_and_the_time_left_by_the_work_left(clock):
+    progress = Progress(4, stream=io.StringIO(), clock=clock, lengths=(24_000, 4))
+    clock.now += 60
+    progress.add(prompt_tokens=24_000)
+    assert progress.line().endswith(
+        "0/4 rows  24,000 prompt tokens (400 tok/s), 0 generated (0 tok/s)  about 3 min left"
+    )
+
+
+def test_the_time_left_is_that_of_the_tokens_left_and_not_of_the_rows(clock):
+    """Rows of 100 and 50 tokens, the 10 shortest of which are finished first while the others are half-way."""
+    progress = Progress(40, stream=io.StringIO(), clock=clock, lengths=(100, 50))
+    clock.now += 100
+    progress.add(rows=20, prompt_tokens=3000, tokens=1500, finished_tokens=1000)
+    assert progress.line().endswith("about 33 s left"), "1,500 of 6,000 tokens, where 20 of 40 rows are left"
+    progress = Progress(40, stream=io.StringIO(), clock=clock, lengths=(100, 50))
+    clock.now += 100
+    progress.add(rows=40, prompt_tokens=4000, tokens=2000, finished_tokens=2000)
+    assert progress.line().endswith("about 0 s left")
 
 
 def test_rows_of_an_earlier_run_count_as_rows_and_not_as_speed(clock):
     progress = Progress(100, num_finished=50, stream=io.StringIO(), clock=clock)
     progress.add(rows=10, tokens=100)
     clock.now += 10
-    assert progress.line() == "60/100 rows  100 tokens  10 tok/s  about 40 s left"
+    assert progress.line() == "60/100 rows  0 prompt tokens (0 tok/s), 100 generated (10 tok/s)  about 40 s left"
 
 
 def test_a_terminal_gets_a_bar_and_no_plain_lines(clock):
@@ -87,8 +108,8 @@ def test_a_terminal_gets_a_bar_and_no_plain_lines(clock):
         progress.add(rows=1, tokens=20)
     progress.end("outputs/run.h5")
     assert "4/64 rows" in stream.getvalue() and "64/64 rows" in stream.getvalue()
-    assert "1,200 tokens, 20 tok/s" in stream.getvalue()
-    assert "about" not in stream.getvalue()
+    assert "0 prompt, 1,200 new, 20 tok/s, about 0 s left" in stream.getvalue()
+    assert "  about" not in stream.getvalue(), "no plain line"
     assert stream.getvalue().endswith("output: outputs/run.h5\n")
 
 

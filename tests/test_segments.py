@@ -45,7 +45,7 @@ def test_of_the_environment_only_the_schedulers_names_of_the_job_are_stored():
     assert job_ids({"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}) == {"PBS_JOBID": "0.vm", "PBS_ARRAY_INDEX": "3"}
 
 
-def test_every_job_adds_its_segment_with_what_it_finished(output):
+def test_every_job_adds_its_segment_with_what_it_finished_and_the_tokens_that_it_added(output):
     for number, rows in enumerate(([0, 1], [2], [])):
         parts = Parts(output, HEADER)
         parts.begin(facts(f"10{number}"))
@@ -55,7 +55,7 @@ def test_every_job_adds_its_segment_with_what_it_finished(output):
             parts.end("walltime")
     found = read_segments(parts.folder)
     assert [(one["rows"], one["errors"], one["tokens"], one["ended"]) for one in found] == [
-        (2, 1, 6, ""),
+        (2, 1, 11, ""),
         (1, 0, 3, "walltime"),
         (0, 0, 0, ""),
     ]

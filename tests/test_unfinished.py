@@ -49,7 +49,7 @@ def test_it_counts_what_is_done_wrong_half_way_and_left(output, capsys):
     assert "shard: 2/3" in lines
     assert 'header: {"prompts": "ab12", "dtype": "float32", "shard": "2/3"}' in lines
     assert lines[-1].startswith("segment 1: 20") and lines[-1].endswith(
-        "(no end recorded), job 77 on n1, n2, 4 ranks: 4 rows, 1 error, 24 tokens"
+        "(no end recorded), job 77 on n1, n2, 4 ranks: 4 rows, 1 error, 30 tokens"
     )
     assert {path: path.read_bytes() for path in parts_folder(output).iterdir()} == before, "looking changes nothing"
 

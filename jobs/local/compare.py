@@ -157,7 +157,8 @@ def generate_with_noria(arguments, folder: Path, prompts) -> tuple[list[list[int
     flags = {name: str(folder / file) for name, file in files.items()}
     flags |= {"dtype": arguments.dtype, "device": arguments.device, "max_new_tokens": arguments.max_new_tokens}
     started = time.perf_counter()
-    run.run(configuration.load(None, flags | {"ignore_eos": True}), Solo())
+    greedy = {"ignore_eos": True, "generation_config": "none"}
+    run.run(configuration.load(None, flags | greedy), Solo())
     seconds = time.perf_counter() - started
     with open_generations(folder / "o.h5") as output:
         found = [row.token_ids.tolist() for row in output.rows()]

@@ -22,7 +22,8 @@ NEXT_LINES = 30.0  # seconds between plain lines after it
 class Progress:
     """Rows and tokens of a run as they come; rank 0's alone. `num_finished` rows were finished by earlier runs.
 
-    Speeds and times are those of this run; what earlier runs generated counts as rows alone.
+    Speeds and times are those of this run; what earlier runs generated counts as rows alone. `lengths`: the tokens that a
+    row is likely to take, (of its prompt, new); without them the time left is guessed by the rows finished.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Progress:
         num_finished: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        lengths: tuple[float, float] | None = None,
     ):
+        self.lengths, self.finished_tokens = lengths, 0
         self.stream, self.clock = stream or _terminal() or sys.stderr, clock
         self.num_rows, self.num_before = num_rows, num_finished
         self.rows = self.errors = self.tokens = self.prompt_tokens = 0
@@ -45,7 +48,7 @@ class Progress:
                 file=self.stream,
                 dynamic_ncols=True,
                 unit="row",
-                bar_format="{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}",
+                bar_format="{n_fmt}/{total_fmt} rows |{bar}| {elapsed}{postfix}",
             )
 
     @property
@@ -58,14 +61,23 @@ class Progress:
         if self.bar is not None:
             self.bar.total = num_rows
 
-    def add(self, rows: int = 0, tokens: int = 0, prompt_tokens: int = 0, errors: int = 0) -> None:
-        """Counts what came since the last call, and shows it when it is time to. `errors` are among `rows`. Cheap."""
+    def add(
+        self, rows: int = 0, tokens: int = 0, prompt_tokens: int = 0, errors: int = 0, finished_tokens: int = 0
+    ) -> None:
+        """Counts what came since the last call, and shows it when it is time to. Cheap.
+
+        `errors` are among `rows`, which have `finished_tokens` new tokens in all; `tokens` are generated, `prompt_tokens`
+        computed, whether their rows are finished or not.
+        """
         self.rows += rows
+        self.finished_tokens += finished_tokens
         self.errors += errors
         self.tokens += tokens
         self.prompt_tokens += prompt_tokens
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.tokens:,} tokens, {self._speed():,.0f} tok/s", refresh=False)
+            counts = f"{_short(self.prompt_tokens)} prompt, {_short(self.tokens)} new"
+            speed = f"{self._speed(self.tokens):,.0f} tok/s"
+            self.bar.set_postfix_str(", ".join([counts, speed, *self._left()]), refresh=False)
             self.bar.update(rows)
         elif self.clock() >= self.next_line:
             self.next_line = self.clock() + NEXT_LINES
@@ -73,12 +85,26 @@ class Progress:
             self.stream.flush()
 
     def line(self) -> str:
-        """`12/64 rows  1,234 tokens  345 tok/s  about 2 min left`; without the last until a row is finished."""
+        """`12/64 rows  800 prompt tokens (27 tok/s), 1,234 generated (41 tok/s)  about 2 min left`."""
         finished = self.num_before + self.rows
-        line = f"{finished:,}/{self.num_rows:,} rows  {plural(self.tokens, 'token')}  {self._speed():,.0f} tok/s"
-        if self.rows:
-            line += f"  about {duration(self.seconds / self.rows * max(0, self.num_rows - finished))} left"
-        return line
+        return "  ".join([f"{finished:,}/{self.num_rows:,} rows", self._counts(), *self._left()])
+
+    def _counts(self) -> str:
+        prompts = f"{plural(self.prompt_tokens, 'prompt token')} ({self._speed(self.prompt_tokens):,.0f} tok/s)"
+        return f"{prompts}, {self.tokens:,} generated ({self._speed(self.tokens):,.0f} tok/s)"
+
+    def _left(self) -> list[str]:
+        """`about 2 min left`: the work that is left by the speed so far; nothing before there is any."""
+        rows_left = max(0, self.num_rows - self.num_before - self.rows)
+        done, left = float(self.rows), float(rows_left)
+        if self.lengths is not None:
+            prompt, new = self.lengths
+            new = self.finished_tokens / self.rows if self.finished_tokens else new
+            # Of rows in flight a part is done: what was computed beyond the finished rows' share.
+            started = max(0.0, self.prompt_tokens + self.tokens - self.rows * (prompt + new))
+            done = float(self.prompt_tokens + self.tokens)
+            left = max(rows_left * (prompt + new) - started, float(rows_left))
+        return [f"about {duration(self.seconds / done * left)} left"] if done else []
 
     def close(self) -> None:
         """Takes the bar away, leaving its last state. May be called twice."""
@@ -93,7 +119,7 @@ class Progress:
         if self.num_before:
             rows += f", {self.num_before:,} finished before"
         tokens = f"{plural(self.prompt_tokens, 'prompt token')}, {plural(self.tokens, 'generated token')}"
-        lines = [f"{rows}; {tokens} in {self.seconds:,.1f} s: {self._speed():,.0f} tok/s"]
+        lines = [f"{rows}; {tokens} in {self.seconds:,.1f} s: {self._speed(self.tokens):,.0f} tok/s"]
         if finished < self.num_rows:
             left = plural(self.num_rows - finished, "row")
             lines.append(f"stopped with {left} of {self.num_rows:,} left: start the same run again to go on")
@@ -108,8 +134,13 @@ class Progress:
         self.stream.write("".join(f"{line}\n" for line in [self.summary(output), *more]))
         self.stream.flush()
 
-    def _speed(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+    def _speed(self, tokens: int) -> float:
+        return tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def _short(count: int) -> str:
+    """A count in a few characters, as a bar has room for."""
+    return f"{count:,}" if count < 100_000 else str(tqdm.format_sizeof(count))
 
 
 def _terminal() -> TextIO | None:

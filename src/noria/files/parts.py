@@ -67,6 +67,12 @@ class Parts:
         self.pending: list[Generation] = []
         self.sealed_at = self.seen_at = clock()
         self.segment: Segment | None = None
+        # Tokens of each row that stopped half-way: they are not this job's.
+        self._before = {
+            (int(part.row[place]), int(part.sample[place])): int(part.num_tokens[place])
+            for part in self.parts
+            for place in np.flatnonzero(part.status == TODO)
+        }
         self.lock = threading.RLock()
         self._reserved = -1
 
@@ -128,7 +134,7 @@ class Parts:
             if self.segment:
                 finished = [one for one in rows if one.status != "todo"]
                 errors = sum(one.status == "error" for one in finished)
-                self.segment.sealed(len(finished), errors, sum(len(one.token_ids) for one in finished))
+                self.segment.sealed(len(finished), errors, sum(map(self._new_tokens, rows)))
             return path
 
     def is_due(self, seconds: float) -> bool:
@@ -140,6 +146,15 @@ class Parts:
     def is_full(self) -> bool:
         """Whether so many rows wait that no more should be added before a seal."""
         return len(self.pending) >= 2 * MAX_PENDING
+
+    def _new_tokens(self, row: Generation) -> int:
+        """How many of a row's tokens are this job's."""
+        return max(0, len(row.token_ids) - self._before.get((row.row, row.sample), 0))
+
+    def computed(self, prompt_tokens: int) -> None:
+        """So many tokens of prompts more are computed: with the next seal `inspect` knows. Never waits."""
+        if self.segment:
+            self.segment.facts["prompt_tokens"] += prompt_tokens
 
     def seal_if_due(self, seconds: float) -> Path | None:
         """Seals if a row waits and the last seal is `seconds` ago or more, or if MAX_PENDING rows wait."""

@@ -18,7 +18,7 @@ from noria.text import plural
 FORMAT = "noria-segment"
 _NAME = re.compile(r"segment-(\d{6,})\.json")
 _INTERNAL = ("format", "header")
-_COUNTED = ("rows", "errors", "tokens")
+_COUNTED = ("rows", "errors", "tokens", "prompt_tokens")
 _EMPTY = {
     "start": "",
     "end": "",
@@ -35,21 +35,23 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
     """The segments of a folder of parts, in order; files that are no segments are left out.
 
     Of each: `start`, `end` (when it was last seen alive, UTC), `ended` (why; "" while it runs, and if it was killed),
-    `rows`, `errors` among them and `tokens` that it finished, `of` (rows of the whole job), and what its job said of
-    itself: see provenance.segment_of.
+    `rows` that it finished, `errors` among them, `tokens` that it generated and sealed, whether their rows are finished or
+    not, `prompt_tokens` that it computed, `of` (rows of the whole job), and what its job said of itself: see
+    provenance.segment_of.
     """
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
 
-def segment_lines(segments: list[dict[str, Any]]) -> list[str]:
-    """Each segment in a line, for people."""
+def segment_lines(segments: list[dict[str, Any]], running: bool = False) -> list[str]:
+    """Each segment in a line, for people; the last one may be `running`."""
     lines = []
     for number, one in enumerate(segments, 1):
         ids = "/".join(map(str, one["job_ids"].values()))
         where = f"{'job ' + ids if ids else 'no job id'} on {', '.join(map(str, one['hosts'])) or 'an unknown host'}"
         counts = f"{plural(one['rows'], 'row')}, {plural(one['errors'], 'error')}, {plural(one['tokens'], 'token')}"
         shard = f" of shard {one['shard']}" if "shard" in one else ""
-        ended = one["ended"] or "no end recorded"
+        runs = running and number == len(segments)
+        ended = one["ended"] or ("running" if runs else "no end recorded")
         ranks = plural(one["ranks"], "rank")
         lines.append(f"segment {number}{shard}: {one['start']} to {one['end']} ({ended}), {where}, {ranks}: {counts}")
     return lines
@@ -152,7 +154,7 @@ class Segment:
 
     def sealed(self, rows: int, errors: int, tokens: int) -> None:
         """So many rows more, the errors among them, are on the disk."""
-        for name, count in zip(_COUNTED, (rows, errors, tokens), strict=True):
+        for name, count in (("rows", rows), ("errors", errors), ("tokens", tokens)):
             self.facts[name] += count
         self.seen()
 

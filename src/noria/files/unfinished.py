@@ -72,7 +72,7 @@ def _lines(path: Path, parts: list[Part], damaged: list[str]) -> list[str]:
         *_outcome(parts, selection),
         *([f"shard: {shard}"] if shard != WHOLE else []),
         *([f"header: {json.dumps(header)}"] if header else []),
-        *segment_lines(segments),
+        *segment_lines(segments, held_by(path) is not None),
     ]
 
 

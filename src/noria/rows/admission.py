@@ -152,12 +152,12 @@ class Admission:
         budget -= len(rows)
         for sequence in active:
             if budget > 0 and sequence.num_tokens - sequence.cached > 1:
-                rows.append((sequence, self._chunk(sequence, budget)))
+                rows.append((sequence, self._take_chunk(sequence, budget)))
                 budget -= rows[-1][1]
         admitted = []
         while budget > 0 and not self._stopping and (new := self._admit(group)):
             admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
-            rows.append((new, self._chunk(new, budget)))
+            rows.append((new, self._take_chunk(new, budget)))
             budget -= rows[-1][1]
         rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released, self._released[group] = tuple(self._released[group]), []
@@ -232,8 +232,13 @@ class Admission:
         self._leave(group, sequence)
         self._finished(sequence)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        return min(sequence.num_tokens - sequence.cached, budget, self._limits.microbatch_tokens)
+    def _take_chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many of its tokens a sequence computes in this step; those of its prompt are counted."""
+        count = min(sequence.num_tokens - sequence.cached, budget, self._limits.microbatch_tokens)
+        left = len(sequence.prompt_token_ids) - sequence.cached
+        alone = left - count == 1 and not sequence.token_ids  # the last one, which the next step takes as a decoded row
+        self.counted.prompt_tokens += max(0, min(count, left)) + alone
+        return count
 
     def _admit(self, group: int) -> Sequence | None:
         """Gives the first waiting sequence a slot and pages of this group, if there is room: its equal share of both."""
@@ -257,7 +262,6 @@ class Admission:
         sequence.cached = sum(run.count for run in shared) * PAGE_TOKENS
         self._pages_of_group[group][tier] += count
         active[sequence.slot] = sequence
-        self.counted.prompt_tokens += len(sequence.prompt_token_ids) - sequence.cached
         self._line.take()
         if sequence.family is not None:
             self._hold(sequence, sequence.family)

@@ -64,6 +64,8 @@ class Desk:
         self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
         self._helper = helper
         self.sampling = work.identity.sampling
+        # A prompt is computed once for all its samples.
+        self._lengths = work.load.prompt_tokens / self.sampling.n, work.load.new_tokens
         self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
@@ -95,7 +97,7 @@ class Desk:
         done = parts.done() if config.job.retry_errors else parts.finished()
         self._begun = parts.unfinished()
         self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
-        self._progress = Progress(num_rows, len(done))
+        self._progress = Progress(num_rows, len(done), lengths=self._lengths)
         self.admission = Admission(
             noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
             len(self._rows) - len(done) // self.sampling.n,
@@ -176,6 +178,7 @@ class Desk:
             self._progress.expect(expected)
             self._parts.expect(expected)
             self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
+            self._parts.computed(counted.prompt_tokens)
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
         if self._parts.is_due(self._config.job.seal_seconds):
@@ -242,7 +245,7 @@ class Desk:
     def _finish(self, sequence: sequences.Sequence) -> None:
         row = generation(sequence, self._tokenizer, self._logprobs_dtype)
         self._parts.add(row)
-        self._progress.add(rows=1, errors=row.status == "error")
+        self._progress.add(rows=1, errors=row.status == "error", finished_tokens=len(row.token_ids))
 
     def _take_up(self, sequence: sequences.Sequence) -> None:
         """Gives the sequence the tokens that an earlier job sealed for it."""
