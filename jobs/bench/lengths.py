@@ -18,12 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: list[int] | int, max
     parser.add_argument("--mixed", action="store_true", help=says)
 
 
-def rows(arguments: argparse.Namespace, num_rows: int, vocabulary: int) -> Iterator[dict]:
-    """The rows of a prompts file, the same in every call."""
+def rows(arguments: argparse.Namespace, num_rows: int, vocabulary: int, context: int) -> Iterator[dict]:
+    """The rows of a prompts file, the same in every call. A mixed row leaves room for its new tokens in the context."""
     random = np.random.default_rng(0)
     for _ in range(num_rows):
         if arguments.mixed:
             length, limit = (int(np.exp(random.uniform(*np.log(ends)))) for ends in (MIXED_PROMPT, MIXED_NEW))
+            length = min(length, context - limit)
         else:
             length, limit = arguments.prompt_tokens, arguments.max_new_tokens
         yield {"token_ids": random.integers(4, vocabulary, length).tolist(), "max_new_tokens": limit}

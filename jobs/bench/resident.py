@@ -79,7 +79,11 @@ def main() -> None:
     shape = json.loads(arguments.shape.read_text()) if arguments.shape else LLAMA_8B
     for num_prompts in arguments.prompts:
         with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), shape, lengths.rows(arguments, num_prompts, shape["vocab_size"]))
+            write_inputs(
+                Path(folder),
+                shape,
+                lengths.rows(arguments, num_prompts, shape["vocab_size"], shape["max_position_embeddings"]),
+            )
             for ranks in arguments.ranks:
                 measured = run(Path(folder), ranks, arguments.flags)
                 length = "mixed" if arguments.mixed else arguments.prompt_tokens

@@ -23,6 +23,7 @@ SHAPES = {  # hidden size, layers, heads
     "opt-30b": (7168, 48, 56),
     "opt-175b": (12288, 96, 96),
 }
+CONTEXT = 2048
 LINK = """
 import threading, time, torch
 def rate(device, found):
@@ -72,7 +73,7 @@ def config_of(shape: str, constant: bool = False) -> dict:
         "num_attention_heads": heads,
         "ffn_dim": 4 * hidden,
         "vocab_size": 50272,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": CONTEXT,
         "activation_function": "relu",
         "do_layer_norm_before": True,
         "torch_dtype": "float16",
@@ -98,7 +99,7 @@ def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
     """One job; what its output measured."""
     (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant)))
     with (folder / "prompts.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in lengths.rows(arguments, arguments.prompts, vocabulary=50000))
+        file.writelines(json.dumps(row) + "\n" for row in lengths.rows(arguments, arguments.prompts, 50000, CONTEXT))
     link = link_rate(ranks) if arguments.link else None
     disk = disk_rate(arguments.disk) if arguments.disk else None
     files = ["--random-weights", "config.json", "--prompts", "prompts.jsonl", "--output", "run.h5", "--overwrite"]
