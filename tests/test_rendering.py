@@ -249,6 +249,7 @@ def test_every_construct_renders_every_conversation_as_transformers_does(name, t
 
 DECIDED = (
     "adds",
+    "trims",
     "prints",
     "tojson",
     "reasoning",
@@ -258,6 +259,9 @@ DECIDED = (
     *(n for n in TEXTS if "argum" in n),
 )
 FORMS = (
+    "continued",
+    "continued parts",
+    "continued reasoning",
     "null keys",
     "parts and texts",
     "parts of all",
