@@ -107,7 +107,9 @@ def _csv_record(feed: Feed, delimiter: str = ",") -> list[str] | BadRow:
     try:
         return next(csv.reader(feed, delimiter=delimiter, strict=True))
     except csv.Error as error:
-        what = f"line {feed.first} is not CSV: {error}"
+        last = feed.taken[-1][0]
+        why = f"a quote that it opens is not closed ({error} in line {last})" if last > feed.first else error
+        what = f"line {feed.first} is not CSV: {why}"
     except TooLong:
         what = too_long(feed.first)
     feed.keep(1)
