@@ -200,6 +200,8 @@ def test_an_output_of_several_files_names_them_and_is_extended_by_another(inside
     assert run(inside, "parts.h5", "--prompts", "s-*.jsonl", "--temperature", "0", "--extend") == 0
     assert run(inside, "one.h5", "--prompts", "prompts.jsonl", "--temperature", "0") == 0
     assert small_run.rows_of("parts.h5") == small_run.rows_of("one.h5")
+    assert main(["export", "parts.h5", "s-2.jsonl"]) == 2
+    assert "s-2.jsonl holds the prompts of parts.h5, which would be lost" in capfd.readouterr().err
     with open_generations("parts.h5") as file:
         told = json.loads(file.attrs["prompt_files"])
         assert [(one["file"], one["first_row"], one["rows"]) for one in told] == [

@@ -39,10 +39,11 @@ def _check_prompts(output: Path, target: Path) -> None:
     """Raises InputError if the file to write is the run's own prompts, which would be lost."""
     if not target.is_file():
         return
-    prompts = None
+    prompts, files = None, []
     with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
         with open_generations(output if output.exists() else part_files(parts_folder(output))[0]) as file:
             prompts = str(json.loads(file.attrs["header"])["prompts"])
+            files = [Path(one["file"]).resolve() for one in json.loads(file.attrs.get("prompt_files", "[]"))]
     same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")
-    if same_size and prompts == content_key(target, content_hash(target)):
+    if target.resolve() in files or (same_size and prompts == content_key(target, content_hash(target))):
         raise InputError(f"{target} holds the prompts of {output}, which would be lost: name another file")
