@@ -115,6 +115,8 @@ def _generate(
         title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
         its_streams = streams.streams_of(device)
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
+        if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
+            _say_once(comm, "note: placement.stage does nothing: no weights live on disk")
         if not work.num_rows:
             _say_once(comm, f"warning: {Source.of(config)} has no rows")
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 PAGE_TOKENS = 16  # tokens in one page of the KV cache
-NO_TOKEN = -1  # in a result: nothing could be sampled
+NO_TOKEN = -1  # in a result: nothing could be sampled, because the model's logits are not finite
+NONE_LEFT = -2  # the same, because the row's own settings leave no token
 
 
 class Word(IntEnum):
@@ -148,9 +149,9 @@ _RESULT = (
 class Result:
     """What the last virtual stage answers to a step: [S] sampled token ids, in the order of its samples.
 
-    NO_TOKEN stands where the logits were not finite. Where a row of the step asked for them: logprobs [S] of these
-    tokens, top_ids and top_logprobs [S, top] (rows that did not ask have NaN). prompt_logprobs: [P] of the step's
-    score_ids.
+    NO_TOKEN stands where the logits were not finite, NONE_LEFT where the row's settings leave no token. Where a row of the
+    step asked for them: logprobs [S] of these tokens, top_ids and top_logprobs [S, top] (rows that did not ask have NaN).
+    prompt_logprobs: [P] of the step's score_ids.
     """
 
     token_ids: np.ndarray

@@ -1,4 +1,4 @@
-"""Writes generations for other programs, in the order of the prompts: .jsonl, .csv or .parquet, by the file's name."""
+"""Writes generations for other programs, in the order of the prompts: .jsonl (.gz), .csv or .parquet, by the file's name."""
 
 import argparse
 import contextlib
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output", metavar="OUT.h5", help="output of noria run; one that is not finished gives the rows it has so far"
     )
     parser.add_argument(
-        "file", metavar="FILE", help="file to write: .jsonl, .csv or .parquet (needs pyarrow); replaced if it is there"
+        "file",
+        metavar="FILE",
+        help="file to write: .jsonl, .jsonl.gz, .csv or .parquet (needs pyarrow); replaced if it is there",
     )
     parser.add_argument(
         "--format", choices=FORMATS, default="rows", help="openai: responses to a batch, all samples of a prompt in one"

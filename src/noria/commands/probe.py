@@ -107,8 +107,12 @@ def _figure(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value * 1e6:.1f} us"
     if unit == "flop/s":
-        return f"{value / 1e12:.2f} TFLOP/s"
-    return f"{value / 1e9:.2f} G{unit}"
+        return f"{_three_digits(value / 1e12)} TFLOP/s" if value >= 1e12 else f"{_three_digits(value / 1e9)} GFLOP/s"
+    return f"{value / 1e9:.2f} G{unit}" if value >= 1e7 else f"{_three_digits(value / 1e6)} M{unit}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _say(first: bool, name: str, message: str) -> None:

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 
 from noria.engine.row_settings import RowSettings, edits_of
-from noria.step import NO_TOKEN, Step
+from noria.step import NO_TOKEN, NONE_LEFT, Step
 
 CHUNK_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """[S] token ids, NO_TOKEN where logits are not finite. If a row asks for them, else None: logprobs [S], and top_ids
-    and top_logprobs [S, top] where a row asks for the most likely ids; NaN and NO_TOKEN for rows that do not ask."""
+    """[S] token ids, NO_TOKEN where logits are not finite, NONE_LEFT where a row's settings leave none.
+
+    If a row asks for them, else None: logprobs [S], and top_ids and top_logprobs [S, top] where a row asks for the most
+    likely ids; NaN and NO_TOKEN for rows that do not ask.
+    """
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor | None = None
@@ -79,6 +82,7 @@ class Sampler:
             index = self._put(np.array(chunk))
             chosen = [settings[row] for row in chunk]
             found = self._choose(logits[index].double(), chosen, uniforms[chunk], positions[chunk])
+            found = torch.where(found == NO_TOKEN, NONE_LEFT, found)
             ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
         if top < 0:
             return Sampled(ids)

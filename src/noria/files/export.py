@@ -3,10 +3,12 @@
 Knows the finished output and its parts; nothing of how they came about.
 """
 
+import contextlib
+import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from noria.files.generations import Generation, open_generations
 from noria.files.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.text import json_text, plural
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 FORMATS = ("rows", "openai")
 SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
 KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
@@ -54,17 +56,23 @@ def export(
 
 def check_target(target: Path, format: str = "rows") -> None:
     """Raises InputError for a suffix that cannot be written, or a folder that does not take the file."""
-    suffix = target.suffix.lower()
-    known = SUFFIXES if format == "rows" else SUFFIXES[:1]
+    suffix = _suffix(target)
+    known = SUFFIXES if format == "rows" else SUFFIXES[:2]
     if suffix not in known:
         raise InputError(
             f"{target}: {suffix or 'a name without a suffix'} is not a format of export{nearest(suffix, known)}; export"
             f" {'writes' if format == 'rows' else f'--format {format} writes'} {', '.join(known)}: name the file"
-            f" {target.stem}.jsonl"
+            f" {target.name.partition('.')[0] or 'rows'}.jsonl"
         )
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file in it")
     check_file(target)
+
+
+def _suffix(target: Path) -> str:
+    """The end of its name that says the format, with `.gz` before which it stands."""
+    suffixes = [suffix.lower() for suffix in target.suffixes[-2:]]
+    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
 def as_object(generation: Generation) -> dict[str, Any]:
@@ -134,11 +142,11 @@ def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, 
     try:
         if format == "openai":
             objects = (as_object(one) | _hidden(one) for one in rows())
-            count = _write_lines(unfinished, responses(objects, start))
-        elif target.suffix.lower() == ".jsonl":
-            count = _write_lines(unfinished, map(as_object, rows()))
+            count = _write_lines(unfinished, responses(objects, start), _suffix(target))
+        elif _suffix(target).startswith(".jsonl"):
+            count = _write_lines(unfinished, map(as_object, rows()), _suffix(target))
         else:
-            write = write_csv if target.suffix.lower() == ".csv" else write_parquet
+            write = write_csv if _suffix(target) == ".csv" else write_parquet
             count = write(lambda: map(as_object, rows()), unfinished, _KINDS)
         fsync(unfinished)
         publish(unfinished, target)
@@ -153,9 +161,12 @@ def _hidden(generation: Generation) -> dict[str, Any]:
     return {"row": generation.row, "num_prompt_tokens": len(generation.prompt_token_ids)}
 
 
-def _write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> int:
+def _write_lines(path: Path, objects: Iterable[dict[str, Any]], suffix: str) -> int:
     count = 0
-    with path.open("wb") as file:
+    with path.open("wb") as plain, contextlib.ExitStack() as closing:
+        # without a name and a time in it: the same rows are the same bytes
+        packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if suffix.endswith(".gz") else None
+        file: BinaryIO | gzip.GzipFile = plain if packed is None else closing.enter_context(packed)
         for one in objects:
             file.write(_line(one))
             count += 1

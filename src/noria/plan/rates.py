@@ -75,6 +75,8 @@ def assumed(device: str) -> Rates:
 
 def read(path: str | Path, device: str = "cuda") -> Rates:
     """The rates of a machine.toml; what it leaves out is assumed. Raises InputError for what is wrong with it."""
+    if Path(path).is_dir():
+        raise InputError(f"machine {path} is a folder: name the file that noria probe --output FILE made")
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_MACHINE_FILE + 1)

@@ -20,11 +20,21 @@ from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.stopping import finish_reason
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
-from noria.step import NO_TOKEN, PAGE_TOKENS, Admitted, Result, Run, Step, Word
+from noria.step import NO_TOKEN, NONE_LEFT, PAGE_TOKENS, Admitted, Result, Run, Step, Word
 
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
 # tier than this is free, the first in line waits for a run that holds it whole. Larger: more pages lie idle.
 WHOLE_RUNS_BELOW = 0.1
+# Keys that may leave a row no token.
+EXCLUDING = (
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "min_new_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,8 @@ class Admission:
                 self._prompt_computed(sequence)
             if token_id == NO_TOKEN:
                 sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
+            elif token_id == NONE_LEFT:
+                sequence.error = _none_left(sequence)
             else:
                 self._take_token(sequence, token_id, result, place)
             if sequence.error or sequence.finish_reason != "none":
@@ -301,6 +313,16 @@ class Admission:
         self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
         self._released[group].append(sequence.slot)
         self._free_slots[group].append(sequence.slot)
+
+
+def _none_left(sequence: Sequence) -> str:
+    """What is said of a row whose own settings leave no token: those that can, by name."""
+    default, sampling = Sampling(), sequence.sampling
+    named = [name for name in EXCLUDING if getattr(sampling, name, None) != getattr(default, name, None)]
+    given = ", ".join(f"{name} {str(getattr(sampling, name))[:40]}" for name in named) or "the settings of the row"
+    return (
+        f"no token is left after {len(sequence.token_ids)} tokens: {given}: they exclude all, or make logits infinite"
+    )
 
 
 def _slots_of(group: int, per_group: int) -> range:
