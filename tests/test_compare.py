@@ -1,6 +1,7 @@
 """jobs/local/compare.py: it agrees with a model that is right and says where one that is wrong first differs."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -72,3 +73,24 @@ def test_tokens_that_differ_are_a_failure_unless_their_logits_tie(script, capsys
     assert script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0, 1e-7, 1.0]], 1e-6, True)
     assert not script.compare_tokens([[1, 2, 3]], [[1, 5, 3]], [[1.0, 1e-7, 1.0]], 1e-6, False)
     assert not script.compare_tokens([[1, 2, 3]], [[1, 2]], [[1.0] * 3], 1e-6, True)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_compared_in_float64_and_no_file_is_named_that_is_gone(tmp_path):
+    families.save(families.MIXTRAL, tmp_path / "hf")
+    command = [
+        sys.executable,
+        SCRIPT,
+        tmp_path / "hf",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float64",
+    ]
+    done = subprocess.run(forked(command), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("agree\n"), done.stdout + done.stderr
+    assert "noria-compare-" not in done.stdout + done.stderr
+    speeds = [float(rate) for rate in re.findall(r"([\d.]+) (?:tokens/s transformers|noria)", done.stdout)]
+    assert len(speeds) == 2 and speeds[1] > 50, "16 tokens without the seconds of the start"
