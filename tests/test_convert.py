@@ -1,5 +1,7 @@
 """noria convert: against the safetensors' own values, and every refusal by its message."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -10,7 +12,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import families
 import tiny_models
 from forks import forked
 from noria.__main__ import main
@@ -24,6 +29,11 @@ from tiny_models import LLAMA, OPT, fused, state, write_directory
 torch.set_num_threads(1)
 TIED_LLAMA = LLAMA | {"tie_word_embeddings": True}
 UNTIED_OPT = OPT | {"tie_word_embeddings": False}
+TIED = {
+    name: config | {"tie_word_embeddings": True}
+    for name, config in families.CONFIGS.items()
+    if name in (config["model_type"], "opt with the norm after (350m)")
+}
 
 
 def block_values(checkpoint, name):
@@ -126,6 +136,88 @@ def test_tensors_left_over_are_named_once_and_known_ones_not_at_all(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.1.self_attn.k_scale",
+        "model.layers.2.mlp.up_proj.lora_A.weight",
+        "base_model.model.lora_embedding_A",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.2.self_attn.q_norm.weight",
+        "model.layers.2.mlp.down_proj.input_quantizer._amax",
+        "model.norm.bias",
+        "lm_head.bias",
+        "model.embed_tokens.weight_absmax",
+    ],
+)
+def test_a_tensor_left_over_that_changes_every_number_is_refused(tmp_path, name):
+    source = directory(tmp_path, **{name: torch.ones(3)})
+    refused(
+        source, tmp_path, f"model.safetensors: {name!r}: llama as config.json", "leave out 1 tensor of", "unquantized"
+    )
+
+
+def test_what_old_checkpoints_carry_and_layers_that_are_not_computed_are_no_reason_to_refuse(tmp_path):
+    more = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4) for name in ("cos_cached", "sin_cached")}
+    made = convert(
+        directory(tmp_path, **more, **{"model.layers.30.mlp.up_proj.bias": torch.ones(4)}), tmp_path / "m.h5"
+    )
+    assert [note for note in made.notes if "left out" in note] == [
+        "1 tensor left out, which llama has no use for: 'model.layers.30.mlp.up_proj.bias'"
+    ]
+
+
+def test_the_mask_that_gpt2_saved_is_left_out_without_a_word(tmp_path):
+    families.save(families.GPT2, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert not [note for note in convert(tmp_path / "hf", tmp_path / "m.h5").notes if "left out" in note]
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_model_that_holds_its_head_alone_is_what_transformers_makes_of_it(tmp_path, name):
+    families.save(TIED[name], tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(key for key in tensors if key.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors["lm_head.weight"] = tensors.pop(embedding)
+    save_file(tensors, file, {"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").get_input_embeddings().weight
+    assert torch.equal(expected, tensors["lm_head.weight"])
+    convert(tmp_path / "hf", tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5") as made:
+        for place in ("embed/tokens", "head/lm_head"):
+            assert np.array_equal(made[place][()], expected.detach().numpy())
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, 524])
+def test_a_file_system_without_locks_converts_and_says_so(tmp_path, monkeypatch, code):
+    def no_locks(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    made = convert(directory(tmp_path), tmp_path / "model.h5")
+    assert "has no file locks" in made.notes[0]
+    open_checkpoint(tmp_path / "model.h5").close()
+
+
+def test_hdf5_takes_no_lock_of_its_own(tmp_path, monkeypatch):
+    opened, open_file = [], h5py.File
+
+    def watched(name, mode, **how):
+        file = open_file(name, mode, **how)
+        with open(name) as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody else has it
+        opened.append(mode)
+        return file
+
+    monkeypatch.setattr(h5py, "File", watched)
+    convert(directory(tmp_path), tmp_path / "model.h5")
+    assert "x" in opened and "r+" in opened
+
+
 def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path):
     tensors = state(TIED_LLAMA) | {"lm_head.weight": torch.ones(101, 32)}
     source = write_directory(tmp_path / "hf", TIED_LLAMA, tensors)
@@ -224,9 +316,42 @@ def test_a_directory_without_weights_is_refused(tmp_path):
     refused(source, tmp_path, "hf has no weights", "model.safetensors.index.json", "pytorch_model.bin")
 
 
+FOREIGN = {
+    "adapter_config.json": ["an adapter of peft", "merge it into its model"],
+    "model.Q4_K_M.gguf": ["GGUF, llama.cpp's format"],
+    "consolidated.00.pth": ["format of their makers' own programs", "take the model in Hugging Face's format"],
+    "consolidated.safetensors": ["format of their makers' own programs"],
+    "weights.00.npz": ["MLX's format"],
+    "tf_model.h5": ["TensorFlow's weights"],
+    "flax_model.msgpack": ["Flax's weights"],
+    "model.onnx": ["ONNX"],
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_model_in_another_format_is_refused_by_its_name_with_what_to_do(tmp_path, name):
+    source = directory(tmp_path)
+    (source / "model.safetensors").rename(source / name)
+    refused(source, tmp_path, "hf has no weights", f"; {name} is ", *FOREIGN[name])
+    (source / "config.json").unlink()
+    refused(source, tmp_path, "hf has no config.json", f"; {name} is ", *FOREIGN[name])
+    refused(source / name, tmp_path, f"{name} is a file", *FOREIGN[name])
+
+
+def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but_an_adapter_is(tmp_path):
+    source = directory(tmp_path)
+    for name in ("consolidated.00.pth", "model.gguf", "adapter_config.json"):
+        (source / name).write_bytes(b"{}")
+    convert(source, tmp_path / "model.h5")
+    (source / "adapter_model.safetensors").write_bytes(b"{}")
+    refused(source, tmp_path, "hf holds an adapter beside the model", "merge it into", target=tmp_path / "other.h5")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (json.dumps(LLAMA | {"quantization": {"group_size": 64, "bits": 4}}), ["quantization (MLX)", "unquantized"]),
+        (json.dumps(LLAMA | {"compression_config": {"format": "dense"}}), ["compression_config (compressed-tensors)"]),
         ("{", ["config.json is not JSON"]),
         ("[1]", ["config.json holds a JSON list"]),
         ("[" * 100000, ["config.json is not JSON"]),

@@ -91,12 +91,32 @@ def test_a_file_that_its_holder_took_away_in_the_meantime_is_not_the_lock(tmp_pa
         assert lock_path(tmp_path / "run.h5").exists()
 
 
-def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524])
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, code):
     said = []
 
     def no_locks(handle, operation):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     OutputLock(tmp_path / "run.h5", HOLDER, said.append).close()
     assert said == [f"{tmp_path} has no file locks: a second job on {tmp_path / 'run.h5'} would not be noticed"]
+
+
+def test_a_lock_that_fails_is_one_line(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "lockf", broken)
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(InputError, match=r"run\.h5\.lock cannot be locked \(input/output error\): ask who"):
+        take(tmp_path)
+
+
+def test_a_full_disk_takes_the_words_of_a_lock_and_not_the_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with take(tmp_path) as lock:
+        assert lock.held

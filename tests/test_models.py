@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from transformers.activations import ACT2FN
 
 import families
 import reference
-from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE
+from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE, SLIDING
 from noria import models
 from noria.attention import sdpa
 from noria.blocks import layer_name
 from noria.config import InputError
 from noria.models import _experts
-from noria.models._linear import linear
+from noria.models._linear import ACTIVATIONS, linear
 from noria.models._sources import Transposed
 from noria.step import PAGE_TOKENS, Run, Span
 
@@ -288,6 +289,37 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(config):
     known = str(error.value).partition("known: ")[2].split(", ")
     assert sorted(known) == sorted({CONFIGS[name]["architectures"][0] for name in FAMILIES})
     assert all(architecture in str(error.value) for architecture in config.get("architectures", []))
+
+
+def test_the_first_name_of_llama_s_architecture_is_known():
+    for more in ({}, {"model_type": "llama"}):
+        assert models.for_config({"architectures": ["LLaMAForCausalLM"]} | more).__name__ == "noria.models.llama"
+
+
+def test_swish_is_silu():
+    for config, key in ((LLAMA, "hidden_act"), (OPT, "activation_function"), (GPT2, "activation_function")):
+        values = torch.linspace(-4, 4, 99)
+        shape = models.for_config(config).shape(config | {key: "swish"})
+        named = ACTIVATIONS[shape.details.get("activation", "swish")]
+        torch.testing.assert_close(named(values.clone()), ACT2FN["swish"](values), rtol=0, atol=0)
+
+
+IGNORING = {
+    name: CONFIGS[name] | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]} | SLIDING
+    for name in ("llama", "mistral", "mixtral", "phi3", "qwen3_moe")
+}
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_layer_types_are_read_by_the_families_alone_that_read_them_in_transformers(name):
+    config, token_ids = IGNORING[name], tokens_of(8, 40)
+    with TemporaryDirectory() as folder:
+        model = families.save(config, Path(folder))
+        with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    expected = model(torch.tensor([token_ids])).logits[0]
+    found = Whole(config, state, torch.float32).logits([(token_ids, 0, (Run(0, 3),))])[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_architectures_that_are_no_names_are_refused():

@@ -101,7 +101,9 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
     # alignment: every object of the file starts on a page of its own, which leaves the data of one block without gaps;
     # v108: the oldest format with checksums in its metadata, and without a mark that a killed writer leaves behind
     libver = ("v108", "v108")
-    with h5py.File(path, "x", libver=libver, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    # no lock of HDF5's own: some file systems have none, and the name is this process's alone
+    how = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "locking": False}
+    with h5py.File(path, "x", libver=libver, **how) as file:
         file.attrs.update(
             format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source
         )

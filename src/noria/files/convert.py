@@ -11,6 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from os.path import commonpath
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,14 @@ from noria.models._sources import Transposed
 from noria.text import plural
 
 # Tensors that old checkpoints carry and no model needs: they are computed.
-IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".position_ids")
+IGNORED = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".masked_bias",
+    ".attn.bias",  # GPT-2's causal mask
+    ".position_ids",
+)
 
 WIDER = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64"}  # dtypes of a larger range
 
@@ -151,6 +159,9 @@ def _plan(directory: Directory, family: ModuleType, shape: ModelShape, tensors: 
     for block in block_names(shape):
         wanted = family.sources(shape, block)
         looked = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
+        if shape.tied and "lm_head.weight" in tensors:  # the embedding may be stored under the head's name alone
+            tied = family.sources(shape, "embed")["tokens"]
+            looked |= {name: tensors["lm_head.weight"] for name in tied if name in looked and looked[name] is None}
         missing = [name for name, tensor in looked.items() if tensor is None]
         found = {name: tensor for name, tensor in looked.items() if tensor is not None}
         if missing:
@@ -213,7 +224,7 @@ def _shared(plan: Plan) -> str | None:
 def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> None:
     """Refuses a head of its own in a model whose config.json says that the embedding is its head: which is right?"""
     head, embedding = tensors.get("lm_head.weight"), plan["embed", "tokens"][0].tensor
-    if not shape.tied or head is None:
+    if not shape.tied or head is None or head is embedding:
         return
     pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
@@ -225,14 +236,36 @@ def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> No
 
 
 def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
+    """A note of the tensors that nothing is made of. Raises InputError for those that would change every number."""
     used = {part.tensor.name for parts in plan.values() for part in parts}
     # a tied model's own lm_head is the embedding once more
     tied = {"lm_head.weight"} if shape.tied else set()
     left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
     if not left:
         return []
-    listed = ", ".join(map(repr, left[:5])) + (" ..." if left[5:] else "")
-    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} has no use for: {listed}"]
+    computed = tuple(_modules(plan))
+    wrong = [name for name in left if name.startswith(computed) or "scale" in name or "lora_" in name]
+    if wrong:
+        raise InputError(
+            f"{tensors[wrong[0]].shard}: {_listed(wrong)}: {shape.family} as config.json describes it would leave out"
+            f" {plural(len(wrong), 'tensor')} of what it computes, which changes every number: take the unquantized model"
+            " with its adapters merged, or the config.json that belongs to these weights"
+        )
+    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} has no use for: {_listed(left)}"]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (" ..." if names[5:] else "")
+
+
+def _modules(plan: Plan) -> set[str]:
+    """What the names of all tensors of computed modules begin with: each layer, and each module beside the layers."""
+    paths: dict[str, list[str]] = {}
+    for (block, _), parts in plan.items():
+        paths.setdefault(block, []).extend(part.tensor.name.replace(".", "/") for part in parts)
+    layers = {commonpath(found) for block, found in paths.items() if "/" in block}
+    others = {path.rpartition("/")[0] for block, found in paths.items() if "/" not in block for path in found}
+    return {path.replace("/", ".") + "." for path in layers | others}
 
 
 def _tokenizer_notes(header: Header) -> list[str]:

@@ -4,8 +4,10 @@ A file name never leaves the directory: names come from the directory's own file
 of model families or of the checkpoint that is made of it.
 """
 
+import fnmatch
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,36 @@ MAX_NAME_NBYTES = 255  # of a file name, on any file system
 # In the order of preference: files of torch only where there is nothing else.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+# Files of other formats, by the pattern of their names: what they are, and what to do.
+FOREIGN = {
+    "adapter_config.json": (
+        "an adapter of peft",
+        "merge it into its model first (merge_and_unload() and save_pretrained() of peft's AutoPeftModelForCausalLM)",
+    ),
+    "*.gguf": ("GGUF, llama.cpp's format", "take the directory that it was made from"),
+    "consolidated.*": (
+        "weights in the format of their makers' own programs",
+        "take the model in Hugging Face's format (model*.safetensors), or convert it by transformers first",
+    ),
+    "weights*.npz": ("MLX's format", "take the directory that it was made from"),
+    "tf_model*.h5": ("TensorFlow's weights", "save them by transformers as safetensors first"),
+    "flax_model*.msgpack": ("Flax's weights", "save them by transformers as safetensors first"),
+    "*.onnx": ("ONNX", "take the directory that it was made from"),
+}
+
+
+def foreign(names: Iterable[str]) -> str:
+    """`; consolidated.00.pth is ...: take ...`, of the first known file of another format; else nothing."""
+    for pattern, (kind, remedy) in FOREIGN.items():
+        found = sorted(fnmatch.filter(names, pattern))
+        if found:
+            return f"; {found[0]} is {kind}: {remedy}"
+    return ""
+
+
+def _is_adapter(name: str) -> bool:
+    return name.startswith("adapter_model.")
+
 
 class Directory:
     """A model directory. Raises InputError if it is none."""
@@ -29,12 +61,14 @@ class Directory:
             hint = ": download the model first, for instance with `hf download`" if str(path).count("/") == 1 else ""
             raise InputError(f"{path} does not exist{hint}")
         if not self.path.is_dir():
-            raise InputError(f"{path} is a file: give the Hugging Face directory that holds config.json")
+            known = foreign([self.path.name])
+            raise InputError(f"{path} is a file{known or ': give the Hugging Face directory that holds config.json'}")
         self._root = _trusted_root(self.path.resolve())
         if not (self.path / "config.json").is_file():
             snapshots = sorted(self.path.glob("snapshots/*/config.json"))
             hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
-            raise InputError(f"{path} has no config.json: it is not a Hugging Face model directory{hint}")
+            known = foreign(self._names()) or ": it is not a Hugging Face model directory"
+            raise InputError(f"{path} has no config.json{known}{hint}")
 
     @property
     def name(self) -> str:
@@ -111,11 +145,16 @@ class Directory:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name. Raises InputError for shards that are missing, damaged, or not what the index says."""
+        if "adapter_config.json" in (names := self._names()) and any(map(_is_adapter, names)):
+            raise InputError(f"{self.path} holds an adapter beside the model{foreign(['adapter_config.json'])}")
         for name in WEIGHTS:
             path = self.file(name)
             if path is not None:
                 return self._indexed(name) if name.endswith(".index.json") else list_tensors(path)
-        raise InputError(f"{self.path} has no weights: none of {', '.join(WEIGHTS)}")
+        raise InputError(f"{self.path} has no weights: none of {', '.join(WEIGHTS)}{foreign(self._names())}")
+
+    def _names(self) -> list[str]:
+        return sorted(os.listdir(self.path))
 
     def _indexed(self, index: str) -> dict[str, Tensor]:
         where = self.path / index

@@ -3,6 +3,7 @@
 A record lock of fcntl, because that is the one that NFS and Lustre hand on between machines. Knows nothing of MPI.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -31,7 +32,7 @@ class OutputLock:
 
     `holder` (job id, host, process, start; `what`, if it is not a run) is what a second job is told. Raises InputError,
     with the holder's words, where another process still has it after PATIENCE seconds. A file system that knows no
-    locks is reported and used without.
+    locks is reported and used without; one whose locks fail is an InputError too.
     """
 
     def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
@@ -39,8 +40,9 @@ class OutputLock:
         self.path = lock_path(output)
         self._handle = _take(self.path, output, report)
         if self._handle is not None:
-            os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, json.dumps(dict(holder)).encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its words
+                os.ftruncate(self._handle, 0)
+                os.pwrite(self._handle, json.dumps(dict(holder)).encode(), 0)
 
     def __enter__(self) -> "OutputLock":
         return self
@@ -76,7 +78,7 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            said = os.pread(handle, 4096, 0)
+            said = _said(handle)
             os.close(handle)
             if error.errno in _HELD:
                 if time.monotonic() < end:
@@ -86,12 +88,23 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
                     f"output {output} is being written by {_words(said)}: wait for it, or name another output"
                 ) from None
             if error.errno not in _NO_LOCKS:
-                raise
+                raise InputError(
+                    f"output {output}: {path} cannot be locked ({os.strerror(error.errno or 0).lower()}): ask who runs the"
+                    " file system, or name an output on another one"
+                ) from error
             report(f"{path.parent} has no file locks: a second job on {output} would not be noticed")
             return None
         if _still_named(handle, path):
             return handle
         os.close(handle)
+
+
+def _said(handle: int) -> bytes:
+    """What the holder wrote of itself, as far as it can be read."""
+    try:
+        return os.pread(handle, 4096, 0)
+    except OSError:
+        return b""
 
 
 def _still_named(handle: int, path: Path) -> bool:

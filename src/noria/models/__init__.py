@@ -11,6 +11,8 @@ from noria import kinds
 from noria.config import InputError, require
 from noria.models._config import MAX_SHOWN, shown
 
+SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # of the first conversions of Llama
+
 
 def for_config(config: Mapping[str, Any]) -> ModuleType:
     """The family that computes a model with this config.json.
@@ -22,6 +24,7 @@ def for_config(config: Mapping[str, Any]) -> ModuleType:
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     listed = isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     require(listed, f"config.json: architectures is {shown(architectures)}: it must be a list of names")
+    architectures = [SYNONYMS.get(name, name) for name in architectures]
     for name, family in families.items():
         right_type = model_type == name if model_type else bool(architectures)
         if right_type and all(architecture in family.ARCHITECTURES for architecture in architectures):

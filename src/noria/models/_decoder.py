@@ -39,7 +39,8 @@ def shape(
     partly_rotated: whether `partial_rotary_factor` may be below 1.
     """
     read.refuse_quantized(config)
-    read.only(config, "hidden_act", "silu", "Noria computes this family with silu alone")
+    if config.get("hidden_act") != "swish":  # silu's other name
+        read.only(config, "hidden_act", "silu", "Noria computes this family with silu alone")
     hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
     num_kv_heads = read.integer(config, "num_key_value_heads", num_heads)
     read.multiple(("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads))
@@ -80,14 +81,7 @@ def num_layers(config: Mapping[str, Any]) -> int:
 
 
 def window_of(config: Mapping[str, Any], layers: Collection[int]) -> tuple[int, Collection[int]] | None:
-    """The window in `sliding_window`, on these layers or on those that `layer_types` says; None if there is none."""
-    types = config.get("layer_types")
-    if types is not None:
-        known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
-        count = num_layers(config)
-        right = known and len(types) == count
-        require(right, f"config.json: layer_types must be {count} times full_ or sliding_attention")
-        layers = frozenset(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+    """The window in `sliding_window`, on these layers; None if there is none."""
     if config.get("sliding_window") is None:
         return None
     return read.integer(config, "sliding_window"), layers

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": lambda inner: F.gelu(inner, approximate="tanh"),
     "gelu_pytorch_tanh": lambda inner: F.gelu(inner, approximate="tanh"),
     "silu": lambda inner: F.silu(inner, inplace=True),
+    "swish": lambda inner: F.silu(inner, inplace=True),
 }
 
 TILE_ROWS = 1024  # rows of a weight matrix that one thread takes at a time

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from noria.blocks import ModelShape
+from noria.config import require
 from noria.models import _config as read
 from noria.models import _decoder
 from noria.models._decoder import (  # noqa: F401
@@ -30,9 +31,17 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 def window(config: Mapping[str, Any]) -> tuple[int, Collection[int]] | None:
-    """The sliding window of the layers from `max_window_layers` on, if `use_sliding_window` asks for it."""
+    """The sliding window of the layers from `max_window_layers` on, or of those that `layer_types` says.
+
+    Only if `use_sliding_window` asks for it. Other families of transformers do not read `layer_types`.
+    """
     if not read.flag(config, "use_sliding_window", False):
         return None
-    num_layers = _decoder.num_layers(config)
+    num_layers, types = _decoder.num_layers(config), config.get("layer_types")
     first = read.whole(config, "max_window_layers", 28)
-    return _decoder.window_of(config, range(first, num_layers))
+    if types is None:
+        return _decoder.window_of(config, range(first, num_layers))
+    known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
+    right = known and len(types) == num_layers
+    require(right, f"config.json: layer_types must be {num_layers} times full_ or sliding_attention")
+    return _decoder.window_of(config, frozenset(n for n, kind in enumerate(types) if kind == "sliding_attention"))
