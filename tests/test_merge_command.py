@@ -16,6 +16,7 @@ import pytest
 from forks import forked
 from noria.__main__ import main
 from noria.files import lock
+from noria.files.agreement import ANEW
 from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.merge_shards import merge_shards
@@ -308,3 +309,11 @@ def test_more_shards_than_files_may_be_open_merge(tmp_path, output, monkeypatch)
     began = time.monotonic()
     assert merge_shards(paths, output, []) == NUM_ROWS and time.monotonic() - began < 20
     assert [row[0] for row in rows_of(output)] == list(range(NUM_ROWS))
+
+
+def test_texts_that_an_earlier_version_decoded_are_told_beside_those_decoded_anew(shards, output, capsys):
+    with h5py.File(shards[1], "r+") as file:
+        file.attrs["texts"] = ANEW
+    capsys.readouterr()
+    assert main(["merge", str(output), *map(str, shards)]) == 0
+    assert "texts of shard 1/3 were decoded by an earlier version" in capsys.readouterr().err

@@ -10,9 +10,11 @@ import pytest
 import noria.run
 import small_run
 from noria.__main__ import main
-from noria.files.outcome import Reasons
-from noria.files.parts import parts_folder
+from noria.files.outcome import Reasons, outcome_of_parts
+from noria.files.parts import Parts, parts_folder
+from noria.files.sealed import select
 from noria.rows import validation
+from output_rows import fill, make_row
 
 ROOT = Path(__file__).parent.parent
 RIGHT = {"token_ids": [5, 6, 7], "max_new_tokens": 2}
@@ -188,3 +190,15 @@ def test_scripts_do_not_queue_up_again_on_65_and_those_of_arrays_end_well_after_
     command = ["bash", ROOT / f"jobs/slurm/{script}.sbatch", "out.h5", "run.toml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == ends and not (tmp_path / "requeued").exists(), done
+
+
+@pytest.mark.parametrize(
+    ("header", "most"), [({}, 256), ({"sampling.max_new_tokens": None}, 256), ({"sampling.max_new_tokens": 9}, 9)]
+)
+def test_rows_at_the_limit_are_counted_where_nobody_said_one(tmp_path, header, most):
+    rows = [make_row(row, num_tokens=most if row < 4 else 5) for row in range(6)]  # every second ended by its length
+    parts = Parts(tmp_path / "o.h5", header)
+    fill(parts, rows)
+    assert outcome_of_parts(parts.parts, select(parts.parts)).lines() == [
+        f"2 of 6 rows ended at max_new_tokens ({most}): raise it if they should go on"
+    ]

@@ -16,6 +16,7 @@ from noria.files.container import damaged_is_input_error
 from noria.files.generations import Generations, blocks, open_generations
 from noria.files.schema import FINISH_REASON, STATUS
 from noria.files.sealed import Part, Selection
+from noria.sampling import OPEN
 from noria.text import plural, printable
 
 ROWS_IN_ERROR = (
@@ -58,7 +59,8 @@ class Outcome:
     def __init__(self, header: Mapping[str, Any]):
         self.num_rows = self.num_errors = self.num_cut = 0
         self.reasons = Reasons()
-        self._most = header.get("sampling.max_new_tokens") or 0
+        most = header.get("sampling.max_new_tokens")
+        self._most: int = OPEN["max_new_tokens"] if most is None else most
         self._wanted = header.get("sampling.ignore_eos", False)  # by a run that goes on to the end of every row
 
     def add(self, file: Generations, positions: np.ndarray | None = None) -> None:
