@@ -56,7 +56,7 @@ class Solo:
     def iprobe(self, tag: int) -> bool:
         return False
 
-    def recv(self, source: int, tag: int = 0) -> Any:
+    def recv(self, source: int = 0, tag: int = 0) -> Any:
         raise AssertionError(f"no rank {source}: this process is alone")
 
 
