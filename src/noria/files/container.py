@@ -170,10 +170,19 @@ class LinkedFiles:
         self._folder = self.path.resolve().parent
         self._files = {self.path.resolve(): self.root}
         self._descriptors: dict[str, int] = {}
+        self._found: dict[str, tuple[h5py.Group | h5py.Dataset, int]] = {}  # folders, by path
 
     def find(self, path: str) -> h5py.Group | h5py.Dataset:
         """The object at `path`. Raises InputError if it is missing or lies behind a link that is not allowed."""
-        node, parts, hops = self.root, path.split("/")[::-1], 0
+        folder, _, name = path.rpartition("/")
+        if folder and folder not in self._found:
+            self._found[folder] = self._follow(self.root, folder, 0, path)
+        node, hops = self._found[folder] if folder else (self.root, 0)
+        return self._follow(node, name, hops, path)[0]
+
+    def _follow(self, node: h5py.Group, route: str, hops: int, path: str) -> tuple[h5py.Group | h5py.Dataset, int]:
+        """What lies at the end of the route from the node, and over how many links to files it led; `path` for messages."""
+        parts = route.split("/")[::-1]
         while parts:
             part = parts.pop()
             link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
@@ -193,7 +202,7 @@ class LinkedFiles:
                 raise InputError(
                     f"{self.path}: {path!r} is a {type(link).__name__}: links here are hard or to other files"
                 )
-        return node
+        return node, hops
 
     def _open_object(self, node: h5py.Group, part: str, path: str) -> h5py.Group | h5py.Dataset:
         try:
@@ -246,6 +255,7 @@ class LinkedFiles:
 
     def close_hdf5(self) -> None:
         """Closes what h5py holds; the descriptors of extents stay open."""
+        self._found.clear()
         for file in self._files.values():
             file.close()
         self._files.clear()

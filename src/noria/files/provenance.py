@@ -3,6 +3,7 @@
 Knows versions of the packages; everything else is handed in.
 """
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -33,12 +34,16 @@ def now() -> str:
 def versions(mpi_library: str = "") -> dict[str, str]:
     """Versions of Noria and of what it computes with. A package that is not installed is left out."""
     found = {"noria": noria.__version__, "python": platform.python_version(), "hdf5": h5py.version.hdf5_version}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found |= {name: version for name in _PACKAGES if (version := _version(name)) is not None}
     return found | ({"mpi": mpi_library} if mpi_library else {})
+
+
+@functools.cache  # nothing is installed under a running program, and a search takes milliseconds
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def job_ids(environment: Mapping[str, str]) -> dict[str, str]:
