@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 MIXED_PROMPT = (32, 2048)  # tokens, log-uniform
-MIXED_NEW = (16, 512)
+MIXED_NEW = (16, 512)  # uniform
 
 
 def add_arguments(parser: argparse.ArgumentParser, prompts: list[int] | int, max_new_tokens: int) -> None:
@@ -23,7 +23,7 @@ def rows(arguments: argparse.Namespace, num_rows: int, vocabulary: int, context:
     random = np.random.default_rng(0)
     for _ in range(num_rows):
         if arguments.mixed:
-            length, limit = (int(np.exp(random.uniform(*np.log(ends)))) for ends in (MIXED_PROMPT, MIXED_NEW))
+            length, limit = int(np.exp(random.uniform(*np.log(MIXED_PROMPT)))), int(random.integers(*MIXED_NEW))
             length = min(length, context - limit)
         else:
             length, limit = arguments.prompt_tokens, arguments.max_new_tokens
