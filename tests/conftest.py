@@ -1,14 +1,40 @@
 """Which tests are skipped here, and how several workers share the rest (pytest-xdist, as tests/run.sh starts it)."""
 
+import functools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+
 def pytest_collection_modifyitems(items):
     _skip_without_gpu(items)
-    _share(items)
+    _begin_with_the_longest(items)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file goes to one worker, for what its tests have in common; the files of the world all go to the same."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "world" if _of_the_world(ROOT / file) else file
+
+    return FileByFile(config, log)
+
+
+@functools.cache
+def _of_the_world(path):
+    return "mark.world" in path.read_text()
+
+
+def _begin_with_the_longest(items):
+    """The files of the world come first, then the others by their number of slow tests."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (not _of_the_world(item.path), -slow[item.path]))
 
 
 def _skip_without_gpu(items):
@@ -20,15 +46,3 @@ def _skip_without_gpu(items):
     if not torch.cuda.is_available():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _share(items):
-    """A file goes to one worker, for what its tests have in common; files of the world all to the same, and first.
-
-    The others follow by their number of slow tests: what takes long begins early.
-    """
-    world = {item.path for item in items if item.get_closest_marker("world")}
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("world" if item.path in world else item.path.stem))
-    items.sort(key=lambda item: (item.path not in world, -slow[item.path]))

@@ -43,7 +43,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a worker a core: threads of more 
 
 # What measures time has the machine to itself. pytest's 5: no test was asked for in that half.
 together=0 alone=0
-tests --numprocesses "$workers" --dist loadgroup --no-loadscope-reorder -m "${which}not alone" "$@" || together=$?
+tests --numprocesses "$workers" --dist loadscope --no-loadscope-reorder -m "${which}not alone" "$@" || together=$?
 [ "$together" -le 1 ] || [ "$together" -eq 5 ] || exit "$together"
 tests -m "${which}alone" "$@" || alone=$?
 if [ "$together" -eq 5 ]; then exit "$alone"; fi
