@@ -28,6 +28,7 @@ class ModelShape:
     tied: bool
     mixture_size: int = 0  # numbers that a token takes while a mixture of experts is computed
     experts_share: float = 1.0  # of a mixture's experts, those that one token goes to
+    end_words: str = ""  # why no position beyond max_positions can be computed, where config.json says so
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def cache_nbytes_per_token(self, dtype: str) -> int:

@@ -220,6 +220,9 @@ class Config:
     id_column: str | None = key("column that holds the id (default: id)", text=True)
     messages_column: str | None = key("column that holds the conversation (default: messages)", text=True)
     limit: int | None = key("read only so many rows, to try; the same command without it goes on to the others")
+    max_context: int | None = key(
+        "tokens that a prompt and what is generated may have together (default: what the model's config.json makes of it)"
+    )
     dtype: str = key(
         "numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES)
     )
@@ -238,6 +241,8 @@ class Config:
         names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
         require(all(isinstance(name, str) and name for name in names), f"prompts is {names}: it must be names of files")
         require(self.limit is None or self.limit >= 1, f"limit is {self.limit}: it must be at least 1")
+        most = self.max_context
+        require(most is None or 1 <= most < 2**31, f"max_context is {most}: it must be 1 to {2**31 - 1}")
         self.sampling.check()
         require(
             not _has_null(self.sampling.chat_template_kwargs),

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             _say("note", line)
         sampling = replace(config.sampling, **by_model)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
-        limits = Limits(shape.max_positions, shape.vocab_size)
+        limits = Limits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
         rows = shard_rows(config.job.shard, num_rows)
         prompts = noted(open_prompts(source), lambda message: _say("note", message))
         found = examine(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)

@@ -72,6 +72,7 @@ def shape(
         tied=read.flag(config, "tie_word_embeddings", False),
         mixture_size=_experts.work_size(experts, hidden_size) if experts else 0,
         experts_share=experts["chosen"] / experts["number"] if experts else 1.0,
+        end_words=_rotary.end_words(scaling),
         details=details,
     )
 

@@ -20,23 +20,22 @@ TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
     """Theta, and the scaling as a tuple: () for none, else its type and the type's numbers (see _frequencies).
 
-    `rope_scaling` and its successor `rope_parameters` are both understood. The type `dynamic` changes nothing up to
-    max_position_embeddings, which is where Noria ends a sequence, so it is computed as `default`. Raises InputError.
+    `rope_scaling` and its successor `rope_parameters` are both understood. Raises InputError.
     """
     parameters = _parameters(config)
     theta = read.number(parameters, "rope_theta", read.number(config, "rope_theta", 10000.0))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind in ("default", "dynamic"):
+    if kind == "default":
         return theta, ()
-    if kind == "linear":
-        return theta, ("linear", read.number(parameters, "factor"))
+    if kind in ("linear", "dynamic"):
+        return theta, (kind, read.number(parameters, "factor"))
     if kind not in TYPES:
         raise InputError(
             f"config.json: rope type {read.shown(kind)} is not in this version of Noria; known: {', '.join(TYPES)}"
         )
     most = context = read.integer(config, "max_position_embeddings", 2048)
     for place in (parameters, config):
-        context = read.integer(place, "original_max_position_embeddings", context)
+        context = _first_context(place, context)
     if kind == "yarn":
         require(theta > 1, f"config.json: rope_theta is {theta:g}: yarn needs one above 1")
         return theta, _yarn(parameters, float(context))
@@ -48,6 +47,13 @@ def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
         f"config.json: low_freq_factor ({factors[1]}) must be below high_freq_factor ({factors[2]})",
     )
     return theta, ("llama3", *factors, float(context))
+
+
+def _first_context(place: Mapping[str, Any], default: int) -> int:
+    """The context of the first training; `original_max_position_embeddings` is published as a whole float too."""
+    key = "original_max_position_embeddings"
+    found = place.get(key)
+    return read.integer({key: int(found) if isinstance(found, float) and found.is_integer() else found}, key, default)
 
 
 def _yarn(parameters: Mapping[str, Any], context: float) -> Scaling:
@@ -82,12 +88,27 @@ def _longrope(parameters: Mapping[str, Any], context: float, most: int) -> Scali
 def context(scaling: Scaling, most: int) -> int:
     """The positions that a model has, of which its config.json says `most`.
 
-    YaRN's has its factor times those of its first training, which a config.json may leave at the old number. With longrope
-    Noria ends where the other factors would begin: the turn of a position would depend on what comes after it.
+    YaRN's has its factor times those of its first training, which a config.json may leave at the old number; linear scaling
+    has its factor times `most`, as vLLM takes it. longrope and dynamic end as `end_words` says.
     """
+    if scaling and scaling[0] == "linear":
+        require(most * scaling[1] < 2**31, f"config.json: factor is {scaling[1]:g}: the context would be too long")
+        return max(1, int(most * scaling[1]))
     if scaling and scaling[0] == "yarn":
         return max(most, int(scaling[2] * scaling[3]))
     return min(most, int(scaling[2])) if scaling and scaling[0] == "longrope" else most
+
+
+def end_words(scaling: Scaling) -> str:
+    """Why no position beyond the context can be computed, or nothing: with these types the turn of a position would
+    depend on what comes after it, in transformers on how many tokens are given at once.
+    """
+    kind = scaling[0] if scaling else "default"
+    words = {
+        "dynamic": "rope type dynamic turns all positions otherwise beyond it, which Noria does not compute",
+        "longrope": "rope type longrope has other factors beyond it, which Noria does not compute",
+    }
+    return words.get(kind, "")
 
 
 def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,9 +153,10 @@ def tables(
 def _frequencies(theta: float, size: int, scaling: Scaling, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[R/2] radians per position.
 
-    linear: all slowed by `factor`; longrope: each by its own (LongRoPE, arXiv 2402.13753). llama3: long wavelengths slowed
-    by `factor`, a smooth ramp between (Llama 3.1). yarn: those that turn less than `slow` times in the context slowed by
-    `factor`, those that turn more than `fast` times left, a ramp over the indices between (YaRN, arXiv 2309.00071).
+    linear: all slowed by `factor`; dynamic: none up to the context; longrope: each by its own (LongRoPE, arXiv 2402.13753).
+    llama3: long wavelengths slowed by `factor`, a smooth ramp between (Llama 3.1). yarn: those that turn less than `slow`
+    times in the context slowed by `factor`, those that turn more than `fast` times left, a ramp over the indices between
+    (YaRN, arXiv 2309.00071).
     """
     exponents = torch.arange(0, size, 2, dtype=torch.int64).to(dtype) / size
     frequencies = 1.0 / theta**exponents

@@ -54,6 +54,7 @@ class Limits:
     vocab_size: int = 2**31
     tier_pages: tuple[int, ...] = ()
     slot_pages: int = 0
+    end_words: str = ""
 
     @property
     def tiers(self) -> tuple[int, ...]:

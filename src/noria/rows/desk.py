@@ -320,4 +320,5 @@ def _limits(plan: Plan, shape: ModelShape) -> Limits:
         shape.vocab_size,
         tuple(plan.cache_pages.get(tier, 0) for tier in TIERS),
         plan.cache_slot_pages,
+        shape.end_words,
     )

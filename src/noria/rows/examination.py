@@ -4,7 +4,7 @@ Opens model, prompts and output; knows no device and no rank.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def _refuse_useless(
     source: Source, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
 ) -> None:
     """Raises InputError, with the reasons, if there are rows and none of the first LOOKED_AT can run."""
-    limits = Limits(shape.max_positions, shape.vocab_size)
+    limits = Limits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
     reasons = validation.all_wrong(open_prompts(source), encode, sampling, limits, tokenizer)
     if reasons is not None:
         most = validation.LOOKED_AT
@@ -123,7 +123,29 @@ def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
 
 
 def open_model(config: Config, dtype: str) -> OpenModel:
-    """The model's blocks: the user's checkpoint, or random ones of a config.json's shape."""
+    """The model's blocks, with the run's context: the user's checkpoint, or random ones of a config.json's shape."""
+    opened = _open(config, dtype)
+    try:
+        opened.shape = with_context(opened, config.max_context)
+    except InputError:
+        opened.close()
+        raise
+    return opened
+
+
+def with_context(opened: OpenModel, most: int | None) -> ModelShape:
+    """The model's shape with `most` positions, if that is said. Raises InputError where it cannot compute so many."""
+    shape = opened.shape
+    learned = any(parameter.name == "positions" for parameter in opened.blocks["embed"].parameters)
+    end = shape.end_words or ("its positions are a table of that length" if learned else "")
+    require(
+        most is None or most <= shape.max_positions or not end,
+        f"max_context is {most}, the model's context {shape.max_positions} ({end}): give at most {shape.max_positions}",
+    )
+    return shape if most is None else replace(shape, max_positions=most)
+
+
+def _open(config: Config, dtype: str) -> OpenModel:
     if config.model is not None:
         model = Path(config.model)
         found = "is a folder" if model.is_dir() else "does not exist"

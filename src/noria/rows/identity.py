@@ -62,7 +62,7 @@ def _header(
     keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
     prompts = content_key(Source.of(config), prompts_hash)
-    keys = {name: getattr(config, name) for name in COLUMNS} | keys
+    keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context")} | keys
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 

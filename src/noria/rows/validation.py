@@ -27,6 +27,7 @@ class Limits:
     max_positions: int
     vocab_size: int
     most_pages: int = 2**62
+    end_words: str = ""
 
 
 @dataclass

@@ -32,6 +32,9 @@ class Room(Protocol):
     @property
     def most_pages(self) -> int: ...
 
+    @property
+    def end_words(self) -> str: ...  # why the context ends there, where the model's config.json says so
+
 
 class Line:
     """Sequences in the order of their prompts; samples whose prompt is computed go first.
@@ -176,7 +179,8 @@ class Line:
         length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
         pages = num_pages(sequence, limit)
         if length + (sequence.sampling.most_new_tokens > 0) > limit:
-            return f"the prompt has {length} tokens, the model's context {limit}: shorten it"
+            why = f" ({self._limits.end_words})" if self._limits.end_words else ""
+            return f"the prompt has {length} tokens, the model's context {limit}{why}: shorten it"
         if pages > self._limits.most_pages:
             room = self._limits.most_pages * PAGE_TOKENS
             return (
