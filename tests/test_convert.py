@@ -376,6 +376,22 @@ def test_a_missing_tensor_is_named(tmp_path):
     refused(directory(tmp_path, **{name: None}), tmp_path, f"lacks {name!r}", "layers/0001 of llama needs 1 tensors")
 
 
+@pytest.mark.parametrize(
+    ("ending", "instead"),
+    [("q_proj.weight", "q_proj.qweight"), ("q_proj.weight", "q_proj.base_layer.weight")],
+)
+def test_a_missing_tensor_that_has_another_form_is_named_with_that_form(tmp_path, ending, instead):
+    prefix = "model.layers.1.self_attn."
+    source = directory(tmp_path, **{prefix + ending: None, prefix + instead: torch.ones(3)})
+    refused(source, tmp_path, f"lacks '{prefix}{ending}'", f"they hold '{prefix}{instead}'", "save_pretrained()")
+
+
+def test_a_model_saved_inside_a_wrapper_is_refused_with_the_wrapper_s_names(tmp_path):
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in state(LLAMA).items()}
+    source = write_directory(tmp_path / "hf", LLAMA, wrapped)
+    refused(source, tmp_path, "they hold 'base_model.model.model.embed_tokens.weight'", "adapters merged")
+
+
 def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path):
     source = directory(tmp_path, **{"model.layers.2.self_attn.k_proj.weight": torch.ones(8, 32)})
     refused(source, tmp_path, "'model.layers.2.self_attn.k_proj.weight' [8, 32]", "layers/0002/qkv [64, 32]")

@@ -168,13 +168,25 @@ def _plan(directory: Directory, family: ModuleType, shape: ModelShape, tensors: 
             named = ", ".join(map(repr, missing[:3])) + (" and more" if missing[3:] else "")
             raise InputError(
                 f"{directory.path} lacks {named}: {block} of {shape.family} needs {len(missing)} tensors"
-                " that none of its files holds; download it again"
+                f" that none of its files holds; {_instead(missing[0], tensors)}"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
             parts = [Part(found[name], isinstance(name, Transposed)) for name in wanted[parameter.name]]
             _check_parts(block, parameter, parts)
             plan[block, parameter.name] = parts
     return plan
+
+
+def _instead(missing: str, tensors: Iterable[str]) -> str:
+    """What to do about a tensor that is missing: of a quantized, adapted or wrapped model its module has other names."""
+    module = missing.rpartition(".")[0] + "."
+    found = sorted(name for name in tensors if module in name and name not in (f"{module}weight", f"{module}bias"))
+    if not found:
+        return "download it again"
+    return (
+        f"in its place they hold {_listed(found)}: save the model by save_pretrained() of transformers, unquantized and with"
+        " its adapters merged, and convert that"
+    )
 
 
 def _find(name: str, tensors: dict[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
