@@ -5,7 +5,7 @@
 #     --full        every case of the tests that otherwise take one in 25 of theirs
 #     --published   a published chat model beside transformers, token by token: fetches 93 MB once, 3 minutes
 #     --floors      the fast tests with the least versions that pyproject.toml allows, in an environment of their own
-#   NORIA_TEST_WORKERS=1    processes that run tests (default: one a core, 8 at most)
+#   NORIA_TEST_WORKERS=1    processes that run tests (default: one more than cores, 8 at most)
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -27,6 +27,7 @@ tests() { timeout --foreground --signal=INT --kill-after=60 "$limit" python -m p
 # Files of the tests lie in memory where there is enough: on a disk they wait for each fsync, a thousand times.
 if [ -w /dev/shm ] && [ "$(df --output=avail --block-size=1G /dev/shm | tail -1)" -ge 6 ]; then
     TMPDIR=$(mktemp -d /dev/shm/noria-tests.XXXXXX)
+    chmod 755 "$TMPDIR" # as /tmp is: a helper of the run is another user
     export TMPDIR
     trap 'rm -rf "$TMPDIR"' EXIT
 fi
@@ -38,8 +39,8 @@ case $mode in
     --published) limit=20m; tests tests/published "$@"; exit ;;
 esac
 cores=$(nproc)
-workers=${NORIA_TEST_WORKERS:-$((cores < 8 ? cores : 8))}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a worker a core: threads of more would wait for each other
+workers=${NORIA_TEST_WORKERS:-$((cores < 8 ? cores + 1 : 8))}         # many tests wait for something
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads of several workers on one core would wait for each other
 
 # What measures time has the machine to itself. pytest's 5: no test was asked for in that half.
 together=0 alone=0

@@ -182,7 +182,7 @@ def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
     [
         (
             "out.xlsx",
-            r"\.xlsx is not a format of export; export writes \.jsonl, \.csv, \.parquet: name the file out\.jsonl",
+            r"\.xlsx is not a format of export; export writes \.jsonl, \.jsonl\.gz, \.csv, \.parquet: name the file out",
         ),
         ("out.json", r"\.json is not a format of export; did you mean '\.jsonl'\?; export writes \.jsonl"),
         ("out", "a name without a suffix is not a format"),
@@ -357,5 +357,7 @@ def test_responses_have_a_choice_a_sample_and_the_requests_own_names(output, tmp
 
 def test_responses_are_json_lines(output, tmp_path):
     finish(output, [make_row(0)])
-    with pytest.raises(InputError, match=r"export --format openai writes \.jsonl: name the file out\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"export --format openai writes \.jsonl, \.jsonl\.gz: name the file out\.jsonl"
+    ):
         export(output, tmp_path / "out.csv", format="openai")

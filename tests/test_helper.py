@@ -231,8 +231,8 @@ def test_the_child_is_started_by_exec_and_this_process_never_forks(child, monkey
     started = time.perf_counter()
     child.start()
     assert child.pid and time.perf_counter() - started < 0.1
-    assert Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-I", b"-S"]
     assert child.ask({"say": 1}) == 1
+    assert Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-I", b"-S"]
 
 
 # Where no process can be made.

@@ -21,7 +21,7 @@ from noria.engine.row_settings import Counts, RowSettings, edits_of
 from noria.engine.sampler import Sampler
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
-from noria.step import Admitted, Step
+from noria.step import NONE_LEFT, Admitted, Step
 
 VOCAB, END = 60, (2, 7)
 CASES = {
@@ -185,7 +185,7 @@ def test_a_row_in_which_everything_is_banned_gets_no_token():
     one = sequence({"min_new_tokens": 9, "stop_token_ids": list(range(VOCAB)), "temperature": 1.0})
     sampler = Sampler(torch.device("cpu"))
     positions = feed(sampler, [one])
-    assert sampler.sample(logits_of(1), np.array([0]), np.array([0.5]), positions).token_ids.tolist() == [-1]
+    assert sampler.sample(logits_of(1), np.array([0]), np.array([0.5]), positions).token_ids.tolist() == [NONE_LEFT]
 
 
 def test_tokens_that_are_given_again_are_counted_once():

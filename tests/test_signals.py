@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def find(mark, rank):
-    """The process of this rank of a launch; the launcher itself for None."""
+    """The process of this rank of a launch, or None; the launcher itself for rank None."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = dict(
@@ -45,7 +45,7 @@ def find(mark, rank):
         its_rank = variables.get(b"OMPI_COMM_WORLD_RANK")
         if (rank is None and name in ("mpirun", "prterun")) or (rank is not None and its_rank == str(rank).encode()):
             return int(process.name)
-    raise AssertionError(f"no process of rank {rank}")
+    return None
 
 
 def signalled(folder, output, rank, *numbers, num_ranks=2):
@@ -60,7 +60,10 @@ def signalled(folder, output, rank, *numbers, num_ranks=2):
     while not happened.exists() and time.monotonic() < limit:
         time.sleep(0.05)
     for number in numbers:
-        os.kill(find(mark, rank), number)
+        process = find(mark, rank)
+        assert process is not None or number is not numbers[0], "the signal found nobody"
+        if process is not None:  # a later one may come after the end
+            os.kill(process, number)
         time.sleep(0.8)
     launch.join()
     return ended[0]

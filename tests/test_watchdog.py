@@ -83,7 +83,7 @@ class Recorder(Watchdog):
         super().__init__()
         self.said, self.ended = [], []
 
-    def say(self, message):
+    def say(self, message, stream=None):
         self.said.append(message)
 
     def end(self, message, code, details=""):
