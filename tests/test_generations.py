@@ -17,11 +17,12 @@ import noria.files.assemble as assemble_module
 import noria.files.generations as generations_module
 from forks import forked
 from noria.config import InputError
-from noria.files.generations import blocks, describe, open_generations
+from noria.files.generations import blocks, open_generations
 from noria.files.merge import MissingRows, merge
 from noria.files.output import probe_output
 from noria.files.parts import Parts, merged_folder, parts_folder
 from noria.files.provenance import provenance
+from noria.files.summary import summary_of
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32"}
@@ -274,7 +275,7 @@ def test_timing_holds_numbers_a_rank_in_groups(output):
         assert file["timing/seconds/busy"][:].tolist() == [1.5, 2.5]
         assert file["timing/host"].asstr()[:].tolist() == ["a", "b"]
         assert file["timing/per_stage"].shape == (2, 3) and file["timing/ranks"][()] == 2
-    assert "timing seconds/idle: 0.5 0.25" in describe(output)
+    assert "timing seconds/idle: 0.5 s 0.25 s" in summary_of(output).lines(everything=True)
 
 
 def test_provenance_says_what_made_the_output_and_nothing_of_the_environment(output, monkeypatch):
@@ -527,13 +528,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_run(output, monkeypa
 # -- what an output says of itself
 
 
-def test_describe_counts_rows_and_verifies_every_column(output):
+def test_a_summary_counts_rows_and_verifies_every_column(output):
     finished_output(output, attrs={"run_file": "evil \x1b[31m" + "x" * 5000})
-    lines = describe(output, verify=True)
-    assert lines[0] == "noria-generations version 1: finished output"
-    assert lines[1] == "12 rows: 10 done, 2 error"
-    assert lines[-1] == "checksums: 13 of 13 columns agree"
-    assert all("\x1b" not in line and len(line) < 400 for line in lines)
+    lines = summary_of(output, verify=True).lines()
+    assert lines[0] == f"{output}: finished"
+    assert lines[1] == "rows        10 done, 2 errors"
+    assert "checksums: 13 of 13 columns agree" in lines
+    assert all(len(line) < 2100 for line in lines)
 
 
 @pytest.mark.parametrize("column", ["tokens", "text", "status", "offsets"])
@@ -546,9 +547,9 @@ def test_verify_names_the_column_that_was_changed(output, column):
             file["offsets"][1] = file["offsets"][2]
         else:
             file[column][0] = 2
-    assert describe(output)
+    assert summary_of(output).lines()
     with pytest.raises(InputError, match=f"damaged: {column} do not agree"):
-        describe(output, verify=True)
+        summary_of(output, verify=True)
 
 
 def test_a_cut_off_output_is_told(output):

@@ -42,15 +42,17 @@ def test_it_counts_what_is_done_wrong_half_way_and_left(output, capsys):
     code, out, err = inspect(capsys, output)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith("noria-generations: output that is not finished, stopped without a word, last seen 20")
-    assert lines[1] == "rows: 3 done, 1 error, 6 left of 10 (1 row half-way)"
-    assert lines[2] == "6 prompt tokens, 24 generated tokens of finished rows"
-    assert lines[3].startswith(f"2 parts in {output}.parts, 0.") and lines[3].endswith(" s ago")
+    assert lines[0].startswith(f"{output}: not finished, stopped without a word, last seen 20")
+    assert lines[1] == "rows        3 done, 1 error, 6 left (1 row half-way)"
+    assert lines[2] == "tokens      6 of prompts, 24 generated"
+    assert lines[3] == "ended       2 at a stop, 1 at their limit of tokens"
+    assert lines[4].startswith("work        1 job, ") and lines[4].endswith("the last with 4 ranks on n1, n2")
+    assert lines[5].startswith(f"2 parts in {output}.parts, ") and lines[5].endswith(" s ago")
     assert "shard: 2/3" in lines
-    assert 'header: {"prompts": "ab12", "dtype": "float32", "shard": "2/3"}' in lines
-    assert lines[-1].startswith("segment 1: 20") and lines[-1].endswith(
-        "(no end recorded), job 77 on n1, n2, 4 ranks: 4 rows, 1 error, 30 tokens"
-    )
+    first = lines.index('run file    prompts = "ab12"')
+    assert lines[first + 1 : first + 3] == ['            dtype = "float32"', '            shard = "2/3"']
+    (segment,) = (line for line in lines if line.startswith("segment 1: 20"))
+    assert segment.endswith("(no end recorded), job 77 on n1, n2, 4 ranks: 4 rows, 1 error, 30 tokens")
     assert {path: path.read_bytes() for path in parts_folder(output).iterdir()} == before, "looking changes nothing"
 
 
@@ -60,7 +62,7 @@ def test_a_run_that_stopped_in_order_says_why_and_each_of_its_jobs_has_a_line(ou
     fill(parts, [make_row(row) for row in (4, 5)])
     parts.end("walltime")
     _, out, _ = inspect(capsys, output)
-    assert "stopped (walltime); the same run again goes on" in out and "rows: 5 done, 1 error, 4 left of 10\n" in out
+    assert "stopped (walltime); the same run again goes on" in out and "rows        5 done, 1 error, 4 left\n" in out
     assert out.count("\nsegment ") == 2
 
 
@@ -93,14 +95,14 @@ def test_a_job_that_has_sealed_nothing_yet_is_shown(tmp_path, capsys):
     code, out, _ = inspect(capsys, tmp_path / "new.h5")
     assert (
         code == 0
-        and "rows: 0 done, 0 error, 10 left of 10" in out
+        and "rows        0 done, 0 errors, 10 left" in out
         and "0 parts in" in out
         and "last sealed never" in out
     )
 
 
 def test_verify_reads_every_part(output, capsys):
-    assert inspect(capsys, output, "--verify")[1].endswith("\nchecksums: all of 2 parts agree\n")
+    assert "\nchecksums: all of 2 parts agree\n" in inspect(capsys, output, "--verify")[1]
     path = part_files(parts_folder(output))[1]
     image = bytearray(path.read_bytes())
     image[image.index(b"prompt 4 ")] ^= 1
@@ -111,13 +113,15 @@ def test_verify_reads_every_part(output, capsys):
     path.write_bytes(b"")
     code, out, _ = inspect(capsys, output)
     assert (
-        code == 0 and f"part left out, its rows are generated again: {path}" in out and "rows: 3 done, 0 error" in out
+        code == 0
+        and f"part left out, its rows are generated again: {path}" in out
+        and "rows        3 done, 0 errors" in out
     )
 
 
 def test_a_row_tried_again_counts_as_it_stands(output, capsys):
     fill(Parts(output, HEADER), [make_row(3)])
-    assert "rows: 4 done, 0 error, 6 left of 10" in inspect(capsys, output)[1]
+    assert "rows        4 done, 0 errors, 6 left" in inspect(capsys, output)[1]
 
 
 def test_a_run_that_finishes_meanwhile_is_shown_finished(output, capsys, monkeypatch):
@@ -132,7 +136,7 @@ def test_a_run_that_finishes_meanwhile_is_shown_finished(output, capsys, monkeyp
 
     monkeypatch.setattr(unfinished_module, "scan", late)
     code, out, _ = inspect(capsys, output)
-    assert code == 0 and "finished output" in out and "10 rows: 9 done, 1 error" in out
+    assert code == 0 and f"{output}: finished\nrows        9 done, 1 error\n" in out
 
 
 def test_parts_that_are_put_together_meanwhile_are_read_again(output, capsys, monkeypatch):
@@ -146,7 +150,7 @@ def test_parts_that_are_put_together_meanwhile_are_read_again(output, capsys, mo
 
     monkeypatch.setattr(sealed, "scan_one", late)
     code, out, _ = inspect(capsys, output)
-    assert code == 0 and "rows: 3 done, 1 error, 6 left of 10 (1 row half-way)" in out and "1 part in" in out
+    assert code == 0 and "rows        3 done, 1 error, 6 left (1 row half-way)" in out and "1 part in" in out
 
 
 def test_texts_of_its_files_cannot_steer_the_terminal(output, capsys):

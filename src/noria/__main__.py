@@ -4,9 +4,9 @@ import argparse
 import importlib
 import os
 import sys
-from typing import NoReturn
 
 import noria
+from noria.commands.parser import Parser
 from noria.config import InputError, nearest
 from noria.launch import mpi
 from noria.launch.signals import Signals
@@ -62,13 +62,6 @@ def _forget_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises InputError, in one line, where argparse would print the usage and leave."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help says more")
 
 
 def _command(name: str, argv: list[str]) -> int:

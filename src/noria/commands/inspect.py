@@ -3,60 +3,93 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from noria.config import InputError
-from noria.files import checkpoint, generations, unfinished
+from noria.commands import flags
+from noria.commands.parser import Parser
+from noria.config import InputError, require
+from noria.files import checkpoint
 from noria.files.container import format_of
-from noria.files.outcome import how_to_read, outcome_of
 from noria.files.schema import FORMAT as GENERATIONS
-from noria.text import plural, printable
+from noria.files.summary import Summary, nbytes_words, summary_of
+from noria.files.unfinished import is_unfinished, summary_of_unfinished
+from noria.text import json_text, plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.h5", help="checkpoint or output, finished or not")
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE.h5", help="checkpoint or output, finished or not")
     parser.add_argument("--verify", action="store_true", help="read all of it and check every checksum")
+    parser.add_argument("--all", action="store_true", help="say all that the file says of itself, measured times too")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object for scripts; its keys are only ever added to"
+    )
+    parser.add_argument(
+        "--run",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="the output of a run, by what stands behind `noria run`: RUN.toml [--key value ...]; comes last",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output = arguments.file
+    require(
+        (arguments.file is None) != (arguments.run is None),
+        "noria inspect needs a file, or --run and what stands behind noria run",
+    )
+    output = arguments.file or _output_of(arguments.run)
     if output.suffix == ".parts" and not output.is_file():
         output = output.with_suffix("")
-    if unfinished.is_unfinished(output):
-        _write(unfinished.describe_unfinished(output, arguments.verify))
-        return 0
+    if is_unfinished(output):
+        return _output(summary_of_unfinished(output, arguments.verify), arguments)
     found = format_of(output)
     if found == checkpoint.FORMAT:
-        return _checkpoint(output, arguments.verify)
+        return _checkpoint(output, arguments)
     if found == GENERATIONS:
-        _write([*generations.describe(output, arguments.verify), *_outcome(output)])
-        return 0
+        return _output(summary_of(output, arguments.verify), arguments)
     raise InputError(f"{output}: its format is {found!r}; known: {checkpoint.FORMAT!r}, {GENERATIONS!r}")
 
 
-def _outcome(output: Path) -> list[str]:
-    try:
-        return [*outcome_of(output).lines(), how_to_read(output)]
-    except InputError as error:
-        return [f"why rows are in error cannot be read: {error}"]
+def _output_of(run: list[str]) -> Path:
+    """Where the run with these arguments writes."""
+    parser = Parser("noria inspect --run", allow_abbrev=False)
+    flags.add_arguments(parser)
+    return Path(flags.load(parser.parse_args(run)).output)
 
 
-def _checkpoint(path: Path, verify: bool) -> int:
-    with checkpoint.open_checkpoint(path) as file:
-        _write(checkpoint.describe(file))
-        damaged = []
-        for name in file.blocks if verify else ():
-            try:
-                file.verify_block(name)
-            except InputError as error:
-                damaged.append(name)
-                _write([str(error)])
-        if damaged:
-            raise InputError(
-                f"{path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}"
-            )
-        if verify:
-            _write([f"verified    {plural(len(file.blocks), 'block')}, {file.nbytes} bytes: every checksum is right"])
+def _output(summary: Summary, arguments: argparse.Namespace) -> int:
+    _write([json_text(_checked(summary.as_dict(), arguments))] if arguments.json else summary.lines(arguments.all))
     return 0
+
+
+def _checked(facts: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    return facts | ({"verified": True} if arguments.verify else {})
+
+
+def _checkpoint(path: Path, arguments: argparse.Namespace) -> int:
+    with checkpoint.open_checkpoint(path) as file:
+        if not arguments.json:
+            _write(checkpoint.describe(file))
+        if arguments.verify:
+            _verify(file, say=not arguments.json)
+        if arguments.json:
+            _write([json_text(_checked(checkpoint.as_dict(file), arguments))])
+    return 0
+
+
+def _verify(file: checkpoint.Checkpoint, say: bool) -> None:
+    damaged = []
+    for name in file.blocks:
+        try:
+            file.verify_block(name)
+        except InputError as error:
+            damaged.append(name)
+            _write([str(error)] * say)
+    if damaged:
+        raise InputError(
+            f"{file.path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}"
+        )
+    words = f"{plural(len(file.blocks), 'block')}, {nbytes_words(file.nbytes)}: every checksum is right"
+    _write([f"verified    {words}"] * say)
 
 
 def _write(lines: list[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from noria.commands import run as run_command
+from noria.commands import flags
 from noria.config import Config, InputError, parse_nbytes, require
 from noria.files.checkpoint import OpenModel
 from noria.plan import costs, planner
@@ -35,11 +35,11 @@ SLACK = 1.5  # times the predicted time is asked for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks, one a GPU")
-    run_command.add_arguments(parser)
+    flags.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config, num_ranks = run_command.load(arguments, "ranks"), arguments.ranks
+    config, num_ranks = flags.load(arguments, "ranks"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
     num_rows = count(Source.of(config))
     device = _device(config)

@@ -4,44 +4,16 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 """
 
 import argparse
-import json
-import typing
-from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
-from typing import Any
 
-from noria import config as configuration
-from noria.config import SECTIONS, Config, InputError
+from noria.commands.flags import add_arguments, load
+from noria.config import InputError
 from noria.helper import Helper
-from noria.keys import WORDS, types_of
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
-from noria.rows.source import files_of
 from noria.run import run as run_job
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", nargs="?", metavar="RUN.toml", help="the run file; flags go over it")
-    _add_flags(parser.add_argument_group("run"), Config)
-    for section, kind in SECTIONS.items():
-        _add_flags(parser.add_argument_group(f"[{section}]"), kind)
-
-
-def load(arguments: argparse.Namespace, *own: str) -> Config:
-    """The run that these arguments ask for, without those that are the command's `own`. Raises InputError.
-
-    Patterns among the prompts become the files that they match now, so that a file that comes later changes no run.
-    """
-    flags = {name: value for name, value in vars(arguments).items() if name not in own and value is not None}
-    run_file, prompts = flags.pop("run_file", None), flags.get("prompts", [])
-    if run_file is None and len(prompts) > 1 and prompts[-1].endswith(".toml"):
-        run_file, flags["prompts"] = prompts[-1], prompts[:-1]  # --prompts FILE RUN.toml
-    if len(flags.get("prompts", [])) == 1:
-        flags["prompts"] = flags["prompts"][0]
-    config = configuration.load(run_file, flags)
-    files = files_of(config.prompts)
-    return replace(config, prompts=list(files) if len(files) > 1 else files[0])
+__all__ = ["add_arguments", "load", "run"]
 
 
 def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
@@ -62,77 +34,3 @@ def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
             return watchdog.end(f"{error}", 2)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the job must end on every rank
             return watchdog.fail(error)
-
-
-def _add_flags(group: argparse._ActionsContainer, kind: type) -> None:
-    hints = types_of(kind)
-    for key in fields(kind):
-        if key.name in SECTIONS:
-            continue
-        default = "" if key.default in (None, MISSING) else f" (default: {key.default})"
-        flag, help = _flag(key.name), key.metadata["help"].replace("%", "%%") + default
-        if key.name == "prompts":
-            group.add_argument(flag, nargs="+", metavar="FILE", help=help)
-        elif hints[key.name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
-        else:
-            choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()
-            reader = _json if key.metadata["json"] else _reader(hints[key.name], key.metadata["text"])
-            group.add_argument(flag, type=reader, metavar=choices, help=help)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _reader(kind: Any, is_text: bool) -> Callable[[str], Any]:
-    """Turns a flag's text into the key's type. Raises ArgumentTypeError, to which argparse adds the flag."""
-    kinds = typing.get_args(kind) or (kind,)
-
-    def read(text: str) -> Any:
-        number: type = next((k for k in (int, float) if k in kinds), str)
-        if is_text and dict not in kinds:
-            return text
-        try:
-            if dict in kinds:
-                pairs = [one.partition("=") for one in text.split(",")]
-                names = [name.strip() for name, _, _ in pairs]
-                twice = next((name for name in names if names.count(name) > 1), None)
-                if twice:
-                    raise argparse.ArgumentTypeError(f"{text!r}: {twice} is given twice")
-                return {name.strip(): _share(value) if is_text else float(value) for name, _, value in pairs}
-            if list in kinds and text.replace(",", "").isdigit():
-                return [int(part) for part in text.split(",")]
-            return number(text)
-        except ValueError:
-            wanted = "a list such as 10,10,9" if list in kinds else WORDS[number]
-            if dict in kinds:
-                wanted = (
-                    "shares or sizes by tier, such as gpu=60,cpu=40"
-                    if is_text
-                    else "numbers by name, such as 50=-100,7=2.5"
-                )
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}") from None
-
-    return read
-
-
-def _json(text: str) -> dict[str, Any]:
-    """The JSON object of a flag. Raises ArgumentTypeError, to which argparse adds the flag."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text[:100]!r}: it must be a JSON object, such as '{{\"key\": false}}'")
-    return value
-
-
-def _share(text: str) -> float | str:
-    """A share in %, or the text of a size. Raises ValueError for nothing."""
-    if not text.strip():
-        raise ValueError(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text.strip()

@@ -11,8 +11,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from noria.commands import run as run_command
-from noria.commands.run import load
+from noria.commands import flags
+from noria.commands.flags import load
 from noria.config import Config, InputError, shard_rows
 from noria.files.atomic import check_file
 from noria.files.generations import open_generations
@@ -30,7 +30,7 @@ from noria.text import plural, printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="list every row that is wrong, not the first 10 alone")
-    run_command.add_arguments(parser)
+    flags.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

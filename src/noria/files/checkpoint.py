@@ -320,5 +320,23 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds, for scripts; keys are only ever added."""
+    shape = checkpoint.shape
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": checkpoint.source,
+        "family": checkpoint.family,
+        "dtype": checkpoint.dtype,
+        "parameters": checkpoint.num_parameters,
+        "nbytes": checkpoint.nbytes,
+        "layers": shape.num_layers,
+        "vocabulary": shape.vocab_size,
+        "positions": shape.max_positions,
+        "hash": checkpoint.header_hash,
+    }
+
+
 def _parameters(block: Block) -> str:
     return ", ".join(f"{parameter.name} {list(parameter.shape)}" for parameter in block.parameters)

@@ -1,4 +1,4 @@
-"""Reads a file of generations, a block of rows at a time, and says what it holds.
+"""Reads a file of generations, a block of rows at a time.
 
 Finished outputs and sealed parts read the same. The schema is schema.py's; knows nothing of folders of parts.
 """
@@ -25,19 +25,10 @@ from noria.files.schema import (
     checksums,
     schema,
 )
-from noria.files.segments import segment_lines, segments_of
 from noria.text import plural, printable
 
-__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "describe", "open_generations", "what_it_is"]
+__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "open_generations", "what_it_is"]
 
-_TOLD = (
-    "format",
-    "version",
-    "complete",
-    "checksums",
-    "segments",
-    "shards",
-)  # attributes that describe says in its own words
 CACHE_NBYTES = 2**16  # that HDF5 keeps of an open file beside its data
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
@@ -260,35 +251,6 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def describe(path: str | Path, verify: bool = False) -> list[str]:
-    """What the file holds, a line each, safe for a terminal.
-
-    With `verify` every checksum is computed again. Raises InputError as `open_generations`, and for damaged columns.
-    """
-    with open_generations(path) as generations:
-        attrs, (lengths, prompt_lengths) = generations.attrs, generations.lengths()
-        status = np.bincount(generations.column("status"), minlength=len(STATUS))
-        reasons = np.bincount(generations.column("finish_reason"), minlength=len(FINISH_REASON))
-        kind = "finished output" if generations.complete else "part of an unfinished output"
-        lines = [
-            f"{FORMAT} version {attrs['version']}: {kind}",
-            f"{plural(len(generations), 'row')}: " + _counts(STATUS, status),
-            "finish reasons: " + _counts(FINISH_REASON, reasons),
-            f"{plural(int(prompt_lengths.sum()), 'prompt token')}, {plural(int(lengths.sum()), 'generated token')}",
-            f"logprobs: {generations.scores}",
-        ]
-        lines += [f"{name}: {_short(value)}" for name, value in attrs.items() if name not in _TOLD]
-        lines += segment_lines(segments_of(attrs))
-        timing = generations.file.get("timing")
-        if isinstance(timing, h5py.Group):
-            timing.visititems(
-                lambda name, item: lines.append(_measured(name, item)) if isinstance(item, h5py.Dataset) else None
-            )
-        if verify:
-            lines.append(verify_checksums(generations))
-    return lines
-
-
 def verify_checksums(generations: Generations) -> str:
     """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
     try:
@@ -300,19 +262,3 @@ def verify_checksums(generations: Generations) -> str:
     if wrong:
         raise InputError(f"{generations.path} is damaged: {', '.join(wrong)} do not agree with their checksums")
     return f"checksums: {len(found)} of {len(found)} columns agree"
-
-
-def _counts(names: Sequence[str], counts: np.ndarray) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in zip(names, counts, strict=True) if count) or "none"
-
-
-def _short(value: object, width: int = 200) -> str:
-    text = printable(str(value))
-    return text if len(text) <= width else f"{text[:width]} ... ({len(text):,} characters)"
-
-
-def _measured(name: str, dataset: h5py.Dataset) -> str:
-    values = dataset[...]
-    if values.ndim == 1 and values.dtype.kind in "iuf" and len(values) <= 8:
-        return f"timing {printable(name)}: " + " ".join(f"{value:.6g}" for value in values)
-    return f"timing {printable(name)}: {values.dtype} {list(values.shape)}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from noria.files.container import damaged_is_input_error
-from noria.files.generations import Generations, blocks, open_generations
+from noria.files.generations import Generation, Generations, blocks, open_generations
 from noria.files.schema import FINISH_REASON, STATUS
 from noria.files.sealed import Part, Selection
 from noria.sampling import OPEN
@@ -22,6 +22,7 @@ from noria.text import plural, printable
 ROWS_IN_ERROR = (
     65  # exit code (EX_DATAERR) of a whole output of which all rows, or with fail_on_errors some, are errors
 )
+EXAMPLES = 3  # rows that are kept to be shown
 _SHOWN = 5  # reasons
 _MAX_REASONS = 1000  # that are told apart
 _WIDTH = 200  # characters of a reason
@@ -47,6 +48,14 @@ class Reasons:
         rest = sum(self.counts[kind] for kind in ordered[shown:])
         return lines + [f"{plural(rest, 'row')} in error for {len(ordered) - shown} other reasons"] * (rest > 0)
 
+    def as_list(self) -> list[dict[str, Any]]:
+        """count, id and error (as first said) of each reason, the most frequent first."""
+        ordered = sorted(self.counts, key=lambda kind: -self.counts[kind])
+        return [
+            {"count": self.counts[kind], **dict(zip(("id", "error"), self.first[kind], strict=True))}
+            for kind in ordered
+        ]
+
     def _words(self, kind: str) -> str:
         id, error = self.first[kind]
         such = "such as " if self.counts[kind] > 1 else ""
@@ -54,10 +63,13 @@ class Reasons:
 
 
 class Outcome:
-    """Counts the rows of files of generations whose `header` says how they were sampled."""
+    """Counts the rows of files of generations whose `header` says how they were sampled, and keeps the first ones done."""
 
     def __init__(self, header: Mapping[str, Any]):
         self.num_rows = self.num_errors = self.num_cut = 0
+        self.num_prompt_tokens = self.num_tokens = 0
+        self.finish_reasons = dict.fromkeys(FINISH_REASON, 0)  # "none": of rows that stopped half-way
+        self.examples: list[Generation] = []
         self.reasons = Reasons()
         most = header.get("sampling.max_new_tokens")
         self._most: int = OPEN["max_new_tokens"] if most is None else most
@@ -67,11 +79,17 @@ class Outcome:
         """Counts all rows of a file, or those at these positions."""
         positions = np.arange(len(file)) if positions is None else np.sort(positions)
         status, reason = file.column("status")[positions], file.column("finish_reason")[positions]
-        lengths = file.lengths()[0]
+        lengths, prompt_lengths = file.lengths()
         self.num_rows += len(positions)
+        self.num_tokens += int(lengths[positions].sum())
+        self.num_prompt_tokens += int(prompt_lengths[positions].sum())
+        for name, count in zip(FINISH_REASON, np.bincount(reason, minlength=len(FINISH_REASON)), strict=True):
+            self.finish_reasons[name] += int(count)
         cut = (reason == FINISH_REASON.index("length")) & (lengths[positions] == self._most)
         self.num_cut += int(cut.sum())
         self._add_errors(file, positions[status == STATUS.index("error")])
+        for position in positions[status == STATUS.index("done")][: EXAMPLES - len(self.examples)]:
+            self.examples += file.read(int(position), int(position) + 1)
 
     def _add_errors(self, file: Generations, positions: np.ndarray) -> None:
         self.num_errors += len(positions)
