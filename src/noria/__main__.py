@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if any("\0" in argument for argument in argv):
             raise InputError("an argument has a NUL character: no path and no text of a run has one")
+        if argv[:1] == ["help"]:
+            argv = [*argv[1:2], "--help"]
         code = _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
         sys.stdout.flush()
         return code
@@ -97,7 +99,7 @@ def _help(argv: list[str]) -> int:
     lines = "\n".join(f"  {name:<{width}}  {says}" for name, says in COMMANDS.items())
     parser = Parser(
         "noria",
-        usage="noria COMMAND ...    (noria COMMAND --help says more)",
+        usage="noria COMMAND ...    (noria help COMMAND says more)",
         description="Generates text with language models too large for one GPU, as an MPI batch job.",
         epilog=f"commands:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,7 +4,7 @@ import argparse
 import json
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
 from noria import config as configuration
@@ -12,8 +12,24 @@ from noria.config import SECTIONS, Config
 from noria.keys import WORDS, types_of
 from noria.rows.source import files_of
 
+# What a flag takes: by its name where the type does not tell, else by the first of these types that it has.
+_METAVARS = {
+    **dict.fromkeys(("model", "output", "random_weights", "trace", "machine"), "FILE"),
+    **dict.fromkeys(("gpu_memory", "cpu_memory"), "SIZE"),
+    **dict.fromkeys(("weights", "cache"), "TIER=SHARE,..."),
+    **dict.fromkeys(("prompt_column", "id_column", "messages_column"), "NAME"),
+    "logit_bias": "ID=NUMBER,...",
+    "partition": "greedy|INT,...",
+    "scratch": "DIR",
+    "shard": "I/N",
+    "walltime": "HH:MM:SS",
+}
+_WORDS = {str: "TEXT", list: "INT,...", int: "INT", float: "NUMBER"}
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, own: str = "") -> None:
+    """Every key of a run as a flag. `own`: flags of the command's own that its usage names."""
+    parser.usage = f"{parser.prog} {own}[RUN.toml] [--key value ...]"
     parser.add_argument("run_file", nargs="?", metavar="RUN.toml", help="the run file; flags go over it")
     _add_flags(parser.add_argument_group("run"), Config)
     for section, kind in SECTIONS.items():
@@ -48,9 +64,20 @@ def _add_flags(group: argparse._ActionsContainer, kind: type) -> None:
         elif hints[key.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
-            choices = f"{{{','.join(key.metadata['choices'])}}}" if key.metadata["choices"] else key.name.upper()
             reader = _json if key.metadata["json"] else _reader(hints[key.name], key.metadata["text"])
-            group.add_argument(flag, type=reader, metavar=choices, help=help)
+            group.add_argument(flag, type=reader, metavar=_metavar(key, hints[key.name]), help=help)
+
+
+def _metavar(key: Field[Any], kind: Any) -> str:
+    """What kind of value a flag takes, as its help shows it."""
+    kinds = typing.get_args(kind) or (kind,)
+    if key.metadata["choices"]:
+        return f"{{{','.join(key.metadata['choices'])}}}"
+    if key.metadata["json"]:
+        return "JSON"
+    if key.name in _METAVARS:
+        return _METAVARS[key.name]
+    return next(word for one, word in _WORDS.items() if one in kinds)
 
 
 def _flag(name: str) -> str:

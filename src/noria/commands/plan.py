@@ -34,8 +34,8 @@ SLACK = 1.5  # times the predicted time is asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks, one a GPU")
-    flags.add_arguments(parser)
+    parser.add_argument("--ranks", type=int, required=True, metavar="INT", help="ranks, one a GPU")
+    flags.add_arguments(parser, "--ranks INT ")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scratch", metavar="DIR", help="folder whose disk is measured (default: as in noria run, else here)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="about how long each figure is measured (default: 0.5)"
+        "--seconds",
+        type=float,
+        metavar="NUMBER",
+        default=0.5,
+        help="about how long each figure is measured (default: 0.5)",
     )
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes the GPU where there is one"
@@ -34,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transport", default="auto", choices=("auto", "mpi_device", "mpi_host"), help="how messages travel"
     )
-    parser.add_argument("--megabytes", type=int, help="of a buffer that is copied (default: 256 on a GPU, 64 on a CPU)")
+    parser.add_argument(
+        "--megabytes", type=int, metavar="INT", help="of a buffer that is copied (default: 256 on a GPU, 64 on a CPU)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

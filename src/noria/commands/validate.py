@@ -30,7 +30,7 @@ from noria.text import plural, printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="list every row that is wrong, not the first 10 alone")
-    flags.add_arguments(parser)
+    flags.add_arguments(parser, "[--all] ")
 
 
 def run(arguments: argparse.Namespace) -> int:
