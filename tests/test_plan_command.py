@@ -118,3 +118,17 @@ def test_a_number_of_ranks_that_cannot_be_is_refused(planned, ranks, said):
 def test_one_rank_more_than_there_are_layers_buys_nothing_and_says_so(planned):
     _, out, _ = planned(ranks=3)
     assert "one more    4 ranks: 4 virtual stages" in out
+
+
+def test_a_plan_for_a_cpu_has_memory_and_one_of_each(planned):
+    code, out, _ = planned("--device", "cpu", "--laps", "1", "--groups", "1", ranks=1)
+    assert code == 0 and "plan: 1 rank, 1 lap, 1 group, steps of " in out
+    assert "plan: rank 0: layers 0-2; memory " in out and "gpu" not in out and "\ndevice " not in out
+
+
+def test_a_plan_says_for_which_device_it_is_and_how_to_say_another(large):
+    _, out = large(8)
+    (line,) = (line for line in out.splitlines() if line.startswith("device "))
+    (name,) = (line for line in out.splitlines() if line.startswith("machine "))
+    assert line.split("planned for ")[1].startswith(name.split(maxsplit=1)[1].split(";")[0])
+    assert "--device cpu" in line and "--machine FILE" in line and "\ndevice " not in large(8, "--device", "cuda")[1]

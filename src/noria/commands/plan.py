@@ -57,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"{load.num_rows:,} of {load.prompt_tokens:,.0f} prompt tokens and {load.new_tokens:,.0f} new ones on average",
         )
         _say("machine", _machine_words(rates))
+        if config.device == "auto" and not config.job.machine:
+            _say(
+                "device",
+                f"planned for {rates.device}: say another by --device cpu, or by --machine FILE of noria probe",
+            )
         plan = _plan(config, checkpoint, num_ranks, num_rows, load, rates, device)
         for line in plan.lines():
             _say("", line)

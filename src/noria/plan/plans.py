@@ -10,6 +10,7 @@ from typing import Any
 from noria.config import TIERS
 from noria.plan.tiers import size_words
 from noria.step import PAGE_TOKENS
+from noria.text import plural
 
 TOLERANCE = 0.15  # of a prediction
 HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
@@ -75,8 +76,9 @@ class Plan:
     def lines(self, predicted: bool = True) -> list[str]:
         """The plan as people read it, with or without its prediction."""
         head = (
-            f"plan: {self.num_ranks} ranks x {self.laps} laps, {self.groups} groups, steps of {self.step_tokens} tokens"
-            f" in {self.microbatches}+ microbatches of {self.microbatch_tokens}, {self.dtype}, {self.schedule},"
+            f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
+            f" {plural(self.step_tokens, 'token')} in {self.microbatches}+ microbatches of {self.microbatch_tokens},"
+            f" {self.dtype}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
@@ -126,7 +128,8 @@ class Plan:
                 if peak > planned + extra:
                     beside = f" and {size_words(extra)} for the program itself" if extra else ""
                     said.append(
-                        f"rank {rank}: {tier} memory peaked at {size_words(peak)}, planned {size_words(planned)}{beside}"
+                        f"rank {rank}: {self._memory_words(tier)} peaked at {size_words(peak)},"
+                        f" planned {size_words(planned)}{beside}"
                     )
         return said
 
@@ -140,8 +143,18 @@ class Plan:
                     f"{name} {size_words(nbytes)}{blocks.get(name, '')}" for name, nbytes in table.items()
                 )
                 held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
-                lines.append(f"plan: rank {rank}: {held}{tier} {size_words(sum(table.values()))}: {sizes}")
+                lines.append(
+                    f"plan: rank {rank}: {held}{self._tier_words(tier)} {size_words(sum(table.values()))}: {sizes}"
+                )
         return lines
+
+    def _tier_words(self, tier: str) -> str:
+        """A tier's name; of a machine without a GPU the device's memory is just memory."""
+        return "memory" if tier == "gpu" and self.predicted.get("device") == "CPU" else tier
+
+    def _memory_words(self, tier: str) -> str:
+        name = self._tier_words(tier)
+        return name if name == "memory" else f"{name} memory"
 
     def _blocks(self, rank: int, tier: str) -> str:
         """How many of the rank's layers live in a tier, where not all of them live on the device."""
