@@ -31,9 +31,9 @@ def test_it_says_what_a_checkpoint_holds(model, capsys):
         f"{model}: checkpoint, version 1, made from tiny",
         f"opt, dtype bfloat16, {numbers:,} parameters",
         "2 layers, hidden 32, heads 4 of 8 (key/value 4), vocabulary 101, positions 30, embedding tied to the head",
-        "12288 bytes: tokens [101, 32], positions [32, 32]",
-        "2 of 53248 bytes: attention_norm [32]",
-        "tokenizer.json (2 bytes)",
+        "12.0 KiB: tokens [101, 32], positions [32, 32]",
+        "2 of 52.0 KiB: attention_norm [32]",
+        "tokenizer.json (2 B)",
     ):
         assert words in out, out
 

@@ -42,3 +42,11 @@ def printable(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def nbytes_words(nbytes: int) -> str:
+    """`512 B`, `1.2 MiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} B"

@@ -11,9 +11,9 @@ from noria.config import InputError, require
 from noria.files import checkpoint
 from noria.files.container import format_of
 from noria.files.schema import FORMAT as GENERATIONS
-from noria.files.summary import Summary, nbytes_words, summary_of
+from noria.files.summary import Summary, summary_of
 from noria.files.unfinished import is_unfinished, summary_of_unfinished
-from noria.text import json_text, plural, printable
+from noria.text import json_text, nbytes_words, plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from noria.files.container import (
     read_full,
     text_attribute,
 )
+from noria.text import nbytes_words, plural
 
 FORMAT = "noria-checkpoint"
 VERSION = 1
@@ -300,21 +301,21 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     shape, blocks = checkpoint.shape, checkpoint.blocks
     layers = [blocks[name].nbytes for name in blocks if name.startswith("layers/")]
     each = (
-        f"{len(layers)} of {layers[0]} bytes"
+        f"{len(layers)} of {nbytes_words(layers[0])}"
         if len(set(layers)) == 1
-        else f"{len(layers)}, {sum(layers)} bytes together"
+        else f"{len(layers)}, {nbytes_words(sum(layers))} together"
     )
-    texts = ", ".join(f"{name} ({len(content)} bytes)" for name, content in checkpoint.tokenizer.items())
+    texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
     return [
         f"{checkpoint.path}: checkpoint, version {VERSION}, made from {checkpoint.source}",
         f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
-        f"sizes       {shape.num_layers} layers, hidden {shape.hidden_size}, heads {shape.num_heads} of"
-        f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size},"
-        f" positions {shape.max_positions}"
+        f"sizes       {plural(shape.num_layers, 'layer')}, hidden {shape.hidden_size}, heads {shape.num_heads} of"
+        f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
+        f" positions {shape.max_positions:,}"
         f"{', embedding tied to the head' if shape.tied else ''}",
-        f"embed       {blocks['embed'].nbytes} bytes: {_parameters(blocks['embed'])}",
+        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'])}",
         f"layers      {each}: {_parameters(blocks[layer_name(0)]) if layers else 'none'}",
-        f"head        {blocks['head'].nbytes} bytes: {_parameters(blocks['head'])}",
+        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'])}",
         f"tokenizer   {texts or 'none: prompts must be token_ids'}",
         f"hash        {checkpoint.header_hash}",
     ]

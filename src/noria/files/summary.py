@@ -18,7 +18,7 @@ from noria.files.generations import Generation, Generations, open_generations, v
 from noria.files.outcome import Outcome, how_to_read
 from noria.files.schema import FORMAT
 from noria.files.segments import segment_lines, segments_of
-from noria.text import plural
+from noria.text import nbytes_words, plural
 
 _TOLD = ("format", "version", "complete", "checksums", "segments", "shards", "run_file", "header")  # in their own words
 _SEGMENTS = 3  # the last ones, unless all are asked for
@@ -145,14 +145,6 @@ def _in_units(name: str, value: float) -> str:
     if name.endswith("nbytes"):
         return nbytes_words(int(value))
     return f"{value:,.6g} s" if "seconds" in name or name == "waited" else f"{value:,.6g}"
-
-
-def nbytes_words(nbytes: int) -> str:
-    """`512 B`, `1.2 MiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} B"
 
 
 def _example(one: Generation) -> list[str]:

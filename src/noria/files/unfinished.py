@@ -14,8 +14,8 @@ from noria.files.lock import held_by
 from noria.files.outcome import Outcome, outcome_of_parts
 from noria.files.sealed import ERROR, Part, Selection, part_files, parts_folder, scan, select
 from noria.files.segments import age, read_segments
-from noria.files.summary import Summary, nbytes_words, settings, summary_of
-from noria.text import plural
+from noria.files.summary import Summary, settings, summary_of
+from noria.text import nbytes_words, plural
 
 _TRIES = 5  # a run that works may put parts together, or finish, while they are read
 
