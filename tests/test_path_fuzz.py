@@ -83,7 +83,7 @@ ARGUMENTS = {
         *(["run.toml", "--ranks", "1", f"--{key}", "PATH"] for key in ("model", "prompts", "machine")),
     ],
     "probe": [["--output", "PATH"], ["--scratch", "PATH"]],
-    "inspect": [["PATH"], ["PATH", "--verify"]],
+    "inspect": [["PATH"], ["PATH", "--verify"], ["PATH", "--all", "--json"], ["--run", "PATH"]],
     "export": [["PATH", "new.jsonl"], ["run.h5", "PATH"], ["PATH", "PATH"]],
     "merge": [["PATH", "run.h5"], ["new.h5", "PATH"], ["PATH", "PATH", "PATH"]],
 }
