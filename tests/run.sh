@@ -5,7 +5,7 @@
 #     --full        every case of the tests that otherwise take one in 25 of theirs
 #     --published   a published chat model beside transformers, token by token: fetches 93 MB once, 3 minutes
 #     --floors      the fast tests with the least versions that pyproject.toml allows, in an environment of their own
-#   NORIA_TEST_WORKERS=1    processes that run tests (default: one more than cores, 8 at most)
+#   NORIA_TEST_WORKERS=1    processes that run tests (default: one a core, 8 at most)
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -39,7 +39,7 @@ case $mode in
     --published) limit=20m; tests tests/published "$@"; exit ;;
 esac
 cores=$(nproc)
-workers=${NORIA_TEST_WORKERS:-$((cores < 8 ? cores + 1 : 8))}         # many tests wait for something
+workers=${NORIA_TEST_WORKERS:-$((cores < 8 ? cores : 8))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads of several workers on one core would wait for each other
 
 # What measures time has the machine to itself. pytest's 5: no test was asked for in that half.
