@@ -45,7 +45,11 @@ def _server():
 
 def _close(folder, server):
     server.stdin.close()
-    server.wait()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
     server.stdout.close()
     os.unlink(f"{folder}/socket")
     os.rmdir(folder)

@@ -4,6 +4,7 @@ Knows nothing of Noria's commands: `argv` is the whole command line that each ra
 """
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from forks import forked
 ENVIRONMENT = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
 MARK = "NORIA_TEST_LAUNCH"
 ORPHAN_SECONDS = 10.0
+TRIES, NOT_STARTED = 3, "PMIx server's listener thread failed to start"  # seen of a launcher on a busy machine
 
 
 class RanksHung(AssertionError):
@@ -32,7 +34,15 @@ def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None, fresh=False):
     imported Noria, unless `fresh`. Raises RanksHung, with the output so far, after `timeout` seconds; no rank outlives
     the call.
     """
-    launch = [str(timeout), "mpirun", "-n", str(num_ranks), *(map(str, argv) if fresh else forked(argv))]
+    launch = [str(timeout), "mpirun", "-n", str(num_ranks), *(map(str, argv) if fresh else of_forks(argv))]
+    for _ in range(TRIES):
+        done = _launch(launch, timeout, env, cwd)
+        if done.returncode != 213 or NOT_STARTED not in done.stderr:
+            break
+    return done
+
+
+def _launch(launch, timeout, env, cwd):
     mark = uuid.uuid4().hex
     variables = environment() | {MARK: mark} | (env or {})
     variables = {name: value for name, value in variables.items() if value is not None}
@@ -61,6 +71,18 @@ def mpirun(num_ranks, argv, timeout=60, env=None, cwd=None, fresh=False):
     return result
 
 
+def of_forks(argv):
+    """`argv` for ranks that are forked, where they can be: MPICH hands its ranks a descriptor, which a fork has not."""
+    return forked(argv) if "Open MPI" in _launcher() else list(map(str, argv))
+
+
+@functools.cache
+def _launcher():
+    return subprocess.run(
+        ["mpirun", "--version"], env=environment(), capture_output=True, text=True, check=False
+    ).stdout
+
+
 def environment():
     """The variables with which mpirun starts ranks here: this process's, jobs/local/environment.sh's and one thread."""
     script = [
@@ -87,11 +109,12 @@ def _text(file):
 
 
 def _marked(mark):
-    """The processes of this launch: mpirun puts ranks in process groups of their own, and they carry the mark."""
+    """The processes of this launch: mpirun puts ranks in process groups of their own, and they carry the mark, forked ones as their name."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted in (process / "environ").read_bytes().split(b"\0"):
+            name, variables = (process / "comm").read_text(), (process / "environ").read_bytes().split(b"\0")
+            if wanted in variables or name == f"{mark[:15]}\n":
                 found.append(int(process.name))
         except OSError:
             continue

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests, on all cores: at most 5 minutes on two idle ones. Needs no root and no daemon.
 #   bash tests/run.sh [--quick | --full | --published | --floors] [pytest arguments]
-#     --quick       the fast tests alone: a minute
+#     --quick       only the fast tests: a minute
 #     --full        every case of the tests that otherwise take one in 25 of theirs
 #     --published   a published chat model beside transformers, token by token: fetches 93 MB once, 3 minutes
 #     --floors      the fast tests with the least versions that pyproject.toml allows, in an environment of their own

@@ -15,10 +15,10 @@ import time
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 
-from forks import forked
-from mpirun import environment
+from mpirun import environment, of_forks
 
 NUM_RANKS = 4
+START_SECONDS = 60.0  # for the ranks
 PATIENCE = 3.0  # seconds for the other ranks, once one has failed: they may wait for it
 RANK = Path(__file__).parent / "mpi" / "world_rank.py"
 _worlds = []
@@ -58,31 +58,53 @@ class World:
         listener = Listener(f"{self._folder.name}/socket", backlog=NUM_RANKS)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the world
         self._launcher = subprocess.Popen(
-            ["mpirun", "-n", str(NUM_RANKS), *forked([sys.executable, RANK, listener.address])],
+            ["mpirun", "-n", str(NUM_RANKS), *of_forks([sys.executable, RANK, listener.address])],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
         )
-        with listener:
-            connections = [listener.accept() for _ in range(NUM_RANKS)]
-        by_rank = {rank: (connection, process) for connection in connections for rank, process in [connection.recv()]}
-        self._ranks = [by_rank[rank][0] for rank in range(NUM_RANKS)]
-        self._processes = [by_rank[rank][1] for rank in range(NUM_RANKS)]
+        self._ranks, self._processes = [], []
         atexit.register(self.close)
+        try:
+            self._meet(listener)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _meet(self, listener):
+        listener._listener._socket.settimeout(START_SECONDS)  # a listener has no time limit of its own
+        met = []
+        with listener:
+            for _ in range(NUM_RANKS):
+                try:
+                    connection = listener.accept()
+                    assert connection.poll(START_SECONDS), "a rank says nothing"
+                except (OSError, AssertionError) as error:
+                    raise AssertionError(f"the ranks did not start: {error}\n{self._said()}") from error
+                met.append((*connection.recv(), connection))
+        for _, process, connection in sorted(met, key=lambda one: one[0]):
+            self._ranks.append(connection)
+            self._processes.append(process)
 
     def call(self, num_ranks, function, arguments, timeout):
+        answers, began = {}, time.monotonic()
+        end = began + timeout
         for rank in self._ranks[:num_ranks]:
-            rank.send((num_ranks, function, arguments))
-        answers, end = {}, time.monotonic() + timeout
+            try:
+                rank.send((num_ranks, function, arguments))
+            except OSError:
+                answers[rank] = ("ended", "before this call", "")
+                end = began + PATIENCE
         while len(answers) < num_ranks and time.monotonic() < end:
             asked = [rank for rank in self._ranks[:num_ranks] if rank not in answers]
             for rank in wait(asked, max(end - time.monotonic(), 0)):
                 answers[rank] = self._answer(rank)
                 if answers[rank][0] != "returned":
                     end = min(end, time.monotonic() + PATIENCE)
-        found = [answers.get(rank, ("did not end", f"after {timeout} s", "")) for rank in self._ranks[:num_ranks]]
+        hung = ("did not end", f"after {time.monotonic() - began:.0f} s", "")
+        found = [answers.get(rank, hung) for rank in self._ranks[:num_ranks]]
         assert all(word == "returned" for word, _, _ in found), self._told(function, found)
         return [value for _, value, _ in found]
 
@@ -96,8 +118,11 @@ class World:
         lines = [f"{function.__module__}.{function.__name__} in the world of {NUM_RANKS} ranks:"]
         for rank, (word, value, said) in enumerate(found):
             lines.append(f"--- rank {rank} {word} {value if word != 'returned' else ''}\n{said}")
+        return "\n".join([*lines, "--- the launcher and all ranks", self._said()])
+
+    def _said(self):
         self._log.seek(0)
-        return "\n".join([*lines, "--- the launcher and all ranks", self._log.read().decode(errors="replace")[-4000:]])
+        return self._log.read().decode(errors="replace")[-4000:]
 
     def close(self):
         """Lets the ranks end: a closed connection says that no call will come."""
@@ -115,5 +140,7 @@ class World:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self._launcher.wait()
+        for rank in self._ranks:
+            rank.close()
         self._log.close()
         self._folder.cleanup()

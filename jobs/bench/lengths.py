@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: list[int] | int, max
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     least, most = MIXED_PROMPT
     says = f"prompts of {least} to {most} tokens, log-uniform, each with a limit of its own, {MIXED_NEW[0]} to {MIXED_NEW[1]}"
-    parser.add_argument("--mixed", action="store_true", help=says)
+    parser.add_argument("--mixed", action="store_true", help=f"{says}; the two above say nothing then")
 
 
 def rows(arguments: argparse.Namespace, num_rows: int, vocabulary: int, context: int) -> Iterator[dict]:
@@ -23,7 +23,10 @@ def rows(arguments: argparse.Namespace, num_rows: int, vocabulary: int, context:
     random = np.random.default_rng(0)
     for _ in range(num_rows):
         if arguments.mixed:
-            length, limit = int(np.exp(random.uniform(*np.log(MIXED_PROMPT)))), int(random.integers(*MIXED_NEW))
+            length, limit = (
+                int(np.exp(random.uniform(*np.log(MIXED_PROMPT)))),
+                int(random.integers(*MIXED_NEW, endpoint=True)),
+            )
             length = min(length, context - limit)
         else:
             length, limit = arguments.prompt_tokens, arguments.max_new_tokens

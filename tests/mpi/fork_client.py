@@ -3,6 +3,7 @@
 Usage: python -I -S fork_client.py SOCKET ARGUMENTS... of the interpreter. Imports little, so that it starts at once.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -40,12 +41,19 @@ def end_as(code):
     os._exit(code)
 
 
+def forward(number, frame):
+    with contextlib.suppress(OSError):  # the other may have ended
+        server.send(bytes([number]))
+
+
 if __name__ == "__main__":
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until the server knows whose they are
     server.connect(sys.argv[1])
-    for number in FORWARDED:
-        signal.signal(number, lambda number, _: server.send(bytes([number])))
     ask(server, sys.argv[2:])
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     for number in (0, 1, 2):  # the other's alone: whoever reads them waits for its end only
         os.close(number)
     answer = server.recv(4)

@@ -1,7 +1,8 @@
 """Forks processes that have imported Noria and torch already: what takes two seconds of a processor in each new one.
 
 Usage: fork_server.py SOCKET. fork_client.py asks for one; it ends when its stdin does, and all that it forked with it. A
-forked process has the client's arguments, environment, folder, cores and standard streams; it is a child of this one.
+forked process has the client's arguments, environment, folder, cores and standard streams; it is a child of this one. What an
+interpreter reads as it starts is this one's: PYTHON* and OMP_NUM_THREADS of the environment, limits, umask.
 """
 
 import atexit
@@ -18,6 +19,7 @@ import socket
 import struct
 import sys
 import threading
+from pathlib import Path
 
 IMPORTED = (
     "noria.__main__",
@@ -31,13 +33,13 @@ MOST_BYTES = 1 << 20  # of a request: arguments and environment
 
 
 def receive(connection):
-    """The request of a client as a dict, and its three standard streams."""
+    """The request of a client as a dict, and its three standard streams; None of a client that ended before it asked."""
     data, streams, _, _ = socket.recv_fds(connection, 4, 3)
-    size = struct.unpack("<I", data)[0]
+    size = struct.unpack("<I", data)[0] if len(data) == 4 else MOST_BYTES + 1
     data = b""
-    while len(data) < size <= MOST_BYTES:
-        data += connection.recv(size - len(data))
-    return json.loads(data), streams
+    while len(data) < size <= MOST_BYTES and (more := connection.recv(size - len(data))):
+        data += more
+    return json.loads(data) if len(data) == size else None, streams
 
 
 class Server:
@@ -77,13 +79,19 @@ class Server:
 
     def _fork(self):
         connection, _ = self._listener.accept()
-        request, streams = receive(connection)
-        child = os.fork()
+        try:
+            request, streams = receive(connection)
+        except OSError:  # the client is gone
+            request, streams = None, []
+        child = os.fork() if request is not None else None
         if child == 0:
             connection.close()
             return request, streams
         for stream in streams:
             os.close(stream)
+        if child is None:
+            connection.close()
+            return None
         ended = os.pidfd_open(child)
         self._children[child] = (connection, ended)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._forward(child))
@@ -121,6 +129,8 @@ def become(request, streams):
         os.close(stream)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if mark := os.environ.get("NORIA_TEST_LAUNCH"):
+        Path("/proc/self/comm").write_text(mark[:15])  # /proc shows the server's environment: mpirun.py looks here
     os.chdir(request["folder"])
     os.sched_setaffinity(0, request["cores"])
     os.setpgid(0, 0)

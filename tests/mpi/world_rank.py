@@ -39,7 +39,11 @@ def command(comm, argv):
             code = main(argv)
     finally:
         mpi.start = start
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         sys.stderr.write(said.getvalue())  # for the message of a call that fails
     return code, out.getvalue(), said.getvalue()
 
