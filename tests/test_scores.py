@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from noria.config import InputError
-from noria.files.generations import describe, open_generations
+from noria.files.generations import open_generations
 from noria.files.merge import merge
 from noria.files.parts import Parts
+from noria.files.summary import summary_of
 from output_rows import as_tuple, fill, make_row
 
 
@@ -42,7 +43,9 @@ def test_every_row_reads_back_with_as_many_of_the_most_likely_ids_as_it_asked_fo
     with open_generations(tmp_path / "out.h5") as file:
         for mine, read in zip(rows, file.rows(), strict=True):
             same(mine, read)
-    assert "logprobs: float32, of tokens, top 5, of prompts" in describe(tmp_path / "out.h5", verify=True)
+    assert "logprobs    float32, of tokens, top 5, of prompts" in summary_of(tmp_path / "out.h5", verify=True).lines(
+        everything=True
+    )
 
 
 def test_h5py_alone_reads_them_beside_the_tokens(tmp_path):

@@ -11,12 +11,12 @@ import small_run
 from noria.__main__ import main
 from noria.config import InputError
 from noria.engine.stage import Stage
-from noria.files.generations import describe
 from noria.files.merge import merge
 from noria.files.output import probe_output, reopen
 from noria.files.parts import Parts, parts_folder
 from noria.files.provenance import job_ids, segment_of
 from noria.files.segments import age, history, read_segments, segment_lines
+from noria.files.summary import summary_of
 from output_rows import fill, make_row
 
 HEADER = {"prompts": "ab12", "sampling.seed": 5}
@@ -78,7 +78,7 @@ def test_a_finished_output_tells_of_all_its_jobs_and_goes_on_counting_when_it_is
         assert file.attrs["restarts"] == 1 and json.loads(file.attrs["hosts"]) == ["x1", "x2"]
         assert json.loads(file.attrs["job_ids"]) == {"SLURM_JOB_ID": "2"}
         assert [one["rows"] for one in json.loads(file.attrs["segments"])] == [1, 1]
-    lines = [line for line in describe(output) if line.startswith("segment")]
+    lines = [line for line in summary_of(output).lines(everything=True) if line.startswith("segment")]
     assert len(lines) == 2 and "(finished), job 2 on x2, 1 rank: 1 row, 0 errors" in lines[1]
     reopen(output)
     parts = Parts(output, HEADER)
