@@ -1,6 +1,6 @@
 """Commands in forked processes: the two seconds in which a new process imports torch are spent once a test run.
 
-Where a launch is what is tested (imports, signals before the program hears them, memory, environment of the interpreter)
+Where a launch is what is tested (imports, signals before the program hears them, environment of the interpreter)
 a test starts the real thing instead.
 """
 

@@ -27,7 +27,7 @@ def measured(folder, name, config, num_ranks, *more):
     (folder / "prompts.jsonl").write_text('{"token_ids": [5, 6, 7]}\n{"token_ids": [8, 9]}\n')
     files = ["--random-weights", folder / f"{name}.json", "--prompts", folder / "prompts.jsonl"]
     keys = ["--output", folder / f"{name}.h5", "--device", "cpu", "--max-new-tokens", 2, "--step-tokens", 64, *more]
-    done = mpirun(num_ranks, ["noria", "run", *files, *keys], timeout=120, fresh=True)
+    done = mpirun(num_ranks, ["noria", "run", *files, *keys], timeout=120)
     assert done.returncode == 0, describe(done)
     with open_generations(folder / f"{name}.h5") as output:
         assert (output.file["timing/peak_device_nbytes"][:] == 0).all()
