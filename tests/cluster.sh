@@ -84,7 +84,6 @@ plan=(
     "SLURM: an array of shards, merged|slurm_array|slurm_up"
     "SLURM: lonely ranks are refused (srun --mpi=pmi2)|slurm_lonely|slurm_up"
     "SLURM: signal, 75, requeue, whole output|slurm_requeue|slurm_up"
-    "SLURM: signals to the tasks of srun|slurm_signals|slurm_up"
     "PBS: one node|pbs_single|pbs_up"
     "PBS: the sizes that noria plan prints|pbs_planned|pbs_up"
     "PBS: several nodes|pbs_nodes|pbs_up"

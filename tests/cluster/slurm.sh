@@ -168,19 +168,5 @@ slurm_requeue() {
 }
 
 # A signal to one task of srun, and to all of them, stops the job in order.
-slurm_signals() {
-    local number
-    for number in USR1 TERM; do
-        job=$(NORIA_LAUNCH="srun --mpi=pmix" submit --no-requeue jobs/slurm/single_node.sbatch "${many[@]}" --output "outputs/$number.h5")
-        wait_for 60 some_parts "outputs/$number.h5"
-        scancel --signal="$number" "$job.0"
-        wait_for 60 slurm_ended "$job"
-        says "outputs/noria-$job.out" "stopping (SIG$number"
-        job=$(NORIA_LAUNCH="srun --mpi=pmix" submit --no-requeue jobs/slurm/single_node.sbatch "${many[@]}" --output "outputs/$number.h5")
-        finish "$job" 120
-        same_rows outputs/all.h5 "outputs/$number.h5"
-    done
-}
-
 some_parts() { compgen -G "$1.parts/part-*.h5" >/dev/null; }
 slurm_requeued() { scontrol show job "$1" | grep -q 'JobState=PENDING.*' && scontrol show job "$1" | grep -q 'Restarts=1'; }
