@@ -54,5 +54,11 @@ names = [re.match(r"[\w.-]+", line)[0] for line in lines]
 print("floors: Python", sys.version.split()[0], *(f"{name} {importlib.metadata.version(name)}" for name in names))
 PYTHON
 
-export PATH="$folder/bin:$PATH"
-exec timeout --foreground --signal=INT --kill-after=60 "${NORIA_FLOORS_LIMIT:-20m}" python -m pytest -m "not slow" "$@"
+export PATH="$folder/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# As tests/run.sh starts them: what measures time has the machine to itself.
+tests() { timeout --foreground --signal=INT --kill-after=60 "${NORIA_FLOORS_LIMIT:-20m}" python -m pytest "$@"; }
+together=0 alone=0
+tests --numprocesses 2 --dist loadscope --no-loadscope-reorder -m "not slow and not alone" "$@" || together=$?
+tests -m "not slow and alone" "$@" || alone=$?
+if [ "$alone" -eq 5 ] || { [ "$together" -ne 0 ] && [ "$together" -ne 5 ]; }; then exit "$together"; fi
+exit "$alone"
