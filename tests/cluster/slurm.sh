@@ -167,6 +167,5 @@ slurm_requeue() {
     same_rows outputs/all.h5 outputs/requeue.h5
 }
 
-# A signal to one task of srun, and to all of them, stops the job in order.
 some_parts() { compgen -G "$1.parts/part-*.h5" >/dev/null; }
 slurm_requeued() { scontrol show job "$1" | grep -q 'JobState=PENDING.*' && scontrol show job "$1" | grep -q 'Restarts=1'; }
