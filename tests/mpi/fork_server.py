@@ -94,32 +94,28 @@ class Server:
             return None
         ended = os.pidfd_open(child)
         self._children[child] = (connection, ended)
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._forward(child))
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._forward(child, connection))
         self._selector.register(ended, selectors.EVENT_READ, lambda: self._tell(child))
         return None
 
-    def _forward(self, child):
-        """A signal that the client got; the client's own end is the child's."""
-        if child not in self._children:
-            return
-        connection, _ = self._children[child]
+    def _forward(self, child, connection):
+        """A signal that the client got; the client's own end is the child's. Closed only now: it may hold a signal."""
+        data = b""
         with contextlib.suppress(ConnectionError):
-            if number := connection.recv(1):
-                os.kill(child, number[0])
-                return
-        self._selector.unregister(connection)
-        os.kill(child, signal.SIGKILL)
+            data = connection.recv(1)
+        if child in self._children:
+            os.kill(child, data[0] if data else signal.SIGKILL)
+        if not data:
+            self._selector.unregister(connection)
+            connection.close()
 
     def _tell(self, child):
         connection, ended = self._children.pop(child)
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(OSError):
             connection.send(struct.pack("<i", os.waitstatus_to_exitcode(status)))
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(connection)
         self._selector.unregister(ended)
         os.close(ended)
-        connection.close()
 
 
 def become(request, streams):
