@@ -70,9 +70,8 @@ class Desk:
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
         self.nudge: Callable[[], None] = self.tend
-        self._tending = (
-            threading.Lock()
-        )  # held while the run goes on with what `tend` does; after `lock`, before that of parts
+        # Held while the run goes on with what `tend` does; taken after `lock`, before that of parts.
+        self._tending = threading.Lock()
         self._failure: Exception | None = None  # of `tend`: the next step raises it
         self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds = plan.groups, 0.0
