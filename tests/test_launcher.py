@@ -90,25 +90,10 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_allowed(monkeypatch, g
     launcher.check_sharing(config.load(None, RUN | {"allow_gpu_sharing": True}), *arguments)
 
 
-def test_the_memory_of_a_rank_is_its_share_of_the_tightest_limit(monkeypatch):
-    monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
-    monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [1 << 62, 400])
+def test_the_memory_of_a_rank_is_its_share_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(launcher.memory, "free_nbytes", lambda: 400)
     place = launcher.Place("here", 0, 2)
     assert launcher.device_memory(Solo(), place, launcher.torch.device("cpu")) == int(400 * 0.9 / 2)
-
-
-def test_a_cgroups_limit_is_what_it_leaves_free(tmp_path):
-    (tmp_path / "max").write_text("1000\n")
-    (tmp_path / "current").write_text("300\n")
-    (tmp_path / "unlimited").write_text("max\n")
-    assert launcher._free_under(tmp_path / "max", tmp_path / "current") == [700]
-    assert launcher._free_under(tmp_path / "unlimited", tmp_path / "current") == []
-    assert launcher._free_under(tmp_path / "nothing", tmp_path / "current") == []
-
-
-def test_the_machine_says_how_much_memory_is_free():
-    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
-    assert 0 < launcher._free_memory() <= total * 1024
 
 
 def test_what_rank_0_refuses_every_rank_refuses():
@@ -123,8 +108,7 @@ def test_what_rank_0_refuses_every_rank_refuses():
 
 
 def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher, "_free_memory", lambda: 1000)
-    monkeypatch.setattr(launcher, "_cgroup_limits", lambda: [400])
+    monkeypatch.setattr(launcher.memory, "free_nbytes", lambda: 400)
     place, cpu = launcher.Place("here", 0, 2), launcher.torch.device("cpu")
     found = launcher.machine(config.load(None, RUN), Solo(), place, cpu)
     assert (found.device, found.memory_nbytes, found.cpu_memory_nbytes, found.scratch_nbytes) == ("cpu", 180, 180, None)

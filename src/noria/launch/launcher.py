@@ -13,7 +13,7 @@ import torch
 
 from noria.communicator import Communicator
 from noria.config import Config, InputError
-from noria.launch import cores
+from noria.launch import cores, memory
 from noria.plan.work import MEMORY_SHARE, Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
@@ -94,7 +94,7 @@ def device_memory(comm: Communicator, place: Place, device: torch.device) -> int
 
 def host_memory(place: Place) -> int:
     """Bytes of host memory that this rank may fill: its share of what its machine and its cgroup have free."""
-    return int(min(_free_memory(), *_cgroup_limits()) * MEMORY_SHARE / place.ranks_on_host)
+    return int(memory.free_nbytes() * MEMORY_SHARE / place.ranks_on_host)
 
 
 def machine(config: Config, comm: Communicator, place: Place, device: torch.device) -> Machine:
@@ -103,14 +103,14 @@ def machine(config: Config, comm: Communicator, place: Place, device: torch.devi
     needed = placement.stage or bool((placement.cache or {}).get("disk"))
     usable = folder.is_dir() and os.access(folder, os.W_OK)
     own = device_memory(comm, place, device), host_memory(place), _share_of_disk(folder, place) if usable else 0
-    memory, cpu_memory, scratch = map(min, zip(*comm.allgather(own), strict=True))
+    device_nbytes, cpu_nbytes, scratch = map(min, zip(*comm.allgather(own), strict=True))
     if needed and not usable:
         why = "cannot be written to" if folder.is_dir() else "is not a folder"
         raise InputError(
             f"placement.scratch: {folder} {why} on {place.host}: name a folder on a disk of the node itself"
         )
-    most = int(memory / MEMORY_SHARE * MOST_SHARE) if device.type == "cuda" else None
-    return Machine(device.type, memory, cpu_memory, scratch if needed else None, most)
+    most = int(device_nbytes / MEMORY_SHARE * MOST_SHARE) if device.type == "cuda" else None
+    return Machine(device.type, device_nbytes, cpu_nbytes, scratch if needed else None, most)
 
 
 def scratch_folder(config: Config) -> Path:
@@ -130,31 +130,3 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"peak_host_nbytes": host, "peak_device_nbytes": on_device}
-
-
-def _free_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def _cgroup_limits() -> list[int]:
-    """Free bytes under the limits of this process's cgroup and those above it (version 2, and version 1's root)."""
-    limits = [1 << 62]
-    own = Path("/proc/self/cgroup").read_text().splitlines()
-    for line in own:
-        if line.startswith("0::"):
-            folder = Path("/sys/fs/cgroup") / line[3:].lstrip("/")
-            while folder != folder.parent and str(folder).startswith("/sys/fs/cgroup"):
-                limits += _free_under(folder / "memory.max", folder / "memory.current")
-                folder = folder.parent
-        elif ":memory:" in line:
-            folder = Path("/sys/fs/cgroup/memory") / line.split(":", 2)[2].lstrip("/")
-            limits += _free_under(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes")
-    return limits
-
-
-def _free_under(limit: Path, usage: Path) -> list[int]:
-    try:
-        return [int(limit.read_text()) - int(usage.read_text())]
-    except (OSError, ValueError):  # no such controller, or no limit ("max")
-        return []
