@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hostile import repaired
+from noria.checkpoint.checkpoint import describe, open_checkpoint
 from noria.config import InputError
-from noria.files.checkpoint import describe, open_checkpoint
 
 MODEL, FOLDER, SEED, EXAMPLES = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 CONTENT = MODEL.read_bytes()

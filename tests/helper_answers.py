@@ -1,4 +1,4 @@
-"""What a child of noria.helper is asked in tests: it tries what its limits forbid and says how far it came."""
+"""What a child of noria.tools.helper is asked in tests: it tries what its limits forbid and says how far it came."""
 
 import os
 import resource

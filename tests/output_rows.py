@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from noria.files.generations import Generation
+from noria.output.generations import Generation
 
 
 def make_row(

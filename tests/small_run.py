@@ -3,8 +3,8 @@
 import json
 
 import tiny_models
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.checkpoint.convert import convert
+from noria.output.generations import open_generations
 
 NUM_ROWS = 12
 KEYS = ["--device", "cpu", "--max-new-tokens", "24", "--ignore-eos", "--temperature", "0.9", "--seed", "4"]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from noria.files.atomic import GuardedFile
+from noria.tools.atomic import GuardedFile
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer, NoBadWordsLogitsProcessor
 import reference
 import test_row_settings
 from counts import count
+from noria.checkpoint.convert import convert
 from noria.config import InputError, Sampling
 from noria.engine.row_settings import BadWords, RowSettings
 from noria.engine.sampler import Sampler
-from noria.files.convert import convert
-from noria.files.generations import open_generations
-from noria.files.parts import Parts
 from noria.launch.mpi import Solo
+from noria.output.generations import open_generations
+from noria.output.parts import Parts
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.tokenizer import Tokenizer

@@ -14,16 +14,17 @@ from transformers.utils import chat_template_utils
 import test_tokenizer
 import tiny_models
 from noria.__main__ import main
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
 from noria.config import InputError, Sampling
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
-from noria.files.generations import open_generations
-from noria.helper import Limits
-from noria.rows import desk, template
+from noria.desk import desk
+from noria.output.generations import open_generations
+from noria.rows import template
 from noria.rows.chat import Asked, Chat, Encoder, tells_date
 from noria.rows.prompts import Prompt
 from noria.rows.template import Template, TemplateError, template_helper
 from noria.rows.tokenizer import Tokenizer
+from noria.tools.helper import Limits
 
 DATE = datetime(2024, 7, 26, 23, 59)
 HELPER = template_helper()  # started by the first test that renders

@@ -15,7 +15,7 @@ from noria import __main__ as program
 from noria import config as configuration
 from noria.commands import run as run_command
 from noria.config import InputError, Sampling
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 from noria.rows.chat import Chat, Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.template import template_helper
@@ -179,7 +179,7 @@ def test_rank_0_by_its_launcher_starts_the_helper_before_anything_else_and_no_ot
 
 def test_other_commands_start_no_helper(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setattr("noria.helper.Helper.start", lambda self: pytest.fail("started"))
+    monkeypatch.setattr("noria.tools.helper.Helper.start", lambda self: pytest.fail("started"))
     monkeypatch.setattr(program, "_start", lambda name, argv: 7)
     assert program.main(["validate"]) == 7
 

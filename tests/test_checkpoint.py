@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noria.blocks import ALIGNMENT, DTYPE_NBYTES, lay_out, layer_name, round_up
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
+from noria.checkpoint.random_weights import PERIOD, random_checkpoint
+from noria.checkpoint.writer import Header, file_nbytes, write_checkpoint
 from noria.config import InputError
-from noria.files import container
-from noria.files.checkpoint import open_checkpoint
-from noria.files.checkpoint_writer import Header, file_nbytes, write_checkpoint
-from noria.files.convert import convert
-from noria.files.random_weights import PERIOD, random_checkpoint
+from noria.tools import container
 from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 torch.set_num_threads(1)

@@ -10,18 +10,18 @@ import threading
 
 import pytest
 
-import noria.files.compact as compact_module
-import noria.files.export as export_module
-import noria.rows.desk as desk_module
+import noria.desk.desk as desk_module
+import noria.output.compact as compact_module
+import noria.output.export as export_module
 import small_run
 from forks import forked
 from noria.__main__ import main
-from noria.files.compact import FAN_IN, Compactor
-from noria.files.generations import open_generations
-from noria.files.merge import merge
-from noria.files.parts import Parts
-from noria.files.sealed import part_files, parts_folder, scan
 from noria.launch.stopping import Stopping
+from noria.output.compact import FAN_IN, Compactor
+from noria.output.generations import open_generations
+from noria.output.merge import merge
+from noria.output.parts import Parts
+from noria.output.sealed import part_files, parts_folder, scan
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts": "ab12", "dtype": "float32"}
@@ -71,7 +71,7 @@ def test_parts_of_a_day_are_few_with_the_fan_in_that_runs_use():
 
 @pytest.mark.slow
 def test_parts_of_many_rows_stay_as_they_are(output, monkeypatch):
-    monkeypatch.setattr("noria.files.compact.LARGE", 16)
+    monkeypatch.setattr("noria.output.compact.LARGE", 16)
     parts = Parts(output, HEADER)
     fill_and_compact(parts, [make_row(row) for row in range(70)], 4)
     assert [len(part.row) for part in parts.parts] == [16, 16, 16, 16, 4, 1, 1]
@@ -208,11 +208,11 @@ def test_a_full_disk_leaves_the_parts_as_they_are(output):
 
 KILLED = """
 import os, signal, sys
-import noria.files.assemble as assemble_module
-import noria.files.compact as compact_module
-import noria.files.export as export_module
-from noria.files.compact import Compactor
-from noria.files.parts import Parts
+import noria.output.assemble as assemble_module
+import noria.output.compact as compact_module
+import noria.output.export as export_module
+from noria.output.compact import Compactor
+from noria.output.parts import Parts
 output, kill_at = sys.argv[1], int(sys.argv[2])
 parts, calls = Parts(output, {"prompts": "ab12", "dtype": "float32"}), 0
 def killing(function):

@@ -12,7 +12,7 @@ import torch
 
 import families
 from forks import forked
-from noria.files.convert import convert
+from noria.checkpoint.convert import convert
 
 SCRIPT = Path(__file__).parent.parent / "jobs" / "local" / "compare.py"
 

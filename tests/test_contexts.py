@@ -14,9 +14,9 @@ import tiny_models
 from families import LLAMA, LLAMA3, LONG_PHI3, LONGROPE, PHI3, YARN
 from noria import models
 from noria.__main__ import main
+from noria.checkpoint.convert import convert
 from noria.config import InputError
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 from noria.step import Run
 from test_models import Whole, tokens_of
 

@@ -19,11 +19,11 @@ import families
 import tiny_models
 from forks import forked
 from noria.__main__ import main
+from noria.checkpoint import convert as convert_module
+from noria.checkpoint import tensor_files
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
 from noria.config import InputError
-from noria.files import convert as convert_module
-from noria.files import shards
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
 from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def test_every_value_is_the_source_s(tmp_path, config, num_shards, torch_files):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_another_dtype_is_torch_s_own_cast(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(shards, "CHUNK_NBYTES", 1000)  # every tensor in many pieces
+    monkeypatch.setattr(tensor_files, "CHUNK_NBYTES", 1000)  # every tensor in many pieces
     tensors = state(LLAMA, torch.float32)
     convert(write_directory(tmp_path / "hf", LLAMA, tensors), tmp_path / "model.h5", dtype)
     assert_holds(
@@ -240,7 +240,7 @@ def test_progress_ends_at_the_whole(tmp_path):
 
 MEASURE = """
 import sys, torch
-from noria.files.convert import convert
+from noria.checkpoint.convert import convert
 torch.set_num_threads(1)
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -268,14 +268,14 @@ def test_memory_stays_far_below_the_model_s_size(tmp_path):
 
 def test_never_are_two_torch_files_open(tmp_path, monkeypatch):
     source = write_directory(tmp_path / "hf", LLAMA, state(LLAMA), num_shards=3, torch_files=True)
-    load, mapped = shards._load, []
+    load, mapped = tensor_files._load, []
 
     def counting(path):
         with open("/proc/self/maps") as maps:
             mapped.append(sum(".bin" in line for line in maps))
         return load(path)
 
-    monkeypatch.setattr(shards, "_load", counting)
+    monkeypatch.setattr(tensor_files, "_load", counting)
     convert(source, tmp_path / "model.h5")
     assert len(mapped) > 6 and set(mapped) == {0}
 
@@ -532,7 +532,7 @@ def test_an_existing_target_is_kept_unless_told_otherwise(tmp_path):
 def test_a_failure_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     source, target = directory(tmp_path), tmp_path / "model.h5"
     target.write_text("mine")
-    monkeypatch.setattr(shards.Reader, "chunks", lambda *_: (torch.ones(1 // number) for number in (1, 0)))
+    monkeypatch.setattr(tensor_files.Reader, "chunks", lambda *_: (torch.ones(1 // number) for number in (1, 0)))
     with pytest.raises(ZeroDivisionError):
         convert(source, target, overwrite=True)
     assert target.read_text() == "mine" and sorted(tmp_path.iterdir()) == [source, target]

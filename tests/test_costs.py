@@ -10,7 +10,7 @@ from noria.config import InputError
 from noria.plan import costs, planner, rates
 from noria.plan.costs import Load, Round
 from noria.plan.planner import GiB
-from noria.plan.work import Machine
+from noria.plan.problem import Machine
 
 H200 = Machine("cuda", 139 * GiB, 128 * GiB)
 

@@ -8,11 +8,11 @@ import pytest
 import small_run
 from noria.__main__ import main
 from noria.config import Sampling
-from noria.files.generations import open_generations
-from noria.files.parts import parts_folder
-from noria.files.segments import read_segments, segment_lines, segments_of
+from noria.desk.desk import Desk
+from noria.output.generations import open_generations
+from noria.output.parts import parts_folder
+from noria.output.segments import read_segments, segment_lines, segments_of
 from noria.rows.admission import Admission, Limits
-from noria.rows.desk import Desk
 from noria.rows.prompts import Prompt
 
 SEGMENT = {

@@ -10,10 +10,10 @@ import pytest
 from noria.__main__ import main
 from noria.commands import export as command
 from noria.config import InputError
-from noria.files import export as export_module
-from noria.files.export import KEYS, export
-from noria.files.merge import merge
-from noria.files.parts import Parts, part_files
+from noria.output import export as export_module
+from noria.output.export import KEYS, export
+from noria.output.merge import merge
+from noria.output.parts import Parts, part_files
 from noria.rows.source import content_hash, content_key
 from output_rows import fill, make_row
 

@@ -12,10 +12,10 @@ import pytest
 
 import tables
 from counts import count as cases
-from noria.files.export import KEYS, export
-from noria.files.generations import Generation
-from noria.files.merge import merge
-from noria.files.parts import Parts
+from noria.output.export import KEYS, export
+from noria.output.generations import Generation
+from noria.output.merge import merge
+from noria.output.parts import Parts
 
 pandas = pytest.importorskip("pandas")
 pyarrow = pytest.importorskip("pyarrow")
@@ -211,7 +211,7 @@ def test_columns_whose_names_utf8_cannot_tell_apart_are_columns_of_their_own(tmp
 
 
 def test_many_long_texts_are_written_to_parquet_in_batches_that_its_columns_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("noria.files.export_tables.BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr("noria.output.export_tables.BATCH_CHARACTERS", 1000)
     rows = rows_with(*({"own": "x" * 300} for _ in range(50)))
     export(written(tmp_path, rows), tmp_path / "out.parquet")
     file = parquet.ParquetFile(tmp_path / "out.parquet")

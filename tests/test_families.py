@@ -11,7 +11,7 @@ import families
 import world
 from families import CONFIGS
 from noria.__main__ import main
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 
 # Six layers: two for each of three ranks, one a lap. Every family, and the settings that change what a layer does.
 SETTINGS = [

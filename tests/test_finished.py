@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from noria.config import InputError, Sampling
+from noria.desk.finished import generation, text_again
 from noria.rows.decoding import Writer
-from noria.rows.finished import generation, text_again
 from noria.rows.prompts import Prompt
 
 

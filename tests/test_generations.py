@@ -13,16 +13,16 @@ import h5py
 import numpy as np
 import pytest
 
-import noria.files.assemble as assemble_module
-import noria.files.generations as generations_module
+import noria.output.assemble as assemble_module
+import noria.output.generations as generations_module
 from forks import forked
 from noria.config import InputError
-from noria.files.generations import blocks, open_generations
-from noria.files.merge import MissingRows, merge
-from noria.files.output import probe_output
-from noria.files.parts import Parts, merged_folder, parts_folder
-from noria.files.provenance import provenance
-from noria.files.summary import summary_of
+from noria.output.generations import blocks, open_generations
+from noria.output.merge import MissingRows, merge
+from noria.output.parts import Parts, merged_folder, parts_folder
+from noria.output.summary import summary_of
+from noria.output.target import probe_output
+from noria.tools.provenance import provenance
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32"}
@@ -318,9 +318,9 @@ def test_ten_thousand_rows_merge_in_seconds_and_in_bounded_memory(output, monkey
 
 KILLED = """
 import os, shutil, signal, sys
-import noria.files.assemble as assemble_module
-import noria.files.merge as merge_module
-from noria.files.parts import Parts
+import noria.output.assemble as assemble_module
+import noria.output.merge as merge_module
+from noria.output.parts import Parts
 output, kill_at = sys.argv[1], int(sys.argv[2])
 calls = 0
 def killing(function):
@@ -343,8 +343,8 @@ merge_module.merge(Parts(output, {"prompts_hash": "ab12", "dtype": "float32"}), 
 
 FULL = """
 import resource, sys
-import noria.files.merge as merge_module
-from noria.files.parts import Parts
+import noria.output.merge as merge_module
+from noria.output.parts import Parts
 parts = Parts(sys.argv[1], {})
 limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), limit[1]))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hostile import patch
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
 from noria.config import InputError
-from noria.files.checkpoint import open_checkpoint
-from noria.files.container import attribute
-from noria.files.convert import convert
-from noria.files.headers import text_nbytes
+from noria.tools.container import attribute
+from noria.tools.headers import text_nbytes
 from tiny_models import LLAMA, state, write_directory
 
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from noria.engine import heartbeat
-from noria.engine.order import Place
+from noria.order import Place
+from noria.ring import heartbeat
 
 PLACE = Place(1, 3, 1, 1)
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hostile import number, patch
-from noria.files.convert import convert
+from noria.checkpoint.convert import convert
 from tiny_models import LLAMA, state, write_directory
 
 MAX_GROWN = 192 << 20  # bytes, stacks of reading threads among them; every file claims far more or is far smaller

@@ -25,9 +25,9 @@ import tiny_models
 from noria import config as configuration
 from noria import kinds, readers
 from noria.__main__ import main
+from noria.checkpoint.convert import convert
 from noria.config import InputError
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 from noria.rows import template
 from noria.rows.prompts import open_prompts
 from noria.rows.source import count

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from noria.__main__ import main
-from noria.files.convert import convert
+from noria.checkpoint.convert import convert
 from tiny_models import LLAMA, OPT, state, write_directory
 
 

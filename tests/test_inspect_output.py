@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from noria.__main__ import main
-from noria.files.merge import merge
-from noria.files.parts import Parts
-from noria.files.segments import history
+from noria.output.merge import merge
+from noria.output.parts import Parts
+from noria.output.segments import history
 from output_rows import fill, make_row
 
 ROOT = Path(__file__).parent.parent

@@ -4,8 +4,8 @@ from datetime import datetime
 
 from noria import config
 from noria.blocks import ModelShape
+from noria.desk.lengths import LOOKED_AT, look
 from noria.rows.chat import encoder_of
-from noria.rows.lengths import LOOKED_AT, look
 from noria.rows.tokenizer import tokenizer_of
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from forks import forked
 from noria.config import InputError
-from noria.files import lock as lock_module
-from noria.files.lock import OutputLock, lock_path
+from noria.tools import lock as lock_module
+from noria.tools.lock import OutputLock, lock_path
 
 HOLDER = {"job": "17", "host": "node3", "process": 4711, "start": "2026-11-23T03:15:02Z"}
 HOLD = """
 import sys, time
-from noria.files.lock import OutputLock
+from noria.tools.lock import OutputLock
 lock = OutputLock(sys.argv[1], {"job": "", "host": "node4", "process": 5, "start": "then"}, print)
 print("held", flush=True)
 time.sleep(600)

@@ -15,13 +15,13 @@ import pytest
 
 from forks import forked
 from noria.__main__ import main
-from noria.files import lock
-from noria.files.agreement import ANEW
-from noria.files.generations import open_generations
-from noria.files.merge import merge
-from noria.files.merge_shards import merge_shards
-from noria.files.parts import Parts
-from noria.files.provenance import provenance
+from noria.output.agreement import ANEW
+from noria.output.generations import open_generations
+from noria.output.merge import merge
+from noria.output.merge_shards import merge_shards
+from noria.output.parts import Parts
+from noria.tools import lock
+from noria.tools.provenance import provenance
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts": "ab12", "checkpoint": "cd34", "dtype": "float32", "sampling.temperature": 0.5, "sampling.seed": 7}
@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_there_is_named(shards, tmp_path, capsys):
 
 def test_a_merge_under_way_is_not_disturbed_by_another(shards, output, monkeypatch, capsys):
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
-    script = "import sys\nfrom noria.files.lock import OutputLock\n" + (
+    script = "import sys\nfrom noria.tools.lock import OutputLock\n" + (
         "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 1, 'start': 's'}, print)\n"
         "print('held', flush=True)\nsys.stdin.read()\n"
     )
@@ -267,8 +267,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(shards, output, capsys):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import noria.files.assemble as assemble_module
-from noria.files.merge_shards import merge_shards
+import noria.output.assemble as assemble_module
+from noria.output.merge_shards import merge_shards
 calls = 0
 def killing(function):
     def call(*arguments, **keywords):
@@ -305,7 +305,7 @@ def test_a_merge_killed_anywhere_is_done_by_the_next_one(shards, tmp_path):
 
 def test_more_shards_than_files_may_be_open_merge(tmp_path, output, monkeypatch):
     paths = [shard(tmp_path / f"s{i}.h5", i, 5) for i in range(1, 6)]
-    monkeypatch.setattr("noria.files.merge_shards._MAX_OPEN", 3)
+    monkeypatch.setattr("noria.output.merge_shards._MAX_OPEN", 3)
     began = time.monotonic()
     assert merge_shards(paths, output, []) == NUM_ROWS and time.monotonic() - began < 20
     assert [row[0] for row in rows_of(output)] == list(range(NUM_ROWS))

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 import small_run
 import tiny_models
 from noria.__main__ import main
+from noria.checkpoint.convert import convert
 from noria.config import InputError, Sampling
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 from noria.rows.model_sampling import taken, told
 
 SAYS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.5}

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 import noria.run
 from noria.__main__ import main
-from noria.files.agreement import ANEW
-from noria.files.checkpoint import open_checkpoint
-from noria.files.generations import open_generations
-from noria.files.parts import Parts, parts_folder
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.output.agreement import ANEW
+from noria.output.generations import open_generations
+from noria.output.parts import Parts, parts_folder
 
 DATA = Path(__file__).parent / "data" / "old_rules"
 KEYS = "--device cpu --dtype float64 --temperature 1.1 --ignore-eos --groups 1 --step-tokens 5".split()

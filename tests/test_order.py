@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from noria.config import InputError
-from noria.engine.order import Action, Place, blocking_order, ring_order, tag
-from noria.engine.ring import open_ring
+from noria.order import Action, Place, blocking_order, ring_order, tag
 from noria.plan.placement import check_blocking
+from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import streams_of
 

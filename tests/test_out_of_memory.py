@@ -11,7 +11,7 @@ import noria.engine.stage
 import noria.models.llama
 import small_run
 from noria.__main__ import main
-from noria.engine.cuts import halved, largest, refined
+from noria.borders import halved, largest, refined
 
 FLOAT64 = ["--dtype", "float64"]
 

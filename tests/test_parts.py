@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from forks import forked
 from noria.config import InputError
-from noria.files.generations import NewerVersion, open_generations
-from noria.files.parts import Parts, part_files, parts_folder, scan, select
-from noria.files.sealed import RowSet
+from noria.output.generations import NewerVersion, open_generations
+from noria.output.parts import Parts, part_files, parts_folder, scan, select
+from noria.output.sealed import RowSet
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32", "sampling": {"temperature": 0.5}}
@@ -83,7 +83,7 @@ def test_seal_if_due_waits_for_its_time(output):
 
 
 def test_many_rows_are_sealed_before_their_time(output, monkeypatch):
-    monkeypatch.setattr("noria.files.parts.MAX_PENDING", 3)
+    monkeypatch.setattr("noria.output.parts.MAX_PENDING", 3)
     parts = Parts(output, HEADER, clock=lambda: 100.0)
     for row in range(3):
         assert parts.seal_if_due(10) is None
@@ -253,7 +253,7 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(output, monkeypatch):
 
 ENDLESS = """
 import sys
-from noria.files.parts import Parts
+from noria.output.parts import Parts
 from output_rows import make_row
 parts = Parts(sys.argv[1], {"run": 1})
 row = parts.num_finished

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noria.config import InputError
-from noria.plan import tiers
+from noria.plan import shares as tiers
 from noria.plan.placement import blocks_of, partition, stages_of
 
 

@@ -12,8 +12,8 @@ import world
 from late_streams import LateStreams
 from noria import config, streams
 from noria.blocks import layer_name
+from noria.checkpoint.checkpoint import open_checkpoint
 from noria.engine.cycle import once
-from noria.files.checkpoint import open_checkpoint
 from noria.launch.mpi import Solo
 from noria.run import run
 from test_same import CONFIG, compare, fill, folder  # noqa: F401

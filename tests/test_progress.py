@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from noria import progress as progress_module
-from noria.progress import Progress, duration, log
-from noria.text import plural, printable, storable
+from noria.tools import progress as progress_module
+from noria.tools.progress import Progress, duration, log
+from noria.tools.text import plural, printable, storable
 
 
 class Clock:
@@ -188,7 +188,7 @@ def test_the_bar_goes_to_the_stream_that_is_a_terminal_with_a_width(monkeypatch,
 @pytest.mark.mpi
 @pytest.mark.skipif(shutil.which("script") is None, reason="needs script, of bsdutils")
 def test_under_mpirun_on_a_terminal_there_is_a_bar(tmp_path):
-    draw = "from noria.progress import Progress; p = Progress(10); p.add(rows=3); p.close()"
+    draw = "from noria.tools.progress import Progress; p = Progress(10); p.add(rows=3); p.close()"
     environment = Path(__file__).parent.parent / "jobs" / "local" / "environment.sh"
     launch = f"source {environment}; stty rows 24 cols 90; timeout --foreground -k 5 30 mpirun -n 1 {sys.executable} -c '{draw}'"
     seen = subprocess.run(

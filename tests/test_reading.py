@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import tiny_models
-from noria import direct
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
-from noria.files.random_weights import PERIOD, random_checkpoint
-from noria.files.reading import read_ahead
-from noria.files.staged import checkpoint_regions, scratch_region, stage
-from noria.keys import InputError
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
+from noria.checkpoint.random_weights import PERIOD, random_checkpoint
+from noria.checkpoint.read_ahead import read_ahead
+from noria.checkpoint.scratch import checkpoint_regions, scratch_region, stage
 from noria.streams import CpuStreams
 from noria.tiers import HostMemory
 from noria.tiers.disk import Disk
+from noria.tools import direct
+from noria.tools.keys import InputError
 
 STREAMS = CpuStreams(torch.device("cpu"))
 

@@ -8,9 +8,9 @@ import pytest
 import test_tokenizer
 import tiny_models
 from noria.__main__ import main
-from noria.files.convert import convert
-from noria.files.export import export
-from noria.files.generations import open_generations
+from noria.checkpoint.convert import convert
+from noria.output.export import export
+from noria.output.generations import open_generations
 from noria.readers import BadRow, jsonl
 from noria.rows.prompts import open_prompts
 

@@ -15,8 +15,8 @@ import world
 from mpirun import describe, mpirun
 from noria import transports
 from noria.config import InputError
-from noria.engine.communication import Communication, CommunicationError
-from noria.engine.ring import open_ring
+from noria.ring.communication import Communication, CommunicationError
+from noria.ring.ring import open_ring
 from noria.step import Result, Step
 from noria.streams import streams_of
 

@@ -12,7 +12,7 @@ import small_run
 from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.engine.stage import Stage
-from noria.files.parts import Parts, part_files, parts_folder
+from noria.output.parts import Parts, part_files, parts_folder
 from noria.rows.waiting import Line
 
 WORKER = Path(__file__).parent / "mpi" / "failing_worker.py"

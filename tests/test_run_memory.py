@@ -6,7 +6,7 @@ import pytest
 
 import tiny_models
 from mpirun import describe, mpirun
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 
 MiB = 2**20
 # 12 layers of 27 MiB in float32, and next to nothing beside them.

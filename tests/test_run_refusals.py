@@ -16,11 +16,11 @@ import small_run
 import tiny_models
 from forks import forked
 from mpirun import describe, mpirun
+from noria import order
 from noria.__main__ import main
+from noria.checkpoint.checkpoint import Checkpoint
+from noria.checkpoint.convert import convert
 from noria.config import MAX_GROUPS
-from noria.engine import order
-from noria.files.checkpoint import Checkpoint
-from noria.files.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_run_refused_where_nobody_looked_before_takes_its_empty_folder_away(re
     def damaged(*arguments):
         raise noria.run.InputError("the tokenizer is damaged")
 
-    monkeypatch.setattr("noria.rows.desk.Admission", damaged)
+    monkeypatch.setattr("noria.desk.desk.Admission", damaged)
     assert "the tokenizer is damaged" in refusal(output="tokenizer.h5")
 
 

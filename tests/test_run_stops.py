@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-import noria.files.lock
 import noria.run
+import noria.tools.lock
 import small_run
 from forks import forked
 from mpirun import describe, environment, mpirun
 from noria.__main__ import main
 from noria.engine.stage import Stage
-from noria.files.parts import Parts, part_files, parts_folder
-from noria.files.sealed import scan
-from noria.files.segments import read_segments
+from noria.output.parts import Parts, part_files, parts_folder
+from noria.output.sealed import scan
+from noria.output.segments import read_segments
 from noria.rows.admission import Admission
 
 WORKER = Path(__file__).parent / "mpi" / "stopping_worker.py"
@@ -32,7 +32,7 @@ SECONDS = 30
 FLOAT64 = ["--dtype", "float64"]
 HOLD = """
 import sys, time
-from noria.files.lock import OutputLock
+from noria.tools.lock import OutputLock
 lock = OutputLock(sys.argv[1], {"job": "17", "host": "node3", "process": 4711, "start": "2026-11-23T03:15:02Z"}, print)
 print("held", flush=True)
 time.sleep(600)
@@ -164,8 +164,8 @@ def test_rows_finished_by_a_run_short_of_time_are_sealed_by_a_signal_after_the_l
 @pytest.mark.slow
 def test_finished_rows_are_sealed_in_time_though_a_step_takes_long(folder, monkeypatch):
     finished, sealed = [], []
-    finish = noria.rows.desk.generation
-    monkeypatch.setattr(noria.rows.desk, "generation", lambda *one: finished.append(1) or finish(*one))
+    finish = noria.desk.desk.generation
+    monkeypatch.setattr(noria.desk.desk, "generation", lambda *one: finished.append(1) or finish(*one))
 
     def take_long():
         parts = parts_folder(folder / "long.h5")
@@ -189,7 +189,7 @@ def test_a_merge_that_was_killed_is_done_again_without_loading_the_model(folder,
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr(noria.rows.desk, "merge", killed)
+        patched.setattr(noria.desk.desk, "merge", killed)
         assert main(small_run.command(folder, "unmerged.h5", *FLOAT64)) == 1
     assert not (folder / "unmerged.h5").exists()
     capsys.readouterr()
@@ -255,7 +255,7 @@ def test_rows_are_not_begun_when_there_is_no_time_left_for_them(folder, monkeypa
 
 
 def test_a_second_job_on_an_output_is_refused_and_told_who_has_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(noria.files.lock, "PATIENCE", 0.1)
+    monkeypatch.setattr(noria.tools.lock, "PATIENCE", 0.1)
     output = folder / "owned.h5"
     holder = subprocess.Popen(forked([sys.executable, "-c", HOLD, output]), stdout=subprocess.PIPE, text=True)
     try:
@@ -291,7 +291,7 @@ def test_errors_are_tried_again_where_that_is_asked_for(folder, capsys):
 
 
 def test_a_row_that_failed_is_done_after_it_was_tried_again(folder, monkeypatch):
-    tokenize = noria.rows.desk.generation
+    tokenize = noria.desk.desk.generation
 
     def failing(sequence, *more):
         if sequence.prompt.row == 3:
@@ -299,7 +299,7 @@ def test_a_row_that_failed_is_done_after_it_was_tried_again(folder, monkeypatch)
         return tokenize(sequence, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(noria.rows.desk, "generation", failing)
+        patched.setattr(noria.desk.desk, "generation", failing)
         assert main(small_run.command(folder, "hole.h5", *FLOAT64)) == 0
     assert [status for _, status, _ in small_run.rows_of(folder / "hole.h5")].count("error") == 1
     assert main(small_run.command(folder, "hole.h5", *FLOAT64, "--retry-errors")) == 0

@@ -13,7 +13,7 @@ from noria.__main__ import main
 from noria.commands.probe import _figure
 from noria.config import InputError
 from noria.engine.sampler import Sampler
-from noria.files.export import check_target
+from noria.output.export import check_target
 from noria.plan import rates
 from noria.step import NO_TOKEN, NONE_LEFT, Admitted
 

@@ -12,8 +12,8 @@ import xxhash
 import reference
 import tiny_models
 import world
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.checkpoint.convert import convert
+from noria.output.generations import open_generations
 
 # 13 layers: neither 2, 3, 4 ranks nor their 1, 2 or 3 laps divide them.
 CONFIG = tiny_models.LLAMA | {"num_hidden_layers": 13, "eos_token_id": 3, "max_position_embeddings": 96}

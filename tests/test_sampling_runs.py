@@ -16,11 +16,11 @@ from worker import generate
 
 import reference
 import world
+from noria.checkpoint.convert import convert
 from noria.config import InputError, Sampling
-from noria.files.convert import convert
-from noria.files.generations import open_generations
-from noria.files.parts import Parts
 from noria.launch.mpi import Solo
+from noria.output.generations import open_generations
+from noria.output.parts import Parts
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from test_row_settings import reference as processed

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from noria.config import InputError
-from noria.files.generations import open_generations
-from noria.files.merge import merge
-from noria.files.parts import Parts
-from noria.files.summary import summary_of
+from noria.output.generations import open_generations
+from noria.output.merge import merge
+from noria.output.parts import Parts
+from noria.output.summary import summary_of
 from output_rows import as_tuple, fill, make_row
 
 

@@ -6,16 +6,16 @@ import time
 
 import pytest
 
-import noria.files.parts
+import noria.output.parts
 import small_run
 from noria.__main__ import main
+from noria.desk.desk import Desk
 from noria.engine.stage import Stage
-from noria.files.parts import Parts
 from noria.launch.deadline import NONE
 from noria.launch.signals import Signals
 from noria.launch.stopping import Stopping
 from noria.launch.watchdog import Watchdog
-from noria.rows.desk import Desk
+from noria.output.parts import Parts
 
 OFTEN = ["--dtype", "float64", "--seal-seconds", "0"]
 
@@ -47,7 +47,7 @@ def test_between_the_first_step_and_the_last_only_the_sealing_thread_waits_for_t
 
 def test_a_disk_that_does_not_keep_up_holds_the_run_before_too_many_rows_wait(folder, monkeypatch):
     waiting, add, fsync = [], Parts.add, os.fsync
-    monkeypatch.setattr(noria.files.parts, "MAX_PENDING", 2)
+    monkeypatch.setattr(noria.output.parts, "MAX_PENDING", 2)
     monkeypatch.setattr(os, "fsync", lambda descriptor: time.sleep(0.1) or fsync(descriptor))
     monkeypatch.setattr(Parts, "add", lambda self, row: waiting.append(len(self.pending)) or add(self, row))
     assert main(small_run.command(folder, "slow.h5", *OFTEN, "--seal-seconds", "600")) == 0
@@ -56,7 +56,7 @@ def test_a_disk_that_does_not_keep_up_holds_the_run_before_too_many_rows_wait(fo
 
 
 def test_what_the_sealing_thread_meets_with_ends_the_run_with_what_is_lost(folder, monkeypatch, capsys):
-    write, forward, threads = noria.files.parts._write, Stage.forward, []
+    write, forward, threads = noria.output.parts._write, Stage.forward, []
 
     def full(*arguments):
         threads.append(threading.current_thread().name)
@@ -65,7 +65,7 @@ def test_what_the_sealing_thread_meets_with_ends_the_run_with_what_is_lost(folde
         return write(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(noria.files.parts, "_write", full)
+        patched.setattr(noria.output.parts, "_write", full)
         patched.setattr(Stage, "forward", lambda *arguments: time.sleep(0.05) or forward(*arguments))
         assert main(small_run.command(folder, "full.h5", *OFTEN)) == 1
     said = capsys.readouterr().err

@@ -11,12 +11,12 @@ import small_run
 from noria.__main__ import main
 from noria.config import InputError
 from noria.engine.stage import Stage
-from noria.files.merge import merge
-from noria.files.output import probe_output, reopen
-from noria.files.parts import Parts, parts_folder
-from noria.files.provenance import job_ids, segment_of
-from noria.files.segments import age, history, read_segments, segment_lines
-from noria.files.summary import summary_of
+from noria.output.merge import merge
+from noria.output.parts import Parts, parts_folder
+from noria.output.segments import age, history, read_segments, segment_lines
+from noria.output.summary import summary_of
+from noria.output.target import probe_output, reopen
+from noria.tools.provenance import job_ids, segment_of
 from output_rows import fill, make_row
 
 HEADER = {"prompts": "ab12", "sampling.seed": 5}

@@ -11,7 +11,7 @@ import world
 from mpirun import describe
 from noria.__main__ import main
 from noria.config import InputError, parse_shard, shard_rows
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 
 NUM_ROWS = 14
 

@@ -13,10 +13,10 @@ import pytest
 import small_run
 from mpirun import describe, mpirun
 from noria.__main__ import main
-from noria.files.parts import Parts, parts_folder
-from noria.files.segments import read_segments
 from noria.launch.notices import Notices
 from noria.launch.signals import Signals
+from noria.output.parts import Parts, parts_folder
+from noria.output.segments import read_segments
 
 WORKER = Path(__file__).parent / "mpi" / "stopping_worker.py"
 FLOAT64 = ["--dtype", "float64"]

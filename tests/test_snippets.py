@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from noria.files.merge import merge
-from noria.files.parts import Parts
+from noria.output.merge import merge
+from noria.output.parts import Parts
 from output_rows import fill, make_row
 
 PANDAS = """

@@ -11,7 +11,7 @@ import tiny_tokenizers
 from counts import count
 from noria.config import Sampling
 from noria.rows.decoding import Writer
-from noria.rows.stopping import StopTexts
+from noria.rows.ends import StopTexts
 from noria.rows.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent.parent / "inputs" / "demo" / "model"

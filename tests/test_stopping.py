@@ -3,7 +3,7 @@
 import pytest
 
 from noria.config import Sampling
-from noria.rows.stopping import finish_reason
+from noria.rows.ends import finish_reason
 
 END = frozenset({2, 7})
 

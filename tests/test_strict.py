@@ -4,7 +4,7 @@ import small_run
 from noria import run as program
 from noria.__main__ import main
 from noria.engine.executor import figures
-from noria.plan.plans import Plan
+from noria.plan.plan import Plan
 
 
 def timing(**changed):

@@ -13,9 +13,9 @@ import tiny_models
 import world
 from mpirun import describe
 from noria.__main__ import main
+from noria.checkpoint.convert import convert
 from noria.engine import trace as tracing
 from noria.engine.trace import Trace, TraceFile
-from noria.files.convert import convert
 from noria.streams import streams_of
 
 LAYERS, ROUNDS, GROUPS, MICROBATCHES = 6, 4, 2, 2

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-import noria.files.sealed as sealed
-import noria.files.unfinished as unfinished_module
+import noria.output.sealed as sealed
+import noria.output.unfinished as unfinished_module
 from forks import forked
 from noria.__main__ import main
-from noria.files.compact import Compactor
-from noria.files.merge import merge
-from noria.files.parts import Parts, part_files, parts_folder
+from noria.output.compact import Compactor
+from noria.output.merge import merge
+from noria.output.parts import Parts, part_files, parts_folder
 from output_rows import fill, make_row
 
 HEADER = {"prompts": "ab12", "dtype": "float32", "shard": "2/3", "sampling.top_k": None}
@@ -78,7 +78,7 @@ def test_the_folder_of_parts_may_be_given_too(output, capsys):
 
 def test_a_job_that_works_on_it_is_named(output, capsys):
     script = (
-        "import sys\nfrom noria.files.lock import OutputLock\n"
+        "import sys\nfrom noria.tools.lock import OutputLock\n"
         "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 4711, 'start': 'then'}, print)\n"
         "print('held', flush=True)\nsys.stdin.read()\n"
     )

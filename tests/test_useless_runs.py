@@ -10,10 +10,10 @@ import pytest
 import noria.run
 import small_run
 from noria.__main__ import main
-from noria.files.outcome import Reasons, outcome_of_parts
-from noria.files.parts import Parts, parts_folder
-from noria.files.sealed import select
-from noria.rows import validation
+from noria.desk import validation
+from noria.output.outcome import Reasons, outcome_of_parts
+from noria.output.parts import Parts, parts_folder
+from noria.output.sealed import select
 from output_rows import fill, make_row
 
 ROOT = Path(__file__).parent.parent

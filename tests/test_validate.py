@@ -11,9 +11,9 @@ import small_run
 import test_tokenizer
 import tiny_models
 from noria.__main__ import main
+from noria.checkpoint.convert import convert
 from noria.commands import validate
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
 

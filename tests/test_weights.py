@@ -7,12 +7,12 @@ import torch
 import tiny_models
 from late_streams import LateStreams
 from noria.blocks import lay_out, layer_name
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
 from noria.engine.cycle import once
 from noria.engine.loading import Loader
 from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Weights, cast_block, views
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
 from noria.streams import CpuStreams, Done
 from noria.tiers import Transfer
 

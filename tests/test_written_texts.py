@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny_models
 import tiny_tokenizers
 from noria.__main__ import main
-from noria.files.convert import convert
+from noria.checkpoint.convert import convert
 
 WORDS = [*tiny_tokenizers.SPECIAL, "▁Hello", "▁world", "▁is", "▁round"]
 CHAIN = ["▁Hello", "▁world", "<|end|>", "▁is", "▁round", "</s>"]

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from noria.files.export import export
+from noria.output.export import export
 
 MARK = "NORIA_KILL_MARK"
 RANKS = (1, 2, 3, 4)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from noria import transports
-from noria.engine.ring import open_ring
 from noria.launch import mpi
+from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
 

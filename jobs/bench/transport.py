@@ -15,8 +15,8 @@ import time
 import torch
 
 from noria import transports
-from noria.engine.communication import Communication
 from noria.launch import launcher, mpi
+from noria.ring.communication import Communication
 from noria.streams import streams_of
 
 SIZES_MIB = (1, 4, 16, 64, 256)

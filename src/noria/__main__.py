@@ -11,7 +11,7 @@ from noria.config import InputError, nearest
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.rows.template import template_helper
-from noria.text import printable
+from noria.tools.text import printable
 
 COMMANDS = {
     "convert": "Hugging Face directory -> checkpoint",

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from noria.keys import InputError, check_path, checked, key, nearest, require, types_of
 from noria.sampling import Sampling
+from noria.tools.keys import InputError, check_path, checked, key, nearest, require, types_of
 
-MAX_GROUPS = 10_000  # as many as engine/order.py has tags for
+MAX_GROUPS = 10_000  # as many as order.py has tags for
 MAX_RUN_FILE = 2**18  # bytes
 _MAX_DOTS = 1000  # in a key: tomllib's work grows with their square
 DTYPES = ("float64", "float32", "bfloat16", "float16")

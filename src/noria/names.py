@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from noria.keys import checked, types_of
 from noria.sampling import Sampling, as_integers, whole
+from noria.tools.keys import checked, types_of
 
 # The same setting under the names that vLLM, OpenAI and transformers give it: rows may use them.
 SYNONYMS = {

@@ -11,31 +11,31 @@ from typing import Any
 import torch
 
 from noria import streams, transports
+from noria.checkpoint.checkpoint import OpenModel
 from noria.communicator import Communicator
 from noria.config import Config, InputError
+from noria.desk.desk import Desk
+from noria.desk.examination import Work, examine, open_model
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, Timing, figures, follow, lead
-from noria.engine.heartbeat import SILENCE
-from noria.engine.ring import AnyRing
 from noria.engine.trace import OFF, Trace, TraceFile, Tracing
 from noria.engine.traffic import Traffic
-from noria.files.atomic import check_folder
-from noria.files.checkpoint import OpenModel
-from noria.files.lock import OutputLock
-from noria.files.provenance import now, provenance, segment_of
-from noria.helper import Helper
 from noria.launch import deadline, launcher, mpi
 from noria.launch.notices import Notices
 from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
 from noria.plan import planner
-from noria.progress import log
-from noria.rows.desk import Desk
-from noria.rows.examination import Work, examine, open_model
+from noria.ring.heartbeat import SILENCE
+from noria.ring.ring import AnyRing
 from noria.rows.source import Source
 from noria.rows.template import template_helper
 from noria.streams import Streams
+from noria.tools.atomic import check_folder
+from noria.tools.helper import Helper
+from noria.tools.lock import OutputLock
+from noria.tools.progress import log
+from noria.tools.provenance import now, provenance, segment_of
 
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
 

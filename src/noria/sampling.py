@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, get_args
 
-from noria.keys import InputError, checked, key, require, types_of
+from noria.tools.keys import InputError, checked, key, require, types_of
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from noria import direct
-from noria.keys import InputError
 from noria.streams import CpuStreams
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk, Region
+from noria.tools import direct
+from noria.tools.keys import InputError
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
@@ -342,7 +342,7 @@ def test_a_scratch_folder_without_room_is_refused_with_the_numbers(tmp_path):
 
 CHILD = """
 import sys, time, torch
-from noria import direct
+from noria.tools import direct
 from noria.streams import CpuStreams
 from noria.tiers.disk import Disk, Region
 streams = CpuStreams(torch.device("cpu"))

@@ -13,15 +13,15 @@ import world
 from mpirun import describe, mpirun
 from noria import attention, kinds
 from noria.blocks import layer_name
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
 from noria.engine.kv_cache import KvCache
 from noria.engine.loading import Loader
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.output.generations import open_generations
 from noria.step import Admitted, Run, Step
 from noria.streams import streams_of
 

@@ -10,10 +10,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from noria.engine.communication import CommunicationError
-from noria.engine.order import Place
-from noria.engine.ring import Ring, open_ring
 from noria.launch import mpi
+from noria.order import Place
+from noria.ring.communication import CommunicationError
+from noria.ring.ring import Ring, open_ring
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from noria import run
 from noria.__main__ import main
+from noria.desk import desk
 from noria.engine.stage import Stage
 from noria.launch import mpi
-from noria.rows import desk
 
 VISIT = 0.02  # seconds that a visit takes at least, so that there is a middle to be stopped in
 SILENCE = 2.0

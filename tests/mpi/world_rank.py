@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from noria.__main__ import main
-from noria.engine import communication
 from noria.launch import mpi
+from noria.ring import communication
 
 PATIENCE = 1.5  # seconds in which threads may end and files close after a call
 

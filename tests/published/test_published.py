@@ -20,8 +20,8 @@ import transformers
 import xxhash
 
 from mpirun import describe, mpirun
-from noria.files.convert import convert
-from noria.files.generations import open_generations
+from noria.checkpoint.convert import convert
+from noria.output.generations import open_generations
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "jobs" / "local" / "published_model.py"

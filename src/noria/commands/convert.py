@@ -9,15 +9,15 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
+from noria.checkpoint.hugging_face import Directory
 from noria.config import DTYPES, InputError
-from noria.files.checkpoint import open_checkpoint
-from noria.files.convert import convert
-from noria.files.hugging_face import Directory
+from noria.desk.examination import doubts
 from noria.rows.chat import Chat
-from noria.rows.examination import doubts
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
-from noria.text import printable
+from noria.tools.text import printable
 
 LINE_SECONDS = 10
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from noria.config import InputError
-from noria.files.export import FORMATS, export
-from noria.files.generations import open_generations
-from noria.files.sealed import part_files, parts_folder
+from noria.output.export import FORMATS, export
+from noria.output.generations import open_generations
+from noria.output.sealed import part_files, parts_folder
 from noria.rows.source import content_hash, content_key
-from noria.text import plural
+from noria.tools.text import plural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from noria.checkpoint import checkpoint
 from noria.commands import flags
 from noria.commands.parser import Parser
 from noria.config import InputError, require
-from noria.files import checkpoint
-from noria.files.container import format_of
-from noria.files.schema import FORMAT as GENERATIONS
-from noria.files.summary import Summary, summary_of
-from noria.files.unfinished import is_unfinished, summary_of_unfinished
-from noria.text import json_text, nbytes_words, plural, printable
+from noria.output.schema import FORMAT as GENERATIONS
+from noria.output.summary import Summary, summary_of
+from noria.output.unfinished import is_unfinished, summary_of_unfinished
+from noria.tools.container import format_of
+from noria.tools.text import json_text, nbytes_words, plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

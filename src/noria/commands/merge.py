@@ -9,12 +9,12 @@ import socket
 import sys
 from pathlib import Path
 
-from noria.files.lock import OutputLock
-from noria.files.merge_shards import merge_shards
-from noria.files.outcome import outcome_of
-from noria.files.parts import to_stderr
-from noria.files.provenance import job_ids, now
-from noria.text import plural, printable
+from noria.output.merge_shards import merge_shards
+from noria.output.outcome import outcome_of
+from noria.output.parts import to_stderr
+from noria.tools.lock import OutputLock
+from noria.tools.provenance import job_ids, now
+from noria.tools.text import plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,21 +10,21 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
+from noria.checkpoint.checkpoint import OpenModel
 from noria.commands import flags
 from noria.config import Config, InputError, parse_nbytes, require
-from noria.files.checkpoint import OpenModel
+from noria.desk.examination import dtype_of, open_model
+from noria.desk.lengths import look
 from noria.plan import costs, planner
 from noria.plan.costs import Load
-from noria.plan.plans import HOST_NBYTES, Plan, rate_words
+from noria.plan.plan import HOST_NBYTES, Plan, rate_words
+from noria.plan.problem import MEMORY_SHARE, Machine
 from noria.plan.rates import Rates
-from noria.plan.work import MEMORY_SHARE, Machine
 from noria.rows.chat import encoder_of
-from noria.rows.examination import dtype_of, open_model
-from noria.rows.lengths import look
 from noria.rows.source import Source, count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
-from noria.text import plural, printable
+from noria.tools.text import plural, printable
 
 CORES = 8  # of a rank: loading and reading threads, and messages
 RANKS_OF_A_NODE = 8

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from noria.communicator import Communicator
 from noria.config import Config, require
-from noria.files.atomic import check_folder
-from noria.keys import InputError, check_path
 from noria.launch import launcher, mpi
-from noria.launch.rates import Probe, choose_transport
+from noria.launch.probe import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
-from noria.text import printable
+from noria.tools.atomic import check_folder
+from noria.tools.keys import InputError, check_path
+from noria.tools.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,11 @@ import argparse
 
 from noria.commands.flags import add_arguments, load
 from noria.config import InputError
-from noria.helper import Helper
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
 from noria.run import run as run_job
+from noria.tools.helper import Helper
 
 __all__ = ["add_arguments", "load", "run"]
 

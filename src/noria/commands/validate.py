@@ -14,18 +14,18 @@ from pathlib import Path
 from noria.commands import flags
 from noria.commands.flags import load
 from noria.config import Config, InputError, shard_rows
-from noria.files.atomic import check_file
-from noria.files.generations import open_generations
-from noria.files.sealed import part_files, parts_folder
+from noria.desk.examination import doubts, open_model
+from noria.desk.validation import SHOWN, Findings, Limits, examine
+from noria.output.generations import open_generations
+from noria.output.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
-from noria.rows.examination import doubts, open_model
 from noria.rows.model_sampling import taken, told
 from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import Source, count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
-from noria.rows.validation import SHOWN, Findings, Limits, examine
-from noria.text import plural, printable
+from noria.tools.atomic import check_file
+from noria.tools.text import plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from noria.engine.fixed import Fixed
 from noria.engine.traffic import Traffic
 from noria.streams import Event, Streams
+from noria.tools.pinned import Fixed
 
 
 class Part(Protocol):

@@ -4,21 +4,21 @@ from pathlib import Path
 
 from noria import attention, kinds
 from noria.blocks import ModelShape
+from noria.checkpoint.checkpoint import OpenModel
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, open_shares
 from noria.engine.loading import Loader
-from noria.engine.ring import AnyRing, open_ring
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
 from noria.engine.trace import OFF, Tracing
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
-from noria.files.checkpoint import OpenModel
 from noria.plan.placement import stages_of
-from noria.plan.plans import Plan
-from noria.progress import log
+from noria.plan.plan import Plan
+from noria.ring.ring import AnyRing, open_ring
 from noria.streams import Streams
+from noria.tools.progress import log
 from noria.transports import Transport
 
 

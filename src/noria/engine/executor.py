@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from noria.engine.activations import Embedding
-from noria.engine.ring import AnyRing
 from noria.engine.stage import Prepared, Stage
 from noria.engine.trace import OFF, Tracing
 from noria.engine.traffic import Traffic
+from noria.ring.ring import AnyRing
 from noria.step import Result, Step, Word
 from noria.streams import Streams
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from noria.blocks import ModelShape
+from noria.checkpoint.scratch import scratch_region
 from noria.engine.traffic import Traffic
-from noria.files.staged import scratch_region
 from noria.step import PAGE_TOKENS, Run, Span, Step
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer

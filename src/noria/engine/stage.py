@@ -14,9 +14,9 @@ import torch
 
 from noria import blocks
 from noria.attention import Attend
+from noria.borders import halved, largest, refined
 from noria.engine import kv_cache
 from noria.engine.activations import Embedding, InHost, OnDevice
-from noria.engine.cuts import halved, largest, refined
 from noria.engine.kv_cache import KvCache, Staged
 from noria.engine.sampler import Sampled, Sampler
 from noria.engine.shortage import is_shortage

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
 
 import torch
 
-from noria.engine.order import BEAT, HIDDEN, RESULT, kind_of
-from noria.files import atomic
+from noria.order import BEAT, HIDDEN, RESULT, kind_of
 from noria.streams import Event, Mark, Streams
+from noria.tools import atomic
 from noria.transports import Transport
 
 LIMIT = 250_000  # spans of a rank, some 100 MB of host memory; those after them are counted and dropped

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from noria.text import plural
+from noria.tools.text import plural
 
 # Where one of these is set, the user has said how ranks are to be bound.
 BINDING_VARIABLES = ("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy")

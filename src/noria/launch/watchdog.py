@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from noria.launch import mpi
-from noria.progress import log
+from noria.tools.progress import log
 
 RECORD_SECONDS = 1.0
 ABORT_SECONDS = 5.0  # an abort that has not ended this process by then is helped along

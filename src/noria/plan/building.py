@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from noria.config import TIERS, Config, InputError, require
-from noria.plan import tiers
+from noria.plan import shares as tiers
 from noria.plan.memory import DISK_NBYTES, Sizes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
-from noria.plan.plans import Plan
+from noria.plan.plan import Plan
+from noria.plan.problem import Choice, Work
 from noria.plan.room import cache_pages, refused
-from noria.plan.tiers import size_words
-from noria.plan.work import Choice, Work
+from noria.plan.shares import size_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size

@@ -10,7 +10,7 @@ from typing import Any
 
 from noria.blocks import DTYPE_NBYTES, Block, ModelShape, layer_name
 from noria.plan.memory import block_nbytes
-from noria.plan.plans import Plan
+from noria.plan.plan import Plan
 from noria.plan.rates import Rates
 from noria.step import PAGE_TOKENS
 

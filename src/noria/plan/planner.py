@@ -10,12 +10,13 @@ from typing import Any
 
 from noria.blocks import Block, ModelShape
 from noria.config import Config, InputError, require
-from noria.plan import costs, rates, tiers
+from noria.plan import costs, rates
+from noria.plan import shares as tiers
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
 from noria.plan.costs import Load
 from noria.plan.placement import check_blocking, partition
-from noria.plan.plans import Plan
-from noria.plan.work import Choice, Machine, Work
+from noria.plan.plan import Plan
+from noria.plan.problem import Choice, Machine, Work
 from noria.step import PAGE_TOKENS
 
 GiB = 1024**3

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from noria.config import TIERS, InputError, require
-from noria.plan import tiers
+from noria.plan import shares as tiers
 from noria.plan.memory import Sizes
-from noria.plan.tiers import size_words
-from noria.plan.work import Choice, Work
+from noria.plan.problem import Choice, Work
+from noria.plan.shares import size_words
 from noria.step import PAGE_TOKENS
 
 

@@ -6,10 +6,10 @@ Knows the format's keys and what Noria calls them; what a value may be is checke
 import json
 from typing import Any
 
-from noria.keys import nearest
 from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
 from noria.readers import OWN, BadRow, Request
 from noria.sampling import ROW_KEYS, whole
+from noria.tools.keys import nearest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _OURS = tuple(name for name in ROW_KEYS if name != "logprobs")

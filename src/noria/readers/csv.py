@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import InputError, Sampling, require
-from noria.keys import types_of
 from noria.names import SYNONYMS
 from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
+from noria.tools.keys import types_of
 
 SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst")
 _HINTS = types_of(Sampling)

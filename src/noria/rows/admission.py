@@ -12,12 +12,12 @@ from itertools import accumulate
 import numpy as np
 
 from noria.config import InputError, Sampling
-from noria.files.agreement import RULES
+from noria.output.agreement import RULES
 from noria.rows.composing import compose
+from noria.rows.ends import finish_reason
 from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
-from noria.rows.stopping import finish_reason
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
 from noria.step import NO_TOKEN, NONE_LEFT, PAGE_TOKENS, Admitted, Result, Run, Step, Word
@@ -81,7 +81,7 @@ class Admission:
     `num_prompts` is how many of the prompts have samples to generate: groups are kept equally full. `finished` is
     called with every sequence that ended, whatever its end; `begun` gives a new one the tokens that an earlier job
     generated for it; `done` has the (row, sample) that an earlier job finished; `tokenizer` finds stop texts (None: there
-    is none); `rules` are those of files/agreement.py.
+    is none); `rules` are those of output/agreement.py.
     """
 
     def __init__(

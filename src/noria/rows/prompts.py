@@ -19,7 +19,7 @@ from noria.readers import BadRow, Request, own_id
 from noria.rows.columns import Content, content_of
 from noria.rows.source import Source, as_source, check_files, records
 from noria.sampling import ROW_KEYS, RUN_KEYS, whole
-from noria.text import storable
+from noria.tools.text import storable
 
 SAMPLING = ROW_KEYS
 BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")

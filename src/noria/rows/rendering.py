@@ -1,6 +1,6 @@
 """Renders a chat template in Jinja2's immutable sandbox, with the names that transformers gives a template.
 
-Answers requests of noria.helper: runs in a child with limits, which end what the sandbox lets run for ever. Knows no
+Answers requests of noria.tools.helper: runs in a child with limits, which end what the sandbox lets run for ever. Knows no
 conversation; imports the standard library and Jinja2 alone, because the child starts with nothing else.
 """
 

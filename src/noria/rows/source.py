@@ -17,7 +17,7 @@ from noria import readers
 from noria.config import Config, InputError, require
 from noria.readers import BadRow
 from noria.rows.columns import Columns
-from noria.text import plural
+from noria.tools.text import plural
 
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
 MAX_FILES = 10_000

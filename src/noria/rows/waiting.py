@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from noria.config import InputError, Sampling, require
-from noria.files.agreement import OLD_RULES, RULES
+from noria.output.agreement import OLD_RULES, RULES
+from noria.rows.ends import StopTexts, with_special_stops
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
-from noria.rows.stopping import StopTexts, with_special_stops
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OPEN, OPEN_IN_REQUESTS
 from noria.step import PAGE_TOKENS
@@ -41,7 +41,7 @@ class Line:
 
     `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. With a
     `tokenizer` stop texts are found; one that is a special token is that token, because texts do not show it. `rules` are
-    those of files/agreement.py. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one
+    those of output/agreement.py. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one
     for each sample); `num_rows` their sum.
     """
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from noria.blocks import ALIGNMENT, round_up
-from noria.direct import CHUNK_NBYTES, DirectFile, chunks
+from noria.tools.direct import CHUNK_NBYTES, DirectFile, chunks
 
 
 class Check(Protocol):

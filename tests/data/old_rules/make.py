@@ -10,12 +10,12 @@ import signal
 import sys
 from pathlib import Path
 
+import noria.rows.desk
+from noria.files.convert import convert
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-import noria.rows.desk
 import tiny_models
 from noria.__main__ import main
-from noria.files.convert import convert
 
 MODEL = tiny_models.LLAMA | {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 64}
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}<s>assistant:"

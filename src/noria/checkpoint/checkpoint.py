@@ -1,0 +1,343 @@
+"""Reads a checkpoint: its header is checked whole before anything is allocated, its blocks are read by plain preadv.
+
+The format is the design's, version 1. Knows nothing of devices, ranks or torch: a block goes into whatever writable
+memory the caller has. The writer is checkpoint_writer.py.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import h5py
+import xxhash
+
+from noria import models
+from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, ModelShape, lay_out, layer_name
+from noria.config import InputError
+from noria.tools.container import (
+    Extent,
+    LinkedFiles,
+    attribute,
+    check_inside,
+    damaged_is_input_error,
+    read_full,
+    text_attribute,
+)
+from noria.tools.text import nbytes_words, plural
+
+FORMAT = "noria-checkpoint"
+VERSION = 1
+CHECKSUM = "xxh3_128"  # attribute of a block's group: 32 hexadecimal digits over the block's bytes, padding included
+MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
+# The files of a tokenizer; vocab.json and merges.txt where there is no tokenizer.json.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    MORE_TEMPLATES,
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+MAX_TOKENIZER_NBYTES = 1 << 30
+_VERIFY_NBYTES = 16 << 20
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises InputError, naming `where`, for anything else."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{where} holds a JSON {type(tree).__name__}, it should be an object")
+    return tree
+
+
+def model_shape(config: dict[str, Any], where: str) -> tuple[ModuleType, ModelShape]:
+    """The model family's module and the sizes in `config` (of a config.json). Raises InputError naming `where`."""
+    try:
+        family = models.for_config(config)
+        return family, family.shape(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(
+            f"{where}: its config.json cannot be understood: {type(error).__name__} {str(error)[:200]}"
+        ) from error
+
+
+def block_names(shape: ModelShape) -> Iterator[str]:
+    """The names of a model's blocks in the order in which a token passes them."""
+    yield "embed"
+    yield from (layer_name(layer) for layer in range(shape.num_layers))
+    yield "head"
+
+
+def model_block(family: ModuleType, shape: ModelShape, name: str, dtype: str) -> Block:
+    """The layout of one block in `dtype`."""
+    if name == "embed":
+        return lay_out(name, family.embed_parameters(shape), dtype)
+    if name == "head":
+        return lay_out(name, family.head_parameters(shape), dtype)
+    return lay_out(name, family.layer_parameters(shape, int(name.rpartition("/")[2])), dtype)
+
+
+class OpenModel(Protocol):
+    """A model as a run reads it: a Checkpoint, which says what the attributes are, or random weights."""
+
+    path: Path
+    shape: ModelShape
+    family: str
+    dtype: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    blocks: dict[str, Block]
+    tokenizer: dict[str, bytes]
+    header_hash: str
+    nbytes: int
+
+    def read_block(self, name: str, into: bytearray | memoryview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Checkpoint:
+    """An open checkpoint. Blocks may be read from several threads; `close` when none is reading any more.
+
+    shape, family, dtype: what the model is; config, generation_config: its own JSON objects; blocks: layouts by name;
+    tokenizer: bytes by file name; header_hash: the same for the same model wherever it lies; nbytes: of all blocks.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._files = LinkedFiles(self.path)
+        try:
+            with damaged_is_input_error(self.path):
+                texts = self._read_header(self._files.root)
+                self.tokenizer = self._read_tokenizer()
+                self.header_hash = self._hash(texts)
+        except BaseException:
+            self._files.close()
+            raise
+        self._files.close_hdf5()
+        self._verified: set[str] = set()
+
+    def _read_header(self, root: h5py.File) -> dict[str, str]:
+        _check_format(root, self.path)
+        self.source = text_attribute(root, "source", self.path)
+        self.dtype = text_attribute(root, "dtype", self.path)
+        if self.dtype not in DTYPE_NBYTES:
+            raise InputError(f"{self.path}: dtype is {self.dtype!r}; known: {', '.join(DTYPE_NBYTES)}")
+        texts = {name: text_attribute(root, name, self.path) for name in ("config", "generation_config")}
+        self.config = parse_json(texts["config"], f"{self.path}: config")
+        self.generation_config = parse_json(texts["generation_config"], f"{self.path}: generation_config")
+        module, self.shape = model_shape(self.config, str(self.path))
+        self.family = self.shape.family
+        family = text_attribute(root, "family", self.path)
+        if family != self.family:
+            raise InputError(f"{self.path}: family is {family!r}, its config says {self.family!r}")
+        self._find_blocks(module)
+        self.nbytes = sum(block.nbytes for block in self.blocks.values())
+        return texts
+
+    def _find_blocks(self, module: ModuleType) -> None:
+        # the file's own count bounds the loop: a config may claim any number of layers
+        layers = self._files.find("layers")
+        held = len(layers) if isinstance(layers, h5py.Group) else 0
+        if held != self.shape.num_layers:
+            raise InputError(f"{self.path} holds {held} layers, its config says {self.shape.num_layers}")
+        self.blocks: dict[str, Block] = {}
+        self._extents: dict[str, Extent] = {}
+        self._checksums: dict[str, str] = {}
+        for name in block_names(self.shape):
+            block = self.blocks[name] = model_block(module, self.shape, name, self.dtype)
+            self._extents[name] = self._block_extent(block)
+            self._checksums[name] = text_attribute(self._files.find(name), CHECKSUM, self.path)
+
+    def _block_extent(self, block: Block) -> Extent:
+        begin: Extent | None = None
+        for parameter in block.parameters:
+            path = f"{block.name}/{parameter.name}"
+            extent = self._files.extent(path, block.dtype, parameter.shape)
+            begin = begin or Extent(extent.fd, extent.path, extent.offset - parameter.offset, block.nbytes)
+            where = (extent.fd, extent.offset)
+            if where != (begin.fd, begin.offset + parameter.offset) or extent.offset % ALIGNMENT:
+                raise InputError(
+                    f"{self.path}: {path!r} is at byte {extent.offset} of {extent.path.name},"
+                    " not where its block has it"
+                )
+        assert begin is not None, "a block has parameters"
+        check_inside(begin, block.name)
+        return begin
+
+    def _read_tokenizer(self) -> dict[str, bytes]:
+        group = self._files.find("tokenizer")
+        names = [name for name in TOKENIZER_FILES if isinstance(group, h5py.Group) and name in group]
+        extents = {name: self._files.extent(f"tokenizer/{name}", "uint8") for name in names}
+        nbytes = sum(extent.nbytes for extent in extents.values())
+        if nbytes > MAX_TOKENIZER_NBYTES:
+            raise InputError(f"{self.path}: its tokenizer has {nbytes} bytes, at most {MAX_TOKENIZER_NBYTES} are read")
+        contents = {name: bytearray(extent.nbytes) for name, extent in extents.items()}
+        for name, content in contents.items():
+            read_full(extents[name].fd, memoryview(content), extents[name].offset, extents[name].path)
+        return {name: bytes(content) for name, content in contents.items()}
+
+    def _hash(self, texts: dict[str, str]) -> str:
+        digest = xxhash.xxh3_128()
+        contents = [FORMAT, str(VERSION), self.family, self.dtype, *texts.values()]
+        contents += [word for pair in self._checksums.items() for word in pair]
+        for content in [text.encode() for text in contents] + [
+            part for pair in self.tokenizer.items() for part in pair
+        ]:
+            content = content.encode() if isinstance(content, str) else content
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+
+    def read_block(self, name: str, into: bytearray | memoryview) -> None:
+        """Fills the writable buffer `into`, of exactly the block's nbytes, with the block.
+
+        Raises InputError, naming the block, if the bytes are not those that were written (checked at its first load).
+        """
+        view = memoryview(into).cast("B")
+        assert len(view) == self.blocks[name].nbytes, (name, len(view), self.blocks[name].nbytes)
+        extent = self._extents[name]
+        read_full(extent.fd, view, extent.offset, extent.path)
+        if check := self.checking(name):
+            check.update(view)
+            check.finish()
+
+    def extent(self, name: str) -> Extent:
+        """Where a block lies. The descriptor stays the checkpoint's and is closed with it."""
+        return self._extents[name]
+
+    def checking(self, name: str) -> "Checking | None":
+        """What checks the bytes of a block that the caller reads itself; None if they were found right before."""
+        return None if name in self._verified else Checking(self, name)
+
+    def _check(self, name: str, found: str) -> None:
+        if found != self._checksums[name]:
+            path = self._extents[name].path
+            raise InputError(
+                f"{path}: block {name!r} is damaged: its checksum is {found}, the header says"
+                f" {self._checksums[name][:32]!r}; copy or convert the model again"
+            )
+
+    def verified(self, name: str, found: str) -> None:
+        """Takes the checksum found of a block's bytes. Raises InputError, naming the block, if it is another."""
+        self._check(name, found)
+        self._verified.add(name)
+
+    def verify_block(self, name: str) -> None:
+        """Reads a block and drops it, in a few MiB of memory. Raises InputError, naming it, if its bytes changed."""
+        digest, extent = xxhash.xxh3_128(), self._extents[name]
+        buffer = memoryview(bytearray(min(extent.nbytes, _VERIFY_NBYTES)))
+        for at in range(0, extent.nbytes, _VERIFY_NBYTES):
+            part = buffer[: min(_VERIFY_NBYTES, extent.nbytes - at)]
+            read_full(extent.fd, part, extent.offset + at, extent.path)
+            digest.update(part)
+        self._check(name, digest.hexdigest())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model; a tied embedding, which two blocks share, counts once."""
+        sizes = {
+            (self._extents[block.name].path, self._extents[block.name].offset + parameter.offset): parameter.nbytes
+            for block in self.blocks.values()
+            for parameter in block.parameters
+        }
+        return sum(sizes.values()) // DTYPE_NBYTES[self.dtype]
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checking:
+    """Takes the bytes of one block in order, in pieces of any size; `finish` raises InputError if they are damaged."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str):
+        self._checkpoint, self._name, self._digest = checkpoint, name, xxhash.xxh3_128()
+
+    def update(self, data: memoryview) -> None:
+        for at in range(0, len(data), _VERIFY_NBYTES):  # in turns with threads that read
+            self._digest.update(data[at : at + _VERIFY_NBYTES])
+
+    def finish(self) -> None:
+        self._checkpoint.verified(self._name, self._digest.hexdigest())
+
+
+def _check_format(root: h5py.File, path: Path) -> None:
+    found = text_attribute(root, "format", path) if "format" in root.attrs else None
+    if found != FORMAT:
+        raise InputError(
+            f"{path} is not a checkpoint: its format is {found!r}, not {FORMAT!r}; make one with noria convert"
+        )
+    version: Any = attribute(root, "version", path)
+    if getattr(version, "shape", None) != () or version.dtype.kind not in "iu" or version < 1:
+        raise InputError(f"{path}: version is {version!r}, it should be a whole number from 1 on")
+    if version > VERSION:
+        raise InputError(
+            f"{path} is version {version} of the format, this Noria reads up to {VERSION}: use a newer Noria"
+        )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`. Raises InputError if it is missing, foreign, truncated, newer or inconsistent."""
+    return Checkpoint(Path(path))
+
+
+def describe(checkpoint: Checkpoint) -> list[str]:
+    """Lines that say what a checkpoint holds. Texts are the file's own: escape them for a terminal."""
+    shape, blocks = checkpoint.shape, checkpoint.blocks
+    layers = [blocks[name].nbytes for name in blocks if name.startswith("layers/")]
+    each = (
+        f"{len(layers)} of {nbytes_words(layers[0])}"
+        if len(set(layers)) == 1
+        else f"{len(layers)}, {nbytes_words(sum(layers))} together"
+    )
+    texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
+    return [
+        f"{checkpoint.path}: checkpoint, version {VERSION}, made from {checkpoint.source}",
+        f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
+        f"sizes       {plural(shape.num_layers, 'layer')}, hidden {shape.hidden_size}, heads {shape.num_heads} of"
+        f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
+        f" positions {shape.max_positions:,}"
+        f"{', embedding tied to the head' if shape.tied else ''}",
+        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'])}",
+        f"layers      {each}: {_parameters(blocks[layer_name(0)]) if layers else 'none'}",
+        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'])}",
+        f"tokenizer   {texts or 'none: prompts must be token_ids'}",
+        f"hash        {checkpoint.header_hash}",
+    ]
+
+
+def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds, for scripts; keys are only ever added."""
+    shape = checkpoint.shape
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": checkpoint.source,
+        "family": checkpoint.family,
+        "dtype": checkpoint.dtype,
+        "parameters": checkpoint.num_parameters,
+        "nbytes": checkpoint.nbytes,
+        "layers": shape.num_layers,
+        "vocabulary": shape.vocab_size,
+        "positions": shape.max_positions,
+        "hash": checkpoint.header_hash,
+    }
+
+
+def _parameters(block: Block) -> str:
+    return ", ".join(f"{parameter.name} {list(parameter.shape)}" for parameter in block.parameters)

@@ -1,0 +1,67 @@
+"""Where the disk tier's blocks are read from: the checkpoint's own files, or a copy in the node's scratch folder.
+
+Knows checkpoints and files; nothing of streams.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from noria.checkpoint.checkpoint import Checkpoint, OpenModel
+from noria.checkpoint.read_ahead import NUM_THREADS, direct_files, read_ahead
+from noria.tiers.disk import Region
+from noria.tools.direct import chunks, scratch_file
+from noria.tools.keys import InputError
+
+
+def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Region]:
+    """A region a block, in the order of `names`, in the checkpoint's own files; each is checked at its first load.
+
+    The checkpoint may be closed after them. Raises InputError for random weights, which have no file.
+    """
+    names = list(names)
+    if not isinstance(checkpoint, Checkpoint):
+        raise InputError(
+            f"{checkpoint.path} are in no file that a disk tier could read: set placement.stage and placement.scratch"
+        )
+    files, regions = direct_files(checkpoint, names), []
+    for name in names:
+        extent = checkpoint.extent(name)
+        regions.append(Region(files[extent.fd], extent.offset, extent.nbytes, partial(checkpoint.checking, name)))
+    return regions
+
+
+def stage(
+    checkpoint: OpenModel,
+    names: Iterable[str],
+    folder: str | Path,
+    staged: Callable[[int], None] = lambda nbytes: None,
+) -> list[Region]:
+    """Copies the blocks, checked, into one nameless file in `folder`: a region a block, in the order of `names`.
+
+    The file is gone when its regions' tier is closed, or the process ends in any way. `staged` hears of each block's
+    bytes. Raises InputError, with the numbers, if the folder has no room for them.
+    """
+    names = list(names)
+    file = scratch_file(folder, sum(checkpoint.blocks[name].nbytes for name in names), "placement.weights.disk")
+    regions, offset = [], 0
+    try:
+        with ThreadPoolExecutor(NUM_THREADS, "stage") as pool:
+            for _, memory in read_ahead(checkpoint, names):
+                view = memory.numpy().data
+                writes = [pool.submit(file.write, offset + begin, view[begin:end]) for begin, end in chunks(len(view))]
+                for write in writes:
+                    write.result()
+                regions.append(Region(file, offset, len(view)))
+                offset += len(view)
+                staged(len(view))
+    except BaseException:
+        file.close()
+        raise
+    return regions
+
+
+def scratch_region(folder: str | Path, nbytes: int, key: str = "placement.cache.disk") -> list[Region]:
+    """One nameless file of `nbytes` to write and read, its space reserved. Raises InputError, naming `key`, if full."""
+    return [Region(scratch_file(folder, nbytes, key), 0, nbytes)]

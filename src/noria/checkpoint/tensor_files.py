@@ -1,0 +1,191 @@
+"""Reads the tensors of one weights file, safetensors or torch's zip/pickle, in pieces and without trusting it.
+
+A shard tells its tensors' dtypes and shapes, and gives a tensor's numbers as flat chunks of bounded size. Knows nothing
+of models or checkpoints. The safetensors format: github.com/huggingface/safetensors, section Format.
+"""
+
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noria.config import InputError
+from noria.tools.container import read_full
+
+CHUNK_NBYTES = 4 << 20
+MAX_HEADER_NBYTES = 100_000_000  # as the format says
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a shard. dtype: a name such as `bfloat16`, or the file's own word for one that is not converted."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def list_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard by name. Raises InputError if it is damaged, truncated or holds anything else."""
+    if path.suffix == ".safetensors":
+        return _list_safetensors(path)
+    return {
+        name: Tensor(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in _load(path).items()
+    }
+
+
+def _list_safetensors(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        if beginning == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        nbytes = int.from_bytes(beginning, "little")
+        if len(beginning) < 8 or nbytes > MAX_HEADER_NBYTES:
+            raise InputError(f"{path} is not a safetensors file: its {size} bytes begin with {beginning!r}")
+        if 8 + nbytes > size:
+            raise InputError(
+                f"{path} is truncated: its header ends at byte {8 + nbytes}, the file has {size}; download it again"
+            )
+        header = file.read(nbytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor(name, path, entry, 8 + nbytes) for name, entry in entries.items()}
+        end = 8 + nbytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: its safetensors header is damaged: {str(error)[:200]!r}") from error
+    if end > size:
+        raise InputError(f"{path} is truncated: its tensors end at byte {end}, the file has {size}; download it again")
+    return tensors
+
+
+def _tensor(name: str, path: Path, entry: dict[str, Any], data: int) -> Tensor:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not isinstance(dtype, str) or not whole or begin > end:
+        raise ValueError(f"{name}: {entry}")
+    if dtype not in _DTYPES:
+        return Tensor(name, path, dtype, tuple(shape), data + begin)
+    if end - begin != prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"{name}: {dtype} {shape} does not take the bytes {begin} to {end}")
+    return Tensor(name, path, str(_DTYPES[dtype]).removeprefix("torch."), tuple(shape), data + begin)
+
+
+class Reader:
+    """Reads tensors through one buffer. Of torch's files one is open at a time, mapped into memory."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(CHUNK_NBYTES)
+        self._path: Path | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def chunks(self, tensor: Tensor, transposed: bool = False) -> Iterator[torch.Tensor]:
+        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next.
+
+        Transposed: of the matrix's transpose; the whole matrix is in memory meanwhile.
+        """
+        chunks = self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
+        return _transposed(tensor, chunks) if transposed else chunks
+
+    def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
+        dtype = getattr(torch, tensor.dtype)
+        nbytes = tensor.size * dtype.itemsize
+        with tensor.shard.open("rb", buffering=0) as file:
+            for begin in range(0, nbytes, CHUNK_NBYTES):
+                view = memoryview(self._buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
+                read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
+                yield torch.frombuffer(view, dtype=dtype)
+
+    def _torch(self, tensor: Tensor) -> Iterator[torch.Tensor]:
+        if tensor.shard != self._path:
+            self._tensors = {}  # before the next is opened: never two at a time
+            self._path, self._tensors = tensor.shard, _load(tensor.shard)
+        flat = self._tensors[tensor.name].reshape(-1)
+        for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):
+            yield chunk.clone()  # a view would keep the whole file mapped
+
+
+def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+    flat, done = whole.view(-1), 0
+    for chunk in chunks:
+        flat[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    rows = max(1, CHUNK_NBYTES // max(1, whole.element_size() * len(whole)))
+    for some in whole.t().split(rows):
+        yield from some.reshape(-1).split(CHUNK_NBYTES // whole.element_size())
+
+
+def _check_archive(path: Path) -> None:
+    """Raises InputError for a zip with compressed entries: torch saves none, and they could grow without bound."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {str(error)[:200]!r}") from error
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    nbytes, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if not stored or nbytes > size:
+        raise InputError(f"{path} is an archive of {nbytes} bytes compressed to {size}: torch saves it uncompressed")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    _check_archive(path)
+    try:
+        tensors = _unpickle(path)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to let it run code
+            reason = "it holds more than tensors, and whatever else a pickle does is not done"
+        raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason!r}") from error
+    size = path.stat().st_size
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]:
+        plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        there = plain and tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= size
+        if not there or tensor.is_quantized:
+            raise InputError(f"{path}: {str(name)[:80]!r} is no plain tensor whose numbers are in the file")
+    return tensors
+
+
+def _unpickle(path: Path) -> Any:
+    """What torch's own restricted unpickler makes of the file: no code of the file's runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with the file is said in one line, by the caller
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap can only be used with files saved with" not in str(error):
+                raise
+            # the format before torch 1.6 cannot be mapped: the whole file is in memory while it is read
+            return torch.load(path, map_location="cpu", weights_only=True)

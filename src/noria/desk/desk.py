@@ -1,0 +1,323 @@
+"""Rank 0's own work: prompts in, finished rows out.
+
+Knows the files and the sequences; nothing of steps, devices or messages.
+"""
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noria.blocks import ModelShape
+from noria.checkpoint.checkpoint import OpenModel
+from noria.config import TIERS, Config, InputError, shard_rows
+from noria.desk.begun import take_up
+from noria.desk.examination import Work
+from noria.desk.finished import generation, num_cut
+from noria.desk.identity import another_run
+from noria.desk.old_rules import texts_again
+from noria.output.agreement import ANEW, OLD_RULES
+from noria.output.compact import Compactor
+from noria.output.merge import merge
+from noria.output.outcome import how_to_read, outcome_of
+from noria.output.parts import Parts
+from noria.output.segments import history
+from noria.output.target import probe_output, reopen
+from noria.plan.planner import Plan
+from noria.rows import sequence as sequences
+from noria.rows.admission import Admission, Limits
+from noria.rows.chat import Encoder, encoder_of, tells_date
+from noria.rows.prompts import Prompt, noted, open_prompts
+from noria.rows.source import Source, extends
+from noria.rows.tokenizer import tokenizer_of
+from noria.tools.helper import Helper
+from noria.tools.progress import Progress, log
+from noria.tools.text import plural
+
+ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
+WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
+
+
+class Desk:
+    """Prompts, tokenizer, parts and progress of a run around its Admission.
+
+    Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
+    is stopped for its deadline. Rows are sealed by the thread that calls `tend`, about every second and when it is
+    called by `nudge`; here, it is called in place. `helper` renders conversations. Raises InputError if the parts beside
+    the output are of another run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        work: Work,
+        plan: Plan,
+        checkpoint: OpenModel,
+        segment: Mapping[str, Any],
+        helper: Helper | None = None,
+    ):
+        self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
+        self._helper = helper
+        self.sampling = work.identity.sampling
+        # A prompt is computed once for all its samples.
+        self._lengths = work.load.prompt_tokens / self.sampling.n, work.load.new_tokens
+        self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
+        self._tokenizer = tokenizer_of(checkpoint)
+        self.lock = threading.RLock()
+        self.nudge: Callable[[], None] = self.tend
+        # Held while the run goes on with what `tend` does; taken after `lock`, before that of parts.
+        self._tending = threading.Lock()
+        self._failure: Exception | None = None  # of `tend`: the next step raises it
+        self.seconds_left: Callable[[], float] = lambda: float("inf")
+        self._groups, self._step_seconds = plan.groups, 0.0
+        self._last: float | None = None
+        self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
+        self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
+        make_room(config)
+        self.code = 0  # the job's exit code, once the output is whole
+        self._parts = Parts(config.output, work.identity.header)
+        try:
+            self._open(plan, segment)
+        except BaseException:
+            self._parts.withdraw()
+            raise
+
+    def _open(self, plan: Plan, segment: Mapping[str, Any]) -> None:
+        """From the parts that are there to the admission of what is left; last of all the record of this job."""
+        config, parts = self._config, self._parts
+        self._agree()
+        num_rows = len(self._rows) * self.sampling.n
+        self._compactor = Compactor(parts)
+        done = parts.done() if config.job.retry_errors else parts.finished()
+        self._begun = parts.unfinished()
+        self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
+        self._progress = Progress(num_rows, len(done), lengths=self._lengths)
+        self.admission = Admission(
+            noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
+            len(self._rows) - len(done) // self.sampling.n,
+            self._with_begun(self._encoder(plan.num_ranks)),
+            self.sampling,
+            self._tokenizer.end_token_ids,
+            _limits(plan, self._checkpoint.shape),
+            self._finish,
+            self._take_up,
+            done,
+            self._tokenizer,
+            self._identity.rules,
+        )
+        parts.begin({**segment, "of": num_rows})
+
+    @property
+    def complete(self) -> bool:
+        """Every row of the run is finished. Asked when no step is under way."""
+        with self.lock:
+            return not self._dropped and self.admission.exhausted
+
+    def stop(self, reason: str) -> tuple[str, float]:
+        """Drops what is in flight and seals it with its tokens so far. Returns words for the user and the seconds of a round."""
+        with self.lock:
+            if self._merging:
+                return "every row is sealed", 0.0
+            self._stopped = True
+            unfinished = self.admission.stop()
+            self._dropped = self._dropped or bool(unfinished)
+            waiting = sum(row.status != "todo" for row in list(self._parts.pending))
+            begun = [sequence for sequence in unfinished if sequence.token_ids]
+            for sequence in begun:
+                self._parts.add(generation(sequence, self._tokenizer, self._logprobs_dtype))
+            self._seal()
+            self._parts.end(reason)
+        words = f"{plural(waiting, 'finished row')} and {plural(len(begun), 'row')} half-way are sealed"
+        return words, self._step_seconds * self._groups
+
+    def leave(self) -> None:
+        """Says how far a run came that stops before its end."""
+        with self.lock, self._tending:
+            self._seal()
+            self._merging = True  # nothing is left to tend
+            if not self._stopped:  # by a signal: admission ended in time for the walltime
+                self._parts.end("walltime")
+        self._progress.end(self._config.output)
+
+    def withdraw(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """The way out after an error: a run that was refused before any row was sealed leaves nothing behind."""
+        if isinstance(error, InputError) and not self._parts.parts:
+            self._parts.withdraw()
+
+    def fail(self, message: str) -> None:
+        """Records why the job ends, from any thread: what `noria inspect` says of it."""
+        if not self._parts.taken_away():
+            self._parts.end(" ".join(message.split())[:300])
+
+    def tend(self) -> None:
+        """From the thread that seals: brings to the disk what is due, and puts small parts together."""
+        with self._tending:
+            if self._merging or self._failure is not None:
+                return
+            try:
+                if self._seal(self._config.job.seal_seconds):
+                    self._compactor.compact_if_due()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the run must end with it
+                self._failure = error
+
+    def tick(self) -> None:
+        """Between two steps: has sealed what is due, shows how far the run is and looks at the time.
+
+        Waits for the disk only where the run finishes rows faster than it takes them. Raises what `tend` met with.
+        """
+        with self.lock:
+            counted = self.admission.counted
+            unread = len(self._rows) - len(self.admission.samples)
+            expected = self.admission.num_rows + unread * self.sampling.n
+            self._progress.expect(expected)
+            self._parts.expect(expected)
+            self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
+            self._parts.computed(counted.prompt_tokens)
+            counted.tokens = counted.prompt_tokens = 0
+            self._look_at_the_time()
+        if self._parts.is_due(self._config.job.seal_seconds):
+            self.nudge()
+        while self._parts.is_full and self._failure is None and not self._stopped:
+            self.nudge()
+            time.sleep(WAIT_SECONDS)
+        if self._failure is not None:
+            raise self._failure
+
+    def _look_at_the_time(self) -> None:
+        """Admits nothing more when what is left would not be worth a row's prefill."""
+        now, left = time.monotonic(), self.seconds_left()
+        if self._last is None:
+            self._last, self._seconds = now, left
+            return
+        self._step_seconds += (now - self._last - self._step_seconds) / 8
+        self._last = now
+        if (
+            left < min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10)
+            and not self._closed_for_deadline
+        ):
+            self._closed_for_deadline = True
+            self.admission.admit_no_more()
+
+    def _seal(self, due: float | None = None) -> Path | None:
+        """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
+        parts = self._parts
+        if parts.taken_away():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "the sealed parts were taken away under the run: put them back, or start the same run again",
+                str(parts.folder),
+            )
+        try:
+            return parts.seal() if due is None else parts.seal_if_due(due)
+        except OSError as error:
+            said = f"{error.strerror or error}: {plural(len(parts.pending), 'row')} could not be sealed; what is sealed stays:"
+            remedy = "make room and start the same run again"
+            raise OSError(error.errno, f"{said} {remedy}", str(parts.folder)) from error
+
+    def close(self, attrs: Mapping[str, Any], timings: Sequence[Mapping[str, float]]) -> None:
+        """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
+        columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
+        with self.lock, self._tending:
+            self._seal()
+            self._parts.end("finished")
+            self._merging = True  # from here on the parts may go at any moment
+        attrs = {**attrs, **history(self._parts.folder), "seed": self.sampling.seed, "prompt_rows": self._num_prompts}
+        attrs |= {"model_sampling": self._identity.taken}
+        again = None
+        if self._identity.rules == OLD_RULES:
+            prompts = open_prompts(Source.of(self._config))
+            again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
+        samples = np.array(self.admission.samples)
+        merge(self._parts, self._config.output, self._rows, attrs, columns, samples, again)
+        outcome = outcome_of(self._config.output)
+        self.code = outcome.code(self._config.job.fail_on_errors)
+        self._progress.end(self._config.output, [*outcome.lines(), how_to_read(self._config.output)])
+
+    def _note(self, message: str) -> None:
+        log(0, 1, f"note: {message}")
+
+    def _finish(self, sequence: sequences.Sequence) -> None:
+        row = generation(sequence, self._tokenizer, self._logprobs_dtype)
+        self._parts.add(row)
+        self._progress.add(rows=1, errors=row.status == "error", finished_tokens=len(row.token_ids))
+
+    def _take_up(self, sequence: sequences.Sequence) -> None:
+        """Gives the sequence the tokens that an earlier job sealed for it."""
+        sequence.num_cut = self._cut.get(sequence.prompt.row, sequence.num_cut)
+        begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
+        if begun is not None:
+            take_up(sequence, begun)
+
+    def _with_begun(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
+        """The way from rows to token ids; a row that was stopped half-way keeps those of its prompt as they were sealed."""
+        stored = {row: one.prompt_token_ids.tolist() for (row, _), one in self._begun.items()}
+        return lambda prompt: stored[prompt.row] if prompt.row in stored else encode(prompt)
+
+    def _encoder(self, num_ranks: int) -> Encoder:
+        date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
+        return encoder_of(
+            self._checkpoint,
+            self._tokenizer,
+            self.sampling,
+            date,
+            lambda message: log(0, num_ranks, message),
+            self._helper,
+        )
+
+    def _agree(self) -> None:
+        """Raises InputError if the parts are of another run; those that are not may be of an earlier version."""
+        parts = self._parts
+        for part in parts.parts:  # a greedy shard of the old rules drew nothing: any seed agrees with it
+            if part.header.get("sampling.seed") is None:
+                part.header["sampling.seed"] = parts.header["sampling.seed"]
+        if tells_date(
+            self._checkpoint.tokenizer
+        ):  # of the job's first start: a row is the same whenever it is generated
+            stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
+            parts.header["chat.date"] = stored[0] if stored else _now()
+        if self._config.job.extend:
+            for part in parts.parts:
+                if extends(Source.of(self._config), part.header["prompts"]):
+                    part.header["prompts"] = parts.header["prompts"]
+        different = parts.differences()
+        if different:
+            raise another_run(parts.folder, different)
+        last = max((int(part.row.max(initial=-1)) for part in parts.parts), default=-1)
+        if last >= self._num_prompts:
+            raise InputError(
+                f"limit is {self._config.limit}, and {parts.folder} holds row {last}: leave --limit away,"
+                f" or give at least {last + 1}"
+            )
+        parts.adopt()
+
+
+def make_room(config: Config) -> None:
+    """For a run that nothing refuses any more: moves an old output aside, or lets a finished one be its first part."""
+    if config.job.overwrite:
+        probe_output(config.output, overwrite=True)
+    elif Path(config.output).exists():
+        reopen(config.output)
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def _limits(plan: Plan, shape: ModelShape) -> Limits:
+    return Limits(
+        plan.groups,
+        plan.num_pages,
+        plan.step_tokens,
+        plan.microbatch_tokens,
+        plan.microbatches,
+        shape.max_positions,
+        shape.vocab_size,
+        tuple(plan.cache_pages.get(tier, 0) for tier in TIERS),
+        plan.cache_slot_pages,
+        shape.end_words,
+    )

@@ -1,0 +1,175 @@
+"""What rank 0 finds in the user's files before anything is loaded: a run is refused here or not at all.
+
+Opens model, prompts and output; knows no device and no rank.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from noria.blocks import DTYPE_NBYTES, Block, ModelShape
+from noria.checkpoint.checkpoint import OpenModel, open_checkpoint, parse_json
+from noria.checkpoint.random_weights import random_checkpoint
+from noria.config import Config, InputError, Sampling, require
+from noria.desk import validation
+from noria.desk.identity import Identity, check_finished, identity
+from noria.desk.lengths import look
+from noria.desk.old_rules import check_rendering
+from noria.desk.validation import Limits
+from noria.output.agreement import OLD_RULES
+from noria.output.outcome import outcome_of
+from noria.output.target import probe_output
+from noria.plan import planner
+from noria.plan.costs import Load
+from noria.rows.chat import Chat, Encoder, encoder_of
+from noria.rows.model_sampling import told
+from noria.rows.prompts import open_prompts
+from noria.rows.source import Source, content_hash, counts, prompt_files
+from noria.rows.tokenizer import Tokenizer, tokenizer_of
+from noria.rows.waiting import unknown_ids
+from noria.tools.helper import Helper
+from noria.tools.text import plural
+
+
+@dataclass(frozen=True)
+class Work:
+    """What rank 0 found in the user's files before anything was allocated."""
+
+    state: str  # of the output: absent, parts or finished
+    num_rows: int
+    shape: ModelShape
+    blocks: dict[str, Block]
+    dtype: str
+    prompts_hash: str
+    prompt_files: list[dict[str, Any]]  # see source.prompt_files
+    load: Load  # how long its rows are
+    identity: Identity
+    said: list[str]  # for the user, a line each
+    code: int = 0  # the exit code of a job that finds the output finished
+
+
+def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Work:
+    """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one.
+
+    `helper` renders conversations.
+    """
+    source = Source.of(config)
+    by_file, prompts_hash = counts(source), content_hash(source)
+    num_rows = sum(by_file)
+    with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
+        planner.check(config, num_ranks, checkpoint.shape.num_layers)
+        dtype = dtype_of(config, checkpoint.dtype, device)
+        tokenizer = tokenizer_of(checkpoint)
+        encode = _encoder(config, checkpoint, tokenizer, helper)
+        # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
+        state = probe_output(config.output, config.job.overwrite, move=False)
+        own = identity(config, prompts_hash, checkpoint, dtype)
+        if state == "finished" and check_finished(config, own.header, num_rows):
+            state = "parts"
+        if state == "absent" and config.job.shard is None:
+            _refuse_useless(source, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
+        load = look(config, checkpoint.shape.max_positions, num_rows, encode)
+        outcome = outcome_of(config.output) if state == "finished" else None
+        if outcome:
+            said = outcome.lines()
+        elif own.rules > OLD_RULES:
+            said = told(checkpoint.generation_config, config.sampling, own.taken)
+        else:
+            said = check_rendering(
+                config, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
+            )
+        files, code = prompt_files(source, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
+        shape, blocks = checkpoint.shape, checkpoint.blocks
+        return Work(state, num_rows, shape, blocks, dtype, prompts_hash, files, load, own, said, code)
+
+
+def _refuse_useless(
+    source: Source, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
+) -> None:
+    """Raises InputError, with the reasons, if there are rows and none of the first LOOKED_AT can run."""
+    limits = Limits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
+    reasons = validation.all_wrong(open_prompts(source), encode, sampling, limits, tokenizer)
+    if reasons is not None:
+        most = validation.LOOKED_AT
+        first = f"the first {most:,} rows" if num_rows > most else plural(num_rows, "row")
+        raise InputError(
+            f"none of {first} of {source} can run: {'; '.join(reasons.lines())}; nothing is written (noria validate --all"
+            " lists them)"
+        )
+
+
+def _encoder(
+    config: Config, checkpoint: OpenModel, tokenizer: Tokenizer, helper: Helper | None, date: datetime | None = None
+) -> Encoder:
+    """The run's way from rows to token ids. Raises InputError for what the model, its tokenizer or template cannot honour."""
+    unknown = unknown_ids(config.sampling, checkpoint.shape.vocab_size)
+    require(unknown is None, f"sampling.{unknown}")
+    return encoder_of(checkpoint, tokenizer, config.sampling, date or datetime.now(), lambda message: None, helper)
+
+
+def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
+    """What of a checkpoint's texts cannot be used as it is, though rows of token_ids run."""
+    said = []
+    unknown = sorted(id for id in tokenizer.end_token_ids if not 0 <= id < vocab_size)
+    if unknown:
+        said.append(f"end token {unknown[0]} is not in the model's vocabulary of {vocab_size}: no row ends by it")
+    if not tokenizer.end_token_ids:
+        said.append(
+            "config.json, generation_config.json and the tokenizer name no end token: rows end by max_new_tokens"
+        )
+    return said + ([chat.error] if chat.error else [])
+
+
+def open_model(config: Config, dtype: str) -> OpenModel:
+    """The model's blocks, with the run's context: the user's checkpoint, or random ones of a config.json's shape."""
+    opened = _open(config, dtype)
+    try:
+        opened.shape = with_context(opened, config.max_context)
+    except InputError:
+        opened.close()
+        raise
+    return opened
+
+
+def with_context(opened: OpenModel, most: int | None) -> ModelShape:
+    """The model's shape with `most` positions, if that is said. Raises InputError where it cannot compute so many."""
+    shape = opened.shape
+    learned = any(parameter.name == "positions" for parameter in opened.blocks["embed"].parameters)
+    end = shape.end_words or ("its positions are a table of that length" if learned else "")
+    require(
+        most is None or most <= shape.max_positions or not end,
+        f"max_context is {most}, the model's context {shape.max_positions} ({end}): give at most {shape.max_positions}",
+    )
+    return shape if most is None else replace(shape, max_positions=most)
+
+
+def _open(config: Config, dtype: str) -> OpenModel:
+    if config.model is not None:
+        model = Path(config.model)
+        found = "is a folder" if model.is_dir() else "does not exist"
+        require(model.is_file(), f"model {model} {found}: noria convert HF_DIR MODEL.h5 makes a checkpoint")
+        return open_checkpoint(config.model)
+    assert config.job.random_weights is not None, "a run has a model or random weights"
+    return random_checkpoint(_shape_file(config.job.random_weights), dtype)
+
+
+def _shape_file(path: str) -> dict[str, Any]:
+    """The config.json of random weights."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"random_weights {path}: {error.strerror}") from error
+    return parse_json(text, path)
+
+
+def dtype_of(config: Config, stored: str | None, device: str) -> str:
+    """The run's dtype: what was asked, else float32 on a CPU, and on a GPU the checkpoint's or what a config.json says."""
+    if config.dtype != "auto":
+        return config.dtype
+    if device != "cpu" and stored is None and config.job.random_weights:
+        shape = _shape_file(config.job.random_weights)
+        named = shape.get("dtype", shape.get("torch_dtype"))
+        stored = named if named in DTYPE_NBYTES else None
+    return "float32" if device == "cpu" else stored or "bfloat16"

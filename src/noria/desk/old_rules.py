@@ -1,0 +1,120 @@
+"""An output that an earlier version began: whether its other rows may be rendered by today's rules, and its texts anew.
+
+What else the old rules are stands in output/agreement.py. Knows no ranks and no devices.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from noria.config import Config, InputError, Sampling, shard_rows
+from noria.desk.finished import text_again
+from noria.desk.identity import Identity
+from noria.output.agreement import OLD_RULES, differing
+from noria.output.generations import Generation
+from noria.output.sealed import gather, parts_folder, scan, scan_one, select
+from noria.output.target import begun_with
+from noria.rows.prompts import Prompt, open_prompts
+from noria.rows.source import Source, extends
+from noria.rows.tokenizer import Tokenizer
+from noria.rows.waiting import of_row
+
+Encode = Callable[[Prompt], list[int]]
+
+
+def check_rendering(config: Config, own: Identity, num_rows: int, encoder: Callable[[datetime], Encode]) -> list[str]:
+    """Lines for the user of an output of the old rules; none of another.
+
+    `encoder` renders rows as today's rules have it, at a date. Raises InputError if rows are not begun and any of those
+    that are would get other tokens today: one output would hold rows of two kinds.
+    """
+    begun = None if config.job.overwrite else begun_with(config.output)
+    if own.rules > OLD_RULES or begun is None or not _same_run(config, begun, own.header):
+        return []
+    date = datetime.fromisoformat(begun.get("chat.date", datetime.now().isoformat()))
+    rows, encode = shard_rows(config.job.shard, num_rows), encoder(date)
+    prompts = (prompt for prompt in open_prompts(Source.of(config)) if prompt.row in rows)
+    other, num_new = None, 0
+    for prompt, sealed in _beside(prompts, _sealed(config)):
+        num_new += not sealed
+        other = other or _other_tokens(prompt, sealed, encode)
+        if other and num_new:
+            raise InputError(
+                f"{config.output} was begun by an earlier version, which made other tokens of its prompts ({other}), and"
+                " rows that are not begun would be of another kind: finish it with that version, or --overwrite moves it"
+                " aside and begins again"
+            )
+    return [
+        f"{config.output} was begun by an earlier version: rows keep their tokens, their way of drawing and a seed of"
+        f" {own.sampling.seed}, nothing is taken from the model's generation_config.json, texts are decoded anew"
+    ]
+
+
+def texts_again(
+    prompts: Iterable[Prompt], sampling: Sampling, tokenizer: Tokenizer
+) -> Callable[[Generation], Generation]:
+    """What gives finished rows, asked in the order of `prompts`, the texts that today's rules make of their tokens."""
+    remaining = iter(prompts)
+    current: Prompt | None = None
+
+    def again(row: Generation) -> Generation:
+        nonlocal current
+        prompt = current
+        while prompt is None or prompt.row < row.row:
+            prompt = current = next(remaining)
+        if row.status == "done":
+            try:
+                its = of_row(prompt.sampling, False, sampling, OLD_RULES)
+                row.text = text_again(
+                    tokenizer, row.prompt_token_ids.tolist(), row.token_ids.tolist(), its, row.finish_reason
+                )
+            except InputError:
+                pass  # the text that there is stays: a finished row is never lost
+        return row
+
+    return again
+
+
+def _same_run(config: Config, begun: dict[str, Any], header: dict[str, Any]) -> bool:
+    """Whether the run is that of the output, perhaps with longer prompts; another is refused elsewhere, with its reasons."""
+    other = differing(begun, header, but=("chat.date", "sampling.seed"))
+    longer = config.job.extend and other == ["prompts"] and extends(Source.of(config), begun["prompts"])
+    return not other or longer
+
+
+def _sealed(config: Config) -> Iterator[Generation]:
+    """The rows that are there, finished or half-way, in order; errors that are tried again are not."""
+    output = Path(config.output)
+    parts = (
+        scan(parts_folder(output), lambda message: None, verify=False) if not output.exists() else [scan_one(output)]
+    )
+    for block in gather(parts, select(parts, half_way=True)):
+        yield from (one for one in block if one.status != "error" or not config.job.retry_errors)
+
+
+def _beside(prompts: Iterable[Prompt], sealed: Iterator[Generation]) -> Iterator[tuple[Prompt, list[Generation]]]:
+    """Each prompt with its rows that are there: both come in order."""
+    groups = groupby(sealed, key=lambda one: one.row)
+    row, ours = next(groups, (None, ()))
+    for prompt in prompts:
+        rows = list(ours) if row == prompt.row else []
+        if rows:
+            row, ours = next(groups, (None, ()))
+        yield prompt, rows
+
+
+def _other_tokens(prompt: Prompt, sealed: list[Generation], encode: Encode) -> str:
+    """In words, how today's tokens of a prompt differ from those that are sealed; "" if they do not."""
+    stored = next((one.prompt_token_ids.tolist() for one in sealed if len(one.prompt_token_ids)), None)
+    if stored is None:
+        return ""
+    try:
+        found = encode(prompt) if prompt.error is None else prompt.error
+    except InputError as error:
+        found = str(error)
+    if found == stored:
+        return ""
+    today = found if isinstance(found, str) else f"{len(found)} tokens"
+    return f"row {prompt.row}, {prompt.id}: {len(stored)} tokens there, {today} now"

@@ -1,0 +1,47 @@
+"""Which headers are of one run: what rows that are put together must have in common.
+
+A header is a table of plain JSON values; see desk/identity.py, which makes it. Knows no rows.
+"""
+
+import json
+from collections.abc import Container, Mapping
+from dataclasses import fields
+from typing import Any
+
+from noria.config import WHOLE, Sampling
+from noria.sampling import OPEN
+
+# By which rules rows are rendered, drawn and decoded. An output says by which it was begun, and goes on by them.
+RULES = 2
+# Of outputs that say nothing: a row's own seed draws by its number in the file, nothing comes from the model's
+# generation_config.json, OpenAI's batch lines are sampled as other rows, a text is that of the new tokens alone.
+OLD_RULES = 1
+ANEW = "decoded anew"  # what an output of the old rules says of its texts if this version finished it
+# What a header means that lacks the key: it was written before there was such a key, so with what is now its default.
+_DEFAULTS = {
+    "rules": OLD_RULES,
+    "shard": WHOLE,
+    **{f"sampling.{key.name}": OPEN.get(key.name, key.default) for key in fields(Sampling)},
+}
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
+    """The names of the values that two headers do not share, `but` for some.
+
+    A value that a header lacks is at its default (null without one), so a later version with more keys agrees with it.
+    """
+    names = dict.fromkeys([*ours, *theirs])
+    return [name for name in names if name not in but and _value(theirs, name) != _value(ours, name)]
+
+
+def difference(name: str, theirs: Mapping[str, Any], there: str, ours: Mapping[str, Any]) -> str:
+    """`sampling.top_k: 3 in part-000000.h5, 5 now`: a value that two headers do not share, in words."""
+    return f"{name}: {_json(theirs, name)} {there}, {_json(ours, name)} now"
+
+
+def _value(header: Mapping[str, Any], name: str) -> object:
+    return header.get(name, _DEFAULTS.get(name))
+
+
+def _json(header: Mapping[str, Any], name: str) -> str:
+    return json.dumps(_value(header, name))

@@ -1,0 +1,181 @@
+"""Generations as a file for other programs, in the order of the prompts: JSON lines, CSV, parquet, OpenAI's responses.
+
+Knows the finished output and its parts; nothing of how they came about.
+"""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from noria.config import InputError, nearest
+from noria.output.export_openai import responses
+from noria.output.export_tables import write_csv, write_parquet
+from noria.output.generations import Generation, open_generations
+from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
+from noria.tools.atomic import check_file, fsync, publish, temporary
+from noria.tools.text import json_text, plural
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+FORMATS = ("rows", "openai")
+SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
+KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
+# What a table's columns of these names hold.
+_KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<int32>", "top_ids": "list<list<int32>>"}
+_KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
+
+
+def export(
+    source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr, format: str = "rows"
+) -> int:
+    """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
+
+    The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
+    name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
+    is written, which has none. With `format` openai a response a prompt, as JSON lines. An output that is not finished is
+    exported from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises
+    InputError for what is no output or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    check_target(target, format)
+    while not source.exists() and parts_folder(source).is_dir():
+        parts = part_files(parts_folder(source))
+        try:
+            return _write(target, _rows_so_far(source, report), format, "")
+        except (InputError, OSError):
+            # A job that runs may have put parts together meanwhile, or merged them all: then the output itself is there.
+            if not source.exists() and all(path.exists() for path in parts):
+                raise
+    with open_generations(source) as file:
+        return _write(target, file.rows, format, str(file.attrs.get("start", "")))
+
+
+def check_target(target: Path, format: str = "rows") -> None:
+    """Raises InputError for a suffix that cannot be written, or a folder that does not take the file."""
+    suffix = _suffix(target)
+    known = SUFFIXES if format == "rows" else SUFFIXES[:2]
+    if suffix not in known:
+        raise InputError(
+            f"{target}: {suffix or 'a name without a suffix'} is not a format of export{nearest(suffix, known)}; export"
+            f" {'writes' if format == 'rows' else f'--format {format} writes'} {', '.join(known)}: name the file"
+            f" {target.name.partition('.')[0] or 'rows'}.jsonl"
+        )
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: name a file in it")
+    check_file(target)
+
+
+def _suffix(target: Path) -> str:
+    """The end of its name that says the format, with `.gz` before which it stands."""
+    suffixes = [suffix.lower() for suffix in target.suffixes[-2:]]
+    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+
+
+def as_object(generation: Generation) -> dict[str, Any]:
+    """The row as it is exported: Noria's keys, then the user's own columns."""
+    row = {
+        "id": generation.id,
+        "sample": generation.sample,
+        "status": generation.status,
+        "finish_reason": generation.finish_reason,
+        "prompt": generation.prompt,
+        "text": generation.text,
+        "token_ids": generation.token_ids.tolist(),
+    }
+    for name in SCORES:
+        values = getattr(generation, name)
+        if values is not None and values.size:
+            row[name] = _numbers(values)
+    if generation.error:
+        row["error"] = generation.error
+    own = own_columns(generation.extra)
+    for name, value in own.items():
+        row[f"input_{name}" if _taken(name, own) else name] = value
+    return row
+
+
+def _taken(name: str, own: dict[str, Any]) -> bool:
+    """Whether a user's column has the name of one of KEYS, or of a user's column that is renamed for that."""
+    while name not in KEYS:
+        before = name.removeprefix("input_")
+        if before == name or before not in own:
+            return False
+        name = before
+    return True
+
+
+def own_columns(extra: str) -> dict[str, Any]:
+    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
+    columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
+    if not isinstance(columns, dict):
+        raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")
+    return columns
+
+
+def _numbers(values: np.ndarray) -> list[Any]:
+    if values.ndim > 1:
+        return [_numbers(one) for one in values]
+    return values.tolist() if values.dtype.kind == "i" else [_shortest(value) for value in values]
+
+
+def _shortest(value: np.floating) -> float | None:
+    # str() of a numpy number has as many digits as its own precision needs.
+    return float(str(value)) if np.isfinite(value) else None
+
+
+def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], Iterator[Generation]]:
+    parts = scan(parts_folder(source), report, verify=False)
+    if source.exists():
+        raise FileNotFoundError(f"{parts_folder(source)} is merged")
+    selection = select(parts)
+    half = f", {plural(selection.num_todo, 'row')} left half-way not among them" if selection.num_todo else ""
+    report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")
+    return lambda: (one for block in gather(parts, selection) for one in block)
+
+
+def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
+    unfinished = temporary(target)
+    try:
+        if format == "openai":
+            objects = (as_object(one) | _hidden(one) for one in rows())
+            count = _write_lines(unfinished, responses(objects, start), _suffix(target))
+        elif _suffix(target).startswith(".jsonl"):
+            count = _write_lines(unfinished, map(as_object, rows()), _suffix(target))
+        else:
+            write = write_csv if _suffix(target) == ".csv" else write_parquet
+            count = write(lambda: map(as_object, rows()), unfinished, _KINDS)
+        fsync(unfinished)
+        publish(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def _hidden(generation: Generation) -> dict[str, Any]:
+    """What a response needs beside what is exported."""
+    return {"row": generation.row, "num_prompt_tokens": len(generation.prompt_token_ids)}
+
+
+def _write_lines(path: Path, objects: Iterable[dict[str, Any]], suffix: str) -> int:
+    count = 0
+    with path.open("wb") as plain, contextlib.ExitStack() as closing:
+        # without a name and a time in it: the same rows are the same bytes
+        packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if suffix.endswith(".gz") else None
+        file: BinaryIO | gzip.GzipFile = plain if packed is None else closing.enter_context(packed)
+        for one in objects:
+            file.write(_line(one))
+            count += 1
+    return count
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json_text(row).encode() + b"\n"
+    except UnicodeEncodeError:
+        # A lone surrogate in a user's own column, which UTF-8 cannot hold and a JSON escape can.
+        return json_text(row, ensure_ascii=True).encode() + b"\n"

@@ -1,0 +1,264 @@
+"""Reads a file of generations, a block of rows at a time.
+
+Finished outputs and sealed parts read the same. The schema is schema.py's; knows nothing of folders of parts.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from noria.config import InputError
+from noria.output.schema import (
+    FINISH_REASON,
+    FORMAT,
+    NO_ID,
+    STATUS,
+    STRINGS,
+    VERSION,
+    WIDE,
+    Generation,
+    Scores,
+    checksums,
+    schema,
+)
+from noria.tools.text import plural, printable
+
+__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "open_generations", "what_it_is"]
+
+CACHE_NBYTES = 2**16  # that HDF5 keeps of an open file beside its data
+BLOCK_ROWS = 4096
+BLOCK_TOKENS = 2**21
+
+
+class NewerVersion(InputError):
+    """The file was written by a later version of Noria than this one."""
+
+
+class Generations:
+    """An open file of generations. Made by `open_generations`; a context manager."""
+
+    def __init__(self, path: Path, file: h5py.File, datasets: dict[str, h5py.Dataset]):
+        self.path, self.file, self.datasets = path, file, datasets
+        self.num_rows = len(datasets["row"])
+        self.scores = _scores(datasets)
+        self.attrs = {name: _plain(value) for name, value in file.attrs.items()}
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __enter__(self) -> "Generations":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.attrs.get("complete", False))
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column of numbers."""
+        return self.datasets[name][:]
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """[rows] tokens generated in each row; [rows] tokens of each prompt."""
+        tokens, prompt_tokens = (self.column(name) for name in ("offsets", "prompt_offsets"))
+        return np.diff(tokens).astype(np.int32), np.diff(prompt_tokens).astype(np.int32)
+
+    def rows(self) -> Iterator[Generation]:
+        """All rows in the order of the file, read a block at a time."""
+        tokens, prompt_tokens = self.lengths()
+        for start, stop in blocks(tokens * (1 + self.scores.top), prompt_tokens):
+            yield from self.read(start, stop)
+
+    def read(self, start: int, stop: int, wanted: Sequence[int] | np.ndarray | None = None) -> list[Generation]:
+        """Rows start .. stop-1, or those of them at the positions `wanted`, in that order."""
+        file, part = self.datasets, slice(start, stop)
+        columns = {name: file[name][part] for name in ("row", "sample", "status", "finish_reason", *STRINGS)}
+        ends, prompt_ends = file["offsets"][start : stop + 1], file["prompt_offsets"][start : stop + 1]
+        tokens = file["tokens"][ends[0] : ends[-1]]
+        prompt_tokens = file["prompt_tokens"][prompt_ends[0] : prompt_ends[-1]]
+        scores = {name: file[name][ends[0] : ends[-1]] for name in ("logprobs", *WIDE) if name in file}
+        prompt_logprobs = file["prompt_logprobs"][prompt_ends[0] : prompt_ends[-1]] if self.scores.prompt else None
+        ends, prompt_ends = ends - ends[0], prompt_ends - prompt_ends[0]
+
+        def generation(index: int) -> Generation:
+            span = slice(ends[index], ends[index + 1])
+            prompt_span = slice(prompt_ends[index], prompt_ends[index + 1])
+            return Generation(
+                row=int(columns["row"][index]),
+                sample=int(columns["sample"][index]),
+                status=STATUS[columns["status"][index]],
+                finish_reason=FINISH_REASON[columns["finish_reason"][index]],
+                token_ids=tokens[span],
+                prompt_token_ids=prompt_tokens[prompt_span],
+                prompt_logprobs=None if prompt_logprobs is None else _some(prompt_logprobs[prompt_span]),
+                **_scores_of_row({name: values[span] for name, values in scores.items()}),
+                **{name: columns[name][index].decode(errors="replace") for name in STRINGS},
+            )
+
+        return [generation(index) for index in (range(stop - start) if wanted is None else np.asarray(wanted) - start)]
+
+
+def _some(values: np.ndarray) -> np.ndarray | None:
+    """The log-probabilities of a row, or None where the file holds none of it."""
+    return None if np.isnan(values).all() else values
+
+
+def _scores_of_row(values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A row's logprobs, top_ids and top_logprobs: as many of the most likely ids as the row asked for, else None."""
+    row: dict[str, Any] = {"logprobs": _some(values["logprobs"])} if "logprobs" in values else {}
+    if "top_ids" in values:
+        top = int((values["top_ids"] != NO_ID).sum(axis=1).max(initial=0))
+        row |= {name: values[name][:, :top] if top else None for name in WIDE}
+    return row
+
+
+def _scores(datasets: Mapping[str, h5py.Dataset]) -> Scores:
+    """Which log-probabilities these datasets hold."""
+    dtypes = [datasets[name].dtype.name for name in ("logprobs", "prompt_logprobs") if name in datasets]
+    top = datasets["top_ids"].shape[1] if "top_ids" in datasets else 0
+    return Scores(dtypes[0] if dtypes else None, "logprobs" in datasets, top, "prompt_logprobs" in datasets)
+
+
+def blocks(*lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows that are read at once: BLOCK_ROWS at most, and BLOCK_TOKENS but for one longer row."""
+    totals = np.cumsum(np.sum(lengths, axis=0, dtype=np.int64))
+    start, num_rows = 0, len(totals)
+    while start < num_rows:
+        before = totals[start - 1] if start else 0
+        stop = int(np.searchsorted(totals, before + BLOCK_TOKENS, side="right"))
+        stop = max(start + 1, min(stop, start + BLOCK_ROWS))
+        yield start, stop
+        start = stop
+
+
+def open_generations(path: str | Path) -> Generations:
+    """Opens a finished output or a sealed part.
+
+    Raises InputError for a file that is missing, no Noria output, cut off or at odds with itself; NewerVersion.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: " + ("it is a folder, not an output" if path.is_dir() else "there is no such file"))
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise InputError(f"{path} is no Noria output: it is {what_it_is(path, error)}") from error
+    try:
+        _bound_cache(file)
+        _check_format(path, file)
+        return Generations(path, file, _checked_columns(path, file))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _bound_cache(file: h5py.File) -> None:
+    """Lets HDF5 keep little of a file's strings in memory: hundreds of files may be open, each with up to 32 MB by default."""
+    cache = file.id.get_mdc_config()
+    cache.set_initial_size, cache.initial_size = True, CACHE_NBYTES
+    cache.min_size = cache.max_size = CACHE_NBYTES
+    file.id.set_mdc_config(cache)
+
+
+def what_it_is(path: Path, error: Exception | None = None) -> str:
+    """In words, what kind of file lies there that is not a Noria output that opens."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as problem:
+        return f"a file that cannot be read ({(problem.strerror or str(problem)).lower()})"
+    if not start:
+        return "an empty file"
+    if start.startswith(b"\x89HDF\r\n\x1a\n"):
+        return f"an HDF5 file that does not open, cut off or damaged ({error})"
+    kinds = (
+        (b"\x1f\x8b", "a gzip file"),
+        (b"PK\3\4", "a zip file"),
+        (b"PAR1", "a parquet file"),
+        (b"\x7fELF", "a program"),
+    )
+    for magic, kind in kinds:
+        if start.startswith(magic):
+            return kind
+    text = start.decode("utf-8", "ignore")
+    if text.isprintable() or text.replace("\n", "").replace("\t", "").replace("\r", "").isprintable():
+        return f"a text file that begins with {text[:24]!r}"
+    return f"a file that begins with the bytes {start[:8].hex(' ')}"
+
+
+def _check_format(path: Path, file: h5py.File) -> None:
+    name = _plain(file.attrs.get("format", ""))
+    if name != FORMAT:
+        holds = ", ".join(map(printable, list(file)[:4])) or "nothing"
+        kind = (
+            f"a file of format {printable(str(name))}" if name else f"an HDF5 file of something else (it holds {holds})"
+        )
+        raise InputError(f"{path} is no Noria output: it is {kind}")
+    version = int(file.attrs.get("version", 0))
+    if version > VERSION:
+        raise NewerVersion(
+            f"{path} has format version {version}, this Noria reads {VERSION}: use the Noria that wrote it"
+        )
+
+
+def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
+    def require(condition: object, reason: str) -> None:
+        if not condition:
+            raise InputError(f"{path} is damaged: {reason}")
+
+    sizes: dict[str, int] = {}
+    datasets: dict[str, h5py.Dataset] = {}
+    optional: dict[str, h5py.Dataset] = {}
+    for name in ("logprobs", "prompt_logprobs", *WIDE):
+        if isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset):
+            optional[name] = file[name]
+            require(optional[name].ndim == 1 + (name in WIDE), f"{name} has {optional[name].ndim} dimensions")
+    scores = _scores(optional)
+    require(scores.dtype in (None, "float32", "float64"), f"logprobs are {scores.dtype}")
+    for name, (dtype, per) in schema(scores).items():
+        dataset: Any = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1 + (name in WIDE), f"dataset {name} is missing")
+        require(name not in WIDE or dataset.shape[1] == scores.top, f"{name} has rows of {dataset.shape[-1]} values")
+        require(not dataset.is_virtual and not dataset.external, f"dataset {name} lies in another file")
+        right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
+        enum = h5py.check_enum_dtype(dtype)
+        require(right and h5py.check_enum_dtype(dataset.dtype) == enum, f"dataset {name} has type {dataset.dtype}")
+        datasets[name] = dataset
+        sizes.setdefault(per, len(dataset))
+        require(len(dataset) == sizes[per], f"dataset {name} has {len(dataset)} values, not {sizes[per]}")
+        if enum:
+            require(not len(dataset) or dataset[:].max() < len(enum), f"dataset {name} has values without a name")
+    require(sizes["row+1"] == sizes["row"] + 1, f"{sizes['row+1']} offsets for {sizes['row']} rows")
+    for name, per in (("offsets", "token"), ("prompt_offsets", "prompt token")):
+        offsets = datasets[name][:]
+        right = offsets[0] == 0 and offsets[-1] == sizes[per] and (np.diff(offsets) >= 0).all()
+        require(right, f"{name} do not lead through its {plural(sizes[per], per)}")
+    return datasets
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def verify_checksums(generations: Generations) -> str:
+    """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
+    try:
+        found = checksums(generations.datasets, generations.scores)
+        stored = json.loads(generations.attrs["checksums"])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{generations.path} is damaged: {error}") from error
+    wrong = [name for name in found if found[name] != stored.get(name)]
+    if wrong:
+        raise InputError(f"{generations.path} is damaged: {', '.join(wrong)} do not agree with their checksums")
+    return f"checksums: {len(found)} of {len(found)} columns agree"

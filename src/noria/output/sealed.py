@@ -1,0 +1,201 @@
+"""Reads the sealed parts of an output: what each holds, and each row once where several have it.
+
+Knows the order of parts, nothing of how they are written nor of the run that fills them.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noria.config import InputError
+from noria.output.generations import (
+    Generation,
+    Generations,
+    NewerVersion,
+    blocks,
+    open_generations,
+    verify_checksums,
+)
+from noria.output.schema import STATUS, Scores
+
+TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("error")
+WHOLE = 2**30  # the level of an output that was finished once
+MAX_SAMPLES = 2**20  # of one prompt, more than a run may have
+PART_NAME = re.compile(r"part-(\d{6,})\.h5")
+
+
+def parts_folder(output: str | Path) -> Path:
+    output = Path(output)
+    return output.with_name(output.name + ".parts")
+
+
+def merged_folder(output: str | Path) -> Path:
+    """The name that the folder takes before it is deleted, so that a half-deleted one is never taken for parts."""
+    output = Path(output)
+    return output.with_name(output.name + ".parts.merged")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a sealed part holds, without its texts and tokens. [R] arrays, a value a row."""
+
+    path: Path
+    header: dict[str, Any]
+    row: np.ndarray
+    sample: np.ndarray
+    status: np.ndarray
+    num_tokens: np.ndarray
+    num_prompt_tokens: np.ndarray
+    scores: Scores
+    level: int = 0  # how often its rows were put together from smaller parts
+    replaces: tuple[str, ...] = ()  # the names of those parts, which may still be there after a kill
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows of many parts, each once, ordered by (row, sample). [R] arrays."""
+
+    part: np.ndarray
+    position: np.ndarray
+    row: np.ndarray
+    sample: np.ndarray
+    num_tokens: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_repeated: int  # rows left out because an earlier part has them finished in the same way
+    num_todo: int  # rows that stopped half-way and are in no part as finished
+
+
+class RowSet(Set[tuple[int, int]]):
+    """A set of (row, sample), 8 bytes each."""
+
+    def __init__(self, row: np.ndarray, sample: np.ndarray):
+        possible = (row >= 0) & (row < 2**63 // MAX_SAMPLES) & (sample >= 0) & (sample < MAX_SAMPLES)
+        self._keys = np.unique(row[possible].astype(np.int64) * MAX_SAMPLES + sample[possible])
+
+    def __contains__(self, row_and_sample: Any) -> bool:
+        key = row_and_sample[0] * MAX_SAMPLES + row_and_sample[1]
+        place = self._keys.searchsorted(key)
+        return bool(place < len(self._keys) and self._keys[place] == key)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(key, MAX_SAMPLES) for key in map(int, self._keys))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @classmethod
+    def _from_iterable(cls, pairs: Iterable[Any]) -> "RowSet":  # type: ignore[override]  # pairs alone, not any set's
+        rows = np.array(list(pairs), np.int64).reshape(-1, 2)
+        return cls(rows[:, 0], rows[:, 1])
+
+
+def to_stderr(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The sealed parts in the order in which they were sealed."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := PART_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool = True) -> list[Part]:
+    """What the parts of a folder hold; changes nothing there.
+
+    A damaged part is reported and left out: its rows count as not generated. A part that a later one replaces is left
+    out too. Raises NewerVersion; FileNotFoundError for a part that was there a moment ago (a job that runs has put it
+    together with others).
+    """
+    parts: list[Part] = []
+    damaged: list[str] = []
+    replaced: set[str] = set()
+    for path in reversed(part_files(folder)):
+        if path.name in replaced:
+            continue
+        try:
+            parts.append(scan_one(path, verify))
+            replaced.update(parts[-1].replaces)
+        except NewerVersion:
+            raise
+        except (InputError, OSError, KeyError, RuntimeError, ValueError) as error:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is gone") from error
+            damaged.append(f"part left out, its rows are generated again: {error}")
+    for message in reversed(damaged):
+        report(message)
+    return parts[::-1]
+
+
+def scan_one(path: Path, verify: bool = True) -> Part:
+    """What one file holds, a part or a finished output. Raises as open_generations and verify_checksums."""
+    with open_generations(path) as file:
+        if verify:
+            verify_checksums(file)
+        header = json.loads(file.attrs["header"])
+        row, sample, status = (file.column(name) for name in ("row", "sample", "status"))
+        level = WHOLE if file.complete else int(file.attrs.get("level", 0))
+        replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))
+        return Part(path, header, row, sample, status, *file.lengths(), file.scores, level, replaces)
+
+
+def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
+    """Each finished row once: the first that was sealed as done wins, else the first error.
+
+    With `half_way` also each row that is nowhere finished, as it was last sealed.
+    """
+    empty = np.empty(0, np.int64)
+    row, sample, status, num_tokens, num_prompt_tokens = (
+        np.concatenate([empty, *(getattr(part, name).astype(np.int64) for part in parts)])
+        for name in ("row", "sample", "status", "num_tokens", "num_prompt_tokens")
+    )
+    sizes = [len(part.row) for part in parts]
+    number = np.repeat(np.arange(len(parts)), sizes)
+    position = np.concatenate([empty, *(np.arange(size) for size in sizes)])
+    todo, error, age = status == TODO, status == ERROR, np.arange(len(row))
+    order = np.lexsort((np.where(todo, -age, age), error, todo, sample, row))
+    first = np.ones(len(order), bool)
+    first[1:] = (np.diff(row[order]) != 0) | (np.diff(sample[order]) != 0)
+    finished = ~todo[order]
+    winner = np.maximum.accumulate(np.where(first, age, 0))  # the place in `order` of what stands for this row
+    repeated = finished & ~first & (status[order] == status[order][winner])
+    chosen = order[first if half_way else first & finished]
+    return Selection(
+        number[chosen],
+        position[chosen],
+        row[chosen],
+        sample[chosen],
+        num_tokens[chosen],
+        num_prompt_tokens[chosen],
+        num_repeated=int(repeated.sum()),
+        num_todo=int((first & ~finished).sum()),
+    )
+
+
+def gather(
+    parts: Sequence[Part], selection: Selection, opened: Sequence[Generations] | None = None
+) -> Iterator[list[Generation]]:
+    """The selected rows in order, a block at a time; of each part only the rows of that block are in memory.
+
+    `opened`: the parts' files, if they are open already; else each is opened for each block.
+    """
+    width = 1 + max((part.scores.top for part in parts), default=0)
+    for start, stop in blocks(selection.num_tokens * width, selection.num_prompt_tokens):
+        numbers, positions = selection.part[start:stop], selection.position[start:stop]
+        block: list[Any] = [None] * (stop - start)
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            wanted = positions[places]
+            with nullcontext(opened[number]) if opened else open_generations(parts[number].path) as file:
+                rows = file.read(int(wanted.min()), int(wanted.max()) + 1, wanted)
+            for place, generation in zip(places, rows, strict=True):
+                block[place] = generation
+        yield block

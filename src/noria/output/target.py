@@ -1,0 +1,111 @@
+"""The place of an output: what lies there before a run, and how an old one is moved aside.
+
+Knows the names of outputs and parts; reads of them only what kind of file they are.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from noria.config import InputError
+from noria.output.generations import NewerVersion, open_generations
+from noria.output.parts import remove_parts
+from noria.output.sealed import part_files, parts_folder, scan
+from noria.output.segments import restore
+from noria.tools.atomic import check_file, fsync
+
+
+def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -> str:
+    """What lies at `path` before a run: "absent", "finished", or "parts" of a run that can be resumed.
+
+    Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
+    `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for
+    a folder that is missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a
+    mistyped path), a newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
+    check_file(path)
+    folder = parts_folder(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
+    header = _finished_header(path, overwrite)
+    if overwrite:
+        if move:
+            _move_aside(path)
+        return "absent"
+    if header is not None:
+        _finish_removal(path, header)
+        return "finished"
+    return "parts" if part_files(folder) else "absent"
+
+
+def begun_with(path: str | Path) -> dict[str, Any] | None:
+    """The header of what lies at an output's place, finished or not; None if nothing does that can be read."""
+    path = Path(path)
+    for file in [path, *part_files(parts_folder(path))]:
+        try:
+            with open_generations(file) as opened:
+                header = json.loads(opened.attrs.get("header", "{}"))
+        except (InputError, OSError, ValueError, RecursionError):
+            continue
+        if isinstance(header, dict):
+            return header
+    return None
+
+
+def reopen(path: str | Path) -> None:
+    """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again.
+
+    Raises InputError if parts of another run lie there.
+    """
+    path = Path(path)
+    folder = parts_folder(path)
+    if part_files(folder):
+        raise InputError(f"output {path} is finished, and {folder} holds parts of another run: move that folder away")
+    folder.mkdir(exist_ok=True)
+    with open_generations(path) as file:
+        restore(folder, file.attrs)
+    os.rename(path, folder / "part-000000.h5")
+    fsync(folder)
+    fsync(path.parent)
+
+
+def _finished_header(path: Path, overwrite: bool) -> object:
+    """The header of the finished output at `path`, or None if nothing is there."""
+    if not path.exists():
+        return None
+    try:
+        with open_generations(path) as file:
+            if not file.complete:
+                raise InputError(f"output {path} is a part of an unfinished output: name another file, or move it away")
+            return file.attrs.get("header", "")
+    except NewerVersion:
+        if overwrite:
+            return ""
+        raise
+    except InputError as error:
+        raise InputError(f"output {error}: name another file, or move it away") from error
+
+
+def _finish_removal(path: Path, header: object) -> None:
+    # A job was killed between naming its output and deleting its parts. Parts of another run are left alone.
+    folder = parts_folder(path)
+    parts = scan(folder, report=lambda message: None, verify=False)
+    if not folder.exists() or (parts and all(json.dumps(part.header) == header for part in parts)):
+        remove_parts(path)
+
+
+def _move_aside(path: Path) -> None:
+    folder, number = parts_folder(path), 1
+    if not path.exists() and not folder.exists():
+        return
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists() or parts_folder(aside).exists():
+        number += 1
+    if folder.exists():
+        os.rename(folder, parts_folder(aside))
+    if path.exists():
+        os.rename(path, aside)
+    fsync(path.parent)

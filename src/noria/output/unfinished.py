@@ -1,0 +1,106 @@
+"""Says what is there of an output that is not finished: a run at work, or one that was stopped.
+
+Reads its parts, segments and lock; changes nothing, and may be called while the run writes.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noria.config import WHOLE, InputError
+from noria.output.outcome import Outcome, outcome_of_parts
+from noria.output.sealed import ERROR, Part, Selection, part_files, parts_folder, scan, select
+from noria.output.segments import age, read_segments
+from noria.output.summary import Summary, settings, summary_of
+from noria.tools.lock import held_by
+from noria.tools.text import nbytes_words, plural
+
+_TRIES = 5  # a run that works may put parts together, or finish, while they are read
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a run left parts at this place, and no output yet."""
+    return not path.exists() and parts_folder(path).is_dir()
+
+
+def summary_of_unfinished(path: Path, verify: bool = False) -> Summary:
+    """What a running or stopped run has so far; with `verify` every part's checksums are compared.
+
+    Of a run that finishes meanwhile, what summary.summary_of says. Raises InputError for damaged parts if `verify`.
+    """
+    gone = FileNotFoundError()
+    for _ in range(_TRIES):
+        damaged: list[str] = []
+        try:
+            parts = scan(parts_folder(path), damaged.append, verify)
+            summary = _summary(path, parts, damaged)
+        except FileNotFoundError as error:
+            if path.exists():
+                return summary_of(path, verify)
+            gone = error
+            continue
+        if verify:
+            _all_whole(path, len(parts), damaged)
+            summary.verified = f"checksums: all of {plural(len(parts), 'part')} agree"
+        return summary
+    raise InputError(f"{path}: its parts change too fast to be read ({gone}): try again") from gone
+
+
+def _all_whole(path: Path, num_parts: int, damaged: list[str]) -> None:
+    if damaged:
+        raise InputError(f"{path}: {len(damaged)} of {plural(len(damaged) + num_parts, 'part')} damaged: {damaged[0]}")
+
+
+def _summary(path: Path, parts: list[Part], damaged: list[str]) -> Summary:
+    folder, selection = parts_folder(path), select(parts)
+    segments, files = read_segments(folder), [file.stat() for file in part_files(folder)]
+    header = parts[-1].header if parts else {}
+    of = segments[-1]["of"] if segments else 0
+    sealed = age(time.time() - max(file.st_mtime for file in files)) if files else "never"
+    nbytes, shard = sum(file.st_size for file in files), header.get("shard", WHOLE)
+    outcome, unreadable = _outcome(parts, selection)
+    return Summary(
+        path,
+        f"not finished, {_state(path, segments)}",
+        outcome,
+        num_todo=max(of - len(selection.row), 0) if of else None,
+        num_half_way=selection.num_todo,
+        running=held_by(path) is not None,
+        segments=segments,
+        run_file=settings(header),
+        notes=[
+            f"{plural(len(files), 'part')} in {folder}, {nbytes_words(nbytes)}, last sealed {sealed}",
+            *damaged,
+            *unreadable,
+            *([f"shard: {shard}"] if shard != WHOLE else []),
+        ],
+    )
+
+
+def _outcome(parts: list[Part], selection: Selection) -> tuple[Outcome, list[str]]:
+    """The outcome, and a line where it cannot be read whole: then it has what the parts' numbers say."""
+    try:
+        return outcome_of_parts(parts, selection), []
+    except InputError as error:
+        status = np.array(
+            [parts[number].status[place] for number, place in zip(selection.part, selection.position, strict=True)]
+        )
+        outcome = Outcome(parts[-1].header if parts else {})
+        outcome.num_rows, outcome.num_errors = len(status), int((status == ERROR).sum())
+        outcome.num_tokens, outcome.num_prompt_tokens = (
+            int(selection.num_tokens.sum()),
+            int(selection.num_prompt_tokens.sum()),
+        )
+        return outcome, [f"why rows are in error cannot be read: {error}"]
+
+
+def _state(path: Path, segments: list[dict[str, Any]]) -> str:
+    holder = held_by(path)
+    if holder:
+        return f"being written by {holder}"
+    last = segments[-1] if segments else {}
+    if last.get("ended"):
+        return f"stopped ({last['ended']}); the same run again goes on"
+    return f"stopped without a word, last seen {last.get('end') or 'never'}; the same run again goes on"

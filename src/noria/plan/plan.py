@@ -1,0 +1,164 @@
+"""A plan: every choice of a run as plain data, as people read it, and held against what was measured.
+
+Knows not why it was chosen.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from noria.config import TIERS
+from noria.plan.shares import size_words
+from noria.step import PAGE_TOKENS
+from noria.tools.text import plural
+
+TOLERANCE = 0.15  # of a prediction
+HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
+
+
+def rate_words(rate: float) -> str:
+    """Tokens/s as people read them: `10,080`, `118.5`, `0.0412`."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.1f}" if rate >= 10 else f"{rate:.3g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every choice of a run.
+
+    weight_tiers: per rank, each of its blocks (embed, layers/0003, head) -> tier. weight_slots: buffers on the device for
+    streamed blocks, each of the rank's largest one. cache_pages: tier -> pages; page ids: gpu first, then cpu, then disk.
+    cache_slots buffers of cache_slot_pages pages stage one layer's K and V of a microbatch whose pages are elsewhere.
+    memory: per rank and tier, bytes by purpose.
+    """
+
+    num_ranks: int
+    laps: int
+    groups: int
+    microbatches: int
+    step_tokens: int
+    microbatch_tokens: int
+    dtype: str
+    num_pages: int
+    stages: tuple[tuple[int, int], ...]
+    blocking: bool
+    schedule: str
+    weight_tiers: tuple[dict[str, str], ...]
+    weight_slots: int
+    cache_pages: dict[str, int]
+    cache_slots: int
+    cache_slot_pages: int
+    activations: str
+    memory: tuple[dict[str, Any], ...]
+    predicted: dict[str, Any] = field(default_factory=dict)
+
+    def ranges(self) -> list[range]:
+        """The layers of each virtual stage."""
+        return [range(*stage) for stage in self.stages]
+
+    def holds(self, pages: int) -> bool:
+        """Whether a row of so many pages finds room: all of them are in one tier."""
+        return max(self.cache_pages.values()) >= pages
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def stage_words(self, rank: int) -> str:
+        """A rank's place, as `stage 1 (layers 4-7)`."""
+        return f"stage {rank} (layers {self._layers(rank)})"
+
+    def _layers(self, rank: int) -> str:
+        pieces = [
+            f"{first}-{last - 1}" if last - first > 1 else f"{first}"
+            for first, last in self.stages[rank :: self.num_ranks]
+        ]
+        return ", ".join(pieces if len(pieces) <= 6 else [*pieces[:3], "...", pieces[-1]])
+
+    def lines(self, predicted: bool = True) -> list[str]:
+        """The plan as people read it, with or without its prediction."""
+        head = (
+            f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
+            f" {plural(self.step_tokens, 'token')} in {self.microbatches}+ microbatches of {self.microbatch_tokens},"
+            f" {self.dtype}, {self.schedule},"
+            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
+        )
+        ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
+        return [head, *ranks, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
+
+    def _too_small_lines(self) -> list[str]:
+        """A warning where rows that are known find no room."""
+        longest = self.predicted.get("longest_pages", 0)
+        if self.holds(longest):
+            return []
+        return [
+            f"plan: warning: rows of up to {longest * PAGE_TOKENS:,} tokens, prompt and new ones, but the cache has room for"
+            f" {max(self.cache_pages.values()) * PAGE_TOKENS:,}: longer ones will be errors"
+        ]
+
+    def _predicted_lines(self) -> list[str]:
+        if not self.predicted:
+            return []
+        prefill, decode = self.predicted["prefill"], self.predicted["decode"]
+        by = f"assumed rates of {self.predicted['device']}" if self.predicted["assumed"] else "measured rates"
+        return [
+            f"plan: predicted from {by}, {self.predicted['rows']:,} rows at once: prefill"
+            f" {rate_words(prefill['tokens_per_second'])} tok/s ({prefill['binds']} binds), decode"
+            f" {rate_words(decode['tokens_per_second'])} tok/s ({decode['binds']} binds,"
+            f" {decode['round_seconds']:.3f} s a round), {rate_words(self.predicted['tokens_per_second'])} tok/s overall"
+        ]
+
+    def compare(self, measured: Mapping[str, Any]) -> list[str]:
+        """Where a run did otherwise than planned, in words.
+
+        `measured` may have prefill_tokens_per_second, decode_tokens_per_second and tokens_per_second, and, one number a
+        rank, peak_device_nbytes and peak_host_nbytes.
+        """
+        said = []
+        for phase in ("prefill", "decode", ""):
+            name = f"{phase}_tokens_per_second".lstrip("_")
+            planned = (self.predicted.get(phase) if phase else self.predicted or {}) or {}
+            planned, found = planned.get("tokens_per_second"), measured.get(name)
+            if planned and found is not None and abs(found / planned - 1) > TOLERANCE:
+                said.append(
+                    f"{phase or 'the whole run'}: {found:,.1f} tok/s, predicted {planned:,.1f}"
+                    f" ({100 * (found / planned - 1):+.0f} %)"
+                )
+        for tier, name, extra in (("gpu", "peak_device_nbytes", 0), ("cpu", "peak_host_nbytes", HOST_NBYTES)):
+            for rank, peak in enumerate(measured.get(name, ())):
+                planned = sum(self.memory[rank][tier].values())
+                if peak > planned + extra:
+                    beside = f" and {size_words(extra)} for the program itself" if extra else ""
+                    said.append(
+                        f"rank {rank}: {self._memory_words(tier)} peaked at {size_words(peak)},"
+                        f" planned {size_words(planned)}{beside}"
+                    )
+        return said
+
+    def _rank_lines(self, rank: int) -> list[str]:
+        lines = []
+        for tier in TIERS:
+            table = self.memory[rank][tier]
+            if table:
+                blocks = {"weights": self._blocks(rank, tier)}
+                sizes = ", ".join(
+                    f"{name} {size_words(nbytes)}{blocks.get(name, '')}" for name, nbytes in table.items()
+                )
+                held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
+                lines.append(
+                    f"plan: rank {rank}: {held}{self._tier_words(tier)} {size_words(sum(table.values()))}: {sizes}"
+                )
+        return lines
+
+    def _tier_words(self, tier: str) -> str:
+        """A tier's name; of a machine without a GPU the device's memory is just memory."""
+        return "memory" if tier == "gpu" and self.predicted.get("device") == "CPU" else tier
+
+    def _memory_words(self, tier: str) -> str:
+        name = self._tier_words(tier)
+        return name if name == "memory" else f"{name} memory"
+
+    def _blocks(self, rank: int, tier: str) -> str:
+        """How many of the rank's layers live in a tier, where not all of them live on the device."""
+        layers = [at for name, at in self.weight_tiers[rank].items() if name.startswith("layers/")]
+        if all(at == "gpu" for at in layers):
+            return ""
+        return f" ({layers.count(tier)} of {len(layers)} layers)"

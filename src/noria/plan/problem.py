@@ -1,0 +1,116 @@
+"""What a plan is made for: the run, the machine, and what one candidate fixes before memory is counted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from noria.blocks import Block, ModelShape
+from noria.config import Config, parse_nbytes, require
+from noria.plan.memory import block_nbytes
+from noria.plan.shares import size_words
+from noria.step import PAGE_TOKENS
+
+MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner must know of the ranks, each number the least over them.
+
+    The device's kind, bytes of the device and of host memory that each may use (on a CPU they are the same memory), and
+    free bytes in scratch (None: not known). `most_memory_nbytes`: what of the device a user may ask for (None: no more).
+    """
+
+    device: str
+    memory_nbytes: int
+    cpu_memory_nbytes: int = 1 << 62
+    scratch_nbytes: int | None = None
+    most_memory_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one candidate fixes before memory is counted.
+
+    `weights`, `cache`: shares in % or sizes, by tier, as the user gives them. `weights` None: resident what the device
+    holds beside `reserved` pages of the cache (by tier), then CPU memory, then disk. `cache` None: what the tiers in
+    `cache_tiers` hold, in their order.
+    """
+
+    laps: int
+    groups: int
+    step_tokens: int
+    weights: Mapping[str, Any] | None
+    cache: Mapping[str, Any] | None
+    reserved: Mapping[str, int] | None = None
+    cache_tiers: tuple[str, ...] = ("gpu",)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether some of the cache lives in another tier than the device."""
+        held = self.cache_tiers if self.cache is None else [tier for tier, share in self.cache.items() if share]
+        return any(tier != "gpu" for tier in held)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every candidate has in common.
+
+    `most_pages`: of as many rows as there are, were all as long as the context; `total_pages`: what they reserve, if that is
+    known; `row_pages`: of a usual row; `longest`: of the longest row that there can be.
+    """
+
+    config: Config
+    shape: ModelShape
+    blocks: Mapping[str, Block]
+    dtype: str
+    num_ranks: int
+    machine: Machine
+    most_pages: int
+    total_pages: int | None = None
+    row_pages: int = 1
+
+    def cap(self, groups: int) -> int:
+        """Pages that all rows can use, where every group has an equal share of them."""
+        if self.total_pages is None:
+            return self.most_pages
+        return min(self.most_pages, max(self.total_pages + groups * self.row_pages, self.longest))
+
+    @property
+    def longest(self) -> int:
+        return -(-self.shape.max_positions // PAGE_TOKENS)
+
+    @cached_property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of each block in the run's dtype."""
+        return {name: block_nbytes(block, self.dtype) for name, block in self.blocks.items()}
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Bytes of each tier that a rank may use."""
+        placement, machine = self.config.placement, self.machine
+        return {
+            "gpu": _limit(
+                placement.gpu_memory, "placement.gpu_memory", machine.memory_nbytes, machine.most_memory_nbytes
+            ),
+            "cpu": _limit(placement.cpu_memory, "placement.cpu_memory", machine.cpu_memory_nbytes),
+            "disk": 1 << 62 if machine.scratch_nbytes is None else machine.scratch_nbytes,
+        }
+
+    @property
+    def disk_allowed(self) -> bool:
+        """Whether weights can be read from disk: in the dtype of a checkpoint that is there, or will be."""
+        placement, job = self.config.placement, self.config.job
+        stored = next(iter(self.blocks.values())).dtype
+        return stored == self.dtype and (job.random_weights is None or placement.stage)
+
+
+def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> int:
+    """Bytes that a rank may use: `has`, or what is asked, up to `most`."""
+    if asked is None:
+        return has
+    limit, most = parse_nbytes(asked, name), max(has, most or 0)
+    said = f"{name} is {size_words(limit)}, but the tightest rank has {size_words(most)} to use: lower it"
+    require(limit <= most, said)
+    return limit

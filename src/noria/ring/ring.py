@@ -1,0 +1,228 @@
+"""The ring of ranks: hands a group's hidden states to the next virtual stage, headers onward, results back to rank 0.
+
+The buffers that MPI sees are fixed for the run. Knows no MPI and no layers; the order of messages is order.py's.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TypeAlias
+
+import torch
+
+from noria.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
+from noria.plan.placement import check_blocking
+from noria.ring.blocking import BlockingRing
+from noria.ring.communication import Communication, Ticket
+from noria.ring.heartbeat import SILENCE, beat, listen
+from noria.ring.loopback import LoopbackRing
+from noria.step import Result, Step, Word
+from noria.streams import Event, Streams
+from noria.tools.pinned import Fixed
+from noria.transports import Transport
+
+
+class Ring:
+    """The non-blocking ring: receives are posted before sends, all of them by the communication thread.
+
+    One receive and one send buffer [step_tokens, E] per group are enough. A group's message on lap l+1 (or of its
+    next step) exists only after this rank's lap l message went through the whole ring. So nothing can arrive while
+    this rank still reads lap l's input, and the receive of lap l+1 is posted when the event of lap l's output has
+    completed, just before that output is sent. A send buffer is rewritten only after the ticket of the group's
+    previous send: its contents have arrived by then, but MPI must have let go of it too.
+
+    `in_host`: the buffers are in page-locked host memory, and the caller fills those that it sends (`output`).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        place: Place,
+        hidden_size: int,
+        step_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        streams: Streams,
+        in_host: bool = False,
+    ):
+        assert place.groups <= MAX_GROUPS
+        self.place = place
+        self._transport = transport
+        self._streams = streams
+        shape = (place.groups, step_tokens, hidden_size)
+        one_lap = place.laps == 1
+        # With one lap rank 0 receives no hidden states, and the last rank sends none.
+        needed = not (one_lap and place.rank == 0), not (one_lap and place.is_last)
+        self._buffers = [Fixed(shape, dtype, device, in_host) if its else None for its in needed]
+        none = torch.empty(0, dtype=dtype)
+        self._inputs, self._outputs = (none if its is None else its.tensor for its in self._buffers)
+        self._in_host = in_host
+        self._rounds = [0] * place.groups
+        self._headers: deque[Ticket[Step]] = deque()  # of the steps to come; the last one's header is not here yet
+        self._receives: dict[int, tuple[int, Ticket[None]]] = {}
+        self._sends: dict[int, Ticket[None]] = {}
+        self._results: dict[int, Ticket[bytes]] = {}
+        self._communication = Communication(streams.set_device)
+        if place.rank:
+            self._headers.append(self._communication.ticket())
+            self._communication.start(self._relay_headers(self._headers[0]))
+
+    def watch(self, lost: Callable[[int, float], None], silence: float = SILENCE) -> None:
+        """From now to `close` the ranks hear each other's heartbeats; called on every rank.
+
+        `lost(rank, seconds)` is called, in the communication thread, when the previous rank has been silent so long.
+        """
+        ending = lambda: self._communication.closing  # noqa: E731
+        self._communication.start(beat(self._transport, self.place, silence, ending))
+        self._communication.start(listen(self._transport, self.place, silence, lost, ending))
+
+    def send_header(self, step: Step) -> None:
+        """Rank 0: the step sets out. Its result is awaited from now on."""
+        assert self.place.rank == 0
+        self._check_round(step, step.group)
+        message = self._transport.send_bytes(step.encode(), self.place.next, tag(HEADER))
+        self._communication.start(message)
+        if step.num_tokens:
+            answer = self._transport.receive_bytes(self.place.last, tag(RESULT, step.group))
+            self._results[step.group] = self._communication.start(answer)
+
+    def receive_header(self, group: int) -> Step:
+        """Every other rank: the group's next step. Waits for it."""
+        step = self._headers.popleft().wait()
+        self._check_round(step, group)
+        return step
+
+    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
+        """The hidden states [num_tokens, E] that this visit computes from. Waits for them.
+
+        A view of the group's receive buffer, the caller's to read until it sends the group on.
+        """
+        assert not self.place.embeds(lap)
+        expected_lap, ticket = self._receives.pop(group)
+        assert expected_lap == lap, (expected_lap, lap)
+        ticket.wait()
+        return self._inputs[group, :num_tokens]
+
+    def output(self, group: int, lap: int, num_tokens: int) -> torch.Tensor | None:
+        """Where in host memory to put the [num_tokens, E] that `send` is given next; None where it takes a copy itself."""
+        if not self._in_host:
+            return None
+        self._wait_sent(group)
+        return self._outputs[group, :num_tokens]
+
+    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
+        """Hands hidden [T, E] on to the next virtual stage and returns at once.
+
+        `hidden` is copied on the current stream: what is queued there later may write over it. With an event `ready` it is
+        what `output` gave, complete with the event.
+        """
+        assert not self.place.answers(lap)
+        output = self._outputs[group, : len(hidden)]
+        if ready is None:
+            self._wait_sent(group)
+            output.copy_(hidden)
+            ready = self._streams.event()
+        following = None
+        if lap + 1 < self.place.laps:
+            following = self._communication.ticket()
+            self._receives[group] = lap + 1, following
+        self._sends[group] = self._communication.start(self._hand_on(group, output, ready, following))
+
+    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
+        """Last virtual stage: when the event `ready` has completed, the result that `make` returns goes to rank 0.
+
+        The communication thread calls `make`: it must only read host memory that `ready` covers (a copy from the device
+        would wait there for whatever the compute stream has queued).
+        """
+        assert self.place.is_last
+        self._communication.start(self._answer(group, ready, make))
+
+    def receive_result(self, group: int) -> Result:
+        """Rank 0: the result of the group's last step that had tokens. Waits for it."""
+        return Result.decode(self._results.pop(group).wait())
+
+    def close(self) -> None:
+        """The clean end, after the STOP round: waits until everything has been sent. Raises CommunicationError."""
+        self._communication.close()
+        for buffer in filter(None, self._buffers):
+            buffer.close()
+
+    def abandon(self) -> None:
+        """The end after an error: waits for nobody. Messages under way are lost."""
+        self._communication.abandon()
+
+    def _check_round(self, step: Step, group: int) -> None:
+        expected = self._rounds[group], group
+        assert (step.round, step.group) == expected, f"step (round, group) {(step.round, step.group)}, not {expected}"
+        self._rounds[group] += 1
+
+    def _wait_sent(self, group: int) -> None:
+        if group in self._sends:
+            self._sends.pop(group).wait()
+
+    # What follows runs in the communication thread.
+
+    def _relay_headers(self, awaited: Ticket[Step]) -> Generator[None, None, None]:
+        stops_to_come = self.place.groups
+        while stops_to_come:
+            header = yield from self._transport.receive_bytes(self.place.previous, tag(HEADER))
+            step = Step.decode(header)
+            if not self.place.is_last:
+                self._communication.start(self._transport.send_bytes(header, self.place.next, tag(HEADER)))
+            if step.num_tokens:
+                ticket = self._communication.ticket()
+                self._receives[step.group] = 0, ticket
+                self._post_receive(step.group, step.num_tokens, ticket)
+            stops_to_come -= step.word == Word.STOP
+            following = self._communication.ticket()
+            self._headers.append(following)
+            awaited.finish(step)
+            awaited = following
+
+    def _hand_on(
+        self, group: int, output: torch.Tensor, ready: Event, following: Ticket[None] | None
+    ) -> Generator[None, None, None]:
+        while not ready.query():
+            yield
+        if following:
+            self._post_receive(group, len(output), following)
+        yield from self._transport.send(output, self.place.next, tag(HIDDEN, group), ready)
+
+    def _post_receive(self, group: int, num_tokens: int, ticket: Ticket[None]) -> None:
+        buffer = self._inputs[group, :num_tokens]
+        self._communication.start(self._transport.receive(buffer, self.place.previous, tag(HIDDEN, group)), ticket)
+
+    def _answer(self, group: int, ready: Event, make: Callable[[], Result]) -> Generator[None, None, None]:
+        while not ready.query():
+            yield
+        yield from self._transport.send_bytes(make().encode(), 0, tag(RESULT, group))
+
+
+AnyRing: TypeAlias = Ring | BlockingRing | LoopbackRing  # the three have the same methods
+
+
+def open_ring(
+    transport: Transport | None,
+    rank: int,
+    num_ranks: int,
+    groups: int,
+    laps: int,
+    hidden_size: int,
+    step_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    streams: Streams,
+    blocking: bool = False,
+    in_host: bool = False,
+) -> AnyRing:
+    """The ring of this run. Raises InputError where a blocking one would deadlock.
+
+    `transport` is None with one rank: nothing travels there. `in_host`: hidden states are in host memory between visits.
+    """
+    place = Place(rank, num_ranks, groups, laps)
+    if blocking:
+        check_blocking(num_ranks, groups)
+    if num_ranks == 1:
+        return LoopbackRing(place, hidden_size, step_tokens, dtype, device, in_host)
+    assert transport is not None, "several ranks need a transport"
+    kind = BlockingRing if blocking else Ring
+    return kind(transport, place, hidden_size, step_tokens, dtype, device, streams, in_host)
