@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hostile import repaired
 from noria.checkpoint.checkpoint import describe, open_checkpoint
-from noria.config import InputError
+from noria.errors import InputError
 
 MODEL, FOLDER, SEED, EXAMPLES = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 CONTENT = MODEL.read_bytes()

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noria.config import Sampling
 from noria.rows.admission import Admission, Limits
 from noria.rows.composing import cut
 from noria.rows.prompts import Prompt
+from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
 END = 7

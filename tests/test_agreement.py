@@ -6,10 +6,10 @@ import pytest
 
 import small_run
 from noria.__main__ import main
-from noria.config import Sampling
 from noria.output.agreement import differing
 from noria.output.generations import open_generations
 from noria.output.parts import Parts, parts_folder
+from noria.sampling import Sampling
 
 HEADER = {"prompts": "ab", "dtype": "float32", "sampling.top_k": 3, "sampling.top_p": 0.9}
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below, a folder none of the other folders of its level.
 LEVELS = [
-    {"blocks", "step", "order", "borders", "streams", "communicator"},
+    {"errors", "limits", "model", "blocks", "step", "order", "borders", "streams", "communicator"},
     {"tools", "kinds"},
     {"sampling", "names"},
     {"models", "attention", "tiers", "transports", "schedules", "readers"},
@@ -46,8 +46,13 @@ ALLOWED = {
 }
 
 
+def imported(path):
+    """The dotted names that a file imports; the bare package, which holds the version alone, is none."""
+    return {name for _, name in imports(ast.parse(path.read_text()))} - {"noria"}
+
+
 def modules():
-    return sorted(SOURCE.rglob("*.py"))
+    return sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 
 
 def name_of(path):
@@ -72,16 +77,34 @@ def level(module):
 
 
 def room(module):
-    return module.split(".")[1] if "." in module else "config"
+    return module.split(".")[1] if "." in module else None
+
+
+def is_folder(room):
+    return (SOURCE / room).is_dir()
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_imports_point_downward(path):
     own, known = level(name_of(path)), {name_of(module) for module in modules()}
     assert own is not None, f"{path} is in no level: say in this test where it belongs"
-    for _, name in imports(ast.parse(path.read_text())):
-        if name in known:
-            assert level(name) <= own, f"{name_of(path)} imports {name}"
+    for name in imported(path) & known:
+        assert level(name) <= own, f"{name_of(path)} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_folders_of_one_level_do_not_import_each_other(path):
+    own, known = room(name_of(path)), {name_of(module) for module in modules()}
+    for name in imported(path) & known:
+        other = room(name)
+        beside = other != own and level(name) == level(name_of(path)) and is_folder(other) and is_folder(own)
+        assert not beside, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_config_is_read_above_the_rooms_that_need_no_run_file(path):
+    reads = "noria.config" in imported(path)
+    assert not reads or room(name_of(path)) in READS_CONFIG, f"{name_of(path)} imports noria.config"
 
 
 def test_no_modules_import_each_other_in_a_circle():

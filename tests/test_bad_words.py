@@ -15,9 +15,9 @@ import reference
 import test_row_settings
 from counts import count
 from noria.checkpoint.convert import convert
-from noria.config import InputError, Sampling
 from noria.engine.row_settings import BadWords, RowSettings
 from noria.engine.sampler import Sampler
+from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
@@ -25,6 +25,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import bad_words, kept_tokens
+from noria.sampling import Sampling
 from noria.step import Admitted, Step
 
 sys.path.insert(0, str(Path(__file__).parent / "mpi"))

@@ -16,14 +16,15 @@ import tiny_models
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
-from noria.config import InputError, Sampling
 from noria.desk import desk
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.rows import template
 from noria.rows.chat import Asked, Chat, Encoder, tells_date
 from noria.rows.prompts import Prompt
 from noria.rows.template import Template, TemplateError, template_helper
 from noria.rows.tokenizer import Tokenizer
+from noria.sampling import Sampling
 from noria.tools.helper import Limits
 
 DATE = datetime(2024, 7, 26, 23, 59)

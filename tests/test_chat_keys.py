@@ -14,12 +14,13 @@ from mpirun import describe, mpirun
 from noria import __main__ as program
 from noria import config as configuration
 from noria.commands import run as run_command
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.rows.chat import Chat, Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import Tokenizer
+from noria.sampling import Sampling
 from test_hostile_prompts import model_of
 
 SOURCE = (

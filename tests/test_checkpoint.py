@@ -19,7 +19,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.random_weights import PERIOD, random_checkpoint
 from noria.checkpoint.writer import Header, file_nbytes, write_checkpoint
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools import container
 from tiny_models import LLAMA, OPT, fused, state, write_directory
 

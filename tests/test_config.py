@@ -1,7 +1,7 @@
 import pytest
 
 from noria import config
-from noria.config import InputError
+from noria.errors import InputError
 
 NEEDED = {"model": "m.h5", "prompts": "p.jsonl", "output": "o.h5"}
 

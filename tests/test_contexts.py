@@ -15,7 +15,7 @@ from families import LLAMA, LLAMA3, LONG_PHI3, LONGROPE, PHI3, YARN
 from noria import models
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.step import Run
 from test_models import Whole, tokens_of

@@ -23,7 +23,7 @@ from noria.checkpoint import convert as convert_module
 from noria.checkpoint import tensor_files
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
-from noria.config import InputError
+from noria.errors import InputError
 from tiny_models import LLAMA, OPT, fused, state, write_directory
 
 torch.set_num_threads(1)

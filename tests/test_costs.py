@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from noria import config
-from noria.blocks import ModelShape, lay_out, layer_name
-from noria.config import InputError
+from noria.blocks import lay_out, layer_name
+from noria.errors import InputError
+from noria.model import ModelShape
 from noria.plan import costs, planner, rates
 from noria.plan.costs import Load, Round
 from noria.plan.planner import GiB

@@ -7,13 +7,13 @@ import pytest
 
 import small_run
 from noria.__main__ import main
-from noria.config import Sampling
 from noria.desk.desk import Desk
 from noria.output.generations import open_generations
 from noria.output.parts import parts_folder
 from noria.output.segments import read_segments, segment_lines, segments_of
 from noria.rows.admission import Admission, Limits
 from noria.rows.prompts import Prompt
+from noria.sampling import Sampling
 
 SEGMENT = {
     "start": "s",

@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from noria.config import InputError, parse_walltime
+from noria.errors import InputError
 from noria.launch.deadline import NONE, find, job_id, seconds_of
+from noria.tools.values import parse_walltime
 
 BEGAN = 1_700_000_000.0
 QSTAT = """Job Id: 17.node1

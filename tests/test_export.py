@@ -9,7 +9,7 @@ import pytest
 
 from noria.__main__ import main
 from noria.commands import export as command
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output import export as export_module
 from noria.output.export import KEYS, export
 from noria.output.merge import merge

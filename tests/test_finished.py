@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from noria.config import InputError, Sampling
 from noria.desk.finished import generation, text_again
+from noria.errors import InputError
 from noria.rows.decoding import Writer
 from noria.rows.prompts import Prompt
+from noria.sampling import Sampling
 
 
 @dataclass

@@ -6,9 +6,9 @@ import pytest
 import noria.rows.admission as admission_module
 from counts import count
 from noria.attention import pieces
-from noria.config import Sampling
 from noria.rows.admission import Admission, Limits
 from noria.rows.prompts import Prompt
+from noria.sampling import Sampling
 from noria.step import Result, Span
 
 END, OTHER = 2, 9

@@ -16,7 +16,7 @@ import pytest
 import noria.output.assemble as assemble_module
 import noria.output.generations as generations_module
 from forks import forked
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import blocks, open_generations
 from noria.output.merge import MissingRows, merge
 from noria.output.parts import Parts, merged_folder, parts_folder

@@ -10,7 +10,7 @@ import pytest
 from hostile import patch
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.container import attribute
 from noria.tools.headers import text_nbytes
 from tiny_models import LLAMA, state, write_directory

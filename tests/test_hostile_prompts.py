@@ -26,7 +26,7 @@ from noria import config as configuration
 from noria import kinds, readers
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.rows import template
 from noria.rows.prompts import open_prompts

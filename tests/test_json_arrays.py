@@ -10,7 +10,7 @@ import pytest
 
 from counts import count as cases
 from noria import readers
-from noria.config import InputError
+from noria.errors import InputError
 from noria.readers import BadRow, for_path, jsonl
 from noria.readers import json as arrays
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from late_streams import LateStreams
-from noria.blocks import ModelShape
 from noria.engine.kv_cache import KvCache, Share, cache_rows, share_nbytes
 from noria.engine.traffic import Traffic
+from noria.model import ModelShape
 from noria.step import Admitted, Run, Span, Step
 from noria.streams import CpuStreams
 from noria.tiers.cpu import Cpu

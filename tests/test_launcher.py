@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from noria import config
-from noria.config import InputError
+from noria.errors import InputError
 from noria.launch import launcher, mpi
 from noria.launch.mpi import Solo
 

@@ -3,8 +3,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from noria import config
-from noria.blocks import ModelShape
 from noria.desk.lengths import LOOKED_AT, look
+from noria.model import ModelShape
 from noria.rows.chat import encoder_of
 from noria.rows.tokenizer import tokenizer_of
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from forks import forked
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools import lock as lock_module
 from noria.tools.lock import OutputLock, lock_path
 

@@ -9,9 +9,10 @@ import small_run
 import tiny_models
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.rows.model_sampling import taken, told
+from noria.sampling import Sampling
 
 SAYS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.5}
 

@@ -17,7 +17,7 @@ from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2,
 from noria import models
 from noria.attention import sdpa
 from noria.blocks import layer_name
-from noria.config import InputError
+from noria.errors import InputError
 from noria.models import _experts
 from noria.models._linear import ACTIVATIONS, linear
 from noria.models._sources import Transposed

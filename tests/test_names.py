@@ -5,11 +5,12 @@ import json
 import pytest
 
 from counts import some
-from noria.config import Config, Sampling
+from noria.config import Config
 from noria.names import ALIASES, FOREIGN, NEAR, REFUSED, SYNONYMS, asks, is_foreign, refusal
 from noria.readers._openai import _BESIDE, requested_rows
 from noria.rows.prompts import SAMPLING, noted, open_prompts
 from noria.rows.source import Source
+from noria.sampling import Sampling
 from noria.tools.keys import types_of
 
 # Columns of published data sets, as their cards list them.

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from noria.config import InputError
-from noria.order import Action, Place, blocking_order, ring_order, tag
-from noria.plan.placement import check_blocking
+from noria.errors import InputError
+from noria.order import Action, Place, blocking_order, check_blocking, ring_order, tag
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import streams_of

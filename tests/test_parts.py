@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forks import forked
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import NewerVersion, open_generations
 from noria.output.parts import Parts, part_files, parts_folder, scan, select
 from noria.output.sealed import RowSet

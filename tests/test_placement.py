@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noria.config import InputError
-from noria.plan import shares as tiers
+from noria.errors import InputError
 from noria.plan.placement import blocks_of, partition, stages_of
+from noria.plan.shares import Uncovered, by_budget, by_share
 
 
 @given(
@@ -58,14 +58,14 @@ SHARES = (
 
 @given(st.integers(1, 100), SHARES)
 def test_every_tier_gets_its_share_to_within_a_layer_at_every_point_of_the_way(num_layers, shares):
-    chosen = tiers.by_share([7] * num_layers, shares)
+    chosen = by_share([7] * num_layers, shares)
     for end in range(1, num_layers + 1):
         for tier, share in shares.items():
             assert abs(chosen[:end].count(tier) - share / 100 * end) <= 1
 
 
 def test_a_fifth_on_the_gpu_is_every_fifth_layer():
-    chosen = tiers.by_share([1] * 20, {"gpu": 20, "cpu": 80})
+    chosen = by_share([1] * 20, {"gpu": 20, "cpu": 80})
     places = [place for place, tier in enumerate(chosen) if tier == "gpu"]
     assert len(places) == 4 and {after - before for before, after in itertools.pairwise(places)} == {5}
 
@@ -76,8 +76,8 @@ def test_a_fifth_on_the_gpu_is_every_fifth_layer():
 def test_budgets_are_never_exceeded_and_cover_all_blocks_or_say_what_is_missing(sizes, gpu, cpu, disk):
     budgets = {"gpu": gpu, "cpu": cpu, "disk": disk}
     try:
-        chosen = tiers.by_budget(sizes, budgets)
-    except tiers.Uncovered as error:
+        chosen = by_budget(sizes, budgets)
+    except Uncovered as error:
         assert 0 < error.missing <= error.total == sum(sizes)
         return
     assert len(chosen) == len(sizes)
@@ -86,6 +86,6 @@ def test_budgets_are_never_exceeded_and_cover_all_blocks_or_say_what_is_missing(
 
 
 def test_budgets_are_filled_in_order_and_spread_evenly():
-    chosen = tiers.by_budget([10] * 12, {"gpu": 49, "cpu": 1000, "disk": 1000})
+    chosen = by_budget([10] * 12, {"gpu": 49, "cpu": 1000, "disk": 1000})
     assert chosen.count("gpu") == 4 and "disk" not in chosen
     assert [place for place, tier in enumerate(chosen) if tier == "gpu"] == [1, 4, 7, 10]

@@ -4,9 +4,10 @@ import re
 import pytest
 
 from noria import config
-from noria.blocks import ModelShape, lay_out, layer_name
+from noria.blocks import lay_out, layer_name
 from noria.checkpoint import read_ahead
-from noria.config import InputError
+from noria.errors import InputError
+from noria.model import ModelShape
 from noria.plan import planner
 from noria.plan.costs import Load
 from noria.plan.memory import LOADING_BUFFERS

@@ -15,7 +15,7 @@ import tiny_tokenizers
 from counts import count, full, some
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
-from noria.config import InputError
+from noria.errors import InputError
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.tokenizer_classes import CLASSES
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.names import _WORDS, NEAR, edit_distance, misspelt
 from noria.rows import prompts
 from noria.rows.prompts import open_prompts
 from noria.rows.source import content_hash, count, extends
+from noria.sampling import Sampling
 
 
 def rows_of(tmp_path, *records):

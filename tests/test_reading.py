@@ -13,11 +13,11 @@ from noria.checkpoint.convert import convert
 from noria.checkpoint.random_weights import PERIOD, random_checkpoint
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, scratch_region, stage
+from noria.errors import InputError
 from noria.streams import CpuStreams
-from noria.tiers import HostMemory
 from noria.tiers.disk import Disk
 from noria.tools import direct
-from noria.tools.keys import InputError
+from noria.tools.pinned import HostMemory
 
 STREAMS = CpuStreams(torch.device("cpu"))
 

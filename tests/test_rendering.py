@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from counts import count, some
-from noria.config import InputError
+from noria.errors import InputError
 from noria.rows.chat import Asked, Chat, conversation
 from noria.rows.prompts import open_prompts
 from noria.rows.template import Template, TemplateError, template_helper

@@ -14,7 +14,7 @@ import torch
 import world
 from mpirun import describe, mpirun
 from noria import transports
-from noria.config import InputError
+from noria.errors import InputError
 from noria.ring.communication import Communication, CommunicationError
 from noria.ring.ring import open_ring
 from noria.step import Result, Step

@@ -16,11 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from noria.config import Sampling
 from noria.engine.row_settings import Counts, RowSettings, edits_of
 from noria.engine.sampler import Sampler
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
+from noria.sampling import Sampling
 from noria.step import NONE_LEFT, Admitted, Step
 
 VOCAB, END = 60, (2, 7)

@@ -20,7 +20,7 @@ from noria import order
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import Checkpoint
 from noria.checkpoint.convert import convert
-from noria.config import MAX_GROUPS
+from noria.limits import MAX_GROUPS
 
 
 @pytest.fixture(scope="module")

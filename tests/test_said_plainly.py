@@ -11,8 +11,8 @@ import torch
 import small_run
 from noria.__main__ import main
 from noria.commands.probe import _figure
-from noria.config import InputError
 from noria.engine.sampler import Sampler
+from noria.errors import InputError
 from noria.output.export import check_target
 from noria.plan import rates
 from noria.step import NO_TOKEN, NONE_LEFT, Admitted

@@ -7,7 +7,8 @@ import pytest
 
 from noria import config
 from noria.commands import run as command
-from noria.config import InputError, Sampling
+from noria.errors import InputError
+from noria.sampling import Sampling
 
 NEEDED = {"model": "m.h5", "prompts": "p.jsonl", "output": "o.h5"}
 

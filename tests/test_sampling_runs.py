@@ -17,12 +17,13 @@ from worker import generate
 import reference
 import world
 from noria.checkpoint.convert import convert
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
+from noria.sampling import Sampling
 from test_row_settings import reference as processed
 from test_row_settings import warped
 

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.merge import merge
 from noria.output.parts import Parts

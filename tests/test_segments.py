@@ -9,8 +9,8 @@ import pytest
 
 import small_run
 from noria.__main__ import main
-from noria.config import InputError
 from noria.engine.stage import Stage
+from noria.errors import InputError
 from noria.output.merge import merge
 from noria.output.parts import Parts, parts_folder
 from noria.output.segments import age, history, read_segments, segment_lines

@@ -10,8 +10,9 @@ import small_run
 import world
 from mpirun import describe
 from noria.__main__ import main
-from noria.config import InputError, parse_shard, shard_rows
+from noria.errors import InputError
 from noria.output.generations import open_generations
+from noria.tools.values import parse_shard, shard_rows
 
 NUM_ROWS = 14
 

@@ -9,7 +9,7 @@ import pytest
 import small_run
 from counts import count as cases
 from noria.__main__ import main
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.rows.prompts import noted, open_prompts
 from noria.rows.source import (

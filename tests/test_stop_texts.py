@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import tiny_tokenizers
 from counts import count
-from noria.config import Sampling
 from noria.rows.decoding import Writer
 from noria.rows.ends import StopTexts
 from noria.rows.tokenizer import Tokenizer
+from noria.sampling import Sampling
 
 DEMO = Path(__file__).parent.parent / "inputs" / "demo" / "model"
 TOKENIZER = Tokenizer({"tokenizer.json": (DEMO / "tokenizer.json").read_bytes()}, {}, {})

@@ -2,8 +2,8 @@
 
 import pytest
 
-from noria.config import Sampling
 from noria.rows.ends import finish_reason
+from noria.sampling import Sampling
 
 END = frozenset({2, 7})
 

@@ -8,7 +8,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.rows import tokenizer as module
 from noria.rows.tokenizer import Tokenizer, prompt_token_ids
 

@@ -23,11 +23,12 @@ from noria import config as configuration
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import block_names, open_checkpoint
 from noria.checkpoint.convert import convert
-from noria.config import DTYPES, InputError
 from noria.engine.loading import Loader
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.errors import InputError
 from noria.launch.mpi import Solo
+from noria.limits import DTYPES
 from noria.output.generations import open_generations
 from noria.step import PAGE_TOKENS, Run, Span
 from noria.streams import streams_of

@@ -7,10 +7,11 @@ import sys
 
 import noria
 from noria.commands.parser import Parser
-from noria.config import InputError, nearest
+from noria.errors import InputError
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.rows.template import template_helper
+from noria.tools.keys import nearest
 from noria.tools.text import printable
 
 COMMANDS = {

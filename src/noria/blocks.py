@@ -5,35 +5,11 @@ This file knows no torch, no file and no rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
 DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that the program around it needs; `details` holds what its family alone understands."""
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    tied: bool
-    mixture_size: int = 0  # numbers that a token takes while a mixture of experts is computed
-    experts_share: float = 1.0  # of a mixture's experts, those that one token goes to
-    end_words: str = ""  # why no position beyond max_positions can be computed, where config.json says so
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def cache_nbytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V that one token occupies in one layer's cache."""
-        return 2 * self.num_kv_heads * self.head_dim * DTYPE_NBYTES[dtype]
 
 
 @dataclass(frozen=True)

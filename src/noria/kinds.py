@@ -7,7 +7,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from noria.config import InputError, nearest
+from noria.errors import InputError
+from noria.tools.keys import nearest
 
 
 def names(package: str) -> list[str]:

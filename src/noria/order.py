@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from noria.errors import InputError
+from noria.limits import MAX_GROUPS
+
 HEADER, HIDDEN, RESULT, BEAT = "header", "hidden", "result", "beat"
-MAX_GROUPS = 10_000  # MPI promises tags up to 32767: two kinds of messages are numbered by group
 _TAGS = {HEADER: 0, BEAT: 1, RESULT: MAX_GROUPS, HIDDEN: 2 * MAX_GROUPS}
 
 
@@ -197,3 +199,22 @@ def _outgoing(place: Place, round: int, lap: int, group: int) -> Message:
     if place.answers(lap):
         return _result(place, round, group)
     return Message(HIDDEN, place.rank, place.next, round, lap, group)
+
+
+def check_blocking(num_ranks: int, groups: int) -> None:
+    """Raises InputError unless the ring of blocking sends and receives can finish with these numbers.
+
+    Rank 0 sends groups - 1 messages before it receives the first one, and the other ranks hold one message each.
+    """
+    if 2 <= groups <= num_ranks:
+        return
+    why = (
+        "one group would have to come back before it is sent"
+        if groups < 2
+        else "rank 0 would send more messages than the other ranks can hold before it receives one"
+    )
+    remedy = f"set pipeline.groups to 2 .. {num_ranks}, or " if num_ranks >= 2 else ""
+    raise InputError(
+        f"pipeline.blocking with {groups} groups on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks ({why}): it"
+        f" needs 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
+    )

@@ -11,24 +11,25 @@ from typing import Any
 import torch
 
 from noria import streams, transports
-from noria.checkpoint.checkpoint import OpenModel
 from noria.communicator import Communicator
-from noria.config import Config, InputError
+from noria.config import Config
 from noria.desk.desk import Desk
 from noria.desk.examination import Work, examine, open_model
+from noria.desk.inputs import source_of
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, Timing, figures, follow, lead
 from noria.engine.trace import OFF, Trace, TraceFile, Tracing
 from noria.engine.traffic import Traffic
+from noria.errors import InputError
 from noria.launch import deadline, launcher, mpi
 from noria.launch.notices import Notices
 from noria.launch.signals import Signals
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
+from noria.model import OpenModel
 from noria.plan import planner
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
-from noria.rows.source import Source
 from noria.rows.template import template_helper
 from noria.streams import Streams
 from noria.tools.atomic import check_folder
@@ -118,7 +119,7 @@ def _generate(
         if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
             _say_once(comm, "note: placement.stage does nothing: no weights live on disk")
         if not work.num_rows:
-            _say_once(comm, f"warning: {Source.of(config)} has no rows")
+            _say_once(comm, f"warning: {source_of(config)} has no rows")
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
             _say_once(comm, "no row is left to generate: the output is written without loading the model")
         else:
@@ -248,7 +249,7 @@ def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, s
 
 def _check_trace(config: Config, path: Path) -> None:
     """Raises InputError unless a trace could be written, over no file but an older trace."""
-    files = [os.path.realpath(file) for file in (config.model, *Source.of(config).files, config.output) if file]
+    files = [os.path.realpath(file) for file in (config.model, *source_of(config).files, config.output) if file]
     if path.is_dir() or os.path.realpath(path) in files:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
     check_folder(path)

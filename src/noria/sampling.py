@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, get_args
 
-from noria.tools.keys import InputError, checked, key, require, types_of
+from noria.errors import InputError, require
+from noria.tools.keys import checked, key, types_of
+
+# By which rules rows are rendered, drawn and decoded. An output says by which it was begun, and goes on by them.
+RULES = 2
+# Of outputs that say nothing: a row's own seed draws by its number in the file, nothing comes from the model's
+# generation_config.json, OpenAI's batch lines are sampled as other rows, a text is that of the new tokens alone.
+OLD_RULES = 1
 
 
 @dataclass(frozen=True)

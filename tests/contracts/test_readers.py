@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from noria import kinds, readers
-from noria.config import InputError
+from noria.errors import InputError
 from noria.readers import BadRow
 
 pyarrow = pytest.importorskip("pyarrow")

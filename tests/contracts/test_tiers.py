@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from noria.errors import InputError
 from noria.streams import CpuStreams
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk, Region
 from noria.tools import direct
-from noria.tools.keys import InputError
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))

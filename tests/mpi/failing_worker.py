@@ -11,10 +11,10 @@ from pathlib import Path
 
 from noria import run
 from noria.__main__ import main
-from noria.config import InputError
 from noria.desk import desk
 from noria.engine.stage import Stage
 from noria.engine.weights import Weights
+from noria.errors import InputError
 from noria.launch import mpi
 
 BEFORE = 6  # visits, or prompts, that go well first

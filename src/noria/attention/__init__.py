@@ -4,7 +4,6 @@ A kind knows nothing of models, ranks or steps. This file chooses one and says w
 """
 
 from types import ModuleType
-from typing import Protocol
 
 import torch
 
@@ -12,23 +11,6 @@ from noria import kinds
 from noria.step import PAGE_TOKENS, Span
 
 ORDER = ("varlen", "sdpa")  # the fastest first; the last one does everything
-
-
-class Attend(Protocol):
-    """What a layer of a model calls with its new tokens' queries [T, H, D], keys and values [T, Hkv, D]: [T, H, D].
-
-    scale: of the scores (default: D ** -0.5). window: the tokens that a query sees (default: all before it).
-    """
-
-    def __call__(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> torch.Tensor: ...
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:

@@ -8,14 +8,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import xxhash
 
 from noria import models
-from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, ModelShape, lay_out, layer_name
-from noria.config import InputError
+from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, lay_out, layer_name
+from noria.errors import InputError
+from noria.model import MORE_TEMPLATES, ModelShape
 from noria.tools.container import (
     Extent,
     LinkedFiles,
@@ -30,7 +31,6 @@ from noria.tools.text import nbytes_words, plural
 FORMAT = "noria-checkpoint"
 VERSION = 1
 CHECKSUM = "xxh3_128"  # attribute of a block's group: 32 hexadecimal digits over the block's bytes, padding included
-MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
 # The files of a tokenizer; vocab.json and merges.txt where there is no tokenizer.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,25 +85,6 @@ def model_block(family: ModuleType, shape: ModelShape, name: str, dtype: str) ->
     if name == "head":
         return lay_out(name, family.head_parameters(shape), dtype)
     return lay_out(name, family.layer_parameters(shape, int(name.rpartition("/")[2])), dtype)
-
-
-class OpenModel(Protocol):
-    """A model as a run reads it: a Checkpoint, which says what the attributes are, or random weights."""
-
-    path: Path
-    shape: ModelShape
-    family: str
-    dtype: str
-    config: dict[str, Any]
-    generation_config: dict[str, Any]
-    blocks: dict[str, Block]
-    tokenizer: dict[str, bytes]
-    header_hash: str
-    nbytes: int
-
-    def read_block(self, name: str, into: bytearray | memoryview) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Checkpoint:

@@ -17,12 +17,13 @@ from types import ModuleType
 
 import torch
 
-from noria.blocks import DTYPE_NBYTES, Block, ModelShape, Parameter
+from noria.blocks import DTYPE_NBYTES, Block, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape, open_checkpoint
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
 from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkpoint
-from noria.config import InputError, require
+from noria.errors import InputError, require
+from noria.model import ModelShape
 from noria.models._sources import Transposed
 from noria.tools import atomic
 from noria.tools.lock import OutputLock

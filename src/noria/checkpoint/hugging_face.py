@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from noria.checkpoint.checkpoint import MORE_TEMPLATES, TOKENIZER_FILES, parse_json
+from noria.checkpoint.checkpoint import TOKENIZER_FILES, parse_json
 from noria.checkpoint.tensor_files import Tensor, list_tensors
-from noria.config import InputError
+from noria.errors import InputError
+from noria.model import MORE_TEMPLATES
 
 MAX_TEXT_NBYTES = 1 << 28  # of config.json, an index or a tokenizer file
 MAX_TEMPLATES = 64

@@ -15,7 +15,7 @@ import xxhash
 
 from noria.blocks import DTYPE_NBYTES
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
-from noria.config import InputError
+from noria.errors import InputError
 
 # Numbers drawn per parameter; they repeat with this period, a prime, so that no two rows of a matrix are equal.
 PERIOD = 1_048_583

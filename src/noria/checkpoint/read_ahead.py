@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from noria.checkpoint.checkpoint import Checkpoint, OpenModel
-from noria.tiers import HostMemory
+from noria.checkpoint.checkpoint import Checkpoint
+from noria.model import OpenModel
 from noria.tools.direct import DirectFile, chunks
+from noria.tools.pinned import HostMemory
 
 NUM_THREADS = 8
 NUM_BUFFERS = 2

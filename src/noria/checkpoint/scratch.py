@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from noria.checkpoint.checkpoint import Checkpoint, OpenModel
+from noria.checkpoint.checkpoint import Checkpoint
 from noria.checkpoint.read_ahead import NUM_THREADS, direct_files, read_ahead
+from noria.errors import InputError
+from noria.model import OpenModel
 from noria.tiers.disk import Region
 from noria.tools.direct import chunks, scratch_file
-from noria.tools.keys import InputError
 
 
 def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Region]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.container import read_full
 
 CHUNK_NBYTES = 4 << 20

@@ -16,7 +16,7 @@ from h5py import h5a, h5d, h5p, h5s
 
 from noria.blocks import ALIGNMENT, Block, Parameter, round_up
 from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools import atomic
 from noria.tools.container import hdf5_type
 

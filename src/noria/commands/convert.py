@@ -12,8 +12,9 @@ from tqdm import tqdm
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.hugging_face import Directory
-from noria.config import DTYPES, InputError
 from noria.desk.examination import doubts
+from noria.errors import InputError
+from noria.limits import DTYPES
 from noria.rows.chat import Chat
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import Tokenizer, tokenizer_of

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.export import FORMATS, export
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder

@@ -8,7 +8,7 @@ from typing import Any
 from noria.checkpoint import checkpoint
 from noria.commands import flags
 from noria.commands.parser import Parser
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.output.schema import FORMAT as GENERATIONS
 from noria.output.summary import Summary, summary_of
 from noria.output.unfinished import is_unfinished, summary_of_unfinished

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from noria.config import InputError
+from noria.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,21 +10,24 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from noria.checkpoint.checkpoint import OpenModel
 from noria.commands import flags
-from noria.config import Config, InputError, parse_nbytes, require
+from noria.config import Config
 from noria.desk.examination import dtype_of, open_model
+from noria.desk.inputs import source_of
 from noria.desk.lengths import look
+from noria.errors import InputError, require
+from noria.model import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Load
 from noria.plan.plan import HOST_NBYTES, Plan, rate_words
 from noria.plan.problem import MEMORY_SHARE, Machine
 from noria.plan.rates import Rates
 from noria.rows.chat import encoder_of
-from noria.rows.source import Source, count
+from noria.rows.source import count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.text import plural, printable
+from noria.tools.values import parse_nbytes
 
 CORES = 8  # of a rank: loading and reading threads, and messages
 RANKS_OF_A_NODE = 8
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config, num_ranks = flags.load(arguments, "ranks"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
-    num_rows = count(Source.of(config))
+    num_rows = count(source_of(config))
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         with template_helper() as helper:

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 from noria.communicator import Communicator
-from noria.config import Config, require
+from noria.config import Config
+from noria.errors import InputError, require
 from noria.launch import launcher, mpi
 from noria.launch.probe import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
 from noria.tools.atomic import check_folder
-from noria.tools.keys import InputError, check_path
+from noria.tools.keys import check_path
 from noria.tools.text import printable
 
 

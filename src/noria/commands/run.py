@@ -6,7 +6,7 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 import argparse
 
 from noria.commands.flags import add_arguments, load
-from noria.config import InputError
+from noria.errors import InputError
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog

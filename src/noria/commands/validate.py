@@ -13,19 +13,22 @@ from pathlib import Path
 
 from noria.commands import flags
 from noria.commands.flags import load
-from noria.config import Config, InputError, shard_rows
+from noria.config import Config
 from noria.desk.examination import doubts, open_model
+from noria.desk.inputs import source_of
 from noria.desk.validation import SHOWN, Findings, Limits, examine
+from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
 from noria.rows.model_sampling import taken, told
 from noria.rows.prompts import noted, open_prompts
-from noria.rows.source import Source, count
+from noria.rows.source import count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.atomic import check_file
 from noria.tools.text import plural, printable
+from noria.tools.values import shard_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = load(arguments, "all")
-    output, source = _output(config), Source.of(config)
+    output, source = _output(config), source_of(config)
     num_rows = count(source)
     with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:
         shape = checkpoint.shape
@@ -73,7 +76,7 @@ def _output(config: Config) -> str:
 
 
 def _report(config: Config, found: Findings, output: str) -> None:
-    _say("prompts", f"{Source.of(config)}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
+    _say("prompts", f"{source_of(config)}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
     longest = f" (longest {found.longest:,}, row {found.longest_row})" if found.longest else ""
     _say("tokens", f"{plural(found.num_tokens, 'prompt token')}{longest}, at most {found.num_new:,} new ones")
     needed, free = _space(config, found)
@@ -92,7 +95,7 @@ def _verdict(config: Config, found: Findings) -> int:
     wrong = []
     if found.num_wrong:
         wrong.append(
-            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {Source.of(config)} would end with an error"
+            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {source_of(config)} would end with an error"
         )
     if needed > free:
         wrong.append(
@@ -101,7 +104,7 @@ def _verdict(config: Config, found: Findings) -> int:
         )
     if wrong:
         raise InputError("; ".join(wrong))
-    nothing = f"warning: {Source.of(config)} has no rows" if found.num_rows == 0 else "nothing is wrong"
+    nothing = f"warning: {source_of(config)} has no rows" if found.num_rows == 0 else "nothing is wrong"
     _say("", nothing)
     return 0
 

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from noria.blocks import ModelShape
-from noria.checkpoint.checkpoint import OpenModel
-from noria.config import TIERS, Config, InputError, shard_rows
+from noria.config import Config
 from noria.desk.begun import take_up
 from noria.desk.examination import Work
 from noria.desk.finished import generation, num_cut
 from noria.desk.identity import another_run
+from noria.desk.inputs import source_of
 from noria.desk.old_rules import texts_again
-from noria.output.agreement import ANEW, OLD_RULES
+from noria.errors import InputError
+from noria.limits import TIERS
+from noria.model import ModelShape, OpenModel
+from noria.output.agreement import ANEW
 from noria.output.compact import Compactor
 from noria.output.merge import merge
 from noria.output.outcome import how_to_read, outcome_of
@@ -33,11 +35,13 @@ from noria.rows import sequence as sequences
 from noria.rows.admission import Admission, Limits
 from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.prompts import Prompt, noted, open_prompts
-from noria.rows.source import Source, extends
+from noria.rows.source import extends
 from noria.rows.tokenizer import tokenizer_of
+from noria.sampling import OLD_RULES
 from noria.tools.helper import Helper
 from noria.tools.progress import Progress, log
 from noria.tools.text import plural
+from noria.tools.values import shard_rows
 
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
 WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
@@ -98,7 +102,7 @@ class Desk:
         self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
         self.admission = Admission(
-            noted((prompt for prompt in open_prompts(Source.of(config)) if prompt.row in self._rows), self._note),
+            noted((prompt for prompt in open_prompts(source_of(config)) if prompt.row in self._rows), self._note),
             len(self._rows) - len(done) // self.sampling.n,
             self._with_begun(self._encoder(plan.num_ranks)),
             self.sampling,
@@ -230,7 +234,7 @@ class Desk:
         attrs |= {"model_sampling": self._identity.taken}
         again = None
         if self._identity.rules == OLD_RULES:
-            prompts = open_prompts(Source.of(self._config))
+            prompts = open_prompts(source_of(self._config))
             again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
         samples = np.array(self.admission.samples)
         merge(self._parts, self._config.output, self._rows, attrs, columns, samples, again)
@@ -282,7 +286,7 @@ class Desk:
             parts.header["chat.date"] = stored[0] if stored else _now()
         if self._config.job.extend:
             for part in parts.parts:
-                if extends(Source.of(self._config), part.header["prompts"]):
+                if extends(source_of(self._config), part.header["prompts"]):
                     part.header["prompts"] = parts.header["prompts"]
         different = parts.differences()
         if different:

@@ -9,16 +9,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from noria.blocks import DTYPE_NBYTES, Block, ModelShape
-from noria.checkpoint.checkpoint import OpenModel, open_checkpoint, parse_json
+from noria.blocks import DTYPE_NBYTES, Block
+from noria.checkpoint.checkpoint import open_checkpoint, parse_json
 from noria.checkpoint.random_weights import random_checkpoint
-from noria.config import Config, InputError, Sampling, require
+from noria.config import Config
 from noria.desk import validation
 from noria.desk.identity import Identity, check_finished, identity
+from noria.desk.inputs import source_of
 from noria.desk.lengths import look
 from noria.desk.old_rules import check_rendering
 from noria.desk.validation import Limits
-from noria.output.agreement import OLD_RULES
+from noria.errors import InputError, require
+from noria.model import ModelShape, OpenModel
 from noria.output.outcome import outcome_of
 from noria.output.target import probe_output
 from noria.plan import planner
@@ -29,6 +31,7 @@ from noria.rows.prompts import open_prompts
 from noria.rows.source import Source, content_hash, counts, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
+from noria.sampling import OLD_RULES, Sampling
 from noria.tools.helper import Helper
 from noria.tools.text import plural
 
@@ -55,7 +58,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
 
     `helper` renders conversations.
     """
-    source = Source.of(config)
+    source = source_of(config)
     by_file, prompts_hash = counts(source), content_hash(source)
     num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:

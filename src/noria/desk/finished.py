@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.output.generations import Generation
 from noria.rows import sequence as sequences
 from noria.rows.ends import StopTexts, ends, with_special_stops
 from noria.rows.prompts import json_text
 from noria.rows.tokenizer import Tokenizer
+from noria.sampling import Sampling
 
 CUT = "truncated_prompt_tokens"  # the column of how many tokens truncate_prompt_tokens cut off
 

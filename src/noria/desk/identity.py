@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from noria.checkpoint.checkpoint import OpenModel
-from noria.config import WHOLE, Config, InputError, Sampling, parse_shard
-from noria.output.agreement import OLD_RULES, RULES, difference, differing
+from noria.config import Config
+from noria.desk.inputs import source_of
+from noria.errors import InputError
+from noria.model import OpenModel
+from noria.output.agreement import difference, differing
 from noria.output.generations import open_generations
 from noria.output.schema import STATUS
 from noria.output.target import begun_with
 from noria.rows.model_sampling import taken
-from noria.rows.source import Source, content_key, extends
-from noria.sampling import OPEN, OPEN_IN_REQUESTS, ROW_KEYS
+from noria.rows.source import content_key, extends
+from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, ROW_KEYS, RULES, Sampling
+from noria.tools.values import WHOLE, parse_shard
 
 COLUMNS = ("prompt_column", "id_column", "messages_column")  # they say what a row is
 
@@ -61,7 +64,7 @@ def _header(
 ) -> dict[str, Any]:
     keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(Source.of(config), prompts_hash)
+    prompts = content_key(source_of(config), prompts_hash)
     keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context")} | keys
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
@@ -79,7 +82,7 @@ def check_finished(config: Config, header: Mapping[str, Any], num_rows: int) -> 
     extended = (
         config.job.extend
         and theirs.get("prompts") != header["prompts"]
-        and extends(Source.of(config), theirs["prompts"])
+        and extends(source_of(config), theirs["prompts"])
     )
     if extended:
         theirs["prompts"] = header["prompts"]

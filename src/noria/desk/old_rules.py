@@ -9,17 +9,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from noria.config import Config, InputError, Sampling, shard_rows
+from noria.config import Config
 from noria.desk.finished import text_again
 from noria.desk.identity import Identity
-from noria.output.agreement import OLD_RULES, differing
+from noria.desk.inputs import source_of
+from noria.errors import InputError
+from noria.output.agreement import differing
 from noria.output.generations import Generation
 from noria.output.sealed import gather, parts_folder, scan, scan_one, select
 from noria.output.target import begun_with
 from noria.rows.prompts import Prompt, open_prompts
-from noria.rows.source import Source, extends
+from noria.rows.source import extends
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import of_row
+from noria.sampling import OLD_RULES, Sampling
+from noria.tools.values import shard_rows
 
 Encode = Callable[[Prompt], list[int]]
 
@@ -35,7 +39,7 @@ def check_rendering(config: Config, own: Identity, num_rows: int, encoder: Calla
         return []
     date = datetime.fromisoformat(begun.get("chat.date", datetime.now().isoformat()))
     rows, encode = shard_rows(config.job.shard, num_rows), encoder(date)
-    prompts = (prompt for prompt in open_prompts(Source.of(config)) if prompt.row in rows)
+    prompts = (prompt for prompt in open_prompts(source_of(config)) if prompt.row in rows)
     other, num_new = None, 0
     for prompt, sealed in _beside(prompts, _sealed(config)):
         num_new += not sealed
@@ -80,7 +84,7 @@ def texts_again(
 def _same_run(config: Config, begun: dict[str, Any], header: dict[str, Any]) -> bool:
     """Whether the run is that of the output, perhaps with longer prompts; another is refused elsewhere, with its reasons."""
     other = differing(begun, header, but=("chat.date", "sampling.seed"))
-    longer = config.job.extend and other == ["prompts"] and extends(Source.of(config), begun["prompts"])
+    longer = config.job.extend and other == ["prompts"] and extends(source_of(config), begun["prompts"])
     return not other or longer
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from noria.config import Sampling
 from noria.output.outcome import Reasons
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line
+from noria.sampling import Sampling
 
 SHOWN = 10  # bad rows that are told one by one
 LOOKED_AT = 1000  # rows before a model is loaded: where none of them can run, none is likely to

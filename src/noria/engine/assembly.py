@@ -3,8 +3,6 @@
 from pathlib import Path
 
 from noria import attention, kinds
-from noria.blocks import ModelShape
-from noria.checkpoint.checkpoint import OpenModel
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, open_shares
@@ -14,6 +12,7 @@ from noria.engine.stage import Stage
 from noria.engine.trace import OFF, Tracing
 from noria.engine.traffic import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.model import ModelShape, OpenModel
 from noria.plan.placement import stages_of
 from noria.plan.plan import Plan
 from noria.ring.ring import AnyRing, open_ring

@@ -13,9 +13,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from noria.blocks import ModelShape
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.traffic import Traffic
+from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer

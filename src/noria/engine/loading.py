@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from noria.blocks import layer_name
-from noria.checkpoint.checkpoint import OpenModel
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, stage
 from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
+from noria.model import OpenModel
 from noria.streams import Streams
-from noria.tiers import HostMemory
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import SLOT_NBYTES, Disk
+from noria.tools.pinned import HostMemory
 
 
 class Loader:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from noria import blocks
-from noria.attention import Attend
 from noria.borders import halved, largest, refined
 from noria.engine import kv_cache
 from noria.engine.activations import Embedding, InHost, OnDevice
@@ -22,6 +21,8 @@ from noria.engine.sampler import Sampled, Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.trace import OFF, Tracing
 from noria.engine.weights import Weights
+from noria.model import ModelShape
+from noria.models._attend import Attend
 from noria.schedules import Actions, Cell
 from noria.step import Span, Step
 from noria.streams import Event, Streams
@@ -70,7 +71,7 @@ class Stage:
         self,
         model: ModuleType,
         attention: ModuleType,
-        shape: blocks.ModelShape,
+        shape: ModelShape,
         weights: Weights,
         cache: KvCache,
         sampler: Sampler,

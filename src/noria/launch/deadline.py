@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from noria.config import parse_walltime
+from noria.tools.values import parse_walltime
 
 ASK_SECONDS = 15.0  # a scheduler that does not answer by then has not been asked
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from noria.communicator import Communicator
-from noria.config import Config, InputError
+from noria.config import Config
+from noria.errors import InputError
 from noria.launch import cores, memory
 from noria.plan.problem import MEMORY_SHARE, Machine
 

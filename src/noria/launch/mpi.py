@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast, overload
 
 from noria.communicator import Communicator
-from noria.config import InputError
+from noria.errors import InputError
 
 # The first of these that is set says how many ranks the launcher started.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")

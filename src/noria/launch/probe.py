@@ -17,8 +17,8 @@ from noria.communicator import Communicator
 from noria.launch import launcher
 from noria.plan.rates import NAMES, Rates
 from noria.streams import Event, streams_of
-from noria.tiers import HostMemory
 from noria.tools import direct
+from noria.tools.pinned import HostMemory
 from noria.transports import Transport
 
 NUM_THREADS = 4  # that read and write, as in tiers.disk

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from noria import kinds
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.models._config import MAX_SHOWN, shown
 
 SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # of the first conversions of Llama

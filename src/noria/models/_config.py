@@ -7,7 +7,7 @@ and no tensors.
 from collections.abc import Mapping
 from typing import Any
 
-from noria.config import InputError, require
+from noria.errors import InputError, require
 
 MAX_SIZE = 2**31 - 1  # of any size: token ids and kernels count in 32 bits
 MAX_LAYERS = 10_000  # a layer's name has four digits

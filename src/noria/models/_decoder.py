@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from noria.attention import Attend
-from noria.blocks import ModelShape
-from noria.config import require
+from noria.errors import require
+from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _experts, _rotary, _sources
+from noria.models._attend import Attend
 from noria.models._linear import linear
 
 ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from noria.config import require
+from noria.errors import require
 from noria.models import _config as read
 from noria.models._sources import Transposed
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.models import _config as read
 
 Scaling: TypeAlias = tuple[Any, ...]  # () or a type and its numbers, hashable: see _frequencies

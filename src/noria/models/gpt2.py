@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from noria.attention import Attend
-from noria.blocks import ModelShape
+from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _sources
+from noria.models._attend import Attend
 from noria.models._linear import ACTIVATIONS, linear
 from noria.models._sources import Transposed
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from noria.blocks import ModelShape
+from noria.model import ModelShape
 from noria.models import _decoder
 from noria.models._decoder import (  # noqa: F401
     ALIASES,

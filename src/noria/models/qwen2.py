@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from noria.blocks import ModelShape
-from noria.config import require
+from noria.errors import require
+from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder
 from noria.models._decoder import (  # noqa: F401

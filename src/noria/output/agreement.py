@@ -8,14 +8,9 @@ from collections.abc import Container, Mapping
 from dataclasses import fields
 from typing import Any
 
-from noria.config import WHOLE, Sampling
-from noria.sampling import OPEN
+from noria.sampling import OLD_RULES, OPEN, Sampling
+from noria.tools.values import WHOLE
 
-# By which rules rows are rendered, drawn and decoded. An output says by which it was begun, and goes on by them.
-RULES = 2
-# Of outputs that say nothing: a row's own seed draws by its number in the file, nothing comes from the model's
-# generation_config.json, OpenAI's batch lines are sampled as other rows, a text is that of the new tokens alone.
-OLD_RULES = 1
 ANEW = "decoded anew"  # what an output of the old rules says of its texts if this version finished it
 # What a header means that lacks the key: it was written before there was such a key, so with what is now its default.
 _DEFAULTS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.assemble import assemble
 from noria.output.generations import Generations, open_generations, verify_checksums
 from noria.output.parts import Parts

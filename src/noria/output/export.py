@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from noria.config import InputError, nearest
+from noria.errors import InputError
 from noria.output.export_openai import responses
 from noria.output.export_tables import write_csv, write_parquet
 from noria.output.generations import Generation, open_generations
 from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.tools.atomic import check_file, fsync, publish, temporary
+from noria.tools.keys import nearest
 from noria.tools.text import json_text, plural
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.text import json_text
 
 BATCH_ROWS = 1024

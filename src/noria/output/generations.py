@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.schema import (
     FINISH_REASON,
     FORMAT,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from noria.config import WHOLE, InputError, parse_shard, shard_rows
+from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.assemble import assemble
 from noria.output.generations import Generations, open_generations
@@ -23,6 +23,7 @@ from noria.output.segments import read_segments, segments_of
 from noria.tools.atomic import check_folder
 from noria.tools.container import damaged_is_input_error
 from noria.tools.text import plural
+from noria.tools.values import WHOLE, parse_shard, shard_rows
 
 _MAY_DIFFER = ("shard", "chat.date")
 _MAX_OPEN = 256  # files at a time

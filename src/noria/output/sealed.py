@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import (
     Generation,
     Generations,

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.output.generations import NewerVersion, open_generations
 from noria.output.parts import remove_parts
 from noria.output.sealed import part_files, parts_folder, scan

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from noria.config import WHOLE, InputError
+from noria.errors import InputError
 from noria.output.outcome import Outcome, outcome_of_parts
 from noria.output.sealed import ERROR, Part, Selection, part_files, parts_folder, scan, select
 from noria.output.segments import age, read_segments
 from noria.output.summary import Summary, settings, summary_of
 from noria.tools.lock import held_by
 from noria.tools.text import nbytes_words, plural
+from noria.tools.values import WHOLE
 
 _TRIES = 5  # a run that works may put parts together, or finish, while they are read
 

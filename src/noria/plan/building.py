@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from noria.config import TIERS, Config, InputError, require
-from noria.plan import shares as tiers
+from noria.config import Config
+from noria.errors import InputError, require
+from noria.limits import TIERS
 from noria.plan.memory import DISK_NBYTES, Sizes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Choice, Work
 from noria.plan.room import cache_pages, refused
-from noria.plan.shares import size_words
+from noria.plan.shares import Uncovered, budgets_of, by_budget, by_share, is_budget
+from noria.tools.values import size_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
@@ -106,27 +108,25 @@ def _weight_tiers(work: Work, sizes: Sizes, choice: Choice, rank: int, slots: in
     """The tier of each of the rank's blocks."""
     names, shares = list(sizes.weight_tiers[rank]), choice.weights
     moved, embed = [name for name in names if name != "embed"], {}
-    if shares is not None and not tiers.is_budget(shares):
+    if shares is not None and not is_budget(shares):
         if "embed" in names:
             embed = {"embed": "gpu" if shares.get("gpu") else "cpu"}
-        chosen = tiers.by_share([work.nbytes[name] for name in moved], shares)
+        chosen = by_share([work.nbytes[name] for name in moved], shares)
         return embed | dict(zip(moved, chosen, strict=True))
-    budgets = (
-        _fill(work, sizes, choice, rank, slots) if shares is None else tiers.budgets_of(shares, "placement.weights")
-    )
+    budgets = _fill(work, sizes, choice, rank, slots) if shares is None else budgets_of(shares, "placement.weights")
     if "embed" in names:
         held = "gpu" if work.nbytes["embed"] <= budgets.get("gpu", 0) else "cpu"
         embed = {"embed": held}
         if held in budgets:
             budgets[held] = max(budgets.get(held, 0) - work.nbytes["embed"], 0)
     try:
-        chosen = tiers.by_budget([work.nbytes[name] for name in moved], budgets)
-    except tiers.Uncovered as error:
+        chosen = by_budget([work.nbytes[name] for name in moved], budgets)
+    except Uncovered as error:
         raise _uncovered(work, rank, budgets, error) from error
     return embed | dict(zip(moved, chosen, strict=True))
 
 
-def _uncovered(work: Work, rank: int, budgets: Mapping[str, int], error: tiers.Uncovered) -> InputError:
+def _uncovered(work: Work, rank: int, budgets: Mapping[str, int], error: Uncovered) -> InputError:
     """What is said where blocks find no room: the numbers and the remedy."""
     held = ", ".join(f"{tier} {size_words(budgets[tier])}" for tier in TIERS if tier in budgets)
     missing = f"{size_words(error.missing)} of {size_words(error.total)} find no room on rank {rank}"
@@ -157,7 +157,7 @@ def check_disk(work: Work, plan: Plan) -> None:
     if not on_disk:
         weights = config.placement.weights  # shares that leave the disk out; what is planned or filled may not need it
         require(
-            not config.placement.stage or weights is None or tiers.is_budget(weights),
+            not config.placement.stage or weights is None or is_budget(weights),
             "placement.stage is true, but no weights live on disk: leave it out, or give placement.weights a share on disk",
         )
         return

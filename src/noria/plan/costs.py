@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noria.blocks import DTYPE_NBYTES, Block, ModelShape, layer_name
+from noria.blocks import DTYPE_NBYTES, Block, layer_name
+from noria.model import ModelShape
 from noria.plan.memory import block_nbytes
 from noria.plan.plan import Plan
 from noria.plan.rates import Rates

@@ -6,8 +6,9 @@ Arithmetic on sizes alone: no torch, no MPI, no GPU.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from noria.blocks import DTYPE_NBYTES, Block, ModelShape
-from noria.config import TIERS
+from noria.blocks import DTYPE_NBYTES, Block
+from noria.limits import TIERS
+from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
 
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from noria.blocks import layer_name
-from noria.config import InputError
+from noria.errors import InputError
 
 
 def partition(
@@ -45,25 +45,6 @@ def blocks_of(rank: int, num_ranks: int, stages: list[range]) -> list[str]:
     """The names of the blocks that the rank holds: the first rank the embedding, the last one the head."""
     names = [layer_name(layer) for stage in stages_of(rank, num_ranks, stages) for layer in stage]
     return ["embed"] * (rank == 0) + names + ["head"] * (rank == num_ranks - 1)
-
-
-def check_blocking(num_ranks: int, groups: int) -> None:
-    """Raises InputError unless the ring of blocking sends and receives can finish with these numbers.
-
-    Rank 0 sends groups - 1 messages before it receives the first one, and the other ranks hold one message each.
-    """
-    if 2 <= groups <= num_ranks:
-        return
-    why = (
-        "one group would have to come back before it is sent"
-        if groups < 2
-        else "rank 0 would send more messages than the other ranks can hold before it receives one"
-    )
-    remedy = f"set pipeline.groups to 2 .. {num_ranks}, or " if num_ranks >= 2 else ""
-    raise InputError(
-        f"pipeline.blocking with {groups} groups on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks ({why}): it"
-        f" needs 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
-    )
 
 
 def _greedy(num_layers: int, num_stages: int) -> list[int]:

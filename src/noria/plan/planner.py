@@ -8,15 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from noria.blocks import Block, ModelShape
-from noria.config import Config, InputError, require
+from noria.blocks import Block
+from noria.config import Config
+from noria.errors import InputError, require
+from noria.model import ModelShape
+from noria.order import check_blocking
 from noria.plan import costs, rates
-from noria.plan import shares as tiers
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
 from noria.plan.costs import Load
-from noria.plan.placement import check_blocking, partition
+from noria.plan.placement import partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Choice, Machine, Work
+from noria.plan.shares import budgets_of, is_budget
 from noria.step import PAGE_TOKENS
 
 GiB = 1024**3
@@ -196,8 +199,8 @@ def _reserving(work: Work, base: Choice, load: Load) -> Iterator[Choice]:
     sizes = sizes_of(work, replace(base, weights={"gpu": 100.0}))
     page = max(sizes.page(rank) for rank in range(work.num_ranks))
     cap = work.cap(base.groups)
-    if base.cache is not None and tiers.is_budget(base.cache):
-        budgets = tiers.budgets_of(base.cache, "placement.cache")
+    if base.cache is not None and is_budget(base.cache):
+        budgets = budgets_of(base.cache, "placement.cache")
         yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
         return
     wanted = -(-load.num_rows // base.groups) * base.groups * load.pages

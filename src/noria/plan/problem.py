@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from noria.blocks import Block, ModelShape
-from noria.config import Config, parse_nbytes, require
+from noria.blocks import Block
+from noria.config import Config
+from noria.errors import require
+from noria.model import ModelShape
 from noria.plan.memory import block_nbytes
-from noria.plan.shares import size_words
 from noria.step import PAGE_TOKENS
+from noria.tools.values import parse_nbytes, size_words
 
 MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
 

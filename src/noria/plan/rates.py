@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from noria.config import DTYPES, InputError, nearest, require
+from noria.errors import InputError, require
+from noria.limits import DTYPES
+from noria.tools.keys import nearest
 
 MAX_MACHINE_FILE = 2**16  # bytes
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from noria.config import TIERS, InputError, require
-from noria.plan import shares as tiers
+from noria.errors import InputError, require
+from noria.limits import TIERS
 from noria.plan.memory import Sizes
 from noria.plan.problem import Choice, Work
-from noria.plan.shares import size_words
+from noria.plan.shares import amounts, budgets_of, is_budget
 from noria.step import PAGE_TOKENS
+from noria.tools.values import size_words
 
 
 def cache_pages(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
@@ -33,7 +34,7 @@ def _pages(work: Work, sizes: Sizes, choice: Choice, room: Mapping[str, int]) ->
             left -= pages[tier]
         return pages
     held = [tier for tier in TIERS if choice.cache.get(tier)]
-    if tiers.is_budget(choice.cache):
+    if is_budget(choice.cache):
         return _budgeted_pages(work, sizes, choice.cache, held, room)
     for tier in held:
         _require_room(work, sizes, tier, 1, room[tier])
@@ -51,7 +52,7 @@ def _budgeted_pages(
     """Pages of sizes that the user gives: the first tiers are filled first."""
     largest = max(sizes.page(rank) for rank in range(work.num_ranks))
     pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
-    for tier, nbytes in tiers.budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
+    for tier, nbytes in budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
         pages[tier] = min(nbytes // largest, left)
         left -= pages[tier]
         _require_room(work, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
@@ -78,7 +79,7 @@ def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
             later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
             room[tier] = min(room[tier], (free[tier] + later) // sizes.page(rank))
     if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
-        asked = tiers.amounts(choice.cache, "placement.cache")
+        asked = amounts(choice.cache, "placement.cache")
         for tier in ("gpu", "cpu"):
             room[tier] = int(room[tier] * asked[tier] / (asked["gpu"] + asked["cpu"]))
     return room

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from noria.config import TIERS, parse_nbytes
+from noria.limits import TIERS
+from noria.tools.values import parse_nbytes
 
 
 class Uncovered(ValueError):
@@ -79,11 +80,3 @@ def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:
         left[chosen] -= size
         tiers.append(chosen)
     return tiers
-
-
-def size_words(nbytes: int) -> str:
-    """Bytes as people read them."""
-    for unit, size in (("TiB", 2 * 1024**4), ("GiB", 1024**3), ("MiB", 1024**2 / 10)):
-        if nbytes >= size:
-            return f"{nbytes / 1024 ** (' KMGT'.index(unit[0])):.1f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB" if nbytes else "0 B"

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from noria import kinds
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.readers._published import OWN, flag_for, folded, table_without
 from noria.readers._zstd import MAGIC, Decompressed
 

@@ -3,7 +3,7 @@
 import io
 from typing import Any, BinaryIO
 
-from noria.config import InputError
+from noria.errors import InputError
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_WINDOW_NBYTES = 2**27  # what the zstd command too decompresses unasked

@@ -10,10 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from noria.config import InputError, Sampling, require
+from noria.errors import InputError, require
 from noria.names import SYNONYMS
 from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
+from noria.sampling import Sampling
 from noria.tools.keys import types_of
 
 SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst")

@@ -17,7 +17,7 @@ import numpy as np
 from h5py import h5d
 
 from noria import readers
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.readers import PROMPT_NAMES, BadRow
 
 SUFFIXES = (".h5", ".hdf5")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from noria import readers
-from noria.config import InputError
+from noria.errors import InputError
 from noria.readers import BadRow, jsonl, lines, opened
 
 SUFFIXES = (".json", ".json.gz", ".json.zst")

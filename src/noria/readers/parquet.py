@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noria import readers
-from noria.config import InputError, require
+from noria.errors import InputError, require
 from noria.readers import PROMPT_NAMES, BadRow, own_id
 from noria.readers._arrow import values
 

@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 import torch
 
-from noria.order import HEADER, HIDDEN, MAX_GROUPS, RESULT, Place, tag
-from noria.plan.placement import check_blocking
+from noria.limits import MAX_GROUPS
+from noria.order import HEADER, HIDDEN, RESULT, Place, check_blocking, tag
 from noria.ring.blocking import BlockingRing
 from noria.ring.communication import Communication, Ticket
 from noria.ring.heartbeat import SILENCE, beat, listen

@@ -11,8 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from noria.config import InputError, Sampling
-from noria.output.agreement import RULES
+from noria.errors import InputError
 from noria.rows.composing import compose
 from noria.rows.ends import finish_reason
 from noria.rows.pages import Pages
@@ -20,6 +19,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import Line, num_pages
+from noria.sampling import RULES, Sampling
 from noria.step import NO_TOKEN, NONE_LEFT, PAGE_TOKENS, Admitted, Result, Run, Step, Word
 
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a

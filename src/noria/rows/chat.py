@@ -10,13 +10,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from noria.checkpoint.checkpoint import MORE_TEMPLATES, OpenModel
-from noria.config import InputError, Sampling, require
+from noria.errors import InputError, require
+from noria.model import MORE_TEMPLATES, OpenModel
 from noria.rows.continuing import FIELDS, Continued
 from noria.rows.forms import formed, reads_parts_alone
 from noria.rows.prompts import Prompt
 from noria.rows.template import Template, template_helper
 from noria.rows.tokenizer import Tokenizer, checked_ids, prompt_token_ids
+from noria.sampling import Sampling
 from noria.tools.helper import Helper
 
 _REMEDY = "give `prompt` without sampling.chat, or convert the model from a directory with a chat_template"

@@ -5,7 +5,7 @@ A tag behind the message's text shows where the template writes it; what comes a
 
 from typing import Any
 
-from noria.config import InputError, require
+from noria.errors import InputError, require
 
 FIELDS = (
     "reasoning_content",

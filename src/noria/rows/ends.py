@@ -3,8 +3,8 @@
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
-from noria.config import Sampling
 from noria.rows.decoding import CUT, Writer, common_length
+from noria.sampling import Sampling
 
 _MOST_CUT = 8  # tokens: a character of UTF-8 is 4 bytes at most, so that longer ones never become whole
 _LEAST_WINDOW = 8  # tokens with a text that are decoded before new ones: as many as decoding.Writer takes of a prompt

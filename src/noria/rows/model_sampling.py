@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from noria.config import InputError, Sampling, require
+from noria.errors import InputError, require
+from noria.sampling import Sampling
 
 TAKEN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Keys of transformers that change what is generated and that Noria does not take, with the values at which they do not.

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Backend
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.rows.special_tokens import NAMES, Settings, Token, json_object, read_settings
 from noria.rows.tokenizer_classes import TokenizerClass, class_of, post_processor, vocabulary
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from noria.config import InputError, Sampling
+from noria.errors import InputError
 from noria.names import SYNONYMS, is_foreign, refusal, two_names
 from noria.readers import BadRow, Request, own_id
 from noria.rows.columns import Content, content_of
 from noria.rows.source import Source, as_source, check_files, records
-from noria.sampling import ROW_KEYS, RUN_KEYS, whole
+from noria.sampling import ROW_KEYS, RUN_KEYS, Sampling, whole
 from noria.tools.text import storable
 
 SAMPLING = ROW_KEYS

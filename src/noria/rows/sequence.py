@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from noria.config import Sampling
 from noria.rows.ends import StopTexts
 from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
+from noria.sampling import Sampling
 from noria.step import PAGE_TOKENS, Run
 
 _DEFAULT = Sampling().override({})

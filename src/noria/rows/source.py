@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from noria import readers
-from noria.config import Config, InputError, require
+from noria.errors import InputError, require
 from noria.readers import BadRow
 from noria.rows.columns import Columns
 from noria.tools.text import plural
@@ -31,12 +31,6 @@ class Source:
     columns: Columns = Columns()
     limit: int | None = None
     strict_keys: bool = False
-
-    @classmethod
-    def of(cls, config: Config) -> "Source":
-        """That of a run. Raises InputError for a pattern that no file matches."""
-        columns = Columns(config.prompt_column, config.id_column, config.messages_column)
-        return cls(files_of(config.prompts), columns, config.limit, config.job.strict_keys)
 
     def __str__(self) -> str:
         if len(self.files) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from noria.config import InputError
+from noria.errors import InputError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.helper import Failed, Helper, Limits
 
 MAX_SOURCE = 2**18  # characters; the largest that are published have some 30,000

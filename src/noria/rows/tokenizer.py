@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Encoding
 
-from noria.checkpoint.checkpoint import OpenModel
-from noria.config import InputError
+from noria.errors import InputError
+from noria.model import OpenModel
 from noria.rows.decoding import Writer
 from noria.rows.pretrained import REMEDY, pretrained
 

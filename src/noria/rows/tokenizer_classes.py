@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import PreTokenizer
 from tokenizers.processors import PostProcessor
 
-from noria.config import InputError
+from noria.errors import InputError
 
 AS_IS = "TokenizersBackend"
 # What AutoTokenizer takes where the settings name no class, or another than this for a model of this type.

@@ -10,13 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from noria.config import InputError, Sampling, require
-from noria.output.agreement import OLD_RULES, RULES
+from noria.errors import InputError, require
 from noria.rows.ends import StopTexts, with_special_stops
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence
 from noria.rows.tokenizer import Tokenizer
-from noria.sampling import OPEN, OPEN_IN_REQUESTS
+from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
 from noria.step import PAGE_TOKENS
 
 

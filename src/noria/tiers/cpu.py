@@ -6,7 +6,8 @@ Knows offsets in its memory, not what lies there.
 import torch
 
 from noria.streams import Streams
-from noria.tiers import Events, HostMemory, Pieces, Transfer, total_nbytes
+from noria.tiers import Events, Pieces, Transfer, total_nbytes
+from noria.tools.pinned import HostMemory
 
 
 class Cpu:

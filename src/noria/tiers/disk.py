@@ -14,8 +14,9 @@ import torch
 
 from noria.blocks import ALIGNMENT, round_up
 from noria.streams import Event, Streams
-from noria.tiers import Events, HostMemory, Pieces, Transfer, total_nbytes
+from noria.tiers import Events, Pieces, Transfer, total_nbytes
 from noria.tiers._regions import Check, Chunk, Part, Region, Regions, covers, exact, in_tasks, read, write
+from noria.tools.pinned import HostMemory
 
 SLOT_NBYTES = 64 << 20
 NUM_SLOTS = 4

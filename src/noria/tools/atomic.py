@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.keys import check_path
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 from h5py import h5a, h5d, h5o, h5t
 
-from noria.config import InputError
+from noria.errors import InputError
 from noria.tools.headers import text_nbytes
 
 MAX_TEXT_NBYTES = 256 << 20  # of an attribute

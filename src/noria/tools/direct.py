@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from noria.blocks import ALIGNMENT
-from noria.tools.keys import InputError
+from noria.errors import InputError
 
 CHUNK_NBYTES = 8 << 20  # of one read or write: larger ones gain nothing, smaller ones leave a disk idle
 _MAX_NBYTES = 1 << 30  # of one system call

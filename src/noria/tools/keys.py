@@ -12,11 +12,9 @@ from collections.abc import Iterable
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
+from noria.errors import InputError, require
+
 MAX_NAME_NBYTES, MAX_PATH_NBYTES = 255, 4095  # of a file's name, and of a path (Linux)
-
-
-class InputError(ValueError):
-    """The user's input is wrong: the message says what, where, the numbers and the remedy. The command exits with 2."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -31,12 +29,6 @@ def key(help: str, default: Any = None, choices: tuple[str, ...] = (), text: boo
 
 
 WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table"}
-
-
-def require(condition: object, message: str) -> None:
-    """Raises InputError(message) unless the condition holds."""
-    if not condition:
-        raise InputError(message)
 
 
 def check_path(path: str | None, name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from noria import kinds
 from noria.communicator import Communicator
-from noria.config import InputError
+from noria.errors import InputError
 from noria.streams import Event, streams_of
 
 TRIAL_SECONDS = 30.0

@@ -1,0 +1,11 @@
+"""The prompts that a run's keys name."""
+
+from noria.config import Config
+from noria.rows.columns import Columns
+from noria.rows.source import Source, files_of
+
+
+def source_of(config: Config) -> Source:
+    """Where a run's prompts come from. Raises InputError for a pattern that no file matches."""
+    columns = Columns(config.prompt_column, config.id_column, config.messages_column)
+    return Source(files_of(config.prompts), columns, config.limit, config.job.strict_keys)

@@ -1,0 +1,57 @@
+"""Sizes, times and shards as people write them. Knows no key: what is wrong is said by the name that is given."""
+
+from noria.errors import InputError, require
+
+WHOLE = "1/1"  # the shard that is the whole run
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of the shard `i/n`, both from 1. Raises InputError."""
+    number, slash, count = (part.strip() for part in text.partition("/"))
+    digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, count))
+    require(slash and digits, f"job.shard is {text!r}: it must be i/n, such as 1/4 for the first of four shards")
+    i, n = int(number), int(count)
+    require(n >= 1, f"job.shard is {text!r}: there must be at least 1 shard")
+    require(1 <= i <= n, f"job.shard is {text!r}: shards count from 1, so i/{n} goes from 1/{n} to {n}/{n}")
+    return i, n
+
+
+def shard_rows(shard: str | None, num_rows: int) -> range:
+    """The rows of `num_rows` prompts that a shard generates: every n-th, so that prompts added later move no row."""
+    i, n = parse_shard(shard or WHOLE)
+    return range(i - 1, num_rows, n)
+
+
+def parse_walltime(value: str | int) -> int:
+    """Seconds of `HH:MM:SS`, `MM:SS` or a number of seconds. Raises InputError."""
+    parts = str(value).strip().split(":")
+    digits = len(parts) <= 3 and all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+    seconds = sum(int(part) * 60**place for place, part in enumerate(reversed(parts))) if digits else 0
+    require(seconds > 0, f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00, or seconds, above 0")
+    return seconds
+
+
+def parse_nbytes(text: str, name: str) -> int:
+    """Bytes of a size such as `16GiB`, `500MB`, `1048576`, or `16G` as in SLURM. Raises InputError that names the key."""
+    units = (
+        {"": 1, "B": 1}
+        | {f"{p}{end}": 1024**i for i, p in enumerate("KMGT", 1) for end in ("iB", "")}
+        | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    )
+    digits = text.strip().rstrip("BKMGTi ")
+    unit = text.strip()[len(digits) :].strip()
+    try:
+        nbytes = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        nbytes = -1
+    if nbytes < 0:
+        raise InputError(f"{name} is {text!r}: it must be a size such as 16GiB or 500MB")
+    return nbytes
+
+
+def size_words(nbytes: int) -> str:
+    """Bytes as people read them."""
+    for unit, size in (("TiB", 2 * 1024**4), ("GiB", 1024**3), ("MiB", 1024**2 / 10)):
+        if nbytes >= size:
+            return f"{nbytes / 1024 ** (' KMGT'.index(unit[0])):.1f} {unit}"
+    return f"{nbytes / 1024:.1f} KiB" if nbytes else "0 B"
