@@ -4,6 +4,7 @@ import pytest
 import world_faults
 
 import world
+from mpirun import FAULTS_OF_THE_MACHINE
 
 pytestmark = [pytest.mark.world, pytest.mark.slow]
 
@@ -29,6 +30,14 @@ def test_a_fault_fails_the_test_that_called_and_the_next_call_goes_on(fault, sai
         world.call(2, fault, tmp_path, timeout=4)
     assert f"world_faults.{fault.__name__} in the world" in str(caught.value) and said in str(caught.value)
     assert world.call(2, world_faults.place) == [(0, 2), (1, 2)]
+
+
+def test_a_call_is_made_again_after_a_fault_of_the_machine_and_after_no_other(tmp_path):
+    with pytest.warns(UserWarning, match="the machine's fault, tried again: The futex facility"):
+        assert world.call(2, world_faults.abort_once, tmp_path, FAULTS_OF_THE_MACHINE[1]) == ["met", "met"]
+    (tmp_path / "aborted").unlink()
+    with pytest.raises(AssertionError, match="rank 1 ended"):
+        world.call(2, world_faults.abort_once, tmp_path, "a fault of our own")
 
 
 def test_a_command_of_the_world_says_and_returns_what_it_would_under_mpirun():

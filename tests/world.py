@@ -15,7 +15,7 @@ import time
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 
-from mpirun import environment, of_forks
+from mpirun import TRIES, environment, of_forks, of_the_machine
 
 NUM_RANKS = 4
 START_SECONDS = 60.0  # for the ranks
@@ -30,13 +30,26 @@ def call(num_ranks, function, *arguments, timeout=120):
     The function lives in a module of tests/mpi. Raises AssertionError if one of them raised, ended, left something open or
     was not ready after `timeout` seconds.
     """
+    left = TRIES
+    while True:
+        left -= 1
+        try:
+            if not _worlds:
+                _worlds.append(World())
+            return _worlds[0].call(num_ranks, function, arguments, timeout)
+        except BaseException as error:
+            if not of_the_machine(str(error) + _end()) or not left:
+                raise
+
+
+def _end():
+    """Ends the world, if there is one: all that its launcher and its ranks wrote."""
     if not _worlds:
-        _worlds.append(World())
-    try:
-        return _worlds[0].call(num_ranks, function, arguments, timeout)
-    except BaseException:
-        _worlds.pop().kill()
-        raise
+        return ""
+    world = _worlds.pop()
+    said = world.said()
+    world.kill()
+    return said
 
 
 def command(num_ranks, argv, timeout=120):
@@ -82,7 +95,7 @@ class World:
                     connection = listener.accept()
                     assert connection.poll(START_SECONDS), "a rank says nothing"
                 except (OSError, AssertionError) as error:
-                    raise AssertionError(f"the ranks did not start: {error}\n{self._said()}") from error
+                    raise AssertionError(f"the ranks did not start: {error}\n{self.said()}") from error
                 met.append((*connection.recv(), connection))
         for _, process, connection in sorted(met, key=lambda one: one[0]):
             self._ranks.append(connection)
@@ -118,11 +131,12 @@ class World:
         lines = [f"{function.__module__}.{function.__name__} in the world of {NUM_RANKS} ranks:"]
         for rank, (word, value, said) in enumerate(found):
             lines.append(f"--- rank {rank} {word} {value if word != 'returned' else ''}\n{said}")
-        return "\n".join([*lines, "--- the launcher and all ranks", self._said()])
+        return "\n".join([*lines, "--- the launcher and all ranks", self.said()[-4000:]])
 
-    def _said(self):
+    def said(self):
+        """All that the launcher and the ranks wrote, but for what calls write."""
         self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-4000:]
+        return self._log.read().decode(errors="replace")
 
     def close(self):
         """Lets the ranks end: a closed connection says that no call will come."""
