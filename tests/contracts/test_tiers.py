@@ -47,6 +47,7 @@ def cpu(folder, streams):
 
 KINDS = {
     "cpu": cpu,
+    "cpu in pieces": lambda folder, streams: Cpu(NBYTES, streams, piece_nbytes=8192),
     "disk direct": lambda folder, streams: disk(folder, streams, True),
     "disk buffered": lambda folder, streams: disk(folder, streams, False),
     "disk one slot": lambda folder, streams: disk(folder, streams, True, slot_nbytes=1, num_slots=1),
@@ -171,6 +172,91 @@ def test_memory_that_cannot_be_locked_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     with pytest.raises(OSError, match=r"4096 bytes.*CUDA error 2.*ulimit -l"):
         tier.register()
+
+
+class Driver:
+    """Stands for CUDA's: which memory is page-locked. It refuses the pieces whose numbers are `refused`."""
+
+    def __init__(self, refused=()):
+        self.locked, self.refused, self.threads = {}, set(refused), set()
+        self.meeting = threading.Barrier(2)  # two pieces are under way at once, or nothing goes on
+
+    def cudaHostRegister(self, begin, nbytes, flags):
+        if len(self.locked) + 1 in self.refused:
+            return 2
+        self.locked[begin] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, begin):
+        self.threads.add(threading.get_ident())
+        if len(os.sched_getaffinity(0)) > 1 and len(self.locked) > 1 and not self.meeting.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.meeting.wait(2)
+        del self.locked[begin]
+        return 0
+
+
+def driven(monkeypatch, driver):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+
+
+def locking_tier(nbytes, piece_nbytes):
+    streams = CpuStreams(CPU)
+    tier = Cpu(nbytes, streams, piece_nbytes)
+    tier.touch()
+    streams.device = torch.device("cuda", 0)
+    return tier
+
+
+def resident_nbytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_is_locked_and_given_back_piece_by_piece_by_several_threads(monkeypatch):
+    driver = Driver()
+    driven(monkeypatch, driver)
+    tier = locking_tier(40 << 20, 8 << 20)
+    view = tier.memory[3:5]
+    begin = tier.memory.data_ptr()
+    tier.register()
+    tier.register()
+    assert driver.locked == {begin + piece * (8 << 20): 8 << 20 for piece in range(5)}
+    held = resident_nbytes()
+    assert tier.close() == 40 << 20 and not driver.locked
+    assert held - resident_nbytes() > 30 << 20, "though a view is left"
+    assert len(os.sched_getaffinity(0)) == 1 or len(driver.threads) > 1
+    assert view.tolist() == [0, 0] and tier.close() == 0
+
+
+def test_memory_of_which_a_piece_cannot_be_locked_stays_unlocked(monkeypatch):
+    driver = Driver(refused=[3])
+    driven(monkeypatch, driver)
+    tier = locking_tier(5 * 8192 + 17, 8192)
+    with pytest.raises(OSError, match=r"40977 bytes.*CUDA error 2.*ulimit -l"):
+        tier.register()
+    assert not driver.locked and tier.close() == 0
+
+
+def test_no_copy_crosses_from_one_locked_piece_to_the_next():
+    streams, seen = CpuStreams(CPU), []
+    tier = Cpu(40_000, streams, piece_nbytes=8192)
+    copy = streams.copy
+    streams.copy = lambda lane, pairs, after=(): seen.extend(pairs := list(pairs)) or copy(lane, pairs, after)
+    begin, data = tier.memory.data_ptr(), numbers(30_000, 4)
+    for offset in (0, 100, 8191, 8192, 10_000):
+        tier.store([(offset, data)])
+        assert torch.equal(tier.memory[offset : offset + 30_000], data)
+        got = torch.zeros_like(data)
+        tier.load([(offset, got)])
+        assert torch.equal(got, data)
+    places = [
+        (part.data_ptr() - begin, part.numel())
+        for pair in seen
+        for part in pair
+        if begin <= part.data_ptr() < begin + 40_000
+    ]
+    assert places and all(at // 8192 == (at + nbytes - 1) // 8192 for at, nbytes in places)
 
 
 @pytest.mark.parametrize("directly", [True, False])

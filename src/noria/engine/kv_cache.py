@@ -184,12 +184,11 @@ class KvCache:
             self._free.append(buffer)
         self._staged.clear()
 
-    def close(self) -> None:
-        """Waits for stores under way and closes the tiers."""
+    def close(self) -> int:
+        """Waits for stores under way and closes the tiers. Returns the bytes of host memory that were page-locked."""
         for stored in self._stored.values():
             stored.event().synchronize()
-        for share in self._shares:
-            share.tier.close()
+        return sum(share.tier.close() for share in self._shares)
 
     def _pieces(self, layer: int, buffer: Buffer, share: Share, triples: Triples) -> list[tuple[int, torch.Tensor]]:
         """(offset in the tier, bytes in the staging buffer) of keys and values. In a tier: [layer][K, V][row]."""

@@ -4,6 +4,7 @@ Knows the model, its weights and its cache; nothing of the ring, of rounds or of
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,9 +27,11 @@ from noria.models._attend import Attend
 from noria.schedules import Actions, Cell
 from noria.step import Span, Step
 from noria.streams import Event, Streams
+from noria.tools.text import nbytes_words
 
 Spans: TypeAlias = tuple[list[Span], Staged | None]  # of a microbatch: as attention sees it, and what to move for that
 T = TypeVar("T")
+SAID_NBYTES = 1 << 30  # of page-locked memory: what takes time to give back
 HEAD_ROWS = 512  # logits of this many rows at a time: 512 x 128k ids in float32 are 256 MiB
 
 
@@ -97,10 +100,13 @@ class Stage:
         self._weights.begin(round, lap, group, empty)
 
     def close(self) -> None:
-        """Lets go of the tiers, when nothing is to be computed any more."""
-        self._weights.close()
-        self._cache.close()
+        """Lets go of the tiers, when nothing is to be computed any more; says how long that took where they were large."""
+        began = time.perf_counter()
+        nbytes = self._weights.close() + self._cache.close()
         self._activations.close()
+        if nbytes >= SAID_NBYTES:
+            seconds = time.perf_counter() - began
+            self._report(f"gave {nbytes_words(nbytes)} of page-locked memory back in {seconds:.1f} s")
 
     @property
     def stored(self) -> Event | None:

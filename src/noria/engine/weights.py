@@ -67,9 +67,8 @@ class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
     `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks; `visits`:
-            self._drop().synchronize()
-        for tier in self._tiers.values():
-            tier.close()
+    the names of those that each lap needs, in order. `ahead`: loads are sent before they are needed. `tiers`: those to be
+    closed besides the homes' own.
     """
 
     def __init__(
@@ -178,9 +177,11 @@ class Weights:
         slot.free = self._streams.event()
         self._free.append(slot)
 
-    def close(self) -> None:
-        """Waits for loads under way, which were for rounds that did not come, and closes the tiers."""
+    def close(self) -> int:
+        """Waits for loads under way, which were for rounds that did not come, and closes the tiers.
+
+        Returns the bytes of host memory that were page-locked.
+        """
         while self._ahead:
             self._drop().synchronize()
-        for tier in self._tiers.values():
-            tier.close()
+        return sum(tier.close() for tier in self._tiers.values())

@@ -1,13 +1,15 @@
-"""The tier in CPU memory: a load or a store is one copy a piece, over the link.
+"""The tier in CPU memory: a load or a store is one copy a piece, over the link, or two where memory is locked in two parts.
 
 Knows offsets in its memory, not what lies there.
 """
+
+from collections.abc import Iterator
 
 import torch
 
 from noria.streams import Streams
 from noria.tiers import Events, Pieces, Transfer, total_nbytes
-from noria.tools.pinned import HostMemory
+from noria.tools.pinned import PIECE_NBYTES, HostMemory
 
 
 class Cpu:
@@ -17,9 +19,9 @@ class Cpu:
     transfers of the same bytes are in order only if they are on the same lane, or one comes `after` the other's event.
     """
 
-    def __init__(self, nbytes: int, streams: Streams):
+    def __init__(self, nbytes: int, streams: Streams, piece_nbytes: int = PIECE_NBYTES):
         """Raises OSError if the address space does not have them."""
-        self._host, self._streams = HostMemory(nbytes), streams
+        self._host, self._streams = HostMemory(nbytes, piece_nbytes), streams
         self.memory, self.nbytes = self._host.memory, nbytes
         self.nbytes_loaded = self.nbytes_stored = 0
 
@@ -35,22 +37,27 @@ class Cpu:
         """Copies to the device: (offset here, the device's bytes)."""
         pieces = list(pieces)
         self.nbytes_loaded += total_nbytes(pieces)
-        pairs = [(data, self._part(offset, data)) for offset, data in pieces]
+        pairs = [(part, here) for offset, data in pieces for here, part in self._parts(offset, data)]
         return Transfer(self._streams.copy("load", pairs, after))
 
     def store(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies from the device: (offset here, the device's bytes)."""
         pieces = list(pieces)
         self.nbytes_stored += total_nbytes(pieces)
-        pairs = [(self._part(offset, data), data) for offset, data in pieces]
+        pairs = [pair for offset, data in pieces for pair in self._parts(offset, data)]
         return Transfer(self._streams.copy("store", pairs, after))
 
-    def _part(self, offset: int, data: torch.Tensor) -> torch.Tensor:
-        end = offset + data.numel()
+    def _parts(self, offset: int, data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(bytes here, the device's bytes), cut where one locked piece of the memory ends and the next begins."""
+        size, end = self._host.piece_nbytes, offset + data.numel()
         assert 0 <= offset and end <= self.nbytes, (offset, end, self.nbytes)
-        return self.memory[offset:end]
+        begin = offset
+        while end > (border := (begin // size + 1) * size):
+            yield self.memory[begin:border], data[begin - offset : border - offset]
+            begin = border
+        yield self.memory[begin:end], data if begin == offset else data[begin - offset :]
 
-    def close(self) -> None:
-        """Unlocks and lets go of the memory. No transfer may be under way. May be called twice."""
+    def close(self) -> int:
+        """Lets go of the memory; returns the bytes that were page-locked. No transfer may be under way. May be called twice."""
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self._host.close()
+        return self._host.close()

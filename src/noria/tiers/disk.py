@@ -247,10 +247,10 @@ class Disk:
         check, region.check = region.check, None
         return check()
 
-    def close(self) -> None:
-        """Ends the threads once all transfers are done, closes the files and lets go of the slots."""
+    def close(self) -> int:
+        """Ends the threads once all transfers are done, closes the files and lets go of the slots: so many locked bytes."""
         if self._host is None:
-            return
+            return 0
         for lane in self._jobs:
             self._jobs[lane].put(None)
         for thread in self._threads:
@@ -261,8 +261,8 @@ class Disk:
             if event is not None:
                 event.synchronize()
         self._regions.close()
-        self._host.close()
-        self._host = None
+        host, self._host = self._host, None
+        return host.close()
 
 
 def _overlap(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> bool:

@@ -4,24 +4,34 @@ On the device, or in page-locked host memory. Knows shapes, not what they hold.
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+PIECE_NBYTES = 1 << 30  # of a tier's memory: what one thread page-locks, unlocks and gives back at a time
 _TOUCH_NBYTES = 64 << 20
-_TOUCH_THREADS = 16
+_THREADS = 16
 
 
 class HostMemory:
-    """Exactly `nbytes` of anonymous memory, in huge pages where the system gives them; page-locked once registered."""
+    """Exactly `nbytes` of anonymous memory, in huge pages where the system gives them; page-locked once registered.
 
-    def __init__(self, nbytes: int):
+    `piece_nbytes`: it is page-locked in pieces of so many bytes (a multiple of the page size), and no copy of a device may
+    cross from one to the next; None: as one piece.
+    """
+
+    def __init__(self, nbytes: int, piece_nbytes: int | None = None):
         """Raises OSError if the address space does not have them; memory itself is taken as it is touched."""
-        self.nbytes = nbytes
-        self._registered = False
+        self.nbytes, self.piece_nbytes = nbytes, piece_nbytes or max(nbytes, 1)
+        assert piece_nbytes is None or piece_nbytes % mmap.PAGESIZE == 0, piece_nbytes
+        self._locked: list[torch.Tensor] = []
         try:
             pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -33,33 +43,64 @@ class HostMemory:
 
     def touch(self) -> None:
         """Zeroes the memory, by several threads: a first touch costs far more than a later one."""
-        parts = self.memory.split(_TOUCH_NBYTES)
-        with ThreadPoolExecutor(min(_TOUCH_THREADS, len(os.sched_getaffinity(0)))) as pool:
-            list(pool.map(torch.Tensor.zero_, parts))
+        _by_threads(torch.Tensor.zero_, self.memory.split(_TOUCH_NBYTES))
 
     def register(self, device: torch.device) -> None:
         """Page-locks the memory for copies of a CUDA device; touch it first. Does nothing for another device.
 
         Raises OSError, with the bytes and the remedy, if the system refuses.
         """
-        if device.type != "cuda" or self._registered or not self.nbytes:
+        if device.type != "cuda" or self._locked or not self.nbytes:
             return
-        with torch.cuda.device(device):
-            code = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.nbytes, 0))
+        pieces = self.memory.split(self.piece_nbytes)
+        codes = _by_threads(lambda piece: _lock(piece, device), pieces)
+        self._locked = [piece for piece, code in zip(pieces, codes, strict=True) if not code]
+        code = next(filter(None, codes), 0)
         if code:
+            self._unlock()
             raise OSError(
                 f"{self.nbytes} bytes ({self.nbytes / 2**30:.1f} GiB) of host memory cannot be page-locked (CUDA error"
                 f" {code}): raise the limit of locked memory (ulimit -l unlimited) or the job's memory, or lower"
                 " placement.weights.cpu and placement.cache.cpu"
             )
-        self._registered = True
 
-    def close(self) -> None:
-        """Unlocks the memory and lets go of it. No copy may be under way. May be called twice."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
-            self._registered = False
+    def close(self) -> int:
+        """Unlocks the memory and lets go of it. No copy may be under way. Returns the bytes that were page-locked.
+
+        By several threads, piece by piece: by one, hundreds of GiB take longer than a scheduler waits for a process that it
+        ends. What is still viewed of a memory of several pieces reads as zeros. May be called twice.
+        """
+        nbytes = self._unlock()
+        if self.memory.numel() > self.piece_nbytes:
+            _by_threads(_give_back, self.memory.split(self.piece_nbytes))
         self.memory = torch.empty(0, dtype=torch.uint8)
+        return nbytes
+
+    def _unlock(self) -> int:
+        locked, self._locked = self._locked, []
+        _by_threads(lambda piece: torch.cuda.cudart().cudaHostUnregister(piece.data_ptr()), locked)
+        return sum(piece.numel() for piece in locked)
+
+
+def _by_threads(call: Callable[[torch.Tensor], T], pieces: Sequence[torch.Tensor]) -> list[T]:
+    """What `call` returns of each piece: a thread a core at most, none for a single piece."""
+    if len(pieces) < 2:
+        return [call(piece) for piece in pieces]
+    with ThreadPoolExecutor(min(_THREADS, len(pieces), len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(call, pieces))
+
+
+def _lock(piece: torch.Tensor, device: torch.device) -> int:
+    """CUDA's code: 0 if it took the piece."""
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0))
+
+
+def _give_back(piece: torch.Tensor) -> None:
+    """Returns the piece's pages to the system. By the C library: Python's own call would keep the other threads waiting."""
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(piece.data_ptr()), ctypes.c_size_t(piece.numel()), ctypes.c_int(mmap.MADV_DONTNEED)
+    )
 
 
 def _advise(pages: mmap.mmap, advice: str) -> None:
