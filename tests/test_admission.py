@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noria.borders import cut
 from noria.rows.admission import Admission, Limits
-from noria.rows.composing import cut
 from noria.rows.prompts import Prompt
 from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word

@@ -1,6 +1,7 @@
 """The order of the loads of streamed blocks, against the order in which visits use them."""
 
-from noria.engine.cycle import Cycle, once
+from noria.engine.cycle import Cycle
+from noria.limits import loaded_once
 
 
 def take(cycle, count):
@@ -16,7 +17,7 @@ def test_a_lap_whose_blocks_do_not_fit_is_loaded_for_each_group():
 
 
 def test_one_group_needs_each_block_once_whatever_the_slots():
-    assert once(100, 1, 1) and not once(3, 2, 3) and once(2, 2, 3)
+    assert loaded_once(100, 1, 1) and not loaded_once(3, 2, 3) and loaded_once(2, 2, 3)
 
 
 def test_loads_for_a_group_with_nothing_to_compute_serve_the_group_after_it():

@@ -13,8 +13,8 @@ from late_streams import LateStreams
 from noria import config, streams
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
-from noria.engine.cycle import once
 from noria.launch.mpi import Solo
+from noria.limits import loaded_once
 from noria.run import run
 from test_same import CONFIG, compare, fill, folder  # noqa: F401
 
@@ -105,7 +105,7 @@ def test_weights_over_the_link_are_what_the_rounds_need(folder, weights, groups)
     with open_checkpoint(folder / "model.h5") as checkpoint:
         blocks = checkpoint.blocks
     tiers = {name: tier for name, tier in plan["weight_tiers"][0].items() if tier != "gpu" and name != "embed"}
-    each_group = not once(len(tiers), groups, plan["weight_slots"])
+    each_group = not loaded_once(len(tiers), groups, plan["weight_slots"])
     visits = found["visits"] if each_group else found["rounds"] - 1  # the last round says STOP
     wanted = visits * sum(blocks[name].nbytes for name in tiers)
     assert found["prefill_host_to_gpu_nbytes"] + found["decode_host_to_gpu_nbytes"] == wanted

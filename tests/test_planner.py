@@ -5,12 +5,10 @@ import pytest
 
 from noria import config
 from noria.blocks import lay_out, layer_name
-from noria.checkpoint import read_ahead
 from noria.errors import InputError
 from noria.model import ModelShape
 from noria.plan import planner
 from noria.plan.costs import Load
-from noria.plan.memory import LOADING_BUFFERS
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine
 
@@ -100,7 +98,6 @@ def test_a_plan_prints_every_rank_with_its_layers():
 
 def test_the_buffers_of_loading_count_until_the_cache_takes_their_place():
     largest = 2 * max(block.nbytes for block in blocks().values())
-    assert LOADING_BUFFERS == read_ahead.NUM_BUFFERS == 2
     for flags, expected in (
         ({}, largest),
         ({"dtype": "float32"}, largest),  # blocks are read as they are stored

@@ -175,7 +175,7 @@ def test_log_probabilities_are_those_of_the_raw_distribution_for_the_rows_that_a
 
 
 def test_prompts_are_scored_by_the_raw_distribution_in_chunks(monkeypatch):
-    monkeypatch.setattr("noria.engine.sampler.CHUNK_ELEMENTS", VOCAB * 3)
+    monkeypatch.setattr("noria.engine.sampler.DRAW_ELEMENTS", VOCAB * 3)
     logits, ids = logits_of(8), torch.arange(8) * 7
     expected = torch.log_softmax(logits, -1)[torch.arange(8), ids]
     assert torch.allclose(Sampler(torch.device("cpu")).score(logits, ids), expected, atol=1e-14)

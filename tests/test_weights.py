@@ -9,10 +9,10 @@ from late_streams import LateStreams
 from noria.blocks import lay_out, layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
-from noria.engine.cycle import once
 from noria.engine.loading import Loader
 from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Weights, cast_block, views
+from noria.limits import loaded_once
 from noria.streams import CpuStreams, Done
 from noria.tiers import Transfer
 
@@ -142,7 +142,7 @@ def test_loads_in_vain_are_at_most_the_slots_at_the_end_and_where_a_last_group_i
     for round in range(rounds):
         empty = [round == rounds - 1 or draw.random() < empty_share for _ in range(groups)]
         computing = groups - sum(empty)
-        each_group = [not once(len(names), groups, slots) for names in streamed]
+        each_group = [not loaded_once(len(names), groups, slots) for names in streamed]
         used += sum(
             len(names) * (computing if each else min(computing, 1))
             for names, each in zip(streamed, each_group, strict=True)

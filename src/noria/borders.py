@@ -1,7 +1,34 @@
-"""Finer borders of a step's microbatches, where memory did not suffice for those that it came with. Plain numbers."""
+"""Borders of a step's microbatches, [K+1] in rows: as rank 0 cuts it, and finer where memory did not suffice. Numbers."""
 
 import itertools
 from collections.abc import Sequence
+
+
+def cut(
+    counts: Sequence[int],
+    microbatch_tokens: int,
+    least: int,
+    pages: Sequence[int] | None = None,
+    most_pages: int = 0,
+) -> list[int]:
+    """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
+
+    With `pages`, of each row, a microbatch has at most `most_pages` too. At least `least` microbatches where there are as
+    many rows; a row is never cut.
+    """
+    if not counts:
+        return [0]
+    target = min(microbatch_tokens, -(-sum(counts) // least))
+    borders, tokens, held = [0], 0, 0
+    for row, count in enumerate(counts):
+        rows_left, cuts_left = len(counts) - row, least - len(borders)
+        own = pages[row] if pages else 0
+        full = tokens + count > target or held + own > most_pages
+        if row > borders[-1] and (full or rows_left <= cuts_left):
+            borders.append(row)
+            tokens, held = 0, 0
+        tokens, held = tokens + count, held + own
+    return [*borders, len(counts)]
 
 
 def halved(borders: Sequence[int]) -> list[int]:

@@ -3,3 +3,21 @@
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TIERS = ("gpu", "cpu", "disk")
 MAX_GROUPS = 10_000  # MPI promises tags up to 32767: two kinds of messages are numbered by group
+
+MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
+HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
+
+LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time: 512 x 128k ids in float32 are 256 MiB
+DRAW_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
+DRAW_NBYTES = 4 * 8 * DRAW_ELEMENTS  # of their sorted and cumulated copies
+ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory: no schedule has more cells under way
+LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay
+DISK_SLOTS = 4  # host buffers through which bytes go to and from a disk
+DISK_SLOT_NBYTES = 64 << 20
+DISK_NBYTES = DISK_SLOTS * DISK_SLOT_NBYTES
+DISK_THREADS = 4  # that read and write them
+
+
+def loaded_once(num_streamed: int, groups: int, slots: int) -> bool:
+    """Whether a visit's streamed blocks are loaded once a round for all groups, not once a group."""
+    return groups == 1 or num_streamed <= slots - 1

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from noria.checkpoint.checkpoint import Checkpoint
+from noria.limits import LOADING_BUFFERS
 from noria.model import OpenModel
 from noria.tools.direct import DirectFile, chunks
 from noria.tools.pinned import HostMemory
 
 NUM_THREADS = 8
-NUM_BUFFERS = 2
 
 
 @dataclass
@@ -54,7 +54,7 @@ def read_ahead(
     pool = ThreadPoolExecutor(threads, "read")
     try:
         while waiting or coming:
-            while waiting and len(coming) < NUM_BUFFERS and (waiting[0] in into or free):
+            while waiting and len(coming) < LOADING_BUFFERS and (waiting[0] in into or free):
                 name = waiting.popleft()
                 buffer = None if name in into else free.popleft()
                 memory = into[name] if buffer is None else buffer.memory[: sizes[name]]
@@ -75,7 +75,7 @@ def read_ahead(
 
 
 def _buffers(sizes: list[int], device: torch.device | None) -> list[HostMemory]:
-    buffers = [HostMemory(max(sizes)) for _ in sizes[:NUM_BUFFERS]]
+    buffers = [HostMemory(max(sizes)) for _ in sizes[:LOADING_BUFFERS]]
     if device is not None and device.type == "cuda":
         for buffer in buffers:
             buffer.touch()

@@ -16,11 +16,12 @@ from noria.desk.examination import dtype_of, open_model
 from noria.desk.inputs import source_of
 from noria.desk.lengths import look
 from noria.errors import InputError, require
+from noria.limits import HOST_NBYTES, MEMORY_SHARE
 from noria.model import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Load
-from noria.plan.plan import HOST_NBYTES, Plan, rate_words
-from noria.plan.problem import MEMORY_SHARE, Machine
+from noria.plan.plan import Plan, rate_words
+from noria.plan.problem import Machine
 from noria.plan.rates import Rates
 from noria.rows.chat import encoder_of
 from noria.rows.source import count

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from noria.engine.traffic import Traffic
+from noria.limits import ACTIVATION_SLOTS
 from noria.streams import Event, Streams
 from noria.tools.pinned import Fixed
 
@@ -38,9 +39,6 @@ class Visit(Protocol):
 
     @property
     def needed_rows(self) -> torch.Tensor: ...
-
-
-SLOTS = 3  # no schedule has more cells between their load and their store
 
 
 @dataclass
@@ -144,7 +142,7 @@ class InHost:
         self._streams, self._traffic = streams, traffic or Traffic()
         self._fixed = Fixed((2, step_tokens, hidden_size), dtype, streams.device, in_host=True)
         size = (microbatch_tokens, hidden_size)
-        self._free = deque(Slot(torch.empty(size, dtype=dtype, device=streams.device)) for _ in range(SLOTS))
+        self._free = deque(Slot(torch.empty(size, dtype=dtype, device=streams.device)) for _ in range(ACTIVATION_SLOTS))
         self._coming: dict[tuple[int, int], Slot] = {}
         self._leaving: dict[tuple[int, int], Slot] = {}
         self._written: dict[int, Event] = {}  # address of a send buffer -> the event of its last store

@@ -6,6 +6,8 @@ Names alone: no memory, no stream.
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from noria.limits import loaded_once
+
 
 class Cycle:
     """`visits`: the streamed blocks of each lap, in the order in which a visit uses them.
@@ -16,7 +18,7 @@ class Cycle:
 
     def __init__(self, visits: Sequence[Sequence[str]], groups: int, slots: int):
         self._visits, self._groups = [tuple(names) for names in visits], groups
-        self.once = [once(len(names), groups, slots) for names in self._visits]
+        self.once = [loaded_once(len(names), groups, slots) for names in self._visits]
         self._round, self._empty = -1, 0
         self._names = self._order(0, groups)
 
@@ -49,8 +51,3 @@ class Cycle:
 
     def _times(self, lap: int, groups: int) -> int:
         return min(groups, 1) if self.once[lap] else groups
-
-
-def once(num_streamed: int, groups: int, slots: int) -> bool:
-    """Whether a visit's streamed blocks are loaded once a round, for all groups."""
-    return groups == 1 or num_streamed <= slots - 1

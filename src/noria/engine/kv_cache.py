@@ -15,12 +15,13 @@ import torch
 
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.traffic import Traffic
+from noria.limits import DISK_SLOT_NBYTES
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer
 from noria.tiers.cpu import Cpu
-from noria.tiers.disk import SLOT_NBYTES, Disk
+from noria.tiers.disk import Disk
 
 Awaited: TypeAlias = Transfer | Event
 Triples: TypeAlias = Sequence[
@@ -222,7 +223,9 @@ def open_shares(
             shares.append(Share(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
         elif name == "disk" and num_pages:
             disk = Disk(
-                scratch_region(scratch, nbytes), streams, slot_nbytes=min(SLOT_NBYTES, nbytes // max(num_layers, 1))
+                scratch_region(scratch, nbytes),
+                streams,
+                slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(num_layers, 1)),
             )
             links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
             shares.append(Share(first, num_pages, disk, *links))

@@ -13,10 +13,11 @@ from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, stage
 from noria.engine.traffic import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
+from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
 from noria.streams import Streams
 from noria.tiers.cpu import Cpu
-from noria.tiers.disk import SLOT_NBYTES, Disk
+from noria.tiers.disk import Disk
 from noria.tools.pinned import HostMemory
 
 
@@ -129,7 +130,7 @@ class Loader:
         else:
             regions = stage(self._checkpoint, names, self._scratch)
         largest = max(self._targets[name].nbytes for name in names)
-        disk, offset = Disk(regions, self._streams, slot_nbytes=min(SLOT_NBYTES, largest)), 0
+        disk, offset = Disk(regions, self._streams, slot_nbytes=min(DISK_SLOT_NBYTES, largest)), 0
         for name in names:
             self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"))
             offset += self._targets[name].nbytes

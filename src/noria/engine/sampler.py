@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from noria.engine.row_settings import RowSettings, edits_of
+from noria.limits import DRAW_ELEMENTS
 from noria.step import NO_TOKEN, NONE_LEFT, Step
-
-CHUNK_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Sampler:
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """[P] float64 log-probabilities of token_ids [P] by logits [P, V]."""
-        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        size = max(1, DRAW_ELEMENTS // logits.shape[1])
         chunks = zip(logits.split(size), token_ids.split(size), strict=True)
         return torch.cat([_pick(torch.log_softmax(part.double(), dim=-1), ids) for part, ids in chunks])
 
@@ -141,7 +140,7 @@ class Sampler:
         return chosen, top_ids, top_logprobs
 
     def _chunks(self, rows: list[int], vocab_size: int) -> list[list[int]]:
-        size = max(1, CHUNK_ELEMENTS // vocab_size)
+        size = max(1, DRAW_ELEMENTS // vocab_size)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _put(self, array: np.ndarray) -> torch.Tensor:

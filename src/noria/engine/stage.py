@@ -22,6 +22,7 @@ from noria.engine.sampler import Sampled, Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.trace import OFF, Tracing
 from noria.engine.weights import Weights
+from noria.limits import LOGITS_ROWS
 from noria.model import ModelShape
 from noria.models._attend import Attend
 from noria.schedules import Actions, Cell
@@ -32,7 +33,6 @@ from noria.tools.text import nbytes_words
 Spans: TypeAlias = tuple[list[Span], Staged | None]  # of a microbatch: as attention sees it, and what to move for that
 T = TypeVar("T")
 SAID_NBYTES = 1 << 30  # of page-locked memory: what takes time to give back
-HEAD_ROWS = 512  # logits of this many rows at a time: 512 x 128k ids in float32 are 256 MiB
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Stage:
         self._activations = activations or OnDevice()
         self._trace, self._at = trace, (0, 0, 0)  # the round, lap and group of the visit
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
-        self._head_rows = HEAD_ROWS
+        self._head_rows = LOGITS_ROWS
 
     def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""
@@ -288,7 +288,7 @@ class Stage:
         return result | ({"prompt_logprobs": torch.cat(scores)} if scores else {})
 
     def _of_logits(self, hidden: torch.Tensor, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
-        """What `use(rows, logits [_, V])` returns for the hidden states at these places, HEAD_ROWS at a time.
+        """What `use(rows, logits [_, V])` returns for the hidden states at these places, LOGITS_ROWS at a time.
 
         Fewer where memory does not suffice: `use` must not mind to be called again.
         """

@@ -15,7 +15,8 @@ from noria.communicator import Communicator
 from noria.config import Config
 from noria.errors import InputError
 from noria.launch import cores, memory
-from noria.plan.problem import MEMORY_SHARE, Machine
+from noria.limits import MEMORY_SHARE
+from noria.plan.problem import Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
 MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much

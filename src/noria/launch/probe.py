@@ -15,13 +15,13 @@ import torch
 from noria import transports
 from noria.communicator import Communicator
 from noria.launch import launcher
+from noria.limits import DISK_THREADS
 from noria.plan.rates import NAMES, Rates
 from noria.streams import Event, streams_of
 from noria.tools import direct
 from noria.tools.pinned import HostMemory
 from noria.transports import Transport
 
-NUM_THREADS = 4  # that read and write, as in tiers.disk
 OPERATIONS = 20  # small ones, such as a layer has
 MESSAGE_NBYTES = 16 << 20
 SMALL_NBYTES = 16 << 10
@@ -127,12 +127,12 @@ class Probe:
         """Direct writes and reads of a file that is large enough for `seconds` of writing, at most 4 GiB."""
         most = 4 << 30 if self._cuda else 8 * self._nbytes
         pieces = direct.chunks(most)
-        memory = HostMemory(NUM_THREADS * direct.CHUNK_NBYTES)
+        memory = HostMemory(DISK_THREADS * direct.CHUNK_NBYTES)
         memory.touch()
         views = [part.numpy().data for part in memory.memory.split(direct.CHUNK_NBYTES)]
         file = direct.scratch_file(self._folder, most, "--scratch")
         try:
-            with ThreadPoolExecutor(NUM_THREADS) as pool:
+            with ThreadPoolExecutor(DISK_THREADS) as pool:
                 write = _passes(pool, pieces, views, lambda start, view: file.write(start, view), self._seconds)
                 read = _passes(
                     pool, pieces[: write[1]], views, lambda start, view: file.read(start, view), self._seconds

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from noria.config import Config
 from noria.errors import InputError, require
-from noria.limits import TIERS
-from noria.plan.memory import DISK_NBYTES, Sizes, head_in_layers, streamed
+from noria.limits import DISK_NBYTES, TIERS
+from noria.plan.memory import Sizes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Choice, Work

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from noria.blocks import DTYPE_NBYTES, Block, layer_name
+from noria.limits import loaded_once
 from noria.model import ModelShape
 from noria.plan.memory import block_nbytes
 from noria.plan.plan import Plan
@@ -66,7 +67,7 @@ class Round:
 
 def once(plan: Plan, rank: int, lap: int) -> bool:
     """Whether a streamed block of this visit is loaded once a round for all groups, not once a group."""
-    return plan.groups == 1 or len(_streamed_of(plan, rank, lap)) <= plan.weight_slots - 1
+    return loaded_once(len(_streamed_of(plan, rank, lap)), plan.groups, plan.weight_slots)
 
 
 def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[str, int]:

@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from noria.blocks import DTYPE_NBYTES, Block
-from noria.limits import TIERS
+from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, TIERS
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
-
-LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time (engine.stage.HEAD_ROWS)
-DRAW_NBYTES = 2**29  # sorted and cumulated float64 copies of a chunk of logits (engine.sampler.CHUNK_ELEMENTS)
-ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory (engine.activations.SLOTS)
-LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay (files.reading.NUM_BUFFERS)
-DISK_NBYTES = 2**28  # host buffers through which bytes go to and from a disk (tiers.disk: NUM_SLOTS of SLOT_NBYTES)
 
 
 @dataclass(frozen=True)

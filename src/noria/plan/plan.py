@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from noria.limits import TIERS
+from noria.limits import HOST_NBYTES, TIERS
 from noria.step import PAGE_TOKENS
 from noria.tools.text import plural
 from noria.tools.values import size_words
 
 TOLERANCE = 0.15  # of a prediction
-HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
 
 
 def rate_words(rate: float) -> str:

@@ -13,8 +13,6 @@ from noria.plan.memory import block_nbytes
 from noria.step import PAGE_TOKENS
 from noria.tools.values import parse_nbytes, size_words
 
-MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
-
 
 @dataclass(frozen=True)
 class Machine:

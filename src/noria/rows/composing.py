@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from noria.borders import cut
 from noria.rows.sequence import Sequence
 from noria.step import PAGE_TOKENS, Admitted, Step, Word
 
@@ -82,26 +83,3 @@ def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits: Cut
             for border in cut(its, limits.microbatch_tokens, limits.microbatches, pages, limits.slot_pages)[1:]
         ]
     return borders
-
-
-def cut(
-    counts: list[int], microbatch_tokens: int, least: int, pages: list[int] | None = None, most_pages: int = 0
-) -> list[int]:
-    """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
-
-    With `pages`, of each row, a microbatch has at most `most_pages` too. At least `least` microbatches where there are as
-    many rows; a row is never cut.
-    """
-    if not counts:
-        return [0]
-    target = min(microbatch_tokens, -(-sum(counts) // least))
-    borders, tokens, held = [0], 0, 0
-    for row, count in enumerate(counts):
-        rows_left, cuts_left = len(counts) - row, least - len(borders)
-        own = pages[row] if pages else 0
-        full = tokens + count > target or held + own > most_pages
-        if row > borders[-1] and (full or rows_left <= cuts_left):
-            borders.append(row)
-            tokens, held = 0, 0
-        tokens, held = tokens + count, held + own
-    return [*borders, len(counts)]

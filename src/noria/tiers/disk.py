@@ -13,14 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from noria.blocks import ALIGNMENT, round_up
+from noria.limits import DISK_SLOT_NBYTES, DISK_SLOTS, DISK_THREADS
 from noria.streams import Event, Streams
 from noria.tiers import Events, Pieces, Transfer, total_nbytes
 from noria.tiers._regions import Check, Chunk, Part, Region, Regions, covers, exact, in_tasks, read, write
 from noria.tools.pinned import HostMemory
-
-SLOT_NBYTES = 64 << 20
-NUM_SLOTS = 4
-NUM_THREADS = 4
 
 
 @dataclass
@@ -60,9 +57,9 @@ class Disk:
         self,
         regions: Sequence[Region],
         streams: Streams,
-        slot_nbytes: int = SLOT_NBYTES,
-        num_slots: int = NUM_SLOTS,
-        num_threads: int = NUM_THREADS,
+        slot_nbytes: int = DISK_SLOT_NBYTES,
+        num_slots: int = DISK_SLOTS,
+        num_threads: int = DISK_THREADS,
     ):
         """Raises OSError if the slots cannot be page-locked."""
         self._regions, self._streams = Regions(regions), streams
