@@ -9,6 +9,7 @@ import pytest
 
 import noria.run
 import small_run
+import world
 from noria.__main__ import main
 from noria.desk import validation
 from noria.output.outcome import Reasons, outcome_of_parts
@@ -82,6 +83,7 @@ def test_rows_that_ended_at_the_limit_are_counted_where_nobody_asked_to_go_on_to
         ([RIGHT, WRONG], ["--fail-on-errors"], 65),
         ([RIGHT], ["--fail-on-errors"], 0),
         ([RIGHT, WRONG], ["--shard", "2/2"], 65),
+        ([WRONG, WRONG], ["--shard", "2/2"], 65),
         ([RIGHT, WRONG], ["--shard", "1/2", "--fail-on-errors"], 0),
         ([RIGHT], ["--shard", "2/2", "--fail-on-errors"], 0),
         ([], ["--fail-on-errors"], 0),
@@ -98,6 +100,20 @@ def test_the_exit_code_is_65_where_all_rows_are_errors_or_any_may_be_none_also_w
     )
 
 
+@pytest.mark.slow
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("rows", "more"), [([WRONG, RIGHT], ["--fail-on-errors"]), ([RIGHT, WRONG], ["--shard", "2/2"])]
+)
+def test_every_rank_ends_with_65_also_those_of_a_job_that_finds_nothing_left_to_do(folder, tmp_path, rows, more):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = small_run.command(folder, tmp_path / "out.h5", "--prompts", tmp_path / "p.jsonl", *more)
+    for said in ("generated tokens in", "is finished: nothing to do"):
+        done = world.command(2, command)
+        assert done.returncode == 65 and said in done.stderr
+        assert "1 row in error" in done.stderr
+
+
 def test_only_as_many_rows_are_looked_at_as_are_enough(run, monkeypatch):
     monkeypatch.setattr(validation, "LOOKED_AT", 3)
     code, said = run([WRONG] * 3 + [RIGHT])
@@ -105,10 +121,12 @@ def test_only_as_many_rows_are_looked_at_as_are_enough(run, monkeypatch):
     assert run([WRONG] * 2 + [RIGHT, WRONG])[0] == 0
 
 
-def test_where_rows_are_sealed_already_the_run_goes_on(run, folder, tmp_path, monkeypatch):
-    """Errors of an output that are tried again, and are errors again."""
-    assert run([WRONG, RIGHT], output="sealed.h5")[0] == 0
-    assert run([WRONG, RIGHT], "--retry-errors", "--fail-on-errors", output="sealed.h5")[0] == 65
+def test_where_rows_are_sealed_already_the_run_goes_on_though_none_of_the_first_can_run(run, monkeypatch):
+    rows = [WRONG, WRONG, RIGHT]
+    assert run(rows)[0] == 0
+    monkeypatch.setattr(validation, "LOOKED_AT", 2)
+    assert run(rows, output="fresh.h5")[0] == 2
+    assert run(rows, "--retry-errors", "--fail-on-errors")[0] == 65
 
 
 def test_a_merge_of_shards_gives_65_where_all_rows_are_errors_or_any_may_be_none(run, tmp_path, capsys):
