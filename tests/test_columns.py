@@ -126,6 +126,22 @@ def test_an_instruction_without_input_is_the_prompt_alone(tmp_path):
         assert row.prompt == "Go." and row.error is None
 
 
+@pytest.mark.parametrize("other", [["x", "y"], [USER], {"a": 1}, 5])
+def test_what_is_no_text_is_not_joined_and_takes_the_place_of_no_text(tmp_path, other):
+    record = {"instruction": "Go.", "input": other}
+    (row,), _ = rows_of(tmp_path, record, "--prompt-column", "instruction,input")
+    assert row.error == f"instruction,input is {other!r}: it must be a string"
+    assert json.loads(row.extra) == record and (row.prompt, row.messages) == ("", None)
+
+
+def test_no_row_is_told_to_use_the_flag_that_it_was_read_with(tmp_path):
+    flag = ["--prompt-column", "instruction,input"]
+    (row,), _ = rows_of(tmp_path, {"instruction": None, "input": ""}, *flag)
+    assert row.error == "no prompt column 'instruction,input': this row has 'instruction', 'input'"
+    (row,), _ = rows_of(tmp_path, {"question": "1+1?"}, *flag)
+    assert row.error.endswith("this row has 'question'; --prompt-column question reads it")
+
+
 def test_the_pieces_of_a_prompt_are_carried_and_a_plain_column_is_not_twice_there(tmp_path):
     record = {"instruction": "Go.", "input": "x", "label": 1}
     (row,), _ = rows_of(tmp_path, record, "--prompt-column", "instruction,input")

@@ -3,6 +3,7 @@
 The files are those of tests/data/old_rules: an unfinished output, and what that version itself made of it in the end.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.output.agreement import ANEW
 from noria.output.generations import open_generations
 from noria.output.parts import Parts, parts_folder
+from noria.rows.source import content_hash, content_key
 
 DATA = Path(__file__).parent / "data" / "old_rules"
 KEYS = "--device cpu --dtype float64 --temperature 1.1 --ignore-eos --groups 1 --step-tokens 5".split()
@@ -123,6 +125,31 @@ def test_where_rows_would_be_rendered_otherwise_now_it_is_refused_if_some_are_no
     assert f"made other tokens of its prompts (row {row}, {row}: 4 tokens there, {tokens} tokens now)" in said
     assert "finish it with that version, or --overwrite" in said
     assert list(parts_folder(folder / "other.h5").glob("part-*"))
+
+
+@pytest.mark.parametrize("status", ["done", "error"])
+def test_it_is_refused_where_a_batch_line_of_several_prompts_was_one_row_and_is_several_now(
+    folder, capsys, monkeypatch, status
+):
+    several = {"url": "/v1/completions", "body": {"prompt": ["or", "be"], "max_tokens": 4}}
+    one = {"url": "/v1/completions", "body": {"prompt": "" if status == "error" else "not", "max_tokens": 4}}
+    lines = [{"custom_id": id} | line for id, line in zip("abc", (several, one, one), strict=True)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = sorted(rows_of(folder / "whole.h5"), key=lambda row: row.status != "error")[:2]
+    first.row, first.id, second.row, second.id = 0, "a", 1, "b"
+    if status == "error":
+        second = dataclasses.replace(first, row=1, id="b")
+    (part,) = (folder / "stopped.h5.parts").glob("part-*.h5")
+    with open_generations(part) as file:
+        header = json.loads(file.attrs["header"]) | {
+            "prompts": content_key(folder / "prompts.jsonl", content_hash(folder / "prompts.jsonl"))
+        }
+    parts = Parts(folder / "several.h5", header)
+    for row in (first, second):
+        parts.add(row)
+    parts.seal()
+    said = refused(capsys, monkeypatch, *command(folder, "several.h5"))
+    assert "(row 1: b there, a[1] now), and rows that are not begun would be of another kind" in said
 
 
 def test_where_all_rows_are_begun_those_half_way_go_on_with_the_prompt_tokens_that_they_had(folder):

@@ -55,6 +55,13 @@ def test_every_seed_of_64_bits_is_a_seed_and_nearby_ones_are_different(tmp_path)
         assert "seed is" in prompts_of(tmp_path, chat(seed=seed))[0].error
 
 
+@pytest.mark.parametrize(("key", "url"), [("prompt", COMPLETIONS), ("messages", CHAT)])
+def test_a_request_without_anything_to_continue_is_told_what_it_lacks(key, url, tmp_path):
+    for body in ({}, {key: None}):
+        (prompt,) = prompts_of(tmp_path, {"custom_id": "a", "url": url, "body": body})
+        assert (prompt.id, prompt.error) == ("a", f"line 1: body has no {key}, which {url} needs")
+
+
 @pytest.mark.parametrize("url", ["/chat/completions", CHAT])
 def test_azures_url_has_no_version(url, tmp_path):
     (prompt,) = prompts_of(tmp_path, chat() | {"url": url})

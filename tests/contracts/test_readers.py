@@ -220,7 +220,7 @@ def test_cells_of_a_table_are_values_where_the_key_has_one_and_text_elsewhere(tm
 def test_a_cell_may_hold_line_ends_and_the_lines_after_it_are_counted(tmp_path):
     rows = table(tmp_path, 'prompt,a\n"one\n\ntwo",1\nbad\n')
     assert rows[0]["prompt"] == "one\n\ntwo"
-    assert rows[1].error == "line 5 has 1 cells, the header has 2"
+    assert rows[1].error == "line 5 has 1 cell, the header has 2"
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ";"), (".tsv", "\t"), (".TSV", "\t"), (".tsv.gz", "\t")])

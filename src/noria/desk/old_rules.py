@@ -110,7 +110,11 @@ def _beside(prompts: Iterable[Prompt], sealed: Iterator[Generation]) -> Iterator
 
 
 def _other_tokens(prompt: Prompt, sealed: list[Generation], encode: Encode) -> str:
-    """In words, how today's tokens of a prompt differ from those that are sealed; "" if they do not."""
+    """In words, how today's prompt differs from the one that is sealed, in its id or its tokens; "" if it does not."""
+    # The error of a line that is several rows today has no tokens, and moves the rows behind it.
+    for one in sealed:
+        if one.id not in (prompt.id, str(prompt.row)):
+            return f"row {prompt.row}: {one.id} there, {prompt.id} now"
     stored = next((one.prompt_token_ids.tolist() for one in sealed if len(one.prompt_token_ids)), None)
     if stored is None:
         return ""

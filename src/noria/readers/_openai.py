@@ -196,6 +196,9 @@ def _content_error(body: dict[str, Any], url: object) -> str | None:
     if body.get(other) is not None:
         right = COMPLETIONS if url == CHAT else CHAT
         return f"body.{other} is a key of {right}, and url says {url}"
+    needed = "messages" if url == CHAT else "prompt"
+    if body.get(needed) is None:
+        return f"body has no {needed}, which {url} needs"
     if body.get("top_logprobs") not in (None, 0):
         if url == COMPLETIONS:
             return f"body.top_logprobs is a key of {CHAT}: {COMPLETIONS} has the number itself as logprobs"

@@ -16,6 +16,7 @@ from noria.readers import PROMPT_NAMES, BadRow, table_without
 from noria.readers._records import records
 from noria.sampling import Sampling
 from noria.tools.keys import types_of
+from noria.tools.text import plural
 
 SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst")
 _HINTS = types_of(Sampling)
@@ -53,7 +54,7 @@ def _check_header(path: str | Path, header: list[str], names: Collection[str]) -
 
 def _row(header: list[str], record: list[str], number: int) -> dict[str, Any] | BadRow:
     if len(record) != len(header):
-        return BadRow(f"line {number} has {len(record)} cells, the header has {len(header)}")
+        return BadRow(f"line {number} has {plural(len(record), 'cell')}, the header has {len(header)}")
     row = {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
     if isinstance(row.get("messages"), list):
         row |= {name: _json_value(row[name]) for name in _BESIDE if name in row}

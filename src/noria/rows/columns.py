@@ -72,8 +72,9 @@ def content_of(record: dict[str, Any], columns: Columns) -> Content:
     for kind, name in named.items():
         if kind == name and found.rest.get(kind, 0) is None:
             del found.rest[kind]  # null is not given
-    _first_of_turns(found, columns.prompt, record)
-    _read_conversation(found)
+    if found.messages is not None or not _joins(record, columns.prompt or ""):  # texts alone are joined
+        _first_of_turns(found, columns.prompt, record)
+        _read_conversation(found)
     found.notes += [note for name in found.rest if (note := _nearly(name)) and folded(name) not in record]
     return found
 
@@ -130,11 +131,16 @@ def _message(message: Any, place: int) -> Any:
     return {"role": _ROLES[speaker], "content": message["value"]} | others
 
 
+def _joins(record: Mapping[str, Any], name: str) -> bool:
+    """Whether the name stands for several columns, and is not itself that of one."""
+    return "," in name and name not in record
+
+
 def _look(record: Mapping[str, Any], name: str) -> Any:
     """The value of a column, of several that are one prompt, or at a path; None without any."""
     if name in record:
         return record[name]
-    if "," in name:
+    if _joins(record, name):
         values = [_look(record, part.strip()) for part in name.split(",")]
         texts = [value for value in values if value is not None and value != ""]
         other = next((value for value in texts if not isinstance(value, str)), None)
@@ -163,6 +169,8 @@ def _nothing(record: Mapping[str, Any], columns: Columns) -> str:
     lacking = f"no {' and no '.join(named)}" if named else "neither prompt nor messages nor token_ids"
     names = ", ".join(repr(name) for name in record if name not in OWN)
     flag = flag_for(record)
+    if columns.prompt and flag == f"--prompt-column {shlex.quote(columns.prompt)}":
+        flag = ""  # it was given
     return lacking + (f": this row has {names[:60]}" if names else "") + (f"; {flag} reads it" if flag else "")
 
 
