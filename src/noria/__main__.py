@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if any("\0" in argument for argument in argv):
             raise InputError("an argument has a NUL character: no path and no text of a run has one")
-        if argv[:1] == ["help"]:
-            argv = [*argv[1:2], "--help"]
-        code = _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
+        code = _answer(argv)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -57,6 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"noria: {printable(where + (error.strerror or str(error)))}\n")
         _forget_stdout()
         return 1
+
+
+def _answer(argv: list[str]) -> int:
+    if argv == ["help", "keys"]:
+        importlib.import_module("noria.commands.keys").write()
+        return 0
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    return _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
 
 
 def _forget_stdout() -> None:
@@ -100,7 +107,7 @@ def _help(argv: list[str]) -> int:
     lines = "\n".join(f"  {name:<{width}}  {says}" for name, says in COMMANDS.items())
     parser = Parser(
         "noria",
-        usage="noria COMMAND ...    (noria help COMMAND says more)",
+        usage="noria COMMAND ...    (noria help COMMAND says more, noria help keys lists all keys of a run)",
         description="Generates text with language models too large for one GPU, as an MPI batch job.",
         epilog=f"commands:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

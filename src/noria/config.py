@@ -28,26 +28,30 @@ class Pipeline:
     """How the layers are cut and how sequences travel. None: planned."""
 
     laps: int | None = key(
-        "times that a token goes round the ring in one step: virtual stages per rank (V) (default: planned)"
+        "how many times a token goes round the ring in one step: virtual stages per rank (V) (default: planned)"
     )
-    groups: int | None = key("groups of sequences in flight (M) (default: planned)")
-    microbatches: int = key("least number of microbatches in a step (K)", 1)
-    step_tokens: int | None = key("new tokens in one step of a group, at most (default: planned)")
-    microbatch_tokens: int | None = key("new tokens in one microbatch, at most (default: planned)")
+    groups: int | None = key("number of groups of sequences in flight (M) (default: planned)")
+    microbatches: int = key("minimum number of microbatches in a step (K)", 1)
+    step_tokens: int | None = key("maximum number of new tokens in one step of a group (default: planned)")
+    microbatch_tokens: int | None = key("maximum number of new tokens in one microbatch (default: planned)")
     partition: str | list[int] = key(
-        "layers per virtual stage: greedy (equal, the first get the remainder), balanced (weighs head and"
-        " embedding), or a list such as 10,10,11,9",
+        "layers per virtual stage: greedy (equal numbers, the first stages get the remainder), balanced (counts the cost of"
+        " head and embedding), or a list such as 10,10,11,9",
         "greedy",
     )
     schedule: str | None = key(
-        "how copies overlap compute: sequential (not at all), single_batch (the next layer's weights and cache load during"
-        " this one), multi_batch (also the neighbouring microbatches' cache) (default: multi_batch where cache or"
-        " activations are not on the GPU, else single_batch)",
+        "how copies overlap compute: sequential (no overlap), single_batch (the weights and cache of the next layer load"
+        " during this one), multi_batch (the cache of the neighbouring microbatches too) (default: planned: multi_batch if"
+        " cache or activations are not on the GPU, else single_batch)",
         None,
         SCHEDULES,
     )
-    transport: str = key("how hidden states travel", "auto", ("auto", "mpi_device", "mpi_host"))
-    blocking: bool = key("the textbook ring of blocking sends and receives; needs 2 <= groups <= ranks", False)
+    transport: str = key(
+        "how hidden states travel: mpi_device passes GPU memory to MPI, mpi_host copies through CPU memory",
+        "auto",
+        ("auto", "mpi_device", "mpi_host"),
+    )
+    blocking: bool = key("use blocking sends and receives, as in textbooks; needs 2 <= groups <= ranks", False)
 
     def __post_init__(self) -> None:
         for name in ("laps", "groups", "microbatches", "step_tokens", "microbatch_tokens"):
@@ -72,28 +76,26 @@ class Placement:
     """Where bytes live. All sizes are per rank."""
 
     weights: dict[str, Any] | None = key(
-        "where layers and head live: shares in %, gpu=60,cpu=40, or sizes that are filled in this order,"
-        " gpu=40GiB,cpu=60GiB,disk=1TiB (default: what fits on the GPU, then in CPU memory, then on disk)",
+        "where layers and head are kept: shares in %, gpu=60,cpu=40, or sizes, which are filled in this order,"
+        " gpu=40GiB,cpu=60GiB,disk=1TiB (default: planned: first the GPU, then CPU memory, then disk)",
         text=True,
     )
     cache: dict[str, Any] | None = key(
-        "where the KV cache lives: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
-        " planned: on the GPU, and in CPU memory where that is faster)",
+        "where the KV cache is kept: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
+        " planned: on the GPU, and in CPU memory if that is faster)",
         text=True,
     )
-    activations: str | None = key("where hidden states of waiting groups live (default: gpu)", None, ("gpu", "cpu"))
-    gpu_memory: str | None = key(
-        'memory of the device that a rank may use, such as "16GiB" (default: 90 % of what is free)'
-    )
+    activations: str | None = key("where hidden states of waiting groups are kept (default: gpu)", None, ("gpu", "cpu"))
+    gpu_memory: str | None = key('device memory that a rank may use, such as "16GiB" (default: 90 % of what is free)')
     cpu_memory: str | None = key(
-        "host memory that a rank may fill with weights, cache and activations (default: its share of 90 % of what is free"
-        " on the machine and under the job's limit, SLURM's --mem)"
+        "host memory that a rank may use for weights, cache and activations (default: 90 % of what is free: the rank's"
+        " share of what the machine and the job's limit, SLURM's --mem, leave)"
     )
     scratch: str | None = key(
-        "folder on a disk of the node itself for a cache on disk and for stage (default: $SLURM_TMPDIR, else $TMPDIR, else"
-        " the output's folder); what a run puts there it removes"
+        "folder on a local disk of the node, for a cache on disk and for stage; the run removes its files from it (default:"
+        " $SLURM_TMPDIR: else $TMPDIR, else the output's folder)"
     )
-    stage: bool = key("copy the weights that live on disk to scratch once, and read them there", False)
+    stage: bool = key("copy the weights of the disk tier to scratch once, and read them there", False)
 
     def __post_init__(self) -> None:
         for name in ("weights", "cache"):
@@ -127,39 +129,40 @@ def _check_shares(name: str, shares: dict[str, Any]) -> None:
 class Job:
     """How the job runs and ends."""
 
-    seal_seconds: float = key("finished rows are sealed to disk this often", 10.0)
+    seal_seconds: float = key("seconds between two seals: finished rows are written to disk this often", 10.0)
     walltime: str | int | None = key(
-        "HH:MM:SS or seconds that this command may take: it stops in order before them, with what it has sealed, and exits"
-        " with 75 (default: what SLURM or PBS say; the same command again goes on)",
+        "time that this command may take, as HH:MM:SS or seconds: the run stops before it is over, seals its rows and exits"
+        " with 75; the same command continues (default: what SLURM or PBS say)",
         text=True,
     )
-    retry_errors: bool = key("generate rows that ended with status error again, from the same prompts", False)
-    extend: bool = key("take a longer file of prompts, whose beginning is the old one unchanged", False)
+    retry_errors: bool = key("generate rows with status error again, from the same prompts", False)
+    extend: bool = key("accept a longer file of prompts that begins with the old one, unchanged", False)
     fail_on_errors: bool = key(
-        "exit with 65 if any row of the whole output is an error (default: only if all rows are)", False
+        "exit with 65 if any row of the output is an error; without it only if all rows are", False
     )
-    overwrite: bool = key("move an existing output aside and begin again", False)
-    allow_gpu_sharing: bool = key("let two ranks use one GPU", False)
-    random_weights: str | None = key("a config.json: run its shape with random weights made in place, without a model")
+    overwrite: bool = key("move an existing output aside and start again", False)
+    allow_gpu_sharing: bool = key("allow two ranks to use one GPU", False)
+    random_weights: str | None = key(
+        "a config.json: run a model of its shape with random weights, without a checkpoint"
+    )
     shard: str | None = key(
-        "i/n: generate only every n-th row, from row i on (1/4, 2/4, 3/4, 4/4: as job arrays count from 1);"
-        " each shard is a job with an output of its own, which noria merge makes into one"
+        "i/n: generate only every n-th row, starting at row i (1/4, 2/4, 3/4, 4/4: counted from 1, as in job arrays);"
+        " each shard is a job with its own output, and noria merge joins the outputs"
     )
 
-    trace: str | None = key(
-        "file for a trace of all ranks that Perfetto opens: compute, copies, messages and waits (JSON)"
-    )
+    trace: str | None = key("file for a trace of all ranks, for Perfetto: compute, copies, messages and waits (JSON)")
     strict_keys: bool = key(
-        "a row with a key by which another program steers a generation, and which Noria does not have, is an error"
-        " (default: such a key is named once and carried as a column)",
+        "a row with a sampling key of another program that Noria does not have is an error; without it such a key is"
+        " reported once and carried as a column",
         False,
     )
     strict: bool = key(
-        "fail, after the output is written, if the run did otherwise than planned: memory, and with --machine a GPU's speed",
+        "exit with 1, after the output is written, if the run differed from its plan: in memory, and with --machine in a"
+        " GPU's speed",
         False,
     )
     machine: str | None = key(
-        "machine.toml of noria probe: measured rates to plan with (default: built-in figures, marked as assumed)"
+        "file written by noria probe: measured rates to plan with (default: assumed rates: built-in figures)"
     )
 
     def __post_init__(self) -> None:
@@ -179,26 +182,29 @@ class Config:
 
     model: str | None = key("checkpoint made by noria convert")
     prompts: str | list[str] = key(
-        "file of prompts: .jsonl, .json, .txt, .csv, .tsv (all of them .gz and .zst too), .h5 or .parquet; several files,"
-        " or a pattern"
-        " such as 'part-*.jsonl', are read one after another"
+        "file of prompts: .jsonl, .json, .txt, .csv, .tsv (each also as .gz or .zst), .h5 or .parquet; several files, or a"
+        " pattern such as 'part-*.jsonl', are read one after another"
     )
     output: str = key("HDF5 file for the generations")
     prompt_column: str | None = key(
-        "column that holds the prompt (default: prompt); several, such as instruction,input, are joined; doc.question is"
-        " a place within a column",
+        "column that holds the prompt; several, such as instruction,input, are joined; doc.question is a place within a"
+        " column (default: prompt)",
         text=True,
     )
     id_column: str | None = key("column that holds the id (default: id)", text=True)
     messages_column: str | None = key("column that holds the conversation (default: messages)", text=True)
-    limit: int | None = key("read only so many rows, to try; the same command without it goes on to the others")
+    limit: int | None = key(
+        "read only this many rows, to try; the same command without it continues with the others (default: all rows)"
+    )
     max_context: int | None = key(
-        "tokens that a prompt and what is generated may have together (default: what the model's config.json makes of it)"
+        "maximum number of tokens of a prompt and its generation together (default: the model's: by its config.json)"
     )
     dtype: str = key(
-        "numbers to compute in (auto: the checkpoint's on a GPU, float32 on a CPU)", "auto", ("auto", *DTYPES)
+        "number format of the computation (auto: the checkpoint's on a GPU, float32 on a CPU)",
+        "auto",
+        ("auto", *DTYPES),
     )
-    device: str = key("auto takes the GPU where there is one", "auto", ("auto", "cuda", "cpu"))
+    device: str = key("where to compute; auto takes the GPU if there is one", "auto", ("auto", "cuda", "cpu"))
     sampling: Sampling = field(default_factory=Sampling)
     pipeline: Pipeline = field(default_factory=Pipeline)
     placement: Placement = field(default_factory=Placement)

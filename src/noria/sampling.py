@@ -27,64 +27,64 @@ class Sampling:
     """
 
     max_new_tokens: int | None = key(
-        "tokens to generate at most, per row; 0 scores the prompt alone (default: 256; of OpenAI's batch lines what the"
-        " context leaves)"
+        "maximum number of tokens to generate, per row; 0 only scores the prompt (default: 256; for OpenAI batch lines what"
+        " the context leaves)"
     )
-    min_new_tokens: int = key("tokens to generate at least: until then nothing ends the row", 0)
+    min_new_tokens: int = key("minimum number of tokens to generate: nothing ends the row before", 0)
     generation_config: str = key(
-        "auto takes temperature, top_k, top_p, min_p and repetition_penalty from the model's generation_config.json where"
-        " its do_sample is true and neither row nor run sets them; none takes nothing from it",
+        "auto takes temperature, top_k, top_p, min_p and repetition_penalty from the model's generation_config.json if its"
+        " do_sample is true and neither row nor run sets them; none takes nothing from it",
         "auto",
         ("auto", "none"),
     )
     temperature: float | None = key(
-        "0 takes the most likely token; above 0 the distribution's sharpness (default: the model's, else 0; of OpenAI's"
-        " batch lines 1)"
+        "0 takes the most likely token; above 0 logits are divided by it before sampling (default: the model's, else 0; for"
+        " OpenAI batch lines 1)"
     )
-    top_k: int | None = key("sample among the k most likely tokens; 0: all (default: the model's, else 0)")
+    top_k: int | None = key("sample from the k most likely tokens; 0: from all (default: the model's, else 0)")
     top_p: float | None = key(
-        "sample among the most likely tokens that together have this probability (default: the model's, else 1)"
+        "sample from the most likely tokens that together have this probability (default: the model's, else 1)"
     )
     min_p: float | None = key(
-        "sample among the tokens at least this times as likely as the most likely one (default: the model's, else 0)"
+        "sample from the tokens whose probability is at least min_p times that of the most likely one (default: the model's,"
+        " else 0)"
     )
     repetition_penalty: float | None = key(
-        "above 1: tokens of the prompt and the text so far are less likely (default: the model's, else 1)"
+        "above 1 makes tokens of the prompt and of the text so far less likely (default: the model's, else 1)"
     )
-    presence_penalty: float = key("subtracted from the logits of tokens generated before", 0.0)
-    frequency_penalty: float = key("subtracted as many times as the token was generated before", 0.0)
-    logit_bias: dict[str, Any] | None = key("added to logits: token id -> number, such as 50=-100,7=2.5")
+    presence_penalty: float = key("subtracted from the logits of tokens that were already generated", 0.0)
+    frequency_penalty: float = key("subtracted from a token's logit once for each time it was already generated", 0.0)
+    logit_bias: dict[str, Any] | None = key("numbers to add to the logits of token ids, such as 50=-100,7=2.5")
     seed: int | None = key(
-        "seed of the random numbers: with the run's every row draws others, by its number; a row of the same text with"
-        " the same seed of its own gives the same tokens wherever it stands (default: 0)"
+        "seed of the random numbers: with the run's seed each row draws its own, by its row number; a row with its own seed"
+        " gives the same tokens at any place (default: 0)"
     )
-    n: int = key("samples of each prompt, each a row of the output", 1)
+    n: int = key("number of samples of each prompt; each is a row of the output", 1)
     stop: str | list[str] | None = key(
-        "text that ends a row and is cut from it; a list of such texts in a run file", text=True
+        "text that ends a row and is cut from it; in a run file it may be a list", text=True
     )
-    stop_token_ids: list[int] | None = key("token ids that end a row, beside the model's own, such as 5,6")
+    stop_token_ids: list[int] | None = key("token ids that end a row, in addition to the model's own, such as 5,6")
     include_stop_str_in_output: bool = key("keep the text or token that ended a row at the end of its text", False)
     skip_special_tokens: bool = key("leave special tokens out of the text", True)
     bad_words: str | list[str] | None = key(
-        "text whose tokens are never generated one after another, with or without a space before it; a list of such texts"
-        " in a run file",
+        "text that is never generated, with or without a space before it; in a run file it may be a list",
         text=True,
     )
-    allowed_token_ids: list[int] | None = key("token ids of which alone may be generated, such as 5,6")
+    allowed_token_ids: list[int] | None = key("the only token ids that may be generated, such as 5,6")
     truncate_prompt_tokens: int | None = key(
-        "keep only the last so many tokens of a prompt; -1: as many as the model's context leaves beside max_new_tokens"
+        "keep only this many tokens of a prompt, its last ones; -1: as many as the context leaves beside max_new_tokens"
     )
-    ignore_eos: bool = key("go on to max_new_tokens whatever the model says", False)
+    ignore_eos: bool = key("do not end a row at the model's end token", False)
     chat: bool = key("wrap each prompt as a user's message in the model's chat template", False)
-    system: str | None = key("with chat: a system message before the user's", text=True)
+    system: str | None = key("with chat: a system message before the user's message", text=True)
     chat_template_kwargs: dict[str, Any] | None = key(
-        'what the chat template reads under names of its own, a JSON object such as {"enable_thinking": false}',
+        'variables of the chat template, a JSON object such as {"enable_thinking": false}',
         json=True,
     )
     logprobs: int | None = key(
-        "log-probability of each token, and of the k most likely in its place (0: of the token alone)"
+        "store the log-probability of each token and of the k most likely tokens at its place (0: of the token only)"
     )
-    prompt_logprobs: bool = key("log-probability of each token of the prompt too", False)
+    prompt_logprobs: bool = key("store the log-probability of each token of the prompt too", False)
 
     def __post_init__(self) -> None:
         for name, (least, most) in _SAMPLING_RANGES.items():

@@ -14,7 +14,7 @@ from noria.tools.keys import WORDS, types_of
 
 # What a flag takes: by its name where the type does not tell, else by the first of these types that it has.
 _METAVARS = {
-    **dict.fromkeys(("model", "output", "random_weights", "trace", "machine"), "FILE"),
+    **dict.fromkeys(("model", "prompts", "output", "random_weights", "trace", "machine"), "FILE"),
     **dict.fromkeys(("gpu_memory", "cpu_memory"), "SIZE"),
     **dict.fromkeys(("weights", "cache"), "TIER=SHARE,..."),
     **dict.fromkeys(("prompt_column", "id_column", "messages_column"), "NAME"),
@@ -58,17 +58,17 @@ def _add_flags(group: argparse._ActionsContainer, kind: type) -> None:
         if key.name in SECTIONS:
             continue
         default = "" if key.default in (None, MISSING) else f" (default: {key.default})"
-        flag, help = _flag(key.name), key.metadata["help"].replace("%", "%%") + default
+        flag, help = flag_of(key.name), key.metadata["help"].replace("%", "%%") + default
         if key.name == "prompts":
             group.add_argument(flag, nargs="+", metavar="FILE", help=help)
         elif hints[key.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             reader = _json if key.metadata["json"] else _reader(hints[key.name], key.metadata["text"])
-            group.add_argument(flag, type=reader, metavar=_metavar(key, hints[key.name]), help=help)
+            group.add_argument(flag, type=reader, metavar=metavar(key, hints[key.name]), help=help)
 
 
-def _metavar(key: Field[Any], kind: Any) -> str:
+def metavar(key: Field[Any], kind: Any) -> str:
     """What kind of value a flag takes, as its help shows it."""
     kinds = typing.get_args(kind) or (kind,)
     if key.metadata["choices"]:
@@ -80,7 +80,7 @@ def _metavar(key: Field[Any], kind: Any) -> str:
     return next(word for one, word in _WORDS.items() if one in kinds)
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
