@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.errors import InputError
+from noria.output.access import hindrance
 from noria.output.generations import NewerVersion, open_generations
 from noria.output.parts import remove_parts
 from noria.output.sealed import part_files, parts_folder, scan
@@ -22,7 +23,7 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
     `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for
     a folder that is missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a
-    mistyped path), a newer version.
+    mistyped path), a newer version, parts that this user may not read or add to.
     """
     path = Path(path)
     if path.is_dir():
@@ -31,6 +32,8 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
     folder = parts_folder(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
+    if not overwrite and (found := hindrance(path)) is not None:
+        raise InputError(f"output {path}: {found}, or name another output")
     header = _finished_header(path, overwrite)
     if overwrite:
         if move:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from noria.errors import InputError
+from noria.output.access import hindrance
 from noria.output.outcome import Outcome, outcome_of_parts
 from noria.output.sealed import ERROR, Part, Selection, part_files, parts_folder, scan, select
 from noria.output.segments import age, read_segments
@@ -102,6 +103,8 @@ def _state(path: Path, segments: list[dict[str, Any]]) -> str:
     if holder:
         return f"being written by {holder}"
     last = segments[-1] if segments else {}
+    found = hindrance(path)
+    goes_on = "the same run again goes on" + (f" once you may write there ({found})" if found else "")
     if last.get("ended"):
-        return f"stopped ({last['ended']}); the same run again goes on"
-    return f"stopped without a word, last seen {last.get('end') or 'never'}; the same run again goes on"
+        return f"stopped ({last['ended']}); {goes_on}"
+    return f"stopped without a word, last seen {last.get('end') or 'never'}; {goes_on}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from noria.errors import InputError
 from noria.tools.atomic import check_file
+from noria.tools.writing import write_error
 
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 PATIENCE = 5.0  # seconds: a job that was killed may be given up by mpirun before the system has ended its processes
@@ -60,7 +61,8 @@ class OutputLock:
         handle, self._handle = self._handle, None
         if handle is not None:
             if _still_named(handle, self.path):
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder in which its owner alone deletes: the next job takes it
+                    self.path.unlink(missing_ok=True)
             os.close(handle)
 
 
@@ -69,12 +71,11 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # the umask and the folder say who may take it
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(
-                f"output {output}: {path} cannot be written ({reason}): it belongs to another user's job"
-            ) from error
+            if (holder := held_by(output)) is not None:
+                raise InputError(_being_written(output, holder)) from None
+            raise InputError(f"output {output}: {write_error(error, path)}") from error
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -84,9 +85,7 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
                 if time.monotonic() < end:
                     time.sleep(0.05)
                     continue
-                raise InputError(
-                    f"output {output} is being written by {_words(said)}: wait for it, or name another output"
-                ) from None
+                raise InputError(_being_written(output, _words(said))) from None
             if error.errno not in _NO_LOCKS:
                 raise InputError(
                     f"output {output}: {path} cannot be locked ({os.strerror(error.errno or 0).lower()}): ask who runs the"
@@ -97,6 +96,10 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
         if _still_named(handle, path):
             return handle
         os.close(handle)
+
+
+def _being_written(output: str | Path, holder: str) -> str:
+    return f"output {output} is being written by {holder}: wait for it, or name another output"
 
 
 def _said(handle: int) -> bytes:
