@@ -15,14 +15,14 @@ from noria.tools.keys import nearest
 from noria.tools.text import printable
 
 COMMANDS = {
-    "convert": "Hugging Face directory -> checkpoint",
-    "run": "the job: prompts in, generations out (under mpirun, or alone as one rank)",
-    "validate": "checks a run without running it: every prompt, paths and space; no GPU, no MPI",
-    "plan": "what a run would take: memory, predicted tokens/s, what binds, job script lines; no GPU, no MPI",
-    "probe": "measures a machine: links, memory, matmul, disk, messages (under mpirun, or alone as one rank)",
-    "inspect": "what a checkpoint or an output holds",
-    "export": "generations -> JSON lines, CSV or parquet, in the order of the prompts",
-    "merge": "outputs of --shard i/n -> one output",
+    "convert": "makes a checkpoint of a Hugging Face directory",
+    "run": "generates: prompts in, generations out (under mpirun, or alone as one rank)",
+    "validate": "checks a run without running it: prompts, paths and disk space; needs no GPU and no MPI",
+    "plan": "predicts memory, tokens/s and job script lines of a run; needs no GPU and no MPI",
+    "probe": "measures a machine: links, memory, matmul, disk and messages (under mpirun, or alone as one rank)",
+    "inspect": "says what a checkpoint or an output holds, finished or not",
+    "export": "writes generations as JSON lines, CSV or parquet, in the order of the prompts",
+    "merge": "joins the outputs of noria run --shard i/n",
 }
 UNDER_MPI = ("run", "probe")
 

@@ -24,10 +24,13 @@ LINE_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="HF_DIR", help="directory with config.json and the weights")
+    parser.add_argument("source", type=Path, metavar="HF_DIR", help="directory with config.json, weights and tokenizer")
     parser.add_argument("target", type=Path, metavar="MODEL.h5", help="checkpoint to make")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="numbers to store (auto: the source's)"
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="number format of the checkpoint (auto: the source's)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
 

@@ -1,4 +1,4 @@
-"""Writes generations for other programs, in the order of the prompts: .jsonl (.gz), .csv or .parquet, by the file's name."""
+"""Writes generations for other programs, in the order of the prompts. The file's name gives the format."""
 
 import argparse
 import contextlib
@@ -15,16 +15,17 @@ from noria.tools.text import plural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "output", metavar="OUT.h5", help="output of noria run; one that is not finished gives the rows it has so far"
-    )
+    parser.add_argument("output", metavar="OUT.h5", help="output of noria run; if it is not finished, its rows so far")
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="file to write: .jsonl, .jsonl.gz, .csv or .parquet (needs pyarrow); replaced if it is there",
+        help="file to write: .jsonl, .jsonl.gz, .csv or .parquet (needs pyarrow); an existing file is replaced",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="rows", help="openai: responses to a batch, all samples of a prompt in one"
+        "--format",
+        choices=FORMATS,
+        default="rows",
+        help="rows: one line for each row; openai: batch responses, all samples of a prompt in one (default: rows)",
     )
 
 

@@ -30,7 +30,7 @@ _WORDS = {str: "TEXT", list: "INT,...", int: "INT", float: "NUMBER"}
 def add_arguments(parser: argparse.ArgumentParser, own: str = "") -> None:
     """Every key of a run as a flag. `own`: flags of the command's own that its usage names."""
     parser.usage = f"{parser.prog} {own}[RUN.toml] [--key value ...]"
-    parser.add_argument("run_file", nargs="?", metavar="RUN.toml", help="the run file; flags go over it")
+    parser.add_argument("run_file", nargs="?", metavar="RUN.toml", help="the run file; flags override its keys")
     _add_flags(parser.add_argument_group("run"), Config)
     for section, kind in SECTIONS.items():
         _add_flags(parser.add_argument_group(f"[{section}]"), kind)

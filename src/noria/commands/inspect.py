@@ -1,4 +1,4 @@
-"""Says what a checkpoint or an output holds; of an output that is not finished, how far its run has come."""
+"""Says what a checkpoint or an output holds and, for an output that is not finished, how far its run has come."""
 
 import argparse
 import sys
@@ -18,16 +18,16 @@ from noria.tools.text import json_text, nbytes_words, plural, printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE.h5", help="checkpoint or output, finished or not")
-    parser.add_argument("--verify", action="store_true", help="read all of it and check every checksum")
-    parser.add_argument("--all", action="store_true", help="say all that the file says of itself, measured times too")
+    parser.add_argument("--verify", action="store_true", help="read the whole file and check every checksum")
+    parser.add_argument("--all", action="store_true", help="show everything that the file records, measured times too")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object for scripts; its keys are only ever added to"
+        "--json", action="store_true", help="print one JSON object, for scripts; later versions only add keys"
     )
     parser.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
         metavar="...",
-        help="the output of a run, by what stands behind `noria run`: RUN.toml [--key value ...]; comes last",
+        help="inspect the output of a run, named by the arguments of noria run: RUN.toml [--key value ...]; must be last",
     )
 
 

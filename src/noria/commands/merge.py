@@ -1,6 +1,6 @@
-"""Makes one output of the finished outputs of all shards of a run (`noria run --shard i/n`).
+"""Joins the finished outputs of all shards of a run (noria run --shard i/n) into one output.
 
-The rows are numbered over all shards: the output is the one that the run without shards would have written.
+The result is the output that the run without shards would have written.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from noria.tools.text import plural, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUT.h5", help="file to write; it must not be there yet")
+    parser.add_argument("output", type=Path, metavar="OUT.h5", help="file to write; it must not exist")
     parser.add_argument(
         "shards",
         type=Path,
         nargs="+",
         metavar="SHARD.h5",
-        help="outputs of all shards, in any order; they stay as they are",
+        help="the outputs of all shards, in any order; they are not changed",
     )
     parser.add_argument(
         "--fail-on-errors", action="store_true", help="exit with 65 if any row is an error (default: only if all are)"

@@ -1,6 +1,6 @@
-"""Plans a run without running it: memory per rank and tier, predicted tokens/s, what binds, and lines for a job script.
+"""Plans a run without running it: memory of each rank and tier, predicted tokens/s, the bottleneck, job script lines.
 
-Needs no GPU, no MPI and no ranks, so that it can be asked on a login node. The flags are those of noria run.
+Needs no GPU, no MPI and no ranks: use it on a login node. It takes the flags of noria run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SLACK = 1.5  # times the predicted time is asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, required=True, metavar="INT", help="ranks, one a GPU")
+    parser.add_argument("--ranks", type=int, required=True, metavar="INT", help="number of ranks, one for each GPU")
     flags.add_arguments(parser, "--ranks INT ")
 
 

@@ -1,6 +1,6 @@
-"""Measures a machine with all ranks at work: messages, links, memory, matmul and disk; writes what noria plan reads.
+"""Measures a machine with all ranks at work: messages, links, memory, matmul and disk. noria plan reads the result.
 
-Start it as the job will be started (mpirun -n N noria probe), or alone as one rank. About ten seconds.
+Start it as the job will be started (mpirun -n N noria probe), or alone as one rank. It takes about ten seconds.
 """
 
 import argparse
@@ -20,27 +20,34 @@ from noria.tools.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="machine.toml", help="file to write, for noria plan --machine")
     parser.add_argument(
-        "--output", type=Path, metavar="machine.toml", help="file to write; noria plan --machine reads it"
-    )
-    parser.add_argument(
-        "--scratch", metavar="DIR", help="folder whose disk is measured (default: as in noria run, else here)"
+        "--scratch", metavar="DIR", help="folder on the disk to measure (default: as in noria run, else this folder)"
     )
     parser.add_argument(
         "--seconds",
         type=float,
         metavar="NUMBER",
         default=0.5,
-        help="about how long each figure is measured (default: 0.5)",
+        help="approximate time of each measurement (default: 0.5)",
     )
     parser.add_argument(
-        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes the GPU where there is one"
+        "--device",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+        help="what to measure; auto takes the GPU if there is one",
     )
     parser.add_argument(
-        "--transport", default="auto", choices=("auto", "mpi_device", "mpi_host"), help="how messages travel"
+        "--transport",
+        default="auto",
+        choices=("auto", "mpi_device", "mpi_host"),
+        help="how messages travel, as in noria run",
     )
     parser.add_argument(
-        "--megabytes", type=int, metavar="INT", help="of a buffer that is copied (default: 256 on a GPU, 64 on a CPU)"
+        "--megabytes",
+        type=int,
+        metavar="INT",
+        help="size of the buffers that are copied (default: 256 on a GPU, 64 on a CPU)",
     )
 
 

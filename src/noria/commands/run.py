@@ -1,6 +1,7 @@
-"""Generates: reads a file of prompts, runs the model over the ring of ranks, writes the generations to HDF5.
+"""Generates text: reads a file of prompts, runs the model on the ring of ranks and writes the generations to HDF5.
 
-Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Every key of the run file is a flag too.
+Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Every key of the run file is also a flag;
+`noria help keys` lists them on one line each.
 """
 
 import argparse

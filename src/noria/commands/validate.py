@@ -1,6 +1,6 @@
-"""Checks a run without running it: every prompt is tokenized and held against the model, paths and space are checked.
+"""Checks a run without running it: tokenizes every prompt and checks its settings, the paths and the disk space.
 
-Needs no GPU, no MPI and no ranks, so that it can be asked on a login node. Exit code 2 if anything is wrong.
+Needs no GPU, no MPI and no ranks: use it on a login node. The exit code is 2 if anything is wrong.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from noria.tools.values import shard_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="list every row that is wrong, not the first 10 alone")
+    parser.add_argument("--all", action="store_true", help="list every wrong row, not only the first 10")
     flags.add_arguments(parser, "[--all] ")
 
 
