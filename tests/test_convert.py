@@ -215,7 +215,7 @@ def test_hdf5_takes_no_lock_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(h5py, "File", watched)
     convert(directory(tmp_path), tmp_path / "model.h5")
-    assert "x" in opened and "r+" in opened
+    assert "w" in opened and "r+" in opened
 
 
 def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path):
@@ -606,9 +606,13 @@ def test_two_conversions_of_one_target_are_one_too_many(tmp_path):
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
     source, target = directory(tmp_path), tmp_path / "model.h5"
-    for name in ("model.h5.4711.tmp", "model.h5.notes.tmp", "othermodel.h5.4711.tmp", "model.h5.tmp"):
-        (tmp_path / name).write_text("half")
-    made = convert(source, target)
-    assert "model.h5.4711.tmp, left by a conversion that was killed, is removed" in made.notes
-    left = ["hf", "model.h5", "model.h5.notes.tmp", "model.h5.tmp", "othermodel.h5.4711.tmp"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    script = "import os, sys\nfrom noria.checkpoint.writer import replacing\nfrom pathlib import Path\n" + (
+        "with replacing(Path(sys.argv[1]), False):\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run(forked([sys.executable, "-c", script, target])).returncode == -9
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+    foreign = ["model.h5.4711.tmp", "model.h5.tmp"]
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    convert(source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.h5", *foreign]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -181,7 +182,8 @@ def test_parts_of_a_newer_version_stop_the_run_instead_of_being_left_out(output)
 
 def test_temporary_files_of_a_killed_run_are_removed_and_strangers_left_alone(output):
     parts = Parts(output, HEADER)
-    (parts.folder / "part-000000.h5.tmp").write_bytes(b"half")
+    for name in ("part-000000.h5.tmp", ".part-000000.h5.noria.another-host-f00.4711.0123abcd.tmp"):
+        (parts.folder / name).write_bytes(b"half")
     (parts.folder / "notes.txt").write_text("mine")
     parts = Parts(output, HEADER, report=silent)
     assert [path.name for path in parts.folder.iterdir()] == ["notes.txt"]
@@ -248,7 +250,9 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(output, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.readlink(name_of(handle))), fsync(handle))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
     path = parts.seal()
-    assert calls == [f"{path}.tmp", "replace", str(parts.folder)]
+    written, *others = calls
+    assert re.fullmatch(rf"{parts.folder}/\.{path.name}\.noria\.\S+\.{os.getpid()}\.\w+\.tmp", written)
+    assert others == ["replace", str(parts.folder)]
 
 
 ENDLESS = """

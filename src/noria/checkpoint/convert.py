@@ -5,7 +5,6 @@ space on the disk. Which tensors make a parameter is the model family's to say.
 """
 
 import errno
-import glob
 import os
 import socket
 from collections import Counter
@@ -86,21 +85,9 @@ def convert(
     notes: list[str] = []
     _check_target(target, overwrite)
     holder = {"job": "", "what": "noria convert", "host": socket.gethostname(), "process": os.getpid(), "start": now()}
-    with OutputLock(target, holder, notes.append) as lock:
-        if lock.held:
-            notes += _remove_leftovers(target)
+    with OutputLock(target, holder, notes.append):
         made = _convert(source, target, dtype, progress, overwrite)
     return replace(made, notes=notes + made.notes)
-
-
-def _remove_leftovers(target: Path) -> list[str]:
-    """Takes away what conversions of this target left that were killed. Only for the holder of its lock."""
-    found = [
-        path for path in target.parent.glob(f"{glob.escape(target.name)}.*.tmp") if path.suffixes[-2][1:].isdigit()
-    ]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return [f"{path.name}, left by a conversion that was killed, is removed" for path in found]
 
 
 def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool) -> Converted:

@@ -38,15 +38,11 @@ class Header:
 
 @contextmanager
 def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside `target` that becomes it if the body succeeds, and is removed if it does not."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    """atomic.replacing, which without `overwrite` replaces nothing: raises InputError if another process was faster."""
+    with atomic.replacing(target) as temporary:
         yield temporary
         if target.exists() and not overwrite:
             raise InputError(f"{target} was made by another process meanwhile: use --overwrite to replace it")
-        atomic.publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_nbytes(blocks: Mapping[str, Block], header: Header) -> int:
@@ -103,7 +99,7 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
     libver = ("v108", "v108")
     # no lock of HDF5's own: some file systems have none, and the name is this process's alone
     how = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "locking": False}
-    with h5py.File(path, "x", libver=libver, **how) as file:
+    with h5py.File(path, "w", libver=libver, **how) as file:
         file.attrs.update(
             format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source
         )

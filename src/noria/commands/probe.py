@@ -14,7 +14,7 @@ from noria.launch import launcher, mpi
 from noria.launch.probe import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
-from noria.tools.atomic import check_folder
+from noria.tools.atomic import check_folder, replacing
 from noria.tools.keys import check_path
 from noria.tools.text import printable
 
@@ -110,7 +110,8 @@ def _write(path: Path | None, rates: Rates) -> None:
     if path is None:
         return
     try:
-        path.write_text(rates.to_toml())
+        with replacing(path) as file:
+            file.write_text(rates.to_toml())
     except OSError as error:
         raise InputError(f"--output {path}: {(error.strerror or str(error)).lower()}: name another file") from error
     left = ", ".join(rates.assumed)

@@ -27,6 +27,7 @@ from noria.rows.source import count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.atomic import check_file
+from noria.tools.lock import check_names
 from noria.tools.text import plural, printable
 from noria.tools.values import shard_rows
 
@@ -68,6 +69,7 @@ def _output(config: Config) -> str:
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
     check_file(path)
+    check_names(path)
     if path.exists():
         with open_generations(path) as file:
             return f"there already, with {plural(len(file), 'row')}"

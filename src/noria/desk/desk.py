@@ -237,7 +237,7 @@ class Desk:
             prompts = open_prompts(source_of(self._config))
             again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
         samples = np.array(self.admission.samples)
-        merge(self._parts, self._config.output, self._rows, attrs, columns, samples, again)
+        merge(self._parts, self._parts.output, self._rows, attrs, columns, samples, again)
         outcome = outcome_of(self._config.output)
         self.code = outcome.code(self._config.job.fail_on_errors)
         self._progress.end(self._config.output, [*outcome.lines(), how_to_read(self._config.output)])

@@ -251,7 +251,8 @@ class TraceFile:
     """The file of all ranks' events, there whole or not at all. An error is kept until `close`: every rank is heard."""
 
     def __init__(self, path: Path):
-        self._path, self._temporary, self._begun = path, atomic.temporary(path), False
+        self._path, self._begun = path, False
+        self._temporary: Path | None = None
         self._error: OSError | None = None
         self._file: TextIO | None = None
 
@@ -259,6 +260,7 @@ class TraceFile:
         """A rank's events."""
         try:
             if self._file is None:
+                self._temporary = atomic.new_file(self._path)
                 self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 - closed in close
                 self._file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
             self._file.write((",\n" if self._begun else "") + ",\n".join(events))
@@ -271,7 +273,7 @@ class TraceFile:
         try:
             if self._error is not None:
                 raise self._error
-            assert self._file is not None, "a trace without the events of any rank"
+            assert self._file and self._temporary, "a trace without the events of any rank"
             self._file.write("\n]}\n")
             self._file.close()
             atomic.fsync(self._temporary)
@@ -279,4 +281,5 @@ class TraceFile:
         finally:
             if self._file is not None:
                 self._file.close()
+            if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)

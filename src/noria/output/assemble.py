@@ -13,7 +13,7 @@ import numpy as np
 from noria.output.generations import Generation, Generations, open_generations
 from noria.output.schema import FORMAT, VERSION, Writer, checksums, scores_together, write_attrs
 from noria.output.sealed import Part, Selection, gather
-from noria.tools.atomic import GuardedFile, fsync, publish, temporary
+from noria.tools.atomic import GuardedFile, fsync, replacing
 
 
 def assemble(
@@ -34,8 +34,7 @@ def assemble(
     at the new file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with
     the remedy, or the file does not read back as it was written; then there is nothing new.
     """
-    unchecked = temporary(target)
-    try:
+    with replacing(target) as unchecked:
         sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened, change)
         fsync(unchecked)
         with open_generations(unchecked) as file:
@@ -44,10 +43,6 @@ def assemble(
             if wrong or file.complete != complete:
                 kept = remedy.partition(":")[0]
                 raise OSError(f"{target} does not read back as it was written ({', '.join(wrong)}): {kept}, try again")
-        publish(unchecked, target)
-    except BaseException:
-        unchecked.unlink(missing_ok=True)
-        raise
 
 
 def _write(

@@ -17,7 +17,7 @@ from noria.output.export_openai import responses
 from noria.output.export_tables import write_csv, write_parquet
 from noria.output.generations import Generation, open_generations
 from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
-from noria.tools.atomic import check_file, fsync, publish, temporary
+from noria.tools.atomic import check_file, replacing
 from noria.tools.keys import nearest
 from noria.tools.text import json_text, plural
 
@@ -43,6 +43,8 @@ def export(
     """
     source, target = Path(source), Path(target)
     check_target(target, format)
+    if source.exists() and target.exists() and target.samefile(source):
+        raise InputError(f"{target} is a link to {source}, the output itself, which would be lost: name another file")
     while not source.exists() and parts_folder(source).is_dir():
         parts = part_files(parts_folder(source))
         try:
@@ -139,8 +141,7 @@ def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], It
 
 
 def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
-    unfinished = temporary(target)
-    try:
+    with replacing(target) as unfinished:
         if format == "openai":
             objects = (as_object(one) | _hidden(one) for one in rows())
             count = _write_lines(unfinished, responses(objects, start), _suffix(target))
@@ -149,11 +150,6 @@ def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, 
         else:
             write = write_csv if _suffix(target) == ".csv" else write_parquet
             count = write(lambda: map(as_object, rows()), unfinished, _KINDS)
-        fsync(unfinished)
-        publish(unfinished, target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
     return count
 
 

@@ -32,8 +32,8 @@ from noria.output.sealed import (
     select,
     to_stderr,
 )
-from noria.output.segments import Segment
-from noria.tools.atomic import fsync, publish, temporary
+from noria.output.segments import SEGMENT_NAME, Segment
+from noria.tools.atomic import fsync, real, remove_leftovers, replacing
 
 MAX_PENDING = 2**14  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
 _ALIVE_SECONDS = 5.0  # at most so often a job says that it is alive while no row is finished
@@ -54,13 +54,11 @@ class Parts:
         report: Callable[[str], None] = to_stderr,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.output, self.header, self.clock = Path(output), json.loads(json.dumps(header)), clock
+        self.output, self.header, self.clock = real(output), json.loads(json.dumps(header)), clock
         self.folder = parts_folder(output)
+        _finish_removal(self.folder, merged_folder(output))
         self.folder.mkdir(exist_ok=True)
-        for pattern in ("part-*.h5.tmp", "segment-*.json.tmp"):
-            for leftover in self.folder.glob(pattern):
-                leftover.unlink(missing_ok=True)
-        shutil.rmtree(merged_folder(output), ignore_errors=True)
+        _remove_temporaries(self.folder)
         self.parts = scan(self.folder, report)
         for name in (name for part in self.parts for name in part.replaces):
             (self.folder / name).unlink(missing_ok=True)
@@ -227,27 +225,47 @@ class Parts:
 
 
 def remove_parts(output: str | Path) -> None:
-    """Deletes the parts of an output that is finished, and what an earlier deletion left."""
+    """Deletes the parts of an output that is finished, and what an earlier deletion left. A folder that is a link stays,
+    empty of what is Noria's."""
     folder, merged = parts_folder(output), merged_folder(output)
-    shutil.rmtree(merged, ignore_errors=True)
+    _finish_removal(folder, merged)
     if folder.is_dir():
         os.rename(folder, merged)
         fsync(folder.parent)
+        _finish_removal(folder, merged)
+
+
+def _finish_removal(folder: Path, merged: Path) -> None:
+    """Deletes the folder that was renamed for it; a link is emptied and gets its name back, if that is free."""
+    if not merged.is_symlink():
         shutil.rmtree(merged, ignore_errors=True)
+        return
+    _remove_temporaries(merged)
+    for path in own_files(merged):
+        path.unlink(missing_ok=True)
+    if os.path.lexists(folder):
+        merged.unlink()
+    else:
+        os.rename(merged, folder)
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The parts and segments in a folder, which may be a link to one that holds other files too."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if PART_NAME.fullmatch(path.name) or SEGMENT_NAME.fullmatch(path.name)]
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Deletes what writers left that were killed, those of earlier versions too. For the holder of the output's lock."""
+    remove_leftovers(folder, of_all=True)
+    for pattern in ("part-*.h5.tmp", "segment-*.json.tmp"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def _write(path: Path, image: bytes) -> None:
-    unsealed = temporary(path)
-    try:
-        with unsealed.open("wb") as file:
-            file.write(image)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(unsealed, path)
-    except OSError:
-        if not path.exists():
-            unsealed.unlink(missing_ok=True)
-        raise
+    with replacing(path) as unsealed:
+        unsealed.write_bytes(image)
 
 
 def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:

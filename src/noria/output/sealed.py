@@ -24,6 +24,7 @@ from noria.output.generations import (
     verify_checksums,
 )
 from noria.output.schema import STATUS, Scores
+from noria.tools.atomic import real
 
 TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("error")
 WHOLE = 2**30  # the level of an output that was finished once
@@ -32,13 +33,14 @@ PART_NAME = re.compile(r"part-(\d{6,})\.h5")
 
 
 def parts_folder(output: str | Path) -> Path:
-    output = Path(output)
+    """Where the parts of an output lie; of one that is a link, beside the file that it leads to."""
+    output = real(output)
     return output.with_name(output.name + ".parts")
 
 
 def merged_folder(output: str | Path) -> Path:
     """The name that the folder takes before it is deleted, so that a half-deleted one is never taken for parts."""
-    output = Path(output)
+    output = real(output)
     return output.with_name(output.name + ".parts.merged")
 
 

@@ -4,19 +4,18 @@ A segment is rewritten whole at each seal, so a job that was killed has one too.
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from noria.tools.atomic import publish, temporary
+from noria.tools.atomic import replacing
 from noria.tools.provenance import now
 from noria.tools.text import plural
 
 FORMAT = "noria-segment"
-_NAME = re.compile(r"segment-(\d{6,})\.json")
+SEGMENT_NAME = re.compile(r"segment-(\d{6,})\.json")
 _INTERNAL = ("format", "header")
 _COUNTED = ("rows", "errors", "tokens", "prompt_tokens")
 _EMPTY = {
@@ -89,7 +88,7 @@ def restore(folder: Path, attrs: Mapping[str, Any]) -> None:
 
 def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     paths = folder.iterdir() if folder.is_dir() else ()
-    numbered = sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)))
+    numbered = sorted((int(match[1]), path) for path in paths if (match := SEGMENT_NAME.fullmatch(path.name)))
     found = []
     for _, path in numbered:
         try:
@@ -115,12 +114,8 @@ def segments_of(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, segment: Mapping[str, Any]) -> None:
-    unsealed = temporary(path)
-    with unsealed.open("w") as file:
+    with replacing(path) as unsealed, unsealed.open("w") as file:
         json.dump(segment, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(unsealed, path)
 
 
 _DRAWN = ("sampling.seed", "chat.date")  # may be others in a job that begins anew
@@ -147,7 +142,7 @@ class Segment:
         for path, other in [] if any(folder.glob("part-*.h5")) else _found(folder):
             if not other["rows"] and other.get("header") != self._header:
                 path.unlink(missing_ok=True)
-        taken = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        taken = [int(match[1]) for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
         self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
         self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
         self.seen()

@@ -3,18 +3,20 @@
 Knows the names of outputs and parts; reads of them only what kind of file they are.
 """
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from noria.errors import InputError
 from noria.output.access import hindrance
 from noria.output.generations import NewerVersion, open_generations
-from noria.output.parts import remove_parts
+from noria.output.parts import own_files, remove_parts
 from noria.output.sealed import part_files, parts_folder, scan
 from noria.output.segments import restore
-from noria.tools.atomic import check_file, fsync
+from noria.tools.atomic import check_file, fsync, real, replacing
 
 
 def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -> str:
@@ -30,6 +32,10 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'run.h5'}")
     check_file(path)
     folder = parts_folder(path)
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(
+            f"output {path}: {folder} is a link to a folder that is not there: make it, or remove the link"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {path}: {folder} is a file, but the parts go to a folder of that name: move it away")
     if not overwrite and (found := hindrance(path)) is not None:
@@ -64,16 +70,28 @@ def reopen(path: str | Path) -> None:
 
     Raises InputError if parts of another run lie there.
     """
-    path = Path(path)
+    path = real(path)
     folder = parts_folder(path)
     if part_files(folder):
         raise InputError(f"output {path} is finished, and {folder} holds parts of another run: move that folder away")
     folder.mkdir(exist_ok=True)
     with open_generations(path) as file:
         restore(folder, file.attrs)
-    os.rename(path, folder / "part-000000.h5")
+    _move(path, folder / "part-000000.h5")
     fsync(folder)
     fsync(path.parent)
+
+
+def _move(path: Path, target: Path) -> None:
+    """Gives a file another name, in another file system too, where the folder of parts is a link to one."""
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(target) as copy:
+            shutil.copyfile(path, copy)
+        path.unlink()
 
 
 def _finished_header(path: Path, overwrite: bool) -> object:
@@ -102,13 +120,22 @@ def _finish_removal(path: Path, header: object) -> None:
 
 
 def _move_aside(path: Path) -> None:
+    path = real(path)
     folder, number = parts_folder(path), 1
-    if not path.exists() and not folder.exists():
+    held = bool(own_files(folder))  # else the folder, perhaps a link, serves the next run as well
+    if not path.exists() and not held:
         return
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists() or parts_folder(aside).exists():
+    while any(os.path.lexists(place) for place in _aside(path, number)):
         number += 1
-    if folder.exists():
-        os.rename(folder, parts_folder(aside))
+    aside, parts_aside = _aside(path, number)
+    if held:
+        os.rename(folder, parts_aside)
     if path.exists():
         os.rename(path, aside)
     fsync(path.parent)
+
+
+def _aside(path: Path, number: int) -> tuple[Path, Path]:
+    """The names of an old output and of its parts."""
+    name = f"{path.name}.old-{number}"
+    return path.with_name(name), path.with_name(f"{name}.parts")

@@ -1,21 +1,103 @@
 """Files that are there whole or not at all: written under a temporary name, brought to the disk, then renamed.
 
-Knows nothing of what the files hold.
+A temporary name is of one process alone (`.NAME.noria.HOST.PROCESS.RANDOM.tmp`), so that several may write one name, and
+what a process that is dead left behind is known. Knows nothing of what the files hold.
 """
 
+import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from noria.errors import InputError
 from noria.tools.keys import check_path
 
+_TEMPORARY = re.compile(r"\..*\.noria\.([\w-]+)\.(\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_KEPT_NBYTES = 100  # of the target's name: with the rest no file system finds the temporary one too long
 
-def temporary(target: Path) -> Path:
-    """The name under which `target` is written: beside it, so that the rename stays in one file system."""
-    return target.with_name(target.name + ".tmp")
+
+def real(path: str | Path) -> Path:
+    """The path of the file that is written where this one is: the end of its links, which need not be there yet.
+
+    A link stays, and its file is replaced. Raises InputError for links that lead in a circle.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return path
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise InputError(f"{path} is a link that leads back to itself: remove it, or name another file")
+    return found
+
+
+def new_file(target: Path) -> Path:
+    """An empty file of a name of its own beside `target`, so that the rename stays in one file system.
+
+    What processes of this host that are dead left there is removed. Raises OSError if the folder takes no file.
+    """
+    target = real(target)
+    remove_leftovers(target.parent)
+    name = os.fsencode(target.name)[:_KEPT_NBYTES].decode(errors="ignore")
+    while True:
+        path = target.with_name(f".{name}.noria.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return path
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty file for the body to fill, which then has its bytes on the disk and the name `target`; after an error it
+    is gone, and `target` is as it was."""
+    path = new_file(target)
+    try:
+        yield path
+        fsync(path)
+        publish(path, target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path, of_all: bool = False) -> list[Path]:
+    """Takes away the temporary files of processes that are dead, or with `of_all` of every process. Returns those."""
+    removed: list[Path] = []
+    try:
+        names = os.listdir(folder)
+    except OSError:  # a folder may be written and not read
+        return removed
+    for path in map(folder.joinpath, names):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and (of_all or (found[1] == _host() and _is_dead(int(found[2])))):
+            with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+@functools.cache
+def _host() -> str:
+    """This host and, since containers number processes anew, what numbers them: a word of letters, digits and dashes."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return f"{re.sub('[^A-Za-z0-9]', '-', socket.gethostname())[:64]}-{space:x}"
+
+
+def _is_dead(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def fsync(path: Path) -> None:
@@ -31,7 +113,8 @@ def fsync(path: Path) -> None:
 
 
 def publish(path: Path, target: Path) -> None:
-    """Gives a finished temporary file its name; what had that name before is replaced."""
+    """Gives a finished temporary file its name; what had that name before is replaced, a link's file in its place."""
+    target = real(target)
     os.replace(path, target)
     fsync(target.parent)
 
@@ -41,17 +124,15 @@ def check_folder(path: Path) -> None:
     check_path(str(path), "the file to write")
     if path.name in ("", ".."):
         raise InputError(f"{path} is a folder: name a file, such as {path / 'run.h5'}")
-    folder = path.parent
+    folder = real(path).parent
     if not folder.exists():
         raise InputError(f"{path}: there is no folder {folder}: make it (mkdir -p {folder}) or name another")
     if not folder.is_dir():
         raise InputError(f"{path}: {folder} is a file, not a folder: name another folder")
-    trial = folder / f".{path.name[:200]}.{os.getpid()}.trial"
     try:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "permission denied")
-        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        os.unlink(trial)
+        os.unlink(new_file(path))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"{path}: folder {folder} cannot be written ({reason}): name another folder") from error

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from noria.errors import InputError
-from noria.tools.atomic import check_file
+from noria.tools.atomic import check_file, real
 from noria.tools.writing import write_error
 
+_LONGEST_ENDING = ".old-999.parts"  # of the names beside an output
+_PART_NBYTES = 200  # of the names in the folder of its parts, and of the folder's ending
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 PATIENCE = 5.0  # seconds: a job that was killed may be given up by mpirun before the system has ended its processes
 _HELD = (errno.EAGAIN, errno.EACCES)
@@ -24,8 +26,23 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, 524)  # 52
 
 
 def lock_path(output: str | Path) -> Path:
-    output = Path(output)
+    output = real(output)
     return output.with_name(output.name + ".lock")
+
+
+def check_names(output: str | Path) -> None:
+    """Raises InputError if the names that stand beside an output, or in the folder of its parts, would be too long."""
+    output = real(output)
+    for path in (output.with_name(output.name + _LONGEST_ENDING), output.with_name("x") / ("x" * _PART_NBYTES)):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                nbytes = len(os.fsencode(output.name)), len(os.fsencode(output))
+                raise InputError(
+                    f"output {output}: the name has {nbytes[0]} bytes, the path {nbytes[1]}: too long for those of its"
+                    f" parts, whose names end in {_LONGEST_ENDING} and the like: shorten it"
+                ) from error
 
 
 class OutputLock:
@@ -38,6 +55,7 @@ class OutputLock:
 
     def __init__(self, output: str | Path, holder: Mapping[str, object], report: Callable[[str], None]):
         check_file(Path(output))
+        check_names(output)
         self.path = lock_path(output)
         self._handle = _take(self.path, output, report)
         if self._handle is not None:
