@@ -22,6 +22,7 @@ from forks import forked
 from mpirun import describe, environment, mpirun
 from noria.__main__ import main
 from noria.engine.stage import Stage
+from noria.launch.signals import STOPS
 from noria.output.parts import Parts, part_files, parts_folder
 from noria.output.sealed import scan
 from noria.output.segments import read_segments
@@ -91,7 +92,9 @@ def signal_twice(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2], ids=lambda one: one.name
+)
 def test_rows_stopped_half_way_are_taken_up_and_end_with_the_same_tokens(folder, monkeypatch, capsys, number):
     output = f"{number.name}.h5"
     with monkeypatch.context() as patched:
@@ -110,6 +113,26 @@ def test_rows_stopped_half_way_are_taken_up_and_end_with_the_same_tokens(folder,
     assert main(small_run.command(folder, output, *FLOAT64)) == 0
     assert taken[0].counts.tolist() == [3 + 8] * small_run.NUM_ROWS, "prompt and partial output are prefilled together"
     assert small_run.rows_of(folder / output) == whole
+
+
+@pytest.mark.slow
+def test_signals_that_a_run_was_started_to_ignore_do_not_stop_it(folder, monkeypatch, capsys):
+    def all_of_them():
+        for number in STOPS:
+            os.kill(os.getpid(), number)
+        time.sleep(0.3)
+
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    try:
+        with monkeypatch.context() as patched:
+            act_in_visit(patched, 9, all_of_them)
+            assert main(small_run.command(folder, "ignoring.h5", *FLOAT64)) == 0
+        assert {signal.getsignal(number) for number in STOPS} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "stopping" not in capsys.readouterr().err
+    assert small_run.rows_of(folder / "ignoring.h5") == undisturbed(folder)
 
 
 @pytest.mark.slow

@@ -89,7 +89,9 @@ def goes_on(folder, output):
     [
         ([signal.SIGUSR1], 75, "SIGUSR1"),
         ([signal.SIGTERM], 1, "SIGTERM"),
+        ([signal.SIGXCPU], 75, "SIGXCPU"),
         ([signal.SIGINT], 1, "SIGTERM"),  # what the launcher makes of it for its ranks
+        ([signal.SIGHUP], 1, "SIGTERM"),
     ],
     ids=lambda value: value[0].name if isinstance(value, list) else None,
 )

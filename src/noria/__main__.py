@@ -1,8 +1,8 @@
 """The command line: picks the command and imports that one alone."""
 
 import argparse
+import contextlib
 import importlib
-import os
 import sys
 
 import noria
@@ -12,6 +12,7 @@ from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.rows.template import template_helper
 from noria.tools.keys import nearest
+from noria.tools.lossy import hold_standard_streams, lead_nowhere, lossy
 from noria.tools.text import printable
 
 COMMANDS = {
@@ -29,16 +30,21 @@ UNDER_MPI = ("run", "probe")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 finished, 2 the user's input is wrong, 1 anything else."""
-    argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):  # closed by the caller: what is said there is lost, and that is their wish
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+    hold_standard_streams()
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is None:  # closed by the caller: what is said there is lost, and that is their wish
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - open as long as the process
         if hasattr(getattr(sys, name), "reconfigure"):  # what the terminal cannot show is written as escapes
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stderr(lossy(sys.stderr)):
+        return _main(sys.argv[1:], True) if argv is None else _main(argv)
+
+
+def _main(argv: list[str], is_last_act: bool = False) -> int:
     try:
         if any("\0" in argument for argument in argv):
             raise InputError("an argument has a NUL character: no path and no text of a run has one")
-        code = _answer(argv)
+        code = _answer(argv, is_last_act)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -57,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _answer(argv: list[str]) -> int:
+def _answer(argv: list[str], is_last_act: bool) -> int:
     if argv == ["help", "keys"]:
         importlib.import_module("noria.commands.keys").write()
         return 0
     if argv[:1] == ["help"]:
         argv = [*argv[1:2], "--help"]
-    return _command(argv[0], argv[1:]) if argv and not argv[0].startswith("-") else _help(argv)
+    return _command(argv[0], argv[1:], is_last_act) if argv and not argv[0].startswith("-") else _help(argv)
 
 
 def _forget_stdout() -> None:
@@ -71,10 +77,10 @@ def _forget_stdout() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
 
 
-def _command(name: str, argv: list[str]) -> int:
+def _command(name: str, argv: list[str], is_last_act: bool) -> int:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
     if name not in UNDER_MPI and mpi.launched() > 1:
@@ -85,7 +91,8 @@ def _command(name: str, argv: list[str]) -> int:
         return _start(name, argv)
     # Both before torch, which takes seconds to import: a signal then would end the job unheard, and the process that
     # renders conversations is ready when it is. It must not be started beside MPI, and only rank 0 has use for it.
-    with Signals(mpi.launched_rank() == 0, mpi.launched() > 1) as signals, template_helper() as helper:
+    is_last_act = is_last_act or mpi.launched() > 1
+    with Signals(mpi.launched_rank() == 0, is_last_act) as signals, template_helper() as helper:
         if mpi.named_rank() == 0:
             helper.start()
         return _start(name, argv, signals, helper)

@@ -5,6 +5,8 @@ Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Ever
 """
 
 import argparse
+import contextlib
+import sys
 
 from noria.commands.flags import add_arguments, load
 from noria.errors import InputError
@@ -13,6 +15,7 @@ from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
 from noria.run import run as run_job
 from noria.tools.helper import Helper
+from noria.tools.lossy import lossy
 
 __all__ = ["add_arguments", "load", "run"]
 
@@ -24,7 +27,8 @@ def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
 
     Raises mpi.Refused, on every rank, for the user's mistakes.
     """
-    with Watchdog() as watchdog:
+    # A bar may stand on stdout. The output does not go there, so that nothing is lost with it.
+    with contextlib.redirect_stdout(lossy(sys.stdout)), Watchdog() as watchdog:
         try:
             comm = mpi.start()
             config = mpi.on_first_rank(comm, lambda: load(arguments))

@@ -4,6 +4,7 @@ launcher ends can still be read.
 Knows neither rows nor the ring: it has a communicator of its own, which no other thread uses.
 """
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -73,7 +74,7 @@ def say_where_it_is_read(say: Callable[[TextIO | None], None]) -> None:
     say(None)
     stream = None if _was_read() else _stderr_of_launcher()
     if stream is not None:
-        with stream:
+        with contextlib.suppress(OSError), stream:
             say(stream)
 
 

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
 
 
 class Signals:
     """Holds STOPS back inside its `with`. Elsewhere than in the main thread it does nothing.
+
+    Those that the process was started to ignore, as by nohup or in the background of a script, it goes on to ignore.
 
     `attended`: the run listens, on this rank or another. Until then a second SIGINT ends the process at once, if
     `is_first`: at another rank than rank 0 it may be a launcher's copy of the first. `is_last_act`: the process ends after
@@ -38,13 +40,14 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._note) for number in STOPS}
+            heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._is_last_act else handler)
-        if self._before:
+        if self._read >= 0:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._read)
             os.close(self._write)
