@@ -102,7 +102,7 @@ def _generate(
     segment = segment_of(os.environ, hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
     with contextlib.closing(opened) as checkpoint, contextlib.ExitStack() as on_error:
-        mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, checkpoint))
+        mpi.on_every_rank(comm, lambda: _check_same(comm, hosts, config, work, checkpoint))
         watchdog.doing = "reading the sealed parts"
         desk = mpi.on_first_rank(comm, lambda: Desk(config, work, plan, checkpoint, segment, helper), share=False)
         if desk is not None:
@@ -229,8 +229,8 @@ def _own(config: Config, host: str) -> OutputLock:
     return OutputLock(config.output, holder, lambda message: log(0, 1, message))
 
 
-def _check_same(comm: Communicator, hosts: list[str], config: Config, checkpoint: OpenModel) -> None:
-    """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name."""
+def _check_same(comm: Communicator, hosts: list[str], config: Config, work: Work, checkpoint: OpenModel) -> None:
+    """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name, or another by now."""
     seen = comm.allgather((checkpoint.nbytes, checkpoint.header_hash))
     other = next((rank for rank, one in enumerate(seen) if one != seen[0]), None)
     if other is not None:
@@ -239,6 +239,8 @@ def _check_same(comm: Communicator, hosts: list[str], config: Config, checkpoint
             f"model {config.model} is {words[0]} on {hosts[0]} (rank 0) but {words[1]} on {hosts[other]} (rank {other}):"
             " every rank must see the same checkpoint, so copy it again or name one on a shared file system"
         )
+    if seen[0][1] != work.identity.header["checkpoint"]:
+        raise InputError(f"model {config.model} changed while the run opened it: start the run again")
 
 
 def _miss(watchdog: Watchdog, plan: planner.Plan, hosts: list[str], rank: int, seconds: float) -> None:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from datetime import date
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from noria import kinds, readers
-from noria.errors import InputError
+from noria.errors import Changed, InputError
 from noria.readers import BadRow
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -445,3 +446,21 @@ def test_memory_stays_flat_over_many_rows(tmp_path, suffix):
     assert done.returncode == 0, done.stderr
     # What 100,000 rows kept would take is 60 MB; the hashes of their ids are 8 bytes each, the latest in a set.
     assert int(done.stdout) < 12 * 2**20, done.stdout
+
+
+@pytest.mark.parametrize(("name", "suffix"), ALL)
+def test_a_known_file_gives_the_same_rows_and_no_others_once_it_is_another(name, suffix, tmp_path):
+    path = write(tmp_path / f"prompts{suffix}", WRITE[name](PROMPTS))
+    reader, known = kinds.load("readers", name), readers.know(str(path))
+    assert list(reader.read(known)) == list(reader.read(path)) and reader.count(known) == len(PROMPTS)
+    whole = path.read_bytes()
+    for place in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for read in (lambda: list(reader.read(known)), lambda: reader.count(known) and list(reader.read(known))):
+            with pytest.raises(Changed, match=f"prompts {re.escape(str(path))} changed while the run reads it"):
+                read()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(Changed):
+        list(reader.read(known))
+    path.write_bytes(whole + whole)
+    assert list(reader.read(known)) == list(reader.read(known)) and reader.count(known) == len(PROMPTS)

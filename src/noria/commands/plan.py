@@ -45,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config, num_ranks = flags.load(arguments, "ranks"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
-    num_rows = count(source_of(config))
+    source = source_of(config)
+    num_rows = count(source)
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         with template_helper() as helper:
             encode = encoder_of(
                 checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None, helper
             )
-            load = look(config, checkpoint.shape.max_positions, num_rows, encode)
+            load = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
         rates = planner.rates_of(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip

@@ -9,7 +9,7 @@ import contextlib
 import sys
 
 from noria.commands.flags import add_arguments, load
-from noria.errors import InputError
+from noria.errors import Changed, InputError
 from noria.launch import mpi
 from noria.launch.signals import Signals
 from noria.launch.watchdog import Watchdog
@@ -37,5 +37,7 @@ def run(arguments: argparse.Namespace, signals: Signals, helper: Helper) -> int:
             raise
         except InputError as error:
             return watchdog.end(f"{error}", 2)
+        except Changed as error:
+            return watchdog.end(f"failed: {error}", 1)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the job must end on every rank
             return watchdog.fail(error)

@@ -6,7 +6,7 @@ Knows the files and the sequences; nothing of steps, devices or messages.
 import errno
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from noria.desk.begun import take_up
 from noria.desk.examination import Work
 from noria.desk.finished import generation, num_cut
 from noria.desk.identity import another_run
-from noria.desk.inputs import source_of
 from noria.desk.old_rules import texts_again
-from noria.errors import InputError
+from noria.errors import Changed, InputError
 from noria.limits import TIERS
 from noria.model import ModelShape, OpenModel
 from noria.output.agreement import ANEW
@@ -35,7 +34,7 @@ from noria.rows import sequence as sequences
 from noria.rows.admission import Admission, Limits
 from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.prompts import Prompt, noted, open_prompts
-from noria.rows.source import extends
+from noria.rows.source import Watch, extends
 from noria.rows.tokenizer import tokenizer_of
 from noria.sampling import OLD_RULES
 from noria.tools.helper import Helper
@@ -66,6 +65,7 @@ class Desk:
         helper: Helper | None = None,
     ):
         self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
+        self._source, self._watch, self._all_read = work.source, Watch(work.source), False
         self._helper = helper
         self.sampling = work.identity.sampling
         # A prompt is computed once for all its samples.
@@ -102,7 +102,7 @@ class Desk:
         self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
         self.admission = Admission(
-            noted((prompt for prompt in open_prompts(source_of(config)) if prompt.row in self._rows), self._note),
+            noted(self._prompts(), self._note),
             len(self._rows) - len(done) // self.sampling.n,
             self._with_begun(self._encoder(plan.num_ranks)),
             self.sampling,
@@ -149,7 +149,10 @@ class Desk:
         self._progress.end(self._config.output)
 
     def withdraw(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """The way out after an error: a run that was refused before any row was sealed leaves nothing behind."""
+        """The way out after an error: a run that was refused before any row was sealed leaves nothing behind; one whose
+        input changed seals what it has, which is of that input as it was."""
+        if isinstance(error, Changed):
+            log(0, 1, f"stopping ({error.path} changed): {self.stop('input changed')[0]}")
         if isinstance(error, InputError) and not self._parts.parts:
             self._parts.withdraw()
 
@@ -166,6 +169,7 @@ class Desk:
             try:
                 if self._seal(self._config.job.seal_seconds):
                     self._compactor.compact_if_due()
+                    self._look_at_the_prompts()
             except Exception as error:  # noqa: BLE001 - whatever it is, the run must end with it
                 self._failure = error
 
@@ -191,6 +195,12 @@ class Desk:
             time.sleep(WAIT_SECONDS)
         if self._failure is not None:
             raise self._failure
+
+    def _look_at_the_prompts(self) -> None:
+        """Raises Changed if a file is another now and not all rows are read. What is read is what was hashed in any case:
+        the run need not work on until it comes to what is gone."""
+        if not self._all_read and (changed := self._watch.changed()):
+            raise Changed(changed.path)
 
     def _look_at_the_time(self) -> None:
         """Admits nothing more when what is left would not be worth a row's prefill."""
@@ -234,13 +244,20 @@ class Desk:
         attrs |= {"model_sampling": self._identity.taken}
         again = None
         if self._identity.rules == OLD_RULES:
-            prompts = open_prompts(source_of(self._config))
+            prompts = open_prompts(self._source)
             again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
         samples = np.array(self.admission.samples)
+        if changed := self._watch.changed():
+            self._note(f"prompts {changed} changed after its rows were read: the output is of the file as it was")
         merge(self._parts, self._parts.output, self._rows, attrs, columns, samples, again)
         outcome = outcome_of(self._config.output)
         self.code = outcome.code(self._config.job.fail_on_errors)
         self._progress.end(self._config.output, [*outcome.lines(), how_to_read(self._config.output)])
+
+    def _prompts(self) -> Iterator[Prompt]:
+        """The rows of this run, as they are read."""
+        yield from (prompt for prompt in open_prompts(self._source) if prompt.row in self._rows)
+        self._all_read = True
 
     def _note(self, message: str) -> None:
         log(0, 1, f"note: {message}")
@@ -286,7 +303,7 @@ class Desk:
             parts.header["chat.date"] = stored[0] if stored else _now()
         if self._config.job.extend:
             for part in parts.parts:
-                if extends(source_of(self._config), part.header["prompts"]):
+                if extends(self._source, part.header["prompts"]):
                     part.header["prompts"] = parts.header["prompts"]
         different = parts.differences()
         if different:

@@ -28,7 +28,7 @@ from noria.plan.costs import Load
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.model_sampling import told
 from noria.rows.prompts import open_prompts
-from noria.rows.source import Source, content_hash, counts, prompt_files
+from noria.rows.source import Source, content_hash, counts, hashed, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
 from noria.sampling import OLD_RULES, Sampling
@@ -45,6 +45,7 @@ class Work:
     shape: ModelShape
     blocks: dict[str, Block]
     dtype: str
+    source: Source  # the prompts, as they were when they were hashed
     prompts_hash: str
     prompt_files: list[dict[str, Any]]  # see source.prompt_files
     load: Load  # how long its rows are
@@ -58,7 +59,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
 
     `helper` renders conversations.
     """
-    source = source_of(config)
+    source = hashed(source_of(config))
     by_file, prompts_hash = counts(source), content_hash(source)
     num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
@@ -68,12 +69,12 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         encode = _encoder(config, checkpoint, tokenizer, helper)
         # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
-        own = identity(config, prompts_hash, checkpoint, dtype)
-        if state == "finished" and check_finished(config, own.header, num_rows):
+        own = identity(config, source, checkpoint, dtype)
+        if state == "finished" and check_finished(config, source, own.header, num_rows):
             state = "parts"
         if state == "absent" and config.job.shard is None:
             _refuse_useless(source, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
-        load = look(config, checkpoint.shape.max_positions, num_rows, encode)
+        load = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
         outcome = outcome_of(config.output) if state == "finished" else None
         if outcome:
             said = outcome.lines()
@@ -81,11 +82,11 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
             said = told(checkpoint.generation_config, config.sampling, own.taken)
         else:
             said = check_rendering(
-                config, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
+                config, source, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
             )
         files, code = prompt_files(source, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
-        return Work(state, num_rows, shape, blocks, dtype, prompts_hash, files, load, own, said, code)
+        return Work(state, num_rows, shape, blocks, dtype, source, prompts_hash, files, load, own, said, code)
 
 
 def _refuse_useless(

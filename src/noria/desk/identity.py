@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import Config
-from noria.desk.inputs import source_of
 from noria.errors import InputError
 from noria.model import OpenModel
 from noria.output.agreement import difference, differing
@@ -18,7 +17,7 @@ from noria.output.generations import open_generations
 from noria.output.schema import STATUS
 from noria.output.target import begun_with
 from noria.rows.model_sampling import taken
-from noria.rows.source import content_key, extends
+from noria.rows.source import Source, content_hash, content_key, extends
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, ROW_KEYS, RULES, Sampling
 from noria.tools.values import WHOLE, parse_shard
 
@@ -39,7 +38,7 @@ class Identity:
     header: dict[str, Any]
 
 
-def identity(config: Config, prompts_hash: str, checkpoint: OpenModel, dtype: str) -> Identity:
+def identity(config: Config, source: Source, checkpoint: OpenModel, dtype: str) -> Identity:
     """That of a run, beside what lies at its output's place. Raises InputError for sampling keys of the model that are wrong.
 
     An output of the old rules was begun without the model's keys and with a seed that was drawn: what the run leaves open
@@ -54,22 +53,20 @@ def identity(config: Config, prompts_hash: str, checkpoint: OpenModel, dtype: st
     else:
         found, said = {}, {name: begun.get(f"sampling.{name}", value) for name, value in OPEN.items()}
     sampling = replace(config.sampling, **{name: said[name] for name in config.sampling.left_open if name in said})
-    return Identity(
-        sampling, found, rules, _header(config, sampling, rules, prompts_hash, checkpoint.header_hash, dtype)
-    )
+    return Identity(sampling, found, rules, _header(config, source, sampling, rules, checkpoint.header_hash, dtype))
 
 
 def _header(
-    config: Config, sampling: Sampling, rules: int, prompts_hash: str, checkpoint_hash: str, dtype: str
+    config: Config, source: Source, sampling: Sampling, rules: int, checkpoint_hash: str, dtype: str
 ) -> dict[str, Any]:
     keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(source_of(config), prompts_hash)
+    prompts = content_key(source, content_hash(source))
     keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context")} | keys
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
-def check_finished(config: Config, header: Mapping[str, Any], num_rows: int) -> bool:
+def check_finished(config: Config, source: Source, header: Mapping[str, Any], num_rows: int) -> bool:
     """Whether the finished output has rows to generate still: new ones of longer prompts, those that a limit left out, or
     errors to be tried again. `num_rows`: of the prompts, as many as this run reads.
 
@@ -79,11 +76,7 @@ def check_finished(config: Config, header: Mapping[str, Any], num_rows: int) -> 
         theirs = json.loads(output.attrs.get("header", "{}"))
         limited = output.attrs.get("prompt_rows", num_rows) < num_rows
         errors = bool((output.column("status") == STATUS.index("error")).any())
-    extended = (
-        config.job.extend
-        and theirs.get("prompts") != header["prompts"]
-        and extends(source_of(config), theirs["prompts"])
-    )
+    extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(source, theirs["prompts"])
     if extended:
         theirs["prompts"] = header["prompts"]
     either = () if None not in (theirs.get("sampling.seed"), header["sampling.seed"]) else ("sampling.seed",)

@@ -6,32 +6,40 @@ Here is what they share: finding the reader of a file, a bad row, and lines in b
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from noria import kinds
 from noria.errors import InputError, require
+from noria.readers._known import Known, KnownFile, for_library, know, look_of
 from noria.readers._published import OWN, flag_for, folded, table_without
 from noria.readers._zstd import MAGIC, Decompressed
 
 __all__ = [
     "OWN",
     "PROMPT_NAMES",
+    "AnyPath",
     "BadRow",
+    "Known",
     "flag_for",
     "folded",
+    "for_library",
     "for_path",
+    "know",
     "lines",
+    "look_of",
     "opened",
     "table_without",
     "too_long",
 ]
 
+AnyPath: TypeAlias = str | os.PathLike[str]  # of a file as it is, or a Known one
 MAX_LINE_NBYTES = 16 * 2**20  # a longer line is a bad row: memory must not grow with the file
 PROMPT_NAMES = OWN[1:]  # a table has a column of one of these names, if a run names no other
 DAMAGED = (OSError, EOFError, zlib.error)  # what reading on may raise where a file is damaged
@@ -55,7 +63,7 @@ class Request(dict[str, Any]):
     """A row that was a line of OpenAI's batch format: what it leaves open is OpenAI's default."""
 
 
-def for_path(path: str | Path) -> ModuleType:
+def for_path(path: AnyPath) -> ModuleType:
     """The reader of this file, by its suffix. Raises InputError that names the known ones."""
     readers = [kinds.load("readers", name) for name in kinds.names("readers")]
     for reader in readers:
@@ -65,7 +73,7 @@ def for_path(path: str | Path) -> ModuleType:
     raise InputError(f"prompts {path}: unknown kind of file; its name must end in one of {known}")
 
 
-def lines(path: str | Path, ends: bool = False) -> Iterator[bytes | None]:
+def lines(path: AnyPath, ends: bool = False) -> Iterator[bytes | None]:
     """The lines of a file without a BOM, decompressed as `opened` does; without their ends (\\n or \\r\\n), or with `ends`.
 
     None stands for a line above MAX_LINE_NBYTES. Raises InputError for a file that cannot be read or is damaged.
@@ -86,7 +94,7 @@ def lines(path: str | Path, ends: bool = False) -> Iterator[bytes | None]:
             raise damaged(path, f"line {number}", error) from error
 
 
-def damaged(path: str | Path, place: str, error: Exception) -> InputError:
+def damaged(path: AnyPath, place: str, error: Exception) -> InputError:
     """What is said of a file that cannot be read on."""
     return InputError(f"prompts {path}: cannot be read after {place} ({error}): the file is damaged or was cut short")
 
@@ -97,13 +105,14 @@ def too_long(number: int) -> str:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
+def opened(path: AnyPath) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed if it begins as gzip or Zstandard do. Raises InputError for what is no file of text."""
-    path = Path(path)
+    known, path = path, Path(path)
     try:
         require(path.exists(), f"prompts {path}: no such file")
         require(path.is_file(), f"prompts {path}: not a regular file; it is read more than once")
-        with io.BufferedReader(io.FileIO(path), 2**20) as plain:
+        raw = KnownFile(known) if isinstance(known, Known) else io.FileIO(path)
+        with io.BufferedReader(raw, 2**20) as plain:
             start = plain.peek(2)[:2]
             require(
                 start not in (b"\xff\xfe", b"\xfe\xff"),

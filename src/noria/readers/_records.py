@@ -9,16 +9,15 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from noria import readers
-from noria.readers import BadRow, lines, too_long
+from noria.readers import AnyPath, BadRow, lines, too_long
 
 # The rest of a quoted field, up to its closing quote: a doubled quote is one of its text (RFC 4180).
 _CLOSING = re.compile(r'[^"]*+(?:""[^"]*+)*+"')
 
 
-def records(path: str | Path) -> Iterator[tuple[int, list[str] | BadRow]]:
+def records(path: AnyPath) -> Iterator[tuple[int, list[str] | BadRow]]:
     """Each record with the number of its first line. Blank lines are no records.
 
     Lines end in \\n, \\r\\n or \\r, as for csv and pandas. Raises InputError for a file that cannot be read.
@@ -38,7 +37,7 @@ class TooLong(Exception):
 class Feed:
     """The lines of a file as text with their ends. It counts what a record takes, and gives lines back to be read again."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: AnyPath):
         self._lines = _numbered(path)
         self._back: deque[tuple[int, str | None]] = deque()
         self.taken: list[tuple[int, str | None]] = []  # the lines of this record, with their numbers
@@ -79,7 +78,7 @@ class Feed:
         return line[1]
 
 
-def _numbered(path: str | Path) -> Iterator[tuple[int, str | None]]:
+def _numbered(path: AnyPath) -> Iterator[tuple[int, str | None]]:
     """The lines with their numbers; None for one that is too long. Bytes that are not UTF-8 are lone surrogates."""
     number = 0
     for line in lines(path, ends=True):

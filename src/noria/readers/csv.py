@@ -7,12 +7,11 @@ import json
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from noria.errors import InputError, require
 from noria.names import SYNONYMS
-from noria.readers import PROMPT_NAMES, BadRow, table_without
+from noria.readers import PROMPT_NAMES, AnyPath, BadRow, table_without
 from noria.readers._records import records
 from noria.sampling import Sampling
 from noria.tools.keys import types_of
@@ -27,7 +26,7 @@ _BESIDE = ("tools", "documents", "continue_final_message", "add_generation_promp
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The table's rows, in order; BadRow for a record that does not fit it. Raises InputError for a bad file."""
     table = records(path)
     _, header = next(table, (1, None))
@@ -40,12 +39,12 @@ def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[di
         yield record if isinstance(record, BadRow) else _row(header, record, number)
 
 
-def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
+def count(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
     return sum(1 for _ in read(path, names))
 
 
-def _check_header(path: str | Path, header: list[str], names: Collection[str]) -> None:
+def _check_header(path: AnyPath, header: list[str], names: Collection[str]) -> None:
     twice = [name for name in header if header.count(name) > 1]
     require(not twice, f"prompts {path}: two columns have the name {twice[0] if twice else ''!r}")
     if not set(header) & set(names):

@@ -18,7 +18,7 @@ from h5py import h5d
 
 from noria import readers
 from noria.errors import InputError, require
-from noria.readers import PROMPT_NAMES, BadRow
+from noria.readers import PROMPT_NAMES, AnyPath, BadRow
 
 SUFFIXES = (".h5", ".hdf5")
 BLOCK_NBYTES = 2**22  # read at once of a column, at most, where values are small
@@ -28,7 +28,7 @@ _RAGGED = ("tokens", "offsets")
 Datasets = dict[str, h5py.Dataset]
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
     with _opened(path, names) as (columns, ragged, num_rows):
         sizes = [column.dtype.itemsize * _row_size(column) for column in columns.values()]
@@ -42,19 +42,25 @@ def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[di
                 yield _row(values, row, first + row, ragged.get("tokens"), span)
 
 
-def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
+def count(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
     with _opened(path, names) as (_, _, num_rows):
         return num_rows
 
 
 @contextmanager
-def _opened(path: str | Path, names: Collection[str]) -> Iterator[tuple[Datasets, Datasets, int]]:
+def _opened(path: AnyPath, names: Collection[str]) -> Iterator[tuple[Datasets, Datasets, int]]:
     """The columns of the file, checked; tokens and offsets, where they are the prompts; and the number of its rows."""
     with readers.opened(path):
         pass
+    with readers.for_library(path) as source, _open(source, path, names) as found:
+        yield found
+
+
+@contextmanager
+def _open(source: Any, path: AnyPath, names: Collection[str]) -> Iterator[tuple[Datasets, Datasets, int]]:
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(source, "r", locking=False) as file:
             columns = _columns(file, Path(path))
             ragged = _ragged(columns, path, names)
             yield columns, ragged, _num_rows(columns, ragged, path, names)
@@ -142,7 +148,7 @@ def _row_size(dataset: h5py.Dataset) -> int:
     return math.prod(dataset.shape[1:])
 
 
-def _ragged(columns: Datasets, path: str | Path, names: Collection[str]) -> Datasets:
+def _ragged(columns: Datasets, path: AnyPath, names: Collection[str]) -> Datasets:
     """Takes tokens and offsets out of the columns where they are the prompts, and beside prompts if they are no columns."""
     has = [name for name in names if name in columns]
     if has:
@@ -159,7 +165,7 @@ def _ragged(columns: Datasets, path: str | Path, names: Collection[str]) -> Data
     return found
 
 
-def _num_rows(columns: Datasets, ragged: Datasets, path: str | Path, names: Collection[str]) -> int:
+def _num_rows(columns: Datasets, ragged: Datasets, path: AnyPath, names: Collection[str]) -> int:
     has = [name for name in names if name in columns]
     if ragged:
         num_rows = len(ragged["offsets"]) - 1

@@ -7,12 +7,11 @@ a bad row, and the others are what they are in JSON lines. Knows no key of a row
 import json
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from noria import readers
 from noria.errors import InputError
-from noria.readers import BadRow, jsonl, lines, opened
+from noria.readers import AnyPath, BadRow, jsonl, lines, opened
 
 SUFFIXES = (".json", ".json.gz", ".json.zst")
 _CHUNK_NBYTES = 2**18
@@ -21,7 +20,7 @@ _WITHIN = re.compile(rb'"|[\[{]++|[\]}]++')  # what counts within an element: no
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # the rest of a string, without its closing quote
 
 
-def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The array's objects, in order; BadRow for an element that is none. Raises InputError for a bad file."""
     if not _is_array(path):
         yield from jsonl.read(path)
@@ -33,14 +32,14 @@ def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, An
             yield from jsonl.parse(element, f"element {number}")
 
 
-def count(path: str | Path, names: Collection[str] = ()) -> int:
+def count(path: AnyPath, names: Collection[str] = ()) -> int:
     """The number of rows that `read` gives; only elements that may be a request of several prompts are parsed."""
     if not _is_array(path):
         return jsonl.count(path)
     return sum(1 if element is None else jsonl.num_rows(element) for element in _elements(path))
 
 
-def _is_array(path: str | Path) -> bool:
+def _is_array(path: AnyPath) -> bool:
     """Whether the file is an array, and not JSON lines. Raises InputError for an object of several lines."""
     first = next((line for line in lines(path) if line is None or line.strip()), b"")
     if first is None or first.lstrip().startswith(b"["):
@@ -54,7 +53,7 @@ def _is_array(path: str | Path) -> bool:
     return False
 
 
-def _elements(path: str | Path) -> Iterator[bytes | None]:
+def _elements(path: AnyPath) -> Iterator[bytes | None]:
     """The text of each element; None for one above MAX_LINE_NBYTES. Raises InputError for a file that is cut short."""
     with opened(path) as file:
         number = 0

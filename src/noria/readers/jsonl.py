@@ -6,17 +6,16 @@ Knows no key of a row.
 import json
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from noria.readers import BadRow, _openai, lines, too_long
+from noria.readers import AnyPath, BadRow, _openai, lines, too_long
 
 _ESCAPED = re.compile(rb"\\u00[2-7]")  # letters of a key may be written so
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 _NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
-def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The file's objects, in order; BadRow for a line that is no JSON object. Raises InputError for a bad file."""
     for number, line in enumerate(lines(path), 1):
         if line is None:
@@ -25,7 +24,7 @@ def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, An
             yield from parse(line, f"line {number}", " on one line")
 
 
-def count(path: str | Path, names: Collection[str] = ()) -> int:
+def count(path: AnyPath, names: Collection[str] = ()) -> int:
     """The number of rows that `read` gives; only lines that may be a request of several prompts are parsed."""
     return sum(_num_rows(line) for line in lines(path) if line is None or line.strip())
 

@@ -5,12 +5,11 @@ Read a batch of rows at a time. Knows no key of a row.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from noria import readers
 from noria.errors import InputError, require
-from noria.readers import PROMPT_NAMES, BadRow, own_id
+from noria.readers import PROMPT_NAMES, AnyPath, BadRow, own_id
 from noria.readers._arrow import values
 
 SUFFIXES = (".parquet",)
@@ -19,7 +18,7 @@ MAX_GROUP_NBYTES = 2**30  # a row group's columns, unpacked
 _MAX_TEXT = 2**27  # of the file's own description
 
 
-def read(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
     with _opened(path, names) as file:
         row = 0
@@ -43,16 +42,22 @@ def _batches(file: Any) -> Iterator[Any]:
             raise ValueError(f"row group {group} has not as many rows as it says: {left} are missing")
 
 
-def count(path: str | Path, names: Collection[str] = PROMPT_NAMES) -> int:
+def count(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
     with _opened(path, names) as file:
         return file.metadata.num_rows
 
 
 @contextmanager
-def _opened(path: str | Path, names: Collection[str]) -> Iterator[Any]:
+def _opened(path: AnyPath, names: Collection[str]) -> Iterator[Any]:
     with readers.opened(path):
         pass
+    with readers.for_library(path) as source, _open(source, path, names) as found:
+        yield found
+
+
+@contextmanager
+def _open(source: Any, path: AnyPath, names: Collection[str]) -> Iterator[Any]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -60,7 +65,7 @@ def _opened(path: str | Path, names: Collection[str]) -> Iterator[Any]:
         raise InputError(f"prompts {path}: parquet needs pyarrow: pip install pyarrow") from error
     try:
         limits = {"thrift_string_size_limit": _MAX_TEXT, "thrift_container_size_limit": 2**20}
-        with parquet.ParquetFile(path, memory_map=False, buffer_size=2**20, pre_buffer=False, **limits) as file:
+        with parquet.ParquetFile(source, memory_map=False, buffer_size=2**20, pre_buffer=False, **limits) as file:
             _check(file, path, names)
             yield file
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
@@ -72,7 +77,7 @@ def _opened(path: str | Path, names: Collection[str]) -> Iterator[Any]:
         ) from error
 
 
-def _check(file: Any, path: str | Path, wanted: Collection[str]) -> None:
+def _check(file: Any, path: AnyPath, wanted: Collection[str]) -> None:
     names = file.schema_arrow.names
     shown = ", ".join(names)[:100]
     require(len(set(names)) == len(names), f"prompts {path}: two columns have the same name: {shown}")

@@ -4,15 +4,14 @@ Row r is line r + 1: a blank line between others is a row with an empty prompt, 
 """
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from noria.readers import BadRow, lines, too_long
+from noria.readers import AnyPath, BadRow, lines, too_long
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 
 
-def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+def read(path: AnyPath, names: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The file's prompts, in order; BadRow for a line that is not UTF-8. Raises InputError for a bad file."""
     blank = 0
     for number, line in enumerate(lines(path), 1):
@@ -25,7 +24,7 @@ def read(path: str | Path, names: Collection[str] = ()) -> Iterator[dict[str, An
         yield _parse(line, number)
 
 
-def count(path: str | Path, names: Collection[str] = ()) -> int:
+def count(path: AnyPath, names: Collection[str] = ()) -> int:
     """The number of rows that `read` gives."""
     last = 0
     for number, line in enumerate(lines(path), 1):

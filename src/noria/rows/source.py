@@ -4,9 +4,10 @@ Knows no key of a row.
 """
 
 import glob
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import xxhash
 
 from noria import readers
 from noria.errors import InputError, require
-from noria.readers import BadRow
+from noria.readers import AnyPath, BadRow, Known
 from noria.rows.columns import Columns
 from noria.tools.text import plural
 
@@ -25,12 +26,19 @@ MAX_FILES = 10_000
 
 @dataclass(frozen=True)
 class Source:
-    """Where a run's prompts come from. `limit`: rows that are read at most (None: all)."""
+    """Where a run's prompts come from. `limit`: rows that are read at most (None: all). `known`: the files as they were
+    when they were hashed, which are read as such; or nothing."""
 
     files: tuple[str, ...]
     columns: Columns = Columns()
     limit: int | None = None
     strict_keys: bool = False
+    known: tuple[Known, ...] = ()
+
+    @property
+    def readable(self) -> Sequence[AnyPath]:
+        """What readers are given."""
+        return self.known or self.files
 
     def __str__(self) -> str:
         if len(self.files) == 1:
@@ -83,7 +91,7 @@ def records(source: Source) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """The rows of all files in order, each with the number of its file. Raises InputError as the readers do."""
 
     def of_all_files() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        for number, file in enumerate(source.files):
+        for number, file in enumerate(source.readable):
             for record in readers.for_path(file).read(file, source.columns.of_a_table):
                 yield number, record
 
@@ -92,10 +100,46 @@ def records(source: Source) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
 
 def check_files(source: Source) -> None:
     """Raises InputError for a file that is missing or of an unknown kind."""
-    for file in source.files:
+    for file in source.readable:
         readers.for_path(file)
         with readers.opened(file):
             pass
+
+
+def hashed(source: Source) -> Source:
+    """The source, with what its files hold now: from here on that is read, or errors.Changed is raised.
+
+    Raises InputError as check_files, and for a file that cannot be read.
+    """
+    check_files(source)
+    return replace(source, known=tuple(map(_know, source.files)))
+
+
+def _know(file: str) -> Known:
+    try:
+        return readers.know(file)
+    except OSError as error:
+        raise InputError(f"prompts {file}: {error.strerror or error}") from error
+
+
+class Watch:
+    """Looks whether the files of a hashed source are what they were. A mere touch, and a copy of the same, is no change."""
+
+    def __init__(self, source: Source):
+        self._looks = {known: known.look for known in source.known}
+
+    def changed(self) -> Known | None:
+        """The first file that is another now: one that looks otherwise, and holds other bytes."""
+        for known, before in self._looks.items():
+            try:
+                look = readers.look_of(os.stat(known.path))
+            except OSError:
+                return known
+            if look != before:
+                if not known.is_same():
+                    return known
+                self._looks[known] = look
+        return None
 
 
 def counts(prompts: Source | str | Path) -> list[int]:
@@ -107,7 +151,7 @@ def counts(prompts: Source | str | Path) -> list[int]:
         for number, _ in records(source):
             found[number] += 1
         return found
-    return [readers.for_path(file).count(file, source.columns.of_a_table) for file in source.files]
+    return [readers.for_path(file).count(file, source.columns.of_a_table) for file in source.readable]
 
 
 def count(prompts: Source | str | Path) -> int:
@@ -127,15 +171,20 @@ def content_hash(prompts: Source | str | Path) -> str:
 
     Raises InputError if one cannot be read.
     """
-    files = as_source(prompts).files
+    source = as_source(prompts)
+    if source.known:
+        pairs = [(known.hash, known.nbytes) for known in source.known]
+        return pairs[0][0] if len(pairs) == 1 else _hash_of(pairs)
+    files = source.files
     return _file_hash(files[0]) if len(files) == 1 else _joined([(file, None) for file in files])
 
 
 def content_key(prompts: Source | str | Path, content: str) -> str:
     """What tells these prompts from others, with all that `extends` must know: the hash, its bytes and its files."""
-    files = as_source(prompts).files
-    several = f" in {len(files)} files" if len(files) > 1 else ""
-    return f"{content} of {sum(Path(file).stat().st_size for file in files)} bytes{several}"
+    source = as_source(prompts)
+    several = f" in {len(source.files)} files" if len(source.files) > 1 else ""
+    sizes = [known.nbytes for known in source.known] or [Path(file).stat().st_size for file in source.files]
+    return f"{content} of {sum(sizes)} bytes{several}"
 
 
 def extends(prompts: Source | str | Path, key: str) -> bool:
@@ -174,10 +223,14 @@ def _ends_a_line(path: Path, nbytes: int) -> bool:
 
 def _joined(files: list[tuple[str, int | None]]) -> str:
     """The hash of several files' hashes and sizes; of each file its first bytes, or all (None)."""
+    sizes = [Path(file).stat().st_size if nbytes is None else nbytes for file, nbytes in files]
+    return _hash_of([(_file_hash(*one), size) for one, size in zip(files, sizes, strict=True)])
+
+
+def _hash_of(files: list[tuple[str, int]]) -> str:
     digest = xxhash.xxh3_128()
-    for file, nbytes in files:
-        size = Path(file).stat().st_size if nbytes is None else nbytes
-        digest.update(f"{_file_hash(file, nbytes)} of {size} bytes\n".encode())
+    for found, nbytes in files:
+        digest.update(f"{found} of {nbytes} bytes\n".encode())
     return digest.hexdigest()
 
 
