@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_parts_as_they_are(output):
         assert Compactor(parts, 4, report=told.append).compact_if_due() is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "File too large" in told[0]
+    assert "part-000004.h5: file too large, " in told[0]
     assert sorted(os.listdir(parts.folder)) == [f"part-{number:06}.h5" for number in range(4)]
     assert Parts(output, HEADER, report=refuse).num_finished == 4
 

@@ -214,7 +214,7 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(output, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "_line", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="out.jsonl: no space left on device"):
             export(output, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "run.h5"]

@@ -118,9 +118,13 @@ def test_a_second_merge_of_the_same_shards_says_that_it_is_done(shards, output, 
     assert main(["merge", str(output), *map(str, shards)]) == 0, "the same rows again are the same shard"
 
 
-def test_one_shard_of_one_run_is_a_whole_run(tmp_path, output, capsys):
-    shard(tmp_path / "whole.h5", 1, 1)
-    assert "whole.h5 holds a whole run, not a shard of one" in refused(capsys, output, tmp_path / "whole.h5")
+def test_a_whole_run_is_no_shard_beside_others_but_all_shards_of_an_array_of_one(tmp_path, shards, output, capsys):
+    whole = tmp_path / "whole.h5"
+    shard(whole, 1, 1)
+    assert "whole.h5 holds a whole run, not a shard of one" in refused(capsys, output, shards[0], whole)
+    assert main(["merge", str(output), str(whole)]) == 0
+    with open_generations(output) as merged, open_generations(whole) as source:
+        assert [as_tuple(row) for row in merged.rows()] == [as_tuple(row) for row in source.rows()]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,10 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(shards, output, capsys):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"File too large \(the shards are as they were: make room and merge again\)"):
+        with pytest.raises(
+            OSError,
+            match=r"out\.h5: file too large, [\d,]+ more bytes .* may have 4,000: the shards are as they were: make room",
+        ):
             merge_shards(shards, output, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -16,6 +16,7 @@ from noria.launch.signals import Signals
 from noria.launch.stopping import Stopping
 from noria.launch.watchdog import Watchdog
 from noria.output.parts import Parts
+from noria.tools.writing import write_error
 
 OFTEN = ["--dtype", "float64", "--seal-seconds", "0"]
 
@@ -56,22 +57,22 @@ def test_a_disk_that_does_not_keep_up_holds_the_run_before_too_many_rows_wait(fo
 
 
 def test_what_the_sealing_thread_meets_with_ends_the_run_with_what_is_lost(folder, monkeypatch, capsys):
-    write, forward, threads = noria.output.parts._write, Stage.forward, []
+    write, forward, threads = noria.output.parts.write_whole, Stage.forward, []
 
-    def full(*arguments):
+    def full(path, data):
         threads.append(threading.current_thread().name)
         if len(threads) > 1:
-            raise OSError(28, "No space left on device")
-        return write(*arguments)
+            raise write_error(OSError(28, "No space left on device"), path, len(data))
+        return write(path, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(noria.output.parts, "_write", full)
+        patched.setattr(noria.output.parts, "write_whole", full)
         patched.setattr(Stage, "forward", lambda *arguments: time.sleep(0.05) or forward(*arguments))
         assert main(small_run.command(folder, "full.h5", *OFTEN)) == 1
     said = capsys.readouterr().err
     assert threads == ["noria-sealing"] * 2
-    assert "failed: OSError: [Errno 28] No space left on device: " in said
-    assert "could not be sealed; what is sealed stays: make room and start the same run again" in said
+    assert f"failed: {folder / 'full.h5.parts'}: no space left on device, " in said and "Traceback" not in said
+    assert "could not be sealed, what is sealed stays: make room and start the same run again" in said
     assert Parts(folder / "full.h5", {}).finished()
     assert main(small_run.command(folder, "full.h5", *OFTEN)) == 0
     assert small_run.rows_of(folder / "full.h5") == small_run.rows_of(folder / "undisturbed.h5")

@@ -150,8 +150,10 @@ def test_a_segment_that_cannot_be_written_is_reported_and_does_not_end_the_run(o
     parts = Parts(output, HEADER)
     parts.begin(facts("1"))
     shutil.rmtree(parts.folder)
-    parts.segment.seen()
-    assert "segment-000000.json cannot be written: No such file" in capsys.readouterr().err
+    for _ in range(2):
+        parts.segment.seen()
+    said = "the record of this job cannot be written: "
+    assert capsys.readouterr().err.startswith(f"{said}{parts.segment.path}: no such file or directory")
 
 
 def test_half_written_segments_of_a_killed_run_are_removed(output):

@@ -250,5 +250,5 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path):
     nowhere = TraceFile(tmp_path / "nowhere" / "trace.json")
     nowhere.add(["{}"])
     nowhere.add(["{}"])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="no such file or directory"):
         nowhere.close()

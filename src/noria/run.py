@@ -266,7 +266,7 @@ def _write_trace(comm: Communicator, path: Path, trace: Trace) -> None:
             file.close()
             log(0, comm.Get_size(), f"trace {path}: open it at https://ui.perfetto.dev")
         except OSError as error:
-            log(0, comm.Get_size(), f"warning: the trace {path} was not written: {error.strerror or error}")
+            log(0, comm.Get_size(), f"warning: the trace {path} was not written: {error}")
 
 
 def _announce(comm: Communicator, place: launcher.Place, device: torch.device, lines: list[str]) -> None:

@@ -4,7 +4,6 @@ Everything is checked before the first byte is written: the architecture, every 
 space on the disk. Which tensors make a parameter is the model family's to say.
 """
 
-import errno
 import os
 import socket
 from collections import Counter
@@ -28,6 +27,7 @@ from noria.tools import atomic
 from noria.tools.lock import OutputLock
 from noria.tools.provenance import now
 from noria.tools.text import plural
+from noria.tools.writing import making
 
 # Tensors that old checkpoints carry and no model needs: they are computed.
 IGNORED = (
@@ -109,17 +109,11 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
     _check_space(target, file_nbytes(blocks, header))
     notes += _left_over(plan, tensors, shape) + _tokenizer_notes(header)
     source_of = _Source(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
-    try:
-        with replacing(target, overwrite) as temporary:
-            write_checkpoint(temporary, header, blocks, _shared(plan), source_of.chunks)
-            with open_checkpoint(temporary):
-                pass  # what was written reads back as a checkpoint
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"{target.parent} is full: {os.strerror(error.errno)}; what was written is removed"
-            ) from error
-        raise
+    remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
+    with making(target, remedy), replacing(target, overwrite) as temporary:
+        write_checkpoint(temporary, header, blocks, _shared(plan), source_of.chunks)
+        with open_checkpoint(temporary):
+            pass  # what was written reads back as a checkpoint
     return Converted(shape, dtype, target.stat().st_size, notes)
 
 
@@ -136,7 +130,7 @@ def _check_space(target: Path, needed: int) -> None:
     free = space.f_bavail * space.f_frsize
     if needed > free:
         raise InputError(
-            f"{target} needs {needed / 2**30:.2f} GiB, {target.parent.resolve()} has {free / 2**30:.2f} GiB free:"
+            f"{target} needs {needed:,} bytes, {free:,} are free in {target.parent.resolve()}:"
             " choose another folder or a narrower --dtype"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,6 +20,7 @@ from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
 from noria.errors import InputError
 from noria.tools import atomic
 from noria.tools.container import hdf5_type
+from noria.tools.writing import writing
 
 Chunks = Callable[[Block, Parameter], Iterable[memoryview]]
 Place = tuple[str, str]  # block and parameter
@@ -55,7 +57,7 @@ def file_nbytes(blocks: Mapping[str, Block], header: Header) -> int:
 def write_checkpoint(
     path: Path, header: Header, blocks: Mapping[str, Block], shared: str | None, chunks: Chunks
 ) -> None:
-    """Writes `blocks` to a new file and syncs it.
+    """Writes `blocks` to a new file and syncs it. Raises WriteError where the disk does not take it.
 
     shared: the parameter of `embed` that is the head's lm_head (a tied embedding), written once.
     chunks(block, parameter) gives the bytes of a parameter in order; a chunk is done with when the next is asked for.
@@ -65,9 +67,10 @@ def write_checkpoint(
     offsets = _offsets(path, blocks)
     descriptor = os.open(path, os.O_RDWR)
     try:
-        checksums = _fill(descriptor, blocks, order, offsets, chunks)
+        checksums = _fill(path, descriptor, blocks, order, offsets, chunks)
         _store_checksums(path, checksums)
-        os.fsync(descriptor)
+        with writing(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -97,9 +100,8 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
     # alignment: every object of the file starts on a page of its own, which leaves the data of one block without gaps;
     # v108: the oldest format with checksums in its metadata, and without a mark that a killed writer leaves behind
     libver = ("v108", "v108")
-    # no lock of HDF5's own: some file systems have none, and the name is this process's alone
-    how = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "locking": False}
-    with h5py.File(path, "w", libver=libver, **how) as file:
+    how = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
+    with _guarded(path, "w", libver=libver, **how) as file:
         file.attrs.update(
             format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source
         )
@@ -120,6 +122,15 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
         )  # after the blocks, so that the last block's padding is inside the file
         for name, content in header.tokenizer.items():
             tokenizer.create_dataset(name, data=np.frombuffer(content, np.uint8))
+
+
+@contextmanager
+def _guarded(path: Path, mode: str, **how: Any) -> Iterator[h5py.File]:
+    """The file, to write with HDF5, which does not survive a full disk itself. Raises WriteError when it is closed."""
+    with atomic.GuardedFile(path, new=mode == "w") as disk:
+        with h5py.File(path.name, mode, driver="fileobj", fileobj=disk, **how) as file:
+            yield file
+        disk.check("make room and try again")
 
 
 def _create_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str) -> h5d.DatasetID:
@@ -157,6 +168,7 @@ def _offsets(path: Path, blocks: Mapping[str, Block]) -> dict[Place, int]:
 
 
 def _fill(
+    path: Path,
     descriptor: int,
     blocks: Mapping[str, Block],
     order: Mapping[Place, tuple[Place, ...]],
@@ -170,7 +182,7 @@ def _fill(
         mine = [digests[name] for name, _ in (place, *others)]
         at = 0
         for chunk in _padded(chunks(block, parameter), parameter.nbytes):
-            _write(descriptor, chunk, offsets[place] + at)
+            _write(path, descriptor, chunk, offsets[place] + at)
             for digest in mine:
                 digest.update(chunk)
             at += len(chunk)
@@ -185,14 +197,15 @@ def _padded(chunks: Iterable[memoryview], nbytes: int) -> Iterator[memoryview]:
         yield memoryview(bytes(round_up(nbytes) - nbytes))
 
 
-def _write(descriptor: int, chunk: memoryview, offset: int) -> None:
+def _write(path: Path, descriptor: int, chunk: memoryview, offset: int) -> None:
     while len(chunk):
-        count = os.pwrite(descriptor, chunk[: 1 << 30], offset)
+        with writing(path, len(chunk)):
+            count = os.pwrite(descriptor, chunk[: 1 << 30], offset)
         chunk, offset = chunk[count:], offset + count
 
 
 def _store_checksums(path: Path, checksums: Mapping[str, str]) -> None:
     # in place of the zeros that were put there: nothing moves
-    with h5py.File(path, "r+", locking=False) as file:
+    with _guarded(path, "r+") as file:
         for name, checksum in checksums.items():
             h5a.open(file[name].id, CHECKSUM.encode()).write(np.array(checksum.encode(), "S32"))

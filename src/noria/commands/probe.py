@@ -14,7 +14,7 @@ from noria.launch import launcher, mpi
 from noria.launch.probe import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
-from noria.tools.atomic import check_folder, replacing
+from noria.tools.atomic import check_folder, write_whole
 from noria.tools.keys import check_path
 from noria.tools.text import printable
 
@@ -109,11 +109,7 @@ def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Place
 def _write(path: Path | None, rates: Rates) -> None:
     if path is None:
         return
-    try:
-        with replacing(path) as file:
-            file.write_text(rates.to_toml())
-    except OSError as error:
-        raise InputError(f"--output {path}: {(error.strerror or str(error)).lower()}: name another file") from error
+    write_whole(path, rates.to_toml().encode())
     left = ", ".join(rates.assumed)
     _say(True, "written", f"{path}{f' (without {left}: not measured)' if left else ''}")
 

@@ -41,6 +41,7 @@ from noria.tools.helper import Helper
 from noria.tools.progress import Progress, log
 from noria.tools.text import plural
 from noria.tools.values import shard_rows
+from noria.tools.writing import WriteError
 
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
 WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
@@ -52,7 +53,7 @@ class Desk:
     Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
     is stopped for its deadline. Rows are sealed by the thread that calls `tend`, about every second and when it is
     called by `nudge`; here, it is called in place. `helper` renders conversations. Raises InputError if the parts beside
-    the output are of another run.
+    the output are of another run, or the disk takes nothing.
     """
 
     def __init__(
@@ -82,9 +83,15 @@ class Desk:
         self._last: float | None = None
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
-        make_room(config)
         self.code = 0  # the job's exit code, once the output is whole
-        self._parts = Parts(config.output, work.identity.header)
+        try:
+            self._begin(plan, segment)
+        except WriteError as error:  # nothing is lost yet: refused, as any other place that cannot be written
+            raise InputError(str(error)) from error
+
+    def _begin(self, plan: Plan, segment: Mapping[str, Any]) -> None:
+        make_room(self._config)
+        self._parts = Parts(self._config.output, self._identity.header)
         try:
             self._open(plan, segment)
         except BaseException:
@@ -218,7 +225,7 @@ class Desk:
             self.admission.admit_no_more()
 
     def _seal(self, due: float | None = None) -> Path | None:
-        """Seals what waits, now or if `due` seconds have passed. Raises OSError with what was lost and what to do."""
+        """Seals what waits, now or if `due` seconds have passed. Raises WriteError with what was lost and what to do."""
         parts = self._parts
         if parts.taken_away():
             raise FileNotFoundError(
@@ -228,10 +235,9 @@ class Desk:
             )
         try:
             return parts.seal() if due is None else parts.seal_if_due(due)
-        except OSError as error:
-            said = f"{error.strerror or error}: {plural(len(parts.pending), 'row')} could not be sealed; what is sealed stays:"
-            remedy = "make room and start the same run again"
-            raise OSError(error.errno, f"{said} {remedy}", str(parts.folder)) from error
+        except WriteError as error:
+            lost = f"{plural(len(parts.pending), 'row')} could not be sealed, what is sealed stays"
+            raise error.about(parts.folder, f"{lost}: make room and start the same run again") from error
 
     def close(self, attrs: Mapping[str, Any], timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""

@@ -4,6 +4,8 @@ Spans are kept as marks of the streams and resolved after the last step, so that
 Knows no MPI: the offsets of clocks are given to it.
 """
 
+import contextlib
+import io
 import json
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -15,6 +17,7 @@ import torch
 from noria.order import BEAT, HIDDEN, RESULT, kind_of
 from noria.streams import Event, Mark, Streams
 from noria.tools import atomic
+from noria.tools.writing import making, open_new
 from noria.transports import Transport
 
 LIMIT = 250_000  # spans of a rank, some 100 MB of host memory; those after them are counted and dropped
@@ -261,7 +264,7 @@ class TraceFile:
         try:
             if self._file is None:
                 self._temporary = atomic.new_file(self._path)
-                self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 - closed in close
+                self._file = io.TextIOWrapper(open_new(self._temporary), encoding="utf-8")
                 self._file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
             self._file.write((",\n" if self._begun else "") + ",\n".join(events))
             self._begun = True
@@ -274,12 +277,14 @@ class TraceFile:
             if self._error is not None:
                 raise self._error
             assert self._file and self._temporary, "a trace without the events of any rank"
-            self._file.write("\n]}\n")
-            self._file.close()
-            atomic.fsync(self._temporary)
-            atomic.publish(self._temporary, self._path)
+            with making(self._path):
+                self._file.write("\n]}\n")
+                self._file.close()
+                atomic.fsync(self._temporary)
+                atomic.publish(self._temporary, self._path)
         finally:
             if self._file is not None:
-                self._file.close()
+                with contextlib.suppress(OSError):
+                    self._file.close()
             if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)

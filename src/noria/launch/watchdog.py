@@ -15,6 +15,7 @@ from typing import TextIO
 
 from noria.launch import mpi
 from noria.tools.progress import log
+from noria.tools.writing import WriteError
 
 RECORD_SECONDS = 1.0
 ABORT_SECONDS = 5.0  # an abort that has not ended this process by then is helped along
@@ -56,6 +57,8 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> int:
         """Says what failed, and ends every rank with code 1. Returns it where no other rank is."""
+        if isinstance(error, WriteError):  # of the disk, not of the program: its words say all
+            return self.end(f"failed: {error}", 1)
         return self.end(f"failed: {type(error).__name__}: {error}", 1, "".join(traceback.format_exception(error)))
 
     def end(self, message: str, code: int, details: str = "") -> int:

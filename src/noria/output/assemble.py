@@ -31,10 +31,10 @@ def assemble(
     """Writes the selected rows of `files` to `target`, in order; what had that name before is replaced.
 
     `attrs` must hold `header`; `timing` and `change` are those of merge.merge, `opened` that of sealed.gather. `check` looks
-    at the new file before it gets its name and returns the columns that are wrong. Raises OSError if the disk is full, with
-    the remedy, or the file does not read back as it was written; then there is nothing new.
+    at the new file before it gets its name and returns the columns that are wrong. Raises WriteError if the disk is full,
+    with the remedy, OSError if the file does not read back as it was written; then there is nothing new.
     """
-    with replacing(target) as unchecked:
+    with replacing(target, remedy) as unchecked:
         sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened, change)
         fsync(unchecked)
         with open_generations(unchecked) as file:

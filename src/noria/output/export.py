@@ -20,6 +20,7 @@ from noria.output.sealed import gather, part_files, parts_folder, scan, select, 
 from noria.tools.atomic import check_file, replacing
 from noria.tools.keys import nearest
 from noria.tools.text import json_text, plural
+from noria.tools.writing import open_new
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 FORMATS = ("rows", "openai")
@@ -39,7 +40,7 @@ def export(
     name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
     is written, which has none. With `format` openai a response a prompt, as JSON lines. An output that is not finished is
     exported from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises
-    InputError for what is no output or cannot be written.
+    InputError for what is no output or a target that cannot be, WriteError where a write fails.
     """
     source, target = Path(source), Path(target)
     check_target(target, format)
@@ -141,16 +142,18 @@ def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], It
 
 
 def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
-    with replacing(target) as unfinished:
-        if format == "openai":
-            objects = (as_object(one) | _hidden(one) for one in rows())
-            count = _write_lines(unfinished, responses(objects, start), _suffix(target))
-        elif _suffix(target).startswith(".jsonl"):
-            count = _write_lines(unfinished, map(as_object, rows()), _suffix(target))
-        else:
-            write = write_csv if _suffix(target) == ".csv" else write_parquet
-            count = write(lambda: map(as_object, rows()), unfinished, _KINDS)
-    return count
+    with replacing(target, "make room, or name a file on another disk, and export again") as unfinished:
+        return _write_rows(unfinished, target, rows, format, start)
+
+
+def _write_rows(path: Path, target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
+    suffix = _suffix(target)
+    if format == "openai":
+        return _write_lines(path, responses((as_object(one) | _hidden(one) for one in rows()), start), suffix)
+    if suffix.startswith(".jsonl"):
+        return _write_lines(path, map(as_object, rows()), suffix)
+    write = write_csv if suffix == ".csv" else write_parquet
+    return write(lambda: map(as_object, rows()), path, _KINDS)
 
 
 def _hidden(generation: Generation) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def _hidden(generation: Generation) -> dict[str, Any]:
 
 def _write_lines(path: Path, objects: Iterable[dict[str, Any]], suffix: str) -> int:
     count = 0
-    with path.open("wb") as plain, contextlib.ExitStack() as closing:
+    with open_new(path) as plain, contextlib.ExitStack() as closing:
         # without a name and a time in it: the same rows are the same bytes
         packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if suffix.endswith(".gz") else None
         file: BinaryIO | gzip.GzipFile = plain if packed is None else closing.enter_context(packed)

@@ -3,6 +3,8 @@
 Knows rows as plain objects, nothing of the output that they come from. Parquet needs pyarrow, an extra.
 """
 
+import contextlib
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from noria.errors import InputError
 from noria.tools.text import json_text
+from noria.tools.writing import open_new
 
 BATCH_ROWS = 1024
 BATCH_CHARACTERS = 2**26  # of texts: a column of a batch holds less than 2 GiB
@@ -28,7 +31,7 @@ def write_csv(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
     `known` are the kinds of Noria's own columns by name, in their order. Returns the number of rows.
     """
     names, count = list(_columns(rows(), known)), 0
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(open_new(path), encoding="utf-8", newline="") as file:
         file.write(",".join(map(_cell, _storable_names(names))) + "\n")
         for row in rows():
             file.write(",".join([_cell(row.get(name)) for name in names]) + "\n")
@@ -45,13 +48,23 @@ def write_parquet(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
     columns, count = _columns(rows(), known), 0
     kinds = {name: _type(pyarrow, kind) for name, kind in columns.items()}
     schema = pyarrow.schema(list(zip(_storable_names(columns), kinds.values(), strict=True)))
-    with parquet.ParquetWriter(path, schema) as writer:
+    with open_new(path) as file, _closing(parquet.ParquetWriter(file, schema)) as writer:
         for batch in _batches(rows()):
             values = [[_value(row.get(name), kind) for row in batch] for name, kind in columns.items()]
             arrays = [pyarrow.array(column, field.type) for column, field in zip(values, schema, strict=True)]
             writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
             count += len(batch)
     return count
+
+
+@contextlib.contextmanager
+def _closing(writer: Any) -> Iterator[Any]:
+    """The writer of a parquet file, which after an error writes no more: not the table's end, and not when it is collected."""
+    try:
+        yield writer
+        writer.close()
+    finally:
+        writer.is_open = False
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -61,7 +61,7 @@ def merge_shards(
 
     Every checksum of the shards is compared first, and the output's before it gets its name; a kill leaves the output
     whole or not there. Raises InputError for shards that do not belong together, are not all there, or are not
-    finished, naming each; OSError if the disk is full or does not read back as written.
+    finished, naming each; WriteError if the disk is full, OSError if it does not read back as written.
     """
     check_folder(output)
     if any(path.exists() and output.exists() and path.samefile(output) for path in paths):
@@ -98,25 +98,26 @@ def _opened(paths: Sequence[Path]) -> list[Shard]:
     shards, problems = [], []
     for path in paths:
         try:
-            shards.append(_open(path))
+            shards.append(_open(path, alone=len(paths) == 1))
         except InputError as error:
             problems.append(str(error))
     _refuse(problems)
     return shards
 
 
-def _open(path: Path) -> Shard:
+def _open(path: Path, alone: bool) -> Shard:
+    """A shard; one of 1/1 is a whole run, and taken where it is all that an array had."""
     if not path.exists() and parts_folder(path).is_dir():
         raise InputError(f"shard {path} is not finished ({_so_far(path)}): start its job again")
     with damaged_is_input_error(path), open_generations(path) as file:
         if not file.complete:
             raise InputError(f"{path} is a part of an unfinished output: give the output itself")
         header = json.loads(file.attrs.get("header", "{}"))
-        if header.get("shard", WHOLE) == WHOLE:
+        if header.get("shard", WHOLE) == WHOLE and not alone:
             raise InputError(f"{path} holds a whole run, not a shard of one")
         timing = file.file.get("timing", {})
         timing = {name: item[...] for name, item in timing.items() if isinstance(item, h5py.Dataset)}
-        return Shard(scan_one(path), *parse_shard(header["shard"]), dict(file.attrs), timing)
+        return Shard(scan_one(path), *parse_shard(header.get("shard", WHOLE)), dict(file.attrs), timing)
 
 
 def _so_far(path: Path) -> str:

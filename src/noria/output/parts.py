@@ -33,7 +33,8 @@ from noria.output.sealed import (
     to_stderr,
 )
 from noria.output.segments import SEGMENT_NAME, Segment
-from noria.tools.atomic import fsync, real, remove_leftovers, replacing
+from noria.tools.atomic import fsync, real, remove_leftovers, write_whole
+from noria.tools.writing import writing
 
 MAX_PENDING = 2**14  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
 _ALIVE_SECONDS = 5.0  # at most so often a job says that it is alive while no row is finished
@@ -57,7 +58,8 @@ class Parts:
         self.output, self.header, self.clock = real(output), json.loads(json.dumps(header)), clock
         self.folder = parts_folder(output)
         _finish_removal(self.folder, merged_folder(output))
-        self.folder.mkdir(exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
         _remove_temporaries(self.folder)
         self.parts = scan(self.folder, report)
         for name in (name for part in self.parts for name in part.replaces):
@@ -82,7 +84,7 @@ class Parts:
         """Takes the record of this job away again, and the folder if nothing else is in it: the run is refused."""
         with contextlib.suppress(OSError):
             if self.segment:
-                self.segment.path.unlink()
+                self.segment.path.unlink(missing_ok=True)
                 self.segment = None
             self.folder.rmdir()
 
@@ -109,7 +111,8 @@ class Parts:
     def reserve(self) -> Path:
         """The path of the next part in order."""
         with self.lock:
-            self.folder.mkdir(exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
             taken = [
                 int(match[1]) for path in part_files(self.folder)[-1:] if (match := PART_NAME.fullmatch(path.name))
             ]
@@ -119,14 +122,14 @@ class Parts:
     def seal(self) -> Path | None:
         """Writes the rows that wait to a new part and brings it to the disk. None if no row waits.
 
-        An OSError (a full disk) leaves the rows waiting, so that a later seal can try again.
+        A WriteError (a full disk) leaves the rows waiting, so that a later seal can try again.
         """
         with self.lock:
             self.sealed_at = self.clock()
             if not self.pending:
                 return None
             rows, path = list(self.pending), self.reserve()
-            _write(path, _image(rows, self.header))
+            write_whole(path, _image(rows, self.header))
             self.parts.append(_part(path, self.header, rows))
             del self.pending[: len(rows)]
             if self.segment:
@@ -261,11 +264,6 @@ def _remove_temporaries(folder: Path) -> None:
     for pattern in ("part-*.h5.tmp", "segment-*.json.tmp"):
         for leftover in folder.glob(pattern):
             leftover.unlink(missing_ok=True)
-
-
-def _write(path: Path, image: bytes) -> None:
-    with replacing(path) as unsealed:
-        unsealed.write_bytes(image)
 
 
 def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from noria.tools.atomic import replacing
+from noria.tools.atomic import write_whole
 from noria.tools.provenance import now
 from noria.tools.text import plural
 
@@ -114,8 +114,7 @@ def segments_of(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, segment: Mapping[str, Any]) -> None:
-    with replacing(path) as unsealed, unsealed.open("w") as file:
-        json.dump(segment, file, indent=1)
+    write_whole(path, json.dumps(segment, indent=1).encode())
 
 
 _DRAWN = ("sampling.seed", "chat.date")  # may be others in a job that begins anew
@@ -125,8 +124,8 @@ class Segment:
     """The segment of this job: begun when the run knows what it will do, seen at each seal, ended in order if it can.
 
     `header`: what rows of the run have in common. Where no part is, segments of another run that finished no row are
-    deleted; beside parts, which are of this run, all stay. A file that cannot be written is reported: it does not end the
-    run, which ends soon enough if its rows cannot be written either.
+    deleted; beside parts, which are of this run, all stay. Raises WriteError if the disk takes not even this record; one that
+    cannot be written later is reported once: it does not end the run, which ends soon enough if its rows cannot be either.
     """
 
     def __init__(
@@ -145,7 +144,8 @@ class Segment:
         taken = [int(match[1]) for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
         self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
         self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
-        self.seen()
+        self._told = False
+        self._write()
 
     def sealed(self, rows: int, errors: int, tokens: int) -> None:
         """So many rows more, the errors among them, are on the disk."""
@@ -155,11 +155,16 @@ class Segment:
 
     def seen(self) -> None:
         """The job is alive at this moment."""
-        self.facts["end"] = now()
         try:
-            _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
+            self._write()
         except OSError as error:
-            self._report(f"{self.path} cannot be written: {error.strerror or error}")
+            if not self._told:
+                self._report(f"the record of this job cannot be written: {error}")
+            self._told = True
+
+    def _write(self) -> None:
+        self.facts["end"] = now()
+        _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
 
     def end(self, reason: str) -> None:
         """The job stops in order, for this reason (one word or two)."""

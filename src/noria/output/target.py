@@ -17,6 +17,7 @@ from noria.output.parts import own_files, remove_parts
 from noria.output.sealed import part_files, parts_folder, scan
 from noria.output.segments import restore
 from noria.tools.atomic import check_file, fsync, real, replacing
+from noria.tools.writing import writing
 
 
 def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -> str:
@@ -68,16 +69,21 @@ def begun_with(path: str | Path) -> dict[str, Any] | None:
 def reopen(path: str | Path) -> None:
     """Makes a finished output the first part of a run that goes on: longer prompts, or errors that are tried again.
 
-    Raises InputError if parts of another run lie there.
+    Raises InputError if parts of another run lie there, WriteError if the disk is full: then all is as it was.
     """
     path = real(path)
     folder = parts_folder(path)
     if part_files(folder):
         raise InputError(f"output {path} is finished, and {folder} holds parts of another run: move that folder away")
-    folder.mkdir(exist_ok=True)
-    with open_generations(path) as file:
-        restore(folder, file.attrs)
-    _move(path, folder / "part-000000.h5")
+    try:
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        with open_generations(path) as file:
+            restore(folder, file.attrs)
+        _move(path, folder / "part-000000.h5")
+    except OSError:
+        remove_parts(path)  # the output is whole, and nothing else is in there
+        raise
     fsync(folder)
     fsync(path.parent)
 

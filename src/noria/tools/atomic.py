@@ -16,6 +16,7 @@ from pathlib import Path
 
 from noria.errors import InputError
 from noria.tools.keys import check_path
+from noria.tools.writing import making, write_error, writing
 
 _TEMPORARY = re.compile(r"\..*\.noria\.([\w-]+)\.(\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _KEPT_NBYTES = 100  # of the target's name: with the rest no file system finds the temporary one too long
@@ -38,30 +39,36 @@ def real(path: str | Path) -> Path:
 def new_file(target: Path) -> Path:
     """An empty file of a name of its own beside `target`, so that the rename stays in one file system.
 
-    What processes of this host that are dead left there is removed. Raises OSError if the folder takes no file.
+    What processes of this host that are dead left there is removed. Raises WriteError if the folder takes no file.
     """
     target = real(target)
     remove_leftovers(target.parent)
     name = os.fsencode(target.name)[:_KEPT_NBYTES].decode(errors="ignore")
     while True:
         path = target.with_name(f".{name}.noria.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise write_error(error, target) from error
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, remedy: str | None = None) -> Iterator[Path]:
     """An empty file for the body to fill, which then has its bytes on the disk and the name `target`; after an error it
-    is gone, and `target` is as it was."""
-    path = new_file(target)
-    try:
-        yield path
-        fsync(path)
-        publish(path, target)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    is gone, and `target` is as it was. What the disk does not take is a WriteError of `target`, with the remedy."""
+    with making(target, remedy):
+        path = new_file(target)
+        try:
+            yield path
+            fsync(path)
+            publish(path, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
 
 
 def remove_leftovers(folder: Path, of_all: bool = False) -> list[Path]:
@@ -107,7 +114,7 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
+            raise write_error(error, path) from error
     finally:
         os.close(handle)
 
@@ -115,8 +122,15 @@ def fsync(path: Path) -> None:
 def publish(path: Path, target: Path) -> None:
     """Gives a finished temporary file its name; what had that name before is replaced, a link's file in its place."""
     target = real(target)
-    os.replace(path, target)
+    with writing(target):
+        os.replace(path, target)
     fsync(target.parent)
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """A file of these bytes, on the disk and under its name. Raises WriteError, with their number; then nothing is new."""
+    with replacing(target) as path, writing(path, len(data)):
+        path.write_bytes(data)
 
 
 def check_folder(path: Path) -> None:
@@ -134,7 +148,7 @@ def check_folder(path: Path) -> None:
             raise PermissionError(errno.EACCES, "permission denied")
         os.unlink(new_file(path))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = write_error(error, path).what
         raise InputError(f"{path}: folder {folder} cannot be written ({reason}): name another folder") from error
 
 
@@ -146,29 +160,34 @@ def check_file(path: Path) -> None:
 
 
 class GuardedFile:
-    """A new file for HDF5 to write to (a file object of h5py): a failed write is kept, and HDF5 is told all is well.
+    """A file for HDF5 to write to (a file object of h5py): a failed write is kept, and HDF5 is told all is well.
 
     HDF5 does not survive a full disk: it goes on with a file that it cannot flush, and ends in a segmentation fault. What
     the disk did not take stays in memory until the end, so that HDF5 reads back what it wrote: call `check` after each
     block of writes, which bounds it, and when HDF5 has closed the file. A context manager.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.place, self.end = path, 0, 0
+    def __init__(self, path: Path, new: bool = True):
+        """`new`: the file is empty at first, else as it is. Raises WriteError if it cannot be opened."""
+        self.path, self.place = path, 0
         self.error: OSError | None = None
         self.not_taken: list[tuple[int, bytes]] = []  # (offset, bytes), in the order of the writes
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        with writing(path):
+            self.handle = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0), 0o666)
+        self.end = os.fstat(self.handle).st_size
 
     def __enter__(self) -> "GuardedFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.handle)
+        with writing(self.path):  # some file systems tell of a quota here
+            os.close(self.handle)
 
     def check(self, remedy: str) -> None:
-        """Raises the OSError of the first write that failed, with the name of the file and the remedy."""
+        """Raises a WriteError with the remedy if a write failed: that of the first."""
         if self.error is not None:
-            raise OSError(self.error.errno, f"{self.error.strerror} ({remedy})", str(self.path)) from self.error
+            nbytes = sum(len(data) for _, data in self.not_taken)
+            raise write_error(self.error, self.path, nbytes, remedy) from self.error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.end}[whence]

@@ -13,6 +13,7 @@ import numpy as np
 
 from noria.blocks import ALIGNMENT
 from noria.errors import InputError
+from noria.tools.writing import write_error
 
 CHUNK_NBYTES = 8 << 20  # of one read or write: larger ones gain nothing, smaller ones leave a disk idle
 _MAX_NBYTES = 1 << 30  # of one system call
@@ -53,7 +54,7 @@ class DirectFile:
         return os.fstat(self._buffered).st_size
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Writes `data` at byte `offset`. Raises OSError with the file, the place and the numbers."""
+        """Writes `data` at byte `offset`. Raises WriteError with the file and the numbers."""
         if not _aligned(offset, data):
             self.direct = False
         done = self._transfer(os.pwritev, "writing", offset, data, len(data))
@@ -71,6 +72,8 @@ class DirectFile:
                 if direct and error.errno == errno.EINVAL:  # opened, but not done that way
                     self.direct = False
                     continue
+                if doing == "writing":
+                    raise write_error(error, self.path, len(part)) from error
                 raise OSError(
                     error.errno, f"{self.path}: {doing} {len(part)} bytes at byte {at}: {error.strerror}"
                 ) from error
@@ -110,7 +113,8 @@ def scratch_file(folder: str | Path, nbytes: int, key: str, direct: bool = True)
     try:
         descriptor, name = tempfile.mkstemp(prefix=".noria-scratch-", dir=folder)
     except OSError as error:
-        raise InputError(f"scratch folder {folder}: {error.strerror}: set placement.scratch to another") from error
+        reason = write_error(error, folder / "scratch file", nbytes).what
+        raise InputError(f"scratch folder {folder}: {reason}: set placement.scratch to another") from error
     try:
         os.unlink(name)
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -121,7 +125,7 @@ def scratch_file(folder: str | Path, nbytes: int, key: str, direct: bool = True)
                 os.posix_fallocate(descriptor, 0, nbytes)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise OSError(error.errno, f"{folder}: reserving {nbytes} bytes: {error.strerror}") from error
+                    raise write_error(error, folder / "scratch file", nbytes) from error
                 raise InputError(f"{_no_space(folder, nbytes, free, key)} ({error.strerror})") from error
         return DirectFile(descriptor, folder / "scratch file", writable=True, direct=direct)
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRITES_ALONE = (*_FULL, errno.EROFS)  # what no reading meets
 
 
 class WriteError(OSError):
@@ -35,7 +36,7 @@ class WriteError(OSError):
 def write_error(error: OSError, path: str | Path, nbytes: int | None = None, remedy: str | None = None) -> WriteError:
     """The error of a write to `path`, in words: `nbytes` were still to be written. `remedy`: what to do once it can be."""
     if isinstance(error, WriteError):
-        return error.about(error.filename, remedy)
+        return error.about(path, remedy)
     number, path = error.errno or errno.EIO, Path(path)
     what = os.strerror(number).lower() if error.errno else str(error)
     wanted = [f"{nbytes:,} more bytes were to be written"] if nbytes else []
@@ -51,6 +52,22 @@ def writing(path: str | Path, nbytes: int | None = None, remedy: str | None = No
         yield
     except OSError as error:
         raise write_error(error, path, nbytes, remedy) from error
+
+
+@contextlib.contextmanager
+def making(target: str | Path, remedy: str | None = None) -> Iterator[None]:
+    """Makes a WriteError of `target` of what the body meets on its way there: it writes under other names first, and reads.
+
+    An OSError that reading could meet as well goes through as it is.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise error.about(target, remedy) from error
+    except OSError as error:
+        if error.errno not in _WRITES_ALONE:
+            raise
+        raise write_error(error, target, None, remedy) from error
 
 
 class _New(io.FileIO):
