@@ -228,11 +228,11 @@ class Desk:
         """Seals what waits, now or if `due` seconds have passed. Raises WriteError with what was lost and what to do."""
         parts = self._parts
         if parts.taken_away():
-            raise FileNotFoundError(
-                errno.ENOENT,
-                "the sealed parts were taken away under the run: put them back, or start the same run again",
-                str(parts.folder),
+            what, remedy = (
+                "the sealed parts were taken away under the run",
+                "put them back, or start the same run again",
             )
+            raise WriteError(errno.ENOENT, what, parts.folder, remedy)
         try:
             return parts.seal() if due is None else parts.seal_if_due(due)
         except WriteError as error:
