@@ -17,6 +17,7 @@ from noria.launch.watchdog import Watchdog, abort
 STOPPED = 75  # the exit code of a job that the same command takes up again
 MARGIN = 0.05, 2.0, 60.0  # stop this part of the time left before the deadline, at least and at most these seconds
 TEND_SECONDS = 1.0
+QUICK_SECONDS = 0.05  # of a seal; a launcher may end its ranks a quarter of a second after a signal
 DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
 
 
@@ -100,6 +101,9 @@ class Stopping:
         if self.seal is not None:
             self._last = threading.Thread(target=self._seal, args=[self.seal], name="noria-stop", daemon=True)
             self._last.start()
+            self._last.join(QUICK_SECONDS)
+            if self._last.is_alive():
+                self._say(f"{reason}: rows are being sealed; the same command goes on with them")
         else:
             self._say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)
