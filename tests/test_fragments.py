@@ -8,6 +8,8 @@ from counts import count
 from noria.attention import pieces
 from noria.rows.admission import Admission, Limits
 from noria.rows.prompts import Prompt
+from noria.rows.sequence import Sequence
+from noria.rows.waiting import num_pages, num_pages_soon
 from noria.sampling import Sampling
 from noria.step import Result, Span
 
@@ -55,3 +57,29 @@ def test_nearly_no_token_of_a_full_cache_lies_in_pieces_and_few_rows_wait_for_th
     )
     assert in_pieces <= 0.03 < 0.3 < in_pieces_before
     assert rows / rows_at_most >= 0.92 + 0.02 * (len(seeds) == 5), "one draw of lengths differs by 0.02 from the next"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "most", "pages"), [(40, 64, 4096, 5), (40, 2**31, 100, 5), (100, 9, 100, 7), (16, 0, 99, 1)]
+)
+def test_the_pages_that_a_row_fills_soon_are_those_of_its_prompt_and_half_of_what_may_follow(prompt, new, most, pages):
+    """16 tokens a page; a context cuts what may follow."""
+    one = Sequence(Prompt(0, "", "", [5] * prompt, {}, "", None), Sampling(max_new_tokens=new), [5] * prompt)
+    assert num_pages_soon(one, most) == pages <= num_pages(one, most)
+
+
+@pytest.mark.parametrize(("hole", "runs"), [(3, None), (4, [4, 2])])
+def test_where_pages_are_short_a_row_waits_for_a_run_of_those_that_it_fills_soon(hole, runs):
+    """Of 100 pages 6 are free, in two runs; the row has 32 tokens and may have 64 more: 6 pages, of which it fills 4 soon."""
+    keys = [(16 * hole - 1, 1), (16 * 94 - 50, 50), (32, 64)]
+    prompts = [
+        Prompt(row, str(row), "", [5] * length, {"max_new_tokens": new}, "", None)
+        for row, (length, new) in enumerate(keys)
+    ]
+    limits = Limits(1, 100, 4096, 4096, 1, 4096, 128_000)
+    admission = Admission(prompts, 3, lambda p: p.token_ids, Sampling(), frozenset({END}), limits, lambda row: None)
+    step = admission.compose(0, 0)
+    assert [len(one.runs) for one in step.admitted] == [1, 1]
+    admission.apply(step, Result(np.full(2, OTHER)))  # the first row ends, and leaves its pages
+    admitted = admission.compose(1, 0).admitted
+    assert [[run.count for run in one.runs] for one in admitted] == ([runs] if runs else [])

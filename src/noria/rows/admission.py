@@ -18,13 +18,14 @@ from noria.rows.pages import Pages
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Family, Sequence, sampler_settings, whole_pages
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import Line, num_pages
+from noria.rows.waiting import Line, num_pages, num_pages_soon
 from noria.sampling import RULES, Sampling
 from noria.step import NO_TOKEN, NONE_LEFT, PAGE_TOKENS, Admitted, Result, Run, Step, Word
 
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
-# tier than this is free, the first in line waits for a run that holds it whole. Larger: more pages lie idle.
-WHOLE_RUNS_BELOW = 0.1
+# tier than this is free, the first in line waits for a run that holds its prompt and the first half of what it may
+# generate. Few rows need more: waiting for all of it would keep more pages idle.
+WHOLE_RUNS_BELOW = 0.15
 # Keys that may leave a row no token.
 EXCLUDING = (
     "logit_bias",
@@ -266,7 +267,8 @@ class Admission:
         shared = sequence.family.shared if sequence.family is not None and leader is not sequence else ()
         count = num_pages(sequence, limits.max_positions) - sum(run.count for run in shared)
         tiers = range(len(self._pages)) if leader is sequence else [leader.tier]
-        tier = next((tier for tier in tiers if self._has_room(group, tier, count, shared)), None)
+        soon = num_pages_soon(sequence, limits.max_positions) - sum(run.count for run in shared)
+        tier = next((tier for tier in tiers if self._has_room(group, tier, count, soon, shared)), None)
         if tier is None or (runs := self._pages[tier].reserve(count)) is None:
             return None
         self._pages[tier].share(shared)
@@ -280,19 +282,20 @@ class Admission:
             self._hold(sequence, sequence.family)
         return sequence
 
-    def _has_room(self, group: int, tier: int, count: int, shared: tuple[Run, ...]) -> bool:
-        """Whether a sequence of this group may take so many pages of a tier: the group's equal share, or all if it is empty."""
+    def _has_room(self, group: int, tier: int, count: int, soon: int, shared: tuple[Run, ...]) -> bool:
+        """Whether a sequence of this group may take `count` pages of a tier, of which it fills `soon` first: the group's equal
+        share, or all if it is empty."""
         pages = self._pages[tier]
         if tier and count + sum(run.count for run in shared) > self._limits.slot_pages:
             return False
         share = max(pages.num_pages // self._limits.groups, 1)
         fair = not self._active[group] or self._pages_of_group[group][tier] + count <= share
-        return fair and count <= pages.num_free and not self._waits_for_a_run(pages, count)
+        return fair and count <= pages.num_free and not self._waits_for_a_run(pages, soon)
 
-    def _waits_for_a_run(self, pages: Pages, count: int) -> bool:
-        """Whether no free run holds so many pages, and soon one may: pages are short, and sequences in flight free some."""
+    def _waits_for_a_run(self, pages: Pages, soon: int) -> bool:
+        """Whether no free run holds so many pages, and one may later: pages are short, and sequences in flight free some."""
         short = pages.num_free < WHOLE_RUNS_BELOW * pages.num_pages
-        return short and pages.longest < count and self.num_active > 0
+        return short and pages.longest < soon and self.num_active > 0
 
     def _hold(self, sequence: Sequence, family: Family) -> None:
         """A family holds the pages of its prompt from its leader's admission to that of its last sample.

@@ -246,3 +246,10 @@ def num_pages(sequence: Sequence, max_positions: int) -> int:
     """Pages for the prompt and all tokens that may follow."""
     tokens = len(sequence.prompt_token_ids) + sequence.sampling.most_new_tokens
     return -(-min(tokens, max_positions) // PAGE_TOKENS)
+
+
+def num_pages_soon(sequence: Sequence, max_positions: int) -> int:
+    """Pages for the prompt and the first half of the tokens that may follow: most rows end before they need the others."""
+    length = len(sequence.prompt_token_ids)
+    most = min(length + sequence.sampling.most_new_tokens, max_positions)
+    return -(-(length + max(most - length, 0) // 2) // PAGE_TOKENS)
