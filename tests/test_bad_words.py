@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, NoBadWordsLogitsProcessor
 
 import reference
 import test_row_settings
+import tiny_tokenizers
 from counts import count
 from noria.checkpoint.convert import convert
 from noria.engine.row_settings import BadWords, RowSettings
@@ -142,6 +143,25 @@ def test_a_word_is_banned_alone_and_after_a_space(word):
     plain = THEIRS(word.lstrip(), add_special_tokens=False).input_ids
     spaced = THEIRS(" " + word.lstrip(), add_special_tokens=False).input_ids
     assert plain != spaced and bad_words(Sampling(bad_words=word), OURS, 10**6) == [plain, spaced]
+
+
+@pytest.mark.parametrize("kind", ["llama_legacy", "llama", "llama_no_prefix", "gpt2", "llama3", "qwen2", "unigram"])
+def test_wherever_a_tokenizer_writes_the_word_its_last_tokens_are_banned(kind):
+    backend = getattr(tiny_tokenizers, kind)()
+    ours = Tokenizer(tiny_tokenizers.files_of(backend), {}, {})
+    for word in ("the", "hello", "world is"):
+        found = bad_words(Sampling(bad_words=f"  {word}"), ours, 10**6)
+        for before in ("", " ", "a ", "\n", "a\n", " a\n\n"):
+            ids = backend.encode(before + word, add_special_tokens=False).ids
+            assert any(ids[-len(one) :] == one for one in found), (before, word)
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"), [("\nthe", "\nthe"), ("  \nthe", "\nthe"), ("\tthe", "\tthe"), ("  ", " ")]
+)
+def test_of_the_white_space_that_a_word_begins_with_spaces_alone_say_nothing(text, begins):
+    for ids in bad_words(Sampling(bad_words=text), OURS, 10**6):
+        assert THEIRS.decode(ids).lstrip(" ").startswith(begins.lstrip(" ")) and len(THEIRS.decode(ids)) >= len(begins)
 
 
 def test_a_word_of_ids_that_the_model_lacks_is_never_generated_and_needs_no_ban():

@@ -207,20 +207,25 @@ def kept_tokens(sampling: Sampling, max_positions: int) -> int | None:
 
 
 def bad_words(sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """The token ids of each of the row's bad words: of the word alone, and of the word after a space.
+    """The token ids of each of the row's bad words: alone, after a space, and at the beginning of a line, where they differ.
 
     vLLM takes the second only where it has as many tokens as the first, so that a word which is one token after a space
-    and several alone is generated there; here it is not. Raises InputError for a text without tokens.
+    and several alone is generated there; it lacks the third, which tokenizers that begin every text with a space write
+    otherwise. Spaces that a word begins with say nothing, as there. Raises InputError for a text without tokens.
     """
-    found = []
+    found: list[list[int]] = []
     for text in sampling.bad_texts:
         if tokenizer is None or not tokenizer.vocab_size:
             raise InputError("bad_words: the checkpoint has no tokenizer to read texts with: give logit_bias")
-        word = text.lstrip() or text
-        plain, spaced = (tokenizer.encode(one, add_special_tokens=False) for one in (word, f" {word}"))
-        require(plain, f"bad_words has {text!r}: the tokenizer makes no tokens of it")
-        found += [plain] if spaced == plain else [plain, spaced]
-    return [ids for ids in found if max(ids) < vocab_size]  # others are never generated
+        word = text.lstrip(" ") or text
+        alone, spaced, line, begun = (
+            tokenizer.encode(one, add_special_tokens=False) for one in (word, f" {word}", "\n", f"\n{word}")
+        )
+        require(alone, f"bad_words has {text!r}: the tokenizer makes no tokens of it")
+        begun = begun[len(line) :] if begun[: len(line)] == line else []
+        found += [ids for ids in (alone, spaced, begun) if ids]
+    # Ids that the model lacks are never generated.
+    return [ids for place, ids in enumerate(found) if ids not in found[:place] and max(ids) < vocab_size]
 
 
 def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
