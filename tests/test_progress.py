@@ -93,6 +93,20 @@ def test_the_time_left_is_that_of_the_tokens_left_and_not_of_the_rows(clock):
     assert progress.line().endswith("about 0 s left")
 
 
+def test_rows_that_end_early_do_not_hide_the_work_of_those_in_flight(clock):
+    """Of 74 rows in flight three have ended after 2 tokens; the others go on to 64 or so."""
+    progress = Progress(74, stream=io.StringIO(), clock=clock, lengths=(89, 64))
+    clock.now += 5
+    progress.add(rows=3, prompt_tokens=74 * 89, tokens=417, finished_tokens=6)
+    left = 71 * (89 + 64) - (74 * 89 + 417 - 3 * (89 + 64))
+    assert progress.line().endswith(f"about {5 * left / (74 * 89 + 417):.0f} s left") and left > 4000
+    clock.now += 35
+    progress.add(rows=70, tokens=2860, finished_tokens=3271)
+    assert progress.line().endswith("about 0 s left"), (
+        "one row is left, of 45 new tokens in the mean, 44 of which are there"
+    )
+
+
 def test_rows_of_an_earlier_run_count_as_rows_and_not_as_speed(clock):
     progress = Progress(100, num_finished=50, stream=io.StringIO(), clock=clock)
     progress.add(rows=10, tokens=100)

@@ -99,7 +99,10 @@ class Progress:
         done, left = float(self.rows), float(rows_left)
         if self.lengths is not None:
             prompt, new = self.lengths
-            new = self.finished_tokens / self.rows if self.finished_tokens else new
+            if self.finished_tokens:
+                # The first rows to finish are the shortest: what all have generated, by the rows that ended, counts
+                # those in flight too, as the mean of exponential times does where some are cut off.
+                new = max(self.finished_tokens, min(self.tokens, self.rows * new)) / self.rows
             # Of rows in flight a part is done: what was computed beyond the finished rows' share.
             started = max(0.0, self.prompt_tokens + self.tokens - self.rows * (prompt + new))
             done = float(self.prompt_tokens + self.tokens)
