@@ -9,7 +9,7 @@ from noria.blocks import lay_out, layer_name
 from noria.errors import InputError
 from noria.model import ModelShape
 from noria.plan import costs, planner, rates
-from noria.plan.costs import Load, Round
+from noria.plan.costs import Round, Workload
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine
 
@@ -43,7 +43,7 @@ def plan_of(made, num_ranks, rows, machine=H200, load=None, **flags):
 
 
 def streamed(num_ranks, **flags):
-    return plan_of(OPT_30B, num_ranks, 128, weights={"cpu": 100.0}, load=Load(128, 512, 32), **flags)
+    return plan_of(OPT_30B, num_ranks, 128, weights={"cpu": 100.0}, load=Workload(128, 512, 32), **flags)
 
 
 def test_streamed_weights_decode_as_fast_as_the_link():
@@ -84,7 +84,7 @@ def test_the_bytes_of_a_cache_in_cpu_memory_are_those_of_its_tokens():
 
 
 def test_a_ring_that_is_not_full_takes_as_long_as_a_groups_way_round():
-    load = Load(128, 512, 32)
+    load = Workload(128, 512, 32)
     two, one = (plan_of(OPT_30B, 2, 128, load=load, groups=groups, laps=1, weights={"gpu": 100.0}) for groups in (2, 1))
     assert one.predicted["decode"]["binds"] == "ring"
     assert two.predicted["decode"]["round_seconds"] < one.predicted["decode"]["round_seconds"]
@@ -130,7 +130,7 @@ def test_a_machine_file_that_is_not_there_is_named_with_the_command_that_makes_i
 
 
 OPT_175B = opt(96, 12288, 96)
-ROWS = Load(256, 512, 32)
+ROWS = Workload(256, 512, 32)
 
 
 def tiers_of(plan):
@@ -167,7 +167,7 @@ def test_random_weights_that_fit_no_memory_are_refused_with_what_is_missing_and_
 
 def test_a_small_gpu_with_its_cache_in_cpu_memory_has_the_weights_that_still_fit():
     machine = Machine("cuda", 138 * GiB, 220 * GiB)
-    plan = plan_of(OPT_30B, 1, 144, machine, Load(144, 512, 32, 144 * 34), gpu_memory="16GiB", cache={"cpu": 100.0})
+    plan = plan_of(OPT_30B, 1, 144, machine, Workload(144, 512, 32, 144 * 34), gpu_memory="16GiB", cache={"cpu": 100.0})
     resident = sum(tier == "gpu" for name, tier in plan.weight_tiers[0].items() if name.startswith("layers/"))
     assert 5 <= resident <= 12 and plan.schedule == "multi_batch" and plan.predicted["rows"] == 144
     assert sum(plan.memory[0]["gpu"].values()) <= 16 * GiB
@@ -176,14 +176,14 @@ def test_a_small_gpu_with_its_cache_in_cpu_memory_has_the_weights_that_still_fit
 
 
 def test_resident_layers_make_a_run_at_least_twice_as_fast_as_streaming_all():
-    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Load(128, 512, 32, 128 * 34)
+    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Workload(128, 512, 32, 128 * 34)
     plan = plan_of(OPT_30B, 1, 128, machine, load, gpu_memory="130GiB")
     assert sum(plan.memory[0]["gpu"].values()) <= 130 * GiB
     assert plan.predicted["tokens_per_second"] > 2 * streamed(1).predicted["tokens_per_second"]
 
 
 def test_a_cache_that_must_hold_all_rows_leaves_room_for_thirty_of_forty_eight_layers():
-    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Load(128, 512, 32, 128 * 34)
+    machine, load = Machine("cuda", 138 * GiB, 128 * GiB), Workload(128, 512, 32, 128 * 34)
     plan = plan_of(OPT_30B, 1, 128, machine, load, gpu_memory="130GiB", cache={"gpu": "90GiB"})
     resident = sum(tier == "gpu" for name, tier in plan.weight_tiers[0].items() if name.startswith("layers/"))
     assert 26 <= resident <= 32 and plan.predicted["rows"] == 128
@@ -195,12 +195,12 @@ def test_one_rank_that_streams_has_one_group_so_that_it_loads_once_a_round():
 
 
 def test_all_resident_goes_round_once():
-    plan = plan_of(opt(32, 4096, 32), 2, 128, H200, Load(128, 512, 32, 128 * 34))
+    plan = plan_of(opt(32, 4096, 32), 2, 128, H200, Workload(128, 512, 32, 128 * 34))
     assert tiers_of(plan) == {"gpu"} and plan.laps == 1 and plan.groups == 3
 
 
 def test_a_small_model_with_many_rows_stays_on_the_gpu():
-    plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Load(10**6, 512, 256))
+    plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Workload(10**6, 512, 256))
     assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.cache_pages["cpu"] == 0
 
 
@@ -220,7 +220,7 @@ def test_of_a_mixture_only_the_experts_of_a_token_are_computed_and_those_of_a_st
     found = {}
     for share in (1.0, 0.25):
         mixture = replace(shape, experts_share=share)
-        plan = plan_of((mixture, blocks), 1, 64, load=Load(64, 512, 32))
+        plan = plan_of((mixture, blocks), 1, 64, load=Workload(64, 512, 32))
         found[share] = costs.resources(plan, mixture, blocks, known, 0, Round(1, 1, 0, False))
     dense, sparse = found[1.0], found[0.25]
     assert sparse["device memory"] < 0.5 * dense["device memory"] and sparse["matmul"] < 0.5 * dense["matmul"]

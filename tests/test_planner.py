@@ -8,7 +8,7 @@ from noria.blocks import lay_out, layer_name
 from noria.errors import InputError
 from noria.model import ModelShape
 from noria.plan import planner
-from noria.plan.costs import Load
+from noria.plan.costs import Workload
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine
 
@@ -269,7 +269,7 @@ def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the
 
 
 def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
-    load = Load(100, 60, 4, 100 * 4, 90)
+    load = Workload(100, 60, 4, 100 * 4, 90)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "cache": {"gpu": "10MiB"}})
     plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 100, load)
     room = max(plan.cache_pages.values()) * 16
@@ -284,12 +284,12 @@ def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
 def test_smaller_steps_make_room_for_the_longest_row_though_all_usual_ones_fit(gpu_memory):
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "gpu_memory": gpu_memory})
     for longest in (5, 128):
-        plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 10, Load(10, 60, 4, 50, longest))
+        plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 10, Workload(10, 60, 4, 50, longest))
         assert plan.holds(longest) and plan.holds(128) == (longest == 128)
 
 
 def test_a_single_gpu_reads_its_weights_once_a_round_where_that_takes_longer_than_rank_0():
-    small = Load(64, 100, 100)
+    small = Workload(64, 100, 100)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"})
     groups = {}
     for layers in (2, 80):

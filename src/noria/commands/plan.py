@@ -19,7 +19,7 @@ from noria.errors import InputError, require
 from noria.limits import HOST_NBYTES, MEMORY_SHARE
 from noria.model import OpenModel
 from noria.plan import costs, planner
-from noria.plan.costs import Load
+from noria.plan.costs import Workload
 from noria.plan.plan import Plan, rate_words
 from noria.plan.problem import Machine
 from noria.plan.rates import Rates
@@ -53,13 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
             encode = encoder_of(
                 checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None, helper
             )
-            load = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
+            workload = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
         rates = planner.rates_of(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip
         _say(
             "rows",
-            f"{load.num_rows:,} of {load.prompt_tokens:,.0f} prompt tokens and {load.new_tokens:,.0f} new ones on average",
+            f"{workload.num_rows:,} of {workload.prompt_tokens:,.0f} prompt tokens and"
+            f" {workload.new_tokens:,.0f} new ones on average",
         )
         _say("machine", _machine_words(rates))
         if config.device == "auto" and not config.job.machine:
@@ -67,12 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
                 "device",
                 f"planned for {rates.device}: say another by --device cpu, or by --machine FILE of noria probe",
             )
-        plan = _plan(config, checkpoint, num_ranks, num_rows, load, rates, device)
+        plan = _plan(config, checkpoint, num_ranks, num_rows, workload, rates, device)
         for line in plan.lines():
             _say("", line)
-        for line in _moved(plan, checkpoint, load):
+        for line in _moved(plan, checkpoint, workload):
             _say("moved", line)
-        _say("one more", _one_more(config, checkpoint, num_ranks, num_rows, load, device, plan))
+        _say("one more", _one_more(config, checkpoint, num_ranks, num_rows, workload, device, plan))
     seconds = plan.predicted["seconds"]
     _say("time", f"about {_clock(seconds)} for all rows")
     for line in script_lines(plan, device, STARTING_SECONDS + SLACK * seconds):
@@ -119,7 +120,7 @@ def _device(config: Config) -> str:
 
 
 def _plan(
-    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, load: Load, rates: Rates, device: str
+    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, workload: Workload, rates: Rates, device: str
 ) -> Plan:
     """The plan for this many ranks. Raises InputError if there is none."""
     dtype = dtype_of(config, checkpoint.dtype, device)
@@ -129,7 +130,7 @@ def _plan(
         _capacity(config.placement.gpu_memory, "gpu_memory", rates, "device_capacity"),
         _capacity(config.placement.cpu_memory, "cpu_memory", rates, "host_capacity"),
     )
-    return planner.make(config, checkpoint.shape, checkpoint.blocks, dtype, num_ranks, machine, num_rows, load)
+    return planner.make(config, checkpoint.shape, checkpoint.blocks, dtype, num_ranks, machine, num_rows, workload)
 
 
 def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:
@@ -145,10 +146,10 @@ def _machine_words(rates: Rates) -> str:
     return f"{rates.device}; assumed, not measured: {names} (noria probe --output machine.toml measures them)"
 
 
-def _moved(plan: Plan, checkpoint: OpenModel, load: Load) -> list[str]:
+def _moved(plan: Plan, checkpoint: OpenModel, workload: Workload) -> list[str]:
     """What a decode round moves over each link."""
     lines, rows, shape = [], plan.predicted["rows"], checkpoint.shape
-    turn = costs.decoding(rows, load)
+    turn = costs.decoding(rows, workload)
     for rank in range(plan.num_ranks):
         moved = costs.weights_nbytes(plan, checkpoint.blocks, rank)
         if moved["link"]:
@@ -165,7 +166,7 @@ def _moved(plan: Plan, checkpoint: OpenModel, load: Load) -> list[str]:
 
 
 def _one_more(
-    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, load: Load, device: str, plan: Plan
+    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, workload: Workload, device: str, plan: Plan
 ) -> str:
     """What one rank more would buy, with as many laps and groups where that many ranks can have them."""
     rates = planner.rates_of(config, device, num_ranks + 1)
@@ -173,9 +174,9 @@ def _one_more(
     free = replace(as_asked, pipeline=replace(as_asked.pipeline, groups=None, laps=None))
     try:
         try:
-            more = _plan(as_asked, checkpoint, num_ranks + 1, num_rows, load, rates, device)
+            more = _plan(as_asked, checkpoint, num_ranks + 1, num_rows, workload, rates, device)
         except InputError:
-            more = _plan(free, checkpoint, num_ranks + 1, num_rows, load, rates, device)
+            more = _plan(free, checkpoint, num_ranks + 1, num_rows, workload, rates, device)
     except InputError as error:
         return f"{num_ranks + 1} ranks: {error}"
     now, then = plan.predicted["tokens_per_second"], more.predicted["tokens_per_second"]

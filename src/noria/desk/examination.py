@@ -24,7 +24,7 @@ from noria.model import ModelShape, OpenModel
 from noria.output.outcome import outcome_of
 from noria.output.target import probe_output
 from noria.plan import planner
-from noria.plan.costs import Load
+from noria.plan.costs import Workload
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.model_sampling import told
 from noria.rows.prompts import open_prompts
@@ -48,7 +48,7 @@ class Work:
     source: Source  # the prompts, as they were when they were hashed
     prompts_hash: str
     prompt_files: list[dict[str, Any]]  # see source.prompt_files
-    load: Load  # how long its rows are
+    load: Workload  # how long its rows are
     identity: Identity
     said: list[str]  # for the user, a line each
     code: int = 0  # the exit code of a job that finds the output finished

@@ -4,7 +4,7 @@ from itertools import islice
 
 from noria.config import Config
 from noria.errors import InputError
-from noria.plan.costs import Load
+from noria.plan.costs import Workload
 from noria.rows.chat import Encoder
 from noria.rows.prompts import open_prompts
 from noria.rows.source import Source
@@ -16,7 +16,7 @@ LOOKED_AT = 256  # rows: enough for a mean, and read at once
 MARGIN = 1.1  # times the pages of the rows looked at are kept for the others
 
 
-def look(config: Config, source: Source, max_positions: int, num_rows: int, encode: Encoder) -> Load:
+def look(config: Config, source: Source, max_positions: int, num_rows: int, encode: Encoder) -> Workload:
     """Rows to generate, their mean lengths, and the pages that they reserve; `num_rows` are the prompts of the file.
 
     Rows that cannot run are left out; without any, the longest that the model takes is assumed.
@@ -40,8 +40,8 @@ def look(config: Config, source: Source, max_positions: int, num_rows: int, enco
         its_pages = -(-(length + added) // PAGE_TOKENS)
         pages, longest = pages + sampling.n * its_pages, max(longest, its_pages)
     if not samples:
-        return Load(max(len(rows), 1) * config.sampling.n, max_positions / 2, max_positions / 2)
+        return Workload(max(len(rows), 1) * config.sampling.n, max_positions / 2, max_positions / 2)
     whole = looked == len(rows)
     num_samples = samples if whole else max(round(len(rows) * samples / looked), 1)
     total = pages if whole else round(pages / samples * num_samples * MARGIN)
-    return Load(num_samples, prompts / samples, max(new / samples, 1.0), total, longest)
+    return Workload(num_samples, prompts / samples, max(new / samples, 1.0), total, longest)

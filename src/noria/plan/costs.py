@@ -29,7 +29,7 @@ RESOURCES = ("link", "disk", "device memory", "matmul", "launches")
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
 
     `total_pages`: what all rows reserve together, `longest_pages`: what the longest of them does, if somebody looked.
@@ -172,38 +172,40 @@ def _used_nbytes(block: Block, dtype: str, share: float) -> float:
     return block_nbytes(block, dtype) * (1 - (1 - share) * experts / block.nbytes)
 
 
-def predict(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, load: Load) -> dict[str, Any]:
+def predict(
+    plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, workload: Workload
+) -> dict[str, Any]:
     """What the plan should reach: rows in flight, seconds and tokens/s of prefill and decode, tokens/s overall, what binds."""
-    rows = rows_in_flight(plan, load)
+    rows = rows_in_flight(plan, workload)
     in_group = rows / plan.groups
-    rounds = max(-(-in_group * load.prompt_tokens // plan.step_tokens), 1)
-    filling = Round(rows * load.prompt_tokens / rounds, rows / rounds, load.prompt_tokens / 2, True)
-    growing = decoding(rows, load)
+    rounds = max(-(-in_group * workload.prompt_tokens // plan.step_tokens), 1)
+    filling = Round(rows * workload.prompt_tokens / rounds, rows / rounds, workload.prompt_tokens / 2, True)
+    growing = decoding(rows, workload)
     prefill, decode = (seconds(plan, shape, blocks, rates, turn) for turn in (filling, growing))
-    times = load.num_rows / rows
-    waves = -(-load.num_rows // rows) if times < MANY else times  # few rows of one length end together
-    whole = times * rounds * prefill[0] + waves * max(load.new_tokens - 1, 0) * decode[0]
+    times = workload.num_rows / rows
+    waves = -(-workload.num_rows // rows) if times < MANY else times  # few rows of one length end together
+    whole = times * rounds * prefill[0] + waves * max(workload.new_tokens - 1, 0) * decode[0]
     return {
         "rows": rows,
-        "longest_pages": load.longest,
+        "longest_pages": workload.longest,
         "prefill": _phase(filling, prefill),
         "decode": _phase(growing, decode),
-        "tokens_per_second": load.num_rows * load.new_tokens / whole,
+        "tokens_per_second": workload.num_rows * workload.new_tokens / whole,
         "seconds": whole,
         "assumed": sorted(name for name in rates.assumed if plan.num_ranks > 1 or not name.startswith("hop")),
         "device": rates.device,
     }
 
 
-def decoding(rows: float, load: Load) -> Round:
+def decoding(rows: float, workload: Workload) -> Round:
     """A decode round of so many rows, half of their new tokens behind them."""
-    return Round(rows, rows, load.prompt_tokens + load.new_tokens / 2, False)
+    return Round(rows, rows, workload.prompt_tokens + workload.new_tokens / 2, False)
 
 
-def rows_in_flight(plan: Plan, load: Load) -> int:
+def rows_in_flight(plan: Plan, workload: Workload) -> int:
     """Rows that are generated at once: what the cache holds, at least one."""
-    held = sum(pages // load.pages for pages in plan.cache_pages.values())
-    return max(min(held, load.num_rows, plan.groups * plan.step_tokens), 1)
+    held = sum(pages // workload.pages for pages in plan.cache_pages.values())
+    return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 
 def _phase(turn: Round, took: tuple[float, str]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
-from noria.plan.costs import Load
+from noria.plan.costs import Workload
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
-from noria.plan.problem import Choice, Machine, Work
+from noria.plan.problem import Candidate, Machine, Problem
 from noria.plan.shares import budgets_of, is_budget
 from noria.step import PAGE_TOKENS
 
@@ -51,22 +51,22 @@ def make(
     num_ranks: int,
     machine: Machine,
     num_rows: int,
-    load: Load | None = None,
+    workload: Workload | None = None,
 ) -> Plan:
     """The plan of a run: what the user asked for, and the rest chosen.
 
-    `dtype` is the run's, `num_rows` the number of prompts; `load` says how long the rows are. Raises InputError, with the
+    `dtype` is the run's, `num_rows` the number of prompts; `workload` says how long the rows are. Raises InputError, with the
     numbers and the remedy, where the memory does not suffice.
     """
     check(config, num_ranks, shape.num_layers)
-    load = load or _usual(config, shape, num_rows)
+    workload = workload or _usual(config, shape, num_rows)
     longest = -(-shape.max_positions // PAGE_TOKENS)
     most = max(num_rows, 1) * config.sampling.n * longest
-    work = Work(config, shape, blocks, dtype, num_ranks, machine, most, load.total_pages, load.pages)
+    problem = Problem(config, shape, blocks, dtype, num_ranks, machine, most, workload.total_pages, workload.pages)
     known = rates_of(config, machine.device, num_ranks)
-    plan = _choose(work, known, load)
-    check_disk(work, plan)
-    return replace(plan, predicted=costs.predict(plan, shape, blocks, known, load))
+    plan = _choose(problem, known, workload)
+    check_disk(problem, plan)
+    return replace(plan, predicted=costs.predict(plan, shape, blocks, known, workload))
 
 
 def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
@@ -77,34 +77,40 @@ def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
     return replace(known, disk_read=known.disk_read / num_ranks, disk_write=known.disk_write / num_ranks)
 
 
-def _usual(config: Config, shape: ModelShape, num_rows: int) -> Load:
+def _usual(config: Config, shape: ModelShape, num_rows: int) -> Workload:
     """Rows of a usual length, in a model's context."""
     new = min(max(config.sampling.most_new_tokens, 1), shape.max_positions)
-    return Load(max(num_rows, 1) * config.sampling.n, max(min(PROMPT_TOKENS, shape.max_positions - new), 1), new)
+    return Workload(max(num_rows, 1) * config.sampling.n, max(min(PROMPT_TOKENS, shape.max_positions - new), 1), new)
 
 
-def _choose(work: Work, known: rates.Rates, load: Load) -> Plan:
+def _choose(problem: Problem, known: rates.Rates, workload: Workload) -> Plan:
     """The candidate with the most tokens/s; of equal ones that of larger steps, then of more laps.
 
     Raises the InputError of the most modest one if none fits.
     """
-    resident, refused = _built(work, known, load, _resident_choices(work))
+    resident, refused = _built(problem, known, workload, _resident(problem))
     kept, plan = max(resident, key=lambda one: one[0]) if resident else (0.0, None)
-    if plan is not None and costs.rows_in_flight(plan, load) >= load.num_rows and plan.holds(load.longest):
+    if plan is not None and costs.rows_in_flight(plan, workload) >= workload.num_rows and plan.holds(workload.longest):
         return plan
-    choices = (choice for step_tokens in _steps(work) for choice in _candidates(work, load, step_tokens))
-    found, last = _built(work, known, load, choices)
+    candidates = (
+        candidate for step_tokens in _steps(problem) for candidate in _candidates(problem, workload, step_tokens)
+    )
+    found, last = _built(problem, known, workload, candidates)
     if not found:
         raise last or refused or AssertionError("a plan without a candidate")
     best = max(speed for speed, _ in found)
-    if plan is not None and kept * WORTH_IT >= best and plan.holds(load.longest) >= found[0][1].holds(load.longest):
+    if (
+        plan is not None
+        and kept * WORTH_IT >= best
+        and plan.holds(workload.longest) >= found[0][1].holds(workload.longest)
+    ):
         return plan
     good = (plan for speed, plan in found if speed >= 0.995 * best)
     return max(good, key=lambda plan: (plan.step_tokens, plan.laps))
 
 
 def _built(
-    work: Work, known: rates.Rates, load: Load, choices: Iterable[Choice]
+    problem: Problem, known: rates.Rates, workload: Workload, candidates: Iterable[Candidate]
 ) -> tuple[list[tuple[float, Plan]], InputError | None]:
     """(predicted tokens/s of the whole run, plan) of the candidates that fit, and why the last one of the others does not.
 
@@ -112,61 +118,62 @@ def _built(
     """
     found: list[tuple[float, Plan]] = []
     refused: InputError | None = None
-    for choice in choices:
+    for candidate in candidates:
         try:
-            plan = build(work, choice)
+            plan = build(problem, candidate)
         except InputError as error:
             refused = error
             continue
-        if choice.weights is None and not plan.weight_slots:
+        if candidate.weights is None and not plan.weight_slots:
             continue  # everything fits: another candidate has it so, with the groups for that
-        speed = costs.predict(plan, work.shape, work.blocks, known, load)["tokens_per_second"]
+        speed = costs.predict(plan, problem.shape, problem.blocks, known, workload)["tokens_per_second"]
         found.append((speed, plan))
-    roomy = [(speed, plan) for speed, plan in found if plan.holds(load.longest)]
+    roomy = [(speed, plan) for speed, plan in found if plan.holds(workload.longest)]
     return roomy or found, refused
 
 
-def _resident_choices(work: Work) -> list[Choice]:
+def _resident(problem: Problem) -> list[Candidate]:
     """Everything on the device, where the user did not ask for another tier."""
-    placement, pipeline = work.config.placement, work.config.pipeline
+    placement, pipeline = problem.config.placement, problem.config.pipeline
     if placement.weights is not None or placement.cache is not None:
         return []
-    step_tokens = pipeline.step_tokens or (MICROBATCH_TOKENS if work.machine.device == "cuda" else 512)
+    step_tokens = pipeline.step_tokens or (MICROBATCH_TOKENS if problem.machine.device == "cuda" else 512)
     return [
-        Choice(pipeline.laps or 1, groups, step_tokens, {"gpu": 100.0}, None) for groups in _groups(work, once=False)
+        Candidate(pipeline.laps or 1, groups, step_tokens, {"gpu": 100.0}, None)
+        for groups in _groups(problem, once=False)
     ]
 
 
-def _steps(work: Work) -> list[int]:
+def _steps(problem: Problem) -> list[int]:
     """Sizes of steps to try, the best first."""
-    asked = work.config.pipeline.step_tokens
+    asked = problem.config.pipeline.step_tokens
     if asked:
         return [asked]
-    step_tokens = STREAMED_STEP_TOKENS if work.machine.device == "cuda" else 512
-    least = max(LEAST_STEP_TOKENS, work.config.pipeline.microbatch_tokens or 1)
+    step_tokens = STREAMED_STEP_TOKENS if problem.machine.device == "cuda" else 512
+    least = max(LEAST_STEP_TOKENS, problem.config.pipeline.microbatch_tokens or 1)
     return [step_tokens, *(smaller for smaller in (4096, 1024, 256) if least <= smaller < step_tokens)]
 
 
-def _candidates(work: Work, load: Load, step_tokens: int) -> Iterator[Choice]:
+def _candidates(problem: Problem, workload: Workload, step_tokens: int) -> Iterator[Candidate]:
     """Every combination of laps, room for the cache, and the tiers that the cache may live in."""
-    placement, pipeline = work.config.placement, work.config.pipeline
+    placement, pipeline = problem.config.placement, problem.config.pipeline
     for streams in (False, True):
         if streams and not _may_stream(placement.weights):
             continue
         if not streams and placement.weights is not None and _must_stream(placement.weights):
             continue
-        for laps in _laps(work, streams):
+        for laps in _laps(problem, streams):
             small = not streams and not pipeline.step_tokens
             step = min(step_tokens, MICROBATCH_TOKENS) if small else step_tokens
-            for groups in _groups(work, once=streams and laps == 1):
-                base = Choice(laps, groups, step, placement.weights, placement.cache)
+            for groups in _groups(problem, once=streams and laps == 1):
+                base = Candidate(laps, groups, step, placement.weights, placement.cache)
                 if placement.weights is None and not streams:
                     base = replace(base, weights={"gpu": 100.0})
-                for cached in _cached(work, base):
+                for cached in _cached(problem, base):
                     if base.weights is not None:
                         yield cached
                     else:
-                        yield from _reserving(work, cached, load)
+                        yield from _reserving(problem, cached, workload)
 
 
 def _may_stream(weights: Mapping[str, Any] | None) -> bool:
@@ -177,50 +184,50 @@ def _must_stream(weights: Mapping[str, Any]) -> bool:
     return any(share for tier, share in weights.items() if tier != "gpu")
 
 
-def _laps(work: Work, streams: bool) -> list[int]:
+def _laps(problem: Problem, streams: bool) -> list[int]:
     """Once round where all is resident; else up to as many times as there are layers, so that a visit streams few."""
-    asked, most = work.config.pipeline.laps, work.shape.num_layers // work.num_ranks
-    if asked or not streams or work.num_ranks == 1 or not isinstance(work.config.pipeline.partition, str):
-        listed = work.config.pipeline.partition
-        counted = len(listed) // work.num_ranks if isinstance(listed, list) else 1
+    asked, most = problem.config.pipeline.laps, problem.shape.num_layers // problem.num_ranks
+    if asked or not streams or problem.num_ranks == 1 or not isinstance(problem.config.pipeline.partition, str):
+        listed = problem.config.pipeline.partition
+        counted = len(listed) // problem.num_ranks if isinstance(listed, list) else 1
         return [asked or max(counted, 1)]
     return sorted({1, max(most // 4, 1), max(most // 2, 1), most})
 
 
-def _cached(work: Work, base: Choice) -> Iterator[Choice]:
+def _cached(problem: Problem, base: Candidate) -> Iterator[Candidate]:
     """Where the cache may live: as asked, else on the device, or there and in CPU memory."""
     yield base
-    if base.cache is None and work.config.placement.weights is None and work.machine.device != "cpu":
+    if base.cache is None and problem.config.placement.weights is None and problem.machine.device != "cpu":
         yield replace(base, cache_tiers=("gpu", "cpu"))
 
 
-def _reserving(work: Work, base: Choice, load: Load) -> Iterator[Choice]:
+def _reserving(problem: Problem, base: Candidate, workload: Workload) -> Iterator[Candidate]:
     """Candidates that keep room for the cache of a part of the rows; the rest of the device holds weights."""
-    sizes = sizes_of(work, replace(base, weights={"gpu": 100.0}))
-    page = max(sizes.page(rank) for rank in range(work.num_ranks))
-    cap = work.cap(base.groups)
+    sizes = sizes_of(problem, replace(base, weights={"gpu": 100.0}))
+    page = max(sizes.page(rank) for rank in range(problem.num_ranks))
+    cap = problem.cap(base.groups)
     if base.cache is not None and is_budget(base.cache):
         budgets = budgets_of(base.cache, "placement.cache")
         yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
         return
-    wanted = -(-load.num_rows // base.groups) * base.groups * load.pages
+    wanted = -(-workload.num_rows // base.groups) * base.groups * workload.pages
     for split in [base.cache] if base.cache else [{tier: 100.0} for tier in base.cache_tiers]:
         shares = {tier: share / 100 for tier, share in split.items() if share}
-        most = min([wanted, *(int(work.limits[tier] / page / share) for tier, share in shares.items())])
+        most = min([wanted, *(int(problem.limits[tier] / page / share) for tier, share in shares.items())])
         for fraction in FRACTIONS:
-            pages = max(int(most * fraction), min(work.longest, cap))
+            pages = max(int(most * fraction), min(problem.longest, cap))
             yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
 
 
-def _groups(work: Work, once: bool) -> tuple[int, ...]:
+def _groups(problem: Problem, once: bool) -> tuple[int, ...]:
     """M to try: the ring is full at M = N; one more group hides the hop and rank 0's own work.
 
     A single GPU stays busy with two groups, but reads its weights for each of them. `once`: a single group there, so that
     it loads its streamed blocks once a round.
     """
-    pipeline = work.config.pipeline
+    pipeline = problem.config.pipeline
     if pipeline.groups or pipeline.blocking:
-        return (pipeline.groups or work.num_ranks,)
-    if work.num_ranks == 1:
-        return (1,) if once or work.machine.device == "cpu" else (2, 1)
-    return (work.num_ranks + 1,)
+        return (pipeline.groups or problem.num_ranks,)
+    if problem.num_ranks == 1:
+        return (1,) if once or problem.machine.device == "cpu" else (2, 1)
+    return (problem.num_ranks + 1,)

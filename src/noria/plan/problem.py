@@ -30,7 +30,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """What one candidate fixes before memory is counted.
 
     `weights`, `cache`: shares in % or sizes, by tier, as the user gives them. `weights` None: resident what the device
@@ -54,7 +54,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Work:
+class Problem:
     """What every candidate has in common.
 
     `most_pages`: of as many rows as there are, were all as long as the context; `total_pages`: what they reserve, if that is

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from noria.errors import InputError, require
 from noria.limits import TIERS
 from noria.plan.memory import Sizes
-from noria.plan.problem import Choice, Work
+from noria.plan.problem import Candidate, Problem
 from noria.plan.shares import amounts, budgets_of, is_budget
 from noria.step import PAGE_TOKENS
 from noria.tools.values import size_words
 
 
-def cache_pages(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
+def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
     """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few, or none a usual row."""
-    room, least = _room(work, sizes, choice), min(work.row_pages, work.cap(sizes.groups))
-    pages = _pages(work, sizes, choice, room)
+    room, least = _room(problem, sizes, candidate), min(problem.row_pages, problem.cap(sizes.groups))
+    pages = _pages(problem, sizes, candidate, room)
     if max(pages.values()) < least:  # all pages of a row are in one tier
-        if choice.cache is None:
-            _require_room(work, sizes, choice.cache_tiers[0], least, room[choice.cache_tiers[0]])
+        if candidate.cache is None:
+            _require_room(problem, sizes, candidate.cache_tiers[0], least, room[candidate.cache_tiers[0]])
         raise InputError(
             f"the cache has room for {max(pages.values()) * PAGE_TOKENS} tokens in a tier, a usual row of this run needs"
             f" {least * PAGE_TOKENS}: give placement.cache more, or lower sampling.max_new_tokens"
@@ -25,21 +25,21 @@ def cache_pages(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
     return pages
 
 
-def _pages(work: Work, sizes: Sizes, choice: Choice, room: Mapping[str, int]) -> dict[str, int]:
+def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[str, int]) -> dict[str, int]:
     """Pages in each tier, of which `room` says what it can hold."""
-    if choice.cache is None:
-        pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
-        for tier in choice.cache_tiers:
+    if candidate.cache is None:
+        pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
+        for tier in candidate.cache_tiers:
             pages[tier] = max(min(room[tier], left), 0)
             left -= pages[tier]
         return pages
-    held = [tier for tier in TIERS if choice.cache.get(tier)]
-    if is_budget(choice.cache):
-        return _budgeted_pages(work, sizes, choice.cache, held, room)
+    held = [tier for tier in TIERS if candidate.cache.get(tier)]
+    if is_budget(candidate.cache):
+        return _budgeted_pages(problem, sizes, candidate.cache, held, room)
     for tier in held:
-        _require_room(work, sizes, tier, 1, room[tier])
-    share = {tier: choice.cache[tier] / 100 for tier in held}
-    total = max(min([work.cap(sizes.groups), *(int(room[tier] / share[tier]) for tier in held)]), 1)
+        _require_room(problem, sizes, tier, 1, room[tier])
+    share = {tier: candidate.cache[tier] / 100 for tier in held}
+    total = max(min([problem.cap(sizes.groups), *(int(room[tier] / share[tier]) for tier in held)]), 1)
     counts = {tier: int(total * share[tier] + 1e-9) for tier in held}
     widest = max(held, key=lambda tier: room[tier] - counts[tier])
     counts[widest] += min(total - sum(counts.values()), room[widest] - counts[widest])
@@ -47,58 +47,63 @@ def _pages(work: Work, sizes: Sizes, choice: Choice, room: Mapping[str, int]) ->
 
 
 def _budgeted_pages(
-    work: Work, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping[str, int]
+    problem: Problem, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping[str, int]
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
-    largest = max(sizes.page(rank) for rank in range(work.num_ranks))
-    pages, left = dict.fromkeys(TIERS, 0), work.cap(sizes.groups)
+    largest = max(sizes.page(rank) for rank in range(problem.num_ranks))
+    pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
     for tier, nbytes in budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
         pages[tier] = min(nbytes // largest, left)
         left -= pages[tier]
-        _require_room(work, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
+        _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
     require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {size_words(largest)} on a rank")
     return pages
 
 
-def _room(work: Work, sizes: Sizes, choice: Choice) -> dict[str, int]:
+def _room(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
     """Pages that every rank can hold in each tier beside what else it has there. Raises InputError for what does not fit."""
-    limits, room = work.limits, dict.fromkeys(TIERS, 1 << 62)
-    has_disk_cache = bool((choice.cache or {}).get("disk"))
+    limits, room = problem.limits, dict.fromkeys(TIERS, 1 << 62)
+    has_disk_cache = bool((candidate.cache or {}).get("disk"))
     for rank, table in enumerate(sizes.tables({"disk": 1} if has_disk_cache else {})):
         table["disk"].pop("cache", None)
         used = {tier: sum(table[tier].values()) for tier in TIERS}
-        if not work.config.placement.stage:
+        if not problem.config.placement.stage:
             used["disk"] = 0  # read from the checkpoint where it lies
         free = {tier: limits[tier] - used[tier] for tier in TIERS}
-        if work.machine.device == "cpu":  # one memory: what one tier takes, the other lacks
-            free["gpu"] = min(free["gpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
-            free["cpu"] = min(free["cpu"], work.machine.memory_nbytes - used["gpu"] - used["cpu"])
+        if problem.machine.device == "cpu":  # one memory: what one tier takes, the other lacks
+            free["gpu"] = min(free["gpu"], problem.machine.memory_nbytes - used["gpu"] - used["cpu"])
+            free["cpu"] = min(free["cpu"], problem.machine.memory_nbytes - used["gpu"] - used["cpu"])
         for tier in TIERS:
             if free[tier] < 0:
-                raise refused(work, rank, tier, table[tier])
+                raise refused(problem, rank, tier, table[tier])
             later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
             room[tier] = min(room[tier], (free[tier] + later) // sizes.page(rank))
-    if work.machine.device == "cpu" and choice.cache and choice.cache.get("gpu") and choice.cache.get("cpu"):
-        asked = amounts(choice.cache, "placement.cache")
+    if (
+        problem.machine.device == "cpu"
+        and candidate.cache
+        and candidate.cache.get("gpu")
+        and candidate.cache.get("cpu")
+    ):
+        asked = amounts(candidate.cache, "placement.cache")
         for tier in ("gpu", "cpu"):
             room[tier] = int(room[tier] * asked[tier] / (asked["gpu"] + asked["cpu"]))
     return room
 
 
-def _require_room(work: Work, sizes: Sizes, tier: str, pages: int, room: int, asked: str = "") -> None:
+def _require_room(problem: Problem, sizes: Sizes, tier: str, pages: int, room: int, asked: str = "") -> None:
     if pages <= room:
         return
     tables = [table[tier] for table in sizes.tables({tier: pages})]
-    rank = max(range(work.num_ranks), key=lambda rank: sum(tables[rank].values()))
-    raise refused(work, rank, tier, tables[rank], asked)
+    rank = max(range(problem.num_ranks), key=lambda rank: sum(tables[rank].values()))
+    raise refused(problem, rank, tier, tables[rank], asked)
 
 
-def refused(work: Work, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
+def refused(problem: Problem, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
     """What is said where a tier is too small for what the rank's `table` has there: the numbers and the remedy."""
-    needed, limit = sum(table.values()), work.limits[tier]
+    needed, limit = sum(table.values()), problem.limits[tier]
     items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in table.items() if nbytes)
     words = size_words if size_words(needed) != size_words(limit) else "{:,} bytes".format
-    weights = (work.config.placement.weights or {}).get(tier)
+    weights = (problem.config.placement.weights or {}).get(tier)
     if weights is not None:
         asked = asked or f"placement.weights.{tier} ({weights if isinstance(weights, str) else format(weights, 'g')})"
     other = {
