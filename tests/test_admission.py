@@ -51,7 +51,7 @@ class Engine:
             self.slots[admitted.slot], self.seen[admitted.slot] = admitted.runs, []
         assert step.num_tokens <= self.limits.step_tokens
         ends = np.concatenate([[0], np.cumsum(step.counts)]).astype(int)
-        for first, last in zip(step.microbatches[:-1], step.microbatches[1:], strict=True):
+        for first, last in zip(step.borders[:-1], step.borders[1:], strict=True):
             assert 0 < ends[last] - ends[first] <= self.limits.microbatch_tokens
         for row, slot in enumerate(step.slots.tolist()):
             assert step.positions[row] == len(self.seen[slot])

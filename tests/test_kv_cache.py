@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from late_streams import LateStreams
-from noria.engine.kv_cache import KvCache, Share, cache_rows, share_nbytes
+from noria.engine.kv_cache import KvCache, TierPages, cache_rows, pages_nbytes
 from noria.engine.traffic import Traffic
 from noria.model import ModelShape
 from noria.step import Admitted, Run, Span, Step
@@ -59,14 +59,14 @@ def test_new_tokens_go_to_the_rows_of_their_positions_across_runs():
 def test_what_is_stored_from_a_staging_buffer_comes_back_into_another_although_every_copy_is_late():
     """Two microbatches of a sequence in the cpu tier, in every layer, through two buffers."""
     streams, traffic = LateStreams(torch.device("cpu")), Traffic()
-    tier = Cpu(share_nbytes(SHAPE, 2, 4, "float32"), streams)
-    cpu = Share(2, 4, tier, ("host_to_gpu",), ("gpu_to_host",))
+    tier = Cpu(pages_nbytes(SHAPE, 2, 4, "float32"), streams)
+    cpu = TierPages(2, 4, tier, ("host_to_gpu",), ("gpu_to_host",))
     kv_cache = KvCache(SHAPE, [1, 3], 2, torch.float32, streams, [cpu], 2, 2, traffic)
     admit(kv_cache, s0=(Run(5, 1), Run(2, 1)))  # pages 3 and 0 of the tier
     written = torch.zeros(2, 2, 18, 4)
     for position, count in ((0, 15), (15, 2), (17, 1)):
         step = Step(0, 0, slots=np.array([0]), counts=np.array([count]), positions=np.array([position]))
-        spans, staged = kv_cache.stage(kv_cache.spans(step, 0, 1))
+        spans, staged = kv_cache.to_staging(kv_cache.spans(step, 0, 1))
         assert spans[0].runs[0].start == 0
         for index, layer in enumerate((1, 3)):
             kv_cache.load(layer, 0, staged)
@@ -87,4 +87,4 @@ def test_a_sequence_on_the_device_is_not_staged():
     admit(kv_cache, s0=(Run(1, 1),))
     step = Step(0, 0, slots=np.array([0]), counts=np.array([3]), positions=np.array([0]))
     spans = kv_cache.spans(step, 0, 1)
-    assert kv_cache.stage(spans) == (spans, None)
+    assert kv_cache.to_staging(spans) == (spans, None)

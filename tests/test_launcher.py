@@ -30,7 +30,7 @@ class Team(Solo):
 
 def test_a_rank_counts_the_ranks_of_its_own_host(monkeypatch):
     monkeypatch.setattr(launcher.socket, "gethostname", lambda: "b")
-    place = launcher.place(Team(3, ["a", "b", "a", "b"]))
+    place = launcher.location(Team(3, ["a", "b", "a", "b"]))
     assert (place.host, place.local_rank, place.ranks_on_host) == ("b", 1, 2)
 
 
@@ -41,12 +41,12 @@ def test_ranks_with_the_same_cores_share_them(monkeypatch):
     chosen = []
     monkeypatch.setattr(launcher.torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    place = launcher.settle(team, launcher.Place("b", 1, 2), launcher.torch.device("cpu"))
+    place = launcher.settle(team, launcher.Location("b", 1, 2), launcher.torch.device("cpu"))
     assert (place.cores, chosen) == ("2 cores", [2])
 
 
 def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
-    place = launcher.Place("here", 0, 1)
+    place = launcher.Location("here", 0, 1)
     monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(launcher.os.path, "exists", lambda path: False)
     for name in launcher.GPU_VARIABLES:
@@ -62,7 +62,7 @@ def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
 def test_a_rank_takes_the_gpu_of_its_place_on_the_node_of_those_that_it_sees(monkeypatch, visible, devices):
     monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: visible)
-    places = [launcher.Place("here", local_rank, 4) for local_rank in range(4)]
+    places = [launcher.Location("here", local_rank, 4) for local_rank in range(4)]
     assert [launcher.device_of(config.load(None, RUN), place).index for place in places] == devices
 
 
@@ -84,7 +84,7 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_allowed(monkeypatch, g
             assert value == gpus[0]
             return gpus
 
-    arguments = Ranks(), launcher.Place("a", 0, 2), launcher.torch.device("cuda", 0)
+    arguments = Ranks(), launcher.Location("a", 0, 2), launcher.torch.device("cuda", 0)
     with pytest.raises(InputError, match=said) if said else nullcontext():
         launcher.check_sharing(config.load(None, RUN), *arguments)
     launcher.check_sharing(config.load(None, RUN | {"allow_gpu_sharing": True}), *arguments)
@@ -92,7 +92,7 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_allowed(monkeypatch, g
 
 def test_the_memory_of_a_rank_is_its_share_of_what_is_free(monkeypatch):
     monkeypatch.setattr(launcher.memory, "free_nbytes", lambda: 400)
-    place = launcher.Place("here", 0, 2)
+    place = launcher.Location("here", 0, 2)
     assert launcher.device_memory(Solo(), place, launcher.torch.device("cpu")) == int(400 * 0.9 / 2)
 
 
@@ -109,7 +109,7 @@ def test_what_rank_0_refuses_every_rank_refuses():
 
 def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher.memory, "free_nbytes", lambda: 400)
-    place, cpu = launcher.Place("here", 0, 2), launcher.torch.device("cpu")
+    place, cpu = launcher.Location("here", 0, 2), launcher.torch.device("cpu")
     found = launcher.machine(config.load(None, RUN), Solo(), place, cpu)
     assert (found.device, found.memory_nbytes, found.cpu_memory_nbytes, found.scratch_nbytes) == ("cpu", 180, 180, None)
     asked = config.load(None, RUN | {"cache": {"disk": 100}, "scratch": str(tmp_path)})
@@ -117,7 +117,7 @@ def test_the_planner_hears_of_the_tightest_rank(monkeypatch, tmp_path):
 
 
 def test_a_scratch_folder_that_is_none_is_refused_where_it_is_needed(tmp_path):
-    place, cpu = launcher.Place("here", 0, 1), launcher.torch.device("cpu")
+    place, cpu = launcher.Location("here", 0, 1), launcher.torch.device("cpu")
     nowhere = RUN | {"scratch": str(tmp_path / "nowhere")}
     launcher.machine(config.load(None, nowhere), Solo(), place, cpu)
     with pytest.raises(launcher.InputError, match="nowhere is not a folder on here: name a folder"):

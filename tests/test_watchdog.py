@@ -20,7 +20,7 @@ import threading, time
 from noria.launch import mpi, watchdog
 mpi.is_up, mpi.abort, watchdog.ABORT_SECONDS = (lambda: True), (lambda code: time.sleep(600)), 0.5
 dog = watchdog.Watchdog()
-dog.stage, dog.doing = "stage 1 (layers 4-7)", lambda: "computing in round 12"
+dog.layers, dog.doing = "stage 1 (layers 4-7)", lambda: "computing in round 12"
 {body}
 """
 

@@ -54,7 +54,7 @@ def run(
     """
     watchdog, signals = watchdog or Watchdog(), signals or Signals()
     signals.attended = True
-    comm = launcher.ring_order(comm)
+    comm = launcher.by_node(comm)
     watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
     with contextlib.ExitStack() as held:
         helper = helper or held.enter_context(template_helper())
@@ -62,7 +62,7 @@ def run(
         if comm.Get_rank() == 0:
             until = deadline.find(config.job.walltime, watchdog.began)
             stopping = held.enter_context(Stopping(signals, until, watchdog, notices))
-        place = launcher.place(comm)
+        place = launcher.location(comm)
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
         if device.type == "cuda":
             notices.prepare = lambda: torch.cuda.set_device(device)
@@ -82,7 +82,7 @@ def _generate(
     config: Config,
     comm: Communicator,
     work: Work,
-    place: launcher.Place,
+    place: launcher.Location,
     device: torch.device,
     watchdog: Watchdog,
     stopping: Stopping | None,
@@ -97,7 +97,7 @@ def _generate(
         comm,
         lambda: planner.make(config, work.shape, work.blocks, work.dtype, num_ranks, machine, work.num_rows, work.load),
     )
-    watchdog.stage = plan.stage_words(rank)
+    watchdog.layers = plan.stage_words(rank)
     devices, hosts = comm.allgather(_device_name(place, device)), comm.allgather(place.host)
     segment = segment_of(os.environ, hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
@@ -269,7 +269,7 @@ def _write_trace(comm: Communicator, path: Path, trace: Trace) -> None:
             log(0, comm.Get_size(), f"warning: the trace {path} was not written: {error}")
 
 
-def _announce(comm: Communicator, place: launcher.Place, device: torch.device, lines: list[str]) -> None:
+def _announce(comm: Communicator, place: launcher.Location, device: torch.device, lines: list[str]) -> None:
     """Once, before the weights are loaded: who runs where, and the plan."""
     placed = comm.allgather(f"{_device_name(place, device)}, {place.cores}")
     for line in [f"rank {rank}: {where}" for rank, where in enumerate(placed)] + lines:
@@ -281,7 +281,7 @@ def _say_once(comm: Communicator, line: str) -> None:
         log(0, comm.Get_size(), line)
 
 
-def _device_name(place: launcher.Place, device: torch.device) -> str:
+def _device_name(place: launcher.Location, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return f"{place.host} {device} ({name})"
 

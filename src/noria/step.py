@@ -63,7 +63,7 @@ _ARRAYS = (
     ("counts", np.int32),
     ("positions", np.int32),
     ("token_ids", np.int32),
-    ("microbatches", np.int32),
+    ("borders", np.int32),
     ("sample_rows", np.int32),
     ("sample_slots", np.int32),
     ("uniforms", np.float64),
@@ -77,7 +77,7 @@ class Step:
     """One group's pass through all layers. R rows (sequences), T tokens, S samples, K microbatches, P scores.
 
     slots, counts, positions: [R] each row's slot, number of new tokens, position of the first of them.
-    token_ids: [T] the new tokens, row after row. microbatches: [K+1] borders of the microbatches, in rows.
+    token_ids: [T] the new tokens, row after row. borders: [K+1] of the microbatches, in rows.
     sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
     score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
     Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
@@ -92,7 +92,7 @@ class Step:
     counts: np.ndarray = _no(np.int32)
     positions: np.ndarray = _no(np.int32)
     token_ids: np.ndarray = _no(np.int32)
-    microbatches: np.ndarray = _no(np.int32)
+    borders: np.ndarray = _no(np.int32)
     sample_rows: np.ndarray = _no(np.int32)
     sample_slots: np.ndarray = _no(np.int32)
     uniforms: np.ndarray = _no(np.float64)

@@ -184,7 +184,7 @@ def logits_of(checkpoint, dtype, rows):
     ids, counts = np.concatenate(rows), [len(row) for row in rows]
     empty = np.zeros(len(rows), np.int32)
     step = Step(0, 0, admitted=tuple(admitted), slots=np.arange(len(rows)), counts=np.array(counts), positions=empty,
-                token_ids=ids.astype(np.int32), microbatches=np.array([0, len(rows)]))  # fmt: skip
+                token_ids=ids.astype(np.int32), borders=np.array([0, len(rows)]))  # fmt: skip
     with torch.inference_mode():
         prepared = stage.prepare(step)
         hidden = stage.forward(prepared, range(shape.num_layers), stage.embed(prepared))

@@ -128,7 +128,7 @@ def ring_cases(comm):
         for number, (blocking, laps, groups) in enumerate(shapes):
             groups = groups or (2 if blocking else num_ranks + 1)
             dtype = (torch.float32, torch.bfloat16)[number % 2]
-            transport = module.Transport(comm, CPU, synchronous=True)
+            transport = module.TRANSPORT(comm, CPU, synchronous=True)
             shape = (groups, laps, HIDDEN, STEP_TOKENS, dtype, CPU, STREAMS, blocking)
             wrong = wrong_inputs(open_ring(transport, rank, num_ranks, *shape), dtype, seed=number)
             transport.close()
@@ -137,7 +137,7 @@ def ring_cases(comm):
 
 def late_cases(comm):
     for kind in (Ring, Hasty):
-        transport = transports()["mpi_device"].Transport(comm, CPU)
+        transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
         place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
         ring = kind(Late(transport), place, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
         yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
@@ -166,7 +166,7 @@ def event_cases(comm):
     for name, module in transports().items():
         for waits in (True, False):
             for blocking in (False, True):
-                transport = module.Transport(comm, CPU)
+                transport = module.TRANSPORT(comm, CPU)
                 sent, received = torch.zeros(STEP_TOKENS), torch.full((STEP_TOKENS,), -1.0)
                 written = LateEvent(lambda sent=sent: sent.fill_(1))
                 ready = written if waits else Done()
@@ -211,7 +211,7 @@ class Broken:
 def failure(comm):
     """Rank 1's communication thread fails: its main thread, which waits for the next header, must hear of it."""
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
-    transport = transports()["mpi_device"].Transport(comm, CPU)
+    transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
     transport = Broken(transport) if rank == 1 else transport
     ring = open_ring(transport, rank, num_ranks, 2, 2, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
     try:

@@ -20,7 +20,7 @@ Rows = tuple[tuple[int, int], ...]  # start .. stop of the pieces of the cache t
 
 
 @dataclass(frozen=True)
-class Part:
+class Call:
     """Sequences that one call computes: all new tokens of one, or the only one of each of `num`, `stride` rows apart.
 
     `span` and `rows` are the first one's.
@@ -36,32 +36,32 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return True
 
 
-def prepare(spans: list[Span], device: torch.device) -> tuple[Part, ...]:
-    """The parts of a microbatch, in order. Needs no device memory."""
-    parts: list[Part] = []
+def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
+    """The calls of a microbatch, in order. Needs no device memory."""
+    calls: list[Call] = []
     for span in spans:
-        part = Part(span, pieces(span))
-        joined = _join(parts[-1], part) if parts else None
+        call = Call(span, pieces(span))
+        joined = _join(calls[-1], call) if calls else None
         if joined:
-            parts[-1] = joined
+            calls[-1] = joined
         else:
-            parts.append(part)
-    return tuple(parts)
+            calls.append(call)
+    return tuple(calls)
 
 
-def _join(part: Part, following: Part) -> Part | None:
-    """Both as one part, if they are decoding rows of one length that go on at the same distance in the cache."""
-    first, last = part.span, following.span
-    if not (first.count == last.count == len(part.rows) == len(following.rows) == 1 and first.length == last.length):
+def _join(call: Call, following: Call) -> Call | None:
+    """Both as one call, if they are decoding rows of one length that go on at the same distance in the cache."""
+    first, last = call.span, following.span
+    if not (first.count == last.count == len(call.rows) == len(following.rows) == 1 and first.length == last.length):
         return None
-    stride = following.rows[0][0] - part.rows[0][0] - part.stride * (part.num - 1)
-    if stride <= 0 or (part.num > 1 and stride != part.stride):
+    stride = following.rows[0][0] - call.rows[0][0] - call.stride * (call.num - 1)
+    if stride <= 0 or (call.num > 1 and stride != call.stride):
         return None
-    return Part(first, part.rows, part.num + 1, stride)
+    return Call(first, call.rows, call.num + 1, stride)
 
 
 def attention(
-    plan: tuple[Part, ...],
+    plan: tuple[Call, ...],
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -76,13 +76,13 @@ def attention(
     grouped = (num_tokens, key_cache.shape[1], num_heads // key_cache.shape[1], head_dim)
     attended = queries.new_empty(grouped)
     queries = queries.view(grouped)
-    for part in plan:
-        span, rows = part.span, part.rows
+    for call in plan:
+        span, rows = call.span, call.rows
         if span.count == 1 and window is not None:
             rows = _last(rows, window)
-        tokens = slice(span.first, span.first + span.count * part.num)
-        if part.num > 1:
-            keys, values = (_strided(cache, rows[0], part) for cache in (key_cache, value_cache))
+        tokens = slice(span.first, span.first + span.count * call.num)
+        if call.num > 1:
+            keys, values = (_strided(cache, rows[0], call) for cache in (key_cache, value_cache))
             _decode_together(queries[tokens], keys, values, scale, attended[tokens])
             continue
         keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
@@ -91,12 +91,12 @@ def attention(
     return attended.view(num_tokens, num_heads, head_dim)
 
 
-def _strided(cache: torch.Tensor, rows: tuple[int, int], part: Part) -> torch.Tensor:
+def _strided(cache: torch.Tensor, rows: tuple[int, int], call: Call) -> torch.Tensor:
     """[num, Hkv, L, D]: a view of the keys of decoding rows that lie evenly spaced, the first one's at `rows`."""
     start, stop = rows
     row, head, element = cache.stride()
-    size = (part.num, cache.shape[1], stop - start, cache.shape[2])
-    return cache.as_strided(size, (part.stride * row, head, row, element), cache.storage_offset() + start * row)
+    size = (call.num, cache.shape[1], stop - start, cache.shape[2])
+    return cache.as_strided(size, (call.stride * row, head, row, element), cache.storage_offset() + start * row)
 
 
 def _last(rows: Rows, count: int) -> Rows:

@@ -22,7 +22,7 @@ Rows: TypeAlias = tuple[tuple[int, int], ...]  # start .. stop of the pieces of 
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """Sequences that one kernel computes. Tensors on the device: starts and lengths int32, rows and gather int64."""
 
     rows: slice | torch.Tensor  # which of the microbatch's tokens are their queries
@@ -54,7 +54,7 @@ def takes_what_flash_gives() -> bool:
     return given == GIVEN and needed <= set(NAMED) <= set(named)
 
 
-def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
+def prepare(spans: list[Span], device: torch.device) -> tuple[KernelCall, ...]:
     """At most four calls: one new token or several, keys in one piece or in several. One copy to the device."""
     if not spans:
         return ()
@@ -72,7 +72,7 @@ def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:
         together = members[-1][0].first + counts[-1] == first + total
         query_starts, key_starts, lengths = short[5 * index + 1 : 5 * index + 4]
         calls.append(
-            Call(
+            KernelCall(
                 slice(first, first + total) if together else queries,
                 query_starts,
                 key_starts,
@@ -111,7 +111,7 @@ def _to_device(arrays: list[np.ndarray], device: torch.device) -> tuple[list[tor
 
 
 def attention(
-    plan: tuple[Call, ...],
+    plan: tuple[KernelCall, ...],
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -132,7 +132,7 @@ def attention(
 
 
 def _compute(
-    call: Call,
+    call: KernelCall,
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,

@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSource:
     """A tensor as a piece of a parameter: as it is stored, or its transpose."""
 
     tensor: Tensor
@@ -56,7 +56,7 @@ class Part:
         return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
 
-Plan = dict[tuple[str, str], list[Part]]  # the parts, along dimension 0, of (block, parameter)
+Plan = dict[tuple[str, str], list[TensorSource]]  # the sources, along dimension 0, of (block, parameter)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
     )
     _check_space(target, file_nbytes(blocks, header))
     notes += _left_over(plan, tensors, shape) + _tokenizer_notes(header)
-    source_of = _Source(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
+    source_of = _ParameterBytes(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
     with making(target, remedy), replacing(target, overwrite) as temporary:
         write_checkpoint(temporary, header, blocks, _shared(plan), source_of.chunks)
@@ -153,9 +153,9 @@ def _plan(directory: Directory, family: ModuleType, shape: ModelShape, tensors: 
                 f" that none of its files holds; {_instead(missing[0], tensors)}"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
-            parts = [Part(found[name], isinstance(name, Transposed)) for name in wanted[parameter.name]]
-            _check_parts(block, parameter, parts)
-            plan[block, parameter.name] = parts
+            sources = [TensorSource(found[name], isinstance(name, Transposed)) for name in wanted[parameter.name]]
+            _check_sources(block, parameter, sources)
+            plan[block, parameter.name] = sources
     return plan
 
 
@@ -176,19 +176,19 @@ def _find(name: str, tensors: dict[str, Tensor], aliases: Iterable[tuple[str, st
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _check_parts(block: str, parameter: Parameter, parts: list[Part]) -> None:
-    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]) -> None:
+    rows = sum(source.shape[0] if source.shape else 0 for source in sources)
     wanted = parameter.shape
     if len(wanted) == 3:  # its first two dimensions are rows
         wanted = (wanted[0] * wanted[1], wanted[2])
-    if any((rows, *part.shape[1:]) != wanted for part in parts):
-        have = ", ".join(f"{part.tensor.name!r} {list(part.tensor.shape)}" for part in parts[:6])
-        have += " and more" if parts[6:] else ""
+    if any((rows, *source.shape[1:]) != wanted for source in sources):
+        have = ", ".join(f"{source.tensor.name!r} {list(source.tensor.shape)}" for source in sources[:6])
+        have += " and more" if sources[6:] else ""
         raise InputError(
-            f"{parts[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
+            f"{sources[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
             " that config.json asks for: weights and config.json are not of one model"
         )
-    for tensor in (part.tensor for part in parts):
+    for tensor in (source.tensor for source in sources):
         if tensor.dtype not in DTYPE_NBYTES:
             raise InputError(
                 f"{tensor.shard}: {tensor.name!r} is {tensor.dtype!r}: Noria converts {', '.join(DTYPE_NBYTES)}"
@@ -199,7 +199,7 @@ def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
     """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for tensor in {part.tensor.name: part.tensor for parts in plan.values() for part in parts}.values():
+    for tensor in {source.tensor.name: source.tensor for sources in plan.values() for source in sources}.values():
         sizes[tensor.dtype] += tensor.size
         counts[tensor.dtype] += 1
     if dtype != "auto":
@@ -212,7 +212,7 @@ def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
 def _shared(plan: Plan) -> str | None:
     """The parameter of `embed` that is made of the very tensor that the head's matrix is made of."""
     head = plan.get(("head", "lm_head"))
-    return next((name for (block, name), parts in plan.items() if block == "embed" and parts == head), None)
+    return next((name for (block, name), sources in plan.items() if block == "embed" and sources == head), None)
 
 
 def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> None:
@@ -231,7 +231,7 @@ def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> No
 
 def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
     """A note of the tensors that nothing is made of. Raises InputError for those that would change every number."""
-    used = {part.tensor.name for parts in plan.values() for part in parts}
+    used = {source.tensor.name for sources in plan.values() for source in sources}
     # a tied model's own lm_head is the embedding once more
     tied = {"lm_head.weight"} if shape.tied else set()
     left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
@@ -255,8 +255,8 @@ def _listed(names: list[str]) -> str:
 def _modules(plan: Plan) -> set[str]:
     """What the names of all tensors of computed modules begin with: each layer, and each module beside the layers."""
     paths: dict[str, list[str]] = {}
-    for (block, _), parts in plan.items():
-        paths.setdefault(block, []).extend(part.tensor.name.replace(".", "/") for part in parts)
+    for (block, _), sources in plan.items():
+        paths.setdefault(block, []).extend(source.tensor.name.replace(".", "/") for source in sources)
     layers = {commonpath(found) for block, found in paths.items() if "/" in block}
     others = {path.rpartition("/")[0] for block, found in paths.items() if "/" not in block for path in found}
     return {path.replace("/", ".") + "." for path in layers | others}
@@ -269,7 +269,7 @@ def _tokenizer_notes(header: Header) -> list[str]:
     return [f"no tokenizer.json, nor vocab.json and merges.txt: prompts can only be given as token_ids ({made})"]
 
 
-class _Source:
+class _ParameterBytes:
     """Gives the bytes of each parameter to the writer, cast, and tells how far it is."""
 
     def __init__(self, plan: Plan, dtype: str, total: int, progress: Progress | None):
@@ -278,9 +278,9 @@ class _Source:
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
-        for part in self._plan[block.name, parameter.name]:
-            tensor = part.tensor
-            for chunk in self._reader.chunks(tensor, part.transposed):
+        for source in self._plan[block.name, parameter.name]:
+            tensor = source.tensor
+            for chunk in self._reader.chunks(tensor, source.transposed):
                 cast = chunk if chunk.dtype == self._dtype else self._cast[: len(chunk)].copy_(chunk)
                 _check_range(chunk, cast, tensor)
                 yield cast.view(torch.uint8).numpy().data

@@ -21,7 +21,7 @@ NUM_THREADS = 8
 
 
 @dataclass
-class _Coming:
+class _Reading:
     """A block under way into `memory`; `buffer` is what to give back after it, or None."""
 
     name: str
@@ -50,7 +50,7 @@ def read_ahead(
     source: _FileSource | _MadeSource
     source = _FileSource(checkpoint) if isinstance(checkpoint, Checkpoint) else _MadeSource(checkpoint)
     waiting = deque(names)
-    coming: deque[_Coming] = deque()
+    coming: deque[_Reading] = deque()
     pool = ThreadPoolExecutor(threads, "read")
     try:
         while waiting or coming:
@@ -59,7 +59,7 @@ def read_ahead(
                 buffer = None if name in into else free.popleft()
                 memory = into[name] if buffer is None else buffer.memory[: sizes[name]]
                 assert memory.numel() == sizes[name], (name, memory.numel(), sizes[name])
-                coming.append(_Coming(name, memory, buffer, source.start(pool, name, memory)))
+                coming.append(_Reading(name, memory, buffer, source.start(pool, name, memory)))
             block = coming.popleft()
             for read in block.reads:
                 read.result()

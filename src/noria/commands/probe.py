@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit code of this rank. Raises mpi.Refused, on every rank, for the user's mistakes."""
     with Watchdog() as watchdog:
         try:
-            comm = launcher.ring_order(mpi.start())
+            comm = launcher.by_node(mpi.start())
             watchdog.rank, watchdog.num_ranks, watchdog.doing = comm.Get_rank(), comm.Get_size(), "measuring"
             return _probe(arguments, comm)
         except mpi.Refused:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace, comm: Communicator) -> int:
     mpi.on_first_rank(comm, lambda: _check(arguments))
     config = Config(model="-", prompts="-", output=str(arguments.output or "machine.toml"), device=arguments.device)
-    place = launcher.place(comm)
+    place = launcher.location(comm)
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
     place = launcher.settle(comm, place, device)
     folder = mpi.on_every_rank(comm, lambda: _folder(arguments, config, place))
@@ -100,7 +100,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_folder(arguments.output)
 
 
-def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Place) -> Path:
+def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Location) -> Path:
     folder = Path(arguments.scratch) if arguments.scratch else launcher.scratch_folder(config)
     require(folder.is_dir(), f"--scratch {folder} is not a folder on {place.host}: name one on the disk to measure")
     return folder

@@ -109,7 +109,7 @@ class OnDevice:
 
 
 @dataclass
-class Slot:
+class ActivationSlot:
     """A buffer [microbatch_tokens, E] on the device. `busy`: events after which it may be rewritten; `ready`: after which
     it may be read."""
 
@@ -142,9 +142,11 @@ class InHost:
         self._streams, self._traffic = streams, traffic or Traffic()
         self._fixed = Fixed((2, step_tokens, hidden_size), dtype, streams.device, in_host=True)
         size = (microbatch_tokens, hidden_size)
-        self._free = deque(Slot(torch.empty(size, dtype=dtype, device=streams.device)) for _ in range(ACTIVATION_SLOTS))
-        self._coming: dict[tuple[int, int], Slot] = {}
-        self._leaving: dict[tuple[int, int], Slot] = {}
+        self._free = deque(
+            ActivationSlot(torch.empty(size, dtype=dtype, device=streams.device)) for _ in range(ACTIVATION_SLOTS)
+        )
+        self._coming: dict[tuple[int, int], ActivationSlot] = {}
+        self._leaving: dict[tuple[int, int], ActivationSlot] = {}
         self._written: dict[int, Event] = {}  # address of a send buffer -> the event of its last store
         self.stored: Event | None = None
 
@@ -272,7 +274,7 @@ class InHost:
         first, last = np.searchsorted(rows, [m.first, m.last])
         return on_device[first:last] - m.first
 
-    def _release(self, slot: Slot | None) -> None:
+    def _release(self, slot: ActivationSlot | None) -> None:
         if slot is not None:
             slot.busy = [self._streams.event()]
             self._free.append(slot)

@@ -5,7 +5,7 @@ from pathlib import Path
 from noria import attention, kinds
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.executor import Executor
-from noria.engine.kv_cache import KvCache, open_shares
+from noria.engine.kv_cache import KvCache, open_tiers
 from noria.engine.loading import Loader
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Stage
@@ -65,14 +65,14 @@ def build(
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
     layers = [layer for stage in stages for layer in stage]
-    shares = open_shares(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
+    elsewhere = open_tiers(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
     cache = KvCache(
         shape,
         layers,
         plan.cache_pages.get("gpu", 0),
         dtype,
         streams,
-        shares,
+        elsewhere,
         plan.cache_slots,
         plan.cache_slot_pages,
         traffic,

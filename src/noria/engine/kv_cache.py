@@ -1,7 +1,7 @@
 """This rank's KV cache: pages of 16 tokens for each of its layers, and which pages each slot holds.
 
 Slots and pages are given by rank 0 and are the same on all ranks; this file only executes the changes that headers carry.
-Pages beyond those on the device live in other tiers: a microbatch's are loaded into a staging buffer, a layer at a time.
+Pages beyond those on the device live in other tiers: a microbatch's are loaded into a staging slot, a layer at a time.
 """
 
 from collections import deque
@@ -26,11 +26,11 @@ from noria.tiers.disk import Disk
 Awaited: TypeAlias = Transfer | Event
 Triples: TypeAlias = Sequence[
     tuple[int, int, int]
-]  # rows: the first in the tier, the first in a staging buffer, how many
+]  # rows: the first in the tier, the first in a staging slot, how many
 
 
 @dataclass(frozen=True)
-class Share:
+class TierPages:
     """Pages of the cache that live in a tier other than the device: `num_pages` from page `first` on."""
 
     first: int
@@ -44,14 +44,14 @@ class Share:
 class Staged:
     """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it."""
 
-    share: Share
+    held: TierPages
     loads: Triples
     stores: Triples
 
 
 @dataclass
-class Buffer:
-    """A staging buffer [2, rows, Hkv, D] for keys and values of one layer.
+class StagingSlot:
+    """A buffer [2, rows, Hkv, D] for keys and values of one layer.
 
     `busy`: transfers and events after which it may be rewritten; `coming`: those after which it may be computed with.
     """
@@ -64,7 +64,7 @@ class Buffer:
 class KvCache:
     """K and V of this rank's layers, each `[layer][page * token][kv head][head dim]`, so that a run of pages is a view.
 
-    `num_pages` pages live on the device; `shares` are the others. `slots` staging buffers of `slot_pages` pages.
+    `num_pages` pages live on the device; `elsewhere` are the others. `slots` staging slots of `slot_pages` pages.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class KvCache:
         num_pages: int,
         dtype: torch.dtype,
         streams: Streams,
-        shares: Iterable[Share] = (),
+        elsewhere: Iterable[TierPages] = (),
         slots: int = 0,
         slot_pages: int = 0,
         traffic: Traffic | None = None,
@@ -86,18 +86,18 @@ class KvCache:
         self._row_nbytes = row[0] * row[1] * self._keys.element_size()
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._runs: dict[int, tuple[Run, ...]] = {}
-        self._shares, self._streams, self._traffic = list(shares), streams, traffic or Traffic()
+        self._elsewhere, self._streams, self._traffic = list(elsewhere), streams, traffic or Traffic()
         self._slot_pages = slot_pages
-        staging = (2, slot_pages * PAGE_TOKENS, *row)
-        self._free = deque(Buffer(torch.empty(staging, dtype=dtype, device=device)) for _ in range(slots))
-        self._staged: dict[tuple[int, int], Buffer] = {}
+        size = (2, slot_pages * PAGE_TOKENS, *row)
+        self._free = deque(StagingSlot(torch.empty(size, dtype=dtype, device=device)) for _ in range(slots))
+        self._staged: dict[tuple[int, int], StagingSlot] = {}
         self._stored: dict[int, Transfer] = {}  # of each layer the last store under way
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        buffers = [*self._free, *self._staged.values()]
-        return self._keys.nbytes + self._values.nbytes + sum(buffer.rows.nbytes for buffer in buffers)
+        slots = [*self._free, *self._staged.values()]
+        return self._keys.nbytes + self._values.nbytes + sum(slot.rows.nbytes for slot in slots)
 
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
@@ -120,22 +120,22 @@ class KvCache:
             first += count
         return spans
 
-    def stage(self, spans: list[Span]) -> tuple[list[Span], Staged | None]:
+    def to_staging(self, spans: list[Span]) -> tuple[list[Span], Staged | None]:
         """The spans with their pages where attention will find them, and what to move for that (None: nothing).
 
         The spans of a microbatch are all in one tier.
         """
         first = spans[0].runs[0].start if spans else -1
-        share = next((share for share in reversed(self._shares) if first >= share.first), None)
-        if share is None:
+        held = next((held for held in reversed(self._elsewhere) if first >= held.first), None)
+        if held is None:
             return spans, None
         moved: list[Span] = []
         loads: list[tuple[int, int, int]] = []
         stores: list[tuple[int, int, int]] = []
         page = 0
         for span in spans:
-            tier_rows = cache_rows([replace(span, first=0, count=span.length)]) - share.first * PAGE_TOKENS
-            assert tier_rows[0] >= 0 and tier_rows[-1] < share.num_pages * PAGE_TOKENS, span
+            tier_rows = cache_rows([replace(span, first=0, count=span.length)]) - held.first * PAGE_TOKENS
+            assert tier_rows[0] >= 0 and tier_rows[-1] < held.num_pages * PAGE_TOKENS, span
             pages = -(-span.length // PAGE_TOKENS)
             old = span.length - span.count
             loads += _pieces(tier_rows[:old], page * PAGE_TOKENS)
@@ -143,60 +143,62 @@ class KvCache:
             moved.append(replace(span, runs=(Run(page, pages),)))
             page += pages
         assert page <= self._slot_pages, f"a microbatch of {page} pages"
-        return moved, Staged(share, tuple(loads), tuple(stores))
+        return moved, Staged(held, tuple(loads), tuple(stores))
 
     def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable[Event] = ()) -> None:
         """Sends a microbatch's keys and values of a layer on their way to the device."""
         if staged is None or (layer, microbatch) in self._staged:
             return
-        buffer = self._staged[layer, microbatch] = self._free.popleft()
-        share, stored = staged.share, self._stored.get(layer)
-        waits = [*after, *map(event_of, buffer.busy), *([event_of(stored)] if stored is not None else [])]
-        self._streams.label(buffer.rows, "cache", layer=layer, microbatch=microbatch)
-        pieces = self._pieces(layer, buffer, share, staged.loads)
-        buffer.busy, buffer.coming = [], [share.tier.load(pieces, waits)] if pieces else [*waits]
-        self._count(share.load_links, staged.loads)
+        staging = self._staged[layer, microbatch] = self._free.popleft()
+        held, stored = staged.held, self._stored.get(layer)
+        waits = [*after, *map(event_of, staging.busy), *([event_of(stored)] if stored is not None else [])]
+        self._streams.label(staging.rows, "cache", layer=layer, microbatch=microbatch)
+        pieces = self._pieces(layer, staging, held, staged.loads)
+        staging.busy, staging.coming = [], [held.tier.load(pieces, waits)] if pieces else [*waits]
+        self._count(held.load_links, staged.loads)
 
     def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values for a microbatch in a layer, each [rows, Hkv, D], ready on the compute stream."""
         if staged is None:
             return self.layer(layer)
-        buffer = self._staged[layer, microbatch]
-        for coming in buffer.coming:
+        staging = self._staged[layer, microbatch]
+        for coming in staging.coming:
             self._streams.wait(event_of(coming))
-        buffer.coming = []
-        return buffer.rows[0], buffer.rows[1]
+        staging.coming = []
+        return staging.rows[0], staging.rows[1]
 
     def store(self, layer: int, microbatch: int, staged: Staged | None) -> None:
         """Sends the new keys and values, queued on the compute stream so far, on their way back to their tier."""
         if staged is None:
             return
-        buffer, share = self._staged.pop((layer, microbatch)), staged.share
-        pieces = self._pieces(layer, buffer, share, staged.stores)
-        stored = self._stored[layer] = share.tier.store(pieces, [self._streams.event()])
-        buffer.busy = [stored]
-        self._free.append(buffer)
-        self._count(share.store_links, staged.stores)
+        staging, held = self._staged.pop((layer, microbatch)), staged.held
+        pieces = self._pieces(layer, staging, held, staged.stores)
+        stored = self._stored[layer] = held.tier.store(pieces, [self._streams.event()])
+        staging.busy = [stored]
+        self._free.append(staging)
+        self._count(held.store_links, staged.stores)
 
     def drop(self) -> None:
         """Lets staged keys and values go that will not be computed with: the step is cut anew."""
-        for buffer in self._staged.values():
-            buffer.busy, buffer.coming = [self._streams.event(), *buffer.coming], []
-            self._free.append(buffer)
+        for staging in self._staged.values():
+            staging.busy, staging.coming = [self._streams.event(), *staging.coming], []
+            self._free.append(staging)
         self._staged.clear()
 
     def close(self) -> int:
         """Waits for stores under way and closes the tiers. Returns the bytes of host memory that were page-locked."""
         for stored in self._stored.values():
             stored.event().synchronize()
-        return sum(share.tier.close() for share in self._shares)
+        return sum(held.tier.close() for held in self._elsewhere)
 
-    def _pieces(self, layer: int, buffer: Buffer, share: Share, triples: Triples) -> list[tuple[int, torch.Tensor]]:
-        """(offset in the tier, bytes in the staging buffer) of keys and values. In a tier: [layer][K, V][row]."""
-        start = self._index[layer] * 2 * share.num_pages * PAGE_TOKENS
+    def _pieces(
+        self, layer: int, staging: StagingSlot, held: TierPages, triples: Triples
+    ) -> list[tuple[int, torch.Tensor]]:
+        """(offset in the tier, bytes in the staging slot) of keys and values. In a tier: [layer][K, V][row]."""
+        start = self._index[layer] * 2 * held.num_pages * PAGE_TOKENS
         pieces = []
-        for which, rows in enumerate(buffer.rows):
-            base = start + which * share.num_pages * PAGE_TOKENS
+        for which, rows in enumerate(staging.rows):
+            base = start + which * held.num_pages * PAGE_TOKENS
             for tier_row, row, count in triples:
                 bytes_ = rows[row : row + count].view(torch.uint8).reshape(-1)
                 pieces.append(((base + tier_row) * self._row_nbytes, bytes_))
@@ -208,19 +210,19 @@ class KvCache:
             self._traffic.add(link, nbytes)
 
 
-def open_shares(
+def open_tiers(
     cache_pages: dict[str, int], shape: ModelShape, num_layers: int, dtype: str, streams: Streams, scratch: Path
-) -> list[Share]:
+) -> list[TierPages]:
     """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
-    shares: list[Share] = []
+    opened: list[TierPages] = []
     first = 0
     for name, num_pages in cache_pages.items():
-        nbytes = share_nbytes(shape, num_layers, num_pages, dtype)
+        nbytes = pages_nbytes(shape, num_layers, num_pages, dtype)
         if name == "cpu" and num_pages:
             memory = Cpu(nbytes, streams)
             memory.touch()
             memory.register()
-            shares.append(Share(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
+            opened.append(TierPages(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
         elif name == "disk" and num_pages:
             disk = Disk(
                 scratch_region(scratch, nbytes),
@@ -228,12 +230,12 @@ def open_shares(
                 slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(num_layers, 1)),
             )
             links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
-            shares.append(Share(first, num_pages, disk, *links))
+            opened.append(TierPages(first, num_pages, disk, *links))
         first += num_pages
-    return shares
+    return opened
 
 
-def share_nbytes(shape: ModelShape, num_layers: int, num_pages: int, dtype: str) -> int:
+def pages_nbytes(shape: ModelShape, num_layers: int, num_pages: int, dtype: str) -> int:
     """Bytes that so many pages take in a tier, in all layers of a rank."""
     return num_layers * num_pages * PAGE_TOKENS * shape.cache_nbytes_per_token(dtype)
 
@@ -244,7 +246,7 @@ def event_of(awaited: Awaited) -> Event:
 
 
 def _pieces(tier_rows: np.ndarray, first: int) -> list[tuple[int, int, int]]:
-    """Consecutive rows of a tier as (first there, first in the staging buffer, how many)."""
+    """Consecutive rows of a tier as (first there, first in the staging slot, how many)."""
     if not len(tier_rows):
         return []
     borders = np.flatnonzero(np.diff(tier_rows) != 1) + 1

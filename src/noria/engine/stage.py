@@ -117,7 +117,7 @@ class Stage:
         """Takes over the step's changes of slots and puts its index tensors on the device."""
         self._cache.apply(step)
         self._sampler.apply(step)
-        borders = refined(step.microbatches.tolist(), step.counts.tolist(), self._most_tokens)
+        borders = refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens)
         spans, rows = self._spans(step, borders)
         needed, *head_rows = self._activations.needed(step.sample_rows, step.score_rows)
         parts = [step.token_ids, positions_of(step), *head_rows, step.score_ids, needed, *rows]
@@ -128,7 +128,7 @@ class Stage:
     def _spans(self, step: Step, borders: list[int]) -> tuple[list[Spans], list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
         pairs = itertools.pairwise(borders)
-        spans = [self._cache.stage(self._cache.spans(step, first, last)) for first, last in pairs]
+        spans = [self._cache.to_staging(self._cache.spans(step, first, last)) for first, last in pairs]
         return spans, [kv_cache.cache_rows(part) for part, _ in spans]
 
     def _microbatches(

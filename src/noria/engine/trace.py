@@ -1,6 +1,6 @@
 """A trace of a run: what each rank did when, in the format that Perfetto and chrome://tracing open.
 
-Spans are kept as marks of the streams and resolved after the last step, so that nothing waits for the device meanwhile.
+Events are kept as marks of the streams and resolved after the last step, so that nothing waits for the device meanwhile.
 Knows no MPI: the offsets of clocks are given to it.
 """
 
@@ -20,18 +20,18 @@ from noria.tools import atomic
 from noria.tools.writing import making, open_new
 from noria.transports import Transport
 
-LIMIT = 250_000  # spans of a rank, some 100 MB of host memory; those after them are counted and dropped
+LIMIT = 250_000  # events of a rank, some 100 MB of host memory; those after them are counted and dropped
 TRACKS = ("steps", "waits", "compute", "load", "store", "send", "receive")
 _HOST = {"steps", "waits", "send", "receive"}  # their marks are nanoseconds of time.perf_counter_ns()
 _SUBTRACKS = 1000
-_ROUNDING = 2000  # ns by which two spans of a stream may seem to overlap: the device's clock has steps of 0.5 us
-_ANCHOR_SPAN = 4 * 10**9  # ns; the device's clock counts milliseconds in 32 bits, which are exact near an anchor alone
+_ROUNDING = 2000  # ns by which two events of a stream may seem to overlap: the device's clock has steps of 0.5 us
+_ANCHOR_NS = 4 * 10**9  # ns; the device's clock counts milliseconds in 32 bits, which are exact near an anchor alone
 
 
 T = TypeVar("T")
 
 
-class Span(NamedTuple):
+class TraceEvent(NamedTuple):
     track: str
     name: str
     begin: Mark
@@ -94,11 +94,11 @@ OFF = Off()
 
 
 class Trace:
-    """The spans of one rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
+    """The events of event rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
 
     def __init__(self, rank: int, title: str, streams: Streams, limit: int = LIMIT):
         self._rank, self._title, self._streams, self._limit = rank, title, streams, limit
-        self._spans: list[Span] = []
+        self._kept: list[TraceEvent] = []
         self.dropped = 0
         self._anchor, self._began = streams.anchor()
         self._offset = self._zero = 0
@@ -110,8 +110,8 @@ class Trace:
         self._offset, self._zero = offset, zero
 
     def mark(self) -> Mark | None:
-        """Where the compute stream is now; None when no span is kept any more."""
-        return self._streams.mark() if len(self._spans) < self._limit else None
+        """Where the compute stream is now; None when no event is kept any more."""
+        return self._streams.mark() if len(self._kept) < self._limit else None
 
     def compute(
         self,
@@ -154,63 +154,63 @@ class Trace:
         yield from self._names("process", 0, self._rank, title)
         for number, track in enumerate(TRACKS):
             used: set[int] = set()
-            for place, begin, end, span in _beside(self._resolved(track)):
+            for place, begin, end, event in _beside(self._resolved(track)):
                 number_of = number * _SUBTRACKS + place
                 if place not in used:
                     used.add(place)
                     yield from self._names("thread", number_of, number_of, track + f" {place + 1}" * (place > 0))
-                event = {"ph": "X", "pid": self._rank, "tid": number_of, "name": span.name, "cat": track}
+                shown = {"ph": "X", "pid": self._rank, "tid": number_of, "name": event.name, "cat": track}
                 at = microseconds(begin)
-                yield json.dumps(event | {"ts": at, "dur": round(microseconds(end) - at, 3), "args": span.args})
+                yield json.dumps(shown | {"ts": at, "dur": round(microseconds(end) - at, 3), "args": event.args})
 
     def _names(self, what: str, thread: int, index: int, name: str) -> Iterable[str]:
-        event = {"ph": "M", "pid": self._rank, "tid": thread}
-        yield json.dumps(event | {"name": f"{what}_name", "args": {"name": name}})
-        yield json.dumps(event | {"name": f"{what}_sort_index", "args": {"sort_index": index}})
+        shown = {"ph": "M", "pid": self._rank, "tid": thread}
+        yield json.dumps(shown | {"name": f"{what}_name", "args": {"name": name}})
+        yield json.dumps(shown | {"name": f"{what}_sort_index", "args": {"sort_index": index}})
 
     def _copied(self, lane: str, name: str, args: dict[str, Any], nbytes: int, begin: Mark, end: Mark) -> None:
         self._add(lane, name, begin, end, args | {"bytes": nbytes})
 
     def _add(self, track: str, name: str, begin: Mark | None, end: Mark | None, args: dict[str, Any]) -> None:
-        if len(self._spans) >= self._limit or begin is None or end is None:
+        if len(self._kept) >= self._limit or begin is None or end is None:
             self.dropped += 1
         else:
-            self._spans.append(Span(track, name, begin, end, args))
+            self._kept.append(TraceEvent(track, name, begin, end, args))
 
-    def _resolved(self, track: str) -> list[tuple[int, int, Span]]:
-        """(begin, end, span) of a track in ns of this rank's clock, in order."""
-        found: list[tuple[int, int, Span]] = []
+    def _resolved(self, track: str) -> list[tuple[int, int, TraceEvent]]:
+        """(begin, end, event) of a track in ns of this rank's clock, in order."""
+        found: list[tuple[int, int, TraceEvent]] = []
         anchor, at = self._anchor, self._began
-        for span in (span for span in self._spans if span.track == track):
-            if isinstance(span.begin, int) and isinstance(span.end, int) and track in _HOST:
-                found.append((span.begin, span.end, span))
+        for event in (event for event in self._kept if event.track == track):
+            if isinstance(event.begin, int) and isinstance(event.end, int) and track in _HOST:
+                found.append((event.begin, event.end, event))
                 continue
-            begin = at + self._streams.nanoseconds(anchor, span.begin)
-            found.append((begin, begin + self._streams.nanoseconds(span.begin, span.end), span))
-            if begin - at > _ANCHOR_SPAN:
-                anchor, at = span.begin, begin
+            begin = at + self._streams.nanoseconds(anchor, event.begin)
+            found.append((begin, begin + self._streams.nanoseconds(event.begin, event.end), event))
+            if begin - at > _ANCHOR_NS:
+                anchor, at = event.begin, begin
         return sorted(found, key=lambda item: item[:2])
 
 
-def _beside(spans: list[tuple[int, int, Span]]) -> Iterable[tuple[int, int, int, Span]]:
-    """(place, begin, end, span): spans that overlap get places beside each other, the lowest that is free."""
+def _beside(events: list[tuple[int, int, TraceEvent]]) -> Iterable[tuple[int, int, int, TraceEvent]]:
+    """(place, begin, end, event): events that overlap get places beside each other, the lowest that is free."""
     ends: list[int] = []
-    for begin, end, span in spans:
+    for begin, end, event in events:
         place = next((place for place, last in enumerate(ends) if last <= begin + _ROUNDING), len(ends))
         if place == len(ends):
             ends.append(begin)
         begin = max(begin, ends[place])
         ends[place] = end = max(begin, end)
-        yield place, begin, end, span
+        yield place, begin, end, event
 
 
 class TracedTransport:
-    """A transport whose messages leave spans: a send from when its bytes are ready, a receive from when it is posted."""
+    """A transport whose messages leave events: a send from when its bytes are ready, a receive from when it is posted."""
 
     def __init__(self, transport: Transport, trace: Trace):
         self._transport, self._trace = transport, trace
         self.device = transport.device
-        # The messages of a blocking ring that are no hidden states, and the end, leave no spans.
+        # The messages of a blocking ring that are no hidden states, and the end, leave no events.
         self.send_bytes_now, self.receive_bytes_now = transport.send_bytes_now, transport.receive_bytes_now
         self.close = transport.close
 

@@ -46,7 +46,7 @@ class Home:
 
 
 @dataclass
-class Slot:
+class WeightSlot:
     """A buffer on the device that holds one block while it is used; `free`: the event after which it may be rewritten."""
 
     buffer: torch.Tensor
@@ -55,11 +55,11 @@ class Slot:
 
 
 @dataclass
-class Load:
+class Coming:
     """A block on its way into a slot, or there."""
 
     name: str
-    slot: Slot
+    slot: WeightSlot
     transfer: Transfer
 
 
@@ -89,16 +89,16 @@ class Weights:
         self._cycle = Cycle(visits, groups, num_slots) if homes else None
         largest = max((home.block.nbytes for home in homes.values()), default=0)
         buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(num_slots)]
-        self._free = deque(Slot(buffer) for buffer in buffers if homes)
-        self._ahead: deque[Load] = deque()
-        self._held: dict[str, Load] = {}
+        self._free = deque(WeightSlot(buffer) for buffer in buffers if homes)
+        self._ahead: deque[Coming] = deque()
+        self._held: dict[str, Coming] = {}
         self._at = (0, 0, 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the resident blocks, what two of them share counted once, and of the slots."""
         blocks = [p.untyped_storage() for block in self._resident.values() for p in block.values()]
-        slots = [load.slot for load in (*self._ahead, *self._held.values())] + list(self._free)
+        slots = [coming.slot for coming in (*self._ahead, *self._held.values())] + list(self._free)
         storages = blocks + [slot.buffer.untyped_storage() for slot in slots]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -109,7 +109,7 @@ class Weights:
                 self._release(name)
         self._at = round, lap, group
         if empty and lap == 0 and self._cycle:
-            needed = self._cycle.skip(round, group, [load.name for load in self._ahead])
+            needed = self._cycle.skip(round, group, [coming.name for coming in self._ahead])
             while not needed and self._ahead and self._ahead[0].transfer.settled:  # the host waits for no other here
                 self._drop()
         if self._prefetches:
@@ -128,7 +128,7 @@ class Weights:
             after = [] if slot.free is None else [slot.free]
             self._streams.label(slot.buffer, name)
             transfer = home.tier.load([(home.offset, slot.buffer[: home.block.nbytes])], after)
-            self._ahead.append(Load(name, slot, transfer))
+            self._ahead.append(Coming(name, slot, transfer))
 
     def wait(self, name: str) -> Parameters:
         """The parameters of a block, ready to be used on the compute stream."""
@@ -149,7 +149,7 @@ class Weights:
             if self._prefetches:
                 self._send()
 
-    def _arrive(self, name: str) -> Load:
+    def _arrive(self, name: str) -> Coming:
         """The next load of this name; those before it were for a visit that was passed over."""
         if name not in self._homes:
             raise KeyError(name)
@@ -157,19 +157,19 @@ class Weights:
             self._send()
             assert self._ahead, f"no weight slot is free for {name}"
             if self._ahead[0].name == name:
-                load, home = self._ahead.popleft(), self._homes[name]
-                self._streams.wait(load.transfer.event())
+                coming, home = self._ahead.popleft(), self._homes[name]
+                self._streams.wait(coming.transfer.event())
                 for link in home.links:
                     self._traffic.add(link, home.block.nbytes)
-                return load
+                return coming
             self._drop()
 
     def _drop(self) -> Event:
         """The oldest load ahead is in vain: its slot goes free after the event returned."""
-        load = self._ahead.popleft()
-        event = load.slot.free = load.transfer.event()
-        self._free.append(load.slot)
-        self._traffic.weights_unused += self._homes[load.name].block.nbytes
+        coming = self._ahead.popleft()
+        event = coming.slot.free = coming.transfer.event()
+        self._free.append(coming.slot)
+        self._traffic.weights_unused += self._homes[coming.name].block.nbytes
         return event
 
     def _release(self, name: str) -> None:

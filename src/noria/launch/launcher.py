@@ -1,4 +1,4 @@
-"""What this rank was given: its place among the machines, its device, its cores and its memory.
+"""What this rank was given: its location among the machines, its device, its cores and its memory.
 
 Reads the environment and the operating system; knows nothing of models.
 """
@@ -23,7 +23,7 @@ MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so muc
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a rank runs. `local_rank` counts the ranks of one host; `cores` says in words which are the rank's own."""
 
     host: str
@@ -32,32 +32,32 @@ class Place:
     cores: str = ""
 
 
-def ring_order(comm: Communicator) -> Communicator:
+def by_node(comm: Communicator) -> Communicator:
     """A communicator whose ranks follow the machines, so that most hops of the ring stay inside a node."""
     hosts = comm.allgather(socket.gethostname())
     return comm.Split(0, key=hosts.index(hosts[comm.Get_rank()]) * len(hosts) + comm.Get_rank())
 
 
-def place(comm: Communicator) -> Place:
+def location(comm: Communicator) -> Location:
     """Where this rank runs, counted over the communicator. Widens a binding to one core that nobody asked for."""
     rank, host = comm.Get_rank(), socket.gethostname()
     hosts = comm.allgather(host)
     local_rank, ranks_on_host = hosts[:rank].count(host), hosts.count(host)
     cores.widen(local_rank, ranks_on_host)
-    return Place(host, local_rank, ranks_on_host)
+    return Location(host, local_rank, ranks_on_host)
 
 
-def settle(comm: Communicator, place: Place, device: torch.device) -> Place:
-    """The place with its cores: those near the device, one thread of computation each, shared with the ranks beside."""
+def settle(comm: Communicator, location: Location, device: torch.device) -> Location:
+    """The location with its cores: those near the device, one thread of computation each, shared with the ranks beside."""
     cores.stay_near(device)
     own = tuple(sorted(os.sched_getaffinity(0)))
-    sharing = comm.allgather((place.host, own)).count((place.host, own))
+    sharing = comm.allgather((location.host, own)).count((location.host, own))
     num_cores = max(1, len(own) // sharing)
     cores.set_threads(num_cores)
-    return replace(place, cores=cores.words(own, num_cores, device))
+    return replace(location, cores=cores.words(own, num_cores, device))
 
 
-def device_of(config: Config, place: Place) -> torch.device:
+def device_of(config: Config, location: Location) -> torch.device:
     """This rank's device. Raises InputError for a GPU that is not there, does not work, or is another rank's."""
     if config.device == "cpu":
         return torch.device("cpu")
@@ -70,46 +70,50 @@ def device_of(config: Config, place: Place) -> torch.device:
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no GPU"
         seen = f"; {given[0]} says there is one" if given else ""
         raise InputError(
-            f"device = {config.device!r} on {place.host}: {reason}{seen}: mend that, or run with --device cpu"
+            f"device = {config.device!r} on {location.host}: {reason}{seen}: mend that, or run with --device cpu"
         )
-    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    return torch.device("cuda", location.local_rank % torch.cuda.device_count())
 
 
-def check_sharing(config: Config, comm: Communicator, place: Place, device: torch.device) -> None:
+def check_sharing(config: Config, comm: Communicator, location: Location, device: torch.device) -> None:
     """Refuses two ranks on one GPU unless they are allowed. Raises InputError on every rank."""
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    gpus = Counter((host, gpu) for host, gpu in comm.allgather((place.host, uuid)) if gpu)
+    gpus = Counter((host, gpu) for host, gpu in comm.allgather((location.host, uuid)) if gpu)
     shared = [f"{count} ranks on GPU {gpu} of {host}" for (host, gpu), count in gpus.items() if count > 1]
     if shared and not config.job.allow_gpu_sharing:
         raise InputError(f"{shared[0]}: start one rank per GPU, or set job.allow_gpu_sharing = true")
 
 
-def device_memory(comm: Communicator, place: Place, device: torch.device) -> int:
+def device_memory(comm: Communicator, location: Location, device: torch.device) -> int:
     """Bytes of the device that this rank may fill; on a CPU its share of what its cgroup and its machine have free."""
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        sharing = comm.allgather((place.host, uuid)).count((place.host, uuid))
+        sharing = comm.allgather((location.host, uuid)).count((location.host, uuid))
         return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE / sharing)
     comm.allgather(None)  # one collective on every rank, whatever its device
-    return host_memory(place)
+    return host_memory(location)
 
 
-def host_memory(place: Place) -> int:
+def host_memory(location: Location) -> int:
     """Bytes of host memory that this rank may fill: its share of what its machine and its cgroup have free."""
-    return int(memory.free_nbytes() * MEMORY_SHARE / place.ranks_on_host)
+    return int(memory.free_nbytes() * MEMORY_SHARE / location.ranks_on_host)
 
 
-def machine(config: Config, comm: Communicator, place: Place, device: torch.device) -> Machine:
+def machine(config: Config, comm: Communicator, location: Location, device: torch.device) -> Machine:
     """What the tightest rank has, for the planner. Collective. Raises InputError for a scratch folder that is none."""
     folder, placement = scratch_folder(config), config.placement
     needed = placement.stage or bool((placement.cache or {}).get("disk"))
     usable = folder.is_dir() and os.access(folder, os.W_OK)
-    own = device_memory(comm, place, device), host_memory(place), _share_of_disk(folder, place) if usable else 0
+    own = (
+        device_memory(comm, location, device),
+        host_memory(location),
+        _share_of_disk(folder, location) if usable else 0,
+    )
     device_nbytes, cpu_nbytes, scratch = map(min, zip(*comm.allgather(own), strict=True))
     if needed and not usable:
         why = "cannot be written to" if folder.is_dir() else "is not a folder"
         raise InputError(
-            f"placement.scratch: {folder} {why} on {place.host}: name a folder on a disk of the node itself"
+            f"placement.scratch: {folder} {why} on {location.host}: name a folder on a disk of the node itself"
         )
     most = int(device_nbytes / MEMORY_SHARE * MOST_SHARE) if device.type == "cuda" else None
     return Machine(device.type, device_nbytes, cpu_nbytes, scratch if needed else None, most)
@@ -121,9 +125,9 @@ def scratch_folder(config: Config) -> Path:
     return Path(named or Path(config.output).absolute().parent)
 
 
-def _share_of_disk(folder: Path, place: Place) -> int:
+def _share_of_disk(folder: Path, location: Location) -> int:
     space = os.statvfs(folder)
-    return int(space.f_bavail * space.f_frsize * MEMORY_SHARE / place.ranks_on_host)
+    return int(space.f_bavail * space.f_frsize * MEMORY_SHARE / location.ranks_on_host)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -33,13 +33,13 @@ class Probe:
     def __init__(
         self,
         comm: Communicator,
-        place: launcher.Place,
+        location: launcher.Location,
         device: torch.device,
         folder: Path,
         seconds: float,
         nbytes: int | None,
     ):
-        self._comm, self._place, self._device, self._folder, self._seconds = comm, place, device, folder, seconds
+        self._comm, self._location, self._device, self._folder, self._seconds = comm, location, device, folder, seconds
         self._streams = streams_of(device)
         self._cuda = device.type == "cuda"
         self._nbytes = nbytes or (256 << 20 if self._cuda else 64 << 20)
@@ -106,8 +106,11 @@ class Probe:
         for name, device in (("device_memory", self._device), ("host_memory", torch.device("cpu"))):
             source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
             rates[name] = 2 * size / self._timed(functools.partial(target.copy_, source))
-        capacity = launcher.device_memory(self._comm, self._place, self._device)
-        return rates | {"device_capacity": float(capacity), "host_capacity": float(launcher.host_memory(self._place))}
+        capacity = launcher.device_memory(self._comm, self._location, self._device)
+        return rates | {
+            "device_capacity": float(capacity),
+            "host_capacity": float(launcher.host_memory(self._location)),
+        }
 
     def _launches(self) -> dict[str, float]:
         small = torch.zeros(16, device=self._device)

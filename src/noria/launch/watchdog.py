@@ -30,7 +30,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         self.rank, self.num_ranks = mpi.launched_rank(), max(mpi.launched(), 1)
-        self.host, self.stage = socket.gethostname(), ""
+        self.host, self.layers = socket.gethostname(), ""
         self.began = time.time()
         self.doing: str | Callable[[], str] = "starting"
         self.record: Callable[[str], None] | None = None
@@ -50,7 +50,7 @@ class Watchdog:
     def place(self) -> str:
         """`on node3, stage 1 (layers 4-7), in round 12`."""
         doing = self.doing() if callable(self.doing) else self.doing
-        return ", ".join(filter(None, [f"on {self.host}", self.stage, doing]))
+        return ", ".join(filter(None, [f"on {self.host}", self.layers, doing]))
 
     def say(self, message: str, stream: TextIO | None = None) -> None:
         log(self.rank, self.num_ranks, message, stream)

@@ -37,13 +37,17 @@ class Region:
 
 
 @dataclass
-class Part:
+class Stretch:
     """A run of bytes in one region: `at` in its file, `place` in the slot, `data` on the device."""
 
     region: Region
     at: int
     place: int
     data: torch.Tensor
+
+    def within(self, slot: torch.Tensor) -> torch.Tensor:
+        """Its bytes in the slot."""
+        return slot[self.place : self.place + self.data.numel()]
 
 
 Chunk: TypeAlias = tuple[DirectFile, int, memoryview, int]  # (file, offset, memory, bytes needed)
@@ -66,9 +70,9 @@ class Regions:
         region = self._regions[index]
         return region if (offset, nbytes) == (self._starts[index], region.nbytes) else None
 
-    def cut(self, pieces: Iterable[tuple[int, torch.Tensor]], slot_nbytes: int) -> Iterator[list[Part]]:
-        """The pieces cut into what fits a slot. Each part lies in its slot as its sectors do on the disk."""
-        parts: list[Part] = []
+    def cut(self, pieces: Iterable[tuple[int, torch.Tensor]], slot_nbytes: int) -> Iterator[list[Stretch]]:
+        """The pieces cut into what fits a slot. Each stretch lies in its slot as its sectors do on the disk."""
+        stretches: list[Stretch] = []
         used = 0
         for offset, data in pieces:
             done = 0
@@ -78,14 +82,14 @@ class Regions:
                 at = region.offset + offset + done - start
                 place = used + at % ALIGNMENT
                 if place >= slot_nbytes:
-                    yield parts
-                    parts, used = [], 0
+                    yield stretches
+                    stretches, used = [], 0
                     continue
                 count = min(data.numel() - done, slot_nbytes - place, region.offset + region.nbytes - at)
-                parts.append(Part(region, at, place, data[done : done + count]))
+                stretches.append(Stretch(region, at, place, data[done : done + count]))
                 used, done = round_up(place + count), done + count
-        if parts:
-            yield parts
+        if stretches:
+            yield stretches
 
     def close(self) -> None:
         """Closes the files."""
@@ -93,25 +97,25 @@ class Regions:
             file.close()
 
 
-def covers(parts: list[Part], slot: torch.Tensor) -> list[Chunk]:
-    """Whole sectors that hold the parts, in chunks."""
+def covers(stretches: list[Stretch], slot: torch.Tensor) -> list[Chunk]:
+    """Whole sectors that hold the stretches, in chunks."""
     covers = []
-    for part in parts:
-        head = part.at % ALIGNMENT
-        needed = head + part.data.numel()
-        view = slot[part.place - head : part.place - head + round_up(needed)].numpy().data
+    for stretch in stretches:
+        head = stretch.at % ALIGNMENT
+        needed = head + stretch.data.numel()
+        view = slot[stretch.place - head : stretch.place - head + round_up(needed)].numpy().data
         for begin, end in chunks(len(view)):
-            covers.append((part.region.file, part.at - head + begin, view[begin:end], min(end, needed) - begin))
+            covers.append((stretch.region.file, stretch.at - head + begin, view[begin:end], min(end, needed) - begin))
     return covers
 
 
-def exact(parts: list[Part], slot: torch.Tensor) -> list[Chunk]:
-    """The bytes of the parts, in chunks."""
+def exact(stretches: list[Stretch], slot: torch.Tensor) -> list[Chunk]:
+    """The bytes of the stretches, in chunks."""
     exact = []
-    for part in parts:
-        view = slot[part.place : part.place + part.data.numel()].numpy().data
+    for stretch in stretches:
+        view = stretch.within(slot).numpy().data
         for begin, end in chunks(len(view)):
-            exact.append((part.region.file, part.at + begin, view[begin:end], end - begin))
+            exact.append((stretch.region.file, stretch.at + begin, view[begin:end], end - begin))
     return exact
 
 

@@ -16,31 +16,31 @@ from noria.blocks import ALIGNMENT, round_up
 from noria.limits import DISK_SLOT_NBYTES, DISK_SLOTS, DISK_THREADS
 from noria.streams import Event, Streams
 from noria.tiers import Events, Pieces, Transfer, total_nbytes
-from noria.tiers._regions import Check, Chunk, Part, Region, Regions, covers, exact, in_tasks, read, write
+from noria.tiers._regions import Check, Chunk, Region, Regions, Stretch, covers, exact, in_tasks, read, write
 from noria.tools.pinned import HostMemory
 
 
 @dataclass
-class _Batch:
+class _Filling:
     """What fills one slot; `left` chunks of it are under way."""
 
     number: int
-    parts: list[Part]
+    stretches: list[Stretch]
     slot: torch.Tensor = field(init=False)
     left: int = 0
 
 
 @dataclass
-class _Job:
+class _Passage:
     lane: str
     pieces: list[tuple[int, torch.Tensor]]
     after: list[Event]
     ranges: list[tuple[int, int]]
-    earlier: list["_Job"] = field(default_factory=list)
+    earlier: list["_Passage"] = field(default_factory=list)
     transfer: Transfer = field(default_factory=Transfer)
     lock: threading.RLock = field(default_factory=threading.RLock)
     over: threading.Event = field(default_factory=threading.Event)
-    ready: dict[int, _Batch] = field(default_factory=dict)
+    ready: dict[int, _Filling] = field(default_factory=dict)
     error: BaseException | None = None
     digest: Check | None = None
     next: int = 0
@@ -78,9 +78,9 @@ class Disk:
         self._num_slots = num_slots
         self._broken: BaseException | None = None
         self._lock = threading.Lock()
-        self._under_way: list[_Job] = []
+        self._under_way: list[_Passage] = []
         self._pool = ThreadPoolExecutor(num_threads, "disk", initializer=streams.set_device)
-        self._jobs: dict[str, queue.Queue[_Job | None]] = {lane: queue.Queue() for lane in ("load", "store")}
+        self._passages: dict[str, queue.Queue[_Passage | None]] = {lane: queue.Queue() for lane in ("load", "store")}
         self._threads = [
             threading.Thread(target=self._work, args=(lane, start), name=f"disk {lane}", daemon=True)
             for lane, start in (("load", self._start_load), ("store", self._start_store))
@@ -100,144 +100,149 @@ class Disk:
         pieces = [(offset, data) for offset, data in pieces if data.numel()]
         ranges = sorted((offset, offset + data.numel()) for offset, data in pieces)
         assert not ranges or (ranges[0][0] >= 0 and max(end for _, end in ranges) <= self.nbytes), (ranges, self.nbytes)
-        job = _Job(lane, pieces, list(after), ranges)
+        passage = _Passage(lane, pieces, list(after), ranges)
         with self._lock:
             if lane == "load":
                 self.nbytes_read += total_nbytes(pieces)
             else:
                 self.nbytes_written += total_nbytes(pieces)
             self._under_way = [other for other in self._under_way if not other.over.is_set()]
-            job.earlier = [
+            passage.earlier = [
                 other for other in self._under_way if "store" in (lane, other.lane) and _overlap(ranges, other.ranges)
             ]
-            self._under_way.append(job)
-            self._jobs[lane].put(job)
-        return job.transfer
+            self._under_way.append(passage)
+            self._passages[lane].put(passage)
+        return passage.transfer
 
-    def _work(self, lane: str, start: Callable[[_Job, list[_Batch]], None]) -> None:
+    def _work(self, lane: str, start: Callable[[_Passage, list[_Filling]], None]) -> None:
         self._streams.set_device()
-        while (job := self._jobs[lane].get()) is not None:
+        while (passage := self._passages[lane].get()) is not None:
             try:
-                for other in job.earlier:
+                for other in passage.earlier:
                     other.over.wait()
-                job.earlier = []
+                passage.earlier = []
                 if self._broken is not None:
                     raise self._broken
-                batches = [
-                    _Batch(number, parts)
-                    for number, parts in enumerate(self._regions.cut(job.pieces, self._slot_nbytes))
+                fillings = [
+                    _Filling(number, stretches)
+                    for number, stretches in enumerate(self._regions.cut(passage.pieces, self._slot_nbytes))
                 ]
-                if not batches:
-                    self._end(job, self._streams.copy(lane, [], job.after))
-                start(job, batches)
+                if not fillings:
+                    self._end(passage, self._streams.copy(lane, [], passage.after))
+                start(passage, fillings)
             except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
-                self._fail(job, error)
-                self._end(job, None)
+                self._fail(passage, error)
+                self._end(passage, None)
 
-    def _start_load(self, job: _Job, batches: list[_Batch]) -> None:
-        job.digest = self._digest(job)
-        for batch in batches:
-            with self._slot_for(batch):
-                pieces = covers(batch.parts, batch.slot)
-            self._run(job, batch, len(batches), read, pieces)
+    def _start_load(self, passage: _Passage, fillings: list[_Filling]) -> None:
+        passage.digest = self._digest(passage)
+        for filling in fillings:
+            with self._slot_for(filling):
+                pieces = covers(filling.stretches, filling.slot)
+            self._run(passage, filling, len(fillings), read, pieces)
 
-    def _start_store(self, job: _Job, batches: list[_Batch]) -> None:
-        for batch in batches:
-            with self._slot_for(batch):
-                pairs = [(batch.slot[part.place : part.place + part.data.numel()], part.data) for part in batch.parts]
-                event = self._streams.copy("store", pairs, job.after)
-                if batch.number == len(batches) - 1:
-                    job.transfer.done(event)
+    def _start_store(self, passage: _Passage, fillings: list[_Filling]) -> None:
+        for filling in fillings:
+            with self._slot_for(filling):
+                pairs = [(stretch.within(filling.slot), stretch.data) for stretch in filling.stretches]
+                event = self._streams.copy("store", pairs, passage.after)
+                if filling.number == len(fillings) - 1:
+                    passage.transfer.done(event)
                 event.synchronize()
-                pieces = exact(batch.parts, batch.slot)
-            self._run(job, batch, len(batches), write, pieces)
+                pieces = exact(filling.stretches, filling.slot)
+            self._run(passage, filling, len(fillings), write, pieces)
 
     @contextlib.contextmanager
-    def _slot_for(self, batch: _Batch) -> Iterator[None]:
-        """Takes a slot for the batch; after an error inside, it is free again."""
-        batch.slot, event = self._free.get()
+    def _slot_for(self, filling: _Filling) -> Iterator[None]:
+        """Takes a slot for the filling; after an error inside, it is free again."""
+        filling.slot, event = self._free.get()
         try:
             if event is not None:
                 event.synchronize()
             yield
         except BaseException:
-            self._free.put((batch.slot, None))
+            self._free.put((filling.slot, None))
             raise
 
     def _run(
-        self, job: _Job, batch: _Batch, num_batches: int, work: Callable[[list[Chunk]], None], pieces: list[Chunk]
+        self,
+        passage: _Passage,
+        filling: _Filling,
+        num_fillings: int,
+        work: Callable[[list[Chunk]], None],
+        pieces: list[Chunk],
     ) -> None:
-        """Gives the batch's chunks to the threads; the last one to end delivers it."""
+        """Gives the filling's chunks to the threads; the last one to end delivers it."""
         shares = in_tasks(pieces)
-        batch.left = len(shares)
+        filling.left = len(shares)
 
         def run(task: list[Chunk]) -> None:
             try:
-                if job.error is None:
+                if passage.error is None:
                     work(task)
             except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
-                self._fail(job, error)
-            with job.lock:
-                batch.left -= 1
-                if batch.left == 0:
-                    job.ready[batch.number] = batch
-                    self._deliver(job, num_batches)
+                self._fail(passage, error)
+            with passage.lock:
+                filling.left -= 1
+                if filling.left == 0:
+                    passage.ready[filling.number] = filling
+                    self._deliver(passage, num_fillings)
 
         for task in shares:
             try:
                 self._pool.submit(run, task)
             except RuntimeError as error:  # no thread can be started: the task is over, and its slot will be free
-                self._fail(job, error)
+                self._fail(passage, error)
                 run(task)
 
-    def _deliver(self, job: _Job, num_batches: int) -> None:
-        """Hands on what is ready, in order. Called with the job's lock."""
-        while (batch := job.ready.pop(job.next, None)) is not None:
-            job.next += 1
+    def _deliver(self, passage: _Passage, num_fillings: int) -> None:
+        """Hands on what is ready, in order. Called with the passage's lock."""
+        while (filling := passage.ready.pop(passage.next, None)) is not None:
+            passage.next += 1
             event = None
             try:
-                if job.lane == "load" and job.error is None:
-                    event = self._to_device(job, batch, last=job.next == num_batches)
+                if passage.lane == "load" and passage.error is None:
+                    event = self._to_device(passage, filling, last=passage.next == num_fillings)
             except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
-                self._fail(job, error)
-            self._free.put((batch.slot, event))
-            if job.next == num_batches:
-                self._end(job, event)
+                self._fail(passage, error)
+            self._free.put((filling.slot, event))
+            if passage.next == num_fillings:
+                self._end(passage, event)
 
-    def _to_device(self, job: _Job, batch: _Batch, last: bool) -> Event:
-        sources = [batch.slot[part.place : part.place + part.data.numel()] for part in batch.parts]
-        if job.digest is not None:
+    def _to_device(self, passage: _Passage, filling: _Filling, last: bool) -> Event:
+        sources = [stretch.within(filling.slot) for stretch in filling.stretches]
+        if passage.digest is not None:
             for source in sources:
-                job.digest.update(source.numpy().data)
+                passage.digest.update(source.numpy().data)
             if last:
-                job.digest.finish()
-        pairs = [(part.data, source) for part, source in zip(batch.parts, sources, strict=True)]
-        return self._streams.copy("load", pairs, job.after)
+                passage.digest.finish()
+        pairs = [(stretch.data, source) for stretch, source in zip(filling.stretches, sources, strict=True)]
+        return self._streams.copy("load", pairs, passage.after)
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
-        with job.lock:
-            job.error = job.error or error
-            if job.lane == "store":
+    def _fail(self, passage: _Passage, error: BaseException) -> None:
+        with passage.lock:
+            passage.error = passage.error or error
+            if passage.lane == "store":
                 self._broken = self._broken or error
 
-    def _end(self, job: _Job, event: Event | None) -> None:
-        with job.lock:
-            if job.over.is_set():
+    def _end(self, passage: _Passage, event: Event | None) -> None:
+        with passage.lock:
+            if passage.over.is_set():
                 return
-            if not job.transfer.settled:
-                if job.error is not None:
-                    job.transfer.failed(job.error)
+            if not passage.transfer.settled:
+                if passage.error is not None:
+                    passage.transfer.failed(passage.error)
                 else:
                     assert event is not None, "a load is over with its last copy's event"
-                    job.transfer.done(event)
-            job.pieces, job.after = [], []
-            job.over.set()
+                    passage.transfer.done(event)
+            passage.pieces, passage.after = [], []
+            passage.over.set()
 
-    def _digest(self, job: _Job) -> Check | None:
-        """What checks the one region that the job loads whole, the first time."""
-        if len(job.pieces) != 1:
+    def _digest(self, passage: _Passage) -> Check | None:
+        """What checks the one region that the passage loads whole, the first time."""
+        if len(passage.pieces) != 1:
             return None
-        offset, data = job.pieces[0]
+        offset, data = passage.pieces[0]
         region = self._regions.whole(offset, data.numel())
         if region is None or region.check is None:
             return None
@@ -248,8 +253,8 @@ class Disk:
         """Ends the threads once all transfers are done, closes the files and lets go of the slots: so many locked bytes."""
         if self._host is None:
             return 0
-        for lane in self._jobs:
-            self._jobs[lane].put(None)
+        for lane in self._passages:
+            self._passages[lane].put(None)
         for thread in self._threads:
             thread.join()
         self._pool.shutdown()

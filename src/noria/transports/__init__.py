@@ -27,7 +27,7 @@ REMEDY = (
 
 
 class Transport(Protocol):
-    """Point-to-point messages between the ranks of a ring; mpi_device.Transport says what each method does.
+    """Point-to-point messages between the ranks of a ring; mpi_device.MpiDevice says what each method does.
 
     The first four are generators: work that advances each time it is resumed. The others block.
     """
@@ -84,7 +84,7 @@ def choose(comm: Communicator, device: torch.device, requested: str = "auto") ->
 
 def open_transport(name: str, comm: Communicator, device: torch.device) -> Transport | None:
     """The transport of this name (collective over `comm`), or None for `loopback`."""
-    return None if name == "loopback" else kinds.load("transports", name).Transport(comm, device)
+    return None if name == "loopback" else kinds.load("transports", name).TRANSPORT(comm, device)
 
 
 def cuda_sign() -> str | None:
@@ -103,7 +103,7 @@ def cuda_sign() -> str | None:
 
 def trial(comm: Communicator, device: torch.device) -> str | None:
     """Sends checked CUDA buffers once round the ring, in this process; returns what failed on any rank, or None."""
-    transport = kinds.load("transports", "mpi_device").Transport(comm, device)
+    transport = kinds.load("transports", "mpi_device").TRANSPORT(comm, device)
     try:
         failure = next((text for nbytes in TRIAL_NBYTES if (text := _exchange(transport, comm, nbytes))), None)
     except Exception as error:  # noqa: BLE001 - whatever MPI raises here, the answer is that it cannot

@@ -17,12 +17,12 @@ from noria.transports.mpi_device import bytes_of, completed, message
 CHUNK_NBYTES = 8 << 20  # both ends cut messages alike; a link needs copies of this size
 
 
-class Transport:
-    """The methods of mpi_device.Transport."""
+class MpiHost:
+    """The methods of mpi_device.MpiDevice."""
 
     def __init__(self, comm: MPI.Comm, device: torch.device, synchronous: bool = False):
         self.device = device
-        self._mpi = mpi_device.Transport(comm, torch.device("cpu"), synchronous)
+        self._mpi = mpi_device.MpiDevice(comm, torch.device("cpu"), synchronous)
         self.send_bytes = self._mpi.send_bytes
         self.receive_bytes = self._mpi.receive_bytes
         self.send_bytes_now = self._mpi.send_bytes_now
@@ -116,4 +116,5 @@ def _copied(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Gen
         yield
 
 
-_: type[transports.Transport] = Transport  # as the others know it
+TRANSPORT = MpiHost  # what transports/__init__.py opens
+_: type[transports.Transport] = MpiHost  # as the others know it
