@@ -10,7 +10,7 @@ import torch
 from late_streams import LateStreams
 from noria import kinds
 from noria.engine.activations import Embedding, InHost, OnDevice
-from noria.engine.traffic import Traffic
+from noria.engine.timing import Traffic
 from noria.streams import CpuStreams
 
 CPU, TOKENS, HIDDEN = torch.device("cpu"), 7, 3

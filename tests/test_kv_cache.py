@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from late_streams import LateStreams
-from noria.engine.kv_cache import KvCache, TierPages, cache_rows, pages_nbytes
-from noria.engine.traffic import Traffic
+from noria.engine.batch import PageTable, cache_rows, to_staging
+from noria.engine.kv_cache import KvCache, Staging, TierPages, pages_nbytes
+from noria.engine.timing import Traffic
 from noria.model import ModelShape
 from noria.step import Admitted, Run, Span, Step
 from noria.streams import CpuStreams
@@ -17,9 +18,9 @@ def cache():
     return KvCache(SHAPE, [1, 3], 6, torch.float32, CpuStreams(torch.device("cpu")))
 
 
-def admit(kv_cache, **slots):
+def admit(pages, **slots):
     admitted = tuple(Admitted(int(slot[1:]), runs, {}) for slot, runs in slots.items())
-    kv_cache.apply(Step(0, 0, admitted=admitted))
+    pages.apply(Step(0, 0, admitted=admitted))
 
 
 def test_each_layer_has_its_own_pages():
@@ -35,19 +36,19 @@ def test_each_layer_has_its_own_pages():
 
 
 def test_a_steps_rows_become_spans_counted_from_their_microbatch():
-    kv_cache = cache()
-    admit(kv_cache, s5=(Run(0, 2),), s2=(Run(4, 1), Run(2, 1)))
+    pages = PageTable()
+    admit(pages, s5=(Run(0, 2),), s2=(Run(4, 1), Run(2, 1)))
     step = Step(0, 0, slots=np.array([5, 2, 5]), counts=np.array([1, 3, 2]), positions=np.array([20, 0, 7]))
-    assert kv_cache.spans(step, 0, 1) == [Span(0, 1, 21, (Run(0, 2),))]
-    assert kv_cache.spans(step, 1, 3) == [Span(0, 3, 3, (Run(4, 1), Run(2, 1))), Span(3, 2, 9, (Run(0, 2),))]
+    assert pages.spans(step, 0, 1) == [Span(0, 1, 21, (Run(0, 2),))]
+    assert pages.spans(step, 1, 3) == [Span(0, 3, 3, (Run(4, 1), Run(2, 1))), Span(3, 2, 9, (Run(0, 2),))]
 
 
 def test_a_slot_that_is_released_can_be_admitted_again_in_the_same_step():
-    kv_cache = cache()
-    admit(kv_cache, s1=(Run(0, 1),))
-    kv_cache.apply(Step(1, 0, released=(1,), admitted=(Admitted(1, (Run(3, 1),), {}),)))
+    pages = PageTable()
+    admit(pages, s1=(Run(0, 1),))
+    pages.apply(Step(1, 0, released=(1,), admitted=(Admitted(1, (Run(3, 1),), {}),)))
     step = Step(1, 0, slots=np.array([1]), counts=np.array([1]), positions=np.array([0]))
-    assert kv_cache.spans(step, 0, 1)[0].runs == (Run(3, 1),)
+    assert pages.spans(step, 0, 1)[0].runs == (Run(3, 1),)
 
 
 def test_new_tokens_go_to_the_rows_of_their_positions_across_runs():
@@ -61,12 +62,13 @@ def test_what_is_stored_from_a_staging_buffer_comes_back_into_another_although_e
     streams, traffic = LateStreams(torch.device("cpu")), Traffic()
     tier = Cpu(pages_nbytes(SHAPE, 2, 4, "float32"), streams)
     cpu = TierPages(2, 4, tier, ("host_to_gpu",), ("gpu_to_host",))
-    kv_cache = KvCache(SHAPE, [1, 3], 2, torch.float32, streams, [cpu], 2, 2, traffic)
-    admit(kv_cache, s0=(Run(5, 1), Run(2, 1)))  # pages 3 and 0 of the tier
+    kv_cache = KvCache(SHAPE, [1, 3], 2, torch.float32, streams, Staging((cpu,), 2, 2), traffic)
+    pages = PageTable()
+    admit(pages, s0=(Run(5, 1), Run(2, 1)))  # pages 3 and 0 of the tier
     written = torch.zeros(2, 2, 18, 4)
     for position, count in ((0, 15), (15, 2), (17, 1)):
         step = Step(0, 0, slots=np.array([0]), counts=np.array([count]), positions=np.array([position]))
-        spans, staged = kv_cache.to_staging(kv_cache.spans(step, 0, 1))
+        spans, staged = to_staging(pages.spans(step, 0, 1), [cpu])
         assert spans[0].runs[0].start == 0
         for index, layer in enumerate((1, 3)):
             kv_cache.load(layer, 0, staged)
@@ -83,8 +85,8 @@ def test_what_is_stored_from_a_staging_buffer_comes_back_into_another_although_e
 
 
 def test_a_sequence_on_the_device_is_not_staged():
-    kv_cache = cache()
-    admit(kv_cache, s0=(Run(1, 1),))
+    pages, cpu = PageTable(), TierPages(2, 4, None, (), ())
+    admit(pages, s0=(Run(1, 1),))
     step = Step(0, 0, slots=np.array([0]), counts=np.array([3]), positions=np.array([0]))
-    spans = kv_cache.spans(step, 0, 1)
-    assert kv_cache.to_staging(spans) == (spans, None)
+    spans = pages.spans(step, 0, 1)
+    assert to_staging(spans, [cpu]) == (spans, None)

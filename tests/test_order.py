@@ -10,6 +10,7 @@ import torch
 
 from noria.errors import InputError
 from noria.order import Action, Place, blocking_order, check_blocking, ring_order, tag
+from noria.ring.base import RingShape
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import streams_of
@@ -161,27 +162,6 @@ class WireEnd:
     def _note(self, what, source, dest, tag):
         self.wire.notes[self.rank].append((what, source, dest, tag))
 
-    def send_now(self, tensor, dest, tag, ready):
-        exhaust(self.send(tensor, dest, tag, ready))
-
-    def receive_now(self, tensor, source, tag):
-        exhaust(self.receive(tensor, source, tag))
-
-    def send_bytes_now(self, data, dest, tag):
-        exhaust(self.send_bytes(data, dest, tag))
-
-    def receive_bytes_now(self, source, tag):
-        return exhaust(self.receive_bytes(source, tag))
-
-
-def exhaust(work):
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
-        threading.Event().wait(1e-4)
-
 
 @torch.inference_mode()
 def run_steps(ring, rounds):
@@ -229,9 +209,8 @@ def test_the_rings_send_and_receive_in_the_order_of_the_dry_run(num_ranks, group
     wire, results = Wire(), {}
 
     def run_rank(rank):
-        sizes = (groups, laps, 2, 3)
-        kind = (torch.float32, ring_device, streams_of(ring_device), blocking)
-        ring = open_ring(wire.end(rank), rank, num_ranks, *sizes, *kind)
+        shape = RingShape(Place(rank, num_ranks, groups, laps), 2, 3, torch.float32)
+        ring = open_ring(wire.end(rank), shape, streams_of(ring_device), blocking)
         results[rank] = run_steps(ring, rounds)
 
     threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(num_ranks)]

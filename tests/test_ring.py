@@ -15,6 +15,8 @@ import world
 from mpirun import describe, mpirun
 from noria import transports
 from noria.errors import InputError
+from noria.order import Place
+from noria.ring.base import RingShape
 from noria.ring.communication import Communication, CommunicationError
 from noria.ring.ring import open_ring
 from noria.step import Result, Step
@@ -157,7 +159,7 @@ def test_communication_calls_prepare_in_its_own_thread():
 
 
 def test_one_rank_hands_over_to_itself_and_waits_for_the_result_only_when_it_asks_for_it():
-    ring = open_ring(None, 0, 1, 2, 2, 4, 8, torch.float32, CPU, streams_of(CPU))
+    ring = open_ring(None, RingShape(Place(0, 1, 2, 2), 4, 8, torch.float32), streams_of(CPU))
     waits = []
 
     class Event:
@@ -179,7 +181,7 @@ def test_one_rank_hands_over_to_itself_and_waits_for_the_result_only_when_it_ask
 
 def test_a_blocking_ring_of_one_rank_is_refused():
     with pytest.raises(InputError, match="needs 2 <= groups <= ranks"):
-        open_ring(None, 0, 1, 2, 1, 4, 8, torch.float32, CPU, streams_of(CPU), blocking=True)
+        open_ring(None, RingShape(Place(0, 1, 2, 1), 4, 8, torch.float32), streams_of(CPU), blocking=True)
 
 
 class TwoRanks:

@@ -9,8 +9,9 @@ from late_streams import LateStreams
 from noria.blocks import lay_out, layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.engine.cycle import Cycle
 from noria.engine.loading import Loader
-from noria.engine.traffic import Traffic
+from noria.engine.timing import Traffic
 from noria.engine.weights import Home, Weights, cast_block, views
 from noria.limits import loaded_once
 from noria.streams import CpuStreams, Done
@@ -137,7 +138,8 @@ def test_loads_in_vain_are_at_most_the_slots_at_the_end_and_where_a_last_group_i
     homes = {name: Home(block, tier, 0, ("host_to_gpu",)) for names in streamed for name in names}
     resident = {name: {} for names in visits for name in names if name not in homes}
     traffic = Traffic()
-    weights = Weights(resident, homes, streamed, groups, slots, CpuStreams(CPU), traffic, ahead)
+    cycle = Cycle(streamed, groups, slots) if homes else None
+    weights = Weights(resident, homes, cycle, CpuStreams(CPU), traffic, ahead)
     empty_share, used, passed_over = draw.choice([0.0, 0.1, 0.5, 0.9]), 0, 0
     for round in range(rounds):
         empty = [round == rounds - 1 or draw.random() < empty_share for _ in range(groups)]

@@ -17,6 +17,8 @@ import torch
 
 from noria import transports
 from noria.launch import mpi
+from noria.order import Place
+from noria.ring.base import RingShape
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
@@ -96,8 +98,8 @@ class Bench:
 
     def run(self, groups: int, num_rounds: int, hop_seconds: float = 0.0) -> Clock:
         transport = HeldBack(self.transport, hop_seconds) if hop_seconds else self.transport
-        shape = (groups, 1, HIDDEN, TOKENS, torch.float32, CPU, streams_of(CPU))
-        ring = open_ring(transport, self.rank, self.num_ranks, *shape)
+        shape = RingShape(Place(self.rank, self.num_ranks, groups, 1), HIDDEN, TOKENS, torch.float32)
+        ring = open_ring(transport, shape, streams_of(CPU))
         self.comm.Barrier()
         clock = run_rounds(ring, self.stage_seconds, num_rounds)
         ring.close()

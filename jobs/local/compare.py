@@ -24,7 +24,7 @@ from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import block_names, open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.engine.loading import Loader
-from noria.engine.traffic import Traffic
+from noria.engine.timing import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
 from noria.errors import InputError
 from noria.launch.mpi import Solo

@@ -17,9 +17,9 @@ from noria.desk.desk import Desk
 from noria.desk.examination import Work, examine, open_model
 from noria.desk.inputs import source_of
 from noria.engine.assembly import build, load, open_the_ring
-from noria.engine.executor import Executor, Timing, figures, follow, lead
+from noria.engine.executor import Executor, follow, lead
+from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, TraceFile, Tracing
-from noria.engine.traffic import Traffic
 from noria.errors import InputError
 from noria.launch import deadline, launcher, mpi
 from noria.launch.notices import Notices
@@ -91,7 +91,7 @@ def _generate(
     """From the files to the output, on every rank; `stopping` is rank 0's."""
     started, rank, num_ranks = now(), comm.Get_rank(), comm.Get_size()
     transport_name, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, device, config.pipeline.transport))
-    transport = transports.open_transport(transport_name, comm, device)
+    transport = transports.open_transport(transport_name, comm, device, config.pipeline.blocking)
     machine = mpi.on_every_rank(comm, lambda: launcher.machine(config, comm, place, device))
     plan = mpi.on_first_rank(
         comm,
@@ -116,6 +116,7 @@ def _generate(
         title = f"rank {rank}: {devices[rank]}, {plan.stage_words(rank)}"
         its_streams = streams.streams_of(device)
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
+        meters = Meters(traffic, trace, lambda message: log(rank, num_ranks, message))
         if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
             _say_once(comm, "note: placement.stage does nothing: no weights live on disk")
         if not work.num_rows:
@@ -126,7 +127,7 @@ def _generate(
             ring = open_the_ring(plan, checkpoint.shape, trace.transport(transport), rank, its_streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda other, seconds: _miss(watchdog, plan, hosts, other, seconds), SILENCE)
-            executor = _build(config, comm, plan, checkpoint, ring, its_streams, traffic, trace, watchdog)
+            executor = _build(config, comm, plan, checkpoint, ring, its_streams, meters, watchdog)
             timing = _execute(comm, plan, executor, ring, desk, trace, watchdog, stopping)
         watchdog.doing = "writing the output" if rank == 0 else "waiting for rank 0 to write the output"
         timings = comm.allgather(asdict(timing) | traffic.columns() | launcher.peak_memory(device))
@@ -154,8 +155,7 @@ def _build(
     checkpoint: OpenModel,
     ring: AnyRing,
     its_streams: Streams,
-    traffic: Traffic,
-    trace: Tracing,
+    meters: Meters,
     watchdog: Watchdog,
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
@@ -164,10 +164,10 @@ def _build(
     watchdog.doing = "loading its weights"
     weights = mpi.on_every_rank(
         comm,
-        lambda: load(plan, checkpoint, rank, its_streams, traffic, staged),
+        lambda: load(plan, checkpoint, rank, its_streams, meters.traffic, staged),
         lambda said: watchdog.end(said, 2),
     )
-    return build(plan, checkpoint.shape, weights, ring, rank, its_streams, traffic, scratch, trace)
+    return build(plan, checkpoint.shape, weights, ring, its_streams, meters, scratch)
 
 
 def _execute(

@@ -5,9 +5,10 @@ A step travels as the header, ahead of the hidden states. Knows no tensors, no d
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -145,20 +146,35 @@ _RESULT = (
 )
 
 
+Array: TypeAlias = Any  # of numpy; a tensor of its device as long as the last rank makes the result
+
+
 @dataclass(frozen=True)
 class Result:
     """What the last virtual stage answers to a step: [S] sampled token ids, in the order of its samples.
 
     NO_TOKEN stands where the logits were not finite, NONE_LEFT where the row's settings leave no token. Where a row of the
-    step asked for them: logprobs [S] of these tokens, top_ids and top_logprobs [S, top] (rows that did not ask have NaN).
-    prompt_logprobs: [P] of the step's score_ids.
+    step asked for them: logprobs [S] of these tokens, top_ids and top_logprobs [S, top] (rows that did not ask have NaN and
+    NO_TOKEN). prompt_logprobs: [P] of the step's score_ids. What nobody asked for is empty.
     """
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray = _no(np.float64)
-    top_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
-    top_logprobs: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float64))
-    prompt_logprobs: np.ndarray = _no(np.float64)
+    token_ids: Array
+    logprobs: Array = _no(np.float64)
+    top_ids: Array = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    top_logprobs: Array = field(default_factory=lambda: np.empty((0, 0), np.float64))
+    prompt_logprobs: Array = _no(np.float64)
+
+    def _arrays(self) -> list[Array]:
+        return [getattr(self, name) for name, _ in _RESULT]
+
+    def map(self, change: Callable[[Array], Array]) -> "Result":
+        """The result with each of its arrays changed."""
+        return Result(*map(change, self._arrays()))
+
+    @staticmethod
+    def joined(pieces: Iterable["Result"], join: Callable[[tuple[Array, ...]], Array]) -> "Result":
+        """The results of one step's samples, piece after piece, as one."""
+        return Result(*map(join, zip(*(piece._arrays() for piece in pieces), strict=True)))
 
     def encode(self) -> bytes:
         """Four 8-byte sizes (of token_ids, logprobs, a row of top_ids, prompt_logprobs), then the arrays in a row."""

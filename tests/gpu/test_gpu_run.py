@@ -15,11 +15,14 @@ from noria import attention, kinds
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.engine.activations import OnDevice
+from noria.engine.batch import Batches, Network
 from noria.engine.kv_cache import KvCache
 from noria.engine.loading import Loader
 from noria.engine.sampler import Sampler
-from noria.engine.stage import Stage
-from noria.engine.traffic import Traffic
+from noria.engine.stage import Moved, Stage
+from noria.engine.timing import Meters, Traffic
+from noria.engine.trace import OFF
 from noria.engine.weights import TORCH_DTYPES
 from noria.output.generations import open_generations
 from noria.step import Admitted, Run, Step
@@ -177,7 +180,9 @@ def logits_of(checkpoint, dtype, rows):
     weights = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load([layers], 1, 0, Traffic())
     cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], streams)
     schedule = kinds.load("schedules", "single_batch")
-    stage = Stage(model, kind, shape, weights, cache, Sampler(device), schedule, TORCH_DTYPES[dtype], streams)
+    network = Network(model, kind, shape)
+    batches, moved = Batches(network, TORCH_DTYPES[dtype], device), Moved(weights, cache, OnDevice())
+    stage = Stage(network, batches, moved, Sampler(device), schedule, streams, Meters(Traffic(), OFF, print))
     settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
     pages = [-(-len(row) // 16) for row in rows]
     admitted = [Admitted(i, (Run(sum(pages[:i]), pages[i]),), settings) for i in range(len(rows))]

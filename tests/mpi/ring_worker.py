@@ -12,6 +12,8 @@ import torch
 
 from noria.launch import mpi
 from noria.order import Place
+from noria.ring.base import RingShape
+from noria.ring.blocking import finish
 from noria.ring.communication import CommunicationError
 from noria.ring.ring import Ring, open_ring
 from noria.step import Result, Step, Word
@@ -129,8 +131,8 @@ def ring_cases(comm):
             groups = groups or (2 if blocking else num_ranks + 1)
             dtype = (torch.float32, torch.bfloat16)[number % 2]
             transport = module.TRANSPORT(comm, CPU, synchronous=True)
-            shape = (groups, laps, HIDDEN, STEP_TOKENS, dtype, CPU, STREAMS, blocking)
-            wrong = wrong_inputs(open_ring(transport, rank, num_ranks, *shape), dtype, seed=number)
+            shape = RingShape(Place(rank, num_ranks, groups, laps), HIDDEN, STEP_TOKENS, dtype)
+            wrong = wrong_inputs(open_ring(transport, shape, STREAMS, blocking), dtype, seed=number)
             transport.close()
             yield f"{name} {'blocking ' * blocking}laps={laps} groups={groups}", wrong
 
@@ -139,7 +141,7 @@ def late_cases(comm):
     for kind in (Ring, Hasty):
         transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
         place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
-        ring = kind(Late(transport), place, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
+        ring = kind(Late(transport), RingShape(place, HIDDEN, STEP_TOKENS, torch.float32), STREAMS)
         yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
         transport.close()
 
@@ -166,7 +168,7 @@ def event_cases(comm):
     for name, module in transports().items():
         for waits in (True, False):
             for blocking in (False, True):
-                transport = module.TRANSPORT(comm, CPU)
+                transport = module.TRANSPORT(comm, CPU, synchronous=blocking)
                 sent, received = torch.zeros(STEP_TOKENS), torch.full((STEP_TOKENS,), -1.0)
                 written = LateEvent(lambda sent=sent: sent.fill_(1))
                 ready = written if waits else Done()
@@ -189,8 +191,8 @@ def exchange(comm, transport, sent, received, ready):
 def exchange_now(comm, transport, sent, received, ready):
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
     ends = [
-        lambda: transport.send_now(sent, (rank + 1) % num_ranks, 5, ready),
-        lambda: transport.receive_now(received, (rank - 1) % num_ranks, 5),
+        lambda: finish(transport.send(sent, (rank + 1) % num_ranks, 5, ready)),
+        lambda: finish(transport.receive(received, (rank - 1) % num_ranks, 5)),
     ]
     for end in ends if rank else reversed(ends):
         end()
@@ -213,7 +215,7 @@ def failure(comm):
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
     transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
     transport = Broken(transport) if rank == 1 else transport
-    ring = open_ring(transport, rank, num_ranks, 2, 2, HIDDEN, STEP_TOKENS, torch.float32, CPU, STREAMS)
+    ring = open_ring(transport, RingShape(Place(rank, num_ranks, 2, 2), HIDDEN, STEP_TOKENS, torch.float32), STREAMS)
     try:
         wrong_inputs(ring, torch.float32, seed=1)
     except CommunicationError as error:

@@ -5,40 +5,17 @@ number alone, nothing of models, weights or the ring.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from noria.engine.traffic import Traffic
+from noria.engine.batch import Batch, Microbatch
+from noria.engine.timing import Traffic
 from noria.limits import ACTIVATION_SLOTS
 from noria.streams import Event, Streams
 from noria.tools.pinned import Fixed
-
-
-class Part(Protocol):
-    """A microbatch, as far as this file knows it: tokens `first .. last` of the step."""
-
-    @property
-    def first(self) -> int: ...
-
-    @property
-    def last(self) -> int: ...
-
-
-class Visit(Protocol):
-    """A prepared step (engine.stage.Prepared), as far as this file knows it."""
-
-    @property
-    def microbatches(self) -> Sequence[Part]: ...
-
-    @property
-    def needed(self) -> np.ndarray: ...
-
-    @property
-    def needed_rows(self) -> torch.Tensor: ...
 
 
 @dataclass
@@ -66,11 +43,11 @@ class OnDevice:
         return np.empty(0, np.int64), sampled, scored
 
     def begin(
-        self, prepared: Visit, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
+        self, batch: Batch, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
     ) -> None:
         """A visit begins with hidden [T, E]. `output` is None: the ring copies what it is sent."""
         assert isinstance(hidden, torch.Tensor)
-        self._parts, self._after = [hidden[m.first : m.last] for m in prepared.microbatches], []
+        self._parts, self._after = [hidden[m.first : m.last] for m in batch.microbatches], []
 
     def load(self, layer: int, microbatch: int, after: Iterable[Event] = ()) -> None:
         """Nothing is to be moved."""
@@ -88,7 +65,7 @@ class OnDevice:
     def store(self, layer: int, microbatch: int) -> None:
         """Nothing is to be moved."""
 
-    def cut(self, old: Sequence[Part], new: Sequence[Part]) -> None:
+    def cut(self, old: tuple[Microbatch, ...], new: tuple[Microbatch, ...]) -> None:
         """The layer is begun anew with finer microbatches."""
         whole = {m.first: (m, part) for m, part in zip(old, self._parts, strict=True)}
         finer: list[torch.Tensor] = []
@@ -156,12 +133,12 @@ class InHost:
         return rows, np.searchsorted(rows, sampled), np.searchsorted(rows, scored)
 
     def begin(
-        self, prepared: Visit, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
+        self, batch: Batch, num_layers: int, hidden: torch.Tensor | Embedding, output: torch.Tensor | None
     ) -> None:
         """A visit begins with hidden [T, E] in host memory, or an Embedding. It ends in `output`, or with the head's rows."""
-        self._microbatches, self._last, self._output = prepared.microbatches, num_layers - 1, output
+        self._microbatches, self._last, self._output = batch.microbatches, num_layers - 1, output
         self._input: torch.Tensor | Embedding | None = hidden
-        self._needed = prepared.needed, prepared.needed_rows
+        self._needed = batch.needed, batch.needed_rows
         self._rows: list[torch.Tensor] = []
         self._held: tuple[int, torch.Tensor] | None = None  # (layer, [T, E] before it), where it stays on the device
         # A rank that is its own next one reads what it stored itself; from other ranks nothing comes before it is here.
@@ -234,7 +211,7 @@ class InHost:
         self._free.append(slot)
         self._traffic.add("gpu_to_host", target.nbytes)
 
-    def cut(self, old: Sequence[Part], new: Sequence[Part]) -> None:
+    def cut(self, old: tuple[Microbatch, ...], new: tuple[Microbatch, ...]) -> None:
         """The layer is begun anew with finer microbatches, from the states before it."""
         for slot in (*self._coming.values(), *self._leaving.values()):
             slot.busy = [self._streams.event(), slot.written]

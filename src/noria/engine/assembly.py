@@ -3,39 +3,35 @@
 from pathlib import Path
 
 from noria import attention, kinds
+from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
+from noria.engine.batch import Batches, Network
 from noria.engine.executor import Executor
-from noria.engine.kv_cache import KvCache, open_tiers
+from noria.engine.kv_cache import KvCache, Staging, TierPages, pages_nbytes
 from noria.engine.loading import Loader
 from noria.engine.sampler import Sampler
-from noria.engine.stage import Stage
-from noria.engine.trace import OFF, Tracing
-from noria.engine.traffic import Traffic
+from noria.engine.stage import Moved, Stage
+from noria.engine.timing import Meters, Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.limits import DISK_SLOT_NBYTES
 from noria.model import ModelShape, OpenModel
+from noria.order import Place
 from noria.plan.placement import stages_of
 from noria.plan.plan import Plan
+from noria.ring.base import RingShape
 from noria.ring.ring import AnyRing, open_ring
 from noria.streams import Streams
-from noria.tools.progress import log
+from noria.tiers.cpu import Cpu
+from noria.tiers.disk import Disk
 from noria.transports import Transport
 
 
 def open_the_ring(plan: Plan, shape: ModelShape, transport: Transport | None, rank: int, streams: Streams) -> AnyRing:
     """This rank's place in the ring, with the buffers of its messages."""
+    place = Place(rank, plan.num_ranks, plan.groups, plan.laps)
+    dtype, in_host = TORCH_DTYPES[plan.dtype], plan.activations == "cpu"
     return open_ring(
-        transport,
-        rank,
-        plan.num_ranks,
-        plan.groups,
-        plan.laps,
-        shape.hidden_size,
-        plan.step_tokens,
-        TORCH_DTYPES[plan.dtype],
-        streams.device,
-        streams,
-        plan.blocking,
-        plan.activations == "cpu",
+        transport, RingShape(place, shape.hidden_size, plan.step_tokens, dtype, in_host), streams, plan.blocking
     )
 
 
@@ -52,46 +48,46 @@ def load(
 
 
 def build(
-    plan: Plan,
-    shape: ModelShape,
-    weights: Weights,
-    ring: AnyRing,
-    rank: int,
-    streams: Streams,
-    traffic: Traffic,
-    scratch: Path,
-    trace: Tracing = OFF,
+    plan: Plan, shape: ModelShape, weights: Weights, ring: AnyRing, streams: Streams, meters: Meters, scratch: Path
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
-    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(rank, plan.num_ranks, plan.ranges())
-    layers = [layer for stage in stages for layer in stage]
-    elsewhere = open_tiers(plan.cache_pages, shape, len(layers), plan.dtype, streams, scratch)
-    cache = KvCache(
-        shape,
-        layers,
-        plan.cache_pages.get("gpu", 0),
-        dtype,
-        streams,
-        elsewhere,
-        plan.cache_slots,
-        plan.cache_slot_pages,
-        traffic,
-    )
-    stage = Stage(
-        kinds.load("models", shape.family),
-        attention.choose(streams.device, dtype, shape.head_dim),
-        shape,
-        weights,
-        cache,
-        Sampler(streams.device),
-        kinds.load("schedules", plan.schedule),
-        dtype,
-        streams,
-        lambda message: log(rank, plan.num_ranks, message),
-        trace,
-        activations=_activations(plan, shape, streams, traffic),
-    )
-    return Executor(stage, stages, ring, rank, plan.num_ranks, plan.groups, streams, traffic, trace)
+    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
+    layers, on_device = [layer for stage in stages for layer in stage], plan.cache_pages.get("gpu", 0)
+    tiers = _open_tiers(plan, shape, len(layers), streams, scratch)
+    staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages)
+    cache = KvCache(shape, layers, on_device, dtype, streams, staging, meters.traffic)
+    kind = attention.choose(streams.device, dtype, shape.head_dim)
+    network = Network(kinds.load("models", shape.family), kind, shape)
+    moved = Moved(weights, cache, _activations(plan, shape, streams, meters.traffic))
+    batches, sampler = Batches(network, dtype, streams.device, tiers), Sampler(streams.device)
+    schedule = kinds.load("schedules", plan.schedule)
+    stage = Stage(network, batches, moved, sampler, schedule, streams, meters)
+    return Executor(stage, stages, ring, streams, meters)
+
+
+def _open_tiers(
+    plan: Plan, shape: ModelShape, num_layers: int, streams: Streams, scratch: Path
+) -> tuple[TierPages, ...]:
+    """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
+    opened: list[TierPages] = []
+    first = 0
+    for name, num_pages in plan.cache_pages.items():
+        nbytes = pages_nbytes(shape, num_layers, num_pages, plan.dtype)
+        if name == "cpu" and num_pages:
+            memory = Cpu(nbytes, streams)
+            memory.touch()
+            memory.register()
+            opened.append(TierPages(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
+        elif name == "disk" and num_pages:
+            disk = Disk(
+                scratch_region(scratch, nbytes),
+                streams,
+                slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(num_layers, 1)),
+            )
+            links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
+            opened.append(TierPages(first, num_pages, disk, *links))
+        first += num_pages
+    return tuple(opened)
 
 
 def _activations(plan: Plan, shape: ModelShape, streams: Streams, traffic: Traffic) -> OnDevice | InHost:

@@ -17,7 +17,7 @@ class Cycle:
     """
 
     def __init__(self, visits: Sequence[Sequence[str]], groups: int, slots: int):
-        self._visits, self._groups = [tuple(names) for names in visits], groups
+        self._visits, self._groups, self.slots = [tuple(names) for names in visits], groups, slots
         self.once = [loaded_once(len(names), groups, slots) for names in self._visits]
         self._round, self._empty = -1, 0
         self._names = self._order(0, groups)
@@ -25,6 +25,10 @@ class Cycle:
     def next(self) -> str:
         """The block to load next."""
         return next(self._names)
+
+    def lets_go(self, lap: int, group: int) -> bool:
+        """Whether a block that this visit has used is not needed again before it is loaded again."""
+        return not self.once[lap] or group == self._groups - 1
 
     def skip(self, round: int, group: int, ahead: Sequence[str]) -> bool:
         """A group turns out to have nothing to compute in this round, on lap 0: the order goes on with the group after it.

@@ -5,67 +5,22 @@ The same on every rank: what differs (who composes a step, who samples) is decid
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
 from noria.engine.activations import Embedding
-from noria.engine.stage import Prepared, Stage
-from noria.engine.trace import OFF, Tracing
-from noria.engine.traffic import Traffic
+from noria.engine.batch import Batch
+from noria.engine.stage import Stage
+from noria.engine.timing import Meters, Timing
 from noria.ring.ring import AnyRing
 from noria.step import Result, Step, Word
 from noria.streams import Streams
 
 T = TypeVar("T")
-MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
-
-
-@dataclass
-class Timing:
-    """Seconds of a rank between its first step and its last; `waited` of them for the ring.
-
-    Rounds with any chunk of a prompt are prefill, the others with tokens decode.
-    """
-
-    rounds: int = 0
-    visits: int = 0  # of each lap, by groups that had something to compute
-    tokens: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    prefill_rounds: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_rounds: int = 0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    def end_round(self, prefill: bool, tokens: int, seconds: float) -> None:
-        """Adds a round to its phase."""
-        self.rounds, self.tokens, phase = self.rounds + 1, self.tokens + tokens, "prefill" if prefill else "decode"
-        if not tokens:
-            return
-        for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
-            setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
-
-
-def figures(timings: Sequence[Mapping[str, Any]], speeds: bool) -> dict[str, Any]:
-    """What the ranks measured, for a comparison with the plan: peaks of memory, one a rank, and tokens per second.
-
-    Of a phase with few rounds nothing is said: its first round waits for what is loaded ahead in the others.
-    """
-    found: dict[str, Any] = {
-        name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")
-    }
-    for phase in ("prefill", "decode") if speeds else ():
-        slowest = max(timings, key=lambda timing: timing[f"{phase}_seconds"])
-        if slowest[f"{phase}_rounds"] >= MIN_ROUNDS:
-            found[f"{phase}_tokens_per_second"] = slowest[f"{phase}_tokens"] / slowest[f"{phase}_seconds"]
-    return found
 
 
 def _is_prefill(steps: Sequence[Step]) -> bool:
@@ -76,22 +31,10 @@ def _is_prefill(steps: Sequence[Step]) -> bool:
 class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        stages: list[range],
-        ring: AnyRing,
-        rank: int,
-        num_ranks: int,
-        groups: int,
-        streams: Streams,
-        traffic: Traffic,
-        trace: Tracing = OFF,
-    ):
-        self._traffic, self._trace = traffic, trace
-        self._stage, self._stages, self._ring = stage, stages, ring
-        self._first_rank, self._last_rank = rank == 0, rank == num_ranks - 1
-        self._groups, self._streams = groups, streams
+    def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, streams: Streams, meters: Meters):
+        self._traffic, self._trace = meters.traffic, meters.trace
+        self._stage, self._stages, self._streams = stage, stages, streams
+        self._ring, self._place = ring, ring.place
         self.timing = Timing()
         self._at: tuple[int, int, int] | None = None
         self._doing = "computing"
@@ -107,11 +50,11 @@ class Executor:
     def run(self, next_step: "NextStep") -> Timing:
         """All rounds, until every header of one says STOP."""
         started = began = time.perf_counter()
-        steps: dict[int, Prepared] = {}
+        steps: dict[int, Batch] = {}
         for round in count():
-            before = [prepared.step for prepared in steps.values()]
+            before = [batch.step for batch in steps.values()]
             for lap, layers in enumerate(self._stages):
-                for group in range(self._groups):
+                for group in range(self._place.groups):
                     self._at = round, lap, group
                     if lap == 0:
                         steps[group] = self._stage.prepare(self._next(next_step, round, group))
@@ -122,7 +65,7 @@ class Executor:
                     self.timing.visits += lap == 0 and not empty
                     if not empty:
                         self._visit(steps[group], group, lap, layers)
-            composed = [prepared.step for prepared in steps.values()]
+            composed = [batch.step for batch in steps.values()]
             self._traffic.end_round(_is_prefill(composed))
             if all(step.word is Word.STOP for step in composed):
                 self._time_round(round, composed, began)
@@ -139,31 +82,30 @@ class Executor:
         self._trace.host("steps", name, began, ended, round=round, tokens=tokens)
         return ended
 
-    def _visit(self, prepared: Prepared, group: int, lap: int, layers: range) -> None:
+    def _visit(self, batch: Batch, group: int, lap: int, layers: range) -> None:
         """One group's way through one virtual stage."""
-        if self._first_rank and lap == 0:
+        if self._place.embeds(lap):
             begin = self._trace.mark()
-            hidden: torch.Tensor | Embedding = self._stage.embed(prepared)
-            self._trace.compute("embed", begin, prepared.step.round, lap, group)
+            hidden: torch.Tensor | Embedding = self._stage.embed(batch)
+            self._trace.compute("embed", begin, batch.step.round, lap, group)
         else:
-            num_tokens = prepared.step.num_tokens
+            num_tokens = batch.step.num_tokens
             hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
-        answers = self._last_rank and lap == len(self._stages) - 1
-        output = None if answers else self._ring.output(group, lap, prepared.step.num_tokens)
-        after = self._stage.forward(prepared, layers, hidden, output)
+        answers = self._place.answers(lap)
+        output = None if answers else self._ring.output(group, lap, batch.step.num_tokens)
+        after = self._stage.forward(batch, layers, hidden, output)
         if answers:
-            answer = {name: self._to_host(values) for name, values in self._stage.sample(prepared, after).items()}
-            make = lambda: Result(**{name: values.numpy() for name, values in answer.items()})  # noqa: E731
-            self._ring.send_result(group, self._streams.event(), make)
+            answer = self._stage.sample(batch, after).map(self._to_host)
+            self._ring.send_result(group, self._streams.event(), lambda: answer.map(torch.Tensor.numpy))
         else:
             self._ring.send(group, lap, after, self._stage.stored)
-            if not (self._first_rank and self._last_rank):
+            if self._place.num_ranks > 1:
                 self._traffic.add("rank_to_rank", after.nbytes)
 
     def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, complete when an event recorded now is."""
-        if values.device.type == "cpu":
-            return values
+        if values.device.type == "cpu" or not values.numel():
+            return values.cpu()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return host.copy_(values, non_blocking=True)
 

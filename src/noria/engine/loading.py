@@ -11,7 +11,8 @@ import torch
 from noria.blocks import layer_name
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, stage
-from noria.engine.traffic import Traffic
+from noria.engine.cycle import Cycle
+from noria.engine.timing import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
@@ -67,8 +68,9 @@ class Loader:
         if memory is not None:
             memory.register()
         self._open_disk()
-        visits, tiers = self._visits(stages), [memory] if memory is not None else []
-        return Weights(self._resident, self._homes, visits, groups, num_slots, self._streams, traffic, ahead, tiers)
+        cycle = Cycle(self._visits(stages), groups, num_slots) if self._homes else None
+        tiers = [memory] if memory is not None else []
+        return Weights(self._resident, self._homes, cycle, self._streams, traffic, ahead, tiers)
 
     def _host_memory(self) -> Cpu | None:
         """The memory of the cpu tier, exactly as large as its blocks, with a place for each."""

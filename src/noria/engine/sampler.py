@@ -4,28 +4,14 @@ whatever rides beside it.
 Legend: S samples, V vocab, C rows of a chunk. Knows nothing of groups, ranks or text.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from noria.engine.row_settings import RowSettings, edits_of
 from noria.limits import DRAW_ELEMENTS
-from noria.step import NO_TOKEN, NONE_LEFT, Step
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """[S] token ids, NO_TOKEN where logits are not finite, NONE_LEFT where a row's settings leave none.
-
-    If a row asks for them, else None: logprobs [S], and top_ids and top_logprobs [S, top] where a row asks for the most
-    likely ids; NaN and NO_TOKEN for rows that do not ask.
-    """
-
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor | None = None
-    top_ids: torch.Tensor | None = None
-    top_logprobs: torch.Tensor | None = None
+from noria.step import NO_TOKEN, NONE_LEFT, Result, Step
 
 
 class Sampler:
@@ -36,6 +22,9 @@ class Sampler:
 
     def __init__(self, device: torch.device):
         self._device = device
+        exact = torch.empty(0, dtype=torch.float64, device=device)
+        ids = torch.empty(0, dtype=torch.int64, device=device)
+        self.nothing = Result(ids, exact, ids.view(0, 0), exact.view(0, 0), exact)  # of no samples
         self._settings: dict[int, RowSettings] = {}
         self._following: dict[int, RowSettings] = {}  # those whose tokens must be known: for penalties, bad words
 
@@ -70,12 +59,12 @@ class Sampler:
 
     def sample(
         self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray, positions: np.ndarray, top: int = -1
-    ) -> Sampled:
-        """Token ids for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
+    ) -> Result:
+        """A result of tensors, for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
         sequence; `top`: as `self.top` says for all rows of the step."""
         ids = greedy(logits)
         if not self._settings:
-            return Sampled(ids)
+            return replace(self.nothing, token_ids=ids)
         settings = {row: self._settings[slot] for row, slot in enumerate(slots.tolist()) if slot in self._settings}
         for chunk in self._chunks([row for row, one in settings.items() if not one.greedy], logits.shape[1]):
             index = self._put(np.array(chunk))
@@ -84,9 +73,9 @@ class Sampler:
             found = torch.where(found == NO_TOKEN, NONE_LEFT, found)
             ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
         if top < 0:
-            return Sampled(ids)
+            return replace(self.nothing, token_ids=ids)
         rows = [row for row, one in settings.items() if one.logprobs >= 0]
-        return Sampled(ids, *self._logprobs(logits, ids, rows, min(top, logits.shape[1])))
+        return self._with_logprobs(logits, ids, rows, min(top, logits.shape[1]))
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """[P] float64 log-probabilities of token_ids [P] by logits [P, V]."""
@@ -122,22 +111,21 @@ class Sampler:
         ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, drawn)
         return ids
 
-    def _logprobs(
-        self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """logprobs [S], top_ids and top_logprobs [S, top] (None without any): of the raw distribution, before
-        penalties, temperature and truncation."""
-        count, device = len(ids), self._device
-        chosen = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
-        top_ids = torch.full((count, top), NO_TOKEN, device=device) if top else None
-        top_logprobs = torch.full((count, top), torch.nan, dtype=torch.float64, device=device) if top else None
+    def _with_logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], top: int) -> Result:
+        """ids [S] with logprobs [S], top_ids and top_logprobs [S, top] (none without any): of the raw distribution,
+        before penalties, temperature and truncation."""
+        count, none = len(ids), self.nothing
+        found = replace(none, token_ids=ids, logprobs=none.logprobs.new_full((count,), torch.nan))
+        if top:
+            top_logprobs = none.top_logprobs.new_full((count, top), torch.nan)
+            found = replace(found, top_ids=none.top_ids.new_full((count, top), NO_TOKEN), top_logprobs=top_logprobs)
         for chunk in self._chunks(rows, logits.shape[1]):
             index = self._put(np.array(chunk))
             raw = torch.log_softmax(logits[index].double(), dim=-1)
-            chosen[index] = _pick(raw, ids[index].clamp(min=0))
-            if top_ids is not None and top_logprobs is not None:
-                top_logprobs[index], top_ids[index] = raw.topk(top, dim=-1)
-        return chosen, top_ids, top_logprobs
+            found.logprobs[index] = _pick(raw, ids[index].clamp(min=0))
+            if top:
+                found.top_logprobs[index], found.top_ids[index] = raw.topk(top, dim=-1)
+        return found
 
     def _chunks(self, rows: list[int], vocab_size: int) -> list[list[int]]:
         size = max(1, DRAW_ELEMENTS // vocab_size)

@@ -8,13 +8,13 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
 
 import torch
 
-from noria.order import BEAT, HIDDEN, RESULT, kind_of
+from noria.order import BEAT, RESULT, kind_of
 from noria.streams import Event, Mark, Streams
 from noria.tools import atomic
 from noria.tools.writing import making, open_new
@@ -210,8 +210,6 @@ class TracedTransport:
     def __init__(self, transport: Transport, trace: Trace):
         self._transport, self._trace = transport, trace
         self.device = transport.device
-        # The messages of a blocking ring that are no hidden states, and the end, leave no events.
-        self.send_bytes_now, self.receive_bytes_now = transport.send_bytes_now, transport.receive_bytes_now
         self.close = transport.close
 
     def send(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> Generator[None, None, None]:
@@ -228,12 +226,6 @@ class TracedTransport:
         work = self._transport.receive_bytes(source, tag)
         return self._watched("receive", tag, None, work) if kind_of(tag)[0] == RESULT else work
 
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
-        self._now("send", tag, tensor.nbytes, lambda: self._transport.send_now(tensor, dest, tag, ready))
-
-    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
-        self._now("receive", tag, tensor.nbytes, lambda: self._transport.receive_now(tensor, source, tag))
-
     def _watched(
         self, track: str, tag: int, nbytes: int | None, work: Generator[None, None, T]
     ) -> Generator[None, None, T]:
@@ -243,11 +235,6 @@ class TracedTransport:
             nbytes = len(value) if isinstance(value, bytes) else 0
         self._trace.message(track, kind, begin, group, nbytes)
         return value
-
-    def _now(self, track: str, tag: int, nbytes: int, call: Callable[[], None]) -> None:
-        begin = time.perf_counter_ns()
-        call()
-        self._trace.message(track, HIDDEN, begin, kind_of(tag)[1], nbytes)
 
 
 class TraceFile:

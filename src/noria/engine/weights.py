@@ -11,7 +11,7 @@ import torch
 
 from noria.blocks import Block, lay_out
 from noria.engine.cycle import Cycle
-from noria.engine.traffic import Traffic
+from noria.engine.timing import Traffic
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer
 
@@ -66,18 +66,16 @@ class Coming:
 class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
-    `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks; `visits`:
-    the names of those that each lap needs, in order. `ahead`: loads are sent before they are needed. `tiers`: those to be
-    closed besides the homes' own.
+    `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks, and
+    `cycle` their order (None without any). `ahead`: loads are sent before they are needed. `tiers`: those to be closed
+    besides the homes' own.
     """
 
     def __init__(
         self,
         resident: Mapping[str, Parameters],
         homes: Mapping[str, Home],
-        visits: Sequence[Sequence[str]],
-        groups: int,
-        num_slots: int,
+        cycle: Cycle | None,
         streams: Streams,
         traffic: Traffic | None = None,
         ahead: bool = True,
@@ -85,11 +83,11 @@ class Weights:
     ):
         self._tiers = {id(tier): tier for tier in (*tiers, *(home.tier for home in homes.values()))}
         self._resident, self._homes, self._streams, self._prefetches = dict(resident), dict(homes), streams, ahead
-        self._traffic, self._groups = traffic or Traffic(), groups
-        self._cycle = Cycle(visits, groups, num_slots) if homes else None
+        self._traffic, self._cycle = traffic or Traffic(), cycle
         largest = max((home.block.nbytes for home in homes.values()), default=0)
-        buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(num_slots)]
-        self._free = deque(WeightSlot(buffer) for buffer in buffers if homes)
+        slots = cycle.slots if cycle is not None else 0
+        buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(slots)]
+        self._free = deque(map(WeightSlot, buffers))
         self._ahead: deque[Coming] = deque()
         self._held: dict[str, Coming] = {}
         self._at = (0, 0, 0)
@@ -144,7 +142,7 @@ class Weights:
     def done(self, name: str) -> None:
         """This visit has queued all its work with the block. Its slot goes free unless another group needs it."""
         _, lap, group = self._at
-        if name in self._held and self._cycle and (not self._cycle.once[lap] or group == self._groups - 1):
+        if name in self._held and self._cycle and self._cycle.lets_go(lap, group):
             self._release(name)
             if self._prefetches:
                 self._send()

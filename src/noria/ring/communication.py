@@ -127,9 +127,8 @@ class Communication:
             if self._advance():
                 last = time.monotonic()
             elif self._live:
-                # A wait is late by a 32nd of its length at most, and a long one costs next to nothing.
                 idle = time.monotonic() - last
-                self._wake.wait(min(max(idle / 32, SHORTEST_PAUSE), LONGEST_PAUSE))
+                self._wake.wait(pause(idle))
             elif self._closing and not self._new:
                 return
             else:
@@ -153,6 +152,11 @@ class Communication:
             ticket.finish(end.value)
         else:
             self._live.append((work, ticket))
+
+
+def pause(idle: float) -> float:
+    """Seconds to the next poll: a wait is late by a 32nd of its length at most, and a long one costs next to nothing."""
+    return min(max(idle / 32, SHORTEST_PAUSE), LONGEST_PAUSE)
 
 
 def _sharpen_sleep() -> None:

@@ -10,18 +10,18 @@ from typing import TypeAlias
 import torch
 
 from noria.limits import MAX_GROUPS
-from noria.order import HEADER, HIDDEN, RESULT, Place, check_blocking, tag
+from noria.order import HEADER, HIDDEN, RESULT, check_blocking, tag
+from noria.ring.base import BaseRing, RingShape
 from noria.ring.blocking import BlockingRing
 from noria.ring.communication import Communication, Ticket
 from noria.ring.heartbeat import SILENCE, beat, listen
 from noria.ring.loopback import LoopbackRing
 from noria.step import Result, Step, Word
 from noria.streams import Event, Streams
-from noria.tools.pinned import Fixed
 from noria.transports import Transport
 
 
-class Ring:
+class Ring(BaseRing):
     """The non-blocking ring: receives are posted before sends, all of them by the communication thread.
 
     One receive and one send buffer [step_tokens, E] per group are enough. A group's message on lap l+1 (or of its
@@ -29,34 +29,17 @@ class Ring:
     this rank still reads lap l's input, and the receive of lap l+1 is posted when the event of lap l's output has
     completed, just before that output is sent. A send buffer is rewritten only after the ticket of the group's
     previous send: its contents have arrived by then, but MPI must have let go of it too.
-
-    `in_host`: the buffers are in page-locked host memory, and the caller fills those that it sends (`output`).
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        place: Place,
-        hidden_size: int,
-        step_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        streams: Streams,
-        in_host: bool = False,
-    ):
+    def __init__(self, transport: Transport, shape: RingShape, streams: Streams):
+        super().__init__(shape, streams)
+        place = self.place
         assert place.groups <= MAX_GROUPS
-        self.place = place
         self._transport = transport
-        self._streams = streams
-        shape = (place.groups, step_tokens, hidden_size)
-        one_lap = place.laps == 1
+        one_lap, none = place.laps == 1, torch.empty(0, dtype=shape.dtype)
         # With one lap rank 0 receives no hidden states, and the last rank sends none.
-        needed = not (one_lap and place.rank == 0), not (one_lap and place.is_last)
-        self._buffers = [Fixed(shape, dtype, device, in_host) if its else None for its in needed]
-        none = torch.empty(0, dtype=dtype)
-        self._inputs, self._outputs = (none if its is None else its.tensor for its in self._buffers)
-        self._in_host = in_host
-        self._rounds = [0] * place.groups
+        self._inputs = none if one_lap and place.rank == 0 else self._buffers(place.groups)
+        self._outputs = none if one_lap and place.is_last else self._buffers(place.groups)
         self._headers: deque[Ticket[Step]] = deque()  # of the steps to come; the last one's header is not here yet
         self._receives: dict[int, tuple[int, Ticket[None]]] = {}
         self._sends: dict[int, Ticket[None]] = {}
@@ -102,25 +85,13 @@ class Ring:
         ticket.wait()
         return self._inputs[group, :num_tokens]
 
-    def output(self, group: int, lap: int, num_tokens: int) -> torch.Tensor | None:
-        """Where in host memory to put the [num_tokens, E] that `send` is given next; None where it takes a copy itself."""
-        if not self._in_host:
-            return None
-        self._wait_sent(group)
-        return self._outputs[group, :num_tokens]
-
     def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
         """Hands hidden [T, E] on to the next virtual stage and returns at once.
 
         `hidden` is copied on the current stream: what is queued there later may write over it. With an event `ready` it is
         what `output` gave, complete with the event.
         """
-        assert not self.place.answers(lap)
-        output = self._outputs[group, : len(hidden)]
-        if ready is None:
-            self._wait_sent(group)
-            output.copy_(hidden)
-            ready = self._streams.event()
+        output, ready = self._filled(group, lap, hidden, ready)
         following = None
         if lap + 1 < self.place.laps:
             following = self._communication.ticket()
@@ -143,21 +114,17 @@ class Ring:
     def close(self) -> None:
         """The clean end, after the STOP round: waits until everything has been sent. Raises CommunicationError."""
         self._communication.close()
-        for buffer in filter(None, self._buffers):
-            buffer.close()
+        self._close_buffers()
 
     def abandon(self) -> None:
         """The end after an error: waits for nobody. Messages under way are lost."""
         self._communication.abandon()
 
-    def _check_round(self, step: Step, group: int) -> None:
-        expected = self._rounds[group], group
-        assert (step.round, step.group) == expected, f"step (round, group) {(step.round, step.group)}, not {expected}"
-        self._rounds[group] += 1
-
-    def _wait_sent(self, group: int) -> None:
+    def _outgoing(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
+        """The group's send buffer, once its previous message is sent."""
         if group in self._sends:
             self._sends.pop(group).wait()
+        return self._outputs[group, :num_tokens]
 
     # What follows runs in the communication thread.
 
@@ -200,29 +167,14 @@ class Ring:
 AnyRing: TypeAlias = Ring | BlockingRing | LoopbackRing  # the three have the same methods
 
 
-def open_ring(
-    transport: Transport | None,
-    rank: int,
-    num_ranks: int,
-    groups: int,
-    laps: int,
-    hidden_size: int,
-    step_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    streams: Streams,
-    blocking: bool = False,
-    in_host: bool = False,
-) -> AnyRing:
+def open_ring(transport: Transport | None, shape: RingShape, streams: Streams, blocking: bool = False) -> AnyRing:
     """The ring of this run. Raises InputError where a blocking one would deadlock.
 
-    `transport` is None with one rank: nothing travels there. `in_host`: hidden states are in host memory between visits.
+    `transport` is None with one rank: nothing travels there. That of a blocking ring has synchronous sends.
     """
-    place = Place(rank, num_ranks, groups, laps)
     if blocking:
-        check_blocking(num_ranks, groups)
-    if num_ranks == 1:
-        return LoopbackRing(place, hidden_size, step_tokens, dtype, device, in_host)
+        check_blocking(shape.place.num_ranks, shape.place.groups)
+    if shape.place.num_ranks == 1:
+        return LoopbackRing(shape, streams)
     assert transport is not None, "several ranks need a transport"
-    kind = BlockingRing if blocking else Ring
-    return kind(transport, place, hidden_size, step_tokens, dtype, device, streams, in_host)
+    return BlockingRing(transport, shape, streams) if blocking else Ring(transport, shape, streams)

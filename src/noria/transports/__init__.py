@@ -29,7 +29,7 @@ REMEDY = (
 class Transport(Protocol):
     """Point-to-point messages between the ranks of a ring; mpi_device.MpiDevice says what each method does.
 
-    The first four are generators: work that advances each time it is resumed. The others block.
+    The first four are generators: work that advances each time it is resumed.
     """
 
     device: torch.device
@@ -41,14 +41,6 @@ class Transport(Protocol):
     def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator[None, None, None]: ...
 
     def receive_bytes(self, source: int, tag: int) -> Generator[None, None, bytes]: ...
-
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None: ...
-
-    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None: ...
-
-    def send_bytes_now(self, data: bytes, dest: int, tag: int) -> None: ...
-
-    def receive_bytes_now(self, source: int, tag: int) -> bytes: ...
 
     def close(self) -> None: ...
 
@@ -82,9 +74,12 @@ def choose(comm: Communicator, device: torch.device, requested: str = "auto") ->
     return "mpi_host", f"hidden states are staged in host memory, because {failure}: {REMEDY}"
 
 
-def open_transport(name: str, comm: Communicator, device: torch.device) -> Transport | None:
-    """The transport of this name (collective over `comm`), or None for `loopback`."""
-    return None if name == "loopback" else kinds.load("transports", name).TRANSPORT(comm, device)
+def open_transport(name: str, comm: Communicator, device: torch.device, synchronous: bool = False) -> Transport | None:
+    """The transport of this name (collective over `comm`), or None for `loopback`.
+
+    With `synchronous`, which a blocking ring needs, a send ends only when its receive has been posted.
+    """
+    return None if name == "loopback" else kinds.load("transports", name).TRANSPORT(comm, device, synchronous)
 
 
 def cuda_sign() -> str | None:

@@ -75,27 +75,6 @@ class MpiDevice:
         """Returns a small host message, whatever its size."""
         return (yield from probed(self.comm, source, tag))
 
-    # The same four, blocking: each returns when it is over, and sends are synchronous.
-
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
-        ready.synchronize()
-        for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES):
-            self.comm.Ssend(message(piece), dest, tag)
-
-    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
-        for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES):
-            self.comm.Recv(message(piece), source, tag)
-
-    def send_bytes_now(self, data: bytes, dest: int, tag: int) -> None:
-        self.comm.Ssend([data, MPI.BYTE], dest, tag)
-
-    def receive_bytes_now(self, source: int, tag: int) -> bytes:
-        status = MPI.Status()
-        found = self.comm.Mprobe(source, tag, status)
-        data = bytearray(status.Get_count(MPI.BYTE))
-        found.Recv([data, MPI.BYTE])
-        return bytes(data)
-
     def keep(self, work: list[Generator[None, None, None]]) -> None:
         """Keeps transfers, with the memory that MPI may still write to, as long as the communicator is not given back."""
         self.comm.Set_attr(MPI.Comm.Create_keyval(), work)

@@ -25,8 +25,6 @@ class MpiHost:
         self._mpi = mpi_device.MpiDevice(comm, torch.device("cpu"), synchronous)
         self.send_bytes = self._mpi.send_bytes
         self.receive_bytes = self._mpi.receive_bytes
-        self.send_bytes_now = self._mpi.send_bytes_now
-        self.receive_bytes_now = self._mpi.receive_bytes_now
         self.close = self._mpi.close
         # One stream a direction: a copy to the host does not queue behind one to the device.
         self._sending, self._receiving = streams_of(device), streams_of(device)
@@ -65,28 +63,6 @@ class MpiHost:
             if index + 2 < len(chunks):
                 requests.append(self._mpi.irecv(message(staged[index + 2]), source, tag))
 
-    def send_now(self, tensor: torch.Tensor, dest: int, tag: int, ready: Event) -> None:
-        if self._in_host(tensor):
-            self._mpi.send_now(tensor, dest, tag, ready)
-            return
-        ready.synchronize()
-        data = bytes_of(tensor)
-        half = self._halves("send", tag, len(data))[0]
-        for chunk in data.split(CHUNK_NBYTES):
-            staged = half[: len(chunk)]
-            _copy(chunk, staged, self._sending).synchronize()
-            self._mpi.comm.Ssend(message(staged), dest, tag)
-
-    def receive_now(self, tensor: torch.Tensor, source: int, tag: int) -> None:
-        if self._in_host(tensor):
-            self._mpi.receive_now(tensor, source, tag)
-            return
-        half = self._halves("receive", tag, tensor.nbytes)[0]
-        for chunk in bytes_of(tensor).split(CHUNK_NBYTES):
-            staged = half[: len(chunk)]
-            self._mpi.comm.Recv(message(staged), source, tag)
-            _copy(staged, chunk, self._receiving).synchronize()
-
     def _in_host(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is in host memory, and its rank's device is another."""
         return tensor.device.type == "cpu" != self.device.type
@@ -103,15 +79,11 @@ class MpiHost:
         return halves
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Event:
-    """Queues the copy on the copy stream; returns its event."""
+def _copied(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Generator[None, None, None]:
+    """Queues the copy on the copy stream, and ends with it."""
     with streams.copying():
         target.copy_(source, non_blocking=True)
-        return streams.event()
-
-
-def _copied(source: torch.Tensor, target: torch.Tensor, streams: Streams) -> Generator[None, None, None]:
-    event = _copy(source, target, streams)
+        event = streams.event()
     while not event.query():
         yield
 

@@ -1,0 +1,92 @@
+"""What a rank measures: seconds of its rounds and bytes over its links, rounds of prefill and of decode apart.
+
+A round with any chunk of a prompt is prefill; that is known when its last step is, so a round is counted as a whole.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from noria.engine.trace import Tracing
+
+LINKS = ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_rank")
+MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
+
+
+class Traffic:
+    """Counts of one rank. `weights_unused`: bytes of blocks that were loaded ahead and never computed with."""
+
+    def __init__(self) -> None:
+        self._round: Counter[str] = Counter()
+        self.prefill: Counter[str] = Counter()
+        self.decode: Counter[str] = Counter()
+        self.weights_unused = 0
+
+    def add(self, link: str, nbytes: int) -> None:
+        """Bytes over a link, in this round."""
+        assert link in LINKS
+        self._round[link] += nbytes
+
+    def end_round(self, prefill: bool) -> None:
+        phase = self.prefill if prefill else self.decode
+        phase.update(self._round)
+        self._round.clear()
+
+    def columns(self) -> dict[str, int]:
+        """One number a column, for the output's `timing`."""
+        phases = {"prefill": self.prefill, "decode": self.decode}
+        counts = {f"{name}_{link}_nbytes": phase[link] for name, phase in phases.items() for link in LINKS}
+        return counts | {"weights_unused_nbytes": self.weights_unused}
+
+
+@dataclass
+class Timing:
+    """Seconds of a rank between its first step and its last; `waited` of them for the ring.
+
+    Rounds with any chunk of a prompt are prefill, the others with tokens decode.
+    """
+
+    rounds: int = 0
+    visits: int = 0  # of each lap, by groups that had something to compute
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    prefill_rounds: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_rounds: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def end_round(self, prefill: bool, tokens: int, seconds: float) -> None:
+        """Adds a round to its phase."""
+        self.rounds, self.tokens, phase = self.rounds + 1, self.tokens + tokens, "prefill" if prefill else "decode"
+        if not tokens:
+            return
+        for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
+            setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
+
+
+def figures(timings: Sequence[Mapping[str, Any]], speeds: bool) -> dict[str, Any]:
+    """What the ranks measured, for a comparison with the plan: peaks of memory, one a rank, and tokens per second.
+
+    Of a phase with few rounds nothing is said: its first round waits for what is loaded ahead in the others.
+    """
+    found: dict[str, Any] = {
+        name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")
+    }
+    for phase in ("prefill", "decode") if speeds else ():
+        slowest = max(timings, key=lambda timing: timing[f"{phase}_seconds"])
+        if slowest[f"{phase}_rounds"] >= MIN_ROUNDS:
+            found[f"{phase}_tokens_per_second"] = slowest[f"{phase}_tokens"] / slowest[f"{phase}_seconds"]
+    return found
+
+
+@dataclass(frozen=True)
+class Meters:
+    """Where a rank's engine counts its bytes, keeps its trace, and says what people should read in the log."""
+
+    traffic: Traffic
+    trace: Tracing
+    say: Callable[[str], None]
