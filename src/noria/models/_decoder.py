@@ -1,11 +1,12 @@
 """The decoder that Llama, Mistral, Qwen, Phi-3 and Mixtral share: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-A family gives `shape` its settings (biases, norms of heads, windows, experts) and takes the rest as it is. A layer's
+A family gives `shape` its Variant (biases, norms of heads, windows, experts) and takes the rest as it is. A layer's
 RMSNorms compute in float32 for half precisions. Functions of tensors: nothing of ranks, streams or files.
 T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,26 +19,31 @@ from noria.models import _experts, _rotary, _sources
 from noria.models._attend import Attend
 from noria.models._linear import linear
 
+# What every family takes as it is, by `from noria.models._decoder import *`; most take `sources` too.
+__all__ = ["ALIASES", "embed", "embed_parameters", "head", "head_parameters", "layer", "layer_parameters", "positional"]
+
 ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
 
 
-def shape(
-    family: str,
-    config: Mapping[str, Any],
-    *,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    head_norms: bool = False,
-    window: tuple[int, Collection[int]] | None = None,
-    experts: Mapping[str, Any] | None = None,
-    partly_rotated: bool = False,
-) -> ModelShape:
-    """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed.
+@dataclass(frozen=True)
+class Variant:
+    """What sets a family apart from Llama.
 
     window: the tokens that a query of these layers sees, and the layers. experts: as _experts.settings gives them.
     partly_rotated: whether `partial_rotary_factor` may be below 1.
     """
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
+    window: tuple[int, Collection[int]] | None = None
+    experts: Mapping[str, Any] | None = None
+    partly_rotated: bool = False
+
+
+def shape(family: str, config: Mapping[str, Any], variant: Variant) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed."""
     read.refuse_quantized(config)
     if config.get("hidden_act") != "swish":  # silu's other name
         read.only(config, "hidden_act", "silu", "Noria computes this family with silu alone")
@@ -46,19 +52,13 @@ def shape(
     read.multiple(("num_attention_heads", num_heads), ("num_key_value_heads", num_kv_heads))
     if config.get("head_dim") is None:
         read.multiple(("hidden_size", hidden_size), ("num_attention_heads", num_heads))
-    head_dim = read.integer(config, "head_dim", hidden_size // num_heads)
+    head_dim, experts = read.integer(config, "head_dim", hidden_size // num_heads), variant.experts
     require(head_dim % 2 == 0, f"config.json: head_dim is {head_dim}: rotary positions need an even number")
     theta, scaling = _rotary.settings(config)
-    details = {
-        "intermediate_size": read.integer(config, "intermediate_size"),
-        "norm_eps": read.number(config, "rms_norm_eps", 1e-6),
-        "biases": {"qkv": qkv_bias, "out": out_bias, "gate_up": mlp_bias, "down": mlp_bias},
-        "head_norms": head_norms,
-        "window": window,
-        "experts": experts,
+    details = _details(config, variant) | {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_size": _rotary.rotated_size(config, head_dim, partly_rotated),
+        "rope_size": _rotary.rotated_size(config, head_dim, variant.partly_rotated),
     }
     return ModelShape(
         family,
@@ -75,6 +75,18 @@ def shape(
         end_words=_rotary.end_words(scaling),
         details=details,
     )
+
+
+def _details(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    mlp = variant.mlp_bias
+    return {
+        "intermediate_size": read.integer(config, "intermediate_size"),
+        "norm_eps": read.number(config, "rms_norm_eps", 1e-6),
+        "biases": {"qkv": variant.qkv_bias, "out": variant.out_bias, "gate_up": mlp, "down": mlp},
+        "head_norms": variant.head_norms,
+        "window": variant.window,
+        "experts": variant.experts,
+    }
 
 
 def num_layers(config: Mapping[str, Any]) -> int:

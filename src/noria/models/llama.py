@@ -6,23 +6,14 @@ from typing import Any
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-    sources,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+sources = _decoder.sources
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     biases = read.flag(config, "attention_bias", False)
     mlp_bias = read.flag(config, "mlp_bias", False)
-    return _decoder.shape("llama", config, qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias)
+    return _decoder.shape("llama", config, _decoder.Variant(qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias))

@@ -5,19 +5,10 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _decoder
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-    sources,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("MistralForCausalLM",)
+sources = _decoder.sources
 # What a config.json that leaves them out means; a window of null is none.
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 
@@ -26,4 +17,4 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     window = _decoder.window_of(config, range(_decoder.num_layers(config)))
-    return _decoder.shape("mistral", config, window=window)
+    return _decoder.shape("mistral", config, _decoder.Variant(window=window))

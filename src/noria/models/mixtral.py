@@ -6,16 +6,7 @@ from typing import Any
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _experts
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 # What a config.json that leaves them out means.
@@ -30,7 +21,9 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     layers = range(_decoder.num_layers(config))
     inner = read.integer(config, "intermediate_size")
     experts = _experts.settings(config, "num_local_experts", 8, 2, inner, True, layers)
-    return _decoder.shape("mixtral", config, window=_decoder.window_of(config, layers), experts=experts)
+    return _decoder.shape(
+        "mixtral", config, _decoder.Variant(window=_decoder.window_of(config, layers), experts=experts)
+    )
 
 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:

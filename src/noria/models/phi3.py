@@ -5,16 +5,7 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _decoder
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Phi3ForCausalLM",)
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # what a config.json that leaves them out means
@@ -25,7 +16,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = _with_longrope(DEFAULTS | dict(config))
     window = _decoder.window_of(config, range(_decoder.num_layers(config)))
-    return _decoder.shape("phi3", config, window=window, partly_rotated=True)
+    return _decoder.shape("phi3", config, _decoder.Variant(window=window, partly_rotated=True))
 
 
 def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,19 +7,10 @@ from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-    sources,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
+sources = _decoder.sources
 # What a config.json that leaves them out means.
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 
@@ -27,7 +18,7 @@ DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
-    return _decoder.shape("qwen2", config, qkv_bias=True, window=window(config))
+    return _decoder.shape("qwen2", config, _decoder.Variant(qkv_bias=True, window=window(config)))
 
 
 def window(config: Mapping[str, Any]) -> tuple[int, Collection[int]] | None:

@@ -6,19 +6,10 @@ from typing import Any
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, qwen2
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-    sources,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
+sources = _decoder.sources
 DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
@@ -27,4 +18,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     config = DEFAULTS | dict(config)
     biases = read.flag(config, "attention_bias", False)
     window = qwen2.window(config)
-    return _decoder.shape("qwen3", config, qkv_bias=biases, out_bias=biases, head_norms=True, window=window)
+    return _decoder.shape(
+        "qwen3", config, _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window)
+    )

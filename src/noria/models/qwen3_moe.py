@@ -7,19 +7,10 @@ from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _experts, qwen2
-from noria.models._decoder import (  # noqa: F401
-    ALIASES,
-    embed,
-    embed_parameters,
-    head,
-    head_parameters,
-    layer,
-    layer_parameters,
-    positional,
-    sources,
-)
+from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+sources = _decoder.sources
 # What a config.json that leaves them out means.
 DEFAULTS = qwen2.DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
 
@@ -41,6 +32,5 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     windowed = read.flag(config, "use_sliding_window", False)
     window = _decoder.window_of(config, range(num_layers)) if windowed else None
     biases = read.flag(config, "attention_bias", False)
-    return _decoder.shape(
-        "qwen3_moe", config, qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts
-    )
+    variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts)
+    return _decoder.shape("qwen3_moe", config, variant)
