@@ -12,7 +12,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.random_weights import PERIOD, random_checkpoint
 from noria.checkpoint.read_ahead import read_ahead
-from noria.checkpoint.scratch import checkpoint_regions, scratch_region, stage
+from noria.checkpoint.scratch import checkpoint_regions, copied_regions, scratch_region
 from noria.errors import InputError
 from noria.streams import CpuStreams
 from noria.tiers.disk import Disk
@@ -100,7 +100,9 @@ def test_a_disk_tier_holds_the_blocks_one_after_another(checkpoint, tmp_path, st
             checkpoint_regions(checkpoint, names)
         return
     before = sorted(tmp_path.iterdir())
-    regions = stage(checkpoint, names, tmp_path, told.append) if staged else checkpoint_regions(checkpoint, names)
+    regions = (
+        copied_regions(checkpoint, names, tmp_path, told.append) if staged else checkpoint_regions(checkpoint, names)
+    )
     assert sorted(tmp_path.iterdir()) == before
     assert told == ([checkpoint.blocks[name].nbytes for name in names] if staged else [])
     tier, offset = Disk(regions, STREAMS, 8192, 2), 0
@@ -131,7 +133,7 @@ def test_a_damaged_block_is_not_staged_and_leaves_nothing(checkpoint, tmp_path):
     damage(checkpoint, "head")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="'head' is damaged"):
-        stage(checkpoint, ["layers/0000", "head"], tmp_path)
+        copied_regions(checkpoint, ["layers/0000", "head"], tmp_path)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -141,7 +143,7 @@ def test_a_scratch_disk_that_fails_while_it_is_staged_is_named(checkpoint, tmp_p
 
     monkeypatch.setattr(direct.os, "pwritev", fail)
     with pytest.raises(OSError, match=r"scratch file: input/output error, [\d,]+ more bytes were to be written"):
-        stage(checkpoint, ["head"], tmp_path)
+        copied_regions(checkpoint, ["head"], tmp_path)
 
 
 def test_a_disk_that_is_full_refuses_to_stage_and_to_hold_a_cache(checkpoint, tmp_path, monkeypatch):
@@ -150,7 +152,7 @@ def test_a_disk_that_is_full_refuses_to_stage_and_to_hold_a_cache(checkpoint, tm
 
     monkeypatch.setattr(direct.os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"GiB are free.*lower placement.weights.disk .* \(No space"):
-        stage(checkpoint, ["head"], tmp_path)
+        copied_regions(checkpoint, ["head"], tmp_path)
     with pytest.raises(InputError, match=r"lower placement.cache.disk"):
         scratch_region(tmp_path, 4096)
 

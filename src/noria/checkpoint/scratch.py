@@ -33,22 +33,22 @@ def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Regi
     return regions
 
 
-def stage(
+def copied_regions(
     checkpoint: OpenModel,
     names: Iterable[str],
     folder: str | Path,
-    staged: Callable[[int], None] = lambda nbytes: None,
+    copied: Callable[[int], None] = lambda nbytes: None,
 ) -> list[Region]:
     """Copies the blocks, checked, into one nameless file in `folder`: a region a block, in the order of `names`.
 
-    The file is gone when its regions' tier is closed, or the process ends in any way. `staged` hears of each block's
+    The file is gone when its regions' tier is closed, or the process ends in any way. `copied` hears of each block's
     bytes. Raises InputError, with the numbers, if the folder has no room for them.
     """
     names = list(names)
     file = scratch_file(folder, sum(checkpoint.blocks[name].nbytes for name in names), "placement.weights.disk")
     regions, offset = [], 0
     try:
-        with ThreadPoolExecutor(NUM_THREADS, "stage") as pool:
+        with ThreadPoolExecutor(NUM_THREADS, "scratch") as pool:
             for _, memory in read_ahead(checkpoint, names):
                 view = memory.numpy().data
                 writes = [pool.submit(file.write, offset + begin, view[begin:end]) for begin, end in chunks(len(view))]
@@ -56,7 +56,7 @@ def stage(
                     write.result()
                 regions.append(Region(file, offset, len(view)))
                 offset += len(view)
-                staged(len(view))
+                copied(len(view))
     except BaseException:
         file.close()
         raise

@@ -10,7 +10,7 @@ import torch
 
 from noria.blocks import layer_name
 from noria.checkpoint.read_ahead import read_ahead
-from noria.checkpoint.scratch import checkpoint_regions, stage
+from noria.checkpoint.scratch import checkpoint_regions, copied_regions
 from noria.engine.cycle import Cycle
 from noria.engine.timing import Traffic
 from noria.engine.weights import Home, Parameters, Weights, cast_block, views
@@ -130,7 +130,7 @@ class Loader:
         if self._scratch is None:
             regions = checkpoint_regions(self._checkpoint, names)
         else:
-            regions = stage(self._checkpoint, names, self._scratch)
+            regions = copied_regions(self._checkpoint, names, self._scratch)
         largest = max(self._targets[name].nbytes for name in names)
         disk, offset = Disk(regions, self._streams, slot_nbytes=min(DISK_SLOT_NBYTES, largest)), 0
         for name in names:

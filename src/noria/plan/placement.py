@@ -54,11 +54,11 @@ def _greedy(num_layers: int, num_stages: int) -> list[int]:
 def _balanced(num_layers: int, num_stages: int, extra: tuple[float, float]) -> list[int]:
     """Gives each layer to the stage that is lightest so far; every stage has at least one."""
     counts = [1] * num_stages
-    load = [1.0] * num_stages
-    load[0] += extra[0]
-    load[-1] += extra[1]
+    weight = [1.0] * num_stages
+    weight[0] += extra[0]
+    weight[-1] += extra[1]
     for _ in range(num_layers - num_stages):
-        lightest = load.index(min(load))
+        lightest = weight.index(min(weight))
         counts[lightest] += 1
-        load[lightest] += 1.0
+        weight[lightest] += 1.0
     return counts

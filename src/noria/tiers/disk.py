@@ -173,8 +173,8 @@ class Disk:
         pieces: list[Chunk],
     ) -> None:
         """Gives the filling's chunks to the threads; the last one to end delivers it."""
-        shares = in_tasks(pieces)
-        filling.left = len(shares)
+        tasks = in_tasks(pieces)
+        filling.left = len(tasks)
 
         def run(task: list[Chunk]) -> None:
             try:
@@ -188,7 +188,7 @@ class Disk:
                     passage.ready[filling.number] = filling
                     self._deliver(passage, num_fillings)
 
-        for task in shares:
+        for task in tasks:
             try:
                 self._pool.submit(run, task)
             except RuntimeError as error:  # no thread can be started: the task is over, and its slot will be free
