@@ -34,7 +34,7 @@ from noria.output.sealed import (
 )
 from noria.output.segments import SEGMENT_NAME, Segment
 from noria.tools.atomic import fsync, real, remove_leftovers, write_whole
-from noria.tools.writing import writing
+from noria.tools.writing import WriteError, writing
 
 MAX_PENDING = 2**14  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
 _ALIVE_SECONDS = 5.0  # at most so often a job says that it is alive while no row is finished
@@ -129,7 +129,12 @@ class Parts:
             if not self.pending:
                 return None
             rows, path = list(self.pending), self.reserve()
-            write_whole(path, _image(rows, self.header))
+            try:
+                write_whole(path, _image(rows, self.header))
+            except WriteError:
+                if self.segment:
+                    self.segment.told = True
+                raise
             self.parts.append(_part(path, self.header, rows))
             del self.pending[: len(rows)]
             if self.segment:

@@ -144,7 +144,7 @@ class Segment:
         taken = [int(match[1]) for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
         self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
         self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
-        self._told = False
+        self.told = False  # the user knows that the disk takes nothing
         self._write()
 
     def sealed(self, rows: int, errors: int, tokens: int) -> None:
@@ -158,9 +158,9 @@ class Segment:
         try:
             self._write()
         except OSError as error:
-            if not self._told:
+            if not self.told:
                 self._report(f"the record of this job cannot be written: {error}")
-            self._told = True
+            self.told = True
 
     def _write(self) -> None:
         self.facts["end"] = now()
