@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from noria.checkpoint.checkpoint import Checkpoint
+from noria.checkpoint.checkpoint import Checking, Checkpoint
 from noria.checkpoint.read_ahead import NUM_THREADS, direct_files, read_ahead
 from noria.errors import InputError
 from noria.model import OpenModel
@@ -17,7 +17,8 @@ from noria.tools.direct import chunks, scratch_file
 
 
 def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Region]:
-    """A region a block, in the order of `names`, in the checkpoint's own files; each is checked at its first load.
+    """A region a block, in the order of `names`, in the checkpoint's own files; each is checked at its first load, and
+    again when its file was written to.
 
     The checkpoint may be closed after them. Raises InputError for random weights, which have no file.
     """
@@ -29,7 +30,8 @@ def checkpoint_regions(checkpoint: OpenModel, names: Iterable[str]) -> list[Regi
     files, regions = direct_files(checkpoint, names), []
     for name in names:
         extent = checkpoint.extent(name)
-        regions.append(Region(files[extent.fd], extent.offset, extent.nbytes, partial(checkpoint.checking, name)))
+        first, again = partial(checkpoint.checking, name), partial(Checking, checkpoint, name)
+        regions.append(Region(files[extent.fd], extent.offset, extent.nbytes, first, again))
     return regions
 
 

@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from noria.blocks import ALIGNMENT, round_up
+from noria.errors import Changed, InputError
 from noria.tools.direct import CHUNK_NBYTES, DirectFile, chunks
 
 
@@ -28,12 +29,38 @@ class Region:
     """`nbytes` at byte `offset` of a file. The tier's own offsets count through its regions, one after another.
 
     check: called once, when the whole region is first loaded as one piece, for what checks its bytes; or None.
+    again: called for what checks its bytes when the file was written to since; None for a file that is the tier's own.
     """
 
     file: DirectFile
     offset: int
     nbytes: int
     check: Callable[[], Check | None] | None = None
+    again: Callable[[], Check] | None = None
+    look: tuple[int, int] = (0, 0)  # of the file, when its bytes were those that `again` wants
+
+    def __post_init__(self) -> None:
+        self.look = self.file.look() if self.again is not None else self.look
+
+    @property
+    def touched(self) -> bool:
+        """Whether the file was written to, or given another time, since."""
+        return self.again is not None and self.file.look() != self.look
+
+    def confirm(self) -> None:
+        """After a load: a region whose file was touched is read once more. Raises Changed if its bytes are others."""
+        look = self.file.look() if self.again is not None else self.look
+        if self.again is None or look == self.look:
+            return
+        check, buffer = self.again(), memoryview(bytearray(min(CHUNK_NBYTES, self.nbytes)))
+        try:
+            for begin, end in chunks(self.nbytes):
+                self.file.read(self.offset + begin, buffer[: end - begin])
+                check.update(buffer[: end - begin])
+            check.finish()
+        except InputError as error:
+            raise Changed(str(self.file.path), "model") from error
+        self.look = look
 
 
 @dataclass

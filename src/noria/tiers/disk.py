@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from noria.blocks import ALIGNMENT, round_up
+from noria.errors import Changed, InputError
 from noria.limits import DISK_SLOT_NBYTES, DISK_SLOTS, DISK_THREADS
 from noria.streams import Event, Streams
 from noria.tiers import Events, Pieces, Transfer, total_nbytes
@@ -43,6 +44,7 @@ class _Passage:
     ready: dict[int, _Filling] = field(default_factory=dict)
     error: BaseException | None = None
     digest: Check | None = None
+    regions: list[Region] = field(default_factory=list)  # that are loaded
     next: int = 0
 
 
@@ -136,6 +138,8 @@ class Disk:
 
     def _start_load(self, passage: _Passage, fillings: list[_Filling]) -> None:
         passage.digest = self._digest(passage)
+        touched = {id(one.region): one.region for filling in fillings for one in filling.stretches}
+        passage.regions = list(touched.values())
         for filling in fillings:
             with self._slot_for(filling):
                 pieces = covers(filling.stretches, filling.slot)
@@ -214,12 +218,17 @@ class Disk:
         if passage.digest is not None:
             for source in sources:
                 passage.digest.update(source.numpy().data)
-            if last:
+        if last:
+            for region in passage.regions:
+                region.confirm()
+            if passage.digest is not None:
                 passage.digest.finish()
         pairs = [(stretch.data, source) for stretch, source in zip(filling.stretches, sources, strict=True)]
         return self._streams.copy("load", pairs, passage.after)
 
     def _fail(self, passage: _Passage, error: BaseException) -> None:
+        if isinstance(error, InputError) and (changed := next((one for one in passage.regions if one.touched), None)):
+            error = Changed(str(changed.file.path), "model")
         with passage.lock:
             passage.error = passage.error or error
             if passage.lane == "store":

@@ -49,6 +49,12 @@ class DirectFile:
         if not self.direct and not self._keeps_cache and self._buffered is not None:
             os.posix_fadvise(self._buffered, offset, len(into), os.POSIX_FADV_DONTNEED)
 
+    def look(self) -> tuple[int, int]:
+        """What every write to the file changes: its size and the time of its last change (ns)."""
+        assert self._buffered is not None, f"{self.path} is closed"
+        status = os.fstat(self._buffered)
+        return status.st_size, status.st_mtime_ns
+
     def _size(self) -> int:
         assert self._buffered is not None, f"{self.path} is closed"
         return os.fstat(self._buffered).st_size
