@@ -114,7 +114,7 @@ CLOSED = {  # what alice's umask or an administrator made of her files, and what
         0o600,
         "part-000001.h5 is user 61001's (-rw-------): ask for chmod g+r {}",
     ),
-    "the folder, in which owners alone delete": (".", 0o3775, "lets owners alone delete: ask for chmod -t {}"),
+    "the folder, in which owners alone delete": (".", 0o3775, "lets only owners delete: ask for chmod -t {}"),
 }
 
 
@@ -138,7 +138,9 @@ def test_a_colleague_who_may_not_go_on_is_told_whose_file_it_is_and_what_to_ask_
         capfd.readouterr()
         as_user(BOB, lambda: main(["inspect", str(output)]))
         first = capfd.readouterr().out.splitlines()[0]
-        assert "the same run again goes on once you may write there (" in first and told.format(shared / name) in first
+        assert (
+            "the same command continues it once you may write there (" in first and told.format(shared / name) in first
+        )
 
 
 @root

@@ -328,7 +328,7 @@ def test_a_damaged_template_is_the_users_error(files):
 def test_a_template_that_cannot_be_read_is_the_error_of_the_rows_and_runs_that_need_it(source):
     chat = Chat({"chat_template.jinja": source}, {}, DATE, HELPER)
     with pytest.raises(
-        InputError, match="chat template cannot be used: .*: mend it in the model's directory"
+        InputError, match="chat template cannot be used: .*: correct it in the model's directory"
     ) as caught:
         chat.render([{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value)

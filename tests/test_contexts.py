@@ -135,7 +135,7 @@ def said(folder, capsys, name, length, *flags, what="validate"):
         ("linear", 127, [], 0, "context 128"),
         ("linear", 127, ["--max-context", "64"], 2, "127 tokens, the model's context 64: shorten it"),
         ("dynamic", 63, [], 0, "context 64"),
-        ("dynamic", 64, [], 2, "the model's context 64 (rope type dynamic turns all positions otherwise beyond it"),
+        ("dynamic", 64, [], 2, "the model's context 64 (rope type dynamic rotates all positions differently beyond it"),
         ("dynamic", 9, ["--max-context", "65"], 2, "max_context is 65, the model's context 64 (rope type dynamic"),
         ("learned", 9, ["--max-context", "31"], 2, "context 30 (its positions are a table of that length): give at"),
         ("learned", 9, ["--max-context", "20"], 0, "context 20"),

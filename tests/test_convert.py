@@ -132,7 +132,7 @@ def test_tensors_left_over_are_named_once_and_known_ones_not_at_all(tmp_path):
     }
     made = convert(write_directory(tmp_path / "hf", TIED_LLAMA, tensors), tmp_path / "model.h5")
     assert [note for note in made.notes if "left out" in note] == [
-        "1 tensor left out, which llama has no use for: 'vision.tower'"
+        "1 tensor left out, which llama does not use: 'vision.tower'"
     ]
 
 
@@ -164,7 +164,7 @@ def test_what_old_checkpoints_carry_and_layers_that_are_not_computed_are_no_reas
         directory(tmp_path, **more, **{"model.layers.30.mlp.up_proj.bias": torch.ones(4)}), tmp_path / "m.h5"
     )
     assert [note for note in made.notes if "left out" in note] == [
-        "1 tensor left out, which llama has no use for: 'model.layers.30.mlp.up_proj.bias'"
+        "1 tensor left out, which llama does not use: 'model.layers.30.mlp.up_proj.bias'"
     ]
 
 
@@ -221,7 +221,7 @@ def test_hdf5_takes_no_lock_of_its_own(tmp_path, monkeypatch):
 def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path):
     tensors = state(TIED_LLAMA) | {"lm_head.weight": torch.ones(101, 32)}
     source = write_directory(tmp_path / "hf", TIED_LLAMA, tensors)
-    with pytest.raises(InputError, match="'lm_head.weight' is another matrix .* set that to false to keep the head"):
+    with pytest.raises(InputError, match="'lm_head.weight' differs from .* set that to false to keep the head"):
         convert(source, tmp_path / "model.h5")
     assert not (tmp_path / "model.h5").exists()
 
@@ -570,7 +570,7 @@ def test_the_command_tells_of_texts_that_cannot_be_used(tmp_path, capsys):
     (source / "generation_config.json").write_text('{"eos_token_id": 5000}')
     assert main(["convert", str(source), str(tmp_path / "model.h5")]) == 0
     said = capsys.readouterr().err
-    assert "noria: end token 5000 is not in the model's vocabulary of 101: no row ends by it" in said
+    assert "noria: end token 5000 is not in the model's vocabulary of 101: no row can end with it" in said
     assert "noria: the model's chat template cannot be used: " in said
 
 

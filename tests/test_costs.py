@@ -161,7 +161,7 @@ def test_what_cpu_memory_does_not_hold_is_read_from_disk():
 
 
 def test_random_weights_that_fit_no_memory_are_refused_with_what_is_missing_and_the_way_out():
-    with pytest.raises(InputError, match="find no room on rank 0.*use more ranks, placement.stage = true would keep"):
+    with pytest.raises(InputError, match="do not fit on rank 0.*use more ranks, placement.stage = true would keep"):
         plan_of(OPT_175B, 2, 256, Machine("cuda", 125 * GiB, 30 * GiB), ROWS, model=None, random_weights="c.json")
 
 

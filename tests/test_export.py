@@ -149,7 +149,7 @@ def test_an_unfinished_output_gives_the_rows_so_far_and_says_so(output, tmp_path
     assert export(output, tmp_path / "out.jsonl") == 2
     assert [line["id"] for line in lines(tmp_path / "out.jsonl")] == ["row-2", "row-5"]
     said = capsys.readouterr().err
-    assert "run.h5 is not finished: exporting the 2 rows finished so far, 1 row left half-way not among them" in said
+    assert "run.h5 is not finished: exporting the 2 rows finished so far, 1 row stopped half-way not included" in said
     assert len(list(parts.folder.iterdir())) == 3, "a job that runs is not disturbed"
 
 
@@ -199,7 +199,7 @@ def test_what_is_no_output_is_refused(output, tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         export(output, tmp_path / "out.jsonl")
     output.write_text("hello")
-    with pytest.raises(InputError, match="is no Noria output: it is a text file"):
+    with pytest.raises(InputError, match="is not a Noria output: it is a text file"):
         export(output, tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="there is no folder"):
         export(output, tmp_path / "nowhere" / "out.jsonl")

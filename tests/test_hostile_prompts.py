@@ -298,7 +298,7 @@ HDF5 = {
     soft_link: "'prompt' is a SoftLink",
     external_storage: "has its values in other files",
     virtual: "has its values in other files",
-    two_dimensional: "a column has a value a row",
+    two_dimensional: "a column has one value for each row",
     of_references: "columns are text or numbers",
     opaque: "columns are text or numbers",
     ragged_lies: "'label' has 3 values for 2 rows",
@@ -337,7 +337,7 @@ def test_an_output_is_not_taken_for_prompts(folder, tmp_path, capsys):
     line = refusal(
         capsys, "validate", *arguments[:2], "--prompts", tmp_path / "out.h5", "--output", tmp_path / "two.h5"
     )
-    assert "it holds generations; make prompts of it with noria export" in line
+    assert "it holds generations; make prompts from it with noria export" in line
 
 
 def lying_parquet(path):

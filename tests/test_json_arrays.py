@@ -152,7 +152,7 @@ def test_a_file_of_zstandard_has_the_rows_of_the_plain_one(tmp_path, zstd, name)
 def test_a_file_of_zstandard_that_was_cut_short_is_refused(tmp_path, zstd, left):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstd.ZstdCompressor().compress(b'{"prompt": "p"}\n' + random.Random(1).randbytes(3000))[:-left])
-    with pytest.raises(InputError, match=r"its last frame is not whole\): the file is damaged or was cut short"):
+    with pytest.raises(InputError, match=r"its last frame is incomplete\): the file is damaged or was cut short"):
         rows_of(path)
 
 

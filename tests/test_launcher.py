@@ -53,7 +53,7 @@ def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert launcher.device_of(config.load(None, RUN), place).type == "cpu"
     monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")
-    with pytest.raises(InputError, match="SLURM_JOB_GPUS says there is one: mend that, or run with --device cpu"):
+    with pytest.raises(InputError, match="SLURM_JOB_GPUS says there is one: correct that, or run with --device cpu"):
         launcher.device_of(config.load(None, RUN), place)
     assert launcher.device_of(config.load(None, RUN | {"device": "cpu"}), place).type == "cpu"
 

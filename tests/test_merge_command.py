@@ -110,7 +110,7 @@ def test_its_attributes_tell_of_every_shard(shards, output):
 
 
 def test_a_second_merge_of_the_same_shards_says_that_it_is_done(shards, output, capsys):
-    for words in ("11 rows of 3 shards", "is the merge of these shards already"):
+    for words in ("11 rows of 3 shards", "is already the merge of these shards"):
         assert main(["merge", str(output), *map(str, shards)]) == 0
         assert words in capsys.readouterr().err
     os.unlink(shards[1])
@@ -195,7 +195,7 @@ def test_an_unfinished_shard_is_named_with_what_it_has_so_far(shards, output, ca
 def test_several_bad_files_are_named_together(shards, output, capsys, tmp_path):
     (tmp_path / "notes.h5").write_text("my notes")
     line = refused(capsys, output, shards[0], tmp_path / "notes.h5", tmp_path / "nowhere.h5")
-    assert "notes.h5 is no Noria output: it is a text file" in line and "nowhere.h5: there is no such file" in line
+    assert "notes.h5 is not a Noria output: it is a text file" in line and "nowhere.h5: there is no such file" in line
 
 
 @pytest.mark.parametrize("column", ["tokens", "text", "row"])
@@ -215,14 +215,14 @@ def test_a_shard_with_the_rows_of_another_is_refused(shards, output, capsys):
 def test_shards_that_saw_different_numbers_of_prompts_are_refused(shards, output, capsys):
     os.unlink(shards[2])
     shard(shards[2], 3, num_rows=NUM_ROWS + 3)
-    assert re.search("do not tell the same number of prompts: {1[14], 1[14]}\n", refused(capsys, output, *shards))
+    assert re.search("do not agree on the number of prompts: {1[14], 1[14]}\n", refused(capsys, output, *shards))
 
 
 def test_what_is_there_already_is_left_alone(shards, output, capsys, tmp_path):
     output.write_text("my notes")
-    assert "out.h5 is no Noria output" in refused(capsys, output, *shards)
+    assert "out.h5 is not a Noria output" in refused(capsys, output, *shards)
     shutil.copy(shards[0], tmp_path / "old.h5")
-    assert "old.h5 is there already, and not the merge of these shards" in refused(capsys, tmp_path / "old.h5", *shards)
+    assert "old.h5 exists and is not the merge of these shards" in refused(capsys, tmp_path / "old.h5", *shards)
     assert "is the output of this merge and one of its shards" in refused(capsys, shards[0], *shards)
     fill(Parts(tmp_path / "run.h5", HEADER), [make_row(0)])
     assert "run.h5 is the output of a run that is not finished" in refused(capsys, tmp_path / "run.h5", *shards)
@@ -263,7 +263,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(shards, output, capsys):
     try:
         with pytest.raises(
             OSError,
-            match=r"out\.h5: file too large, [\d,]+ more bytes .* may have 4,000: the shards are as they were: make room",
+            match=r"out\.h5: file too large, [\d,]+ more bytes .* may have 4,000: the shards are unchanged: make room",
         ):
             merge_shards(shards, output, [])
     finally:

@@ -122,7 +122,7 @@ def test_where_rows_would_be_rendered_otherwise_now_it_is_refused_if_some_are_no
         return
     said = refused(capsys, monkeypatch, *command(folder, "other.h5"))
     tokens = len(rows_of(folder / "whole.h5")[row + 2 * (row > 1)].prompt_token_ids)
-    assert f"made other tokens of its prompts (row {row}, {row}: 4 tokens there, {tokens} tokens now)" in said
+    assert f"tokenized its prompts differently (row {row}, {row}: 4 tokens there, {tokens} tokens now)" in said
     assert "finish it with that version, or --overwrite" in said
     assert list(parts_folder(folder / "other.h5").glob("part-*"))
 
@@ -149,7 +149,7 @@ def test_it_is_refused_where_a_batch_line_of_several_prompts_was_one_row_and_is_
         parts.add(row)
     parts.seal()
     said = refused(capsys, monkeypatch, *command(folder, "several.h5"))
-    assert "(row 1: b there, a[1] now), and rows that are not begun would be of another kind" in said
+    assert "(row 1: b there, a[1] now), and new rows would not match the old ones" in said
 
 
 def test_where_all_rows_are_begun_those_half_way_go_on_with_the_prompt_tokens_that_they_had(folder):

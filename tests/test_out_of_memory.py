@@ -48,7 +48,7 @@ def test_a_step_that_memory_does_not_hold_is_cut_finer_and_gives_the_same_tokens
     assert small_run.rows_of(folder / "finer.h5") == small_run.rows_of(folder / "undisturbed.h5")
     said = capsys.readouterr().err
     assert (
-        "rank=0/1 out of memory with 36 tokens in a microbatch: this rank goes on with 2 microbatches of at most 18"
+        "rank=0/1 out of memory with 36 tokens in a microbatch: this rank continues with 2 microbatches of at most 18"
         in said
     )
     assert said.count("out of memory") == 2, "36 -> 18 -> 9, and 9 from then on"

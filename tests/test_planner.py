@@ -71,7 +71,7 @@ def test_memory_that_does_not_suffice_is_refused_with_the_numbers_and_the_remedy
 
 
 def test_a_limit_above_what_the_device_has_is_refused():
-    with pytest.raises(InputError, match=r"gpu_memory is 30\.0 GiB, but the tightest rank has 20\.0 GiB"):
+    with pytest.raises(InputError, match=r"gpu_memory is 30\.0 GiB, but the rank with the least has 20\.0 GiB"):
         make(gpu_memory="30GiB")
 
 
@@ -204,12 +204,12 @@ def test_a_staging_buffer_holds_the_longest_sequence_and_three_of_them_a_sixteen
     [
         ({"weights": {"cpu": 100.0}, "cpu_memory": "100MiB"},
          "cpu tier needs 357.0 MiB, the limit is 100.0 MiB: lower placement.weights.cpu (100) or raise placement.cpu_memory"),
-        ({"weights": {"gpu": "40MiB", "cpu": "40MiB"}}, "placement.weights covers too little: "),
+        ({"weights": {"gpu": "40MiB", "cpu": "40MiB"}}, "placement.weights is too small: "),
         ({"cache": {"cpu": "80GiB"}}, "cpu tier needs 80.0 GiB, the limit is 64.0 GiB: lower placement.cache.cpu (80GiB)"),
-        ({"cpu_memory": "80GiB"}, "placement.cpu_memory is 80.0 GiB, but the tightest rank has 64.0 GiB"),
+        ({"cpu_memory": "80GiB"}, "placement.cpu_memory is 80.0 GiB, but the rank with the least has 64.0 GiB"),
         ({"weights": {"disk": 100.0}, "dtype": "float32"}, 'set dtype = "bfloat16"'),
         ({"weights": {"disk": 100.0}, "model": None, "random_weights": "c.json"}, "set placement.stage = true"),
-        ({"stage": True, "weights": {"gpu": 100.0}}, "placement.stage is true, but no weights live on disk"),
+        ({"stage": True, "weights": {"gpu": 100.0}}, "placement.stage is true, but no weights are on disk"),
         ({"cache": {"disk": "90GiB"}, "machine": Machine("cuda", 20 * GiB, 64 * GiB, 80 * GiB)},
          "disk tier needs 90.0 GiB, the limit is 80.0 GiB: lower placement.cache.disk (90GiB) or make room"),
     ],
@@ -251,7 +251,9 @@ def test_slots_of_weights_are_as_large_as_the_ranks_largest_streamed_block():
 def test_a_user_may_ask_for_more_of_a_gpu_than_a_run_takes_by_itself():
     machine = Machine("cuda", 20 * GiB, most_memory_nbytes=22 * GiB)
     assert sum(make(machine=machine, gpu_memory="21GiB").memory[0]["gpu"].values()) > 20 * GiB
-    with pytest.raises(InputError, match="placement.gpu_memory is 23.0 GiB, but the tightest rank has 22.0 GiB to use"):
+    with pytest.raises(
+        InputError, match="placement.gpu_memory is 23.0 GiB, but the rank with the least has 22.0 GiB to use"
+    ):
         make(machine=machine, gpu_memory="23GiB")
 
 

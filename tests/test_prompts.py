@@ -238,7 +238,7 @@ def test_columns_of_these_names_that_no_template_could_read_are_the_users_own(tm
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message and add_generation_prompt contradict each other",
         ),
-        ({"chat_template": "{{ x }}"}, "chat_template: a row cannot bring a template of its own"),
+        ({"chat_template": "{{ x }}"}, "chat_template: a row cannot have its own template"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': it must be a table"),
         *(
             ({"chat_template_kwargs": {name: 1}}, f"chat_template_kwargs has {name!r}, which no template gets")

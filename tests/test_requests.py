@@ -110,7 +110,7 @@ def test_what_an_assistant_refused_to_say_is_text(tmp_path):
         (line("a", {"prompt": [True]}), "body.prompt[0] is true"),
         (line("a", {"prompt": {}}), "prompt is {}: it must be a string"),
         (chat() | {"method": "GET"}, 'method is "GET": it must be POST'),
-        (chat(temperature=1) | {"temperature": 0}, "temperature stands beside body too, with another value"),
+        (chat(temperature=1) | {"temperature": 0}, "temperature is beside body too, with another value"),
         (chat() | {"url": "/v1/responses"}, 'url is "/v1/responses"'),
     ],
 )

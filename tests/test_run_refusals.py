@@ -174,9 +174,9 @@ def test_a_wrong_command_is_refused_in_one_line(refusal, command, said):
 def test_an_output_that_is_no_output_is_left_alone(refusal, folder):
     (folder / "notes.h5").write_text("my notes\n")
     line = refusal(output="notes.h5")
-    assert "notes.h5 is no Noria output" in line and "name another file, or move it away" in line
-    assert "no Noria output" in refusal("--overwrite", output="notes.h5")
-    assert "no Noria output" in refusal(output="model.h5")
+    assert "notes.h5 is not a Noria output" in line and "name another file, or move it away" in line
+    assert "not a Noria output" in refusal("--overwrite", output="notes.h5")
+    assert "not a Noria output" in refusal(output="model.h5")
     assert (folder / "notes.h5").read_text() == "my notes\n"
 
 

@@ -168,7 +168,9 @@ def sealed_after_a_signal_between_the_last_step_and_the_end(folder, output, monk
 def test_rows_finished_since_the_last_seal_are_sealed_by_a_signal_after_the_last_step(folder, monkeypatch, capsys):
     code, sealed = sealed_after_a_signal_between_the_last_step_and_the_end(folder, "last.h5", monkeypatch)
     assert (code, sealed) == (0, [small_run.NUM_ROWS])
-    assert "SIGTERM: every row is finished, the output is being written: that goes on" in capsys.readouterr().err
+    assert (
+        "SIGTERM: every row is finished, the output is being written and will be completed" in capsys.readouterr().err
+    )
     assert small_run.rows_of(folder / "last.h5") == undisturbed(folder)
 
 
@@ -443,7 +445,9 @@ def test_a_job_that_is_stopped_while_it_loads_has_begun_nothing(folder):
 def test_a_job_that_is_stopped_while_it_writes_its_output_finishes_it(folder):
     done = stopped(folder, "merging.h5", "merge", "USR1", 0)
     assert done.returncode == 0, describe(done)
-    assert "SIGUSR1: every row is finished, the output is being written: that goes on" in done.stderr, describe(done)
+    assert "SIGUSR1: every row is finished, the output is being written and will be completed" in done.stderr, describe(
+        done
+    )
     assert small_run.rows_of(folder / "merging.h5") == undisturbed(folder)
 
 
@@ -481,7 +485,7 @@ def test_a_small_disk_that_fills_ends_the_job_and_says_what_to_do(folder, tmp_pa
     done = mpirun(1, [*unshare, "bash", "-c", SMALL_DISK, "bash", *command])
     assert done.returncode == 1, describe(done)
     said = r"failed: \S*run.h5.parts: no space left on device, [\d,]+ more bytes were to be written, [\d,]+ are free in \S+: "
-    said += r"\d+ rows? could not be sealed, what is sealed stays: make room and start the same run again"
+    said += r"\d+ rows? could not be sealed, sealed rows are kept: make room and start the same run again"
     assert re.search(said, done.stderr) and "Traceback" not in done.stderr, describe(done)
     assert done.stdout.count("part-") >= 1, describe(done)
 
@@ -529,9 +533,9 @@ def test_a_rank_that_computes_for_long_is_not_taken_for_lost(folder, more):
     [
         (
             "full",
-            r": file too large, .* may have 1,000: \d+ rows could not be sealed, what is sealed stays: make room and",
+            r": file too large, .* may have 1,000: \d+ rows could not be sealed, sealed rows are kept: make room and",
         ),
-        ("parts removed", ": the sealed parts were taken away under the run: put them back"),
+        ("parts removed", ": the sealed parts were removed during the run: put them back"),
     ],
 )
 def test_a_disk_that_fails_ends_the_job_and_says_what_to_do(folder, action, said):
@@ -556,7 +560,7 @@ def test_a_folder_that_is_removed_under_the_run_ends_it(folder):
     gone.mkdir()
     done = stopped(folder, "gone/run.h5", "decode", "folder removed", 0)
     assert done.returncode == 1, describe(done)
-    said = f"rank=0/3 failed: {gone / 'run.h5.parts'}: the sealed parts were taken away under the run: put them back"
+    said = f"rank=0/3 failed: {gone / 'run.h5.parts'}: the sealed parts were removed during the run: put them back"
     assert said in done.stderr
 
 

@@ -101,6 +101,6 @@ def test_no_figure_of_a_probe_is_rounded_to_nothing(value, unit, said):
 
 def test_staging_that_stages_nothing_is_said(folder, capsys):
     assert main(small_run.command(folder, "staged.h5", "--stage")) == 0
-    assert "note: placement.stage does nothing: no weights live on disk" in capsys.readouterr().err
+    assert "note: placement.stage does nothing: no weights are on disk" in capsys.readouterr().err
     assert main(small_run.command(folder, "plain.h5")) == 0
     assert "placement.stage" not in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_what_the_sealing_thread_meets_with_ends_the_run_with_what_is_lost(folde
     said = capsys.readouterr().err
     assert threads == ["noria-sealing"] * 2
     assert f"failed: {folder / 'full.h5.parts'}: no space left on device, " in said and "Traceback" not in said
-    assert "could not be sealed, what is sealed stays: make room and start the same run again" in said
+    assert "could not be sealed, sealed rows are kept: make room and start the same run again" in said
     assert Parts(folder / "full.h5", {}).finished()
     assert main(small_run.command(folder, "full.h5", *OFTEN)) == 0
     assert small_run.rows_of(folder / "full.h5") == small_run.rows_of(folder / "undisturbed.h5")

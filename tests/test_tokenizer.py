@@ -310,5 +310,5 @@ def test_a_text_that_takes_for_ever_is_an_error_after_its_time_and_other_threads
         assert time.perf_counter() - begun < 2
         if tokenizer._num_stuck < 2:
             assert tokenizer.encode(easy) == [1] * 250
-    with pytest.raises(InputError, match="did not come to an end with 2 texts"):
+    with pytest.raises(InputError, match="did not finish 2 texts"):
         tokenizer.encode(easy)

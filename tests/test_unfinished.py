@@ -42,7 +42,7 @@ def test_it_counts_what_is_done_wrong_half_way_and_left(output, capsys):
     code, out, err = inspect(capsys, output)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith(f"{output}: not finished, stopped without a word, last seen 20")
+    assert lines[0].startswith(f"{output}: not finished, stopped without notice, last seen 20")
     assert lines[1] == "rows        3 done, 1 error, 6 left (1 row half-way)"
     assert lines[2] == "tokens      6 of prompts, 24 generated"
     assert lines[3] == "ended       2 at a stop, 1 at their limit of tokens"
@@ -62,7 +62,7 @@ def test_a_run_that_stopped_in_order_says_why_and_each_of_its_jobs_has_a_line(ou
     fill(parts, [make_row(row) for row in (4, 5)])
     parts.end("walltime")
     _, out, _ = inspect(capsys, output)
-    assert "stopped (walltime); the same run again goes on" in out and "rows        5 done, 1 error, 4 left\n" in out
+    assert "stopped (walltime); the same command continues it" in out and "rows        5 done, 1 error, 4 left\n" in out
     assert out.count("\nsegment ") == 2
 
 
@@ -87,7 +87,7 @@ def test_a_job_that_works_on_it_is_named(output, capsys):
         assert other.stdout.readline() == b"held\n"
         assert "being written by job 17 on n3 (process 4711, since then)" in inspect(capsys, output)[1]
         other.kill()
-    assert "stopped without a word" in inspect(capsys, output)[1], "the lock dies with its holder"
+    assert "stopped without notice" in inspect(capsys, output)[1], "the lock dies with its holder"
 
 
 def test_a_job_that_has_sealed_nothing_yet_is_shown(tmp_path, capsys):

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str], is_last_act: bool = False) -> int:
     try:
         if any("\0" in argument for argument in argv):
-            raise InputError("an argument has a NUL character: no path and no text of a run has one")
+            raise InputError("an argument has a NUL character: paths and texts of a run cannot have one")
         code = _answer(argv, is_last_act)
         sys.stdout.flush()
         return code

@@ -19,7 +19,7 @@ SYNONYMS = {
 }
 # Names that people take for one of Noria's and that mean something else: the row is refused.
 REFUSED = {
-    "best_of": ("n", "it returns some of more samples, and n returns all"),
+    "best_of": ("n", "it returns the best of more samples, and n returns all"),
     "max_length": ("max_new_tokens", "it counts the prompt's tokens too"),
     "eos_token_id": ("stop_token_ids", "it replaces the model's end tokens, and stop_token_ids adds to them"),
 }
@@ -208,7 +208,7 @@ def refusal(name: str, value: Any) -> str | None:
         meant, why = REFUSED[name]
         if not asks(name, value) or not _could_be_refused(name, value):
             return None
-        return f"{name!r} is no key of Noria's: {why}; did you mean {meant!r}? (if it is your own column, rename it)"
+        return f"{name!r} is not a key of Noria: {why}; did you mean {meant!r}? (if it is your own column, rename it)"
     near = misspelt(name, value)
     return f"unknown key {name!r}; did you mean {near!r}? (if it is your own column, rename it)" if near else None
 

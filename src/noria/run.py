@@ -38,7 +38,7 @@ from noria.tools.lock import OutputLock
 from noria.tools.progress import log
 from noria.tools.provenance import now, provenance, segment_of
 
-NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that did otherwise than its plan
+NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that differed from its plan
 
 
 def run(
@@ -118,7 +118,7 @@ def _generate(
         trace = Trace(rank, title, its_streams) if config.job.trace else OFF
         meters = Meters(traffic, trace, lambda message: log(rank, num_ranks, message))
         if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
-            _say_once(comm, "note: placement.stage does nothing: no weights live on disk")
+            _say_once(comm, "note: placement.stage does nothing: no weights are on disk")
         if not work.num_rows:
             _say_once(comm, f"warning: {source_of(config)} has no rows")
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
@@ -214,7 +214,7 @@ def _provenance(
 
 
 def _say_otherwise(plan: planner.Plan, timings: list[dict[str, Any]], strict: bool) -> list[str]:
-    """Says where the run did otherwise than planned; of its speed only if the plan's rates were measured, on a GPU."""
+    """Says where the run differed from its plan; of its speed only if the plan's rates were measured, on a GPU."""
     predicted = plan.predicted
     known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
     otherwise = plan.compare(figures(timings, speeds=known))
@@ -288,7 +288,7 @@ def _device_name(place: launcher.Location, device: torch.device) -> str:
 
 def _finished_already(config: Config, work: Work, rank: int) -> int:
     if rank == 0:
-        log(0, 1, f"{config.output} is finished: nothing to do (noria export writes it out; --overwrite begins again)")
+        log(0, 1, f"{config.output} is finished: nothing to do (noria export reads it; --overwrite starts again)")
         for line in work.said:
             log(0, 1, line)
     return work.code

@@ -311,8 +311,8 @@ def test_a_value_of_parquet_that_cannot_be_read_is_the_error_of_its_row_which_ke
         assert (first.error, first.id, last.error, last.id, bad.id) == (None, "x", None, "z", "y"), name
         assert bad.error.startswith("row 1: 'own' "), bad.error
     found = list(for_path("a.parquet").read(tmp_path / "a.parquet"))
-    assert found[1].error == "row 1: 'own' cannot be read: a map has one key twice"
-    assert "two fields of one name" in _arrow.values(two)[0].error
+    assert found[1].error == "row 1: 'own' cannot be read: a map has the same key twice"
+    assert "two fields of the same name" in _arrow.values(two)[0].error
 
 
 @pytest.mark.skipif(not hasattr(pyarrow, "uuid"), reason="needs pyarrow 18")

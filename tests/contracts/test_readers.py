@@ -357,7 +357,7 @@ def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
     [
         ({"messages": TALK, "tool_choice": "required"}, {}, "line 1: body.tool_choice is not in this version"),
         ({"messages": TALK, "tools": {"a": 1}}, {}, 'line 1: body.tools is {"a": 1}: it must be a list of objects'),
-        ({"messages": TALK, "chat_template": "x"}, {}, "body.chat_template is no key of a request"),
+        ({"messages": TALK, "chat_template": "x"}, {}, "body.chat_template is not a key of a request"),
         ({"prompt": "p", "tools": [{}]}, {"url": "/v1/completions"}, "body.tools is for /v1/chat/completions"),
         (
             {"prompt": "p", "chat_template_kwargs": {"a": 1}},
@@ -404,7 +404,7 @@ def test_a_bad_request_keeps_its_own_id(tmp_path):
         ("temprature", 0.5, "did you mean 'temperature'"),
         ("topP", 0.5, "did you mean 'top_p'"),
         ("message", TALK, "did you mean 'messages'"),
-        ("guided_json", {}, "body.guided_json is no key of a request"),
+        ("guided_json", {}, "body.guided_json is not a key of a request"),
         ("label", 1, "go into metadata or beside body"),
         ("modalities", ["audio"], "only text"),
         ("verbosity", "low", "body.verbosity is not in this version"),

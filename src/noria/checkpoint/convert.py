@@ -166,7 +166,7 @@ def _instead(missing: str, tensors: Iterable[str]) -> str:
     if not found:
         return "download it again"
     return (
-        f"in its place they hold {_listed(found)}: save the model by save_pretrained() of transformers, unquantized and with"
+        f"instead they hold {_listed(found)}: save the model by save_pretrained() of transformers, unquantized and with"
         " its adapters merged, and convert that"
     )
 
@@ -224,7 +224,7 @@ def _check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> No
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
     require(
         same and all(torch.equal(one, other) for one, other in pairs),
-        f"{head.shard}: {head.name!r} is another matrix than {embedding.name!r}, but config.json says tie_word_embeddings:"
+        f"{head.shard}: {head.name!r} differs from {embedding.name!r}, but config.json says tie_word_embeddings:"
         " set that to false to keep the head, or remove the tensor to use the embedding",
     )
 
@@ -242,10 +242,10 @@ def _left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> lis
     if wrong:
         raise InputError(
             f"{tensors[wrong[0]].shard}: {_listed(wrong)}: {shape.family} as config.json describes it would leave out"
-            f" {plural(len(wrong), 'tensor')} of what it computes, which changes every number: take the unquantized model"
-            " with its adapters merged, or the config.json that belongs to these weights"
+            f" {plural(len(wrong), 'tensor')} of the layers that it computes, so all results would be wrong: take the"
+            " unquantized model with its adapters merged, or the config.json that belongs to these weights"
         )
-    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} has no use for: {_listed(left)}"]
+    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} does not use: {_listed(left)}"]
 
 
 def _listed(names: list[str]) -> str:
@@ -266,7 +266,9 @@ def _tokenizer_notes(header: Header) -> list[str]:
     if "tokenizer.json" in header.tokenizer or {"vocab.json", "merges.txt"} <= set(header.tokenizer):
         return []
     made = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
-    return [f"no tokenizer.json, nor vocab.json and merges.txt: prompts can only be given as token_ids ({made})"]
+    return [
+        f"there is no tokenizer.json, and no vocab.json with merges.txt: prompts can only be given as token_ids ({made})"
+    ]
 
 
 class _ParameterBytes:

@@ -83,7 +83,7 @@ class Directory:
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
             raise InputError(f"{self.path}: the file name {name[:80]!r} leaves the directory: names here are plain")
         if len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
-            raise InputError(f"{self.path}: {name[:80]!r}... is no file name: it has {len(name)} characters")
+            raise InputError(f"{self.path}: {name[:80]!r}... is not a file name: it has {len(name)} characters")
         return self._checked(self.path / name)
 
     def _checked(self, path: Path) -> Path | None:

@@ -167,14 +167,14 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     ) as error:
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to let it run code
-            reason = "it holds more than tensors, and whatever else a pickle does is not done"
+            reason = "it holds more than tensors, and Noria runs no other code of a pickle"
         raise InputError(f"{path} is not a file of plain tensors, or is damaged: {reason!r}") from error
     size = path.stat().st_size
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]:
         plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         there = plain and tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= size
         if not there or tensor.is_quantized:
-            raise InputError(f"{path}: {str(name)[:80]!r} is no plain tensor whose numbers are in the file")
+            raise InputError(f"{path}: {str(name)[:80]!r} is not a plain tensor with its numbers in the file")
     return tensors
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     require(
         (arguments.file is None) != (arguments.run is None),
-        "noria inspect needs a file, or --run and what stands behind noria run",
+        "noria inspect needs a file, or --run with the arguments of noria run",
     )
     output = arguments.file or _output_of(arguments.run)
     if output.suffix == ".parts" and not output.is_file():

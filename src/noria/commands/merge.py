@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     holder = {"job": job, "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(output, holder, to_stderr):
         count = merge_shards(shards, output, sys.argv)
-    words = " is the merge of these shards already"
+    words = " is already the merge of these shards"
     if count is not None:
         words = f": {plural(count, 'row')} of {len(shards)} shards"
     outcome = outcome_of(output)

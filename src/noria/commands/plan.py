@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         if config.device == "auto" and not config.job.machine:
             _say(
                 "device",
-                f"planned for {rates.device}: say another by --device cpu, or by --machine FILE of noria probe",
+                f"planned for {rates.device}: name another with --device cpu, or with --machine FILE of noria probe",
             )
         plan = _plan(config, checkpoint, num_ranks, num_rows, workload, rates, device)
         for line in plan.lines():

@@ -72,9 +72,9 @@ def _output(config: Config) -> str:
     check_names(path)
     if path.exists():
         with open_generations(path) as file:
-            return f"there already, with {plural(len(file), 'row')}"
+            return f"exists, with {plural(len(file), 'row')}"
     parts = part_files(parts_folder(path))
-    return f"begun, {plural(len(parts), 'part')}: a run goes on with it" if parts else "to be made"
+    return f"begun, {plural(len(parts), 'part')}: the run will continue it" if parts else "to be made"
 
 
 def _report(config: Config, found: Findings, output: str) -> None:

@@ -229,14 +229,14 @@ class Desk:
         parts = self._parts
         if parts.taken_away():
             what, remedy = (
-                "the sealed parts were taken away under the run",
+                "the sealed parts were removed during the run",
                 "put them back, or start the same run again",
             )
             raise WriteError(errno.ENOENT, what, parts.folder, remedy)
         try:
             return parts.seal() if due is None else parts.seal_if_due(due)
         except WriteError as error:
-            lost = f"{plural(len(parts.pending), 'row')} could not be sealed, what is sealed stays"
+            lost = f"{plural(len(parts.pending), 'row')} could not be sealed, sealed rows are kept"
             raise error.about(parts.folder, f"{lost}: make room and start the same run again") from error
 
     def close(self, attrs: Mapping[str, Any], timings: Sequence[Mapping[str, float]]) -> None:
@@ -317,7 +317,7 @@ class Desk:
         last = max((int(part.row.max(initial=-1)) for part in parts.parts), default=-1)
         if last >= self._num_prompts:
             raise InputError(
-                f"limit is {self._config.limit}, and {parts.folder} holds row {last}: leave --limit away,"
+                f"limit is {self._config.limit}, and {parts.folder} holds row {last}: leave out --limit,"
                 f" or give at least {last + 1}"
             )
         parts.adopt()

@@ -118,10 +118,10 @@ def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
     said = []
     unknown = sorted(id for id in tokenizer.end_token_ids if not 0 <= id < vocab_size)
     if unknown:
-        said.append(f"end token {unknown[0]} is not in the model's vocabulary of {vocab_size}: no row ends by it")
+        said.append(f"end token {unknown[0]} is not in the model's vocabulary of {vocab_size}: no row can end with it")
     if not tokenizer.end_token_ids:
         said.append(
-            "config.json, generation_config.json and the tokenizer name no end token: rows end by max_new_tokens"
+            "config.json, generation_config.json and the tokenizer name no end token: rows end at max_new_tokens"
         )
     return said + ([chat.error] if chat.error else [])
 

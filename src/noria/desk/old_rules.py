@@ -47,12 +47,12 @@ def check_rendering(
         other = other or _other_tokens(prompt, sealed, encode)
         if other and num_new:
             raise InputError(
-                f"{config.output} was begun by an earlier version, which made other tokens of its prompts ({other}), and"
-                " rows that are not begun would be of another kind: finish it with that version, or --overwrite moves it"
-                " aside and begins again"
+                f"{config.output} was begun by an earlier version, which tokenized its prompts differently ({other}), and"
+                " new rows would not match the old ones: finish it with that version, or --overwrite moves it"
+                " aside and starts again"
             )
     return [
-        f"{config.output} was begun by an earlier version: rows keep their tokens, their way of drawing and a seed of"
+        f"{config.output} was begun by an earlier version: rows keep their tokens, their random draws and a seed of"
         f" {own.sampling.seed}, nothing is taken from the model's generation_config.json, texts are decoded anew"
     ]
 

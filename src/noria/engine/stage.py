@@ -181,7 +181,7 @@ class Stage:
                 its_rows = largest(batch.borders, batch.step.counts.tolist())
                 self._say(
                     f"out of memory with a row in each microbatch, {its_rows} tokens at most: lower"
-                    " pipeline.microbatch_tokens, of which a prompt's pieces have no more, or placement.gpu_memory"
+                    " pipeline.microbatch_tokens, which also limits the pieces of a prompt, or placement.gpu_memory"
                 )
                 raise
             return None
@@ -193,8 +193,8 @@ class Stage:
         self._batches.cut(batch, halved(batch.borders))
         self._most_tokens = largest(batch.borders, counts)
         self._say(
-            f"out of memory with {before} tokens in a microbatch: this rank goes on with {len(batch.microbatches)}"
-            f" microbatches of at most {self._most_tokens} tokens (lower pipeline.microbatch_tokens to begin so)"
+            f"out of memory with {before} tokens in a microbatch: this rank continues with {len(batch.microbatches)}"
+            f" microbatches of at most {self._most_tokens} tokens (lower pipeline.microbatch_tokens to start like that)"
         )
         self._give_back()
         self._activations.cut(old, batch.microbatches)

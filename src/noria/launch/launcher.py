@@ -70,7 +70,7 @@ def device_of(config: Config, location: Location) -> torch.device:
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no GPU"
         seen = f"; {given[0]} says there is one" if given else ""
         raise InputError(
-            f"device = {config.device!r} on {location.host}: {reason}{seen}: mend that, or run with --device cpu"
+            f"device = {config.device!r} on {location.host}: {reason}{seen}: correct that, or run with --device cpu"
         )
     return torch.device("cuda", location.local_rank % torch.cuda.device_count())
 
@@ -100,7 +100,7 @@ def host_memory(location: Location) -> int:
 
 
 def machine(config: Config, comm: Communicator, location: Location, device: torch.device) -> Machine:
-    """What the tightest rank has, for the planner. Collective. Raises InputError for a scratch folder that is none."""
+    """What the rank with the least has, for the planner. Collective. Raises InputError for a scratch folder that is none."""
     folder, placement = scratch_folder(config), config.placement
     needed = placement.stage or bool((placement.cache or {}).get("disk"))
     usable = folder.is_dir() and os.access(folder, os.W_OK)

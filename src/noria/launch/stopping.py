@@ -121,7 +121,7 @@ class Stopping:
     def _seal(self, seal: Callable[[str], tuple[str, float]]) -> None:
         words, round_seconds = seal(self.reason)
         if self.merging:
-            self._say(f"{self.reason}: every row is finished, the output is being written: that goes on")
+            self._say(f"{self.reason}: every row is finished, the output is being written and will be completed")
         else:
             self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)
             self._say(f"stopping ({self.reason}): {words}")

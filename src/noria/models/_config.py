@@ -77,7 +77,7 @@ def multiple(one: tuple[str, int], other: tuple[str, int]) -> None:
     """Raises InputError unless the first (name, number) is a multiple of the second."""
     (name, number), (divisor_name, divisor) = one, other
     if number % divisor:
-        raise InputError(f"config.json: {name} ({number}) is no multiple of {divisor_name} ({divisor})")
+        raise InputError(f"config.json: {name} ({number}) is not a multiple of {divisor_name} ({divisor})")
 
 
 def refuse_quantized(config: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ def end_words(scaling: Scaling) -> str:
     """
     kind = scaling[0] if scaling else "default"
     words = {
-        "dynamic": "rope type dynamic turns all positions otherwise beyond it, which Noria does not compute",
+        "dynamic": "rope type dynamic rotates all positions differently beyond it, which Noria does not compute",
         "longrope": "rope type longrope has other factors beyond it, which Noria does not compute",
     }
     return words.get(kind, "")

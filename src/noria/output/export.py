@@ -136,7 +136,7 @@ def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], It
     if source.exists():
         raise FileNotFoundError(f"{parts_folder(source)} is merged")
     selection = select(parts)
-    half = f", {plural(selection.num_todo, 'row')} left half-way not among them" if selection.num_todo else ""
+    half = f", {plural(selection.num_todo, 'row')} stopped half-way not included" if selection.num_todo else ""
     report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")
     return lambda: (one for block in gather(parts, selection) for one in block)
 

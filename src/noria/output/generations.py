@@ -151,7 +151,7 @@ def open_generations(path: str | Path) -> Generations:
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise InputError(f"{path} is no Noria output: it is {what_it_is(path, error)}") from error
+        raise InputError(f"{path} is not a Noria output: it is {what_it_is(path, error)}") from error
     try:
         _bound_cache(file)
         _check_format(path, file)
@@ -202,7 +202,7 @@ def _check_format(path: Path, file: h5py.File) -> None:
         kind = (
             f"a file of format {printable(str(name))}" if name else f"an HDF5 file of something else (it holds {holds})"
         )
-        raise InputError(f"{path} is no Noria output: it is {kind}")
+        raise InputError(f"{path} is not a Noria output: it is {kind}")
     version = int(file.attrs.get("version", 0))
     if version > VERSION:
         raise NewerVersion(
@@ -241,7 +241,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     for name, per in (("offsets", "token"), ("prompt_offsets", "prompt token")):
         offsets = datasets[name][:]
         right = offsets[0] == 0 and offsets[-1] == sizes[per] and (np.diff(offsets) >= 0).all()
-        require(right, f"{name} do not lead through its {plural(sizes[per], per)}")
+        require(right, f"{name} do not cover its {plural(sizes[per], per)}")
     return datasets
 
 

@@ -75,10 +75,10 @@ def merge_shards(
     dates = {str(shard.part.header.get("chat.date"))[:10]: shard.name for shard in reversed(shards)}
     if len(dates) > 1:
         told = ", ".join(f"{date} in {name}" for date, name in sorted(dates.items(), key=lambda one: one[1])[:_SHOWN])
-        report(f"the chat template tells the date, and the shards began on different days: {told}")
+        report(f"the chat template uses the date, and the shards began on different days: {told}")
     texts = {shard.attrs.get("texts"): shard.name for shard in reversed(shards)}
     if len(texts) > 1:
-        report(f"texts of shard {texts[None]} were decoded by an earlier version, which left their first space away")
+        report(f"texts of shard {texts[None]} were decoded by an earlier version, which left out their first space")
     parts = [shard.part for shard in shards]
     selection = select(parts)
 
@@ -89,7 +89,7 @@ def merge_shards(
     with contextlib.ExitStack() as files:
         few = len(parts) <= _MAX_OPEN
         opened = [files.enter_context(open_generations(part.path)) for part in parts] if few else None
-        remedy = "the shards are as they were: make room and merge again"
+        remedy = "the shards are unchanged: make room and merge again"
         assemble(output, parts, selection, attrs, check, _timing(shards), remedy=remedy, opened=opened)
     return len(selection.row)
 
@@ -169,7 +169,7 @@ def _check_rows(shards: list[Shard]) -> int:
     total = totals.pop()
     if totals or not isinstance(total, int):
         raise InputError(
-            f"{shards[0].part.path} and the others do not tell the same number of prompts: {totals | {total}}"
+            f"{shards[0].part.path} and the others do not agree on the number of prompts: {totals | {total}}"
         )
     for shard in shards:
         part, wanted = shard.part, shard_rows(shard.name, total)
@@ -253,6 +253,4 @@ def _merged_before(output: Path, attrs: Mapping[str, Any]) -> bool:
         ]
         if file.complete and same:
             return True
-    raise InputError(
-        f"{output} is there already, and not the merge of these shards: name another file, or move it away"
-    )
+    raise InputError(f"{output} exists and is not the merge of these shards: name another file, or move it away")

@@ -25,7 +25,7 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
 
     Cheap: made to be asked before the model is loaded. With `overwrite` an old output and its parts are moved aside to
     `NAME.h5.old-N` (and `NAME.h5.old-N.parts`) if they may `move` yet, and the answer is "absent". Raises InputError for
-    a folder that is missing or cannot be written, a file that is no Noria output (with `overwrite` too: it may be a
+    a folder that is missing or cannot be written, a file that is not a Noria output (with `overwrite` too: it may be a
     mistyped path), a newer version, parts that this user may not read or add to.
     """
     path = Path(path)

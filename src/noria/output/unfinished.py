@@ -104,7 +104,7 @@ def _state(path: Path, segments: list[dict[str, Any]]) -> str:
         return f"being written by {holder}"
     last = segments[-1] if segments else {}
     found = hindrance(path)
-    goes_on = "the same run again goes on" + (f" once you may write there ({found})" if found else "")
+    goes_on = "the same command continues it" + (f" once you may write there ({found})" if found else "")
     if last.get("ended"):
         return f"stopped ({last['ended']}); {goes_on}"
-    return f"stopped without a word, last seen {last.get('end') or 'never'}; {goes_on}"
+    return f"stopped without notice, last seen {last.get('end') or 'never'}; {goes_on}"

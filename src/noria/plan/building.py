@@ -131,10 +131,10 @@ def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: in
 def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: Uncovered) -> InputError:
     """What is said where blocks find no room: the numbers and the remedy."""
     held = ", ".join(f"{tier} {size_words(budgets[tier])}" for tier in TIERS if tier in budgets)
-    missing = f"{size_words(error.missing)} of {size_words(error.total)} find no room on rank {rank}"
+    missing = f"{size_words(error.missing)} of {size_words(error.total)} do not fit on rank {rank}"
     if problem.config.placement.weights is not None:
         return InputError(
-            f"placement.weights covers too little: {missing} ({held}, the embedding aside): raise one of them"
+            f"placement.weights is too small: {missing} ({held}, without the embedding): raise one of them"
         )
     stored = next(iter(problem.blocks.values())).dtype
     disk = "placement.stage = true would keep the rest on disk, " if problem.config.job.random_weights else ""
@@ -160,7 +160,7 @@ def check_disk(problem: Problem, plan: Plan) -> None:
         weights = config.placement.weights  # shares that leave the disk out; what is planned or filled may not need it
         require(
             not config.placement.stage or weights is None or is_budget(weights),
-            "placement.stage is true, but no weights live on disk: leave it out, or give placement.weights a share on disk",
+            "placement.stage is true, but no weights are on disk: leave it out, or give placement.weights a share on disk",
         )
         return
     require(

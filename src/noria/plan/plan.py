@@ -106,7 +106,7 @@ class Plan:
         ]
 
     def compare(self, measured: Mapping[str, Any]) -> list[str]:
-        """Where a run did otherwise than planned, in words.
+        """Where a run differed from its plan, in words.
 
         `measured` may have prefill_tokens_per_second, decode_tokens_per_second and tokens_per_second, and, one number a
         rank, peak_device_nbytes and peak_host_nbytes.

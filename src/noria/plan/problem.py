@@ -111,6 +111,6 @@ def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> i
     if asked is None:
         return has
     limit, most = parse_nbytes(asked, name), max(has, most or 0)
-    said = f"{name} is {size_words(limit)}, but the tightest rank has {size_words(most)} to use: lower it"
+    said = f"{name} is {size_words(limit)}, but the rank with the least has {size_words(most)} to use: lower it"
     require(limit <= most, said)
     return limit

@@ -66,7 +66,7 @@ def _list(scalar: Any) -> list[Any]:
 def _struct(scalar: Any) -> dict[str, Any]:
     names = [field.name for field in scalar.type]
     if len(set(names)) < len(names):
-        raise ValueError(f"a struct has two fields of one name: {', '.join(names)[:60]}")
+        raise ValueError(f"a struct has two fields of the same name: {', '.join(names)[:60]}")
     return {name: value for name, one in scalar.items() if (value := _value(one)) is not None}
 
 
@@ -77,7 +77,7 @@ def _map(scalar: Any) -> dict[str, Any] | list[Any]:
         return pairs
     found = {str(key): value for key, value in pairs}
     if len(found) < len(pairs):
-        raise ValueError("a map has one key twice")
+        raise ValueError("a map has the same key twice")
     return found
 
 
@@ -102,7 +102,7 @@ def _in_zone(time: datetime, name: str) -> datetime:
 def _time_of_day(scalar: Any) -> str:
     time, nanoseconds = _after(_EPOCH, scalar)
     if time.date() != _EPOCH.date():
-        raise ValueError(f"{scalar.value} {scalar.type.unit} is no time of a day")
+        raise ValueError(f"{scalar.value} {scalar.type.unit} is not a time of day")
     return _precise(time.time().isoformat(_timespec(time.microsecond, nanoseconds)), 15, nanoseconds)
 
 

@@ -161,7 +161,7 @@ def _error(record: dict[str, Any], url: object) -> str | None:
     ours = {name: body[name] for name in _OURS if name in body}
     twice = next((name for name in ours if name in record and record[name] != body[name]), None)
     if twice:
-        return f"{twice} stands beside body too, with another value: give it once"
+        return f"{twice} is beside body too, with another value: give it once"
     if twice := two_names(ours | _synonyms(body)):
         return f"body: {twice}"
     return _unknown_error(body) or _beside_error(body, url) or _content_error(body, url)
@@ -187,7 +187,7 @@ def _unknown_error(body: dict[str, Any]) -> str | None:
         return f"body.{unknown} is not in this version of Noria: take it out of the request"
     near = misspelt(unknown, body[unknown])
     hint = f"; did you mean {near!r}?" if near else nearest(unknown[:100], _KNOWN)
-    return f"body.{unknown[:100]} is no key of a request{hint} (columns of your own go into metadata or beside body)"
+    return f"body.{unknown[:100]} is not a key of a request{hint} (columns of your own go into metadata or beside body)"
 
 
 def _content_error(body: dict[str, Any], url: object) -> str | None:

@@ -33,7 +33,7 @@ class Decompressed(io.RawIOBase):
                 self._packed = self._file.read(_PIECE_NBYTES)
             if not self._packed:
                 if self._begun:
-                    raise EOFError("its last frame is not whole")
+                    raise EOFError("its last frame is incomplete")
                 return 0
             self._plain = memoryview(self._decompress())
         count = min(len(buffer), len(self._plain))

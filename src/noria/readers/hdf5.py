@@ -85,7 +85,7 @@ def _open(source: Any, path: AnyPath, names: Collection[str]) -> Iterator[tuple[
 def _columns(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     if file.attrs.get("format") == "noria-generations":
         raise InputError(
-            f"prompts {path}: it holds generations; make prompts of it with noria export {path} FILE.jsonl"
+            f"prompts {path}: it holds generations; make prompts from it with noria export {path} FILE.jsonl"
         )
     names = list(file)
     require(len(names) <= 1000, f"prompts {path}: it has {len(names)} datasets, at most 1000 are read")
@@ -104,7 +104,7 @@ def _columns(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
 
 def _check(dataset: h5py.Dataset, where: str, file_nbytes: int) -> None:
     """Raises InputError for a dataset whose values are not all in this file, or are no column."""
-    require(dataset.ndim, f"{where} has the shape {dataset.shape}: a column has a value a row")
+    require(dataset.ndim, f"{where} has the shape {dataset.shape}: a column has one value for each row")
     require(
         _readable(dataset.dtype),
         f"{where} is of type {dataset.dtype}: columns are text or numbers, or hold these by name",
@@ -161,7 +161,7 @@ def _ragged(columns: Datasets, path: AnyPath, names: Collection[str]) -> Dataset
     found = {name: columns.pop(name) for name in _RAGGED}
     integers = all(column.dtype.kind in "iu" and column.ndim == 1 for column in found.values())
     require(integers, f"prompts {path}: tokens and offsets must be integers")
-    require(len(found["offsets"]), f"prompts {path}: offsets is empty: of n rows it has n + 1 values")
+    require(len(found["offsets"]), f"prompts {path}: offsets is empty: for n rows it needs n + 1 values")
     return found
 
 
@@ -174,7 +174,7 @@ def _num_rows(columns: Datasets, ragged: Datasets, path: AnyPath, names: Collect
         require(has, f"prompts {path}: {needs}: {readers.table_without(names, columns)}")
         first = columns[has[0]]
         single = first.ndim == 1 or first.dtype.kind in "iu"
-        require(single, f"prompts {path}: {has[0]!r} has the shape {first.shape}: a column has a value a row")
+        require(single, f"prompts {path}: {has[0]!r} has the shape {first.shape}: a column has one value for each row")
         num_rows = len(first)
     for name, column in columns.items():
         right = len(column) == num_rows

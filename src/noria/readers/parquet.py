@@ -39,7 +39,7 @@ def _batches(file: Any) -> Iterator[Any]:
             yield batch
             left -= batch.num_rows
         if left:
-            raise ValueError(f"row group {group} has not as many rows as it says: {left} are missing")
+            raise ValueError(f"row group {group} has fewer rows than it says: {left} are missing")
 
 
 def count(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> int:

@@ -170,7 +170,7 @@ AnyRing: TypeAlias = Ring | BlockingRing | LoopbackRing  # the three have the sa
 def open_ring(transport: Transport | None, shape: RingShape, streams: Streams, blocking: bool = False) -> AnyRing:
     """The ring of this run. Raises InputError where a blocking one would deadlock.
 
-    `transport` is None with one rank: nothing travels there. That of a blocking ring has synchronous sends.
+    `transport` is None with one rank: there are no messages there. That of a blocking ring has synchronous sends.
     """
     if blocking:
         check_blocking(shape.place.num_ranks, shape.place.groups)

@@ -22,10 +22,11 @@ from noria.tools.helper import Helper
 
 _REMEDY = "give `prompt` without sampling.chat, or convert the model from a directory with a chat_template"
 _UNWRAPPED = (
-    "the model has a chat template, and prompts are fed to it as they are: with --chat each becomes a user's message"
+    "the model has a chat template, but prompts are given to the model without it; with --chat each becomes a user's"
+    " message"
 )
 _TEXT_LOST = (
-    "the model's chat template reads content parts alone, as transformers renders it too: a message whose content is a"
+    "the model's chat template reads only content parts, in transformers too: a message whose content is a"
     ' text loses it; give content as [{"type": "text", "text": ...}]'
 )
 
@@ -115,7 +116,7 @@ class Chat:
 
 
 def _unusable(error: InputError) -> str:
-    return f"the model's chat template cannot be used: {error}: mend it in the model's directory and convert again"
+    return f"the model's chat template cannot be used: {error}: correct it in the model's directory and convert again"
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def template_sources(files: Mapping[str, bytes]) -> dict[str, str]:
 def _checked_sources(found: dict[str, Any], file: str) -> dict[str, str]:
     for name, source in found.items():
         texts = isinstance(name, str) and isinstance(source, str)
-        require(texts, f"the checkpoint's {file}: its chat_template {str(name)[:40]!r} is no text")
+        require(texts, f"the checkpoint's {file}: its chat_template {str(name)[:40]!r} is not a text")
     return found
 
 

@@ -35,7 +35,7 @@ class Continued:
         elif isinstance(text, str):
             self._text, tagged = text, text + _TAG
         else:
-            raise InputError(f"continue_final_message: {field!r} of the final message is no text")
+            raise InputError(f"continue_final_message: {field!r} of the final message is not a text")
         self.messages = [*messages[:-1], final | dict.fromkeys(names, tagged)]
 
     def cut(self, said: str) -> str:

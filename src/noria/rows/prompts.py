@@ -150,7 +150,7 @@ def _sort_keys(
         elif name in beside:
             extra[name] = value
         elif name == "chat_template" and isinstance(value, str):
-            errors.append("chat_template: a row cannot bring a template of its own: it is the model's")
+            errors.append("chat_template: a row cannot have its own template; the model's is used")
         elif name in RUN_KEYS and isinstance(value, str):
             errors.append(f"{name} is a key of the run: it is the same for all rows")
         elif is_foreign(name, value):
@@ -191,7 +191,7 @@ def _id(row: int, value: Any, ids: "_Ids") -> tuple[str, str | None, tuple[str, 
     longer = ids.with_file(id)
     if longer is None or not ids.add(longer):
         return id, f"id {_short(id)} is that of an earlier row too", ()
-    return longer, None, ("ids that an earlier file has too are written FILE:id",)
+    return longer, None, ("ids that an earlier file also has are written as FILE:id",)
 
 
 def _content_error(content: Content, token_ids: Any, name: str) -> str | None:

@@ -115,7 +115,7 @@ class Tokenizer:
 
         limit = SECONDS + len(text) / CHARACTERS_PER_SECOND
         if self._num_stuck >= _MOST_STUCK:
-            raise InputError(f"the tokenizer did not come to an end with {_MOST_STUCK} texts: {REMEDY}")
+            raise InputError(f"the tokenizer did not finish {_MOST_STUCK} texts: {REMEDY}")
         if len(text) <= _SHORT:
             work()
         else:
@@ -147,7 +147,7 @@ def prompt_token_ids(tokenizer: Tokenizer, prompt: str, token_ids: list[int] | N
 def checked_ids(ids: list[int], vocab_size: int, whose: str) -> list[int]:
     """The ids, if there are any and the model has them all. Raises InputError that says whose they are."""
     if not ids:
-        raise InputError("the prompt has no tokens: the tokenizer makes none of this text")
+        raise InputError("the prompt has no tokens: the tokenizer makes none from this text")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise InputError(f"token id {wrong} is not in the model's vocabulary of {vocab_size}: check {whose}")

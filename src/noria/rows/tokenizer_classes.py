@@ -76,7 +76,7 @@ def _class_name(files: Mapping[str, bytes], settings: Mapping[str, Any], config:
         known = usual or _plain(named) in CLASSES or _plain(named).removesuffix("Tokenizer") in _OTHERS
         if not known:
             raise InputError(
-                f"auto_map: the tokenizer is code of its own ({str(own_code)[:80]}), which Noria does not run"
+                f"auto_map: the tokenizer has its own code ({str(own_code)[:80]}), which Noria does not run"
             )
     elif not own_code:
         if (

@@ -119,7 +119,7 @@ def attribute(node: h5py.Group, name: str, path: Path) -> object:
     if stored.heap_size > MAX_ATTRIBUTES_NBYTES:  # HDF5 reads an attribute whole when it opens it
         raise InputError(
             f"{path}: the attributes of {node.name!r} take {stored.heap_size} bytes, at most"
-            f" {MAX_ATTRIBUTES_NBYTES} are read for {name!r}: it is no file that Noria made, or damaged"
+            f" {MAX_ATTRIBUTES_NBYTES} are read for {name!r}: Noria did not make this file, or it is damaged"
         )
     found = h5a.open(node.id, name.encode())
     nbytes, whole = found.get_storage_size(), path.stat().st_size
@@ -230,7 +230,7 @@ class LinkedFiles:
         dataset = self.find(path)
         where = f"{self.path}: {path!r}"
         if not isinstance(dataset, h5py.Dataset):
-            raise InputError(f"{where} is no dataset")
+            raise InputError(f"{where} is not a dataset")
         if dataset.shape != shape if shape is not None else len(dataset.shape or ()) != 1:
             raise InputError(
                 f"{where} has shape {_shape(dataset.shape)}, it should be {_shape(shape) if shape else '[bytes]'}"

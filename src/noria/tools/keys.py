@@ -34,7 +34,7 @@ WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or fal
 def check_path(path: str | None, name: str) -> None:
     """Raises InputError for a path that no file system takes. Looks at its letters alone."""
     text = path or ""
-    require("\0" not in text, f"{name} is {text[:100]!r}: no path has a NUL character")
+    require("\0" not in text, f"{name} is {text[:100]!r}: a path cannot have a NUL character")
     longest = max(text.split("/"), key=len)
     for part, most in ((longest, MAX_NAME_NBYTES), (text, MAX_PATH_NBYTES)):
         nbytes = len(part.encode(errors="surrogateescape"))

@@ -128,7 +128,7 @@ def not_removable(path: Path) -> str | None:
     folder = path.parent.stat()
     if not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, folder.st_uid, path.lstat().st_uid):
         return None
-    return f"{path} is {_owned(path)}, and {path.parent} lets owners alone delete: ask for chmod -t {path.parent}"
+    return f"{path} is {_owned(path)}, and {path.parent} lets only owners delete: ask for chmod -t {path.parent}"
 
 
 def _owned(path: Path) -> str:

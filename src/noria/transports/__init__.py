@@ -58,7 +58,7 @@ def choose(comm: Communicator, device: torch.device, requested: str = "auto") ->
     ring exchange of a CUDA buffer arrives whole; else mpi_host. Raises InputError if mpi_device is requested and fails.
     """
     if comm.Get_size() == 1:
-        return "loopback", "one rank: nothing travels"
+        return "loopback", "one rank: there are no messages"
     if requested == "mpi_host":
         return "mpi_host", "as requested"
     if device.type == "cpu":
@@ -68,7 +68,7 @@ def choose(comm: Communicator, device: torch.device, requested: str = "auto") ->
     # Without a sign it is not tried: an MPI that takes a device address for a host address crashes.
     failure = f"MPI does not say it is CUDA-aware on {_ranks(missing)}" if missing else trial(comm, device)
     if failure is None:
-        return "mpi_device", f"MPI takes GPU memory ({signs[0]}; a trial exchange arrived whole)"
+        return "mpi_device", f"MPI takes GPU memory ({signs[0]}; a trial exchange succeeded)"
     if requested == "mpi_device":
         raise InputError(f"pipeline.transport is mpi_device, but {failure}: set it to mpi_host or auto; {REMEDY}")
     return "mpi_host", f"hidden states are staged in host memory, because {failure}: {REMEDY}"
