@@ -32,15 +32,32 @@ def asked(answers):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("02:00:00", 7200), ("5:30", 330), ("90", 90), (90, 90), ("1:00:00", 3600), (" 10 ", 10)]
+    ("text", "seconds"),
+    [
+        ("02:00:00", 7200),
+        ("5:30", 330),
+        ("90", 90),
+        (90, 90),
+        ("1:00:00", 3600),
+        (" 10 ", 10),
+        ("1-00:00:00", 86_400),
+        ("2-03:04:05", 183_845),
+        ("1-12", 129_600),
+        ("0-00:30", 1800),
+        ("UNLIMITED", float("inf")),
+        ("infinite", float("inf")),
+    ],
 )
-def test_a_walltime_is_hours_minutes_and_seconds_or_seconds(text, seconds):
+def test_a_walltime_is_days_hours_minutes_and_seconds_or_seconds_or_unlimited(text, seconds):
     assert parse_walltime(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "٣"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "٣", "-", "1-", "-1:00", "1-2-3", "0-00:00:00", "NOT_SET"],
+)
 def test_what_is_no_walltime_is_refused(text):
-    with pytest.raises(InputError, match=r"job\.walltime is .*: it must be HH:MM:SS, such as 03:30:00, or seconds"):
+    with pytest.raises(InputError, match=r"job\.walltime is .*: it must be HH:MM:SS, such as 03:30:00 or 1-00:00:00, "):
         parse_walltime(text)
 
 
@@ -75,6 +92,48 @@ def test_slurm_says_its_end_by_a_variable_or_is_asked():
     found = find(None, BEGAN, {"SLURM_JOB_ID": "5"}, ask)
     assert abs(found.at - time.time() - 3630) < 5 and found.source == "squeue"
     assert commands == [["squeue", "-h", "-j", "5", "-o", "%L"]]
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("1:00:00\n59:30\n", 3570),  # tasks of an array, or components of a heterogeneous job
+        ("59:30\n1-00:00:00\nUNLIMITED\n", 3570),
+        ("INVALID\n10:00\n", 600),
+        ("UNLIMITED\nUNLIMITED\n", None),
+    ],
+)
+def test_of_the_lines_of_an_array_or_a_heterogeneous_job_the_shortest_time_counts(said, left):
+    ask, commands = asked({"squeue": said})
+    found = find(None, BEGAN, {"SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": "1"}, ask)
+    assert commands == [["squeue", "-h", "-j", "36_1", "-o", "%L"]]
+    assert found == NONE if left is None else abs(found.at - time.time() - left) < 5
+
+
+def test_a_shell_that_outlived_its_job_is_told_so_and_what_to_do():
+    variables = {"SLURM_JOB_ID": "36", "SLURM_JOB_END_TIME": str(int(BEGAN) - 3000)}
+    for said in ("", "slurm_load_jobs error: Invalid job id specified\n"):
+        with pytest.raises(InputError) as refused:
+            find("10:00", BEGAN, variables, asked({"squeue": said})[0])
+        assert str(refused.value) == (
+            "SLURM_JOB_END_TIME says that job 36 was over at 2023-11-14T21:23:20Z, 3,000 s before this run began: this shell"
+            " outlived its job (tmux, screen). Start the run in a new job, or first: unset ${!SLURM_@}"
+        )
+    with pytest.raises(InputError, match=r"job \? was over"):
+        find(None, BEGAN, {"SLURM_JOB_END_TIME": "1000"}, asked({})[0])
+
+
+def test_a_job_whose_time_was_made_longer_has_the_time_that_squeue_says():
+    variables = {"SLURM_JOB_ID": "36", "SLURM_JOB_END_TIME": str(int(BEGAN) - 3000)}
+    found = find(None, BEGAN, variables, asked({"squeue": "2:00:00\n"})[0])
+    assert abs(found.at - time.time() - 7200) < 5 and found.source == "squeue"
+    assert find(None, BEGAN, variables, asked({"squeue": "UNLIMITED\n"})[0]) == NONE
+
+
+def test_an_unlimited_walltime_leaves_the_schedulers_limit():
+    assert find("UNLIMITED", BEGAN, {}).at == float("inf")
+    found = find("UNLIMITED", BEGAN, {"SLURM_JOB_END_TIME": str(int(BEGAN) + 60)})
+    assert (found.at, found.source) == (BEGAN + 60, "SLURM_JOB_END_TIME")
 
 
 def test_pbs_is_asked_when_the_job_began_and_how_long_it_may_take():

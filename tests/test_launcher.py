@@ -58,8 +58,51 @@ def test_auto_takes_the_cpu_only_where_no_gpu_was_given(monkeypatch):
     assert launcher.device_of(config.load(None, RUN | {"device": "cpu"}), place).type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "CUDA_VISIBLE_DEVICES = '-1' hides every GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "CUDA_VISIBLE_DEVICES = 'NoDevFiles' hides every GPU"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES = '' hides every GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "-1,0"}, "CUDA_VISIBLE_DEVICES = '-1,0' hides every GPU"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, "SLURM_GPUS_ON_NODE = 0: the job was given no GPU"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_JOB_GPUS": ""}, "SLURM_GPUS_ON_NODE = 0: the job was given no GPU"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_JOB_GPUS": "3"}, ""),
+        ({"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": "1"}, ""),
+        ({"SLURM_GPUS_ON_NODE": "4"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, ""),
+        ({}, ""),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_gpus_that_are_hidden_on_purpose_are_no_error_and_no_device(monkeypatch, variables, said, there):
+    for name in launcher.GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launcher.os.path, "exists", lambda path: said != "")  # the device files are there
+    place = launcher.Location("here", 0, 1)
+    assert launcher.hidden_gpus(launcher.os.environ) == said
+    if said:
+        assert launcher.device_of(config.load(None, RUN), place).type == "cpu"
+        with pytest.raises(
+            InputError, match=f"^device = 'cuda' on here: {said}; take that away, or run with --device cpu"
+        ):
+            launcher.device_of(config.load(None, RUN | {"device": "cuda"}), place)
+    elif there:
+        assert launcher.device_of(config.load(None, RUN), place).type == "cuda"
+    elif variables:
+        with pytest.raises(InputError, match="says there is one"):
+            launcher.device_of(config.load(None, RUN), place)
+
+
 @pytest.mark.parametrize(("visible", "devices"), [(4, [0, 1, 2, 3]), (2, [0, 1, 0, 1]), (1, [0, 0, 0, 0])])
 def test_a_rank_takes_the_gpu_of_its_place_on_the_node_of_those_that_it_sees(monkeypatch, visible, devices):
+    for name in launcher.GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: visible)
     places = [launcher.Location("here", local_rank, 4) for local_rank in range(4)]

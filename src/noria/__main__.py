@@ -51,7 +51,8 @@ def _main(argv: list[str], is_last_act: bool = False) -> int:
         if mpi.launched_rank() == 0:  # the ranks of a job have the same error: one of them says it
             sys.stderr.write(f"noria: {printable(str(error))}\n")
             sys.stderr.flush()
-        mpi.leave_together()
+        if argv[0] in UNDER_MPI or not mpi.may_be_a_shell():
+            mpi.leave_together()
         return 2
     except BrokenPipeError:
         _forget_stdout()
@@ -83,7 +84,7 @@ def _forget_stdout() -> None:
 def _command(name: str, argv: list[str], is_last_act: bool) -> int:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r} (known: {', '.join(COMMANDS)}){nearest(name, COMMANDS)}")
-    if name not in UNDER_MPI and mpi.launched() > 1:
+    if name not in UNDER_MPI and mpi.launched() > 1 and not (mpi.may_be_a_shell() and mpi.launched_rank() == 0):
         raise InputError(
             f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)"
         )

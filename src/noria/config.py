@@ -131,8 +131,8 @@ class Job:
 
     seal_seconds: float = key("seconds between two seals: finished rows are written to disk this often", 10.0)
     walltime: str | int | None = key(
-        "time that this command may take, as HH:MM:SS or seconds: the run stops before it is over, seals its rows and exits"
-        " with 75; the same command continues (default: what SLURM or PBS say)",
+        "time that this command may take, as [D-]HH:MM:SS, seconds or UNLIMITED: the run stops before it is over, seals its"
+        " rows and exits with 75; the same command continues (default: what SLURM or PBS say)",
         text=True,
     )
     retry_errors: bool = key("generate rows with status error again, from the same prompts", False)

@@ -24,6 +24,7 @@ from noria.errors import InputError
 from noria.launch import deadline, launcher, mpi
 from noria.launch.notices import Notices
 from noria.launch.signals import Signals
+from noria.launch.stop_file import StopFile
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
 from noria.model import OpenModel
@@ -58,20 +59,22 @@ def run(
     watchdog.rank, watchdog.num_ranks = comm.Get_rank(), comm.Get_size()
     with contextlib.ExitStack() as held:
         helper = helper or held.enter_context(template_helper())
-        stopping, notices = None, held.enter_context(Notices(comm, signals))
-        if comm.Get_rank() == 0:
-            until = deadline.find(config.job.walltime, watchdog.began)
-            stopping = held.enter_context(Stopping(signals, until, watchdog, notices))
+        notices = held.enter_context(Notices(comm, signals))
+        until = mpi.on_first_rank(comm, lambda: deadline.find(config.job.walltime, watchdog.began), share=False)
+        stopping = None if until is None else held.enter_context(Stopping(signals, until, watchdog, notices))
         place = launcher.location(comm)
         device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
         if device.type == "cuda":
             notices.prepare = lambda: torch.cuda.set_device(device)
+        if config.device == "auto" and (hidden := launcher.hidden_gpus(os.environ)):
+            _say_once(comm, f"{hidden}: the CPU is used")
         place = launcher.settle(comm, place, device)
         mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, place, device))
         watchdog.doing = "opening the files"
         if trace_file := config.job.trace:
             mpi.on_first_rank(comm, lambda: _check_trace(config, Path(trace_file)))
         mpi.on_first_rank(comm, lambda: held.enter_context(_own(config, place.host)), share=False)
+        mpi.on_first_rank(comm, lambda: stopping is not None and stopping.look_for(StopFile(config.output)))
         work = mpi.on_first_rank(comm, lambda: examine(config, comm.Get_size(), device.type, helper))
         if work.state == "finished":
             return _finished_already(config, work, comm.Get_rank())

@@ -1,7 +1,8 @@
 """Generates text: reads a file of prompts, runs the model on the ring of ranks and writes the generations to HDF5.
 
 Start it with mpirun, one rank per GPU; without mpirun it runs as one rank. Every key of the run file is also a flag;
-`noria help keys` lists them on one line each.
+`noria help keys` lists them on one line each. A signal, the end of the job's time or a file named like the output with .stop
+behind it (touch run.h5.stop) stops the run in order: it exits with 75, and the same command goes on.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from noria.errors import InputError
 from noria.tools.values import parse_walltime
 
 ASK_SECONDS = 15.0  # a scheduler that does not answer by then has not been asked
@@ -46,21 +47,38 @@ def find(
 ) -> Deadline:
     """The earliest end that is known: `walltime` counts from `started`, a scheduler's limit from the job's own start.
 
-    Raises InputError for a walltime that is no time.
+    Raises InputError for a walltime that is no time, and in a shell that outlived its job.
     """
     ask = ask or _ask
     found = [NONE]
     if walltime is not None:
         found.append(Deadline(started + parse_walltime(walltime), f"walltime {walltime}"))
-    if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-        found.append(Deadline(float(environment["SLURM_JOB_END_TIME"]), "SLURM_JOB_END_TIME"))
-    elif environment.get("SLURM_JOB_ID"):
-        left = seconds_of(ask(["squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%L"]))
-        if left is not None:
-            found.append(Deadline(time.time() + left, "squeue"))
+    if environment.get("SLURM_JOB_END_TIME", "").isdigit() or environment.get("SLURM_JOB_ID"):
+        found += _of_slurm(environment, started, ask)
     elif environment.get("PBS_JOBID"):
         found += _of_pbs(ask(["qstat", "-f", environment["PBS_JOBID"]]), started)
     return min(found, key=lambda deadline: deadline.at)
+
+
+def _of_slurm(environment: Mapping[str, str], started: float, ask: Callable[[list[str]], str]) -> list[Deadline]:
+    """By the job's variable; where that is of a time before this run `started`, or not set, by what squeue says."""
+    text = environment.get("SLURM_JOB_END_TIME", "")
+    at = float(text) if text.isdigit() else None
+    if at is not None and at > started:
+        return [Deadline(at, "SLURM_JOB_END_TIME")]
+    job = job_id(environment)
+    # A line for each task of an array and each component of a heterogeneous job: the first to end ends the run.
+    said = ask(["squeue", "-h", "-j", job, "-o", "%L"]).splitlines() if job else []
+    left = [seconds for line in said if (seconds := seconds_of(line)) is not None]
+    if left:
+        return [Deadline(time.time() + min(left), "squeue")]
+    if at is not None and not any(line.strip() == "UNLIMITED" for line in said):
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+        raise InputError(
+            f"SLURM_JOB_END_TIME says that job {job or '?'} was over at {when}, {started - at:,.0f} s before this run began:"
+            " this shell outlived its job (tmux, screen). Start the run in a new job, or first: unset ${!SLURM_@}"
+        )
+    return []
 
 
 def _of_pbs(said: str, started: float) -> list[Deadline]:

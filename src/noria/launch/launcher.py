@@ -6,6 +6,7 @@ Reads the environment and the operating system; knows nothing of models.
 import os
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import torch
 
 from noria.communicator import Communicator
 from noria.config import Config
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.launch import cores, memory
 from noria.limits import MEMORY_SHARE
 from noria.plan.problem import Machine
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+NO_GPU = ("", "-1", "NoDevFiles", "none")  # what CUDA_VISIBLE_DEVICES begins with where all GPUs are hidden
 MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much
 
 
@@ -58,8 +60,14 @@ def settle(comm: Communicator, location: Location, device: torch.device) -> Loca
 
 
 def device_of(config: Config, location: Location) -> torch.device:
-    """This rank's device. Raises InputError for a GPU that is not there, does not work, or is another rank's."""
+    """This rank's device. Raises InputError for a GPU that is hidden, is not there or does not work."""
     if config.device == "cpu":
+        return torch.device("cpu")
+    if hidden := hidden_gpus(os.environ):
+        require(
+            config.device == "auto",
+            f"device = {config.device!r} on {location.host}: {hidden}; take that away, or run with --device cpu",
+        )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         given = [name for name in GPU_VARIABLES if os.environ.get(name)] or [
@@ -73,6 +81,17 @@ def device_of(config: Config, location: Location) -> torch.device:
             f"device = {config.device!r} on {location.host}: {reason}{seen}: correct that, or run with --device cpu"
         )
     return torch.device("cuda", location.local_rank % torch.cuda.device_count())
+
+
+def hidden_gpus(environment: Mapping[str, str]) -> str:
+    """`CUDA_VISIBLE_DEVICES = '-1' hides every GPU`: who wants none to be used, in words; "" where nobody does."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        hides = visible.split(",")[0].strip() in NO_GPU
+        return f"CUDA_VISIBLE_DEVICES = {visible!r} hides every GPU" if hides else ""
+    if environment.get("SLURM_GPUS_ON_NODE") == "0" and not environment.get("SLURM_JOB_GPUS"):
+        return "SLURM_GPUS_ON_NODE = 0: the job was given no GPU"
+    return ""
 
 
 def check_sharing(config: Config, comm: Communicator, location: Location, device: torch.device) -> None:

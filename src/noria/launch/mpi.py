@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
 
 from noria.communicator import Communicator
@@ -20,8 +21,13 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_N
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
 LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")  # of what threads may do, in MPI's words
 TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
+TERMINAL_OF_A_STEP = "SLURM_PTY_PORT"  # set by `srun --pty`, in its shell and in all that is started there
 PINGS = 100  # to and fro with each rank; the fastest one tells the clocks' difference
 HURRY_SECONDS = 10.0  # that a rank with an error waits for the others, so that all of them leave in order
+HOW_IN_A_SHELL = (
+    "in the shell of srun --pty start them with mpirun -n RANKS noria ... (-n 1 for one), or with"
+    " srun --overlap --mpi=pmix -n RANKS noria ..."
+)
 T = TypeVar("T")
 
 
@@ -65,6 +71,22 @@ def launched() -> int:
     return next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), 0)
 
 
+def may_be_a_shell() -> bool:
+    """Whether `launched` may speak of the tasks of `srun --ntasks=4 --pty bash`, in whose shell nothing was launched."""
+    return TERMINAL_OF_A_STEP in os.environ and not {"OMPI_COMM_WORLD_SIZE", "PALS_SIZE"} & os.environ.keys()
+
+
+def _is_a_shell() -> bool:
+    """The same for sure: this process has that shell's terminal, and SLURM did not start it itself."""
+    if not may_be_a_shell():
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() != "slurmstepd"
+    except OSError:
+        return False
+
+
 def launched_rank() -> int:
     """This process's rank as the launcher numbers it, before MPI is up; 0 where nothing tells."""
     return named_rank() or 0
@@ -83,6 +105,10 @@ def start() -> Communicator:
     size = launched()
     if size <= 1:
         return Solo()
+    if _is_a_shell():  # MPI would wait for the other tasks
+        raise Refused(
+            f"a step of {size} tasks gave this shell its terminal, but no ranks are started: {HOW_IN_A_SHELL}"
+        )
     _prefer_cuda_capable_ucx()
     try:
         from mpi4py import MPI
@@ -103,7 +129,7 @@ def start() -> Communicator:
     if found != size:
         raise Refused(
             f"the launcher started {size} ranks, but MPI sees {found}: this MPI does not talk to this launcher;"
-            " start with the mpirun of the same MPI, or srun --mpi=pmix"
+            f" {HOW_IN_A_SHELL if may_be_a_shell() else 'start with the mpirun of the same MPI, or srun --mpi=pmix'}"
         )
     return MPI.COMM_WORLD
 

@@ -1,4 +1,5 @@
-"""How a job stops before its end: rank 0's threads, one that waits for signals and for the deadline, one that seals.
+"""How a job stops before its end: rank 0's threads, one that waits for signals and for the deadline, one that looks for
+the stop file, one that seals.
 
 A stop seals what there is at once and lets the ring drain; the other ranks hear of it by the headers. Knows no signals'
 handlers, and of the rows only how to ask for their sealing.
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from noria.launch.deadline import Deadline
 from noria.launch.notices import Notices, say_where_it_is_read
 from noria.launch.signals import AGAIN_SECONDS, Signals
+from noria.launch.stop_file import LOOK_SECONDS, StopFile
 from noria.launch.watchdog import Watchdog, abort
 
 STOPPED = 75  # the exit code of a job that the same command takes up again
@@ -45,8 +47,10 @@ class Stopping:
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="noria-stopping", daemon=True)
         self._sealing = threading.Thread(target=self._tend, name="noria-sealing", daemon=True)
+        self._looking: threading.Thread | None = None
+        self._found = ""  # of the stop file, in words
         self._last: threading.Thread | None = None
-        self._due = threading.Event()
+        self._due, self._ending = threading.Event(), threading.Event()
 
     def __enter__(self) -> "Stopping":
         self._thread.start()
@@ -57,8 +61,19 @@ class Stopping:
         self._closed = True
         self._signals.wake()
         self.nudge()
-        for thread in filter(None, (self._thread, self._sealing, self._last)):
+        self._ending.set()
+        for thread in filter(None, (self._thread, self._sealing, self._looking, self._last)):
             thread.join(1.0)
+
+    def look_for(self, stop_file: StopFile) -> bool:
+        """From now on that file stops the job; the output must be this job's. Returns whether an older one was removed.
+
+        By a thread of its own: a file system that does not answer delays no signal. Raises InputError for one that stays.
+        """
+        removed = stop_file.forget_old_ones(self._watchdog.began, self._watchdog.say)
+        self._looking = threading.Thread(target=self._look, args=[stop_file], name="noria-stop-file", daemon=True)
+        self._looking.start()
+        return removed
 
     def nudge(self) -> None:
         """Lets `tend` be called now. Never waits."""
@@ -77,8 +92,8 @@ class Stopping:
             told = self._notices.heard() if came is None and self._notices is not None else None
             if came is not None:
                 self._heed(came)
-            elif told is not None:
-                self._stop(told)
+            elif told is not None or (self._found and not self.reason):
+                self._stop(told or self._found)
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
             elif time.monotonic() > self._drained_by and not self.merging:
@@ -110,6 +125,12 @@ class Stopping:
 
     def _say(self, message: str) -> None:
         say_where_it_is_read(lambda stream: self._watchdog.say(message, stream))
+
+    def _look(self, stop_file: StopFile) -> None:
+        while not self._found and not self._ending.wait(LOOK_SECONDS):
+            self._found = stop_file.heard() or ""
+        if not self._closed:
+            self._signals.wake()
 
     def _tend(self) -> None:
         while not self._closed:

@@ -22,12 +22,27 @@ def shard_rows(shard: str | None, num_rows: int) -> range:
     return range(i - 1, num_rows, n)
 
 
-def parse_walltime(value: str | int) -> int:
-    """Seconds of `HH:MM:SS`, `MM:SS` or a number of seconds. Raises InputError."""
-    parts = str(value).strip().split(":")
-    digits = len(parts) <= 3 and all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+def parse_walltime(value: str | int) -> float:
+    """Seconds of `[D-]HH:MM:SS`, `MM:SS` or a number of seconds; infinity of `UNLIMITED`. Raises InputError.
+
+    After days, hours come first: `1-12` is a day and a half.
+    """
+    text = str(value).strip()
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return float("inf")
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    digits = len(parts) <= 3 and all(
+        part.isascii() and part.isdigit() and len(part) < 10 for part in [*parts, days or "0"]
+    )
+    if dash and digits:
+        parts = [*parts, "0", "0"][:3]
     seconds = sum(int(part) * 60**place for place, part in enumerate(reversed(parts))) if digits else 0
-    require(seconds > 0, f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00, or seconds, above 0")
+    seconds += int(days or 0) * 86_400 if digits else 0
+    require(
+        seconds > 0 and bool(days) == bool(dash),
+        f"job.walltime is {value!r}: it must be HH:MM:SS, such as 03:30:00 or 1-00:00:00, UNLIMITED, or seconds, above 0",
+    )
     return seconds
 
 
