@@ -135,7 +135,7 @@ def machine(config: Config, comm: Communicator, location: Location, device: torc
             f"placement.scratch: {folder} {why} on {location.host}: name a folder on a disk of the node itself"
         )
     most = int(device_nbytes / MEMORY_SHARE * MOST_SHARE) if device.type == "cuda" else None
-    return Machine(device.type, device_nbytes, cpu_nbytes, scratch if needed else None, most)
+    return Machine(device.type, device_nbytes, cpu_nbytes, scratch if needed else None, most, str(folder))
 
 
 def scratch_folder(config: Config) -> Path:

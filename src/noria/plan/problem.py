@@ -20,6 +20,7 @@ class Machine:
 
     The device's kind, bytes of the device and of host memory that each may use (on a CPU they are the same memory), and
     free bytes in scratch (None: not known). `most_memory_nbytes`: what of the device a user may ask for (None: no more).
+    `scratch`: that folder, for messages.
     """
 
     device: str
@@ -27,6 +28,7 @@ class Machine:
     cpu_memory_nbytes: int = 1 << 62
     scratch_nbytes: int | None = None
     most_memory_nbytes: int | None = None
+    scratch: str = "the scratch folder"
 
 
 @dataclass(frozen=True)

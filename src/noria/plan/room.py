@@ -109,7 +109,7 @@ def refused(problem: Problem, rank: int, tier: str, table: Mapping[str, int], as
     other = {
         "gpu": "use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory",
         "cpu": "raise placement.cpu_memory",
-        "disk": "make room in placement.scratch or name another folder",
+        "disk": f"make room in {problem.machine.scratch} or set placement.scratch to another folder",
     }[tier]
     lower = f"lower {asked}{',' if tier == 'gpu' else ' or'} " if asked else ""
     return InputError(
