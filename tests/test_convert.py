@@ -616,3 +616,16 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
         (tmp_path / name).write_text("mine")
     convert(source, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.h5", *foreign]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_changes_while_it_is_converted_is_refused_by_the_file_s_name(tmp_path, name):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+
+    def meanwhile(block, done, total):
+        (source / "README.md").write_text("no part of the model")
+        os.utime(source / name, ns=(1, 1))
+
+    with pytest.raises(InputError, match=rf"{name} changed while it was converted: nothing is written"):
+        convert(source, target, progress=meanwhile)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

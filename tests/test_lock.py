@@ -120,3 +120,15 @@ def test_a_full_disk_takes_the_words_of_a_lock_and_not_the_lock(tmp_path, monkey
     monkeypatch.setattr(os, "pwrite", full)
     with take(tmp_path) as lock:
         assert lock.held
+
+
+def test_a_file_that_is_no_lock_is_not_written_over(tmp_path):
+    path = tmp_path / "run.h5.lock"
+    path.write_text("my notes")
+    with pytest.raises(InputError, match="run.h5.lock, where the lock goes, is no lock but another file: move it away"):
+        OutputLock(tmp_path / "run.h5", {"job": "1"}, print)
+    assert path.read_text() == "my notes"
+    for left in ("", '{"job": "17", "ho'):
+        path.write_text(left)
+        OutputLock(tmp_path / "run.h5", {"job": "1"}, print).close()
+        assert not path.exists()

@@ -15,6 +15,7 @@ import pytest
 
 from forks import forked
 from noria.__main__ import main
+from noria.output import assemble as assemble_module
 from noria.output.agreement import ANEW
 from noria.output.generations import open_generations
 from noria.output.merge import merge
@@ -324,3 +325,20 @@ def test_texts_that_an_earlier_version_decoded_are_told_beside_those_decoded_ane
     capsys.readouterr()
     assert main(["merge", str(output), *map(str, shards)]) == 0
     assert "texts of shard 1/3 were decoded by an earlier version" in capsys.readouterr().err
+
+
+def test_a_shard_that_changes_while_it_is_merged_is_named_and_nothing_is_written(shards, output, capsys, monkeypatch):
+    def changing(function):
+        def call(*arguments):
+            shutil.copy(shards[0], shards[1])
+            return function(*arguments)
+
+        return call
+
+    for name in ("gather", "checksums"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"noria.output.assemble.{name}", changing(getattr(assemble_module, name)))
+            assert "s2.h5 changed while it was merged: nothing is written" in refused(capsys, output, *shards)
+        os.unlink(shards[1])
+        shard(shards[1], 2)
+    assert main(["merge", str(output), *map(str, shards)]) == 0

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from noria.blocks import DTYPE_NBYTES, Block, Parameter
-from noria.checkpoint.checkpoint import block_names, model_block, model_shape, open_checkpoint
+from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_block, model_shape, open_checkpoint
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
 from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkpoint
@@ -25,6 +25,7 @@ from noria.model import ModelShape
 from noria.models._sources import Transposed
 from noria.tools import atomic
 from noria.tools.lock import OutputLock
+from noria.tools.looks import looks_of, refuse_changed
 from noria.tools.provenance import now
 from noria.tools.text import plural
 from noria.tools.writing import making
@@ -39,6 +40,7 @@ IGNORED = (
     ".position_ids",
 )
 
+_TEXTS = ("config.json", "generation_config.json", *TOKENIZER_FILES)  # that are read beside the weights
 WIDER = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64"}  # dtypes of a larger range
 
 Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
@@ -93,6 +95,7 @@ def convert(
 def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool) -> Converted:
     _check_target(target, overwrite)  # again: the holder before may have made it
     directory = Directory(source)
+    before = looks_of(directory.path / name for name in os.listdir(directory.path))
     found = directory.json("config.json")
     assert found is not None, "a Directory has a config.json"
     config_text, config = found
@@ -114,6 +117,8 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
         write_checkpoint(temporary, header, blocks, _shared(plan), source_of.chunks)
         with open_checkpoint(temporary):
             pass  # what was written reads back as a checkpoint
+        used = {tensor.shard for tensor in tensors.values()} | {directory.path / name for name in _TEXTS}
+        refuse_changed({path: look for path, look in before.items() if path in used}, "converted")
     return Converted(shape, dtype, target.stat().st_size, notes)
 
 
@@ -126,7 +131,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    space = os.statvfs(target.parent)
+    space = os.statvfs(atomic.real(target).parent)
     free = space.f_bavail * space.f_frsize
     if needed > free:
         raise InputError(

@@ -22,6 +22,7 @@ from noria.output.sealed import Part, part_files, parts_folder, scan, scan_one, 
 from noria.output.segments import read_segments, segments_of
 from noria.tools.atomic import check_folder
 from noria.tools.container import damaged_is_input_error
+from noria.tools.looks import looks_of, refuse_changed
 from noria.tools.text import plural
 from noria.tools.values import WHOLE, parse_shard, shard_rows
 
@@ -66,6 +67,7 @@ def merge_shards(
     check_folder(output)
     if any(path.exists() and output.exists() and path.samefile(output) for path in paths):
         raise InputError(f"{output} is the output of this merge and one of its shards: the output's name comes first")
+    before = looks_of(paths)
     shards = sorted(_opened(paths), key=lambda shard: shard.i)
     _check_together(shards)
     total = _check_rows(shards)
@@ -83,6 +85,7 @@ def merge_shards(
     selection = select(parts)
 
     def check(file: Generations) -> list[str]:
+        refuse_changed(before, "merged")
         wanted = zip(("row", "sample"), (selection.row, selection.sample), strict=True)
         return [name for name, values in wanted if not np.array_equal(file.column(name), values)]
 
@@ -90,7 +93,11 @@ def merge_shards(
         few = len(parts) <= _MAX_OPEN
         opened = [files.enter_context(open_generations(part.path)) for part in parts] if few else None
         remedy = "the shards are unchanged: make room and merge again"
-        assemble(output, parts, selection, attrs, check, _timing(shards), remedy=remedy, opened=opened)
+        try:
+            assemble(output, parts, selection, attrs, check, _timing(shards), remedy=remedy, opened=opened)
+        except Exception:  # whatever a library made of bytes that changed under it
+            refuse_changed(before, "merged")
+            raise
     return len(selection.row)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from noria import kinds
 from noria.errors import InputError, require
-from noria.readers._known import Known, KnownFile, for_library, know, look_of
+from noria.readers._known import Known, KnownFile, for_library, know
 from noria.readers._published import OWN, flag_for, folded, table_without
 from noria.readers._zstd import MAGIC, Decompressed
 
@@ -33,7 +33,6 @@ __all__ = [
     "for_path",
     "know",
     "lines",
-    "look_of",
     "opened",
     "table_without",
     "too_long",

@@ -13,12 +13,11 @@ from typing import Any
 import xxhash
 
 from noria.errors import Changed
+from noria.tools.looks import Look, look_of
 
 BLOCK_NBYTES = 2**20  # of a digest of 8 bytes
 _KEPT = 8  # blocks that stay in memory: a library reads a column here, a column there
 _DIGEST_NBYTES = 8
-
-Look = tuple[int, ...]  # what tells a file that was not touched: device, inode, bytes, time of its last change (ns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +57,6 @@ def know(path: str) -> Known:
             digests.append(xxhash.xxh3_64_digest(block))
             nbytes += len(block)
     return Known(path, nbytes, whole.hexdigest(), b"".join(digests), look)
-
-
-def look_of(status: os.stat_result) -> Look:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class KnownFile(io.RawIOBase):

@@ -18,6 +18,7 @@ from noria import readers
 from noria.errors import InputError, require
 from noria.readers import AnyPath, BadRow, Known
 from noria.rows.columns import Columns
+from noria.tools.looks import look_of
 from noria.tools.text import plural
 
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were
@@ -132,7 +133,7 @@ class Watch:
         """The first file that is another now: one that looks otherwise, and holds other bytes."""
         for known, before in self._looks.items():
             try:
-                look = readers.look_of(os.stat(known.path))
+                look = look_of(os.stat(known.path))
             except OSError:
                 return known
             if look != before:

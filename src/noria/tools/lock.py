@@ -59,6 +59,7 @@ class OutputLock:
         self.path = lock_path(output)
         self._handle = _take(self.path, output, report)
         if self._handle is not None:
+            _refuse_foreign(self._handle, self.path, output)
             with contextlib.suppress(OSError):  # a full disk: the lock holds without its words
                 os.ftruncate(self._handle, 0)
                 os.pwrite(self._handle, json.dumps(dict(holder)).encode(), 0)
@@ -114,6 +115,14 @@ def _take(path: Path, output: str | Path, report: Callable[[str], None]) -> int 
         if _still_named(handle, path):
             return handle
         os.close(handle)
+
+
+def _refuse_foreign(handle: int, path: Path, output: str | Path) -> None:
+    """Raises InputError for a file that no holder of a lock wrote; one that was killed early wrote nothing."""
+    said = _said(handle)
+    if said and not said.startswith(b'{"job"'):
+        os.close(handle)
+        raise InputError(f"output {output}: {path}, where the lock goes, is no lock but another file: move it away")
 
 
 def _being_written(output: str | Path, holder: str) -> str:
