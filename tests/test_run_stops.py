@@ -369,7 +369,10 @@ def test_a_line_that_goes_on_is_not_an_unchanged_row(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--walltime", "soon"], "job.walltime is 'soon': it must be HH:MM:SS, such as 03:30:00, or seconds"),
+        (
+            ["--walltime", "soon"],
+            "job.walltime is 'soon': it must be HH:MM:SS, such as 03:30:00 or 1-00:00:00, UNLIMITED, or seconds",
+        ),
         (["--walltime", "0"], "job.walltime is '0': it must be"),
         (["--overwrite", "--extend"], "job.overwrite and job.extend contradict each other"),
     ],
