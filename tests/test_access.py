@@ -12,13 +12,13 @@ import pytest
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
 from noria.commands import probe
-from noria.engine.trace import TraceFile
 from noria.output import export, merge
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
 from noria.output.target import probe_output
 from noria.plan.rates import Rates
 from noria.tools.lock import OutputLock, lock_path
+from noria.tools.trace_file import TraceFile
 from output_rows import as_tuple, make_row
 from small_run import write_files
 

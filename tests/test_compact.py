@@ -281,6 +281,6 @@ def test_a_run_puts_its_parts_together_and_its_rows_are_those_of_one_that_does_n
     made, put_together = [], compact_module._compact
     monkeypatch.setattr(compact_module, "_compact", lambda *one: made.append(put_together(*one).name))
     monkeypatch.setattr(desk_module, "Compactor", lambda parts: Compactor(parts, 3, report=refuse))
-    monkeypatch.setattr(Stopping, "nudge", lambda self: self.tend and self.tend())  # a seal a step, however fast
+    monkeypatch.setattr(Stopping, "nudge", lambda self: self._rows and self._rows.tend())  # a seal a step, however fast
     assert main(small_run.command(tmp_path, "compact.h5", "--seal-seconds", "0")) == 0
     assert len(made) >= 4 and small_run.rows_of(tmp_path / "compact.h5") == small_run.rows_of(tmp_path / "plain.h5")

@@ -17,6 +17,7 @@ from noria.launch.stopping import Stopping
 from noria.launch.watchdog import Watchdog
 from noria.output.parts import Parts
 from noria.tools.writing import write_error
+from test_watchdog import Rows
 
 OFTEN = ["--dtype", "float64", "--seal-seconds", "0"]
 
@@ -81,8 +82,7 @@ def test_what_the_sealing_thread_meets_with_ends_the_run_with_what_is_lost(folde
 def test_a_stop_seals_while_the_sealing_thread_is_at_something_long():
     at_it, go_on, sealed = threading.Event(), threading.Event(), threading.Event()
     stopping = Stopping(Signals(), NONE, Watchdog())
-    stopping.tend = lambda: at_it.set() or go_on.wait(20)
-    stopping.seal = lambda reason: sealed.set() or ("everything is sealed", 0.0)
+    stopping.serve(Rows(sealed.set, lambda: at_it.set() or go_on.wait(20)))
     with stopping:
         stopping.nudge()
         assert at_it.wait(5)

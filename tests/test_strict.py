@@ -3,7 +3,7 @@
 import small_run
 from noria import run as program
 from noria.__main__ import main
-from noria.engine.executor import figures
+from noria.engine.timing import figures
 from noria.plan.plan import Plan
 
 

@@ -15,8 +15,9 @@ from mpirun import describe
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
 from noria.engine import trace as tracing
-from noria.engine.trace import Trace, TraceFile
+from noria.engine.trace import Trace
 from noria.streams import streams_of
+from noria.tools.trace_file import TraceFile
 
 LAYERS, ROUNDS, GROUPS, MICROBATCHES = 6, 4, 2, 2
 KEYS = ["--max-new-tokens", ROUNDS, "--groups", GROUPS, "--microbatches", MICROBATCHES]

@@ -20,7 +20,8 @@ import threading, time
 from noria.launch import mpi, watchdog
 mpi.is_up, mpi.abort, watchdog.ABORT_SECONDS = (lambda: True), (lambda code: time.sleep(600)), 0.5
 dog = watchdog.Watchdog()
-dog.layers, dog.doing = "stage 1 (layers 4-7)", lambda: "computing in round 12"
+dog.computes("stage 1 (layers 4-7)")
+dog.begin(lambda: "computing in round 12")
 {body}
 """
 
@@ -39,7 +40,7 @@ def test_an_abort_that_hangs_is_ended_by_force():
     assert code == 7
     assert "rank=0/1 failed: the bucket has a hole" in said
     code, said, seconds = end_of(
-        "dog.record = lambda why: (print('why:', why, flush=True), time.sleep(600))\ndog.end('no', 7)"
+        "dog.record_by(lambda why: (print('why:', why, flush=True), time.sleep(600)))\ndog.end('no', 7)"
     )
     assert code == 7 and seconds < 30, "a record that hangs is given up"
     assert f"rank=0/1 was on {Watchdog().host}, stage 1 (layers 4-7), computing in round 12" in said
@@ -90,6 +91,17 @@ class Recorder(Watchdog):
         self.ended.append((message, code))
 
 
+class Rows:
+    """What a stop seals, in as long as `seal` takes."""
+
+    def __init__(self, seal, tend=lambda: None):
+        self._seal, self.tend = seal, tend
+
+    def stop(self, reason):
+        self._seal()
+        return "everything is sealed", 0.0
+
+
 def until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -102,7 +114,7 @@ def test_a_ring_that_does_not_drain_is_ended_with_75(monkeypatch):
     monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.2)
     dog = Recorder()
     with Stopping(Signals(), Deadline(time.time() + 2.5, "walltime 3"), dog) as stopping:
-        stopping.seal = lambda reason: ("everything is sealed", 0.0)
+        stopping.serve(Rows(lambda: None))
         until(lambda: dog.ended)
     assert dog.said == ["stopping (walltime 3: 2 s are left): everything is sealed"]
     assert dog.ended[0] == ("stopped (walltime 3: 2 s are left): everything is sealed, but the ring did not drain", 75)
@@ -112,8 +124,8 @@ def test_a_ring_that_does_not_drain_is_ended_with_75(monkeypatch):
 def test_a_stop_is_told_and_a_second_interrupt_is_heard_while_the_disk_keeps_the_seal_waiting():
     dog, disk = Recorder(), threading.Event()
     with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
-        signals.attended = True
-        stopping.seal = lambda reason: (disk.wait(60) and "everything is sealed", 0.0)
+        signals.attend()
+        stopping.serve(Rows(lambda: disk.wait(60)))
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # a terminal and a launcher hand on the same one
@@ -133,10 +145,10 @@ def test_a_long_merge_is_not_taken_for_a_ring_that_does_not_drain(monkeypatch):
     monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.1)
     dog = Recorder()
     with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
-        stopping.seal = lambda reason: ("everything is sealed", 0.0)
+        stopping.serve(Rows(lambda: None))
         signal.raise_signal(signal.SIGTERM)
         until(lambda: dog.said)
-        stopping.merging = True
+        stopping.merge()
         time.sleep(1.5)
     assert not dog.ended
 

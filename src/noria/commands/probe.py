@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Watchdog() as watchdog:
         try:
             comm = launcher.by_node(mpi.start())
-            watchdog.rank, watchdog.num_ranks, watchdog.doing = comm.Get_rank(), comm.Get_size(), "measuring"
+            watchdog.is_rank(comm.Get_rank(), comm.Get_size())
+            watchdog.begin("measuring")
             return _probe(arguments, comm)
         except mpi.Refused:
             raise

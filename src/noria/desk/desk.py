@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -47,13 +47,22 @@ ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would 
 WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
 
 
+class Stopper(Protocol):
+    """Whoever ends the run in time: `seconds_left` until then, and a thread that calls `tend` soon after a `nudge`."""
+
+    @property
+    def seconds_left(self) -> float: ...
+
+    def nudge(self) -> None: ...
+
+
 class Desk:
     """Prompts, tokenizer, parts and progress of a run around its Admission.
 
-    Whoever touches the admission holds `lock`: `stop` comes from another thread. `seconds_left` are those until the run
-    is stopped for its deadline. Rows are sealed by the thread that calls `tend`, about every second and when it is
-    called by `nudge`; here, it is called in place. `helper` renders conversations. Raises InputError if the parts beside
-    the output are of another run, or the disk takes nothing.
+    Whoever touches the admission holds `lock`: `stop` comes from another thread. Rows are sealed by the thread that calls
+    `tend`, about every second and when `stopping` is nudged; without one they are sealed in place, and no time runs out.
+    `helper` renders conversations. Raises InputError if the parts beside the output are of another run, or the disk takes
+    nothing.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Desk:
         checkpoint: OpenModel,
         segment: Mapping[str, Any],
         helper: Helper | None = None,
+        stopping: Stopper | None = None,
     ):
         self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
         self._source, self._watch, self._all_read = work.source, Watch(work.source), False
@@ -74,11 +84,10 @@ class Desk:
         self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
-        self.nudge: Callable[[], None] = self.tend
+        self._stopping = stopping
         # Held while the run goes on with what `tend` does; taken after `lock`, before that of parts.
         self._tending = threading.Lock()
         self._failure: Exception | None = None  # of `tend`: the next step raises it
-        self.seconds_left: Callable[[], float] = lambda: float("inf")
         self._groups, self._step_seconds = plan.groups, 0.0
         self._last: float | None = None
         self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
@@ -196,9 +205,9 @@ class Desk:
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
         if self._parts.is_due(self._config.job.seal_seconds):
-            self.nudge()
+            self._nudge()
         while self._parts.is_full and self._failure is None and not self._stopped:
-            self.nudge()
+            self._nudge()
             time.sleep(WAIT_SECONDS)
         if self._failure is not None:
             raise self._failure
@@ -209,9 +218,15 @@ class Desk:
         if not self._all_read and (changed := self._watch.changed()):
             raise Changed(changed.path)
 
+    def _nudge(self) -> None:
+        if self._stopping is not None:
+            self._stopping.nudge()
+        else:
+            self.tend()
+
     def _look_at_the_time(self) -> None:
         """Admits nothing more when what is left would not be worth a row's prefill."""
-        now, left = time.monotonic(), self.seconds_left()
+        now, left = time.monotonic(), self._stopping.seconds_left if self._stopping else float("inf")
         if self._last is None:
             self._last, self._seconds = now, left
             return

@@ -9,3 +9,8 @@ def source_of(config: Config) -> Source:
     """Where a run's prompts come from. Raises InputError for a pattern that no file matches."""
     columns = Columns(config.prompt_column, config.id_column, config.messages_column)
     return Source(files_of(config.prompts), columns, config.limit, config.job.strict_keys)
+
+
+def files_of_run(config: Config) -> list[str | None]:
+    """The model, the prompts and the output."""
+    return [config.model, *source_of(config).files, config.output]

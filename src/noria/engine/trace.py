@@ -4,20 +4,15 @@ Events are kept as marks of the streams and resolved after the last step, so tha
 Knows no MPI: the offsets of clocks are given to it.
 """
 
-import contextlib
-import io
 import json
 import time
 from collections.abc import Generator, Iterable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from noria.order import BEAT, RESULT, kind_of
 from noria.streams import Event, Mark, Streams
-from noria.tools import atomic
-from noria.tools.writing import making, open_new
 from noria.transports import Transport
 
 LIMIT = 250_000  # events of a rank, some 100 MB of host memory; those after them are counted and dropped
@@ -61,6 +56,8 @@ class Tracing(Protocol):
 
     def transport(self, transport: Transport | None) -> Transport | None: ...
 
+    def events(self, offset: int) -> Iterable[str]: ...
+
 
 class Off:
     """No trace: the methods of Trace, doing nothing."""
@@ -88,6 +85,9 @@ class Off:
 
     def transport(self, transport: Transport | None) -> Transport | None:
         return transport
+
+    def events(self, offset: int) -> Iterable[str]:
+        return ()
 
 
 OFF = Off()
@@ -235,43 +235,3 @@ class TracedTransport:
             nbytes = len(value) if isinstance(value, bytes) else 0
         self._trace.message(track, kind, begin, group, nbytes)
         return value
-
-
-class TraceFile:
-    """The file of all ranks' events, there whole or not at all. An error is kept until `close`: every rank is heard."""
-
-    def __init__(self, path: Path):
-        self._path, self._begun = path, False
-        self._temporary: Path | None = None
-        self._error: OSError | None = None
-        self._file: TextIO | None = None
-
-    def add(self, events: list[str]) -> None:
-        """A rank's events."""
-        try:
-            if self._file is None:
-                self._temporary = atomic.new_file(self._path)
-                self._file = io.TextIOWrapper(open_new(self._temporary), encoding="utf-8")
-                self._file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-            self._file.write((",\n" if self._begun else "") + ",\n".join(events))
-            self._begun = True
-        except OSError as error:
-            self._error = self._error or error
-
-    def close(self) -> None:
-        """Gives the file its name. Raises the first OSError, with nothing left behind."""
-        try:
-            if self._error is not None:
-                raise self._error
-            assert self._file and self._temporary, "a trace without the events of any rank"
-            with making(self._path):
-                self._file.write("\n]}\n")
-                self._file.close()
-                atomic.fsync(self._temporary)
-                atomic.publish(self._temporary, self._path)
-        finally:
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    self._file.close()
-            if self._temporary is not None:
-                self._temporary.unlink(missing_ok=True)

@@ -29,12 +29,12 @@ LAUNCHERS = ("mpirun", "prterun", "orterun", "mpiexec")
 class Notices:
     """Made by all ranks together. Its `with` is where other ranks than rank 0 watch their signals, in a thread.
 
-    `prepare` is called before each message, in the thread that sends or looks: it binds the thread to its device, for MPI
-    may move other messages at the same time.
+    What `prepare_by` names is called before each message, in the thread that sends or looks: it binds the thread to its
+    device, for MPI may move other messages at the same time.
     """
 
     def __init__(self, comm: Communicator, signals: Signals):
-        self.prepare: Callable[[], None] = lambda: None
+        self._prepare: Callable[[], None] = lambda: None
         self._comm, self._signals, self._closed = comm.Split(0, key=comm.Get_rank()), signals, False
         self._alone, self._first = comm.Get_size() == 1, comm.Get_rank() == 0
         self._thread = threading.Thread(target=self._watch, name="noria-notices", daemon=True)
@@ -50,11 +50,14 @@ class Notices:
             self._signals.wake()
             self._thread.join(1.0)
 
+    def prepare_by(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
     def heard(self) -> str | None:
         """On rank 0: `SIGTERM at rank 3`, if another rank has had a signal since. Never waits."""
         if self._alone or self._closed:
             return None
-        self.prepare()
+        self._prepare()
         return self._comm.recv(tag=TAG) if self._comm.iprobe(tag=TAG) else None
 
     def _watch(self) -> None:
@@ -62,7 +65,7 @@ class Notices:
             came = self._signals.wait(1.0)
             if came is not None and not self._closed:
                 time.sleep(FIRST_SECONDS)
-                self.prepare()
+                self._prepare()
                 self._comm.send(f"{came.name} at rank {self._comm.Get_rank()}", dest=0, tag=TAG)
 
 

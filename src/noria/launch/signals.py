@@ -53,6 +53,10 @@ class Signals:
             os.close(self._write)
             self._before, self._read = {}, -1
 
+    def attend(self) -> None:
+        """From now on the run listens: a second SIGINT is its to heed."""
+        self.attended = True
+
     def wait(self, seconds: float) -> signal.Signals | None:
         """The next signal that came, or None after this time or a `wake`. One thread reads."""
         if self._read < 0:

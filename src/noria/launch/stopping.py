@@ -8,7 +8,7 @@ handlers, and of the rows only how to ask for their sealing.
 import signal
 import threading
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from noria.launch.deadline import Deadline
 from noria.launch.notices import Notices, say_where_it_is_read
@@ -23,13 +23,23 @@ QUICK_SECONDS = 0.05  # of a seal; a launcher may end its ranks a quarter of a s
 DRAIN_SECONDS = 30.0  # of the ring at least, and three rounds of it
 
 
+class Sealing(Protocol):
+    """Rows that a stop brings to the disk."""
+
+    def stop(self, reason: str) -> tuple[str, float]:
+        """Seals what there is. Returns words for the user and the seconds of a round."""
+
+    def tend(self) -> None:
+        """Seals what is due."""
+
+
 class Stopping:
     """Rank 0's own; the threads live inside its `with`.
 
-    `seal(reason)`: brings what there is to the disk; returns words for the user and the seconds of a round. None before
-    the first step. `tend`: called every second until then, and when `nudge` is. Each has a thread of its own, so that a
-    second SIGINT is heard while a disk keeps them waiting, and a stop does not wait for what `tend` is at. `notices`: of
-    signals at other ranks, which stop the job as rank 0's own do, but never count as a second SIGINT.
+    Before the first step nothing is there to seal: a stop ends the job. Then `serve` says whose rows are sealed. Sealing
+    and tending have a thread each, so that a second SIGINT is heard while a disk keeps them waiting, and a stop does not
+    wait for what `tend` is at. `notices`: of signals at other ranks, which stop the job as rank 0's own do, but never
+    count as a second SIGINT.
     """
 
     def __init__(self, signals: Signals, deadline: Deadline, watchdog: Watchdog, notices: Notices | None = None):
@@ -38,9 +48,8 @@ class Stopping:
         self.margin = (
             min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
         )
-        self.seal: Callable[[str], tuple[str, float]] | None = None
-        self.tend: Callable[[], None] | None = None
-        self.merging = False
+        self._rows: Sealing | None = None
+        self._merging = False
         self.reason = ""
         self._interrupted = float("inf")
         self._drained_by = float("inf")
@@ -75,6 +84,14 @@ class Stopping:
         self._looking.start()
         return removed
 
+    def serve(self, rows: Sealing) -> None:
+        """From the first step on: `rows` are sealed by a stop, and tended every second and when `nudge` is called."""
+        self._rows = rows
+
+    def merge(self) -> None:
+        """Every row is finished: from now on a stop lets the output be written."""
+        self._merging = True
+
     def nudge(self) -> None:
         """Lets `tend` be called now. Never waits."""
         self._due.set()
@@ -96,7 +113,7 @@ class Stopping:
                 self._stop(told or self._found)
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
-            elif time.monotonic() > self._drained_by and not self.merging:
+            elif time.monotonic() > self._drained_by and not self._merging:
                 self._watchdog.end(
                     f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED
                 )
@@ -113,8 +130,8 @@ class Stopping:
         if self.reason:
             return
         self.reason = reason
-        if self.seal is not None:
-            self._last = threading.Thread(target=self._seal, args=[self.seal], name="noria-stop", daemon=True)
+        if self._rows is not None:
+            self._last = threading.Thread(target=self._seal, args=[self._rows], name="noria-stop", daemon=True)
             self._last.start()
             self._last.join(QUICK_SECONDS)
             if self._last.is_alive():
@@ -136,12 +153,12 @@ class Stopping:
         while not self._closed:
             self._due.wait(TEND_SECONDS)
             self._due.clear()
-            if self.tend is not None and not self._closed and not self.reason:
-                self.tend()
+            if self._rows is not None and not self._closed and not self.reason:
+                self._rows.tend()
 
-    def _seal(self, seal: Callable[[str], tuple[str, float]]) -> None:
-        words, round_seconds = seal(self.reason)
-        if self.merging:
+    def _seal(self, rows: Sealing) -> None:
+        words, round_seconds = rows.stop(self.reason)
+        if self._merging:
             self._say(f"{self.reason}: every row is finished, the output is being written and will be completed")
         else:
             self._drained_by = time.monotonic() + max(DRAIN_SECONDS, 3 * round_seconds)

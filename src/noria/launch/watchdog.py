@@ -24,16 +24,16 @@ ABORT_SECONDS = 5.0  # an abort that has not ended this process by then is helpe
 class Watchdog:
     """A rank's own. A context manager: inside it, an exception that no code catches ends the whole job.
 
-    `doing` is what the rank is at, in words or as a function that finds them. `record` is told why the job ends before it
-    does, and given RECORD_SECONDS: the disk may be what fails.
+    It is told what the rank is at, by `begin`, and whom to tell why the job ends before it does, by `record_by`: that has
+    RECORD_SECONDS, for the disk may be what fails.
     """
 
     def __init__(self) -> None:
         self.rank, self.num_ranks = mpi.launched_rank(), max(mpi.launched(), 1)
-        self.host, self.layers = socket.gethostname(), ""
+        self.host, self._layers = socket.gethostname(), ""
         self.began = time.time()
-        self.doing: str | Callable[[], str] = "starting"
-        self.record: Callable[[str], None] | None = None
+        self._doing: str | Callable[[], str] = "starting"
+        self._record: Callable[[str], None] | None = None
         self._hooks = sys.excepthook, threading.excepthook
 
     def __enter__(self) -> "Watchdog":
@@ -47,10 +47,25 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         sys.excepthook, threading.excepthook = self._hooks
 
+    def is_rank(self, rank: int, num_ranks: int) -> None:
+        """The rank as it is counted from now on: a ring may have another order than the launcher."""
+        self.rank, self.num_ranks = rank, num_ranks
+
+    def computes(self, layers: str) -> None:
+        """`stage 1 (layers 4-7)`: what this rank has of the model, in words."""
+        self._layers = layers
+
+    def begin(self, doing: str | Callable[[], str]) -> None:
+        """What the rank is at from now on, in words or as a function that finds them."""
+        self._doing = doing
+
+    def record_by(self, record: Callable[[str], None] | None) -> None:
+        self._record = record
+
     def place(self) -> str:
         """`on node3, stage 1 (layers 4-7), in round 12`."""
-        doing = self.doing() if callable(self.doing) else self.doing
-        return ", ".join(filter(None, [f"on {self.host}", self.layers, doing]))
+        doing = self._doing() if callable(self._doing) else self._doing
+        return ", ".join(filter(None, [f"on {self.host}", self._layers, doing]))
 
     def say(self, message: str, stream: TextIO | None = None) -> None:
         log(self.rank, self.num_ranks, message, stream)
@@ -61,13 +76,18 @@ class Watchdog:
             return self.end(f"failed: {error}", 1)
         return self.end(f"failed: {type(error).__name__}: {error}", 1, "".join(traceback.format_exception(error)))
 
+    def miss(self, rank: int, host: str, layers: str, seconds: float) -> None:
+        """Ends the job because a rank has not been heard of."""
+        who = f"rank {rank} on {host}, {layers}"
+        self.end(f"failed: nothing heard for {seconds:.0f} s from {who}: it is stopped, or its machine is gone", 1)
+
     def end(self, message: str, code: int, details: str = "") -> int:
         """Says why, ends every rank with this code, and after ABORT_SECONDS this process by force."""
         if details:  # the message comes last, where people look
             self.say(details.rstrip())
         self.say(f"{message}\nwas {self.place()}")
-        if self.record is not None:
-            recorder = threading.Thread(target=_record, args=[self.record, message], daemon=True)
+        if self._record is not None:
+            recorder = threading.Thread(target=_record, args=[self._record, message], daemon=True)
             recorder.start()
             recorder.join(RECORD_SECONDS)
         return abort(code)
