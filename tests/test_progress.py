@@ -1,7 +1,6 @@
 import fcntl
 import io
 import pty
-import re
 import shlex
 import shutil
 import struct
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from noria.tools import progress as progress_module
-from noria.tools.progress import Progress, duration, log
+from noria.tools.progress import Progress, duration
 from noria.tools.text import plural, printable, storable
 
 
@@ -163,17 +162,6 @@ def test_adding_is_cheap(clock):
 )
 def test_durations_are_rounded_to_what_a_guess_deserves(seconds, text):
     assert duration(seconds) == text
-
-
-def test_a_log_line_carries_time_and_rank_and_is_one_write(monkeypatch):
-    writes = []
-    stream = io.StringIO()
-    stream.write = writes.append
-    monkeypatch.setattr(sys, "stderr", stream)
-    log(1, 4, "first\nsecond \x1b[31m")
-    assert len(writes) == 2
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ rank=1/4 first\n", writes[0])
-    assert writes[1].endswith("rank=1/4 second \\x1b[31m\n")
 
 
 def test_text_for_files_and_terminals():

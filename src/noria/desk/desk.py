@@ -38,7 +38,8 @@ from noria.rows.source import Watch, extends
 from noria.rows.tokenizer import tokenizer_of
 from noria.sampling import OLD_RULES
 from noria.tools.helper import Helper
-from noria.tools.progress import Progress, log
+from noria.tools.log import log
+from noria.tools.progress import Progress
 from noria.tools.text import plural
 from noria.tools.values import shard_rows
 from noria.tools.writing import WriteError

@@ -13,7 +13,7 @@ from noria.launch.launcher import Location
 from noria.launch.notices import Notices
 from noria.streams import Streams, streams_of
 from noria.tools.lock import OutputLock
-from noria.tools.progress import log
+from noria.tools.log import log
 from noria.tools.provenance import now
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from noria.launch import mpi
-from noria.tools.progress import log
+from noria.tools.log import log
 from noria.tools.writing import WriteError
 
 RECORD_SECONDS = 1.0

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -168,17 +167,3 @@ def duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
-
-
-def log(rank: int, num_ranks: int, message: str, stream: TextIO | None = None) -> None:
-    """Writes `2026-11-23T03:15:02Z rank=1/4 message` to stderr, one write a line, so that ranks' lines do not mix.
-
-    `stream`: instead of stderr.
-    """
-    stream = stream or sys.stderr
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    # A bar that stands on the terminal steps aside for the line.
-    with tqdm.external_write_mode(file=sys.stderr):
-        for line in message.splitlines() or [""]:
-            stream.write(f"{stamp} rank={rank}/{num_ranks} {printable(line)}\n")
-    stream.flush()
