@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hostile import repaired
 from noria.checkpoint.checkpoint import describe, open_checkpoint
 from noria.errors import InputError
+from noria.tools import container, looking
 
 MODEL, FOLDER, SEED, EXAMPLES = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 CONTENT = MODEL.read_bytes()
@@ -67,5 +68,8 @@ def test(changes, repair):
 
 counts = {"refused": 0, "read": 0}
 if __name__ == "__main__":
+    looking.Looker.close = lambda self: None
+    shared = looking.Looker()
+    container.Looker = lambda: shared  # one child for all files
     test()
     print(counts)

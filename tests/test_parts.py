@@ -136,7 +136,7 @@ def test_a_damaged_part_is_reported_and_its_rows_count_as_not_generated(output):
     assert parts.finished() == {(row, 0) for row in range(30, 40)}
     assert len(told) == 3
     assert all(path.name in line for path, line in zip((cut, flipped, empty), told, strict=True))
-    assert "prompt" in told[1] and "an empty file" in told[2]
+    assert "its checksum" in told[1] and "an empty file" in told[2]
     parts.add(make_row(0))
     assert parts.seal().name == "part-000004.h5", "a damaged part keeps its name"
 

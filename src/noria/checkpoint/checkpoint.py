@@ -22,10 +22,10 @@ from noria.tools.container import (
     LinkedFiles,
     attribute,
     check_inside,
-    damaged_is_input_error,
     read_full,
     text_attribute,
 )
+from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import nbytes_words, plural
 
 FORMAT = "noria-checkpoint"
@@ -101,6 +101,7 @@ class Checkpoint:
             with damaged_is_input_error(self.path):
                 texts = self._read_header(self._files.root)
                 self.tokenizer = self._read_tokenizer()
+                self._files.check_checksums()  # last: whatever else is wrong has words of its own
                 self.header_hash = self._hash(texts)
         except BaseException:
             self._files.close()

@@ -20,6 +20,7 @@ from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
 from noria.errors import InputError
 from noria.tools import atomic
 from noria.tools.container import hdf5_type
+from noria.tools.trailer import append_trailer
 from noria.tools.writing import writing
 
 Chunks = Callable[[Block, Parameter], Iterable[memoryview]]
@@ -70,6 +71,7 @@ def write_checkpoint(
         checksums = _fill(path, descriptor, blocks, order, offsets, chunks)
         _store_checksums(path, checksums)
         with writing(path):
+            append_trailer(path, _extents(blocks, offsets))  # of all but the blocks, which have their own
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -165,6 +167,12 @@ def _offsets(path: Path, blocks: Mapping[str, Block]) -> dict[Place, int]:
             found,
         )
     return offsets
+
+
+def _extents(blocks: Mapping[str, Block], offsets: Mapping[Place, int]) -> list[tuple[int, int]]:
+    """From which byte to which each block lies."""
+    begins = [offsets[name, block.parameters[0].name] for name, block in blocks.items()]
+    return [(begin, begin + block.nbytes) for begin, block in zip(begins, blocks.values(), strict=True)]
 
 
 def _fill(

@@ -11,6 +11,7 @@ from noria.output.export import FORMATS, export
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
 from noria.rows.source import content_hash, content_key
+from noria.tools.looking import Looker
 from noria.tools.text import plural
 
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if Path(arguments.output).is_file():
+        with Looker() as looker:
+            looker.look(Path(arguments.output))
     _check_prompts(Path(arguments.output), Path(arguments.file))
     count = export(arguments.output, arguments.file, format=arguments.format)
     sys.stderr.write(
@@ -44,7 +48,8 @@ def _check_prompts(output: Path, target: Path) -> None:
         return
     prompts, files = None, []
     with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
-        with open_generations(output if output.exists() else part_files(parts_folder(output))[0]) as file:
+        first = output if output.exists() else part_files(parts_folder(output))[0]
+        with Looker() as looker, open_generations(first, looker) as file:
             prompts = str(json.loads(file.attrs["header"])["prompts"])
             files = [Path(one["file"]).resolve() for one in json.loads(file.attrs.get("prompt_files", "[]"))]
     same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")

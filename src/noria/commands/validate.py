@@ -28,6 +28,7 @@ from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.atomic import check_file
 from noria.tools.lock import check_names
+from noria.tools.looking import Looker
 from noria.tools.text import plural, printable
 from noria.tools.values import shard_rows
 
@@ -71,7 +72,7 @@ def _output(config: Config) -> str:
     check_file(path)
     check_names(path)
     if path.exists():
-        with open_generations(path) as file:
+        with Looker() as looker, open_generations(path, looker) as file:
             return f"exists, with {plural(len(file), 'row')}"
     parts = part_files(parts_folder(path))
     return f"begun, {plural(len(parts), 'part')}: the run will continue it" if parts else "to be made"

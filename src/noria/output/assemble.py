@@ -14,6 +14,7 @@ from noria.output.generations import Generation, Generations, open_generations
 from noria.output.schema import FORMAT, VERSION, Writer, checksums, scores_together, write_attrs
 from noria.output.sealed import Part, Selection, gather
 from noria.tools.atomic import GuardedFile, fsync, replacing
+from noria.tools.trailer import append_trailer
 
 
 def assemble(
@@ -36,6 +37,8 @@ def assemble(
     """
     with replacing(target, remedy) as unchecked:
         sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened, change)
+        if not complete:
+            append_trailer(unchecked)
         fsync(unchecked)
         with open_generations(unchecked) as file:
             found = checksums(file.datasets, file.scores)

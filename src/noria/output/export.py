@@ -15,7 +15,7 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.export_openai import responses
 from noria.output.export_tables import write_csv, write_parquet
-from noria.output.generations import Generation, open_generations
+from noria.output.generations import Generation, Generations, open_generations, stored_checksums
 from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.tools.atomic import check_file, replacing
 from noria.tools.keys import nearest
@@ -39,8 +39,9 @@ def export(
     The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
     name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
     is written, which has none. With `format` openai a response a prompt, as JSON lines. An output that is not finished is
-    exported from its parts, as far as they go, and `report` is told. `target` appears whole or not at all. Raises
-    InputError for what is no output or a target that cannot be, WriteError where a write fails.
+    exported from its parts, as far as they go, and `report` is told. What is exported is compared with its checksums, where
+    there are any. `target` appears whole or not at all. Raises InputError for what is no output, what is damaged or a target
+    that cannot be, WriteError where a write fails.
     """
     source, target = Path(source), Path(target)
     check_target(target, format)
@@ -55,7 +56,17 @@ def export(
             if not source.exists() and all(path.exists() for path in parts):
                 raise
     with open_generations(source) as file:
-        return _write(target, file.rows, format, str(file.attrs.get("start", "")))
+        compared = _compared(file, format)
+        if not compared:
+            report(f"{source} has no checksums: whether its rows are as they were written is not known")
+        return _write(target, lambda: file.rows(compared), format, str(file.attrs.get("start", "")))
+
+
+def _compared(file: Generations, format: str) -> list[str]:
+    """The columns that are exported, each to be compared with its checksum; none where the file has no checksums."""
+    prompts = format == "openai" or file.scores.prompt
+    left_out = () if prompts else ("prompt_tokens", "prompt_offsets")
+    return [name for name in file.datasets if name not in left_out] if stored_checksums(file) is not None else []
 
 
 def check_target(target: Path, format: str = "rows") -> None:
@@ -132,7 +143,7 @@ def _shortest(value: np.floating) -> float | None:
 
 
 def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], Iterator[Generation]]:
-    parts = scan(parts_folder(source), report, verify=False)
+    parts = scan(parts_folder(source), report)
     if source.exists():
         raise FileNotFoundError(f"{parts_folder(source)} is merged")
     selection = select(parts)

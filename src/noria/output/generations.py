@@ -4,14 +4,17 @@ Finished outputs and sealed parts read the same. The schema is schema.py's; know
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import xxhash
 
 from noria.errors import InputError
+from noria.output.columns import Column, column, is_held
 from noria.output.schema import (
     FINISH_REASON,
     FORMAT,
@@ -24,12 +27,16 @@ from noria.output.schema import (
     Scores,
     checksums,
     schema,
+    update,
 )
+from noria.tools.damage import damaged_is_input_error, what_it_is
+from noria.tools.looking import Looker
 from noria.tools.text import plural, printable
 
-__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "open_generations", "what_it_is"]
+__all__ = ["Generation", "Generations", "NewerVersion", "blocks", "open_generations"]
 
 CACHE_NBYTES = 2**16  # that HDF5 keeps of an open file beside its data
+OFFSETS = ("offsets", "prompt_offsets")
 BLOCK_ROWS = 4096
 BLOCK_TOKENS = 2**21
 
@@ -41,11 +48,14 @@ class NewerVersion(InputError):
 class Generations:
     """An open file of generations. Made by `open_generations`; a context manager."""
 
-    def __init__(self, path: Path, file: h5py.File, datasets: dict[str, h5py.Dataset]):
-        self.path, self.file, self.datasets = path, file, datasets
+    def __init__(self, path: Path, file: h5py.File, datasets: dict[str, h5py.Dataset], looker: Looker | None = None):
+        self.path, self.file, self.scores = path, file, _scores(datasets)
         self.num_rows = len(datasets["row"])
-        self.scores = _scores(datasets)
         self.attrs = {name: _plain(value) for name, value in file.attrs.items()}
+        self._own = Looker()  # for columns that are looked at as they are read
+        self.datasets: dict[str, Column] = {
+            name: column(path, name, dataset, looker or self._own) for name, dataset in datasets.items()
+        }
 
     def __len__(self) -> int:
         return self.num_rows
@@ -58,6 +68,7 @@ class Generations:
 
     def close(self) -> None:
         self.file.close()
+        self._own.close()
 
     @property
     def complete(self) -> bool:
@@ -65,46 +76,68 @@ class Generations:
 
     def column(self, name: str) -> np.ndarray:
         """A whole column of numbers."""
-        return self.datasets[name][:]
+        with damaged_is_input_error(self.path):
+            return self.datasets[name][:]
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """[rows] tokens generated in each row; [rows] tokens of each prompt."""
         tokens, prompt_tokens = (self.column(name) for name in ("offsets", "prompt_offsets"))
         return np.diff(tokens).astype(np.int32), np.diff(prompt_tokens).astype(np.int32)
 
-    def rows(self) -> Iterator[Generation]:
-        """All rows in the order of the file, read a block at a time."""
+    def rows(self, compared: Collection[str] = ()) -> Iterator[Generation]:
+        """All rows in the order of the file, read a block at a time. After the last one the columns `compared` have agreed
+        with their checksums; else raises InputError."""
         tokens, prompt_tokens = self.lengths()
+        hashers = {name: xxhash.xxh3_64() for name in compared if name in self.datasets}
+        for name in hashers.keys() & OFFSETS:
+            update(hashers[name], self.column(name)[:1])
         for start, stop in blocks(tokens * (1 + self.scores.top), prompt_tokens):
-            yield from self.read(start, stop)
+            values = self._values(start, stop)
+            for name, hasher in hashers.items():
+                update(hasher, values[name][1:] if name in OFFSETS else values[name])
+            yield from _generations(values, range(stop - start))
+        if hashers:
+            compare(self, {name: hasher.hexdigest() for name, hasher in hashers.items()})
 
     def read(self, start: int, stop: int, wanted: Sequence[int] | np.ndarray | None = None) -> list[Generation]:
         """Rows start .. stop-1, or those of them at the positions `wanted`, in that order."""
-        file, part = self.datasets, slice(start, stop)
-        columns = {name: file[name][part] for name in ("row", "sample", "status", "finish_reason", *STRINGS)}
-        ends, prompt_ends = file["offsets"][start : stop + 1], file["prompt_offsets"][start : stop + 1]
-        tokens = file["tokens"][ends[0] : ends[-1]]
-        prompt_tokens = file["prompt_tokens"][prompt_ends[0] : prompt_ends[-1]]
-        scores = {name: file[name][ends[0] : ends[-1]] for name in ("logprobs", *WIDE) if name in file}
-        prompt_logprobs = file["prompt_logprobs"][prompt_ends[0] : prompt_ends[-1]] if self.scores.prompt else None
-        ends, prompt_ends = ends - ends[0], prompt_ends - prompt_ends[0]
+        places = range(stop - start) if wanted is None else np.asarray(wanted) - start
+        return list(_generations(self._values(start, stop), places))
 
-        def generation(index: int) -> Generation:
-            span = slice(ends[index], ends[index + 1])
-            prompt_span = slice(prompt_ends[index], prompt_ends[index + 1])
-            return Generation(
-                row=int(columns["row"][index]),
-                sample=int(columns["sample"][index]),
-                status=STATUS[columns["status"][index]],
-                finish_reason=FINISH_REASON[columns["finish_reason"][index]],
-                token_ids=tokens[span],
-                prompt_token_ids=prompt_tokens[prompt_span],
-                prompt_logprobs=None if prompt_logprobs is None else _some(prompt_logprobs[prompt_span]),
-                **_scores_of_row({name: values[span] for name, values in scores.items()}),
-                **{name: columns[name][index].decode(errors="replace") for name in STRINGS},
-            )
+    def _values(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Every column's values for rows start .. stop-1; of offsets one more."""
+        file, values = self.datasets, dict[str, np.ndarray]()
+        with damaged_is_input_error(self.path):
+            values |= {name: file[name][start : stop + 1] for name in OFFSETS}
+            spans = {"token": values["offsets"], "prompt token": values["prompt_offsets"]}
+            parts = {per: slice(int(ends[0]), int(ends[-1])) for per, ends in spans.items()} | {
+                "row": slice(start, stop)
+            }
+            for name, (_, per) in schema(self.scores).items():
+                if name not in values:
+                    values[name] = file[name][parts[per]]
+        return values
 
-        return [generation(index) for index in (range(stop - start) if wanted is None else np.asarray(wanted) - start)]
+
+def _generations(values: dict[str, np.ndarray], places: Iterable[int]) -> Iterator[Generation]:
+    """The rows at these places of a block's values."""
+    ends, prompt_ends = (values[name] - values[name][0] for name in OFFSETS)
+    scores = {name: values[name] for name in ("logprobs", *WIDE) if name in values}
+    prompt_logprobs = values.get("prompt_logprobs")
+    for index in places:
+        span = slice(ends[index], ends[index + 1])
+        prompt_span = slice(prompt_ends[index], prompt_ends[index + 1])
+        yield Generation(
+            row=int(values["row"][index]),
+            sample=int(values["sample"][index]),
+            status=STATUS[values["status"][index]],
+            finish_reason=FINISH_REASON[values["finish_reason"][index]],
+            token_ids=values["tokens"][span],
+            prompt_token_ids=values["prompt_tokens"][prompt_span],
+            prompt_logprobs=None if prompt_logprobs is None else _some(prompt_logprobs[prompt_span]),
+            **_scores_of_row({name: array[span] for name, array in scores.items()}),
+            **{name: values[name][index].decode(errors="replace") for name in STRINGS},
+        )
 
 
 def _some(values: np.ndarray) -> np.ndarray | None:
@@ -140,22 +173,26 @@ def blocks(*lengths: np.ndarray) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def open_generations(path: str | Path) -> Generations:
-    """Opens a finished output or a sealed part.
+def open_generations(path: str | Path, looker: Looker | None = None) -> Generations:
+    """Opens a finished output or a sealed part. The `looker` looks at it first: needed once for a file of which this
+    process does not know that it is whole, because it wrote it, compared its checksum or looked at it before.
 
     Raises InputError for a file that is missing, no Noria output, cut off or at odds with itself; NewerVersion.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: " + ("it is a folder, not an output" if path.is_dir() else "there is no such file"))
+    if looker is not None:
+        looker.look(path)
     try:
         file = h5py.File(path, "r", locking=False)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{path} is not a Noria output: it is {what_it_is(path, error)}") from error
     try:
-        _bound_cache(file)
-        _check_format(path, file)
-        return Generations(path, file, _checked_columns(path, file))
+        with damaged_is_input_error(path):
+            _bound_cache(file)
+            _check_format(path, file)
+            return Generations(path, file, _checked_columns(path, file), looker)
     except BaseException:
         file.close()
         raise
@@ -167,32 +204,6 @@ def _bound_cache(file: h5py.File) -> None:
     cache.set_initial_size, cache.initial_size = True, CACHE_NBYTES
     cache.min_size = cache.max_size = CACHE_NBYTES
     file.id.set_mdc_config(cache)
-
-
-def what_it_is(path: Path, error: Exception | None = None) -> str:
-    """In words, what kind of file lies there that is not a Noria output that opens."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as problem:
-        return f"a file that cannot be read ({(problem.strerror or str(problem)).lower()})"
-    if not start:
-        return "an empty file"
-    if start.startswith(b"\x89HDF\r\n\x1a\n"):
-        return f"an HDF5 file that does not open, cut off or damaged ({error})"
-    kinds = (
-        (b"\x1f\x8b", "a gzip file"),
-        (b"PK\3\4", "a zip file"),
-        (b"PAR1", "a parquet file"),
-        (b"\x7fELF", "a program"),
-    )
-    for magic, kind in kinds:
-        if start.startswith(magic):
-            return kind
-    text = start.decode("utf-8", "ignore")
-    if text.isprintable() or text.replace("\n", "").replace("\t", "").replace("\r", "").isprintable():
-        return f"a text file that begins with {text[:24]!r}"
-    return f"a file that begins with the bytes {start[:8].hex(' ')}"
 
 
 def _check_format(path: Path, file: h5py.File) -> None:
@@ -232,6 +243,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
         right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
         enum = h5py.check_enum_dtype(dtype)
         require(right and h5py.check_enum_dtype(dataset.dtype) == enum, f"dataset {name} has type {dataset.dtype}")
+        require(is_held(dataset, path.stat().st_size), f"dataset {name} says that it has more than its file holds")
         datasets[name] = dataset
         sizes.setdefault(per, len(dataset))
         require(len(dataset) == sizes[per], f"dataset {name} has {len(dataset)} values, not {sizes[per]}")
@@ -253,12 +265,26 @@ def _plain(value: Any) -> Any:
 
 def verify_checksums(generations: Generations) -> str:
     """Reads every column again. Returns a line that says so; raises InputError naming the columns that differ."""
-    try:
+    with damaged_is_input_error(generations.path):
         found = checksums(generations.datasets, generations.scores)
+    compare(generations, found)
+    return f"checksums: {len(found)} of {len(found)} columns agree"
+
+
+def stored_checksums(generations: Generations) -> dict[str, str] | None:
+    """Those that the file holds, by column; None if it holds none."""
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
         stored = json.loads(generations.attrs["checksums"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{generations.path} is damaged: {error}") from error
+        if isinstance(stored, dict):
+            return stored
+    return None
+
+
+def compare(generations: Generations, found: Mapping[str, str]) -> None:
+    """Raises InputError naming the columns whose checksums are others than these."""
+    stored = stored_checksums(generations)
+    if stored is None:
+        raise InputError(f"{generations.path} is damaged: it has no checksums of its columns that can be read")
     wrong = [name for name in found if found[name] != stored.get(name)]
     if wrong:
         raise InputError(f"{generations.path} is damaged: {', '.join(wrong)} do not agree with their checksums")
-    return f"checksums: {len(found)} of {len(found)} columns agree"

@@ -21,7 +21,8 @@ from noria.output.schema import STATUS
 from noria.output.sealed import Part, part_files, parts_folder, scan, scan_one, select, to_stderr
 from noria.output.segments import read_segments, segments_of
 from noria.tools.atomic import check_folder
-from noria.tools.container import damaged_is_input_error
+from noria.tools.damage import damaged_is_input_error
+from noria.tools.looking import Looker
 from noria.tools.looks import looks_of, refuse_changed
 from noria.tools.text import plural
 from noria.tools.values import WHOLE, parse_shard, shard_rows
@@ -103,27 +104,28 @@ def merge_shards(
 
 def _opened(paths: Sequence[Path]) -> list[Shard]:
     shards, problems = [], []
-    for path in paths:
-        try:
-            shards.append(_open(path, alone=len(paths) == 1))
-        except InputError as error:
-            problems.append(str(error))
+    with Looker() as looker:
+        for path in paths:
+            try:
+                shards.append(_open(path, looker, alone=len(paths) == 1))
+            except InputError as error:
+                problems.append(str(error))
     _refuse(problems)
     return shards
 
 
-def _open(path: Path, alone: bool) -> Shard:
+def _open(path: Path, looker: Looker, alone: bool) -> Shard:
     """A shard; one of 1/1 is a whole run, and taken where it is all that an array had."""
     if not path.exists() and parts_folder(path).is_dir():
         raise InputError(f"shard {path} is not finished ({_so_far(path)}): start its job again")
-    with damaged_is_input_error(path), open_generations(path) as file:
+    with damaged_is_input_error(path), open_generations(path, looker) as file:
         if not file.complete:
             raise InputError(f"{path} is a part of an unfinished output: give the output itself")
         header = json.loads(file.attrs.get("header", "{}"))
         if header.get("shard", WHOLE) == WHOLE and not alone:
             raise InputError(f"{path} holds a whole run, not a shard of one")
         timing = file.file.get("timing", {})
-        timing = {name: item[...] for name, item in timing.items() if isinstance(item, h5py.Dataset)}
+        timing = {name: item[...] for name, item in timing.items() if _is_column(item)}
         return Shard(scan_one(path), *parse_shard(header.get("shard", WHOLE)), dict(file.attrs), timing)
 
 
@@ -244,7 +246,7 @@ def _timing(shards: list[Shard]) -> dict[str, np.ndarray]:
 
 
 def _is_column(values: object) -> bool:
-    return isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf"
+    return isinstance(values, np.ndarray | h5py.Dataset) and values.ndim == 1 and values.dtype.kind in "iuf"
 
 
 def _merged_before(output: Path, attrs: Mapping[str, Any]) -> bool:
@@ -253,7 +255,7 @@ def _merged_before(output: Path, attrs: Mapping[str, Any]) -> bool:
         raise InputError(f"{output} is the output of a run that is not finished: name another file")
     if not output.exists():
         return False
-    with open_generations(output) as file, damaged_is_input_error(output):
+    with Looker() as looker, open_generations(output, looker) as file, damaged_is_input_error(output):
         there = json.loads(file.attrs.get("shards", "[]"))
         same = [(one["shard"], one["checksums"]) for one in there] == [
             (one["shard"], one["checksums"]) for one in attrs["shards"]

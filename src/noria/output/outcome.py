@@ -16,7 +16,7 @@ from noria.output.generations import Generation, Generations, blocks, open_gener
 from noria.output.schema import FINISH_REASON, STATUS
 from noria.output.sealed import Part, Selection
 from noria.sampling import OPEN
-from noria.tools.container import damaged_is_input_error
+from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import plural, printable
 
 ROWS_IN_ERROR = (
@@ -115,7 +115,7 @@ class Outcome:
 
 
 def outcome_of(output: str | Path) -> Outcome:
-    """That of a finished output. Raises InputError if it is damaged."""
+    """That of a finished output, which was looked at before. Raises InputError if it is damaged."""
     with open_generations(output) as file, damaged_is_input_error(Path(output)):
         outcome = Outcome(json.loads(file.attrs.get("header", "{}")))
         outcome.add(file)

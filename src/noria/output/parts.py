@@ -34,6 +34,7 @@ from noria.output.sealed import (
 )
 from noria.output.segments import SEGMENT_NAME, Segment
 from noria.tools.atomic import fsync, real, remove_leftovers, write_whole
+from noria.tools.trailer import with_trailer
 from noria.tools.writing import WriteError, writing
 
 MAX_PENDING = 2**14  # rows: a run of short ones holds no more of them in memory, however long it may wait with a seal
@@ -274,8 +275,7 @@ def _remove_temporaries(folder: Path) -> None:
 def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:
     # Built in memory: one sequential write, and a full disk is an OSError of write(), not a broken HDF5 file.
     with h5py.File("part", "w", driver="core", backing_store=False) as file:
-        attrs = {"format": FORMAT, "version": VERSION, "complete": False, "header": json.dumps(header)}
-        write_attrs(file, attrs)
+        write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, "header": json.dumps(header)})
         tokens, prompt_tokens = (
             sum(len(getattr(one, name)) for one in rows) for name in ("token_ids", "prompt_token_ids")
         )
@@ -283,7 +283,7 @@ def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:
         writer.append(rows)
         writer.finish()
         file.flush()
-        return file.id.get_file_image()
+        return with_trailer(file.id.get_file_image())
 
 
 def _part(path: Path, header: dict[str, Any], rows: Sequence[Generation]) -> Part:

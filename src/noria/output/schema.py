@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import xxhash
 
+from noria.output.columns import Column
 from noria.tools.text import storable
 
 FORMAT = "noria-generations"
@@ -185,7 +186,7 @@ class Writer:
             assert ends[per] <= self.sizes[per], f"{name}: {ends[per]} values, announced {self.sizes[per]}"
             if len(array):
                 self.datasets[name][self.written[per] : ends[per]] = array
-            _update(self.hashers[name], array)
+            update(self.hashers[name], array)
         self.written |= ends
 
 
@@ -199,7 +200,8 @@ def _padded(generation: Generation, name: str, count: int, width: tuple[int, ...
     return np.pad(values, ((0, 0), (0, missing)), constant_values=none) if missing else np.asarray(values)
 
 
-def _update(hasher: xxhash.xxh3_64, values: np.ndarray) -> None:
+def update(hasher: xxhash.xxh3_64, values: np.ndarray) -> None:
+    """Adds the next values of a column, in the type of the schema or as bytes, to its checksum."""
     # Strings one after another with their lengths, so that the sum does not depend on the blocks they came in.
     if values.dtype.kind == "O":
         hasher.update(b"".join(len(text).to_bytes(8, "little") + text for text in values))
@@ -207,7 +209,7 @@ def _update(hasher: xxhash.xxh3_64, values: np.ndarray) -> None:
         hasher.update(np.ascontiguousarray(values).data)
 
 
-def checksums(datasets: Mapping[str, h5py.Dataset], scores: Scores) -> dict[str, str]:
+def checksums(datasets: Mapping[str, Column], scores: Scores) -> dict[str, str]:
     """The checksum of each dataset as it reads now."""
     result = {}
     for name, (dtype, _) in schema(scores).items():
@@ -215,7 +217,7 @@ def checksums(datasets: Mapping[str, h5py.Dataset], scores: Scores) -> dict[str,
         step = 256 if dtype.kind == "O" else 2**20
         for start in range(0, len(dataset), step):
             values = dataset[start : start + step]
-            _update(hasher, values if dtype.kind == "O" else values.astype(dtype))
+            update(hasher, values if dtype.kind == "O" else values.astype(dtype))
         result[name] = hasher.hexdigest()
     return result
 

@@ -25,6 +25,9 @@ from noria.output.generations import (
 )
 from noria.output.schema import STATUS, Scores
 from noria.tools.atomic import real
+from noria.tools.damage import damaged_is_input_error
+from noria.tools.looking import Looker
+from noria.tools.trailer import agrees
 
 TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("error")
 WHOLE = 2**30  # the level of an output that was finished once
@@ -120,29 +123,36 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
     parts: list[Part] = []
     damaged: list[str] = []
     replaced: set[str] = set()
-    for path in reversed(part_files(folder)):
-        if path.name in replaced:
-            continue
-        try:
-            parts.append(scan_one(path, verify))
-            replaced.update(parts[-1].replaces)
-        except NewerVersion:
-            raise
-        except (InputError, OSError, KeyError, RuntimeError, ValueError) as error:
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is gone") from error
-            damaged.append(f"part left out, its rows are generated again: {error}")
+    with Looker() as looker:
+        for path in reversed(part_files(folder)):
+            if path.name in replaced:
+                continue
+            try:
+                parts.append(scan_one(path, verify, looker))
+                replaced.update(parts[-1].replaces)
+            except NewerVersion:
+                raise
+            except (InputError, OSError) as error:
+                if not path.exists():
+                    raise FileNotFoundError(f"{path} is gone") from error
+                damaged.append(f"part left out, its rows are generated again: {error}")
     for message in reversed(damaged):
         report(message)
     return parts[::-1]
 
 
-def scan_one(path: Path, verify: bool = True) -> Part:
-    """What one file holds, a part or a finished output. Raises as open_generations and verify_checksums."""
-    with open_generations(path) as file:
-        if verify:
+def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> Part:
+    """What one file holds, a part or a finished output. `verify`: its checksum is compared before HDF5 opens it, or those
+    of its columns if it has none. Raises as open_generations and verify_checksums."""
+    whole = agrees(path) if verify else None
+    if whole is False:
+        raise InputError(f"{path} is damaged: it does not agree with its checksum")
+    with open_generations(path, None if whole else looker) as file, damaged_is_input_error(path):
+        if verify and not whole:
             verify_checksums(file)
         header = json.loads(file.attrs["header"])
+        if not isinstance(header, dict):
+            raise InputError(f"{path} is damaged: its header is no table")
         row, sample, status = (file.column(name) for name in ("row", "sample", "status"))
         level = WHOLE if file.complete else int(file.attrs.get("level", 0))
         replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))

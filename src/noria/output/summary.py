@@ -17,7 +17,7 @@ from noria.output.generations import Generation, Generations, open_generations, 
 from noria.output.outcome import Outcome, how_to_read
 from noria.output.schema import FORMAT
 from noria.output.segments import segment_lines, segments_of
-from noria.tools.container import damaged_is_input_error
+from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import nbytes_words, plural
 
 _TOLD = ("format", "version", "complete", "checksums", "segments", "shards", "run_file", "header")  # in their own words
@@ -90,7 +90,7 @@ class Summary:
 
 
 def summary_of(path: Path, verify: bool = False) -> Summary:
-    """That of a finished output or of one sealed part; with `verify` every checksum is computed again.
+    """That of a finished output or of one sealed part, looked at before; with `verify` every checksum is computed again.
 
     Raises InputError as `open_generations`, and for damaged columns.
     """
@@ -135,9 +135,9 @@ def _details(file: Generations, header: dict[str, Any]) -> list[str]:
 
 
 def _measured(name: str, dataset: h5py.Dataset) -> str:
+    if dataset.dtype.kind not in "iuf" or dataset.ndim > 1 or dataset.size > 8:
+        return f"timing {name}: {dataset.dtype} {list(dataset.shape)}"
     values = dataset[...]
-    if values.dtype.kind not in "iuf" or values.ndim > 1 or values.size > 8:
-        return f"timing {name}: {values.dtype} {list(values.shape)}"
     return f"timing {name}: " + " ".join(_in_units(name, value) for value in np.atleast_1d(values))
 
 

@@ -17,6 +17,8 @@ from noria.output.parts import own_files, remove_parts
 from noria.output.sealed import part_files, parts_folder, scan
 from noria.output.segments import restore
 from noria.tools.atomic import check_file, fsync, real, replacing
+from noria.tools.looking import Looker
+from noria.tools.trailer import agrees
 from noria.tools.writing import writing
 
 
@@ -57,7 +59,7 @@ def begun_with(path: str | Path) -> dict[str, Any] | None:
     path = Path(path)
     for file in [path, *part_files(parts_folder(path))]:
         try:
-            with open_generations(file) as opened:
+            with Looker() as looker, open_generations(file, None if agrees(file) else looker) as opened:
                 header = json.loads(opened.attrs.get("header", "{}"))
         except (InputError, OSError, ValueError, RecursionError):
             continue
@@ -105,7 +107,7 @@ def _finished_header(path: Path, overwrite: bool) -> object:
     if not path.exists():
         return None
     try:
-        with open_generations(path) as file:
+        with Looker() as looker, open_generations(path, looker) as file:
             if not file.complete:
                 raise InputError(f"output {path} is a part of an unfinished output: name another file, or move it away")
             return file.attrs.get("header", "")

@@ -2,11 +2,12 @@
 
 A column of more dimensions has a list a row, one of a compound type an object.
 
-The file is not trusted: links, virtual and external datasets are refused, and nothing is allocated but what it holds.
-Knows no key of a row.
+The file is not trusted: links, virtual and external datasets are refused, and nothing is allocated but what it holds. A
+child reads it, some rows at a time: on a damaged file HDF5 may hang, crash or ask for all memory. Knows no key of a row.
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,35 +18,99 @@ import numpy as np
 from h5py import h5d
 
 from noria import readers
-from noria.errors import InputError, require
-from noria.readers import PROMPT_NAMES, AnyPath, BadRow
+from noria.errors import Changed, InputError, require
+from noria.readers import PROMPT_NAMES, AnyPath, BadRow, Known
+from noria.tools.helper import Failed, Helper, Limits
 
 SUFFIXES = (".h5", ".hdf5")
 BLOCK_NBYTES = 2**22  # read at once of a column, at most, where values are small
 BLOCK_ROWS = 1024
+_MUCH_NBYTES = 2**26  # of texts and tokens, in an answer
+_FEW_ROWS = 64  # at first: texts may be long
 MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
 _RAGGED = ("tokens", "offsets")
+# Seconds of the processor tell a loop from a slow disk, on which the other limit allows minutes.
+LIMITS = Limits(memory_nbytes=2**32, cpu_seconds=4, wall_seconds=600, answer_nbytes=2**31, opens_files=True)
 Datasets = dict[str, h5py.Dataset]
 
 
 def read(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> Iterator[dict[str, Any] | BadRow]:
     """The file's rows, in order; BadRow for one that cannot be read. Raises InputError for a bad file."""
-    with _opened(path, names) as (columns, ragged, num_rows):
-        sizes = [column.dtype.itemsize * _row_size(column) for column in columns.values()]
-        step = min([BLOCK_ROWS, *(max(1, BLOCK_NBYTES // size) for size in sizes if size)])
-        for first in range(0, num_rows, step):
-            last = min(first + step, num_rows)
-            values = {name: column[first:last] for name, column in columns.items()}
-            offsets = ragged["offsets"][first : last + 1] if ragged else None
-            for row in range(last - first):
-                span = None if offsets is None else (int(offsets[row]), int(offsets[row + 1]))
-                yield _row(values, row, first + row, ragged.get("tokens"), span)
+    first, most = 0, _FEW_ROWS
+    with _helper() as helper:
+        while (found := _ask(helper, path, names, first, most))["rows"]:
+            for record, bad in found["rows"]:
+                yield record if bad is None else BadRow(*bad)
+            first += len(found["rows"])
+            most = min(2 * most, BLOCK_ROWS) if found["nbytes"] < BLOCK_NBYTES else max(most // 2, 1)
 
 
 def count(path: AnyPath, names: Collection[str] = PROMPT_NAMES) -> int:
     """The number of rows that `read` gives."""
-    with _opened(path, names) as (_, _, num_rows):
-        return num_rows
+    with _helper() as helper:
+        return int(_ask(helper, path, names, 0, 0)["of"])
+
+
+def _helper() -> Helper:
+    return Helper(__name__, LIMITS, ("h5py", "numpy", "xxhash"))
+
+
+def _ask(helper: Helper, path: AnyPath, names: Collection[str], first: int, most: int) -> dict[str, Any]:
+    """What the child answers. Raises InputError for a bad file."""
+    with readers.opened(path):
+        pass
+    known = [path.path, path.nbytes, path.hash, path.digests.hex(), path.look] if isinstance(path, Known) else None
+    asked = {"path": str(path), "known": known, "names": list(names), "first": first, "most": most}
+    try:
+        found = helper.ask(asked | {"folder": os.getcwd()})
+    except Failed as error:
+        raise InputError(f"prompts {path}: HDF5 does not read it ({error}): it is damaged") from error
+    if "changed" in found:
+        raise Changed(found["changed"])
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return dict(found)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The child's part: `rows` from `first` on, at most `most` of them, each [row, null] or [null, [why it is bad, id]];
+    `nbytes` of their texts and tokens, at least; `of`: the number of all rows. Or why the file is `refused`, or that it has
+    `changed`."""
+    os.chdir(request["folder"])  # so that a path is what the user wrote, also in messages
+    rows: list[list[Any]] = []
+    nbytes, path = 0, request["path"]
+    if request["known"]:
+        path, size, hash, digests, look = request["known"]
+        path = Known(path, size, hash, bytes.fromhex(digests), tuple(look))
+    try:
+        with _opened(path, request["names"]) as (columns, ragged, num_rows):
+            for row in _rows(columns, ragged, request["first"], min(request["first"] + request["most"], num_rows)):
+                rows.append([None, [row.error, row.id]] if isinstance(row, BadRow) else [row, None])
+                nbytes += 0 if isinstance(row, BadRow) else sum(map(_size, row.values()))
+                if nbytes > _MUCH_NBYTES:
+                    break
+            return {"rows": rows, "nbytes": nbytes, "of": num_rows}
+    except Changed:
+        return {"changed": request["path"]}
+    except InputError as error:
+        return {"refused": str(error)}
+
+
+def _size(value: object) -> int:
+    return 8 * len(value) if isinstance(value, list) else len(value) if isinstance(value, str) else 8
+
+
+def _rows(columns: Datasets, ragged: Datasets, first: int, last: int) -> Iterator[dict[str, Any] | BadRow]:
+    """The rows first .. last-1, read a block at a time."""
+    sizes = [column.dtype.itemsize * _row_size(column) for column in columns.values()]
+    step = min([BLOCK_ROWS, *(max(1, BLOCK_NBYTES // size) for size in sizes if size)])
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        values = {name: column[begin:end] for name, column in columns.items()}
+        offsets = ragged["offsets"][begin : end + 1] if ragged else None
+        for row in range(end - begin):
+            span = None if offsets is None else (int(offsets[row]), int(offsets[row + 1]))
+            yield _row(values, row, begin + row, ragged.get("tokens"), span)
 
 
 @contextmanager

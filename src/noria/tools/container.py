@@ -7,8 +7,7 @@ checked against the size of its file first, and a link never leaves the folder o
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,10 @@ import h5py
 from h5py import h5a, h5d, h5o, h5t
 
 from noria.errors import InputError
+from noria.tools.damage import damaged_is_input_error
 from noria.tools.headers import text_nbytes
+from noria.tools.looking import Looker
+from noria.tools.trailer import agrees
 
 MAX_TEXT_NBYTES = 256 << 20  # of an attribute
 MAX_ATTRIBUTES_NBYTES = 16 << 20  # of one object; long texts lie elsewhere in the file
@@ -45,8 +47,11 @@ class Extent:
     nbytes: int
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """The file, open for reading. Raises InputError for one that is missing, foreign, truncated or not readable."""
+def open_hdf5(path: Path, looker: Looker | None = None) -> h5py.File:
+    """The file, open for reading. One without a checksum is looked at first, by the `looker` or one of its own.
+
+    Raises InputError for one that is missing, foreign, truncated or not readable.
+    """
     path = Path(path)
     try:
         status = path.stat()
@@ -67,6 +72,9 @@ def open_hdf5(path: Path) -> h5py.File:
         raise InputError(f"{path}: {error.strerror or error}") from error
     if not h5py.is_hdf5(path):
         raise InputError(f"{path} is not an HDF5 file: its {status.st_size} bytes begin with {beginning!r}")
+    with nullcontext(looker) if looker else Looker() as one:
+        if not agrees(path):
+            one.look(path)
     try:
         return h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, ValueError) as error:
@@ -78,26 +86,6 @@ def _reason(error: Exception) -> str:
     if sizes:
         return f"is truncated: it has {sizes[1]} bytes of {sizes[2]}; copy or make it again"
     return f"cannot be opened as HDF5: {str(error)[:200]!r}"
-
-
-@contextmanager
-def damaged_is_input_error(path: Path) -> Iterator[None]:
-    """What h5py raises on broken metadata, as an InputError that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
 def format_of(path: Path) -> str:
@@ -166,9 +154,11 @@ class LinkedFiles:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.root = open_hdf5(self.path)
+        self._looker = Looker()
+        self.root = open_hdf5(self.path, self._looker)
         self._folder = self.path.resolve().parent
         self._files = {self.path.resolve(): self.root}
+        self._paths = [self.path]
         self._descriptors: dict[str, int] = {}
         self._found: dict[str, tuple[h5py.Group | h5py.Dataset, int]] = {}  # folders, by path
 
@@ -219,8 +209,17 @@ class LinkedFiles:
         if target.resolve() not in self._files:
             if not target.exists():
                 raise InputError(f"{self.path}: {path!r} is in the file {name!r}, which is missing in {self._folder}")
-            self._files[target.resolve()] = open_hdf5(target)
+            self._files[target.resolve()] = open_hdf5(target, self._looker)
+            self._paths.append(target)
         return self._files[target.resolve()]
+
+    def check_checksums(self) -> None:
+        """Raises InputError for the first file that does not agree with its checksum, if it has one."""
+        for path in self._paths:
+            if agrees(path) is False:
+                raise InputError(
+                    f"{path} is damaged: what it says of itself does not agree with its checksum; copy or make it again"
+                )
 
     def extent(self, path: str, dtype: str, shape: tuple[int, ...] | None = None) -> Extent:
         """Where the bytes of a contiguous dataset lie; `shape` None: any one-dimensional.
@@ -256,6 +255,7 @@ class LinkedFiles:
     def close_hdf5(self) -> None:
         """Closes what h5py holds; the descriptors of extents stay open."""
         self._found.clear()
+        self._looker.close()
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -47,6 +47,8 @@ def serve(settings: dict[str, Any]) -> None:
     """Answers the lines of standard input until it ends."""
     _end_with_the_parent()
     _close_others()
+    for library in ("OMP", "OPENBLAS", "MKL"):  # numpy starts as many threads as there are cores when it is imported
+        os.putenv(f"{library}_NUM_THREADS", "1")
     sys.path += settings["paths"]  # behind the standard library: nothing there takes a module's place
     answer = importlib.import_module(settings["module"]).answer
     limits = settings["limits"]
@@ -83,7 +85,8 @@ def _close_others() -> None:
 
 
 def _limit(memory_nbytes: int, opens_files: bool) -> None:
-    _leave_root()
+    if not opens_files:  # the files may be of whoever started it alone
+        _leave_root()
     _lower(resource.RLIMIT_AS, memory_nbytes, for_good=True)
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
         _lower(kind, 0, for_good=True)
