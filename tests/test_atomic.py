@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from noria.tools.atomic import GuardedFile
+from noria.errors import InputError
+from noria.tools.atomic import GuardedFile, write_whole
 
 
 @contextmanager
@@ -45,3 +46,15 @@ def test_a_disk_with_room_is_written_to_and_truncated(tmp_path):
         file.truncate(4)
         file.check("")
     assert (tmp_path / "file").read_bytes() == b"0123"
+
+
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_a_device_or_a_pipe_is_never_replaced_by_a_file(tmp_path, name):
+    """As root one would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(
+        InputError, match=r"pipe is a device or a pipe, which cannot be replaced by a file: name a file"
+    ):
+        write_whole(tmp_path / name, b"text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"] and (tmp_path / "pipe").is_fifo()

@@ -1,6 +1,7 @@
 """`--trace`: one file for all ranks, whose spans are those of the run."""
 
 import json
+import os
 from collections import Counter, defaultdict
 from itertools import pairwise, product
 
@@ -145,12 +146,22 @@ def test_a_trace_changes_no_token(folder):
     assert small_run.rows_of(folder / "with.h5") == small_run.rows_of(folder / "without.h5")
 
 
-@pytest.mark.parametrize("name", ["model.h5", "prompts.jsonl", "taken.h5", "hf", "nowhere/trace.json"])
+@pytest.mark.parametrize(
+    "name", ["model.h5", "prompts.jsonl", "taken.h5", "hf", "nowhere/trace.json", "pipe", "to-pipe"]
+)
 def test_a_trace_that_would_write_over_the_run_or_nowhere_is_refused_first(folder, name, capsys):
+    if name in ("pipe", "to-pipe"):
+        os.mkfifo(folder / "pipe")
+        (folder / "to-pipe").symlink_to("pipe")
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert main(small_run.command(folder, "taken.h5", "--trace", folder / name)) == 2
     assert name.split("/")[0] in capsys.readouterr().err
-    assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
+    for made in ("pipe", "to-pipe"):
+        (folder / made).unlink(missing_ok=True)
+    left = [path for path in folder.iterdir() if path.suffix != ".lock"]
+    assert {path: at for path, at in files.items() if "pipe" not in path.name} == {
+        path: path.stat().st_mtime_ns for path in left
+    }
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from noria.launch import launcher, mpi
 from noria.launch.probe import Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
-from noria.tools.atomic import check_folder, write_whole
+from noria.tools.atomic import check_file, write_whole
 from noria.tools.keys import check_path
 from noria.tools.text import printable
 
@@ -98,7 +98,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         check_path(str(arguments.output), "--output")
         require(not arguments.output.is_dir(), f"--output {arguments.output} is a folder: name a file")
-        check_folder(arguments.output)
+        check_file(arguments.output)
 
 
 def _folder(arguments: argparse.Namespace, config: Config, place: launcher.Location) -> Path:

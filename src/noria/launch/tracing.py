@@ -9,7 +9,7 @@ from typing import Protocol
 from noria.errors import InputError
 from noria.launch import mpi
 from noria.launch.here import ThisRank
-from noria.tools.atomic import check_folder
+from noria.tools.atomic import check_file
 from noria.tools.trace_file import TraceFile
 
 
@@ -27,7 +27,7 @@ def check(path: str | None, files: Callable[[], Iterable[str | None]]) -> None:
         return
     if Path(path).is_dir() or os.path.realpath(path) in [os.path.realpath(file) for file in files() if file]:
         raise InputError(f"job.trace is {path}, which is a folder or a file of this run: name a file of its own")
-    check_folder(Path(path))
+    check_file(Path(path))
 
 
 def start(here: ThisRank, trace: Traced) -> None:

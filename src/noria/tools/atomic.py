@@ -120,8 +120,12 @@ def fsync(path: Path) -> None:
 
 
 def publish(path: Path, target: Path) -> None:
-    """Gives a finished temporary file its name; what had that name before is replaced, a link's file in its place."""
+    """Gives a finished temporary file its name; what had that name before is replaced, a link's file in its place.
+
+    Raises InputError for a device or a pipe, which is never replaced: root could put a file in the place of /dev/null.
+    """
     target = real(target)
+    _refuse_device(target)
     with writing(target):
         os.replace(path, target)
     fsync(target.parent)
@@ -155,6 +159,10 @@ def check_folder(path: Path) -> None:
 def check_file(path: Path) -> None:
     """Raises InputError unless a file of Noria's could be written at `path`, or put in the place of one that is there."""
     check_folder(path)
+    _refuse_device(path)
+
+
+def _refuse_device(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a device or a pipe, which cannot be replaced by a file: name a file")
 
