@@ -193,7 +193,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS: set[str] = set()
 MANY_ARGUMENTS = {
-    "plan/planner.py: make",  # what a plan is made for, each once: a record of them would be the planner's own Problem
     "output/assemble.py: assemble",
     "output/assemble.py: _write",
     "rows/admission.py: __init__",

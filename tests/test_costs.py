@@ -11,7 +11,7 @@ from noria.model import ModelShape
 from noria.plan import costs, planner, rates
 from noria.plan.costs import Round, Workload
 from noria.plan.planner import GiB
-from noria.plan.problem import Machine
+from noria.plan.problem import Machine, Problem
 
 H200 = Machine("cuda", 139 * GiB, 128 * GiB)
 
@@ -39,7 +39,7 @@ OPT_30B = opt(48, 7168, 56)
 def plan_of(made, num_ranks, rows, machine=H200, load=None, **flags):
     flags = {"model": "m", "prompts": "p", "output": "o"} | flags
     run = config.load(None, {name: value for name, value in flags.items() if value is not None})
-    return planner.make(run, *made, "float16", num_ranks, machine, rows, load)
+    return planner.make(Problem(run, *made, "float16", num_ranks, machine, rows, load))
 
 
 def streamed(num_ranks, **flags):

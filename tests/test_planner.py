@@ -10,7 +10,7 @@ from noria.model import ModelShape
 from noria.plan import planner
 from noria.plan.costs import Workload
 from noria.plan.planner import GiB
-from noria.plan.problem import Machine
+from noria.plan.problem import Machine, Problem
 
 SHAPE = ModelShape("llama", 8, 1024, 16, 4, 64, 32000, 2048, False)
 
@@ -26,7 +26,7 @@ def blocks(dtype="bfloat16"):
 def make(num_ranks=1, machine=Machine("cuda", 20 * GiB), rows=10_000, dtype="bfloat16", **flags):
     flags = {"model": "m", "prompts": "p", "output": "o"} | flags
     run = config.load(None, {name: value for name, value in flags.items() if value is not None})
-    return planner.make(run, SHAPE, blocks(), dtype, num_ranks, machine, rows)
+    return planner.make(Problem(run, SHAPE, blocks(), dtype, num_ranks, machine, rows))
 
 
 def test_the_plan_fills_the_memory_it_was_given_and_no_more():
@@ -273,7 +273,7 @@ def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the
 def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
     load = Workload(100, 60, 4, 100 * 4, 90)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "cache": {"gpu": "10MiB"}})
-    plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 100, load)
+    plan = planner.make(Problem(run, SHAPE, blocks(), "bfloat16", 1, BIG, 100, load))
     room = max(plan.cache_pages.values()) * 16
     assert 64 <= room < 90 * 16
     for predicted in (False, True):
@@ -286,7 +286,7 @@ def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
 def test_smaller_steps_make_room_for_the_longest_row_though_all_usual_ones_fit(gpu_memory):
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "gpu_memory": gpu_memory})
     for longest in (5, 128):
-        plan = planner.make(run, SHAPE, blocks(), "bfloat16", 1, BIG, 10, Workload(10, 60, 4, 50, longest))
+        plan = planner.make(Problem(run, SHAPE, blocks(), "bfloat16", 1, BIG, 10, Workload(10, 60, 4, 50, longest)))
         assert plan.holds(longest) and plan.holds(128) == (longest == 128)
 
 
@@ -299,6 +299,6 @@ def test_a_single_gpu_reads_its_weights_once_a_round_where_that_takes_longer_tha
         layer = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
         its = {layer_name(number): lay_out("layer", layer, "bfloat16") for number in range(layers)}
         its |= {name: lay_out(name, shapes, "bfloat16") for name, shapes in ENDS.items()}
-        plan = planner.make(run, shape, its, "bfloat16", 1, Machine("cuda", 200 * GiB), 64, small)
+        plan = planner.make(Problem(run, shape, its, "bfloat16", 1, Machine("cuda", 200 * GiB), 64, small))
         groups[layers] = plan.groups
     assert groups == {2: 2, 80: 1}

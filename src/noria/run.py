@@ -28,6 +28,7 @@ from noria.launch.watchdog import Watchdog
 from noria.model import OpenModel
 from noria.plan import planner
 from noria.plan.plan import Plan
+from noria.plan.problem import Problem
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
 from noria.rows.template import template_helper
@@ -122,7 +123,7 @@ def _generate(
 def _plan(config: Config, here: ThisRank, work: Work) -> Plan:
     machine = mpi.on_every_rank(here.comm, lambda: launcher.machine(config, here.comm, here.location, here.device))
     of_work = work.shape, work.blocks, work.dtype, here.num_ranks, machine, work.num_rows, work.load
-    return mpi.on_first_rank(here.comm, lambda: planner.make(config, *of_work))
+    return mpi.on_first_rank(here.comm, lambda: planner.make(Problem(config, *of_work)))
 
 
 def _remarks(config: Config, here: ThisRank, work: Work, plan: Plan) -> Iterator[str]:

@@ -21,7 +21,7 @@ from noria.model import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Workload
 from noria.plan.plan import Plan, rate_words
-from noria.plan.problem import Machine
+from noria.plan.problem import Machine, Problem
 from noria.plan.rates import Rates
 from noria.rows.chat import encoder_of
 from noria.rows.source import count
@@ -130,7 +130,8 @@ def _plan(
         _capacity(config.placement.gpu_memory, "gpu_memory", rates, "device_capacity"),
         _capacity(config.placement.cpu_memory, "cpu_memory", rates, "host_capacity"),
     )
-    return planner.make(config, checkpoint.shape, checkpoint.blocks, dtype, num_ranks, machine, num_rows, workload)
+    shape, blocks = checkpoint.shape, checkpoint.blocks
+    return planner.make(Problem(config, shape, blocks, dtype, num_ranks, machine, num_rows, workload))
 
 
 def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:

@@ -8,24 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from noria.blocks import Block
 from noria.config import Config
 from noria.errors import InputError, require
-from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
-from noria.plan.costs import Workload
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
-from noria.plan.problem import Candidate, Machine, Problem
+from noria.plan.problem import Candidate, Problem
 from noria.plan.shares import budgets_of, is_budget
-from noria.step import PAGE_TOKENS
 
 GiB = 1024**3
 STREAMED_STEP_TOKENS = 16384  # a prefill step behind which a layer's load hides (a link of 55 GB/s, 800 TFLOP/s)
 LEAST_STEP_TOKENS = 256
-PROMPT_TOKENS = 512  # of a row, where nobody looked
 FRACTIONS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)  # of the rows, for which the cache has room in a candidate
 WORTH_IT = 1.3  # times as fast as everything on the device, before anything is moved off it
 
@@ -43,30 +38,16 @@ def check(config: Config, num_ranks: int, num_layers: int) -> None:
     )
 
 
-def make(
-    config: Config,
-    shape: ModelShape,
-    blocks: Mapping[str, Block],
-    dtype: str,
-    num_ranks: int,
-    machine: Machine,
-    num_rows: int,
-    workload: Workload | None = None,
-) -> Plan:
+def make(problem: Problem) -> Plan:
     """The plan of a run: what the user asked for, and the rest chosen.
 
-    `dtype` is the run's, `num_rows` the number of prompts; `workload` says how long the rows are. Raises InputError, with the
-    numbers and the remedy, where the memory does not suffice.
+    Raises InputError, with the numbers and the remedy, where the memory does not suffice.
     """
-    check(config, num_ranks, shape.num_layers)
-    workload = workload or _usual(config, shape, num_rows)
-    longest = -(-shape.max_positions // PAGE_TOKENS)
-    most = max(num_rows, 1) * config.sampling.n * longest
-    problem = Problem(config, shape, blocks, dtype, num_ranks, machine, most, workload.total_pages, workload.pages)
-    known = rates_of(config, machine.device, num_ranks)
-    plan = _choose(problem, known, workload)
+    check(problem.config, problem.num_ranks, problem.shape.num_layers)
+    known = rates_of(problem.config, problem.machine.device, problem.num_ranks)
+    plan = _choose(problem, known)
     check_disk(problem, plan)
-    return replace(plan, predicted=costs.predict(plan, shape, blocks, known, workload))
+    return replace(plan, predicted=costs.predict(plan, problem.shape, problem.blocks, known, problem.workload))
 
 
 def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
@@ -77,25 +58,18 @@ def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
     return replace(known, disk_read=known.disk_read / num_ranks, disk_write=known.disk_write / num_ranks)
 
 
-def _usual(config: Config, shape: ModelShape, num_rows: int) -> Workload:
-    """Rows of a usual length, in a model's context."""
-    new = min(max(config.sampling.most_new_tokens, 1), shape.max_positions)
-    return Workload(max(num_rows, 1) * config.sampling.n, max(min(PROMPT_TOKENS, shape.max_positions - new), 1), new)
-
-
-def _choose(problem: Problem, known: rates.Rates, workload: Workload) -> Plan:
+def _choose(problem: Problem, known: rates.Rates) -> Plan:
     """The candidate with the most tokens/s; of equal ones that of larger steps, then of more laps.
 
     Raises the InputError of the most modest one if none fits.
     """
-    resident, refused = _built(problem, known, workload, _resident(problem))
+    workload = problem.workload
+    resident, refused = _built(problem, known, _resident(problem))
     kept, plan = max(resident, key=lambda one: one[0]) if resident else (0.0, None)
     if plan is not None and costs.rows_in_flight(plan, workload) >= workload.num_rows and plan.holds(workload.longest):
         return plan
-    candidates = (
-        candidate for step_tokens in _steps(problem) for candidate in _candidates(problem, workload, step_tokens)
-    )
-    found, last = _built(problem, known, workload, candidates)
+    candidates = (candidate for step_tokens in _steps(problem) for candidate in _candidates(problem, step_tokens))
+    found, last = _built(problem, known, candidates)
     if not found:
         raise last or refused or AssertionError("a plan without a candidate")
     best = max(speed for speed, _ in found)
@@ -110,7 +84,7 @@ def _choose(problem: Problem, known: rates.Rates, workload: Workload) -> Plan:
 
 
 def _built(
-    problem: Problem, known: rates.Rates, workload: Workload, candidates: Iterable[Candidate]
+    problem: Problem, known: rates.Rates, candidates: Iterable[Candidate]
 ) -> tuple[list[tuple[float, Plan]], InputError | None]:
     """(predicted tokens/s of the whole run, plan) of the candidates that fit, and why the last one of the others does not.
 
@@ -126,9 +100,9 @@ def _built(
             continue
         if candidate.weights is None and not plan.weight_slots:
             continue  # everything fits: another candidate has it so, with the groups for that
-        speed = costs.predict(plan, problem.shape, problem.blocks, known, workload)["tokens_per_second"]
+        speed = costs.predict(plan, problem.shape, problem.blocks, known, problem.workload)["tokens_per_second"]
         found.append((speed, plan))
-    roomy = [(speed, plan) for speed, plan in found if plan.holds(workload.longest)]
+    roomy = [(speed, plan) for speed, plan in found if plan.holds(problem.workload.longest)]
     return roomy or found, refused
 
 
@@ -154,7 +128,7 @@ def _steps(problem: Problem) -> list[int]:
     return [step_tokens, *(smaller for smaller in (4096, 1024, 256) if least <= smaller < step_tokens)]
 
 
-def _candidates(problem: Problem, workload: Workload, step_tokens: int) -> Iterator[Candidate]:
+def _candidates(problem: Problem, step_tokens: int) -> Iterator[Candidate]:
     """Every combination of laps, room for the cache, and the tiers that the cache may live in."""
     placement, pipeline = problem.config.placement, problem.config.pipeline
     for streams in (False, True):
@@ -173,7 +147,7 @@ def _candidates(problem: Problem, workload: Workload, step_tokens: int) -> Itera
                     if base.weights is not None:
                         yield cached
                     else:
-                        yield from _reserving(problem, cached, workload)
+                        yield from _reserving(problem, cached)
 
 
 def _may_stream(weights: Mapping[str, Any] | None) -> bool:
@@ -201,7 +175,7 @@ def _cached(problem: Problem, base: Candidate) -> Iterator[Candidate]:
         yield replace(base, cache_tiers=("gpu", "cpu"))
 
 
-def _reserving(problem: Problem, base: Candidate, workload: Workload) -> Iterator[Candidate]:
+def _reserving(problem: Problem, base: Candidate) -> Iterator[Candidate]:
     """Candidates that keep room for the cache of a part of the rows; the rest of the device holds weights."""
     sizes = sizes_of(problem, replace(base, weights={"gpu": 100.0}))
     page = max(sizes.page(rank) for rank in range(problem.num_ranks))
@@ -210,7 +184,7 @@ def _reserving(problem: Problem, base: Candidate, workload: Workload) -> Iterato
         budgets = budgets_of(base.cache, "placement.cache")
         yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
         return
-    wanted = -(-workload.num_rows // base.groups) * base.groups * workload.pages
+    wanted = -(-problem.workload.num_rows // base.groups) * base.groups * problem.workload.pages
     for split in [base.cache] if base.cache else [{tier: 100.0} for tier in base.cache_tiers]:
         shares = {tier: share / 100 for tier, share in split.items() if share}
         most = min([wanted, *(int(problem.limits[tier] / page / share) for tier, share in shares.items())])

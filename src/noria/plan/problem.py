@@ -9,9 +9,12 @@ from noria.blocks import Block
 from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
+from noria.plan.costs import Workload
 from noria.plan.memory import block_nbytes
 from noria.step import PAGE_TOKENS
 from noria.tools.values import parse_nbytes, size_words
+
+PROMPT_TOKENS = 512  # of a row, where nobody looked
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Problem:
-    """What every candidate has in common.
+    """What every candidate has in common: a run of `num_rows` prompts in `dtype`, on the ranks' machines.
 
-    `most_pages`: of as many rows as there are, were all as long as the context; `total_pages`: what they reserve, if that is
-    known; `row_pages`: of a usual row; `longest`: of the longest row that there can be.
+    `looked_at` says how long the rows are, if somebody looked. `longest`: pages of the longest row that there can be.
     """
 
     config: Config
@@ -69,15 +71,24 @@ class Problem:
     dtype: str
     num_ranks: int
     machine: Machine
-    most_pages: int
-    total_pages: int | None = None
-    row_pages: int = 1
+    num_rows: int
+    looked_at: Workload | None = None
+
+    @cached_property
+    def workload(self) -> Workload:
+        """How long the rows are; of a usual length, in the model's context, where nobody looked."""
+        if self.looked_at is not None:
+            return self.looked_at
+        sampling, most = self.config.sampling, self.shape.max_positions
+        new = min(max(sampling.most_new_tokens, 1), most)
+        return Workload(max(self.num_rows, 1) * sampling.n, max(min(PROMPT_TOKENS, most - new), 1), new)
 
     def cap(self, groups: int) -> int:
         """Pages that all rows can use, where every group has an equal share of them."""
-        if self.total_pages is None:
-            return self.most_pages
-        return min(self.most_pages, max(self.total_pages + groups * self.row_pages, self.longest))
+        most = max(self.num_rows, 1) * self.config.sampling.n * self.longest  # were all as long as the context
+        if self.workload.total_pages is None:
+            return most
+        return min(most, max(self.workload.total_pages + groups * self.workload.pages, self.longest))
 
     @property
     def longest(self) -> int:

@@ -13,7 +13,7 @@ from noria.tools.values import size_words
 
 def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
     """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few, or none a usual row."""
-    room, least = _room(problem, sizes, candidate), min(problem.row_pages, problem.cap(sizes.groups))
+    room, least = _room(problem, sizes, candidate), min(problem.workload.pages, problem.cap(sizes.groups))
     pages = _pages(problem, sizes, candidate, room)
     if max(pages.values()) < least:  # all pages of a row are in one tier
         if candidate.cache is None:
