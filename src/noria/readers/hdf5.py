@@ -20,6 +20,7 @@ from h5py import h5d
 from noria import readers
 from noria.errors import Changed, InputError, require
 from noria.readers import PROMPT_NAMES, AnyPath, BadRow, Known
+from noria.tools.damage import has_signature
 from noria.tools.helper import Failed, Helper, Limits
 
 SUFFIXES = (".h5", ".hdf5")
@@ -58,7 +59,10 @@ def _helper() -> Helper:
 def _ask(helper: Helper, path: AnyPath, names: Collection[str], first: int, most: int) -> dict[str, Any]:
     """What the child answers. Raises InputError for a bad file."""
     with readers.opened(path):
-        pass
+        signed = has_signature(path)
+    require(
+        signed, f"prompts {path}: cannot be read as HDF5 (file signature not found): it is damaged, or of another kind"
+    )
     known = [path.path, path.nbytes, path.hash, path.digests.hex(), path.look] if isinstance(path, Known) else None
     asked = {"path": str(path), "known": known, "names": list(names), "first": first, "most": most}
     try:

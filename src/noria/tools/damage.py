@@ -1,5 +1,6 @@
 """What is said of a file that is no HDF5 file, or one that is damaged."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,16 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
-def starts_as_hdf5(path: Path) -> bool:
-    """Whether the file begins as HDF5 files do. Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(len(SIGNATURE)) == SIGNATURE
+def has_signature(path: str | os.PathLike[str]) -> bool:
+    """Whether HDF5 would take the file for one of its own: it looks at bytes 0, 512, 1024, 2048, ... Raises OSError."""
+    with open(path, "rb") as file:
+        size, place = file.seek(0, os.SEEK_END), 0
+        while place < size:
+            file.seek(place)
+            if file.read(len(SIGNATURE)) == SIGNATURE:
+                return True
+            place = 2 * place or 512
+    return False
 
 
 def what_it_is(path: Path, error: Exception | None = None) -> str:

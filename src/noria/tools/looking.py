@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from noria.errors import InputError
-from noria.tools.damage import starts_as_hdf5
+from noria.tools.damage import has_signature
 from noria.tools.helper import Failed, Helper, Limits
 
 # Seconds of the processor tell a loop from a slow disk, on which the other limit allows minutes.
@@ -33,7 +33,7 @@ class Looker:
 
     def look(self, path: Path) -> None:
         """Raises InputError, naming the file, if HDF5 does not come to an end with it, or cannot read its attributes."""
-        if not starts_as_hdf5(path):
+        if not has_signature(path):
             return
         self._ask(path, {"path": str(path.absolute())})
 
