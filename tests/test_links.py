@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 import small_run
+from forks import forked
 from noria.__main__ import main
 from noria.errors import InputError
 from noria.output import target as output_module
@@ -15,6 +18,7 @@ from noria.output.merge import merge
 from noria.output.parts import Parts, remove_parts
 from noria.output.sealed import merged_folder, parts_folder
 from noria.output.target import probe_output, reopen
+from noria.tools import lock
 from noria.tools.atomic import check_folder, real, replacing
 from noria.tools.lock import check_names
 from output_rows import as_tuple, fill, make_row
@@ -191,3 +195,22 @@ def test_a_long_name_is_refused_by_every_command_at_its_start(tmp_path, capsys, 
     said = capsys.readouterr().err
     assert "too long for those of its parts" in said or command == "convert", said
     assert sorted(os.listdir(tmp_path)) == ["config.json", "p.jsonl"]
+
+
+def test_two_outputs_whose_parts_are_links_to_one_folder_do_not_run_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    small_run.write_files(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    for name in ("a.h5", "b.h5"):
+        os.symlink("scratch", tmp_path / f"{name}.parts")
+    script = "import sys\nfrom noria.tools.lock import OutputLock\n" + (
+        "lock = OutputLock(sys.argv[1], {'job': '17', 'host': 'n3', 'process': 1, 'start': 's'}, print)\n"
+        "print('held', flush=True)\nsys.stdin.read()\n"
+    )
+    command = forked([sys.executable, "-c", script, tmp_path / "scratch" / "parts"])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(small_run.command(tmp_path, "b.h5")) == 2
+        assert "scratch/parts is being written by job 17 on n3" in capsys.readouterr().err
+        other.stdin.close()
+    assert main(small_run.command(tmp_path, "b.h5")) == 0 and os.listdir(tmp_path / "scratch") == []

@@ -1,7 +1,10 @@
 """This rank: its communicator, where it runs, and its device's streams. What is said once is said by rank 0."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +14,7 @@ from noria.errors import InputError
 from noria.launch import deadline, launcher, mpi
 from noria.launch.launcher import Location
 from noria.launch.notices import Notices
+from noria.output.sealed import parts_folder
 from noria.streams import Streams, streams_of
 from noria.tools.lock import OutputLock
 from noria.tools.log import log
@@ -56,10 +60,17 @@ class ThisRank:
         placed = self.comm.allgather(f"{self.name}, {self.location.cores}")
         self.say(*(f"rank {rank}: {where}" for rank, where in enumerate(placed)))
 
-    def own(self, output: str) -> OutputLock:
-        """This job's lock on the output, which rank 0 takes."""
+    @contextlib.contextmanager
+    def own(self, output: str) -> Iterator[None]:
+        """This job's locks, which rank 0 takes: on the output, and on a folder of parts that is a link, since another
+        output may have a link to the same."""
         holder = {"job": deadline.job_id(), "host": self.location.host, "process": os.getpid(), "start": now()}
-        return OutputLock(output, holder, lambda message: log(0, 1, message))
+        folder = parts_folder(output)
+        linked = [folder.resolve() / "parts"] if folder.is_symlink() and folder.is_dir() else []
+        with contextlib.ExitStack() as held:
+            for place in (Path(output), *linked):
+                held.enter_context(OutputLock(place, holder, lambda message: log(0, 1, message)))
+            yield
 
     def check_same(self, model: str | None, nbytes: int, header_hash: str, examined: str) -> None:
         """Raises InputError, naming the ranks, if they do not all see the same checkpoint under its name. Collective.
