@@ -82,6 +82,8 @@ plan=(
     "SLURM: several nodes, srun --mpi=pmix|slurm_srun_nodes|slurm_up"
     "SLURM: the sizes that noria plan prints|slurm_planned|slurm_up"
     "SLURM: an array of shards, merged|slurm_array|slurm_up"
+    "SLURM: one task of an array, stopped by a file, is queued up again alone|slurm_array_task|slurm_up"
+    "SLURM: the shell of srun --pty, and one that outlived its job|slurm_shell|slurm_up"
     "SLURM: lonely ranks are refused (srun --mpi=pmi2)|slurm_lonely|slurm_up"
     "SLURM: signal, 75, requeue, whole output|slurm_requeue|slurm_up"
     "PBS: one node|pbs_single|pbs_up"

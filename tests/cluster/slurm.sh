@@ -141,6 +141,48 @@ slurm_array() {
     same_rows outputs/alone.h5 outputs/array.h5
 }
 
+# The last task of an array has the array's own id: what stops it must queue up that task alone. A stop file stops it.
+slurm_array_task() {
+    local shard=outputs/tasks.shard-2-of-2.h5
+    job=$(NORIA_LAUNCH="mpirun --bind-to none" submit --ntasks-per-node=1 --array=1-2 jobs/slurm/array.sbatch outputs/tasks.h5 "${many[@]}")
+    wait_for 60 some_parts "$shard"
+    touch "$shard.stop"
+    wait_for 60 slurm_task_restarts "$job" 2 1
+    slurm_task_restarts "$job" 1 0
+    [ ! -e "$shard.stop" ]
+    says "outputs/noria-${job}_2.out" "stopping (tasks.shard-2-of-2.h5.stop was made): "
+    scancel "$job"
+    wait_for 60 slurm_idle
+}
+
+# slurm_task_restarts JOB TASK COUNT: how often this task of an array was queued up again.
+slurm_task_restarts() {
+    local task
+    task=$(scontrol -o show job "$1" | grep "ArrayTaskId=$2 ") && grep -q "Restarts=$3 " <<< "$task"
+}
+
+# The shell of `srun --pty` on a terminal: the variables of a step of four tasks, and one process. On the node that bears the
+# machine's name: on another mpirun would start its daemon there by srun, which waits for the cores that the shell has.
+slurm_shell() {
+    cat > shell.sh <<'SHELL'
+[ -t 0 ] || exit 0  # the other tasks of the step have no terminal
+exec > shell.log 2>&1
+set -x
+noria inspect outputs/demo/model.h5 && noria validate "$@" && noria plan --ranks 2 "$@" || exit 11
+noria run "$@"; [ $? -eq 2 ] || exit 12
+mpirun -n 1 noria run "$@" || exit 13
+noria export outputs/shell.h5 outputs/shell.jsonl || exit 14
+SLURM_JOB_END_TIME=1000000000 SLURM_JOB_ID=4294967 mpirun -n 1 noria run "$@" --overwrite; [ $? -eq 2 ] || exit 15
+SHELL
+    local spawn='import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
+    timeout 120 python -c "$spawn" srun --nodelist="$(hostname -s)" --ntasks=4 --nodes=1 --overcommit --time=10 --pty bash shell.sh "${few[@]}" --output outputs/shell.h5 </dev/null \
+        || { cat shell.log; return 1; }
+    says shell.log "a step of 4 tasks gave this shell its terminal, but no ranks are started: in the shell of srun --pty"
+    says shell.log "SLURM_JOB_END_TIME says that job 4294967 was over at 2001-09-09T01:46:40Z"
+    [ "$(wc -l < outputs/shell.jsonl)" -eq 8 ]
+    same_rows outputs/alone.h5 outputs/shell.h5
+}
+
 # A lonely rank would generate everything once per rank and say that all is well.
 slurm_lonely() {
     job=$(NORIA_LAUNCH="srun --mpi=pmi2" submit jobs/slurm/single_node.sbatch "${few[@]}" --output outputs/lonely.h5)
