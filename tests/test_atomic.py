@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+import small_run
+from noria.__main__ import main
 from noria.errors import InputError
 from noria.tools.atomic import GuardedFile, write_whole
 
@@ -58,3 +60,20 @@ def test_a_device_or_a_pipe_is_never_replaced_by_a_file(tmp_path, name):
     ):
         write_whole(tmp_path / name, b"text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_every_command_that_writes_refuses_a_device_or_a_pipe(tmp_path, capsys):
+    small_run.write_files(tmp_path)
+    os.mkfifo(tmp_path / "pipe.h5")
+    pipe = str(tmp_path / "pipe.h5")
+    commands = [
+        ["probe", "--output", pipe],
+        ["convert", str(tmp_path / "hf"), pipe, "--overwrite"],
+        ["merge", pipe, str(tmp_path / "other.h5")],
+        small_run.command(tmp_path, "pipe.h5"),
+        small_run.command(tmp_path, "out.h5", "--trace", pipe),
+    ]
+    for command in commands:
+        assert main(command) == 2
+        assert "is a device or a pipe, which cannot be replaced by a file" in capsys.readouterr().err, command
+    assert (tmp_path / "pipe.h5").is_fifo()

@@ -3,7 +3,9 @@
 import io
 import os
 import random
+import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,9 +111,20 @@ def folder(tmp_path_factory):
     (folder / "run.h5.parts").mkdir(exist_ok=True)
     (folder / "ümlaut").mkdir()
     os.mkfifo(folder / "pipe")
-    for name, target in {"loop": "loop", "dangling": "no/where", "null": "/dev/null", "full": "/dev/full"}.items():
+    links = {"loop": "loop", "dangling": "no/where"}
+    links |= {name: device(folder / f"{name}-device", minor) for name, minor in (("null", 3), ("full", 7))}
+    for name, target in links.items():
         (folder / name).symlink_to(target)
     return folder
+
+
+def device(path, minor):
+    """A device like /dev/null or /dev/full that a fault may destroy; those themselves where only root may do either."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, minor))
+    except PermissionError:
+        return Path("/dev", path.name.removesuffix("-device"))
+    return path
 
 
 def said(argv, encoding):
@@ -157,3 +170,4 @@ def test_any_path_and_any_encoding_ends_in_words(folder, monkeypatch, command):
         for name, content in kept.items():
             if (folder / name).read_bytes() != content:
                 (folder / name).write_bytes(content)  # a right command may write over it; the next case is to find it
+        assert (folder / "null").is_char_device() and (folder / "pipe").is_fifo(), (argv, encoding)

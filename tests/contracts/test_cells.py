@@ -304,6 +304,7 @@ def test_a_value_of_parquet_that_cannot_be_read_is_the_error_of_its_row_which_ke
     columns = {
         "far": pyarrow.array([0, 2**60, 5], pyarrow.timestamp("us")),
         "bytes": pyarrow.array([{"png": b"a"}, {"png": b"\x89PNG"}, None]),
+        "no time of a day": pyarrow.array([0, 86_400_000, 86_399_999], pyarrow.time32("ms")),
         "twice": pyarrow.array([[], [("a", 1), ("a", 2)], []], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
     }
     for name, column in columns.items():
@@ -313,6 +314,23 @@ def test_a_value_of_parquet_that_cannot_be_read_is_the_error_of_its_row_which_ke
     found = list(for_path("a.parquet").read(tmp_path / "a.parquet"))
     assert found[1].error == "row 1: 'own' cannot be read: a map has the same key twice"
     assert "two fields of the same name" in _arrow.values(two)[0].error
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "expected"),
+    [
+        ([1.5, 2.0], pyarrow.float64(), [[1.5, 0], [2.0, 1]]),
+        ([True, False], pyarrow.bool_(), [[True, 0], [False, 1]]),
+        ([{"a": 1}], pyarrow.struct({"a": pyarrow.int8()}), [[{"a": 1}, 0]]),
+        ([3, 4], pyarrow.int16(), {"3": 0, "4": 1}),
+    ],
+)
+def test_a_map_of_parquet_is_an_object_where_its_keys_are_texts_or_integers_and_else_pairs(
+    tmp_path, keys, kind, expected
+):
+    column = pyarrow.array([list(zip(keys, range(9), strict=False))], pyarrow.map_(kind, pyarrow.int8()))
+    (prompt,) = of_parquet(tmp_path / "a.parquet", prompt=["p"], own=column)
+    assert json.loads(prompt.extra) == {"own": expected}
 
 
 @pytest.mark.skipif(not hasattr(pyarrow, "uuid"), reason="needs pyarrow 18")

@@ -177,8 +177,9 @@ def _check_rows(shards: list[Shard]) -> int:
     totals = {shard.attrs.get("prompt_rows") for shard in shards}
     total = totals.pop()
     if totals or not isinstance(total, int):
+        told = ", ".join(f"{shard.part.path} {shard.attrs.get('prompt_rows')}" for shard in shards[:_SHOWN])
         raise InputError(
-            f"{shards[0].part.path} and the others do not agree on the number of prompts: {totals | {total}}"
+            f"the shards are of different numbers of prompts ({told}): run all of them with the same limit and prompts"
         )
     for shard in shards:
         part, wanted = shard.part, shard_rows(shard.name, total)
