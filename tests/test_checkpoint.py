@@ -285,10 +285,10 @@ def test_links_that_leave_the_folder_or_lead_nowhere_are_refused(models, tmp_pat
             (
                 "../outside/part.h5",
                 "/layers/0001",
-                "links to '../outside/part.h5': a checkpoint's files lie in one folder",
+                "links to '../outside/part.h5': a checkpoint's files must be in one folder",
             ),
-            (str(tmp_path / "outside/part.h5"), "/layers/0001", "a checkpoint's files lie in one folder"),
-            ("away.h5", "/layers/0001", "links to 'away.h5': a checkpoint's files lie in one folder"),
+            (str(tmp_path / "outside/part.h5"), "/layers/0001", "a checkpoint's files must be in one folder"),
+            ("away.h5", "/layers/0001", "links to 'away.h5': a checkpoint's files must be in one folder"),
             ("gone.h5", "/layers/0001", "is in the file 'gone.h5', which is missing"),
             ("part.h5", "/layers/7777", "has no 'layers/0001/attention_norm'"),
             ("model.h5", "/layers/0001", "more than 4 links"),

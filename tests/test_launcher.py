@@ -89,7 +89,7 @@ def test_gpus_that_are_hidden_on_purpose_are_no_error_and_no_device(monkeypatch,
     if said:
         assert launcher.device_of(config.load(None, RUN), place).type == "cpu"
         with pytest.raises(
-            InputError, match=f"^device = 'cuda' on here: {said}; take that away, or run with --device cpu"
+            InputError, match=f"^device = 'cuda' on here: {said}; remove that setting, or run with --device cpu"
         ):
             launcher.device_of(config.load(None, RUN | {"device": "cuda"}), place)
     elif there:

@@ -232,7 +232,7 @@ def test_the_head_of_a_tied_model_is_its_embedding():
         (OPT | {"activation_function": "quick_gelu"}, ["activation_function", "quick_gelu", "relu"]),
         (OPT | {"activation_function": ["relu"]}, ["activation_function", "['relu']"]),
         (OPT | {"do_layer_norm_before": 1}, ["do_layer_norm_before is 1: it must be true or false"]),
-        (GPT2 | {"add_cross_attention": True}, ["add_cross_attention is True", "decoder alone"]),
+        (GPT2 | {"add_cross_attention": True}, ["add_cross_attention is True", "only as a decoder"]),
         (GPT2 | {"n_embd": 30}, ["n_embd (30) is not a multiple of n_head (4)"]),
         (MISTRAL | {"sliding_window": -1}, ["sliding_window is -1"]),
         (QWEN2 | {"use_sliding_window": "no"}, ["use_sliding_window is 'no'"]),

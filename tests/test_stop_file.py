@@ -70,7 +70,7 @@ def test_a_file_from_before_the_run_is_removed_and_said_and_a_later_one_stays(tm
     began = path.stat().st_mtime
     os.utime(path, (began - 1, began - 1))
     assert stop.forget_old_ones(began, said.append)
-    assert said == [f"{path} was there before this run began: it is removed, and the run goes on"]
+    assert said == [f"{path} was there before this run began: it is removed, and the run continues"]
     path.touch()
     assert not stop.forget_old_ones(began, said.append)
     assert len(said) == 1 and path.exists()
@@ -96,7 +96,7 @@ def test_a_run_alone_is_stopped_by_a_file_within_a_step_and_two_seconds(folder, 
         assert main(small_run.command(folder, "alone.h5", *FLOAT64, *LONG)) == 75
     assert time.monotonic() - at[0] < 2.5 and not stop.exists()
     said = capsys.readouterr().err
-    assert said.count("alone.h5.stop was there before this run began: it is removed, and the run goes on") == 1
+    assert said.count("alone.h5.stop was there before this run began: it is removed, and the run continues") == 1
     assert f"stopping (alone.h5.stop was made): 0 finished rows and {small_run.NUM_ROWS} rows half-way" in said, said
     assert read_segments(parts_folder(folder / "alone.h5"))[-1]["ended"] == "alone.h5.stop was made"
     assert main(small_run.command(folder, "alone.h5", *FLOAT64, *LONG)) == 0

@@ -133,7 +133,7 @@ def test_a_stop_is_told_and_a_second_interrupt_is_heard_while_the_disk_keeps_the
         assert not dog.ended
         signal.raise_signal(signal.SIGINT)
         until(lambda: dog.ended)
-        assert dog.said == ["SIGUSR1: rows are being sealed; the same command goes on with them"]
+        assert dog.said == ["SIGUSR1: rows are being sealed; the same command continues with them"]
         disk.set()
         until(lambda: len(dog.said) > 1)
     assert dog.ended == [("stopped at once: interrupted again", 130)]

@@ -191,7 +191,7 @@ def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]
         have += " and more" if sources[6:] else ""
         raise InputError(
             f"{sources[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
-            " that config.json asks for: weights and config.json are not of one model"
+            " that config.json asks for: weights and config.json belong to different models"
         )
     for tensor in (source.tensor for source in sources):
         if tensor.dtype not in DTYPE_NBYTES:

@@ -62,7 +62,7 @@ def _check_tokenizer(source: Path) -> None:
         Tokenizer(directory.tokenizer(), config, generation)
     except InputError as error:
         raise InputError(
-            f"{source}: {error} (for rows of token_ids alone, convert it without its tokenizer's files)"
+            f"{source}: {error} (if all rows have token_ids, convert it without its tokenizer's files)"
         ) from error
 
 

@@ -53,7 +53,7 @@ def check_rendering(
             )
     return [
         f"{config.output} was begun by an earlier version: rows keep their tokens, their random draws and a seed of"
-        f" {own.sampling.seed}, nothing is taken from the model's generation_config.json, texts are decoded anew"
+        f" {own.sampling.seed}, nothing is taken from the model's generation_config.json, texts are decoded again"
     ]
 
 

@@ -66,7 +66,7 @@ def device_of(config: Config, location: Location) -> torch.device:
     if hidden := hidden_gpus(os.environ):
         require(
             config.device == "auto",
-            f"device = {config.device!r} on {location.host}: {hidden}; take that away, or run with --device cpu",
+            f"device = {config.device!r} on {location.host}: {hidden}; remove that setting, or run with --device cpu",
         )
         return torch.device("cpu")
     if not torch.cuda.is_available():

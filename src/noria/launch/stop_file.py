@@ -33,7 +33,7 @@ class StopFile:
                 continue
             except OSError as error:
                 raise InputError(f"{path} would stop the run and cannot be removed: {error.strerror}") from error
-            say(f"{path} was there before this run began: it is removed, and the run goes on")
+            say(f"{path} was there before this run began: it is removed, and the run continues")
             removed = True
         return removed
 

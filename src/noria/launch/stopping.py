@@ -135,7 +135,7 @@ class Stopping:
             self._last.start()
             self._last.join(QUICK_SECONDS)
             if self._last.is_alive():
-                self._say(f"{reason}: rows are being sealed; the same command goes on with them")
+                self._say(f"{reason}: rows are being sealed; the same command continues with them")
         else:
             self._say(f"stopped ({reason}) before the first step: start the same run again to go on")
             abort(STOPPED)

@@ -58,7 +58,7 @@ def export(
     with open_generations(source) as file:
         compared = _compared(file, format)
         if not compared:
-            report(f"{source} has no checksums: whether its rows are as they were written is not known")
+            report(f"{source} has no checksums: it is not known whether its rows are as they were written")
         return _write(target, lambda: file.rows(compared), format, str(file.attrs.get("start", "")))
 
 

@@ -239,7 +239,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
         dataset: Any = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         require(isinstance(dataset, h5py.Dataset) and dataset.ndim == 1 + (name in WIDE), f"dataset {name} is missing")
         require(name not in WIDE or dataset.shape[1] == scores.top, f"{name} has rows of {dataset.shape[-1]} values")
-        require(not dataset.is_virtual and not dataset.external, f"dataset {name} lies in another file")
+        require(not dataset.is_virtual and not dataset.external, f"dataset {name} is in another file")
         right = h5py.check_string_dtype(dataset.dtype) if dtype.kind == "O" else dataset.dtype == dtype
         enum = h5py.check_enum_dtype(dtype)
         require(right and h5py.check_enum_dtype(dataset.dtype) == enum, f"dataset {name} has type {dataset.dtype}")

@@ -152,7 +152,7 @@ def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> P
             verify_checksums(file)
         header = json.loads(file.attrs["header"])
         if not isinstance(header, dict):
-            raise InputError(f"{path} is damaged: its header is no table")
+            raise InputError(f"{path} is damaged: its header is not a table")
         row, sample, status = (file.column(name) for name in ("row", "sample", "status"))
         level = WHOLE if file.complete else int(file.attrs.get("level", 0))
         replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))

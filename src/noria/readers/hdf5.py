@@ -68,7 +68,7 @@ def _ask(helper: Helper, path: AnyPath, names: Collection[str], first: int, most
     try:
         found = helper.ask(asked | {"folder": os.getcwd()})
     except Failed as error:
-        raise InputError(f"prompts {path}: HDF5 does not read it ({error}): it is damaged") from error
+        raise InputError(f"prompts {path}: HDF5 cannot read it ({error}): it is damaged") from error
     if "changed" in found:
         raise Changed(found["changed"])
     if "refused" in found:

@@ -51,7 +51,7 @@ class Template:
         except Failed as failure:
             if refused:
                 raise TemplateStopped(
-                    f"conversations are refused: the chat template was stopped too often: {failure}: mend it in the"
+                    f"conversations are refused: the chat template was stopped too often: {failure}: correct it in the"
                     " model's directory and convert again"
                 ) from None
             raise TemplateStopped(f"the chat template was stopped: {failure}") from None

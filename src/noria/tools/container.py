@@ -204,7 +204,7 @@ class LinkedFiles:
         target = self._folder / name
         if name in ("", ".", "..") or "/" in name or "\0" in name or target.resolve().parent != self._folder:
             raise InputError(
-                f"{self.path}: {path!r} links to {name!r}: a checkpoint's files lie in one folder, {self._folder}"
+                f"{self.path}: {path!r} links to {name!r}: a checkpoint's files must be in one folder, {self._folder}"
             )
         if target.resolve() not in self._files:
             if not target.exists():

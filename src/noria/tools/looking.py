@@ -54,4 +54,4 @@ class Looker:
         except Failed as error:
             if self._helper.pid is None:  # it ended: the next file has a child of its own
                 self.close()
-            raise InputError(f"{path} is damaged: HDF5 does not read it ({error}): {REMEDY}") from error
+            raise InputError(f"{path} is damaged: HDF5 cannot read it ({error}): {REMEDY}") from error
