@@ -1,4 +1,4 @@
-"""The tree is what README.md says it is: rooms, what imports what, and which libraries are used where."""
+"""The tree is what src/noria/README.md says it is: rooms, what imports what, and which libraries are used where."""
 
 import ast
 import re
@@ -158,9 +158,16 @@ def test_only_streams_names_a_cuda_stream():
             assert "cuda.Stream(" not in path.read_text() and "current_stream" not in path.read_text(), path
 
 
+def test_the_levels_in_the_readme_are_those_of_this_test():
+    block = re.search(r"```levels\n(.*?)```", (SOURCE / "README.md").read_text(), re.DOTALL)
+    assert block, "src/noria/README.md has no levels (a ```levels block)"
+    told = [set(re.split(r"\s{2,}", line)[0].split()) for line in block[1].splitlines()]
+    assert told == LEVELS
+
+
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
-    block = re.search(r"```text\n(noria/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block, "README.md has no annotated tree (a ```text block that begins with noria/)"
+    block = re.search(r"```text\n(noria/\n.*?)```", (SOURCE / "README.md").read_text(), re.DOTALL)
+    assert block, "src/noria/README.md has no annotated tree (a ```text block that begins with noria/)"
     told, folders = set(), []
     for line in block[1].splitlines()[1:]:
         indent, entry = re.match(r"( *)(\S+)", line).groups()
@@ -175,7 +182,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
     )
     missing = {file for file in on_disk - shown if not file.startswith(collapsed)}
     assert not missing and not shown - on_disk, (
-        f"not in the README: {sorted(missing)}; not on disk: {sorted(shown - on_disk)}"
+        f"not in src/noria/README.md: {sorted(missing)}; not on disk: {sorted(shown - on_disk)}"
     )
     assert all(any(file.startswith(entry) for file in on_disk) for entry in told if entry.endswith("/"))
 

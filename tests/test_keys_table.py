@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,9 @@ def test_a_default_that_is_a_value_is_that_of_a_run_file_that_says_nothing(key):
         assert str(value) == key.default
     elif isinstance(value, bool) and key.default in ("true", "false"):
         assert tomllib.loads(f"key = {key.default}")["key"] == value
+
+
+def test_the_readme_shows_the_names_of_vllm_that_differ():
+    lines = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+    differ = [key for key in keys.table() if key.vllm not in ("-", key.name)]
+    assert not [key for key in differ if not any(f"`{key.name}" in line and f"`{key.vllm}" in line for line in lines)]
