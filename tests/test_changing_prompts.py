@@ -125,11 +125,15 @@ def test_a_change_after_the_last_row_was_read_is_told_and_costs_nothing(folder, 
 
     def acting(self, *arguments):
         left.append(1)
-        if len(left) == 20:
+        if len(left) == 15:
             replaced(folder / "few.jsonl")
+        time.sleep(0.1 * (len(left) > 15))  # the file is looked at when the row that ends next is sealed
         return forward(self, *arguments)
 
-    (folder / "few.jsonl").write_text("".join(line + "\n" for line in lines("old").splitlines()[:3]))
+    few = [
+        json.loads(line) | {"max_new_tokens": 18 + 6 * row} for row, line in enumerate(lines("old").splitlines()[:2])
+    ]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     monkeypatch.setattr(Stage, "forward", acting)
     arguments = small_run.command(folder, "few.h5", "--prompts", folder / "few.jsonl", "--seal-seconds", 0)
     assert main(arguments) == 0 and words_of(folder / "few.h5") == {"old"}
