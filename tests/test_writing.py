@@ -11,12 +11,12 @@ import noria.tools.writing as writing_module
 import small_run
 from noria.checkpoint.convert import convert
 from noria.commands import probe
-from noria.engine.trace import TraceFile
 from noria.output.export import export
 from noria.output.merge import merge
 from noria.output.parts import Parts
 from noria.plan.rates import Rates
 from noria.tools.direct import scratch_file
+from noria.tools.trace_file import TraceFile
 from noria.tools.writing import WriteError, making, open_new, write_error, writing
 from output_rows import make_row
 

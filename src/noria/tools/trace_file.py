@@ -33,10 +33,10 @@ class TraceFile:
     def close(self) -> None:
         """Gives the file its name. Raises the first OSError, with nothing left behind."""
         try:
-            if self._error is not None:
-                raise self._error
-            assert self._file and self._temporary, "a trace without the events of any rank"
             with making(self._path):
+                if self._error is not None:
+                    raise self._error
+                assert self._file and self._temporary, "a trace without the events of any rank"
                 self._file.write("\n]}\n")
                 self._file.close()
                 atomic.fsync(self._temporary)
