@@ -1,12 +1,27 @@
 """Which tests are skipped here, and how several workers share the rest (pytest-xdist, as tests/run.sh starts it)."""
 
 import functools
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_mpi_in_this_process():
+    """Fails the test that starts MPI in the process of the tests, whose later tests would be ranks: theirs may end it all."""
+    before = _mpi_is_up()
+    yield
+    assert before or not _mpi_is_up(), (
+        "this test started MPI here: let ranks of the world or a process of its own do that"
+    )
+
+
+def _mpi_is_up():
+    return getattr(sys.modules.get("mpi4py.MPI"), "__file__", None) is not None  # a stand-in has no file
 
 
 def pytest_collection_modifyitems(items):

@@ -333,6 +333,13 @@ def test_a_map_of_parquet_is_an_object_where_its_keys_are_texts_or_integers_and_
     assert json.loads(prompt.extra) == {"own": expected}
 
 
+def test_times_of_parquet_in_a_dictionary_and_of_the_days_of_local_time_are_their_texts():
+    times = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    assert _arrow.values(times.dictionary_encode()) == ["2023-11-14 22:13:20.123456789"]
+    early = pyarrow.array([datetime.datetime(1890, 1, 1)], pyarrow.timestamp("s", "Europe/Berlin"))  # 53 min 28 s ahead
+    assert _arrow.values(early) == ["1890-01-01 00:00:00+00:00"]
+
+
 @pytest.mark.skipif(not hasattr(pyarrow, "uuid"), reason="needs pyarrow 18")
 def test_a_uuid_of_parquet_is_its_text(tmp_path):
     one = uuid.uuid5(uuid.NAMESPACE_URL, "noria")
