@@ -340,6 +340,11 @@ def test_times_of_parquet_in_a_dictionary_and_of_the_days_of_local_time_are_thei
     assert _arrow.values(early) == ["1890-01-01 00:00:00+00:00"]
 
 
+def test_a_text_of_parquet_that_is_not_utf8_spoils_no_other_text():
+    good, bad = _arrow.values(pyarrow.array([b"a", b"\xff"]).view(pyarrow.string()))
+    assert good == "a" and bad.error == "is not UTF-8 text: byte 0 is 0xff"
+
+
 @pytest.mark.skipif(not hasattr(pyarrow, "uuid"), reason="needs pyarrow 18")
 def test_a_uuid_of_parquet_is_its_text(tmp_path):
     one = uuid.uuid5(uuid.NAMESPACE_URL, "noria")
