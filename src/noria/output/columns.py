@@ -15,7 +15,7 @@ from h5py import h5d
 from noria.tools.looking import Looker
 from noria.tools.texts import REFERENCE_NBYTES, Texts, stored_here
 
-MAX_CHUNK_NBYTES = 2**28  # HDF5 unpacks a chunk whole, whatever is read of it
+MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
 _LOOKED_ROWS = 4096  # at once
 
 

@@ -13,7 +13,7 @@ from noria.tools.damage import has_signature
 from noria.tools.helper import Failed, Helper, Limits
 
 # Seconds of the processor tell a loop from a slow disk, on which the other limit allows minutes.
-LIMITS = Limits(memory_nbytes=2**32, cpu_seconds=4, wall_seconds=600, answer_nbytes=2**20, opens_files=True)
+LIMITS = Limits(memory_nbytes=2**32, cpu_seconds=2, wall_seconds=600, answer_nbytes=2**20, opens_files=True)
 LIBRARIES = ("h5py", "numpy")
 REMEDY = "copy or make it again"
 
