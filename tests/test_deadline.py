@@ -5,7 +5,8 @@ import time
 import pytest
 
 from noria.errors import InputError
-from noria.launch.deadline import NONE, find, job_id, seconds_of
+from noria.launch.deadline import NONE, find
+from noria.launch.schedulers import job_id, seconds_of
 from noria.tools.values import parse_walltime
 
 BEGAN = 1_700_000_000.0

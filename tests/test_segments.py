@@ -11,12 +11,13 @@ import small_run
 from noria.__main__ import main
 from noria.engine.stage import Stage
 from noria.errors import InputError
+from noria.launch.schedulers import job_ids
 from noria.output.merge import merge
 from noria.output.parts import Parts, parts_folder
 from noria.output.segments import age, history, read_segments, segment_lines
 from noria.output.summary import summary_of
 from noria.output.target import probe_output, reopen
-from noria.tools.provenance import job_ids, segment_of
+from noria.tools.provenance import segment_of
 from output_rows import fill, make_row
 
 HEADER = {"prompts": "ab12", "sampling.seed": 5}
@@ -30,7 +31,9 @@ def output(tmp_path):
 def facts(job, hosts=("a", "b", "a")):
     devices = [f"{host} cuda:0 (H100)" for host in hosts]
     environment = {"SLURM_JOB_ID": job, "AWS_SECRET_ACCESS_KEY": "hunter2", "HOME": "/home/me"}
-    return segment_of(environment, hosts, devices, ["noria", "run", "x.toml"], "2026-11-23T03:15:02Z") | {"of": 9}
+    return segment_of(job_ids(environment), hosts, devices, ["noria", "run", "x.toml"], "2026-11-23T03:15:02Z") | {
+        "of": 9
+    }
 
 
 def test_of_the_environment_only_the_schedulers_names_of_the_job_are_stored():

@@ -21,6 +21,7 @@ from noria.engine.trace import OFF, Trace, Tracing
 from noria.launch import deadline, launcher, mpi, tracing
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices
+from noria.launch.schedulers import job_ids
 from noria.launch.signals import Signals
 from noria.launch.stop_file import StopFile
 from noria.launch.stopping import STOPPED, Stopping
@@ -80,7 +81,7 @@ def _generate(
     plan = _plan(config, here, work)
     watchdog.computes(plan.stage_words(here.rank))
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
-    segment = segment_of(os.environ, hosts, devices, sys.argv, started)
+    segment = segment_of(job_ids(os.environ), hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
     with contextlib.closing(opened) as model, contextlib.ExitStack() as on_error:
         seen = config.model, model.nbytes, model.header_hash, work.identity.header["checkpoint"]

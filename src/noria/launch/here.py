@@ -11,9 +11,10 @@ import torch
 from noria.communicator import Communicator
 from noria.config import Config
 from noria.errors import InputError
-from noria.launch import deadline, launcher, mpi
+from noria.launch import launcher, mpi
 from noria.launch.launcher import Location
 from noria.launch.notices import Notices
+from noria.launch.schedulers import job_id
 from noria.output.sealed import parts_folder
 from noria.streams import Streams, streams_of
 from noria.tools.lock import OutputLock
@@ -64,7 +65,7 @@ class ThisRank:
     def own(self, output: str) -> Iterator[None]:
         """This job's locks, which rank 0 takes: on the output, and on a folder of parts that is a link, since another
         output may have a link to the same."""
-        holder = {"job": deadline.job_id(), "host": self.location.host, "process": os.getpid(), "start": now()}
+        holder = {"job": job_id(os.environ), "host": self.location.host, "process": os.getpid(), "start": now()}
         folder = parts_folder(output)
         linked = [folder.resolve() / "parts"] if folder.is_symlink() and folder.is_dir() else []
         with contextlib.ExitStack() as held:

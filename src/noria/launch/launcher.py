@@ -16,10 +16,11 @@ from noria.communicator import Communicator
 from noria.config import Config
 from noria.errors import InputError, require
 from noria.launch import cores, memory
+from noria.launch.schedulers import SCHEDULERS
 from noria.limits import MEMORY_SHARE
 from noria.plan.problem import Machine
 
-GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", *(name for one in SCHEDULERS for name in one.gpus))
 NO_GPU = ("", "-1", "NoDevFiles", "none")  # what CUDA_VISIBLE_DEVICES begins with where all GPUs are hidden
 MOST_SHARE = 0.97  # of the free memory of a GPU, where the user asks for so much
 
@@ -89,9 +90,8 @@ def hidden_gpus(environment: Mapping[str, str]) -> str:
     if visible is not None:
         hides = visible.split(",")[0].strip() in NO_GPU
         return f"CUDA_VISIBLE_DEVICES = {visible!r} hides every GPU" if hides else ""
-    if environment.get("SLURM_GPUS_ON_NODE") == "0" and not environment.get("SLURM_JOB_GPUS"):
-        return "SLURM_GPUS_ON_NODE = 0: the job was given no GPU"
-    return ""
+    given = next((said for one in SCHEDULERS if (said := one.gave_no_gpu(environment))), "")
+    return f"{given}: the job was given no GPU" if given else ""
 
 
 def check_sharing(config: Config, comm: Communicator, location: Location, device: torch.device) -> None:
@@ -140,7 +140,8 @@ def machine(config: Config, comm: Communicator, location: Location, device: torc
 
 def scratch_folder(config: Config) -> Path:
     """Where this rank puts what lives on disk for the run alone."""
-    named = config.placement.scratch or os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR")
+    variables = [*(name for one in SCHEDULERS for name in one.scratch), "TMPDIR"]
+    named = config.placement.scratch or next(filter(None, map(os.environ.get, variables)), None)
     return Path(named or Path(config.output).absolute().parent)
 
 

@@ -15,10 +15,14 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from noria.communicator import Communicator
 from noria.errors import InputError
+from noria.launch.schedulers import SCHEDULERS
 
 # The first of these that is set says how many ranks the launcher started.
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "SLURM_PROCID")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", *(name for one in SCHEDULERS for name in one.size))
+RANK_VARIABLES = (
+    *("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK"),
+    *(name for one in SCHEDULERS for name in one.rank),
+)
 LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")  # of what threads may do, in MPI's words
 TAG = 7  # of the few messages between two ranks here; the ring has a communicator of its own
 TERMINAL_OF_A_STEP = "SLURM_PTY_PORT"  # set by `srun --pty`, in its shell and in all that is started there

@@ -13,16 +13,6 @@ import h5py
 
 import noria
 
-# Of the environment these alone are stored: the name of the job, never what else the job was given.
-_JOB_VARIABLES = (
-    "SLURM_JOB_ID",
-    "SLURM_ARRAY_JOB_ID",
-    "SLURM_ARRAY_TASK_ID",
-    "SLURM_RESTART_COUNT",
-    "PBS_JOBID",
-    "PBS_ARRAY_ID",
-    "PBS_ARRAY_INDEX",
-)
 _PACKAGES = ("h5py", "jinja2", "mpi4py", "numpy", "safetensors", "tokenizers", "torch", "xxhash")
 
 
@@ -46,17 +36,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def job_ids(environment: Mapping[str, str]) -> dict[str, str]:
-    """The scheduler's names of this job, by their variables; nothing else of the environment."""
-    return {name: environment[name] for name in _JOB_VARIABLES if environment.get(name)}
-
-
 def segment_of(
-    environment: Mapping[str, str], hosts: Sequence[str], devices: Sequence[str], argv: Sequence[str], start: str
+    job_ids: Mapping[str, str], hosts: Sequence[str], devices: Sequence[str], argv: Sequence[str], start: str
 ) -> dict[str, object]:
     """What one job says of itself: job ids, rank 0's host, all hosts, ranks, devices (one a rank), argv, start (UTC)."""
     return {
-        "job_ids": job_ids(environment),
+        "job_ids": dict(job_ids),
         "host": hosts[0],
         "hosts": list(dict.fromkeys(hosts)),
         "ranks": len(devices),
