@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from noria import streams
 from noria.communicator import Communicator
 from noria.config import Config
 from noria.errors import InputError
@@ -16,7 +17,7 @@ from noria.launch.launcher import Location
 from noria.launch.notices import Notices
 from noria.launch.schedulers import job_id
 from noria.output.sealed import parts_folder
-from noria.streams import Streams, streams_of
+from noria.streams import Streams
 from noria.tools.lock import OutputLock
 from noria.tools.log import log
 from noria.tools.provenance import now
@@ -99,7 +100,7 @@ def settle(config: Config, comm: Communicator, notices: Notices) -> ThisRank:
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, location))
     if device.type == "cuda":
         notices.prepare_by(lambda: torch.cuda.set_device(device))
-    here = ThisRank(comm, launcher.settle(comm, location, device), streams_of(device))
+    here = ThisRank(comm, launcher.settle(comm, location, device), streams.streams_of(device))
     if config.device == "auto" and (hidden := launcher.hidden_gpus(os.environ)):
         here.say(f"{hidden}: the CPU is used")
     mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, here.location, device))
