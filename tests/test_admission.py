@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noria.borders import cut
-from noria.rows.admission import Admission, Limits
+from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
+from noria.rows.slots import Capacity
+from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
@@ -64,9 +66,8 @@ class Engine:
 
 def run(prompts, limits, answer=None):
     finished = []
-    admission = Admission(
-        prompts, len(prompts), lambda p: p.token_ids, Sampling(), frozenset({END}), limits, finished.append
-    )
+    source = Source(prompts, len(prompts), lambda p: p.token_ids, finished.append)
+    admission = Admission(source, Sampling(), frozenset({END}), limits)
     engine, under_way, steps = Engine(limits), [None] * limits.groups, []
     for round in range(10_000):
         words = set()
@@ -88,7 +89,7 @@ def run(prompts, limits, answer=None):
 @given(st.data())
 def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
     groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
-    limits = Limits(
+    limits = Capacity(
         groups,
         data.draw(st.integers(5, 40)),
         step_tokens,
@@ -106,19 +107,19 @@ def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets
 
 def test_groups_are_kept_equally_full_when_rows_are_few():
     prompts = [prompt(row, 4, max_new_tokens=5) for row in range(8)]
-    _, steps = run(prompts, Limits(4, 100, 64, 64, 1, 64))
+    _, steps = run(prompts, Capacity(4, 100, 64, 64, 1, 64))
     assert [len(step.slots) for step in steps[:4]] == [2, 2, 2, 2]
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_decoding_rows():
     prompts = [prompt(0, 2, max_new_tokens=20, ignore_eos=True), prompt(1, 30, max_new_tokens=2, ignore_eos=True)]
-    _, steps = run(prompts, Limits(1, 100, 10, 8, 1, 64))
+    _, steps = run(prompts, Capacity(1, 100, 10, 8, 1, 64))
     assert [step.counts.tolist() for step in steps[:5]] == [[2, 8], [1, 8], [1, 8], [1, 6], [1, 1]]
 
 
 def test_a_slot_is_refilled_as_soon_as_its_row_ends():
     prompts = [prompt(row, 3, max_new_tokens=1 + row % 2, ignore_eos=True) for row in range(6)]
-    _, steps = run(prompts, Limits(1, 2, 64, 64, 1, 32))
+    _, steps = run(prompts, Capacity(1, 2, 64, 64, 1, 32))
     busy = [len(step.slots) for step in steps if step.word is Word.RUN]
     assert busy == [2, 2, 2, 2, 1]
 
@@ -134,13 +135,13 @@ def test_a_slot_is_refilled_as_soon_as_its_row_ends():
 )
 def test_a_row_that_cannot_run_ends_with_its_reason_and_costs_no_other_row(row, said):
     others = [prompt(1, 3, max_new_tokens=2)]
-    finished, _ = run([row, *others], Limits(1, 3, 16, 16, 1, 64))
+    finished, _ = run([row, *others], Capacity(1, 3, 16, 16, 1, 64))
     assert len(finished) == 2 and said in finished[0].error and finished[1].error == ""
 
 
 def test_a_row_without_finite_logits_ends_with_an_error():
     finished, _ = run(
-        [prompt(0, 3)], Limits(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN))
+        [prompt(0, 3)], Capacity(1, 100, 16, 16, 1, 64), lambda step: Result(np.full(step.num_samples, NO_TOKEN))
     )
     assert "not finite" in finished[0].error
 
@@ -154,14 +155,14 @@ def test_the_most_likely_ids_of_a_row_do_not_keep_the_results_of_whole_steps():
         return Result(np.full(step.num_samples, 3), np.zeros(step.num_samples), ids, logprobs)
 
     prompts = [prompt(row, 3, max_new_tokens=4, logprobs=row) for row in (2, 20)]
-    finished, _ = run(prompts, Limits(1, 100, 16, 16, 1, 64), answer)
+    finished, _ = run(prompts, Capacity(1, 100, 16, 16, 1, 64), answer)
     assert [(ids.tolist(), logprobs.tolist()) for ids, logprobs in finished[0].top] == [([0, 1], [0.0, -0.125])] * 4
     assert len(finished[1].top) == 4 and kept
     assert not any(array() is not None for array in kept), "a row of 300 tokens would hold 300 steps"
 
 
 def test_no_prompts_at_all_is_one_round_of_stop():
-    finished, steps = run([], Limits(3, 4, 16, 16, 1, 64))
+    finished, steps = run([], Capacity(3, 4, 16, 16, 1, 64))
     assert finished == [] and [step.word for step in steps] == [Word.STOP] * 3
 
 

@@ -11,8 +11,10 @@ from noria.desk.desk import Desk
 from noria.output.generations import open_generations
 from noria.output.parts import parts_folder
 from noria.output.segments import read_segments, segment_lines, segments_of
-from noria.rows.admission import Admission, Limits
+from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
+from noria.rows.slots import Capacity
+from noria.rows.waiting import Source
 from noria.sampling import Sampling
 
 SEGMENT = {
@@ -34,8 +36,9 @@ SEGMENT = {
 def test_the_tokens_of_a_prompt_are_counted_by_the_step_that_computes_them(length, step_tokens, computed):
     """A last token alone, which is a decoded row, counts with the chunk before it."""
     prompt = Prompt(0, "0", "", list(range(length)), {}, "", None)
-    limits = Limits(1, 100, step_tokens, step_tokens, 1, 64)
-    admission = Admission(iter([prompt]), 1, lambda one: one.token_ids, Sampling(), frozenset(), limits, print)
+    limits = Capacity(1, 100, step_tokens, step_tokens, 1, 64)
+    source = Source(iter([prompt]), 1, lambda one: one.token_ids, print)
+    admission = Admission(source, Sampling(), frozenset(), limits)
     counted = []
     for round in range(len(computed)):
         before = admission.counted.prompt_tokens

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-import noria.rows.admission as admission_module
+import noria.rows.slots as slots_module
 from counts import count
 from noria.attention import pieces
-from noria.rows.admission import Admission, Limits
+from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
-from noria.rows.waiting import num_pages, num_pages_soon
+from noria.rows.slots import Capacity
+from noria.rows.waiting import Source, num_pages, num_pages_soon
 from noria.sampling import Sampling
 from noria.step import Result, Span
 
@@ -24,9 +25,10 @@ def full_cache(seed):
     draw = np.random.default_rng(seed)
     lengths = iter(lambda: int(draw.integers(50, 1000)), None)
     prompts = (Prompt(row, str(row), "", [5] * length, {}, "", None) for row, length in enumerate(lengths))
-    limits = Limits(GROUPS, NUM_PAGES, 16384, 16384, 1, 4096, 128_000)
+    limits = Capacity(GROUPS, NUM_PAGES, 16384, 16384, 1, 4096, 128_000)
     sampling = Sampling(max_new_tokens=256)
-    admission = Admission(prompts, 1 << 20, lambda p: p.token_ids, sampling, frozenset({END}), limits, lambda row: None)
+    source = Source(prompts, 1 << 20, lambda p: p.token_ids, lambda row: None)
+    admission = Admission(source, sampling, frozenset({END}), limits)
     steps, runs, counted = [None] * GROUPS, {}, []
     for round in range(ROUNDS):
         for group in range(GROUPS):
@@ -50,7 +52,7 @@ def full_cache(seed):
 def test_nearly_no_token_of_a_full_cache_lies_in_pieces_and_few_rows_wait_for_that(monkeypatch):
     seeds = range(count(5))
     rows, in_pieces = np.mean([full_cache(seed) for seed in seeds], axis=0)
-    monkeypatch.setattr(admission_module, "WHOLE_RUNS_BELOW", 0.0)
+    monkeypatch.setattr(slots_module, "WHOLE_RUNS_BELOW", 0.0)
     rows_at_most, in_pieces_before = np.mean([full_cache(seed) for seed in seeds], axis=0)
     print(
         f"{in_pieces:.1%} of tokens in pieces instead of {in_pieces_before:.1%}, {rows / rows_at_most:.3f} of the rows in flight"
@@ -76,8 +78,9 @@ def test_where_pages_are_short_a_row_waits_for_a_run_of_those_that_it_fills_soon
         Prompt(row, str(row), "", [5] * length, {"max_new_tokens": new}, "", None)
         for row, (length, new) in enumerate(keys)
     ]
-    limits = Limits(1, 100, 4096, 4096, 1, 4096, 128_000)
-    admission = Admission(prompts, 3, lambda p: p.token_ids, Sampling(), frozenset({END}), limits, lambda row: None)
+    limits = Capacity(1, 100, 4096, 4096, 1, 4096, 128_000)
+    source = Source(prompts, 3, lambda p: p.token_ids, lambda row: None)
+    admission = Admission(source, Sampling(), frozenset({END}), limits)
     step = admission.compose(0, 0)
     assert [len(one.runs) for one in step.admitted] == [1, 1]
     admission.apply(step, Result(np.full(2, OTHER)))  # the first row ends, and leaves its pages

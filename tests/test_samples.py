@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noria.rows.admission import Admission, Limits
+from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
+from noria.rows.slots import Capacity
+from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
@@ -71,8 +73,8 @@ def run(prompts, limits, done=frozenset(), answer=None):
     """(finished sequences, admission, engine) of a whole run, with every step's promises checked."""
     finished = []
     unfinished = [one for one in prompts if (one.row, 0) not in done]
-    sampling, end, tokenize = Sampling(), frozenset({END}), lambda p: p.token_ids
-    admission = Admission(iter(prompts), len(unfinished), tokenize, sampling, end, limits, finished.append, done=done)
+    source = Source(iter(prompts), len(unfinished), lambda p: p.token_ids, finished.append, done=done)
+    admission = Admission(source, Sampling(), frozenset({END}), limits)
     engine, under_way = Engine(limits), [None] * limits.groups
     for round in range(20_000):
         words = set()
@@ -85,7 +87,9 @@ def run(prompts, limits, done=frozenset(), answer=None):
             under_way[group] = (step, result) if step.num_tokens else None
         if Word.STOP in words:
             assert words == {Word.STOP}
-            assert sum(pages.num_free for pages in admission._pages) == limits.num_pages, "pages that nobody gave back"
+            assert sum(pages.num_free for pages in admission._slots.pages) == limits.num_pages, (
+                "pages that nobody gave back"
+            )
             return finished, admission, engine
     raise AssertionError("the run does not end")
 
@@ -96,7 +100,7 @@ def run(prompts, limits, done=frozenset(), answer=None):
 def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
     groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
     microbatch_tokens, least = data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3))
-    limits = Limits(groups, data.draw(st.integers(5, 30)), step_tokens, microbatch_tokens, least, 64)
+    limits = Capacity(groups, data.draw(st.integers(5, 30)), step_tokens, microbatch_tokens, least, 64)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30), st.integers(1, 6)), max_size=12))
     prompts = [prompt(row, length, max_new_tokens=new, n=n) for row, (length, new, n) in enumerate(shapes)]
     every = [(one.row, sample) for one in prompts for sample in range(one.sampling["n"])]
@@ -111,7 +115,7 @@ def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_gr
 @pytest.mark.parametrize(("length", "again"), [(40, 8), (48, 16), (49, 1), (16, 16), (5, 5), (33, 1)])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_prompt_is_computed_once_but_for_its_last_page(length, again, groups):
-    finished, admission, engine = run([prompt(0, length, max_new_tokens=9, n=5)], Limits(groups, 100, 64, 64, 1, 64))
+    finished, admission, engine = run([prompt(0, length, max_new_tokens=9, n=5)], Capacity(groups, 100, 64, 64, 1, 64))
     assert engine.num_prompt_tokens == length + 4 * again == admission.counted.prompt_tokens
     assert len(finished) == 5 and len({tuple(sequence.token_ids) for sequence in finished}) > 1
 
@@ -119,7 +123,7 @@ def test_a_prompt_is_computed_once_but_for_its_last_page(length, again, groups):
 def test_samples_share_the_pages_that_would_not_hold_them_all():
     # 5 pages of prompt and one for new tokens, six times: 36 pages, and with shared ones 11.
     steps = []
-    limits = Limits(1, 11, 64, 64, 1, 96)
+    limits = Capacity(1, 11, 64, 64, 1, 96)
     engine = Engine(limits)
 
     def answer(step):
@@ -132,14 +136,14 @@ def test_samples_share_the_pages_that_would_not_hold_them_all():
 
 @pytest.mark.parametrize("num_pages", [6, 9, 10, 11, 14])
 def test_families_that_hold_nearly_all_pages_never_wait_for_each_other_for_ever(num_pages):
-    limits = Limits(2, num_pages, 64, 64, 1, 96)
+    limits = Capacity(2, num_pages, 64, 64, 1, 96)
     prompts = [prompt(row, 65, max_new_tokens=[1, 20, 1, 3][row], n=3, ignore_eos=True) for row in range(4)]
     finished, _, _ = run(prompts, limits)
     assert len(finished) == 12
 
 
 def test_a_family_is_spread_over_the_groups():
-    limits, slots = Limits(4, 100, 64, 64, 1, 64), {}
+    limits, slots = Capacity(4, 100, 64, 64, 1, 64), {}
     engine = Engine(limits)
 
     def answer(step):
@@ -153,14 +157,14 @@ def test_a_family_is_spread_over_the_groups():
 def test_a_prompt_that_cannot_run_is_an_error_for_each_of_its_samples():
     bad = Prompt(1, "1", "", None, {}, "", "line 2 is not JSON")
     prompts = [prompt(0, 64, n=3), bad, prompt(2, 3, n=2, max_new_tokens=2)]
-    finished, admission, _ = run(prompts, Limits(1, 100, 64, 64, 1, 64))
+    finished, admission, _ = run(prompts, Capacity(1, 100, 64, 64, 1, 64))
     assert [(s.prompt.row, s.sample) for s in finished if s.error] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert len(finished) == 6 and list(admission.samples) == [3, 1, 2]
 
 
 def test_a_prompt_without_finite_logits_ends_all_its_samples():
     answer = lambda step: Result(np.full(step.num_samples, NO_TOKEN))  # noqa: E731
-    finished, _, _ = run([prompt(0, 20, n=3)], Limits(2, 100, 64, 64, 1, 64), answer=answer)
+    finished, _, _ = run([prompt(0, 20, n=3)], Capacity(2, 100, 64, 64, 1, 64), answer=answer)
     assert len(finished) == 3 and all("not finite" in sequence.error for sequence in finished)
 
 
@@ -184,7 +188,7 @@ def test_a_prompt_without_finite_logits_ends_all_its_samples():
     ],
 )
 def test_a_bad_value_is_its_rows_error_and_costs_no_other_row(keys, said):
-    limits = Limits(1, 100, 64, 64, 1, 64, vocab_size=50)
+    limits = Capacity(1, 100, 64, 64, 1, 64, vocab_size=50)
     finished, _, _ = run([prompt(0, 3, **keys), prompt(1, 3, max_new_tokens=2)], limits)
     errors = {sequence.prompt.row: sequence.error for sequence in finished}
     assert said in errors[0] and errors[1] == ""
@@ -203,7 +207,7 @@ class Scores(Engine):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):
-    limits = Limits(data.draw(st.integers(1, 3)), 30, *data.draw(BUDGETS), 1, 64)
+    limits = Capacity(data.draw(st.integers(1, 3)), 30, *data.draw(BUDGETS), 1, 64)
     shapes = data.draw(
         st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["alone", "and more", "no"])), max_size=8)
     )
@@ -229,5 +233,5 @@ def test_a_prompt_with_scores_that_are_not_finite_is_an_error():
     def answer(step):
         return Result(np.full(step.num_samples, 5), prompt_logprobs=np.full(len(step.score_ids), np.nan))
 
-    finished, _, _ = run([prompt(0, 4, max_new_tokens=0, logprobs=0)], Limits(1, 9, 64, 64, 1, 64), answer=answer)
+    finished, _, _ = run([prompt(0, 4, max_new_tokens=0, logprobs=0)], Capacity(1, 9, 64, 64, 1, 64), answer=answer)
     assert "not finite in the prompt" in finished[0].error

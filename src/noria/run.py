@@ -12,7 +12,7 @@ from noria import transports
 from noria.communicator import Communicator
 from noria.config import Config
 from noria.desk.desk import Desk
-from noria.desk.examination import Work, examine, open_model
+from noria.desk.examination import Examined, examine, open_model
 from noria.desk.inputs import files_of_run, source_of
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
@@ -73,7 +73,7 @@ def run(
 
 
 def _generate(
-    config: Config, here: ThisRank, work: Work, watchdog: Watchdog, stopping: Stopping | None, helper: Helper
+    config: Config, here: ThisRank, work: Examined, watchdog: Watchdog, stopping: Stopping | None, helper: Helper
 ) -> int:
     """From the files to the output, on every rank; `stopping` is rank 0's."""
     started, comm = now(), here.comm
@@ -121,13 +121,13 @@ def _generate(
     return NOT_AS_PLANNED if otherwise and config.job.strict else code
 
 
-def _plan(config: Config, here: ThisRank, work: Work) -> Plan:
+def _plan(config: Config, here: ThisRank, work: Examined) -> Plan:
     machine = mpi.on_every_rank(here.comm, lambda: launcher.machine(config, here.comm, here.location, here.device))
     of_work = work.shape, work.blocks, work.dtype, here.num_ranks, machine, work.num_rows, work.load
     return mpi.on_first_rank(here.comm, lambda: planner.make(Problem(config, *of_work)))
 
 
-def _remarks(config: Config, here: ThisRank, work: Work, plan: Plan) -> Iterator[str]:
+def _remarks(config: Config, here: ThisRank, work: Examined, plan: Plan) -> Iterator[str]:
     """The plan, and what the user may not have meant."""
     # Nobody can assume what a CPU does.
     yield from plan.lines(predicted=here.device.type == "cuda" or config.job.machine is not None)
@@ -174,7 +174,7 @@ def _execute(
 
 
 def _provenance(
-    config: Config, work: Work, plan: Plan, model: OpenModel, devices: list[str], started: str
+    config: Config, work: Examined, plan: Plan, model: OpenModel, devices: list[str], started: str
 ) -> dict[str, Any]:
     """How the output was made: its attributes."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}

@@ -16,7 +16,7 @@ from noria.commands.flags import load
 from noria.config import Config
 from noria.desk.examination import doubts, open_model
 from noria.desk.inputs import source_of
-from noria.desk.validation import SHOWN, Findings, Limits, examine
+from noria.desk.validation import SHOWN, Findings, ModelLimits, examine
 from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             _say("note", line)
         sampling = replace(config.sampling, **by_model)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
-        limits = Limits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
+        limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
         rows = shard_rows(config.job.shard, num_rows)
         prompts = noted(open_prompts(source), lambda message: _say("note", message))
         found = examine(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from noria.config import Config
-from noria.desk.begun import take_up
-from noria.desk.examination import Work
-from noria.desk.finished import generation, num_cut
-from noria.desk.identity import another_run
+from noria.desk.earlier import Begun, agree, make_room, now
+from noria.desk.examination import Examined
 from noria.desk.old_rules import texts_again
+from noria.desk.records import generation
 from noria.errors import Changed, InputError
 from noria.limits import TIERS
 from noria.model import ModelShape, OpenModel
@@ -28,14 +27,15 @@ from noria.output.merge import merge
 from noria.output.outcome import how_to_read, outcome_of
 from noria.output.parts import Parts
 from noria.output.segments import history
-from noria.output.target import probe_output, reopen
 from noria.plan.planner import Plan
 from noria.rows import sequence as sequences
-from noria.rows.admission import Admission, Limits
+from noria.rows.admission import Admission
 from noria.rows.chat import Encoder, encoder_of, tells_date
 from noria.rows.prompts import Prompt, noted, open_prompts
-from noria.rows.source import Watch, extends
+from noria.rows.slots import Capacity
+from noria.rows.source import Watch
 from noria.rows.tokenizer import tokenizer_of
+from noria.rows.waiting import Source
 from noria.sampling import OLD_RULES
 from noria.tools.helper import Helper
 from noria.tools.log import log
@@ -69,20 +69,20 @@ class Desk:
     def __init__(
         self,
         config: Config,
-        work: Work,
+        examined: Examined,
         plan: Plan,
         checkpoint: OpenModel,
         segment: Mapping[str, Any],
         helper: Helper | None = None,
         stopping: Stopper | None = None,
     ):
-        self._config, self._checkpoint, self._identity = config, checkpoint, work.identity
-        self._source, self._watch, self._all_read = work.source, Watch(work.source), False
+        self._config, self._checkpoint, self._identity = config, checkpoint, examined.identity
+        self._source, self._watch, self._all_read = examined.source, Watch(examined.source), False
         self._helper = helper
-        self.sampling = work.identity.sampling
+        self.sampling = examined.identity.sampling
         # A prompt is computed once for all its samples.
-        self._lengths = work.load.prompt_tokens / self.sampling.n, work.load.new_tokens
-        self._num_prompts, self._rows = work.num_rows, shard_rows(config.job.shard, work.num_rows)
+        self._lengths = examined.load.prompt_tokens / self.sampling.n, examined.load.new_tokens
+        self._num_prompts, self._rows = examined.num_rows, shard_rows(config.job.shard, examined.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
         self._stopping = stopping
@@ -111,26 +111,24 @@ class Desk:
     def _open(self, plan: Plan, segment: Mapping[str, Any]) -> None:
         """From the parts that are there to the admission of what is left; last of all the record of this job."""
         config, parts = self._config, self._parts
-        self._agree()
+        agree(parts, config, self._source, self._num_prompts, tells_date(self._checkpoint.tokenizer))
         num_rows = len(self._rows) * self.sampling.n
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()
-        self._begun = parts.unfinished()
-        self._cut = {row: num_cut(one) for (row, _), one in self._begun.items()}  # of prompts that are kept as sealed
+        begun = Begun(parts)
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
-        self.admission = Admission(
+        source = Source(
             noted(self._prompts(), self._note),
             len(self._rows) - len(done) // self.sampling.n,
-            self._with_begun(self._encoder(plan.num_ranks)),
-            self.sampling,
-            self._tokenizer.end_token_ids,
-            _limits(plan, self._checkpoint.shape),
+            begun.encoder(self._encoder(plan.num_ranks)),
             self._finish,
-            self._take_up,
-            done,
             self._tokenizer,
-            self._identity.rules,
+            begun.take_up,
+            done,
         )
+        capacity = _capacity(plan, self._checkpoint.shape)
+        ends, rules = self._tokenizer.end_token_ids, self._identity.rules
+        self.admission = Admission(source, self.sampling, ends, capacity, rules)
         parts.begin({**segment, "of": num_rows})
 
     @property
@@ -289,20 +287,8 @@ class Desk:
         self._parts.add(row)
         self._progress.add(rows=1, errors=row.status == "error", finished_tokens=len(row.token_ids))
 
-    def _take_up(self, sequence: sequences.Sequence) -> None:
-        """Gives the sequence the tokens that an earlier job sealed for it."""
-        sequence.num_cut = self._cut.get(sequence.prompt.row, sequence.num_cut)
-        begun = self._begun.pop((sequence.prompt.row, sequence.sample), None)
-        if begun is not None:
-            take_up(sequence, begun)
-
-    def _with_begun(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
-        """The way from rows to token ids; a row that was stopped half-way keeps those of its prompt as they were sealed."""
-        stored = {row: one.prompt_token_ids.tolist() for (row, _), one in self._begun.items()}
-        return lambda prompt: stored[prompt.row] if prompt.row in stored else encode(prompt)
-
     def _encoder(self, num_ranks: int) -> Encoder:
-        date = datetime.fromisoformat(self._parts.header.get("chat.date") or _now())
+        date = datetime.fromisoformat(self._parts.header.get("chat.date") or now())
         return encoder_of(
             self._checkpoint,
             self._tokenizer,
@@ -312,47 +298,9 @@ class Desk:
             self._helper,
         )
 
-    def _agree(self) -> None:
-        """Raises InputError if the parts are of another run; those that are not may be of an earlier version."""
-        parts = self._parts
-        for part in parts.parts:  # a greedy shard of the old rules drew nothing: any seed agrees with it
-            if part.header.get("sampling.seed") is None:
-                part.header["sampling.seed"] = parts.header["sampling.seed"]
-        if tells_date(
-            self._checkpoint.tokenizer
-        ):  # of the job's first start: a row is the same whenever it is generated
-            stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
-            parts.header["chat.date"] = stored[0] if stored else _now()
-        if self._config.job.extend:
-            for part in parts.parts:
-                if extends(self._source, part.header["prompts"]):
-                    part.header["prompts"] = parts.header["prompts"]
-        different = parts.differences()
-        if different:
-            raise another_run(parts.folder, different)
-        last = max((int(part.row.max(initial=-1)) for part in parts.parts), default=-1)
-        if last >= self._num_prompts:
-            raise InputError(
-                f"limit is {self._config.limit}, and {parts.folder} holds row {last}: leave out --limit,"
-                f" or give at least {last + 1}"
-            )
-        parts.adopt()
 
-
-def make_room(config: Config) -> None:
-    """For a run that nothing refuses any more: moves an old output aside, or lets a finished one be its first part."""
-    if config.job.overwrite:
-        probe_output(config.output, overwrite=True)
-    elif Path(config.output).exists():
-        reopen(config.output)
-
-
-def _now() -> str:
-    return datetime.now().isoformat(timespec="seconds")
-
-
-def _limits(plan: Plan, shape: ModelShape) -> Limits:
-    return Limits(
+def _capacity(plan: Plan, shape: ModelShape) -> Capacity:
+    return Capacity(
         plan.groups,
         plan.num_pages,
         plan.step_tokens,

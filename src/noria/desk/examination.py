@@ -18,7 +18,7 @@ from noria.desk.identity import Identity, check_finished, identity
 from noria.desk.inputs import source_of
 from noria.desk.lengths import look
 from noria.desk.old_rules import check_rendering
-from noria.desk.validation import Limits
+from noria.desk.validation import ModelLimits
 from noria.errors import InputError, require
 from noria.model import ModelShape, OpenModel
 from noria.output.outcome import outcome_of
@@ -37,7 +37,7 @@ from noria.tools.text import plural
 
 
 @dataclass(frozen=True)
-class Work:
+class Examined:
     """What rank 0 found in the user's files before anything was allocated."""
 
     state: str  # of the output: absent, parts or finished
@@ -54,7 +54,7 @@ class Work:
     code: int = 0  # the exit code of a job that finds the output finished
 
 
-def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Work:
+def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Examined:
     """Opens and checks every file of the run; loads nothing. Raises InputError for what is wrong with one.
 
     `helper` renders conversations.
@@ -67,7 +67,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         dtype = dtype_of(config, checkpoint.dtype, device)
         tokenizer = tokenizer_of(checkpoint)
         encode = _encoder(config, checkpoint, tokenizer, helper)
-        # An old output stays where it is until nothing can refuse the run any more: see desk.make_room.
+        # An old output stays where it is until nothing can refuse the run any more: see earlier.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, source, checkpoint, dtype)
         if state == "finished" and check_finished(config, source, own.header, num_rows):
@@ -86,14 +86,14 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
             )
         files, code = prompt_files(source, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
-        return Work(state, num_rows, shape, blocks, dtype, source, prompts_hash, files, load, own, said, code)
+        return Examined(state, num_rows, shape, blocks, dtype, source, prompts_hash, files, load, own, said, code)
 
 
 def _refuse_useless(
     source: Source, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
 ) -> None:
     """Raises InputError, with the reasons, if there are rows and none of the first LOOKED_AT can run."""
-    limits = Limits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
+    limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
     reasons = validation.all_wrong(open_prompts(source), encode, sampling, limits, tokenizer)
     if reasons is not None:
         most = validation.LOOKED_AT

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import Config
-from noria.desk.finished import text_again
 from noria.desk.identity import Identity
+from noria.desk.records import text_again
 from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.generations import Generation

@@ -11,7 +11,7 @@ from noria.output.outcome import Reasons
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import Line
+from noria.rows.waiting import Source, WaitingQueue
 from noria.sampling import Sampling
 
 SHOWN = 10  # bad rows that are told one by one
@@ -21,7 +21,7 @@ _TOKEN_NBYTES = 12  # a token id and its text
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     """What a prompt is held against: the model's. Room in the cache is known only where there are ranks."""
 
     max_positions: int
@@ -50,7 +50,7 @@ def examine(
     rows: range,
     encode: Callable[[Prompt], list[int]],
     sampling: Sampling,
-    limits: Limits,
+    limits: ModelLimits,
     tokenizer: Tokenizer,
     shown: int = SHOWN,
 ) -> Findings:
@@ -67,11 +67,11 @@ def examine(
             found.wrong.append((sequence.prompt.row, sequence.prompt.id, sequence.error))
 
     mine = (prompt for prompt in prompts if prompt.row in rows)
-    line = Line(mine, len(rows), encode, sampling, limits, wrong, lambda sequence: None, (), tokenizer)
-    while (sequence := line.first()) is not None:
-        line.take()
+    queue = WaitingQueue(Source(mine, len(rows), encode, wrong, tokenizer), sampling, limits)
+    while (sequence := queue.first()) is not None:
+        queue.take()
         _add(found, sequence, limits)
-    found.num_rows = len(line.samples)
+    found.num_rows = len(queue.samples)
     return found
 
 
@@ -79,7 +79,7 @@ def all_wrong(
     prompts: Iterable[Prompt],
     encode: Callable[[Prompt], list[int]],
     sampling: Sampling,
-    limits: Limits,
+    limits: ModelLimits,
     tokenizer: Tokenizer,
 ) -> Reasons | None:
     """Why none of the first LOOKED_AT prompts can run; None if one can, or if there is none. Reads up to the first that can."""
@@ -90,11 +90,11 @@ def all_wrong(
             reasons.add(sequence.prompt.id, sequence.error)
 
     first = islice(prompts, LOOKED_AT)
-    line = Line(first, LOOKED_AT, encode, sampling, limits, wrong, lambda sequence: None, (), tokenizer)
-    return reasons if line.first() is None and reasons.counts else None
+    queue = WaitingQueue(Source(first, LOOKED_AT, encode, wrong, tokenizer), sampling, limits)
+    return reasons if queue.first() is None and reasons.counts else None
 
 
-def _add(found: Findings, sequence: Sequence, limits: Limits) -> None:
+def _add(found: Findings, sequence: Sequence, limits: ModelLimits) -> None:
     length, sampling = len(sequence.prompt_token_ids), sequence.sampling
     new = min(sampling.most_new_tokens, max(0, limits.max_positions - length))
     found.num_tokens += length

@@ -11,7 +11,7 @@ from noria.step import PAGE_TOKENS, Admitted, Step, Word
 
 
 class Cuts(Protocol):
-    """How a step is cut into microbatches: rows.admission.Limits, of which this file knows no more."""
+    """How a step is cut into microbatches: rows.slots.Capacity, of which this file knows no more."""
 
     @property
     def microbatch_tokens(self) -> int: ...

@@ -1,4 +1,4 @@
-"""A sequence in flight, the family of samples that share a prompt, and what the last rank must know of a row.
+"""A sequence in flight, the samples that share a prompt, and what the last rank must know of a row.
 
 Knows token ids and pages; nothing of slots' order, budgets or devices.
 """
@@ -40,8 +40,8 @@ class Sequence:
     slot: int = -1
     runs: tuple[Run, ...] = ()
     num_own_pages: int = 0
-    tier: int = 0  # in which its pages are, counted as in Limits.tier_pages
-    family: "Family | None" = None
+    tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
+    samples: "Samples | None" = None
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     prompt_logprobs: np.ndarray | None = None
@@ -57,7 +57,7 @@ class Sequence:
     @property
     def scores(self) -> bool:
         """The prompt's log-probabilities are this sequence's to fetch: once for all samples of a prompt."""
-        return self.prompt_logprobs is not None and (self.family is None or self.family.leader is self)
+        return self.prompt_logprobs is not None and (self.samples is None or self.samples.leader is self)
 
     def pending(self, count: int) -> list[int]:
         """The next `count` token ids that are not in the cache yet."""
@@ -75,20 +75,16 @@ class Sequence:
 
 
 @dataclass(eq=False)
-class Family:
+class Samples:
     """The samples of one prompt. The leader computes it; the others wait until it has, and share its whole pages.
 
     The page that the prompt fills in part is not shared: what it holds, a token at least, each sample computes anew.
-    `shared` are held by the family itself as long as a sample waits.
+    `shared` are held by all of them together as long as one waits.
     """
 
     leader: Sequence
     waiting: list[Sequence]
     shared: tuple[Run, ...] = ()
-
-    @property
-    def num_shared(self) -> int:
-        return sum(run.count for run in self.shared)
 
 
 def whole_pages(sequence: Sequence) -> tuple[Run, ...]:

@@ -1,4 +1,4 @@
-"""The line of sequences that wait: prompts as they are read, made into sequences, those that cannot run left out.
+"""The queue of sequences that wait: prompts as they are read, made into sequences, those that cannot run left out.
 
 Knows neither slots nor pages.
 """
@@ -6,6 +6,7 @@ Knows neither slots nor pages.
 from array import array
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,14 +14,14 @@ import numpy as np
 from noria.errors import InputError, require
 from noria.rows.ends import StopTexts, with_special_stops
 from noria.rows.prompts import Prompt
-from noria.rows.sequence import Family, Sequence
+from noria.rows.sequence import Samples, Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
 from noria.step import PAGE_TOKENS
 
 
 class Room(Protocol):
-    """What a sequence is held against: rows.admission.Limits, or rows.validation.Limits where there are no ranks."""
+    """What a sequence is held against: rows.slots.Capacity, or desk.validation.ModelLimits where there are no ranks."""
 
     @property
     def max_positions(self) -> int: ...
@@ -35,37 +36,42 @@ class Room(Protocol):
     def end_words(self) -> str: ...  # why the context ends there, where the model's config.json says so
 
 
-class Line:
-    """Sequences in the order of their prompts; samples whose prompt is computed go first.
+@dataclass(frozen=True)
+class Source:
+    """The prompts of a run, what makes sequences of them, and who is told of them.
 
-    `done` has the (row, sample) that need not be generated, `num_prompts` is how many prompts have others. With a
-    `tokenizer` stop texts are found; one that is a special token is that token, because texts do not show it. `rules` are
-    those of output/agreement.py. `samples`: of each prompt read so far, in order, how many rows it has (an error too: one
-    for each sample); `num_rows` their sum.
+    num_prompts: how many of the prompts have samples that are not `done`; finished: called with every sequence that
+    ended, whatever its end; tokenizer: reads texts, with `encode` and without (None: the checkpoint has none); begun:
+    gives a new sequence the tokens that an earlier job generated for it; done: the (row, sample) that an earlier job
+    finished.
     """
 
-    def __init__(
-        self,
-        prompts: Iterable[Prompt],
-        num_prompts: int,
-        tokenize: Callable[[Prompt], list[int]],
-        sampling: Sampling,
-        limits: Room,
-        finished: Callable[[Sequence], None],
-        begun: Callable[[Sequence], None],
-        done: Container[tuple[int, int]],
-        tokenizer: Tokenizer | None,
-        rules: int = RULES,
-    ):
-        self._rules = rules
-        self._prompts, self._num_unread = iter(prompts), num_prompts
-        self._tokenize, self._sampling, self._limits = tokenize, sampling, limits
+    prompts: Iterable[Prompt]
+    num_prompts: int
+    encode: Callable[[Prompt], list[int]]
+    finished: Callable[[Sequence], None]
+    tokenizer: Tokenizer | None = None
+    begun: Callable[[Sequence], None] = lambda sequence: None
+    done: Container[tuple[int, int]] = frozenset()
+
+
+class WaitingQueue:
+    """Sequences in the order of their prompts; samples whose prompt is computed go first.
+
+    Where the source has a tokenizer stop texts are found; one that is a special token is that token, because texts do not
+    show it. `rules` are those of output/agreement.py. `samples`: of each prompt read so far, in order, how many rows it
+    has (an error too: one for each sample); `num_rows` their sum.
+    """
+
+    def __init__(self, source: Source, sampling: Sampling, limits: Room, rules: int = RULES):
+        self._source, self._sampling, self._limits, self._rules = source, sampling, limits, rules
+        self._prompts, self._num_unread = iter(source.prompts), source.num_prompts
         self._plain = [of_row({}, request, sampling, rules) for request in (False, True)]  # rows without own keys
-        self._finished, self._begun, self._done = finished, begun, done
+        tokenizer = source.tokenizer
         self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
         self._special_ids = tokenizer.special_ids if tokenizer else {}
         self._read: Sequence | None = None
-        self._ready: deque[Family] = deque()
+        self._ready: deque[Samples] = deque()
         self._num_waiting = 0
         self.samples, self.num_rows = array("i"), 0
 
@@ -87,26 +93,26 @@ class Line:
         return self._read
 
     def take(self) -> None:
-        """The first leaves the line."""
+        """The first leaves the queue."""
         self._num_waiting -= 1
         if not self._ready:
             self._read = None
             return
-        family = self._ready[0]
-        family.waiting.pop(0)
-        if not family.waiting:
+        samples = self._ready[0]
+        samples.waiting.pop(0)
+        if not samples.waiting:
             self._ready.popleft()
 
-    def computed(self, family: Family) -> None:
-        """The family's prompt is in the cache: its other samples may begin."""
-        self._ready.append(family)
+    def computed(self, samples: Samples) -> None:
+        """The prompt of these samples is in the cache: the others may begin."""
+        self._ready.append(samples)
 
     def _leader(self, prompt: Prompt) -> Sequence | None:
-        """The first sample of a prompt that is to be generated, with the others in its family; None without any."""
+        """The first sample of a prompt that is to be generated, with the others beside it; None without any."""
         sampling, error = self._settings(prompt)
         self.samples.append(sampling.n)
         self.num_rows += sampling.n
-        numbers = [sample for sample in range(sampling.n) if (prompt.row, sample) not in self._done]
+        numbers = [sample for sample in range(sampling.n) if (prompt.row, sample) not in self._source.done]
         if not numbers:
             return None
         self._num_unread = max(0, self._num_unread - 1)
@@ -114,13 +120,13 @@ class Line:
         sequences = [self._sample(first, sample) for sample in numbers]
         if first.error:
             for sequence in sequences:
-                self._finished(sequence)
+                self._source.finished(sequence)
             return None
         leader, *others = sequences
         if others:
-            leader.family = Family(leader, others)
+            leader.samples = Samples(leader, others)
             for sequence in others:
-                sequence.family = leader.family
+                sequence.samples = leader.samples
             self._num_waiting += len(others)
         return leader
 
@@ -152,7 +158,7 @@ class Line:
             assert self._tokenizer is not None, "stop texts without a tokenizer are the row's error"
             writer = self._tokenizer.writer(sampling.skip_special_tokens)
             sequence.stop_texts = StopTexts(sampling, writer, first.prompt_token_ids)
-        self._begun(sequence)
+        self._source.begun(sequence)
         return sequence
 
     def _sequence(self, prompt: Prompt, sampling: Sampling, error: str) -> Sequence:
@@ -161,7 +167,7 @@ class Line:
         if error:
             return sequence
         try:
-            ids = self._tokenize(prompt)
+            ids = self._source.encode(prompt)
             keep = kept_tokens(sampling, self._limits.max_positions)
             sequence.prompt_token_ids = ids if keep is None else ids[-keep:]
             sequence.num_cut = len(ids) - len(sequence.prompt_token_ids)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from noria.desk.finished import generation, text_again
+from noria.desk.records import generation, text_again
 from noria.errors import InputError
 from noria.rows.decoding import Writer
 from noria.rows.prompts import Prompt

@@ -1,0 +1,77 @@
+"""What earlier jobs of a run left: parts that must be of this run, and rows that they stopped half-way.
+
+Knows no steps and no ranks.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from noria.config import Config
+from noria.desk.identity import another_run
+from noria.desk.records import num_cut, take_up
+from noria.errors import InputError
+from noria.output.parts import Parts
+from noria.output.target import probe_output, reopen
+from noria.rows.chat import Encoder
+from noria.rows.prompts import Prompt
+from noria.rows.sequence import Sequence
+from noria.rows.source import Source, extends
+
+
+def make_room(config: Config) -> None:
+    """For a run that nothing refuses any more: moves an old output aside, or lets a finished one be its first part."""
+    if config.job.overwrite:
+        probe_output(config.output, overwrite=True)
+    elif Path(config.output).exists():
+        reopen(config.output)
+
+
+def agree(parts: Parts, config: Config, source: Source, num_prompts: int, dated: bool) -> None:
+    """Raises InputError if the parts are of another run; those that are not may be of an earlier version.
+
+    `dated`: texts depend on the date. That of the job's first start is kept: a row is the same whenever it is generated.
+    """
+    for part in parts.parts:  # a greedy shard of the old rules drew nothing: any seed agrees with it
+        if part.header.get("sampling.seed") is None:
+            part.header["sampling.seed"] = parts.header["sampling.seed"]
+    if dated:
+        stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
+        parts.header["chat.date"] = stored[0] if stored else now()
+    if config.job.extend:
+        for part in parts.parts:
+            if extends(source, part.header["prompts"]):
+                part.header["prompts"] = parts.header["prompts"]
+    different = parts.differences()
+    if different:
+        raise another_run(parts.folder, different)
+    last = max((int(part.row.max(initial=-1)) for part in parts.parts), default=-1)
+    if last >= num_prompts:
+        raise InputError(
+            f"limit is {config.limit}, and {parts.folder} holds row {last}: leave out --limit, or give at least {last + 1}"
+        )
+    parts.adopt()
+
+
+def now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
+
+
+class Begun:
+    """Rows that an earlier job stopped half-way: they keep the tokens of their prompts as they were sealed."""
+
+    def __init__(self, parts: Parts):
+        self._rows = parts.unfinished()
+        self._cut = {row: num_cut(one) for (row, _), one in self._rows.items()}
+        self._prompts = {row: one.prompt_token_ids.tolist() for (row, _), one in self._rows.items()}
+
+    def take_up(self, sequence: Sequence) -> None:
+        """Gives the sequence the tokens that were sealed for it."""
+        sequence.num_cut = self._cut.get(sequence.prompt.row, sequence.num_cut)
+        begun = self._rows.pop((sequence.prompt.row, sequence.sample), None)
+        if begun is not None:
+            take_up(sequence, begun)
+
+    def encoder(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
+        """The way from rows to token ids: sealed ones, where there are."""
+        return lambda prompt: self._prompts[prompt.row] if prompt.row in self._prompts else encode(prompt)
