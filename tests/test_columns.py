@@ -8,10 +8,10 @@ import shlex
 import pytest
 
 from noria.commands.run import add_arguments, load
-from noria.desk.inputs import source_of
+from noria.desk.inputs import prompts_of
 from noria.errors import InputError
+from noria.rows.prompt_files import count
 from noria.rows.prompts import noted, open_prompts
-from noria.rows.source import count
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 # name: (a row as it is published, the flag that it needs, its prompt, or the messages that it is read as)
@@ -88,7 +88,7 @@ def source(path, *flags):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     files = ["--model", "m.h5", "--prompts", str(path), "--output", "o.h5"]
-    return source_of(load(parser.parse_args([*files, *flags])))
+    return prompts_of(load(parser.parse_args([*files, *flags])))
 
 
 def rows_of(tmp_path, record, *flags):

@@ -14,7 +14,7 @@ from noria.output import export as export_module
 from noria.output.export import KEYS, export
 from noria.output.merge import merge
 from noria.output.parts import Parts, part_files
-from noria.rows.source import content_hash, content_key
+from noria.rows.prompt_files import content_hash, content_key
 from output_rows import fill, make_row
 
 HEADER = {"run": 1}

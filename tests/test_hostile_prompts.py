@@ -30,8 +30,8 @@ from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.readers import hdf5
 from noria.rows import template
+from noria.rows.prompt_files import count
 from noria.rows.prompts import open_prompts
-from noria.rows.source import count
 from noria.rows.tokenizer import Tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")

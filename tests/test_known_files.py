@@ -12,7 +12,7 @@ from noria import readers
 from noria.errors import Changed
 from noria.readers import _known, know
 from noria.readers._known import KnownFile
-from noria.rows.source import Source, Watch, content_hash, content_key, hashed
+from noria.rows.prompt_files import PromptFiles, Watch, content_hash, content_key, hashed
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_a_hashed_source_says_the_hash_and_size_of_its_files_without_reading_the
     for name in ("a.jsonl", "b.txt"):
         (tmp_path / name).write_text(f'{{"prompt": "{name}"}}\n' * 70)
     for files in (("a.jsonl",), ("a.jsonl", "b.txt")):
-        plain = Source(tuple(str(tmp_path / name) for name in files))
+        plain = PromptFiles(tuple(str(tmp_path / name) for name in files))
         expected = content_hash(plain), content_key(plain, content_hash(plain))
         source = hashed(plain)
         os.rename(tmp_path / "a.jsonl", tmp_path / "kept")
@@ -72,7 +72,7 @@ def test_a_hashed_source_says_the_hash_and_size_of_its_files_without_reading_the
 def watched(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("a row\n" * 100)
-    watch = Watch(hashed(Source((str(path),))))
+    watch = Watch(hashed(PromptFiles((str(path),))))
     assert watch.changed() is None
     return path, watch
 

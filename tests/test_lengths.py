@@ -6,7 +6,7 @@ from noria import config
 from noria.desk.lengths import LOOKED_AT, look
 from noria.model import ModelShape
 from noria.rows.chat import encoder_of
-from noria.rows.source import Source
+from noria.rows.prompt_files import PromptFiles
 from noria.rows.tokenizer import tokenizer_of
 
 
@@ -25,7 +25,7 @@ def looked(tmp_path, rows, **flags):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = config.load(None, {"model": "m", "prompts": str(path), "output": "o", "max_new_tokens": 8, **flags})
     encode = encoder_of(Model(), tokenizer_of(Model()), run.sampling, datetime.now(), print)
-    return look(run, Source((str(path),)), Model().shape.max_positions, len(rows), encode)
+    return look(run, PromptFiles((str(path),)), Model().shape.max_positions, len(rows), encode)
 
 
 def row(length, **keys):

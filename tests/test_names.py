@@ -8,8 +8,8 @@ from counts import some
 from noria.config import Config
 from noria.names import ALIASES, FOREIGN, NEAR, REFUSED, SYNONYMS, asks, is_foreign, refusal
 from noria.readers._openai import _BESIDE, requested_rows
+from noria.rows.prompt_files import PromptFiles
 from noria.rows.prompts import SAMPLING, noted, open_prompts
-from noria.rows.source import Source
 from noria.sampling import Sampling
 from noria.tools.keys import types_of
 
@@ -43,7 +43,7 @@ def rows_of(tmp_path, *records, strict=False):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     said = []
-    rows = list(noted(open_prompts(Source((str(path),), strict_keys=strict)), said.append))
+    rows = list(noted(open_prompts(PromptFiles((str(path),), strict_keys=strict)), said.append))
     return rows, said
 
 

@@ -18,7 +18,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.output.agreement import ANEW
 from noria.output.generations import open_generations
 from noria.output.parts import Parts, parts_folder
-from noria.rows.source import content_hash, content_key
+from noria.rows.prompt_files import content_hash, content_key
 
 DATA = Path(__file__).parent / "data" / "old_rules"
 KEYS = "--device cpu --dtype float64 --temperature 1.1 --ignore-eos --groups 1 --step-tokens 5".split()

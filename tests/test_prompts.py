@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from noria.errors import InputError
 from noria.names import _WORDS, NEAR, edit_distance, misspelt
 from noria.rows import prompts
+from noria.rows.prompt_files import content_hash, count, extends
 from noria.rows.prompts import open_prompts
-from noria.rows.source import content_hash, count, extends
 from noria.sampling import Sampling
 
 

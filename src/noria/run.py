@@ -13,7 +13,7 @@ from noria.communicator import Communicator
 from noria.config import Config
 from noria.desk.desk import Desk
 from noria.desk.examination import Examined, examine, open_model
-from noria.desk.inputs import files_of_run, source_of
+from noria.desk.inputs import files_of_run, prompts_of
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.timing import Meters, Timing, Traffic, figures
@@ -134,7 +134,7 @@ def _remarks(config: Config, here: ThisRank, work: Examined, plan: Plan) -> Iter
     if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
         yield "note: placement.stage does nothing: no weights are on disk"
     if not work.num_rows:
-        yield f"warning: {source_of(config)} has no rows"
+        yield f"warning: {prompts_of(config)} has no rows"
 
 
 def _meters(config: Config, here: ThisRank, plan: Plan) -> Meters:

@@ -10,7 +10,7 @@ from noria.errors import InputError
 from noria.output.export import FORMATS, export
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
-from noria.rows.source import content_hash, content_key
+from noria.rows.prompt_files import content_hash, content_key
 from noria.tools.looking import Looker
 from noria.tools.text import plural
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config
-from noria.rows.source import files_of
+from noria.rows.prompt_files import files_of
 from noria.tools.keys import WORDS, types_of
 
 # What a flag takes: by its name where the type does not tell, else by the first of these types that it has.

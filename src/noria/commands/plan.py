@@ -13,7 +13,7 @@ from datetime import datetime
 from noria.commands import flags
 from noria.config import Config
 from noria.desk.examination import dtype_of, open_model
-from noria.desk.inputs import source_of
+from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.errors import InputError, require
 from noria.limits import HOST_NBYTES, MEMORY_SHARE
@@ -24,7 +24,7 @@ from noria.plan.plan import Plan, rate_words
 from noria.plan.problem import Machine, Problem
 from noria.plan.rates import Rates
 from noria.rows.chat import encoder_of
-from noria.rows.source import count
+from noria.rows.prompt_files import count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.text import plural, printable
@@ -45,15 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config, num_ranks = flags.load(arguments, "ranks"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
-    source = source_of(config)
-    num_rows = count(source)
+    files = prompts_of(config)
+    num_rows = count(files)
     device = _device(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         with template_helper() as helper:
             encode = encoder_of(
                 checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None, helper
             )
-            workload = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
+            workload = look(config, files, checkpoint.shape.max_positions, num_rows, encode)
         rates = planner.rates_of(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip

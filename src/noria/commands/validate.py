@@ -15,15 +15,15 @@ from noria.commands import flags
 from noria.commands.flags import load
 from noria.config import Config
 from noria.desk.examination import doubts, open_model
-from noria.desk.inputs import source_of
+from noria.desk.inputs import prompts_of
 from noria.desk.validation import SHOWN, Findings, ModelLimits, examine
 from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
 from noria.rows.model_sampling import taken, told
+from noria.rows.prompt_files import count
 from noria.rows.prompts import noted, open_prompts
-from noria.rows.source import count
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.atomic import check_file
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = load(arguments, "all")
-    output, source = _output(config), source_of(config)
-    num_rows = count(source)
+    output, files = _output(config), prompts_of(config)
+    num_rows = count(files)
     with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:
         shape = checkpoint.shape
         name = config.model or config.job.random_weights
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
         limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
         rows = shard_rows(config.job.shard, num_rows)
-        prompts = noted(open_prompts(source), lambda message: _say("note", message))
+        prompts = noted(open_prompts(files), lambda message: _say("note", message))
         found = examine(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)
     _report(config, found, output)
     return _verdict(config, found)
@@ -79,7 +79,7 @@ def _output(config: Config) -> str:
 
 
 def _report(config: Config, found: Findings, output: str) -> None:
-    _say("prompts", f"{source_of(config)}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
+    _say("prompts", f"{prompts_of(config)}: {plural(found.num_rows, 'row')}, {found.num_wrong:,} wrong")
     longest = f" (longest {found.longest:,}, row {found.longest_row})" if found.longest else ""
     _say("tokens", f"{plural(found.num_tokens, 'prompt token')}{longest}, at most {found.num_new:,} new ones")
     needed, free = _space(config, found)
@@ -98,7 +98,7 @@ def _verdict(config: Config, found: Findings) -> int:
     wrong = []
     if found.num_wrong:
         wrong.append(
-            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {source_of(config)} would end with an error"
+            f"{found.num_wrong:,} of {plural(found.num_rows, 'row')} of {prompts_of(config)} would end with an error"
         )
     if needed > free:
         wrong.append(
@@ -107,7 +107,7 @@ def _verdict(config: Config, found: Findings) -> int:
         )
     if wrong:
         raise InputError("; ".join(wrong))
-    nothing = f"warning: {source_of(config)} has no rows" if found.num_rows == 0 else "nothing is wrong"
+    nothing = f"warning: {prompts_of(config)} has no rows" if found.num_rows == 0 else "nothing is wrong"
     _say("", nothing)
     return 0
 

@@ -31,9 +31,9 @@ from noria.plan.planner import Plan
 from noria.rows import sequence as sequences
 from noria.rows.admission import Admission
 from noria.rows.chat import Encoder, encoder_of, tells_date
+from noria.rows.prompt_files import Watch
 from noria.rows.prompts import Prompt, noted, open_prompts
 from noria.rows.slots import Capacity
-from noria.rows.source import Watch
 from noria.rows.tokenizer import tokenizer_of
 from noria.rows.waiting import Source
 from noria.sampling import OLD_RULES
@@ -77,7 +77,7 @@ class Desk:
         stopping: Stopper | None = None,
     ):
         self._config, self._checkpoint, self._identity = config, checkpoint, examined.identity
-        self._source, self._watch, self._all_read = examined.source, Watch(examined.source), False
+        self._files, self._watch, self._all_read = examined.files, Watch(examined.files), False
         self._helper = helper
         self.sampling = examined.identity.sampling
         # A prompt is computed once for all its samples.
@@ -111,7 +111,7 @@ class Desk:
     def _open(self, plan: Plan, segment: Mapping[str, Any]) -> None:
         """From the parts that are there to the admission of what is left; last of all the record of this job."""
         config, parts = self._config, self._parts
-        agree(parts, config, self._source, self._num_prompts, tells_date(self._checkpoint.tokenizer))
+        agree(parts, config, self._files, self._num_prompts, tells_date(self._checkpoint.tokenizer))
         num_rows = len(self._rows) * self.sampling.n
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()
@@ -264,7 +264,7 @@ class Desk:
         attrs |= {"model_sampling": self._identity.taken}
         again = None
         if self._identity.rules == OLD_RULES:
-            prompts = open_prompts(self._source)
+            prompts = open_prompts(self._files)
             again, attrs["texts"] = texts_again(prompts, self.sampling, self._tokenizer), ANEW
         samples = np.array(self.admission.samples)
         if changed := self._watch.changed():
@@ -276,7 +276,7 @@ class Desk:
 
     def _prompts(self) -> Iterator[Prompt]:
         """The rows of this run, as they are read."""
-        yield from (prompt for prompt in open_prompts(self._source) if prompt.row in self._rows)
+        yield from (prompt for prompt in open_prompts(self._files) if prompt.row in self._rows)
         self._all_read = True
 
     def _note(self, message: str) -> None:

@@ -14,9 +14,9 @@ from noria.errors import InputError
 from noria.output.parts import Parts
 from noria.output.target import probe_output, reopen
 from noria.rows.chat import Encoder
+from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
-from noria.rows.source import Source, extends
 
 
 def make_room(config: Config) -> None:
@@ -27,7 +27,7 @@ def make_room(config: Config) -> None:
         reopen(config.output)
 
 
-def agree(parts: Parts, config: Config, source: Source, num_prompts: int, dated: bool) -> None:
+def agree(parts: Parts, config: Config, files: PromptFiles, num_prompts: int, dated: bool) -> None:
     """Raises InputError if the parts are of another run; those that are not may be of an earlier version.
 
     `dated`: texts depend on the date. That of the job's first start is kept: a row is the same whenever it is generated.
@@ -40,7 +40,7 @@ def agree(parts: Parts, config: Config, source: Source, num_prompts: int, dated:
         parts.header["chat.date"] = stored[0] if stored else now()
     if config.job.extend:
         for part in parts.parts:
-            if extends(source, part.header["prompts"]):
+            if extends(files, part.header["prompts"]):
                 part.header["prompts"] = parts.header["prompts"]
     different = parts.differences()
     if different:

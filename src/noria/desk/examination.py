@@ -15,7 +15,7 @@ from noria.checkpoint.random_weights import random_checkpoint
 from noria.config import Config
 from noria.desk import validation
 from noria.desk.identity import Identity, check_finished, identity
-from noria.desk.inputs import source_of
+from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.desk.old_rules import check_rendering
 from noria.desk.validation import ModelLimits
@@ -27,8 +27,8 @@ from noria.plan import planner
 from noria.plan.costs import Workload
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.model_sampling import told
+from noria.rows.prompt_files import PromptFiles, content_hash, counts, hashed, prompt_files
 from noria.rows.prompts import open_prompts
-from noria.rows.source import Source, content_hash, counts, hashed, prompt_files
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
 from noria.rows.waiting import unknown_ids
 from noria.sampling import OLD_RULES, Sampling
@@ -45,9 +45,9 @@ class Examined:
     shape: ModelShape
     blocks: dict[str, Block]
     dtype: str
-    source: Source  # the prompts, as they were when they were hashed
+    files: PromptFiles  # the prompts, as they were when they were hashed
     prompts_hash: str
-    prompt_files: list[dict[str, Any]]  # see source.prompt_files
+    prompt_files: list[dict[str, Any]]  # see prompt_files.prompt_files
     load: Workload  # how long its rows are
     identity: Identity
     said: list[str]  # for the user, a line each
@@ -59,8 +59,8 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
 
     `helper` renders conversations.
     """
-    source = hashed(source_of(config))
-    by_file, prompts_hash = counts(source), content_hash(source)
+    files = hashed(prompts_of(config))
+    by_file, prompts_hash = counts(files), content_hash(files)
     num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape.num_layers)
@@ -69,12 +69,12 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         encode = _encoder(config, checkpoint, tokenizer, helper)
         # An old output stays where it is until nothing can refuse the run any more: see earlier.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
-        own = identity(config, source, checkpoint, dtype)
-        if state == "finished" and check_finished(config, source, own.header, num_rows):
+        own = identity(config, files, checkpoint, dtype)
+        if state == "finished" and check_finished(config, files, own.header, num_rows):
             state = "parts"
         if state == "absent" and config.job.shard is None:
-            _refuse_useless(source, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
-        load = look(config, source, checkpoint.shape.max_positions, num_rows, encode)
+            _refuse_useless(files, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
+        load = look(config, files, checkpoint.shape.max_positions, num_rows, encode)
         outcome = outcome_of(config.output) if state == "finished" else None
         if outcome:
             said = outcome.lines()
@@ -82,24 +82,24 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
             said = told(checkpoint.generation_config, config.sampling, own.taken)
         else:
             said = check_rendering(
-                config, source, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
+                config, files, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
             )
-        files, code = prompt_files(source, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
+        names, code = prompt_files(files, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
-        return Examined(state, num_rows, shape, blocks, dtype, source, prompts_hash, files, load, own, said, code)
+        return Examined(state, num_rows, shape, blocks, dtype, files, prompts_hash, names, load, own, said, code)
 
 
 def _refuse_useless(
-    source: Source, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
+    files: PromptFiles, num_rows: int, encode: Encoder, sampling: Sampling, shape: ModelShape, tokenizer: Tokenizer
 ) -> None:
     """Raises InputError, with the reasons, if there are rows and none of the first LOOKED_AT can run."""
     limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
-    reasons = validation.all_wrong(open_prompts(source), encode, sampling, limits, tokenizer)
+    reasons = validation.all_wrong(open_prompts(files), encode, sampling, limits, tokenizer)
     if reasons is not None:
         most = validation.LOOKED_AT
         first = f"the first {most:,} rows" if num_rows > most else plural(num_rows, "row")
         raise InputError(
-            f"none of {first} of {source} can run: {'; '.join(reasons.lines())}; nothing is written (noria validate --all"
+            f"none of {first} of {files} can run: {'; '.join(reasons.lines())}; nothing is written (noria validate --all"
             " lists them)"
         )
 

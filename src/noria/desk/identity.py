@@ -17,7 +17,7 @@ from noria.output.generations import open_generations
 from noria.output.schema import STATUS
 from noria.output.target import begun_with
 from noria.rows.model_sampling import taken
-from noria.rows.source import Source, content_hash, content_key, extends
+from noria.rows.prompt_files import PromptFiles, content_hash, content_key, extends
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, ROW_KEYS, RULES, Sampling
 from noria.tools.values import WHOLE, parse_shard
 
@@ -38,7 +38,7 @@ class Identity:
     header: dict[str, Any]
 
 
-def identity(config: Config, source: Source, checkpoint: OpenModel, dtype: str) -> Identity:
+def identity(config: Config, files: PromptFiles, checkpoint: OpenModel, dtype: str) -> Identity:
     """That of a run, beside what lies at its output's place. Raises InputError for sampling keys of the model that are wrong.
 
     An output of the old rules was begun without the model's keys and with a seed that was drawn: what the run leaves open
@@ -53,20 +53,20 @@ def identity(config: Config, source: Source, checkpoint: OpenModel, dtype: str) 
     else:
         found, said = {}, {name: begun.get(f"sampling.{name}", value) for name, value in OPEN.items()}
     sampling = replace(config.sampling, **{name: said[name] for name in config.sampling.left_open if name in said})
-    return Identity(sampling, found, rules, _header(config, source, sampling, rules, checkpoint.header_hash, dtype))
+    return Identity(sampling, found, rules, _header(config, files, sampling, rules, checkpoint.header_hash, dtype))
 
 
 def _header(
-    config: Config, source: Source, sampling: Sampling, rules: int, checkpoint_hash: str, dtype: str
+    config: Config, files: PromptFiles, sampling: Sampling, rules: int, checkpoint_hash: str, dtype: str
 ) -> dict[str, Any]:
     keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
-    prompts = content_key(source, content_hash(source))
+    prompts = content_key(files, content_hash(files))
     keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context")} | keys
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
-def check_finished(config: Config, source: Source, header: Mapping[str, Any], num_rows: int) -> bool:
+def check_finished(config: Config, files: PromptFiles, header: Mapping[str, Any], num_rows: int) -> bool:
     """Whether the finished output has rows to generate still: new ones of longer prompts, those that a limit left out, or
     errors to be tried again. `num_rows`: of the prompts, as many as this run reads.
 
@@ -76,7 +76,7 @@ def check_finished(config: Config, source: Source, header: Mapping[str, Any], nu
         theirs = json.loads(output.attrs.get("header", "{}"))
         limited = output.attrs.get("prompt_rows", num_rows) < num_rows
         errors = bool((output.column("status") == STATUS.index("error")).any())
-    extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(source, theirs["prompts"])
+    extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(files, theirs["prompts"])
     if extended:
         theirs["prompts"] = header["prompts"]
     either = () if None not in (theirs.get("sampling.seed"), header["sampling.seed"]) else ("sampling.seed",)

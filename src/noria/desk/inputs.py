@@ -2,15 +2,15 @@
 
 from noria.config import Config
 from noria.rows.columns import Columns
-from noria.rows.source import Source, files_of
+from noria.rows.prompt_files import PromptFiles, files_of
 
 
-def source_of(config: Config) -> Source:
+def prompts_of(config: Config) -> PromptFiles:
     """Where a run's prompts come from. Raises InputError for a pattern that no file matches."""
     columns = Columns(config.prompt_column, config.id_column, config.messages_column)
-    return Source(files_of(config.prompts), columns, config.limit, config.job.strict_keys)
+    return PromptFiles(files_of(config.prompts), columns, config.limit, config.job.strict_keys)
 
 
 def files_of_run(config: Config) -> list[str | None]:
     """The model, the prompts and the output."""
-    return [config.model, *source_of(config).files, config.output]
+    return [config.model, *prompts_of(config).paths, config.output]

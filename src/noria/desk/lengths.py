@@ -6,8 +6,8 @@ from noria.config import Config
 from noria.errors import InputError
 from noria.plan.costs import Workload
 from noria.rows.chat import Encoder
+from noria.rows.prompt_files import PromptFiles
 from noria.rows.prompts import open_prompts
-from noria.rows.source import Source
 from noria.rows.waiting import kept_tokens, of_row
 from noria.step import PAGE_TOKENS
 from noria.tools.values import shard_rows
@@ -16,14 +16,14 @@ LOOKED_AT = 256  # rows: enough for a mean, and read at once
 MARGIN = 1.1  # times the pages of the rows looked at are kept for the others
 
 
-def look(config: Config, source: Source, max_positions: int, num_rows: int, encode: Encoder) -> Workload:
+def look(config: Config, files: PromptFiles, max_positions: int, num_rows: int, encode: Encoder) -> Workload:
     """Rows to generate, their mean lengths, and the pages that they reserve; `num_rows` are the prompts of the file.
 
     Rows that cannot run are left out; without any, the longest that the model takes is assumed.
     """
     rows = shard_rows(config.job.shard, num_rows)
     prompts, new, pages, samples, looked, longest = 0, 0, 0, 0, 0, 0
-    for prompt in islice((one for one in open_prompts(source) if one.row in rows), LOOKED_AT):
+    for prompt in islice((one for one in open_prompts(files) if one.row in rows), LOOKED_AT):
         looked += 1
         try:
             length = len(encode(prompt)) if prompt.error is None else 0

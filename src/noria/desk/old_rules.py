@@ -17,8 +17,8 @@ from noria.output.agreement import differing
 from noria.output.generations import Generation
 from noria.output.sealed import gather, parts_folder, scan, scan_one, select
 from noria.output.target import begun_with
+from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt, open_prompts
-from noria.rows.source import Source, extends
 from noria.rows.tokenizer import Tokenizer
 from noria.rows.waiting import of_row
 from noria.sampling import OLD_RULES, Sampling
@@ -28,7 +28,7 @@ Encode = Callable[[Prompt], list[int]]
 
 
 def check_rendering(
-    config: Config, source: Source, own: Identity, num_rows: int, encoder: Callable[[datetime], Encode]
+    config: Config, files: PromptFiles, own: Identity, num_rows: int, encoder: Callable[[datetime], Encode]
 ) -> list[str]:
     """Lines for the user of an output of the old rules; none of another.
 
@@ -36,11 +36,11 @@ def check_rendering(
     that are would get other tokens today: one output would hold rows of two kinds.
     """
     begun = None if config.job.overwrite else begun_with(config.output)
-    if own.rules > OLD_RULES or begun is None or not _same_run(config, source, begun, own.header):
+    if own.rules > OLD_RULES or begun is None or not _same_run(config, files, begun, own.header):
         return []
     date = datetime.fromisoformat(begun.get("chat.date", datetime.now().isoformat()))
     rows, encode = shard_rows(config.job.shard, num_rows), encoder(date)
-    prompts = (prompt for prompt in open_prompts(source) if prompt.row in rows)
+    prompts = (prompt for prompt in open_prompts(files) if prompt.row in rows)
     other, num_new = None, 0
     for prompt, sealed in _beside(prompts, _sealed(config)):
         num_new += not sealed
@@ -82,10 +82,10 @@ def texts_again(
     return again
 
 
-def _same_run(config: Config, source: Source, begun: dict[str, Any], header: dict[str, Any]) -> bool:
+def _same_run(config: Config, files: PromptFiles, begun: dict[str, Any], header: dict[str, Any]) -> bool:
     """Whether the run is that of the output, perhaps with longer prompts; another is refused elsewhere, with its reasons."""
     other = differing(begun, header, but=("chat.date", "sampling.seed"))
-    longer = config.job.extend and other == ["prompts"] and extends(source, begun["prompts"])
+    longer = config.job.extend and other == ["prompts"] and extends(files, begun["prompts"])
     return not other or longer
 
 

@@ -17,7 +17,7 @@ from noria.errors import InputError
 from noria.names import SYNONYMS, is_foreign, refusal, two_names
 from noria.readers import BadRow, Request, own_id
 from noria.rows.columns import Content, content_of
-from noria.rows.source import Source, as_source, check_files, records
+from noria.rows.prompt_files import PromptFiles, as_files, check_files, records
 from noria.sampling import ROW_KEYS, RUN_KEYS, Sampling, whole
 from noria.tools.text import storable
 
@@ -62,15 +62,15 @@ class Prompt:
     request: bool = False
 
 
-def open_prompts(prompts: Source | str | Path) -> Iterator[Prompt]:
+def open_prompts(prompts: PromptFiles | str | Path) -> Iterator[Prompt]:
     """The prompts of a run's files, or of one file, one at a time, in order.
 
     Raises InputError for a missing file and an unknown suffix at once, and for a damaged file when the damage is
     reached. Memory does not grow with the files but for 8 bytes a row, which find duplicate ids.
     """
-    source = as_source(prompts)
-    check_files(source)
-    return _prompts(source)
+    files = as_files(prompts)
+    check_files(files)
+    return _prompts(files)
 
 
 def noted(prompts: Iterable[Prompt], say: Callable[[str], None]) -> Iterator[Prompt]:
@@ -84,15 +84,15 @@ def noted(prompts: Iterable[Prompt], say: Callable[[str], None]) -> Iterator[Pro
         yield prompt
 
 
-def _prompts(source: Source) -> Iterator[Prompt]:
-    ids, names, current = _Ids(), source.names, 0
-    for row, (file, record) in enumerate(records(source)):
+def _prompts(files: PromptFiles) -> Iterator[Prompt]:
+    ids, names, current = _Ids(), files.names, 0
+    for row, (file, record) in enumerate(records(files)):
         if file != current:
             ids.next_file(names[file])
             current = file
         if not isinstance(record, BadRow) and _too_deep(record):
             record = BadRow(
-                f"its values are nested more than {_MAX_DEPTH} deep", own_id(record.get(source.columns.id or "id"))
+                f"its values are nested more than {_MAX_DEPTH} deep", own_id(record.get(files.columns.id or "id"))
             )
         if isinstance(record, BadRow):
             id, id_error, notes = _id(row, record.id, ids)
@@ -100,17 +100,17 @@ def _prompts(source: Source) -> Iterator[Prompt]:
             error = "; ".join(filter(None, [where + record.error, id_error]))[:_MAX_ERROR]
             yield Prompt(row, id, "", None, {}, "", error, notes=notes)
         else:
-            yield _prompt(row, record, ids, source)
+            yield _prompt(row, record, ids, files)
 
 
-def _prompt(row: int, record: dict[str, Any], ids: "_Ids", source: Source) -> Prompt:
-    content = content_of(record, source.columns)
+def _prompt(row: int, record: dict[str, Any], ids: "_Ids", files: PromptFiles) -> Prompt:
+    content = content_of(record, files.columns)
     beside, beside_error = _beside(content) if content.messages is not None else ({}, None)
-    own, extra, key_errors, key_notes = _sort_keys(content.rest, source.strict_keys, beside)
+    own, extra, key_errors, key_notes = _sort_keys(content.rest, files.strict_keys, beside)
     id, id_error, id_notes = _id(row, content.id, ids)
     sampling, sampling_error = _sampling(own) if own else ({}, None)
     prompt, token_ids, messages = content.prompt, _whole_ids(content.token_ids), None
-    content_error = content.error or _content_error(content, token_ids, source.columns.prompt or "prompt")
+    content_error = content.error or _content_error(content, token_ids, files.columns.prompt or "prompt")
     if prompt == "" and content.error is None and isinstance(record, Request):
         content_error = None  # the tokenizer may make a token of it, that of the beginning
     content_error = content_error or beside_error

@@ -11,9 +11,8 @@ from counts import count as cases
 from noria.__main__ import main
 from noria.errors import InputError
 from noria.output.generations import open_generations
-from noria.rows.prompts import noted, open_prompts
-from noria.rows.source import (
-    Source,
+from noria.rows.prompt_files import (
+    PromptFiles,
     _natural,
     content_hash,
     content_key,
@@ -23,6 +22,7 @@ from noria.rows.source import (
     files_of,
     prompt_files,
 )
+from noria.rows.prompts import noted, open_prompts
 
 
 def write(path, *records):
@@ -64,7 +64,7 @@ def test_rows_number_on_from_file_to_file_and_each_is_read_by_its_own_format(tmp
     )
     (tmp_path / "b.txt").write_text("three\nfour\n")
     (tmp_path / "c.csv").write_text("prompt,id\nfive,y\n")
-    source = Source(files)
+    source = PromptFiles(files)
     rows = list(open_prompts(source))
     assert [(row.row, row.prompt, row.id) for row in rows] == [
         (0, "one", "0"),
@@ -86,7 +86,7 @@ def test_an_id_that_an_earlier_file_has_gets_its_files_name_and_one_within_a_fil
     second = write(tmp_path / "b.jsonl", *({"prompt": "p", "id": id} for id in ("x", "y", "y", "x", "z")))
     third = write(tmp_path / "c.jsonl", {"prompt": "p", "id": "x"}, {"prompt": "p", "id": "b.jsonl:x"})
     said = []
-    rows = list(noted(open_prompts(Source((first, second, third))), said.append))
+    rows = list(noted(open_prompts(PromptFiles((first, second, third))), said.append))
     assert [row.id for row in rows] == [
         "x",
         "z",
@@ -104,13 +104,13 @@ def test_an_id_that_an_earlier_file_has_gets_its_files_name_and_one_within_a_fil
 
 def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
     one, two = (write(tmp_path / name / "p.jsonl", {"prompt": "p", "id": "x"}) for name in ("a", "b"))
-    assert [row.id for row in open_prompts(Source((one, two)))] == ["x", f"{two}:x"]
+    assert [row.id for row in open_prompts(PromptFiles((one, two)))] == ["x", f"{two}:x"]
 
 
 def test_the_error_of_a_row_that_cannot_be_read_names_its_file(tmp_path):
     one, two = write(tmp_path / "a.jsonl", {"prompt": "p"}), write(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").write_text("{\n")
-    good, bad = open_prompts(Source((one, two)))
+    good, bad = open_prompts(PromptFiles((one, two)))
     assert good.error is None and bad.error.startswith("b.jsonl: line 1 is not JSON")
 
 
@@ -118,7 +118,7 @@ def test_a_limit_reads_so_many_rows_of_all_files(tmp_path):
     one = write(tmp_path / "a.jsonl", *({"prompt": f"p{row}"} for row in range(3)))
     two = write(tmp_path / "b.jsonl", *({"prompt": f"q{row}"} for row in range(3)))
     for limit, expected in ((1, [1, 0]), (3, [3, 0]), (4, [3, 1]), (6, [3, 3]), (9, [3, 3])):
-        source = Source((one, two), limit=limit)
+        source = PromptFiles((one, two), limit=limit)
         assert counts(source) == expected and len(list(open_prompts(source))) == sum(expected)
 
 
@@ -126,21 +126,21 @@ def test_prompts_are_extended_by_files_at_the_end_and_by_lines_of_the_last_one(t
     rows = [{"prompt": f"p{row}"} for row in range(6)]
     one, two = write(tmp_path / "a.jsonl", *rows[:2]), write(tmp_path / "b.jsonl", *rows[2:4])
     three = write(tmp_path / "c.csv")
-    alone, both = Source((one,)), Source((one, two))
+    alone, both = PromptFiles((one,)), PromptFiles((one, two))
     key_alone, key_both = (content_key(source, content_hash(source)) for source in (alone, both))
     assert key_alone != key_both
-    assert extends(both, key_alone) and extends(Source((one, two, three)), key_both) and extends(both, key_both)
-    assert not extends(alone, key_both) and not extends(Source((two, one)), key_both)
-    assert not extends(Source((two, one)), key_alone)
+    assert extends(both, key_alone) and extends(PromptFiles((one, two, three)), key_both) and extends(both, key_both)
+    assert not extends(alone, key_both) and not extends(PromptFiles((two, one)), key_both)
+    assert not extends(PromptFiles((two, one)), key_alone)
     write(tmp_path / "b.jsonl", *rows[2:])
-    assert extends(both, key_both) and extends(Source((one, two, three)), key_both)
+    assert extends(both, key_both) and extends(PromptFiles((one, two, three)), key_both)
     write(tmp_path / "a.jsonl", *rows[:1])
     assert not extends(both, key_both)
 
 
 def test_only_the_last_of_the_old_files_may_have_become_longer(tmp_path):
     one, two = write(tmp_path / "a.jsonl", {"prompt": "p"}), write(tmp_path / "b.jsonl", {"prompt": "q"})
-    source = Source((one, two))
+    source = PromptFiles((one, two))
     key = content_key(source, content_hash(source))
     write(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "r"})
     assert not extends(source, key)
@@ -148,7 +148,7 @@ def test_only_the_last_of_the_old_files_may_have_become_longer(tmp_path):
 
 def test_moving_bytes_from_file_to_file_gives_other_prompts(tmp_path):
     one, two = tmp_path / "a.txt", tmp_path / "b.txt"
-    source, keys = Source((str(one), str(two))), set()
+    source, keys = PromptFiles((str(one), str(two))), set()
     for cut in range(1, 12):
         one.write_text("abcdefghijkl"[:cut])
         two.write_text("abcdefghijkl"[cut:])

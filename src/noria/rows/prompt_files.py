@@ -26,11 +26,11 @@ MAX_FILES = 10_000
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptFiles:
     """Where a run's prompts come from. `limit`: rows that are read at most (None: all). `known`: the files as they were
     when they were hashed, which are read as such; or nothing."""
 
-    files: tuple[str, ...]
+    paths: tuple[str, ...]
     columns: Columns = Columns()
     limit: int | None = None
     strict_keys: bool = False
@@ -39,23 +39,23 @@ class Source:
     @property
     def readable(self) -> Sequence[AnyPath]:
         """What readers are given."""
-        return self.known or self.files
+        return self.known or self.paths
 
     def __str__(self) -> str:
-        if len(self.files) == 1:
-            return self.files[0]
-        return f"{plural(len(self.files), 'file')} ({self.files[0]} to {self.files[-1]})"
+        if len(self.paths) == 1:
+            return self.paths[0]
+        return f"{plural(len(self.paths), 'file')} ({self.paths[0]} to {self.paths[-1]})"
 
     @property
     def names(self) -> tuple[str, ...]:
         """What each file is called in ids and errors: its name, or its path where two files have one name."""
-        short = [Path(file).name for file in self.files]
-        return tuple(short if len(set(short)) == len(short) else self.files)
+        short = [Path(file).name for file in self.paths]
+        return tuple(short if len(set(short)) == len(short) else self.paths)
 
 
-def as_source(prompts: Source | str | Path) -> Source:
-    """A source, or one file as such."""
-    return prompts if isinstance(prompts, Source) else Source((str(prompts),))
+def as_files(prompts: PromptFiles | str | Path) -> PromptFiles:
+    """These files, or one file as such."""
+    return prompts if isinstance(prompts, PromptFiles) else PromptFiles((str(prompts),))
 
 
 def files_of(prompts: str | list[str]) -> tuple[str, ...]:
@@ -88,32 +88,32 @@ def _natural(name: str) -> list[Any]:
     return [(int(piece), piece) if place % 2 else piece for place, piece in enumerate(pieces)]
 
 
-def records(source: Source) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+def records(files: PromptFiles) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """The rows of all files in order, each with the number of its file. Raises InputError as the readers do."""
 
     def of_all_files() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        for number, file in enumerate(source.readable):
-            for record in readers.for_path(file).read(file, source.columns.of_a_table):
+        for number, file in enumerate(files.readable):
+            for record in readers.for_path(file).read(file, files.columns.of_a_table):
                 yield number, record
 
-    return islice(of_all_files(), source.limit)
+    return islice(of_all_files(), files.limit)
 
 
-def check_files(source: Source) -> None:
+def check_files(files: PromptFiles) -> None:
     """Raises InputError for a file that is missing or of an unknown kind."""
-    for file in source.readable:
+    for file in files.readable:
         readers.for_path(file)
         with readers.opened(file):
             pass
 
 
-def hashed(source: Source) -> Source:
-    """The source, with what its files hold now: from here on that is read, or errors.Changed is raised.
+def hashed(files: PromptFiles) -> PromptFiles:
+    """The files, with what its files hold now: from here on that is read, or errors.Changed is raised.
 
     Raises InputError as check_files, and for a file that cannot be read.
     """
-    check_files(source)
-    return replace(source, known=tuple(map(_know, source.files)))
+    check_files(files)
+    return replace(files, known=tuple(map(_know, files.paths)))
 
 
 def _know(file: str) -> Known:
@@ -124,10 +124,10 @@ def _know(file: str) -> Known:
 
 
 class Watch:
-    """Looks whether the files of a hashed source are what they were. A mere touch, and a copy of the same, is no change."""
+    """Looks whether files that were hashed are what they were. A mere touch, and a copy of the same, is no change."""
 
-    def __init__(self, source: Source):
-        self._looks = {known: known.look for known in source.known}
+    def __init__(self, files: PromptFiles):
+        self._looks = {known: known.look for known in files.known}
 
     def changed(self) -> Known | None:
         """The first file that is another now: one that looks otherwise, and holds other bytes."""
@@ -143,59 +143,59 @@ class Watch:
         return None
 
 
-def counts(prompts: Source | str | Path) -> list[int]:
+def counts(prompts: PromptFiles | str | Path) -> list[int]:
     """The number of rows of each file, counted without parsing them. Raises InputError as open_prompts does."""
-    source = as_source(prompts)
-    check_files(source)
-    if source.limit is not None:
-        found = [0] * len(source.files)
-        for number, _ in records(source):
+    files = as_files(prompts)
+    check_files(files)
+    if files.limit is not None:
+        found = [0] * len(files.paths)
+        for number, _ in records(files):
             found[number] += 1
         return found
-    return [readers.for_path(file).count(file, source.columns.of_a_table) for file in source.readable]
+    return [readers.for_path(file).count(file, files.columns.of_a_table) for file in files.readable]
 
 
-def count(prompts: Source | str | Path) -> int:
+def count(prompts: PromptFiles | str | Path) -> int:
     """The number of rows of all files."""
     return sum(counts(prompts))
 
 
-def prompt_files(source: Source, by_file: list[int]) -> list[dict[str, Any]]:
+def prompt_files(files: PromptFiles, by_file: list[int]) -> list[dict[str, Any]]:
     """The files of several, their first rows and numbers of rows, as an output tells them; of one file nothing."""
     firsts = accumulate(by_file, initial=0)
-    told = zip(source.files, firsts, by_file, strict=False)
+    told = zip(files.paths, firsts, by_file, strict=False)
     return [{"file": file, "first_row": first, "rows": rows} for file, first, rows in told] if len(by_file) > 1 else []
 
 
-def content_hash(prompts: Source | str | Path) -> str:
+def content_hash(prompts: PromptFiles | str | Path) -> str:
     """XXH3 (128 bits, hex) of a file's bytes as they are on disk; of several files that of their hashes and sizes.
 
     Raises InputError if one cannot be read.
     """
-    source = as_source(prompts)
-    if source.known:
-        pairs = [(known.hash, known.nbytes) for known in source.known]
+    files = as_files(prompts)
+    if files.known:
+        pairs = [(known.hash, known.nbytes) for known in files.known]
         return pairs[0][0] if len(pairs) == 1 else _hash_of(pairs)
-    files = source.files
-    return _file_hash(files[0]) if len(files) == 1 else _joined([(file, None) for file in files])
+    paths = files.paths
+    return _file_hash(paths[0]) if len(paths) == 1 else _joined([(path, None) for path in paths])
 
 
-def content_key(prompts: Source | str | Path, content: str) -> str:
+def content_key(prompts: PromptFiles | str | Path, content: str) -> str:
     """What tells these prompts from others, with all that `extends` must know: the hash, its bytes and its files."""
-    source = as_source(prompts)
-    several = f" in {len(source.files)} files" if len(source.files) > 1 else ""
-    sizes = [known.nbytes for known in source.known] or [Path(file).stat().st_size for file in source.files]
+    files = as_files(prompts)
+    several = f" in {len(files.paths)} files" if len(files.paths) > 1 else ""
+    sizes = [known.nbytes for known in files.known] or [Path(file).stat().st_size for file in files.paths]
     return f"{content} of {sum(sizes)} bytes{several}"
 
 
-def extends(prompts: Source | str | Path, key: str) -> bool:
+def extends(prompts: PromptFiles | str | Path, key: str) -> bool:
     """Whether the prompts begin with those that had this key: whole files, of which the last may have become longer by
     whole lines, and perhaps more files after them.
 
     Raises InputError for formats in which more bytes can change an old row: an open quotation mark of a CSV, a line that
     goes on in the next piece of a gzip file.
     """
-    files = as_source(prompts).files
+    files = as_files(prompts).paths
     told = re.fullmatch(r"(\w+) of (\d+) bytes(?: in (\d+) files)?", key)
     if not told or int(told[3] or 1) > len(files):
         return False
