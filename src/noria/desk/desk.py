@@ -6,8 +6,9 @@ Knows the files and the sequences; nothing of steps, devices or messages.
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from noria.config import Config
 from noria.desk.earlier import Begun, agree, make_room, now
 from noria.desk.examination import Examined
 from noria.desk.old_rules import texts_again
+from noria.desk.pace import Pace
 from noria.desk.records import generation
 from noria.errors import Changed, InputError
 from noria.limits import TIERS
@@ -44,7 +46,6 @@ from noria.tools.text import plural
 from noria.tools.values import shard_rows
 from noria.tools.writing import WriteError
 
-ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
 WAIT_SECONDS = 0.01  # between two looks whether the disk has caught up with the run
 
 
@@ -89,9 +90,8 @@ class Desk:
         # Held while the run goes on with what `tend` does; taken after `lock`, before that of parts.
         self._tending = threading.Lock()
         self._failure: Exception | None = None  # of `tend`: the next step raises it
-        self._groups, self._step_seconds = plan.groups, 0.0
-        self._last: float | None = None
-        self._closed_for_deadline = self._dropped = self._stopped = self._merging = False
+        self._pace = Pace(plan.groups)
+        self._dropped = self._stopped = self._merging = False
         self._logprobs_dtype = np.float64 if plan.dtype == "float64" else np.float32
         self.code = 0  # the job's exit code, once the output is whole
         try:
@@ -152,7 +152,7 @@ class Desk:
             self._seal()
             self._parts.end(reason)
         words = f"{plural(waiting, 'finished row')} and {plural(len(begun), 'row')} half-way are sealed"
-        return words, self._step_seconds * self._groups
+        return words, self._pace.round_seconds
 
     def leave(self) -> None:
         """Says how far a run came that stops before its end."""
@@ -225,27 +225,15 @@ class Desk:
 
     def _look_at_the_time(self) -> None:
         """Admits nothing more when what is left would not be worth a row's prefill."""
-        now, left = time.monotonic(), self._stopping.seconds_left if self._stopping else float("inf")
-        if self._last is None:
-            self._last, self._seconds = now, left
-            return
-        self._step_seconds += (now - self._last - self._step_seconds) / 8
-        self._last = now
-        if (
-            left < min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10)
-            and not self._closed_for_deadline
-        ):
-            self._closed_for_deadline = True
+        left = self._stopping.seconds_left if self._stopping else float("inf")
+        if not self._pace.step(left):
             self.admission.admit_no_more()
 
     def _seal(self, due: float | None = None) -> Path | None:
         """Seals what waits, now or if `due` seconds have passed. Raises WriteError with what was lost and what to do."""
         parts = self._parts
         if parts.taken_away():
-            what, remedy = (
-                "the sealed parts were removed during the run",
-                "put them back, or start the same run again",
-            )
+            what, remedy = "the sealed parts were removed during the run", "put them back, or start the same run again"
             raise WriteError(errno.ENOENT, what, parts.folder, remedy)
         try:
             return parts.seal() if due is None else parts.seal_if_due(due)
@@ -289,14 +277,8 @@ class Desk:
 
     def _encoder(self, num_ranks: int) -> Encoder:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or now())
-        return encoder_of(
-            self._checkpoint,
-            self._tokenizer,
-            self.sampling,
-            date,
-            lambda message: log(0, num_ranks, message),
-            self._helper,
-        )
+        say = partial(log, 0, num_ranks)
+        return encoder_of(self._checkpoint, self._tokenizer, self.sampling, date, say, self._helper)
 
 
 def _capacity(plan: Plan, shape: ModelShape) -> Capacity:
