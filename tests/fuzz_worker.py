@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hostile import repaired
-from noria.checkpoint.checkpoint import describe, open_checkpoint
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.summary import describe
 from noria.errors import InputError
 from noria.tools import container, looking
 

@@ -25,7 +25,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.template import Template, TemplateError, template_helper
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import Sampling
-from noria.tools.helper import Limits
+from noria.tools.helper_process import Limits
 
 DATE = datetime(2024, 7, 26, 23, 59)
 HELPER = template_helper()  # started by the first test that renders

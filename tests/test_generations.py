@@ -337,7 +337,7 @@ for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
 for name in ("_write", "checksums", "write_attrs"):
     setattr(assemble_module, name, killing(getattr(assemble_module, name)))
 merge_module._wrong_rows = killing(merge_module._wrong_rows)
-assemble_module.Writer.append = killing(assemble_module.Writer.append)
+assemble_module.RowWriter.append = killing(assemble_module.RowWriter.append)
 merge_module.merge(Parts(output, {"prompts_hash": "ab12", "dtype": "float32"}), output, 30, {}, {})
 """
 

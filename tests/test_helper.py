@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import helper_answers
-from noria.tools.helper import MOST_ENDS, Failed, Helper, Limits
+from noria.tools.helper import MOST_ENDS, Failed, Helper
+from noria.tools.helper_process import Limits
 
 LIMITS = Limits(memory_nbytes=2**28, cpu_seconds=1, wall_seconds=60, answer_nbytes=2**20)
 TEXTS = [
@@ -175,7 +176,8 @@ def test_the_stop_signals_of_a_job_do_not_reach_the_child(child):
 
 PARENT = """
 import os, sys, threading
-from noria.tools.helper import Helper, Limits
+from noria.tools.helper import Helper
+from noria.tools.helper_process import Limits
 helper = Helper("helper_answers", Limits(2**28, 60, 60, 2**20))
 helper.ask({"say": 1})
 print(helper.pid, flush=True)
@@ -295,7 +297,8 @@ def test_what_ended_a_child_is_not_tried_in_this_process(child, monkeypatch):
 
 REFUSED = """
 import os, resource
-from noria.tools.helper import Failed, Helper, Limits
+from noria.tools.helper import Failed, Helper
+from noria.tools.helper_process import Limits
 helper = Helper("helper_answers", Limits(2**28, 1, 3, 2**20))
 if os.getuid() == 0:
     os.setgroups([]), os.setgid(65534), os.setuid(65534)

@@ -6,11 +6,11 @@ import pytest
 
 from counts import some
 from noria.config import Config
-from noria.names import ALIASES, FOREIGN, NEAR, REFUSED, SYNONYMS, asks, is_foreign, refusal
-from noria.readers._openai import _BESIDE, requested_rows
+from noria.names import ALIASES, BESIDE, FOREIGN, NEAR, REFUSED, SYNONYMS, asks, is_foreign, refusal
+from noria.readers._openai import requested_rows
 from noria.rows.prompt_files import PromptFiles
-from noria.rows.prompts import SAMPLING, noted, open_prompts
-from noria.sampling import Sampling
+from noria.rows.prompts import noted, open_prompts
+from noria.sampling import ROW_KEYS, Sampling
 from noria.tools.keys import types_of
 
 # Columns of published data sets, as their cards list them.
@@ -48,8 +48,8 @@ def rows_of(tmp_path, *records, strict=False):
 
 
 def test_the_keys_that_names_are_near_are_keys_and_the_lists_do_not_overlap():
-    assert set(NEAR) <= set(SAMPLING)
-    assert not set(FOREIGN) & set(SAMPLING)
+    assert set(NEAR) <= set(ROW_KEYS)
+    assert not set(FOREIGN) & set(ROW_KEYS)
     lists = [set(SYNONYMS), set(REFUSED), set(ALIASES), set(FOREIGN)]
     assert len(set().union(*lists)) == sum(map(len, lists))
     meant = {*SYNONYMS.values(), *ALIASES.values(), *(key for key, _ in REFUSED.values())}
@@ -118,7 +118,7 @@ def test_with_strict_keys_a_key_of_another_program_is_that_rows_error(tmp_path):
 
 
 def test_the_same_keys_are_refused_in_batch_lines():
-    for name in some(sorted(set(FOREIGN) - set(_BESIDE))):  # which the template of a conversation reads
+    for name in some(sorted(set(FOREIGN) - set(BESIDE))):  # which the template of a conversation reads
         body = {"messages": [{"role": "user", "content": "x"}], name: asking(name)}
         assert requested_rows({"custom_id": "a", "body": body})[0].error.startswith(f"body.{name} is")
 

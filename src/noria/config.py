@@ -3,23 +3,19 @@
 A key of the run file is a field here and a flag of the same name. Knows nothing of files, ranks or devices.
 """
 
-import json
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from noria.errors import InputError, require
-from noria.limits import DTYPES, MAX_GROUPS, TIERS
+from noria.limits import DTYPES, MAX_GROUPS
 from noria.sampling import Sampling
 from noria.tools.keys import check_path, checked, key, nearest, types_of
-from noria.tools.values import parse_nbytes, parse_shard, parse_walltime
+from noria.tools.toml import has_null, read_toml, toml_lines
+from noria.tools.values import check_shares, parse_nbytes, parse_shard, parse_walltime
 
 MAX_RUN_FILE = 2**18  # bytes
-_MAX_DOTS = 1000  # in a key: tomllib's work grows with their square
-
 SCHEDULES = ("sequential", "single_batch", "multi_batch")
 
 
@@ -100,29 +96,10 @@ class Placement:
     def __post_init__(self) -> None:
         for name in ("weights", "cache"):
             if getattr(self, name) is not None:
-                _check_shares(f"placement.{name}", getattr(self, name))
+                check_shares(f"placement.{name}", getattr(self, name))
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name), f"placement.{name}")
-
-
-def _check_shares(name: str, shares: dict[str, Any]) -> None:
-    """Raises InputError unless these are shares in % with sum 100, or sizes, by tier."""
-    require(shares, f'{name} is empty: give shares in %, such as gpu = 60, cpu = 40, or sizes, such as gpu = "40GiB"')
-    for tier in shares:
-        known = f"unknown tier {tier!r} in {name}{nearest(str(tier), TIERS)}; it is one of {', '.join(TIERS)}"
-        require(tier in TIERS, known)
-    if all(isinstance(share, str) for share in shares.values()):
-        for tier, size in shares.items():
-            parse_nbytes(size, f"{name}.{tier}")
-        return
-    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
-    said = ", ".join(f"{tier} = {share!r}" for tier, share in shares.items())
-    require(numbers, f'{name} is {said}: give shares in % or sizes such as "40GiB", not both')
-    for tier, share in shares.items():
-        require(0 <= share <= 100, f"{name}.{tier} is {share:g}: a share must be 0 .. 100 %")
-    total = sum(shares.values())
-    require(abs(total - 100) < 0.01, f"{name} is {said}: the shares sum to {total:g} %, they must sum to 100")
 
 
 @dataclass(frozen=True)
@@ -149,7 +126,6 @@ class Job:
         "i/n: generate only every n-th row, starting at row i (1/4, 2/4, 3/4, 4/4: counted from 1, as in job arrays);"
         " each shard is a job with its own output, and noria merge joins the outputs"
     )
-
     trace: str | None = key("file for a trace of all ranks, for Perfetto: compute, copies, messages and waits (JSON)")
     strict_keys: bool = key(
         "a row with a sampling key of another program that Noria does not have is an error; without it such a key is"
@@ -223,7 +199,7 @@ class Config:
         require(most is None or 1 <= most < 2**31, f"max_context is {most}: it must be 1 to {2**31 - 1}")
         self.sampling.check()
         require(
-            not _has_null(self.sampling.chat_template_kwargs),
+            not has_null(self.sampling.chat_template_kwargs),
             "sampling.chat_template_kwargs has null, which no run file can hold: leave the key out",
         )
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
@@ -234,31 +210,17 @@ class Config:
 
     def to_toml(self) -> str:
         """The run file that gives this run again: every key that is set."""
-        lines = _toml_lines(self)
+        lines = toml_lines(_values(self))
         for section in SECTIONS:
-            lines += ["", f"[{section}]", *_toml_lines(getattr(self, section))]
+            lines += ["", f"[{section}]", *toml_lines(_values(getattr(self, section)))]
         return "\n".join(lines) + "\n"
 
 
+def _values(keys: Any) -> dict[str, Any]:
+    return {f.name: getattr(keys, f.name) for f in fields(keys) if f.name not in SECTIONS}
+
+
 SECTIONS = {"sampling": Sampling, "pipeline": Pipeline, "placement": Placement, "job": Job}
-
-
-def _has_null(value: Any) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(one is None or _has_null(one) for one in inner)
-
-
-def _toml_lines(keys: Any) -> list[str]:
-    values = {f.name: getattr(keys, f.name) for f in fields(keys) if f.name not in SECTIONS}
-    return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(name)} = {_toml(one)}" for name, one in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> Config:
@@ -267,7 +229,7 @@ def load(path: str | Path | None, flags: Mapping[str, object] | None = None) -> 
     `flags` maps plain key names (`max_new_tokens`) to values. Raises InputError, naming the nearest right key, for what it
     does not know.
     """
-    tree = _read(path) if path else {}
+    tree = read_toml(path, "run file", MAX_RUN_FILE) if path else {}
     for name, value in (flags or {}).items():
         section = section_of(name)
         keys = tree.setdefault(section, {}) if section else tree
@@ -282,24 +244,6 @@ def section_of(name: str) -> str | None:
         if name in types_of(kind):
             return section
     return None
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_RUN_FILE + 1)
-        require(
-            len(text) <= MAX_RUN_FILE, f"run file {path} is longer than {MAX_RUN_FILE} bytes: is it the right file?"
-        )
-        dots = max(piece.count(b".") for piece in re.split(rb"[={},\[\]\n]", text))
-        require(dots <= _MAX_DOTS, f"run file {path} has a key of more than {_MAX_DOTS} parts")
-        return tomllib.loads(text.decode())
-    except OSError as error:
-        raise InputError(f"run file {path}: {error.strerror or error}") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of too many digits
-        raise InputError(f"run file {path} is not TOML: {str(error).partition(';')[0][:200]}") from error
 
 
 def _build(tree: Mapping[str, Any]) -> Config:

@@ -17,6 +17,8 @@ SYNONYMS = {
     "min_tokens": "min_new_tokens",
     "num_return_sequences": "n",
 }
+# What the chat template reads beside the messages of a row; vLLM's requests have them too.
+BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")
 # Names that people take for one of Noria's and that mean something else: the row is refused.
 REFUSED = {
     "best_of": ("n", "it returns the best of more samples, and n returns all"),

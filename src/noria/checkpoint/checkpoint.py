@@ -1,7 +1,7 @@
 """Reads a checkpoint: its header is checked whole before anything is allocated, its blocks are read by plain preadv.
 
 The format is the design's, version 1. Knows nothing of devices, ranks or torch: a block goes into whatever writable
-memory the caller has. The writer is checkpoint_writer.py.
+memory the caller has. The writer is writer.py.
 """
 
 import json
@@ -26,7 +26,6 @@ from noria.tools.container import (
     text_attribute,
 )
 from noria.tools.damage import damaged_is_input_error
-from noria.tools.text import nbytes_words, plural
 
 FORMAT = "noria-checkpoint"
 VERSION = 1
@@ -276,50 +275,3 @@ def _check_format(root: h5py.File, path: Path) -> None:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`. Raises InputError if it is missing, foreign, truncated, newer or inconsistent."""
     return Checkpoint(Path(path))
-
-
-def describe(checkpoint: Checkpoint) -> list[str]:
-    """Lines that say what a checkpoint holds. Texts are the file's own: escape them for a terminal."""
-    shape, blocks = checkpoint.shape, checkpoint.blocks
-    layers = [blocks[name].nbytes for name in blocks if name.startswith("layers/")]
-    each = (
-        f"{len(layers)} of {nbytes_words(layers[0])}"
-        if len(set(layers)) == 1
-        else f"{len(layers)}, {nbytes_words(sum(layers))} together"
-    )
-    texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
-    return [
-        f"{checkpoint.path}: checkpoint, version {VERSION}, made from {checkpoint.source}",
-        f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
-        f"sizes       {plural(shape.num_layers, 'layer')}, hidden {shape.hidden_size}, heads {shape.num_heads} of"
-        f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
-        f" positions {shape.max_positions:,}"
-        f"{', embedding tied to the head' if shape.tied else ''}",
-        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'])}",
-        f"layers      {each}: {_parameters(blocks[layer_name(0)]) if layers else 'none'}",
-        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'])}",
-        f"tokenizer   {texts or 'none: prompts must be token_ids'}",
-        f"hash        {checkpoint.header_hash}",
-    ]
-
-
-def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint holds, for scripts; keys are only ever added."""
-    shape = checkpoint.shape
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": checkpoint.source,
-        "family": checkpoint.family,
-        "dtype": checkpoint.dtype,
-        "parameters": checkpoint.num_parameters,
-        "nbytes": checkpoint.nbytes,
-        "layers": shape.num_layers,
-        "vocabulary": shape.vocab_size,
-        "positions": shape.max_positions,
-        "hash": checkpoint.header_hash,
-    }
-
-
-def _parameters(block: Block) -> str:
-    return ", ".join(f"{parameter.name} {list(parameter.shape)}" for parameter in block.parameters)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.checkpoint import checkpoint
+from noria.checkpoint.summary import as_dict, describe
 from noria.commands import flags
 from noria.commands.parser import Parser
 from noria.errors import InputError, require
@@ -68,11 +69,11 @@ def _checked(facts: dict[str, Any], arguments: argparse.Namespace) -> dict[str, 
 def _checkpoint(path: Path, arguments: argparse.Namespace) -> int:
     with checkpoint.open_checkpoint(path) as file:
         if not arguments.json:
-            _write(checkpoint.describe(file))
+            _write(describe(file))
         if arguments.verify:
             _verify(file, say=not arguments.json)
         if arguments.json:
-            _write([json_text(_checked(checkpoint.as_dict(file), arguments))])
+            _write([json_text(_checked(as_dict(file), arguments))])
     return 0
 
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from noria.output.generations import Generation, Generations, open_generations
-from noria.output.schema import FORMAT, VERSION, Writer, checksums, scores_together, write_attrs
+from noria.output.schema import FORMAT, VERSION, RowWriter, checksums, scores_together, write_attrs
 from noria.output.sealed import Part, Selection, gather
 from noria.tools.atomic import GuardedFile, fsync, replacing
 from noria.tools.trailer import append_trailer
@@ -65,7 +65,7 @@ def _write(
         try:
             with h5py.File(path.name, "w", driver="fileobj", fileobj=disk) as file:
                 write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, **attrs})
-                writer = Writer(file, len(selection.row), tokens, prompt_tokens, scores)
+                writer = RowWriter(file, len(selection.row), tokens, prompt_tokens, scores)
                 for block in gather(files, selection, opened):
                     writer.append([change(one) for one in block] if change else block)
                     disk.check(remedy)

@@ -18,7 +18,7 @@ import numpy as np
 
 from noria.output.agreement import difference, differing
 from noria.output.generations import Generation, open_generations
-from noria.output.schema import FORMAT, STATUS, VERSION, Writer, scores_of, write_attrs
+from noria.output.schema import FORMAT, STATUS, VERSION, RowWriter, scores_of, write_attrs
 from noria.output.sealed import (
     DONE,
     PART_NAME,
@@ -279,7 +279,7 @@ def _image(rows: Sequence[Generation], header: dict[str, Any]) -> bytes:
         tokens, prompt_tokens = (
             sum(len(getattr(one, name)) for one in rows) for name in ("token_ids", "prompt_token_ids")
         )
-        writer = Writer(file, len(rows), tokens, prompt_tokens, scores_of(rows))
+        writer = RowWriter(file, len(rows), tokens, prompt_tokens, scores_of(rows))
         writer.append(rows)
         writer.finish()
         file.flush()

@@ -128,7 +128,7 @@ def scores_together(files: Iterable[Scores]) -> Scores:
     )
 
 
-class Writer:
+class RowWriter:
     """Fills a new HDF5 file with rows whose number and tokens are known beforehand, and sums what it writes."""
 
     def __init__(self, file: h5py.File, num_rows: int, num_tokens: int, num_prompt_tokens: int, scores: Scores):

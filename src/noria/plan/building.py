@@ -12,7 +12,7 @@ from noria.plan.plan import Plan
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_share, is_budget
-from noria.tools.values import size_words
+from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
@@ -130,8 +130,8 @@ def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: in
 
 def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: Uncovered) -> InputError:
     """What is said where blocks find no room: the numbers and the remedy."""
-    held = ", ".join(f"{tier} {size_words(budgets[tier])}" for tier in TIERS if tier in budgets)
-    missing = f"{size_words(error.missing)} of {size_words(error.total)} do not fit on rank {rank}"
+    held = ", ".join(f"{tier} {nbytes_words(budgets[tier])}" for tier in TIERS if tier in budgets)
+    missing = f"{nbytes_words(error.missing)} of {nbytes_words(error.total)} do not fit on rank {rank}"
     if problem.config.placement.weights is not None:
         return InputError(
             f"placement.weights is too small: {missing} ({held}, without the embedding): raise one of them"
@@ -141,7 +141,7 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
     disk = disk or (f'dtype = "{stored}" would read the rest from disk, ' if stored != problem.dtype else "")
     return InputError(
         f"weights do not fit: {missing}, where the tiers have {held} for them, under the limits of"
-        f" gpu {size_words(problem.limits['gpu'])} and cpu {size_words(problem.limits['cpu'])}: use more ranks, {disk}raise"
+        f" gpu {nbytes_words(problem.limits['gpu'])} and cpu {nbytes_words(problem.limits['cpu'])}: use more ranks, {disk}raise"
         " placement.gpu_memory or placement.cpu_memory"
     )
 

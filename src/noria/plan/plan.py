@@ -9,8 +9,7 @@ from typing import Any
 
 from noria.limits import HOST_NBYTES, TIERS
 from noria.step import PAGE_TOKENS
-from noria.tools.text import plural
-from noria.tools.values import size_words
+from noria.tools.text import nbytes_words, plural
 
 TOLERANCE = 0.15  # of a prediction
 
@@ -125,10 +124,10 @@ class Plan:
             for rank, peak in enumerate(measured.get(name, ())):
                 planned = sum(self.memory[rank][tier].values())
                 if peak > planned + extra:
-                    beside = f" and {size_words(extra)} for the program itself" if extra else ""
+                    beside = f" and {nbytes_words(extra)} for the program itself" if extra else ""
                     said.append(
-                        f"rank {rank}: {self._memory_words(tier)} peaked at {size_words(peak)},"
-                        f" planned {size_words(planned)}{beside}"
+                        f"rank {rank}: {self._memory_words(tier)} peaked at {nbytes_words(peak)},"
+                        f" planned {nbytes_words(planned)}{beside}"
                     )
         return said
 
@@ -139,11 +138,11 @@ class Plan:
             if table:
                 blocks = {"weights": self._blocks(rank, tier)}
                 sizes = ", ".join(
-                    f"{name} {size_words(nbytes)}{blocks.get(name, '')}" for name, nbytes in table.items()
+                    f"{name} {nbytes_words(nbytes)}{blocks.get(name, '')}" for name, nbytes in table.items()
                 )
                 held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
                 lines.append(
-                    f"plan: rank {rank}: {held}{self._tier_words(tier)} {size_words(sum(table.values()))}: {sizes}"
+                    f"plan: rank {rank}: {held}{self._tier_words(tier)} {nbytes_words(sum(table.values()))}: {sizes}"
                 )
         return lines
 

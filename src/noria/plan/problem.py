@@ -12,7 +12,8 @@ from noria.model import ModelShape
 from noria.plan.costs import Workload
 from noria.plan.memory import block_nbytes
 from noria.step import PAGE_TOKENS
-from noria.tools.values import parse_nbytes, size_words
+from noria.tools.text import nbytes_words
+from noria.tools.values import parse_nbytes
 
 PROMPT_TOKENS = 512  # of a row, where nobody looked
 
@@ -124,6 +125,6 @@ def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> i
     if asked is None:
         return has
     limit, most = parse_nbytes(asked, name), max(has, most or 0)
-    said = f"{name} is {size_words(limit)}, but the rank with the least has {size_words(most)} to use: lower it"
+    said = f"{name} is {nbytes_words(limit)}, but the rank with the least has {nbytes_words(most)} to use: lower it"
     require(limit <= most, said)
     return limit

@@ -1,6 +1,5 @@
 """What a machine does in a second: measured (machine.toml of noria probe), or built-in figures that are marked as assumed."""
 
-import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from noria.errors import InputError, require
 from noria.limits import DTYPES
 from noria.tools.keys import nearest
+from noria.tools.toml import read_toml
 
 MAX_MACHINE_FILE = 2**16  # bytes
 
@@ -79,20 +79,8 @@ def read(path: str | Path, device: str = "cuda") -> Rates:
     """The rates of a machine.toml; what it leaves out is assumed. Raises InputError for what is wrong with it."""
     if Path(path).is_dir():
         raise InputError(f"machine {path} is a folder: name the file that noria probe --output FILE made")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_MACHINE_FILE + 1)
-        require(
-            len(text) <= MAX_MACHINE_FILE,
-            f"machine {path} is longer than {MAX_MACHINE_FILE} bytes: is it the right file?",
-        )
-        tree = tomllib.loads(text.decode())
-    except OSError as error:
-        raise InputError(f"machine {path}: {error.strerror or error}: noria probe --output {path} makes one") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"machine {path} is not TOML: {str(error)[:200]}") from error
+    remedy = f": noria probe --output {path} makes one"
+    tree = read_toml(path, "machine", MAX_MACHINE_FILE, remedy)
     known = (*NAMES, "device", "matmul")
     for name in tree:
         require(name in known, f"machine {path}: unknown key {name[:100]!r}{nearest(name, known)}")

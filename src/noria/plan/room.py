@@ -8,7 +8,7 @@ from noria.plan.memory import Sizes
 from noria.plan.problem import Candidate, Problem
 from noria.plan.shares import amounts, budgets_of, is_budget
 from noria.step import PAGE_TOKENS
-from noria.tools.values import size_words
+from noria.tools.text import nbytes_words
 
 
 def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
@@ -56,7 +56,7 @@ def _budgeted_pages(
         pages[tier] = min(nbytes // largest, left)
         left -= pages[tier]
         _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
-    require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {size_words(largest)} on a rank")
+    require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {nbytes_words(largest)} on a rank")
     return pages
 
 
@@ -101,8 +101,8 @@ def _require_room(problem: Problem, sizes: Sizes, tier: str, pages: int, room: i
 def refused(problem: Problem, rank: int, tier: str, table: Mapping[str, int], asked: str = "") -> InputError:
     """What is said where a tier is too small for what the rank's `table` has there: the numbers and the remedy."""
     needed, limit = sum(table.values()), problem.limits[tier]
-    items = ", ".join(f"{purpose} {size_words(nbytes)}" for purpose, nbytes in table.items() if nbytes)
-    words = size_words if size_words(needed) != size_words(limit) else "{:,} bytes".format
+    items = ", ".join(f"{purpose} {nbytes_words(nbytes)}" for purpose, nbytes in table.items() if nbytes)
+    words = nbytes_words if nbytes_words(needed) != nbytes_words(limit) else "{:,} bytes".format
     weights = (problem.config.placement.weights or {}).get(tier)
     if weights is not None:
         asked = asked or f"placement.weights.{tier} ({weights if isinstance(weights, str) else format(weights, 'g')})"

@@ -6,7 +6,7 @@ Knows the format's keys and what Noria calls them; what a value may be is checke
 import json
 from typing import Any
 
-from noria.names import FOREIGN, SYNONYMS, asks, misspelt, two_names
+from noria.names import BESIDE, FOREIGN, SYNONYMS, asks, misspelt, two_names
 from noria.readers import OWN, BadRow, Request
 from noria.sampling import ROW_KEYS, whole
 from noria.tools.keys import nearest
@@ -25,8 +25,6 @@ _THEIRS = {
     "echo",
 }
 _THEIRS |= {"suffix", "best_of", "reasoning_effort", "verbosity", "web_search_options"}
-# What the chat template reads beside messages; vLLM's requests have them too.
-_BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")
 # They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
 _LEFT_OUT = (
@@ -39,9 +37,9 @@ _LEFT_OUT = (
     "prompt_cache_retention",
 )
 # Names of the keys of a row: beside the body they are columns of the user's own.
-_RESERVED = {*OWN, *_BESIDE, "chat", "custom_id", "prompt_index"}
+_RESERVED = {*OWN, *BESIDE, "chat", "custom_id", "prompt_index"}
 _KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities"}
-_KNOWN |= {*SYNONYMS, *_OURS, *_BESIDE, *_CARRIED, *_LEFT_OUT}
+_KNOWN |= {*SYNONYMS, *_OURS, *BESIDE, *_CARRIED, *_LEFT_OUT}
 
 
 def is_request(record: dict[str, Any]) -> bool:
@@ -68,7 +66,7 @@ def requested_rows(record: dict[str, Any]) -> list[dict[str, Any] | BadRow]:
     row |= {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
     row = _in_our_ranges(row)
     if url == CHAT:
-        beside = {name: body[name] for name in _BESIDE if name in body}
+        beside = {name: body[name] for name in BESIDE if name in body}
         return [Request(row | {"messages": _messages(body.get("messages"))} | beside)]
     row = {"chat": False} | row
     prompts = _prompts(body.get("prompt"))
@@ -169,7 +167,7 @@ def _error(record: dict[str, Any], url: object) -> str | None:
 
 def _beside_error(body: dict[str, Any], url: object) -> str | None:
     """What is wrong with what a template reads beside the messages."""
-    for name in (*_BESIDE, "chat_template_kwargs"):
+    for name in (*BESIDE, "chat_template_kwargs"):
         if url == COMPLETIONS and name in body and asks(name, body[name]):
             return f"body.{name} is for {CHAT}: a completion has no chat template"
     for name in ("tools", "documents"):

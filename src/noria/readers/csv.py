@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from noria.errors import InputError, require
-from noria.names import SYNONYMS
+from noria.names import BESIDE, SYNONYMS
 from noria.readers import PROMPT_NAMES, AnyPath, BadRow, table_without
 from noria.readers._records import records
 from noria.sampling import Sampling
@@ -22,7 +22,6 @@ _HINTS = types_of(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
 _VALUES = {"messages", "token_ids", *SYNONYMS, *(f.name for f in fields(Sampling) if f.name not in _TEXTS)}
-_BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")  # values beside messages, else text
 _EITHER = {f.name for f in fields(Sampling)} - _VALUES  # text, or a list of texts
 
 
@@ -56,7 +55,7 @@ def _row(header: list[str], record: list[str], number: int) -> dict[str, Any] | 
         return BadRow(f"line {number} has {plural(len(record), 'cell')}, the header has {len(header)}")
     row = {name: _value(name, cell) for name, cell in zip(header, record, strict=True)}
     if isinstance(row.get("messages"), list):
-        row |= {name: _json_value(row[name]) for name in _BESIDE if name in row}
+        row |= {name: _json_value(row[name]) for name in BESIDE if name in row}
     if row.get("prompt") == "" and any(row.get(name) is not None for name in ("token_ids", "messages")):
         del row["prompt"]  # a table has the column in every row
     return row

@@ -21,7 +21,8 @@ from noria import readers
 from noria.errors import Changed, InputError, require
 from noria.readers import PROMPT_NAMES, AnyPath, BadRow, Known
 from noria.tools.damage import has_signature
-from noria.tools.helper import Failed, Helper, Limits
+from noria.tools.helper import Failed, Helper
+from noria.tools.helper_process import Limits
 
 SUFFIXES = (".h5", ".hdf5")
 BLOCK_NBYTES = 2**22  # read at once of a column, at most, where values are small

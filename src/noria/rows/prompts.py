@@ -10,24 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
 from noria.errors import InputError
 from noria.names import SYNONYMS, is_foreign, refusal, two_names
 from noria.readers import BadRow, Request, own_id
 from noria.rows.columns import Content, content_of
+from noria.rows.ids import Ids, id_of
+from noria.rows.messages import beside_of, given, messages_error, without_nulls
 from noria.rows.prompt_files import PromptFiles, as_files, check_files, records
 from noria.sampling import ROW_KEYS, RUN_KEYS, Sampling, whole
-from noria.tools.text import storable
+from noria.tools.text import short
 
-SAMPLING = ROW_KEYS
-BESIDE = ("tools", "documents", "continue_final_message", "add_generation_prompt")
-_SPEAKERS = ("user", "system", "developer")  # who says nothing without a content
-_SWITCHES = (
-    ("continue_final_message", (bool, str), "true, false or the key of the final message that is continued"),
-    ("add_generation_prompt", (bool,), "true or false"),
-)
 _MAX_DEPTH = 200  # of the lists and objects in a row
 MAX_NOTES = 100  # that are said of a run's rows
 _FOREIGN = (
@@ -43,7 +35,7 @@ class Prompt:
     """One row of the prompts. `row` counts from 0 in the whole file.
 
     `prompt`, `token_ids` or `messages` is to be continued (of messages `prompt` is the JSON text); `beside` is what the
-    chat template reads beside messages, by the names of BESIDE; `sampling` is the
+    chat template reads beside messages, by the names of names.BESIDE; `sampling` is the
     row's own keys of config.Sampling, checked; `extra` the user's own columns as JSON text ("" without any); `error`
     says why the row cannot run (None: it can); `notes` what the run's user must know of rows of this form. `request`: it
     is a line of OpenAI's batch format.
@@ -85,7 +77,7 @@ def noted(prompts: Iterable[Prompt], say: Callable[[str], None]) -> Iterator[Pro
 
 
 def _prompts(files: PromptFiles) -> Iterator[Prompt]:
-    ids, names, current = _Ids(), files.names, 0
+    ids, names, current = Ids(), files.names, 0
     for row, (file, record) in enumerate(records(files)):
         if file != current:
             ids.next_file(names[file])
@@ -95,7 +87,7 @@ def _prompts(files: PromptFiles) -> Iterator[Prompt]:
                 f"its values are nested more than {_MAX_DEPTH} deep", own_id(record.get(files.columns.id or "id"))
             )
         if isinstance(record, BadRow):
-            id, id_error, notes = _id(row, record.id, ids)
+            id, id_error, notes = id_of(row, record.id, ids)
             where = f"{names[file]}: " if len(names) > 1 else ""
             error = "; ".join(filter(None, [where + record.error, id_error]))[:_MAX_ERROR]
             yield Prompt(row, id, "", None, {}, "", error, notes=notes)
@@ -103,11 +95,11 @@ def _prompts(files: PromptFiles) -> Iterator[Prompt]:
             yield _prompt(row, record, ids, files)
 
 
-def _prompt(row: int, record: dict[str, Any], ids: "_Ids", files: PromptFiles) -> Prompt:
+def _prompt(row: int, record: dict[str, Any], ids: Ids, files: PromptFiles) -> Prompt:
     content = content_of(record, files.columns)
-    beside, beside_error = _beside(content) if content.messages is not None else ({}, None)
+    beside, beside_error = beside_of(content) if content.messages is not None else ({}, None)
     own, extra, key_errors, key_notes = _sort_keys(content.rest, files.strict_keys, beside)
-    id, id_error, id_notes = _id(row, content.id, ids)
+    id, id_error, id_notes = id_of(row, content.id, ids)
     sampling, sampling_error = _sampling(own) if own else ({}, None)
     prompt, token_ids, messages = content.prompt, _whole_ids(content.token_ids), None
     content_error = content.error or _content_error(content, token_ids, files.columns.prompt or "prompt")
@@ -115,7 +107,7 @@ def _prompt(row: int, record: dict[str, Any], ids: "_Ids", files: PromptFiles) -
         content_error = None  # the tokenizer may make a token of it, that of the beginning
     content_error = content_error or beside_error
     if content_error is None and content.messages is not None:
-        messages = _given(content.messages)
+        messages = given(content.messages)
         prompt = json_text(messages)
     error = "; ".join(filter(None, [*key_errors, id_error, content_error, sampling_error]))[:_MAX_ERROR]
     return Prompt(
@@ -142,9 +134,9 @@ def _sort_keys(
     """
     own, extra, errors, notes = {}, {}, [], []
     for name, value in rest.items():
-        if name in SAMPLING:
+        if name in ROW_KEYS:
             if value is not None:
-                own[name] = _without_nulls(value) if name == "logit_bias" else value
+                own[name] = without_nulls(value) if name == "logit_bias" else value
         elif name in SYNONYMS:
             notes.append(f"{name} in rows is read as {SYNONYMS[name]}")
         elif name in beside:
@@ -167,90 +159,22 @@ def _sort_keys(
     return own, extra, errors, notes
 
 
-def _without_nulls(value: Any) -> Any:
-    """An object without the keys that null says are not given."""
-    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
-
-
 def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:
     """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 
 
-def _id(row: int, value: Any, ids: "_Ids") -> tuple[str, str | None, tuple[str, ...]]:
-    """The row's id, what is wrong with it, and what is noted. Without one it is the row's number, whatever ids there are."""
-    if value is None:
-        return str(row), None, ()
-    value = whole(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return str(row), f"id is {_short(value)}: it must be a string or an integer", ()
-    id = storable(str(value))
-    if ids.add(id):
-        return id, None, ()
-    longer = ids.with_file(id)
-    if longer is None or not ids.add(longer):
-        return id, f"id {_short(id)} is that of an earlier row too", ()
-    return longer, None, ("ids that an earlier file also has are written as FILE:id",)
-
-
 def _content_error(content: Content, token_ids: Any, name: str) -> str | None:
     """What is wrong with the part of the row that is to be continued; `name`: the column of its prompt."""
     prompt = content.prompt
     if content.messages is not None:
-        return _messages_error(content.messages)
+        return messages_error(content.messages)
     if token_ids is not None:
         return _token_ids_error(token_ids)
     if not isinstance(prompt, str):
-        return f"{name} is {_short(prompt)}: it must be a string"
+        return f"{name} is {short(prompt)}: it must be a string"
     return None if prompt else f"{name} is empty"
-
-
-def _messages_error(messages: Any) -> str | None:
-    if not isinstance(messages, list):
-        return f"messages is {_short(messages)}: it must be a list of objects with role and content"
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict):
-            return f"messages[{place}] is {_short(message)}: it must be an object with role and content"
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            return f"messages[{place}].role is {_short(role)}: it must be a string such as 'user'"
-        if isinstance(content, list):
-            for part in content:
-                if not isinstance(part, dict) or part.get("type") != "text":
-                    return f"messages[{place}].content has {_short(part)}: only parts of type 'text' can be read"
-                if not isinstance(part.get("text"), str):
-                    return f"messages[{place}].content has {_short(part)}: its 'text' must be a string"
-        elif not isinstance(content, str) and not (content is None and role not in _SPEAKERS):
-            return f"messages[{place}].content is {_short(content)}: it must be a string"
-    return None if messages else "messages is empty"
-
-
-def _given(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without keys that are null, which means not given: tables have every key in every message."""
-    return [
-        _without_nulls(message | {"content": [_without_nulls(part) for part in message["content"]]})
-        if isinstance(message.get("content"), list)
-        else _without_nulls(message)
-        for message in messages
-    ]
-
-
-def _beside(content: Content) -> tuple[dict[str, Any], str | None]:
-    """What the chat template reads beside the row's messages, and what is wrong with it."""
-    beside = {name: content.rest[name] for name in BESIDE if content.rest.get(name) is not None}
-    for name in ("tools", "documents"):  # of another kind they are columns of the user's own
-        if not isinstance(beside.get(name, []), list):
-            del beside[name]
-        for place, one in enumerate(beside.get(name, [])):
-            if not isinstance(one, dict):
-                return beside, f"{name}[{place}] is {_short(one)}: it must be an object"
-    for name, kinds, words in _SWITCHES:
-        if not isinstance(beside.get(name, False), kinds):
-            return beside, f"{name} is {_short(beside[name])}: it must be {words}"
-    if beside.get("continue_final_message") and beside.get("add_generation_prompt"):
-        return beside, "continue_final_message and add_generation_prompt contradict each other: give one of them"
-    return beside, None
 
 
 def _whole_ids(token_ids: Any) -> Any:
@@ -262,10 +186,10 @@ def _whole_ids(token_ids: Any) -> Any:
 
 def _token_ids_error(token_ids: Any) -> str | None:
     if not isinstance(token_ids, list):
-        return f"token_ids is {_short(token_ids)}: it must be a list of integers"
+        return f"token_ids is {short(token_ids)}: it must be a list of integers"
     for place, token_id in enumerate(token_ids):
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            return f"token_ids[{place}] is {_short(token_id)}: it must be an integer from 0"
+            return f"token_ids[{place}] is {short(token_id)}: it must be an integer from 0"
     return None if token_ids else "token_ids is empty"
 
 
@@ -298,58 +222,3 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _short(value: Any) -> str:
-    """A wrong value as an error message shows it."""
-    text = repr(value[:50] if isinstance(value, str | list) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Ids:
-    """The ids so far, as 8-byte hashes: those of this file, and those of earlier files."""
-
-    def __init__(self) -> None:
-        self._ours, self._earlier = _Hashes(), _Hashes()
-        self._file: str | None = None
-
-    def next_file(self, name: str) -> None:
-        self._earlier.join(self._ours)
-        self._ours, self._file = _Hashes(), name
-
-    def add(self, id: str) -> bool:
-        """False if the id was there already."""
-        digest = xxhash.xxh3_64_intdigest(id.encode())
-        return digest not in self._earlier and self._ours.add(digest)
-
-    def with_file(self, id: str) -> str | None:
-        """Another id for one that an earlier file has; None if it is this file that has it twice."""
-        ours = self._file is None or xxhash.xxh3_64_intdigest(id.encode()) in self._ours
-        return None if ours else f"{self._file}:{id}"
-
-
-class _Hashes:
-    """Hashes: recent ones in a set, the others in one sorted array."""
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._sorted = np.empty(0, np.uint64)
-
-    def __contains__(self, digest: int) -> bool:
-        place = self._sorted.searchsorted(np.uint64(digest))
-        return digest in self._recent or bool(place < len(self._sorted) and int(self._sorted[place]) == digest)
-
-    def add(self, digest: int) -> bool:
-        """False if the hash was there already."""
-        if digest in self:
-            return False
-        self._recent.add(digest)
-        if len(self._recent) > 2**16:
-            self.join(_Hashes())
-        return True
-
-    def join(self, other: "_Hashes") -> None:
-        """Takes over the hashes of another."""
-        recent = np.fromiter(self._recent | other._recent, np.uint64)
-        self._sorted = np.sort(np.concatenate([self._sorted, other._sorted, recent]))
-        self._recent.clear()

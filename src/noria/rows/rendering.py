@@ -45,19 +45,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def _compiled(source: str, now: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "dict": _Dict(),
-        "namespace": _Names,
+        "namespace": _PlainNames,
         "raise_exception": _raise_exception,
         "strftime_now": datetime.fromisoformat(now).strftime,
     }
     return environment.from_string(source)
 
 
-class _Names(Namespace):
+class _PlainNames(Namespace):
     """A namespace whose names are plain."""
 
     def __init__(*args: object, **kwargs: object):  # `namespace(self=...)` is right
@@ -82,7 +82,7 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-class _Generation(Extension):
+class _GenerationBlock(Extension):
     """`{% generation %}`, which marks what a model is trained on: here only what is inside it, in a scope of its own."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja2 has it

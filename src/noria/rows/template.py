@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from noria.errors import InputError
-from noria.tools.helper import Failed, Helper, Limits
+from noria.tools.helper import Failed, Helper
+from noria.tools.helper_process import Limits
 
 MAX_SOURCE = 2**18  # characters; the largest that are published have some 30,000
 LIMITS = Limits(memory_nbytes=2**30, cpu_seconds=20, wall_seconds=120, answer_nbytes=2**26)

@@ -10,7 +10,8 @@ from typing import Any
 
 from noria.errors import InputError
 from noria.tools.damage import has_signature
-from noria.tools.helper import Failed, Helper, Limits
+from noria.tools.helper import Failed, Helper
+from noria.tools.helper_process import Limits
 
 # Seconds of the processor tell a loop from a slow disk, on which the other limit allows minutes.
 LIMITS = Limits(memory_nbytes=2**32, cpu_seconds=2, wall_seconds=600, answer_nbytes=2**20, opens_files=True)

@@ -45,8 +45,14 @@ def plural(count: int, noun: str) -> str:
 
 
 def nbytes_words(nbytes: int) -> str:
-    """`512 B`, `1.2 MiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
+    """`512 B`, `1.2 MiB`; from 2 TiB on in TiB."""
+    for unit, size, least in (("TiB", 2**40, 2), ("GiB", 2**30, 1), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if nbytes >= least * size:
             return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} B"
+    return f"{nbytes:.0f} B"
+
+
+def short(value: object) -> str:
+    """A wrong value as an error message shows it."""
+    text = repr(value[:50] if isinstance(value, str | list) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,10 @@
-"""Sizes, times and shards as people write them. Knows no key: what is wrong is said by the name that is given."""
+"""Sizes, times, shards and shares as people write them. Knows no key: what is wrong is said by the name that is given."""
+
+from typing import Any
 
 from noria.errors import InputError, require
+from noria.limits import TIERS
+from noria.tools.keys import nearest
 
 WHOLE = "1/1"  # the shard that is the whole run
 
@@ -64,9 +68,20 @@ def parse_nbytes(text: str, name: str) -> int:
     return nbytes
 
 
-def size_words(nbytes: int) -> str:
-    """Bytes as people read them."""
-    for unit, size in (("TiB", 2 * 1024**4), ("GiB", 1024**3), ("MiB", 1024**2 / 10)):
-        if nbytes >= size:
-            return f"{nbytes / 1024 ** (' KMGT'.index(unit[0])):.1f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB" if nbytes else "0 B"
+def check_shares(name: str, shares: dict[str, Any]) -> None:
+    """Raises InputError unless these are shares in % with sum 100, or sizes, by tier."""
+    require(shares, f'{name} is empty: give shares in %, such as gpu = 60, cpu = 40, or sizes, such as gpu = "40GiB"')
+    for tier in shares:
+        known = f"unknown tier {tier!r} in {name}{nearest(str(tier), TIERS)}; it is one of {', '.join(TIERS)}"
+        require(tier in TIERS, known)
+    if all(isinstance(share, str) for share in shares.values()):
+        for tier, size in shares.items():
+            parse_nbytes(size, f"{name}.{tier}")
+        return
+    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
+    said = ", ".join(f"{tier} = {share!r}" for tier, share in shares.items())
+    require(numbers, f'{name} is {said}: give shares in % or sizes such as "40GiB", not both')
+    for tier, share in shares.items():
+        require(0 <= share <= 100, f"{name}.{tier} is {share:g}: a share must be 0 .. 100 %")
+    total = sum(shares.values())
+    require(abs(total - 100) < 0.01, f"{name} is {said}: the shares sum to {total:g} %, they must sum to 100")
