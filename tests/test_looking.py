@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from noria.errors import InputError
-from noria.tools import helper, look, looking
+from noria.tools import look, looking
+from noria.tools.helper_process import Limits
 from noria.tools.looking import Looker
 
 
@@ -25,7 +26,7 @@ def with_zeros(path):
 
 @pytest.fixture
 def looker(monkeypatch):
-    monkeypatch.setattr(looking, "LIMITS", helper.Limits(2**32, 1, 120, 2**20, opens_files=True))
+    monkeypatch.setattr(looking, "LIMITS", Limits(2**32, 1, 120, 2**20, opens_files=True))
     with Looker() as looker:
         yield looker
 

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from noria.errors import InputError
 from noria.names import _WORDS, NEAR, edit_distance, misspelt
-from noria.rows import prompts
 from noria.rows.prompt_files import content_hash, count, extends
 from noria.rows.prompts import open_prompts
-from noria.sampling import Sampling
+from noria.sampling import ROW_KEYS, Sampling
 
 
 def rows_of(tmp_path, *records):
@@ -81,7 +80,7 @@ def test_every_sampling_key_may_stand_in_a_row(tmp_path):
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
     }
-    assert set(values) == set(prompts.SAMPLING)
+    assert set(values) == set(ROW_KEYS)
     prompt = row_of(tmp_path, {"prompt": "p"} | values)
     assert prompt.error is None and prompt.sampling == values
 
@@ -161,7 +160,7 @@ def test_a_row_that_could_not_be_read_has_the_id_that_it_gave_itself(tmp_path):
 
 
 def test_null_is_a_key_that_is_not_given(tmp_path):
-    nulls = dict.fromkeys(["id", "token_ids", "messages", *prompts.SAMPLING])
+    nulls = dict.fromkeys(["id", "token_ids", "messages", *ROW_KEYS])
     prompt = row_of(tmp_path, nulls | {"prompt": "p", "own": None})
     assert (prompt.id, prompt.error, prompt.sampling, prompt.extra) == ("0", None, {}, '{"own": null}')
 
@@ -318,7 +317,7 @@ def test_the_edit_distance_is_that_of_its_definition(a, b):
     assert edit_distance(a, b) == distance(a, b)
 
 
-VALUES = dict.fromkeys(prompts.SAMPLING, 1) | {"stop": "x", "system": "x", "stop_token_ids": [1]}
+VALUES = dict.fromkeys(ROW_KEYS, 1) | {"stop": "x", "system": "x", "stop_token_ids": [1]}
 VALUES |= {"logit_bias": {}} | dict.fromkeys(("ignore_eos", "chat", "prompt_logprobs"), True)
 
 

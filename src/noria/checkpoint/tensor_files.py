@@ -2,6 +2,10 @@
 
 A shard tells its tensors' dtypes and shapes, and gives a tensor's numbers as flat chunks of bounded size. Knows nothing
 of models or checkpoints. The safetensors format: github.com/huggingface/safetensors, section Format.
+
+The library safetensors is not used here. It reads by a map of the file, whose pages count as the process's memory: of a
+file of 256 MiB, read slice by slice, it keeps 255 MiB in memory, this module 20, and `convert` promises a few MiB whatever
+the model's size. Extents are checked here against hostile headers. The tests write their files with the library.
 """
 
 import json

@@ -3,7 +3,8 @@
 Knows files and rows; not which files these are, nor what becomes of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +18,75 @@ from noria.tools.atomic import GuardedFile, fsync, replacing
 from noria.tools.trailer import append_trailer
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of many files. `opened`: see sealed.gather; `change`: makes of each row, in order, what is written of it."""
+
+    files: Sequence[Part]
+    selection: Selection
+    opened: Sequence[Generations] | None = None
+    change: Callable[[Generation], Generation] | None = None
+
+    def blocks(self) -> Iterator[list[Generation]]:
+        """The rows in order, a few at a time."""
+        for block in gather(self.files, self.selection, self.opened):
+            yield [self.change(one) for one in block] if self.change else block
+
+
 def assemble(
     target: Path,
-    files: Sequence[Part],
-    selection: Selection,
+    rows: Chosen,
     attrs: Mapping[str, Any],
-    check: Callable[[Generations], list[str]],
-    timing: Mapping[str, Any] | None = None,
-    complete: bool = True,
+    timing: Mapping[str, Any] | None,
     remedy: str = "the parts are kept: make room and start the same run again",
-    opened: Sequence[Generations] | None = None,
-    change: Callable[[Generation], Generation] | None = None,
+    check: Callable[[Generations], list[str]] = lambda file: [],
 ) -> None:
-    """Writes the selected rows of `files` to `target`, in order; what had that name before is replaced.
+    """Writes the chosen rows to `target`, in order; what had that name before is replaced.
 
-    `attrs` must hold `header`; `timing` and `change` are those of merge.merge, `opened` that of sealed.gather. `check` looks
-    at the new file before it gets its name and returns the columns that are wrong. Raises WriteError if the disk is full,
-    with the remedy, OSError if the file does not read back as it was written; then there is nothing new.
+    `attrs` must hold `header`; `timing` is that of merge.merge (None: the rows are a part of an unfinished output). `check`
+    looks at the new file too before it gets its name, and returns the columns that are wrong. Raises WriteError if the disk
+    is full, with the remedy, OSError if the file does not read back as it was written; then there is nothing new.
     """
     with replacing(target, remedy) as unchecked:
-        sums = _write(unchecked, files, selection, attrs, timing or {}, complete, remedy, opened, change)
-        if not complete:
+        sums = _write(unchecked, rows, attrs, timing, remedy)
+        if timing is None:
             append_trailer(unchecked)
         fsync(unchecked)
         with open_generations(unchecked) as file:
             found = checksums(file.datasets, file.scores)
-            wrong = [name for name in sums if found.get(name) != sums[name]] + check(file)
-            if wrong or file.complete != complete:
+            wrong = [name for name in sums if found.get(name) != sums[name]] + _other_rows(file, rows.selection)
+            wrong += check(file)
+            if wrong or file.complete != (timing is not None):
                 kept = remedy.partition(":")[0]
-                raise OSError(f"{target} does not read back as it was written ({', '.join(wrong)}): {kept}, try again")
+                raise OSError(
+                    f"{target} does not read back as it was written ({', '.join(dict.fromkeys(wrong))}): {kept}, try again"
+                )
+
+
+def _other_rows(file: Generations, selection: Selection) -> list[str]:
+    keys = zip(("row", "sample"), (selection.row, selection.sample), strict=True)
+    return [name for name, wanted in keys if not np.array_equal(file.column(name), wanted)]
 
 
 def _write(
-    path: Path,
-    files: Sequence[Part],
-    selection: Selection,
-    attrs: Mapping[str, Any],
-    timing: Mapping[str, Any],
-    complete: bool,
-    remedy: str,
-    opened: Sequence[Generations] | None,
-    change: Callable[[Generation], Generation] | None,
+    path: Path, rows: Chosen, attrs: Mapping[str, Any], timing: Mapping[str, Any] | None, remedy: str
 ) -> dict[str, str]:
-    scores = scores_together(part.scores for part in files)
+    selection = rows.selection
+    scores = scores_together(part.scores for part in rows.files)
     tokens, prompt_tokens = int(selection.num_tokens.sum()), int(selection.num_prompt_tokens.sum())
     with GuardedFile(path) as disk:
         try:
             with h5py.File(path.name, "w", driver="fileobj", fileobj=disk) as file:
                 write_attrs(file, {"format": FORMAT, "version": VERSION, "complete": False, **attrs})
                 writer = RowWriter(file, len(selection.row), tokens, prompt_tokens, scores)
-                for block in gather(files, selection, opened):
-                    writer.append([change(one) for one in block] if change else block)
+                for block in rows.blocks():
+                    writer.append(block)
                     disk.check(remedy)
-                if complete:
+                if timing is not None:
                     _write_timing(file.create_group("timing"), timing)
                 sums = writer.finish()
                 file.flush()
-                if complete:
+                if timing is not None:
                     file.attrs["complete"] = True
         finally:
             disk.check(remedy)

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from noria.errors import InputError
-from noria.output.assemble import assemble
-from noria.output.generations import Generations, open_generations, verify_checksums
+from noria.output.assemble import Chosen, assemble
+from noria.output.generations import open_generations, verify_checksums
 from noria.output.parts import Parts
 from noria.output.sealed import WHOLE, Part, scan_one, select, to_stderr
 
@@ -62,11 +60,6 @@ def _compact(parts: Parts, run: list[Part]) -> Path:
     # The number is taken first: a part that is sealed meanwhile comes after this one, as it comes after those replaced.
     path = parts.reserve()
     selection = select(run, half_way=True)
-
-    def check(file: Generations) -> list[str]:
-        keys = zip(("row", "sample"), (selection.row, selection.sample), strict=True)
-        return [name for name, wanted in keys if not np.array_equal(file.column(name), wanted)]
-
     attrs = {
         "header": json.dumps(parts.header),
         "level": run[0].level + 1,
@@ -80,6 +73,7 @@ def _compact(parts: Parts, run: list[Part]) -> Path:
                 verify_checksums(opened[-1])  # what is damaged is not copied as if it were right
                 if len(run) <= _MAX_OPEN:
                     files.push(one.pop_all())
-        assemble(path, run, selection, attrs, check, complete=False, opened=opened if len(run) <= _MAX_OPEN else None)
+        chosen = Chosen(run, selection, opened if len(run) <= _MAX_OPEN else None)
+        assemble(path, chosen, attrs, timing=None)
     parts.replace(run, scan_one(path, verify=False))
     return path

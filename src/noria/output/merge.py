@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from noria.output.assemble import assemble
+from noria.output.assemble import Chosen, assemble
 from noria.output.generations import Generation, Generations
 from noria.output.parts import Parts
 from noria.output.schema import STATUS
@@ -71,7 +71,7 @@ def merge(
         return _wrong_rows(file, rows, samples)
 
     attrs = {"header": json.dumps(parts.header), "repeated_rows": selection.num_repeated, **attrs}
-    assemble(output, parts.parts, selection, attrs, check, timing, change=change)
+    assemble(output, Chosen(parts.parts, selection, change=change), attrs, timing or {}, check=check)
     parts.remove()
     return merged
 

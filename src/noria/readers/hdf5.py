@@ -20,7 +20,7 @@ from h5py import h5d
 from noria import readers
 from noria.errors import Changed, InputError, require
 from noria.readers import PROMPT_NAMES, AnyPath, BadRow, Known
-from noria.tools.damage import has_signature
+from noria.tools.damage import DAMAGED, has_signature
 from noria.tools.helper import Failed, Helper
 from noria.tools.helper_process import Limits
 
@@ -136,16 +136,7 @@ def _open(source: Any, path: AnyPath, names: Collection[str]) -> Iterator[tuple[
             yield columns, ragged, _num_rows(columns, ragged, path, names)
     except InputError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"prompts {path}: cannot be read as HDF5 ({reason}): it is damaged, or of another kind"

@@ -8,6 +8,8 @@ from pathlib import Path
 from noria.errors import InputError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# What h5py raises on broken metadata.
+DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError)
 
 
 @contextmanager
@@ -17,16 +19,7 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except DAMAGED as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 

@@ -60,11 +60,10 @@ def provenance(
     devices: Sequence[str],
     start: str,
     mpi_library: str = "",
-    job_ids: Mapping[str, str] | None = None,
     **more: object,
 ) -> dict[str, object]:
     """Attributes for `merge`: the full text of the run file, versions, hashes, launcher, ranks, devices (one a rank),
-    job ids, start and end (now) in UTC, and whatever else is named."""
+    start and end (now) in UTC, and whatever else is named; job ids are none unless they are."""
     return {
         "run_file": run_file,
         "versions": versions(mpi_library),
@@ -73,7 +72,7 @@ def provenance(
         "launcher": launcher,
         "ranks": len(devices),
         "devices": list(devices),
-        "job_ids": dict(job_ids or {}),
+        "job_ids": {},
         "start": start,
         "end": now(),
         **more,
