@@ -1,7 +1,6 @@
 """The whole program on one page: read, plan, place, build, execute, write."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -81,7 +80,7 @@ def _generate(
     plan = _plan(config, here, work)
     watchdog.computes(plan.stage_words(here.rank))
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
-    segment = segment_of(job_ids(os.environ), hosts, devices, sys.argv, started)
+    segment = segment_of(job_ids(), hosts, devices, sys.argv, started)
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
     with contextlib.closing(opened) as model, contextlib.ExitStack() as on_error:
         seen = config.model, model.nbytes, model.header_hash, work.identity.header["checkpoint"]

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     output, shards = arguments.output, arguments.shards
-    job = next(iter(job_ids(os.environ).values()), "")
+    job = next(iter(job_ids().values()), "")
     holder = {"job": job, "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(output, holder, to_stderr):
         count = merge_shards(shards, output, sys.argv)

@@ -66,7 +66,7 @@ class ThisRank:
     def own(self, output: str) -> Iterator[None]:
         """This job's locks, which rank 0 takes: on the output, and on a folder of parts that is a link, since another
         output may have a link to the same."""
-        holder = {"job": job_id(os.environ), "host": self.location.host, "process": os.getpid(), "start": now()}
+        holder = {"job": job_id(), "host": self.location.host, "process": os.getpid(), "start": now()}
         folder = parts_folder(output)
         linked = [folder.resolve() / "parts"] if folder.is_symlink() and folder.is_dir() else []
         with contextlib.ExitStack() as held:

@@ -3,6 +3,7 @@
 Knows nothing of ranks, devices or the run.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -43,12 +44,12 @@ class Scheduler:
         return f"{count} = 0" if no else ""
 
 
-def job_id(environment: Environment) -> str:
+def job_id(environment: Environment = os.environ) -> str:
     """The scheduler's name of this job, with an array's index as the scheduler writes it; "" outside of one."""
     return next((name for one in SCHEDULERS if (name := one.job_id(environment))), "")
 
 
-def job_ids(environment: Environment) -> dict[str, str]:
+def job_ids(environment: Environment = os.environ) -> dict[str, str]:
     """The schedulers' names of this job, by their variables; nothing else of the environment."""
     return {name: environment[name] for one in SCHEDULERS for name in one.job if environment.get(name)}
 
