@@ -20,6 +20,7 @@ from noria import order
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import Checkpoint
 from noria.checkpoint.convert import convert
+from noria.errors import InputError
 from noria.limits import MAX_GROUPS
 
 
@@ -221,7 +222,7 @@ def test_a_finished_output_stays_where_it_is_when_the_run_is_refused(refusal, fo
 
 def test_damage_found_while_the_model_is_loaded_leaves_nothing_behind(folder, capsys, monkeypatch):
     def damaged(*arguments):
-        raise noria.run.InputError("block layers/0001 is damaged")
+        raise InputError("block layers/0001 is damaged")
 
     monkeypatch.setattr(noria.run, "load", damaged)
     assert main(small_run.command(folder, "damaged.h5")) == 2
@@ -231,7 +232,7 @@ def test_damage_found_while_the_model_is_loaded_leaves_nothing_behind(folder, ca
 
 def test_a_run_refused_where_nobody_looked_before_takes_its_empty_folder_away(refusal, monkeypatch):
     def damaged(*arguments):
-        raise noria.run.InputError("the tokenizer is damaged")
+        raise InputError("the tokenizer is damaged")
 
     monkeypatch.setattr("noria.desk.desk.Admission", damaged)
     assert "the tokenizer is damaged" in refusal(output="tokenizer.h5")
