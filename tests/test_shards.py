@@ -95,7 +95,7 @@ def test_the_help_says_how_shards_are_counted(capsys):
         main(["run", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "--shard I/N i/n: generate only every n-th row, from row i on (1/4, 2/4, 3/4, 4/4: as job arrays count from 1)"
+        "--shard I/N i/n: generate only every n-th row, starting at row i (1/4, 2/4, 3/4, 4/4: counted from 1, as in job arrays)"
         in said
     )
 
