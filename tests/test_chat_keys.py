@@ -128,7 +128,7 @@ def test_a_template_that_reads_parts_alone_gets_norias_own_messages_as_parts_and
     ]
     assert told == []
     said(tmp_path, encode, {"messages": TALK}, {"messages": TALK})
-    assert len(told) == 1 and "reads content parts alone" in told[0]
+    assert len(told) == 1 and "reads only content parts" in told[0]
 
 
 def test_the_flag_takes_a_json_object_and_the_run_file_a_table(tmp_path):

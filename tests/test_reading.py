@@ -117,8 +117,8 @@ def test_a_disk_tier_holds_the_blocks_one_after_another(checkpoint, tmp_path, st
 
 @pytest.mark.parametrize("checkpoint", ["file"], indirect=True)
 def test_a_disk_tier_checks_a_block_when_it_is_first_loaded(checkpoint):
-    tier = Disk(checkpoint_regions(checkpoint, ["layers/0000", "layers/0001"]), STREAMS, 8192, 2)
     damage(checkpoint, "layers/0001")
+    tier = Disk(checkpoint_regions(checkpoint, ["layers/0000", "layers/0001"]), STREAMS, 8192, 2)
     first, second = (
         torch.zeros(checkpoint.blocks[name].nbytes, dtype=torch.uint8) for name in ("layers/0000", "layers/0001")
     )

@@ -89,7 +89,7 @@ class Placement:
     )
     scratch: str | None = key(
         "folder on a local disk of the node, for a cache on disk and for stage; the run removes its files from it (default:"
-        " $SLURM_TMPDIR, else $TMPDIR, else the output's folder)"
+        " $SLURM_TMPDIR; else $TMPDIR, else the output's folder)"
     )
     stage: bool = key("copy the weights of the disk tier to scratch once, and read them there", False)
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -67,11 +66,11 @@ class ThisRank:
         """This job's locks, which rank 0 takes: on the output, and on a folder of parts that is a link, since another
         output may have a link to the same."""
         holder = {"job": job_id(), "host": self.location.host, "process": os.getpid(), "start": now()}
-        folder = parts_folder(output)
-        linked = [folder.resolve() / "parts"] if folder.is_symlink() and folder.is_dir() else []
         with contextlib.ExitStack() as held:
-            for place in (Path(output), *linked):
-                held.enter_context(OutputLock(place, holder, lambda message: log(0, 1, message)))
+            held.enter_context(OutputLock(output, holder, lambda message: log(0, 1, message)))
+            folder = parts_folder(output)
+            if folder.is_symlink() and folder.is_dir():
+                held.enter_context(OutputLock(folder.resolve() / "parts", holder, lambda message: log(0, 1, message)))
             yield
 
     def check_same(self, model: str | None, nbytes: int, header_hash: str, examined: str) -> None:
