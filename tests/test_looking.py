@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from noria.errors import InputError
-from noria.tools import look, looking
+from noria.tools import looking, looking_child
 from noria.tools.helper_process import Limits
 from noria.tools.looking import Looker
 
@@ -79,4 +79,4 @@ def test_the_child_reads_what_only_its_user_may_and_needs_no_torch(looker, tmp_p
     path.chmod(0o600)
     looker.look(path)
     assert "libtorch" not in Path(f"/proc/{looker._helper.pid}/maps").read_text()
-    assert look.answer({"path": str(path)}) is None
+    assert looking_child.answer({"path": str(path)}) is None

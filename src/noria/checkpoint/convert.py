@@ -22,8 +22,8 @@ from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkp
 from noria.errors import InputError
 from noria.model import ModelShape
 from noria.tools import atomic
+from noria.tools.changes import looks_of, refuse_changed
 from noria.tools.lock import OutputLock
-from noria.tools.looks import looks_of, refuse_changed
 from noria.tools.provenance import now
 from noria.tools.writing import making
 

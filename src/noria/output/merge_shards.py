@@ -21,9 +21,9 @@ from noria.output.schema import STATUS
 from noria.output.sealed import Part, part_files, parts_folder, scan, scan_one, select, to_stderr
 from noria.output.segments import read_segments, segments_of
 from noria.tools.atomic import check_folder
+from noria.tools.changes import looks_of, refuse_changed
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.looking import Looker
-from noria.tools.looks import looks_of, refuse_changed
 from noria.tools.text import plural
 from noria.tools.values import WHOLE, parse_shard, shard_rows
 

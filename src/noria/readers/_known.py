@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from noria.errors import Changed
-from noria.tools.looks import Look, look_of
+from noria.tools.changes import Look, look_of
 
 BLOCK_NBYTES = 2**20  # of a digest of 8 bytes
 _KEPT = 8  # blocks that stay in memory: a library reads a column here, a column there

@@ -18,7 +18,7 @@ from noria import readers
 from noria.errors import InputError, require
 from noria.readers import AnyPath, BadRow, Known
 from noria.rows.columns import Columns
-from noria.tools.looks import look_of
+from noria.tools.changes import look_of
 from noria.tools.text import plural
 
 EXTENDABLE = (".jsonl", ".ndjson", ".txt")  # more bytes after a line's end leave its rows as they were

@@ -49,7 +49,7 @@ class Looker:
             self._helper = None
 
     def _ask(self, path: Path, request: dict[str, Any]) -> None:
-        self._helper = self._helper or Helper("noria.tools.look", LIMITS, LIBRARIES)
+        self._helper = self._helper or Helper("noria.tools.looking_child", LIMITS, LIBRARIES)
         try:
             self._helper.ask(request)
         except Failed as error:
