@@ -18,6 +18,8 @@ from noria.errors import InputError
 from noria.output.generations import NewerVersion, open_generations
 from noria.output.parts import Parts, part_files, parts_folder, scan, select
 from noria.output.sealed import RowSet
+from noria.output.segments import read_segments
+from noria.output.target import begun_with
 from output_rows import as_tuple, fill, make_row
 
 HEADER = {"prompts_hash": "ab12", "dtype": "float32", "sampling": {"temperature": 0.5}}
@@ -61,6 +63,19 @@ def test_the_index_of_a_part_just_sealed_is_the_one_read_from_its_file(output):
         assert (ours.path, ours.header, ours.scores) == (read.path, read.header, read.scores)
         for name in ("row", "sample", "status", "num_tokens", "num_prompt_tokens"):
             assert getattr(ours, name).tolist() == getattr(read, name).tolist()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_left_out_of_the_parts_by_name_and_is_not_waited_for(output, make):
+    fill(Parts(output, HEADER), [make_row(row) for row in range(4)], 2)
+    path = parts_folder(output) / "part-000000.h5"
+    path.rename(path.with_name("part-000007.h5"))
+    make(path)
+    make(parts_folder(output) / "segment-000007.json")
+    said = []
+    assert sum(len(part.row) for part in scan(parts_folder(output), said.append)) == 4
+    assert said == [f"part left out, its rows are generated again: {path} is not a regular file"]
+    assert read_segments(parts_folder(output)) == [] and begun_with(output) == HEADER
 
 
 def test_sealing_nothing_makes_no_file(output):

@@ -4,6 +4,7 @@ Knows the order of parts, nothing of how they are written nor of the run that fi
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -133,7 +134,7 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
             except NewerVersion:
                 raise
             except (InputError, OSError) as error:
-                if not path.exists():
+                if not os.path.lexists(path):  # a link that leads nowhere stays: it is no part
                     raise FileNotFoundError(f"{path} is gone") from error
                 damaged.append(f"part left out, its rows are generated again: {error}")
     for message in reversed(damaged):
@@ -144,6 +145,8 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
 def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> Part:
     """What one file holds, a part or a finished output. `verify`: its checksum is compared before HDF5 opens it, or those
     of its columns if it has none. Raises as open_generations and verify_checksums."""
+    if os.path.lexists(path) and not path.is_file():  # to open a pipe would wait for its writer
+        raise InputError(f"{path} is not a regular file")
     whole = agrees(path) if verify else None
     if whole is False:
         raise InputError(f"{path} is damaged: it does not agree with its checksum")

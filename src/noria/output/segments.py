@@ -91,6 +91,8 @@ def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     numbered = sorted((int(match[1]), path) for path in paths if (match := SEGMENT_NAME.fullmatch(path.name)))
     found = []
     for _, path in numbered:
+        if not path.is_file():  # to read a pipe would wait for its writer
+            continue
         try:
             segment = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):

@@ -57,7 +57,7 @@ def probe_output(path: str | Path, overwrite: bool = False, move: bool = True) -
 def begun_with(path: str | Path) -> dict[str, Any] | None:
     """The header of what lies at an output's place, finished or not; None if nothing does that can be read."""
     path = Path(path)
-    for file in [path, *part_files(parts_folder(path))]:
+    for file in filter(Path.is_file, [path, *part_files(parts_folder(path))]):  # a pipe would wait for its writer
         try:
             with Looker() as looker, open_generations(file, None if agrees(file) else looker) as opened:
                 header = json.loads(opened.attrs.get("header", "{}"))
