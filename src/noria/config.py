@@ -173,7 +173,7 @@ class Config:
         "read only this many rows, to try; the same command without it continues with the others (default: all rows)"
     )
     max_context: int | None = key(
-        "maximum number of tokens of a prompt and its generation together (default: the model's: by its config.json)"
+        "maximum length of a row: tokens of its prompt and its generation together (default: the model's: by its config.json)"
     )
     dtype: str = key(
         "number format of the computation (auto: the checkpoint's on a GPU, float32 on a CPU)",

@@ -27,8 +27,8 @@ class Sampling:
     """
 
     max_new_tokens: int | None = key(
-        "maximum number of tokens to generate, per row; 0 only scores the prompt (default: 256; for OpenAI batch lines what"
-        " the context leaves)"
+        "maximum length of a generation: tokens to generate, per row; 0 only scores the prompt (default: 256;"
+        " for OpenAI batch lines what the context leaves)"
     )
     min_new_tokens: int = key("minimum number of tokens to generate: nothing ends the row before", 0)
     generation_config: str = key(
