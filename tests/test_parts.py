@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forks import forked
+from noria.__main__ import main
 from noria.errors import InputError
 from noria.output.generations import NewerVersion, open_generations
 from noria.output.parts import Parts, part_files, parts_folder, scan, select
@@ -76,6 +77,7 @@ def test_what_is_no_file_is_left_out_of_the_parts_by_name_and_is_not_waited_for(
     assert sum(len(part.row) for part in scan(parts_folder(output), said.append)) == 4
     assert said == [f"part left out, its rows are generated again: {path} is not a regular file"]
     assert read_segments(parts_folder(output)) == [] and begun_with(output) == HEADER
+    assert main(["inspect", str(output)]) == 0
 
 
 def test_sealing_nothing_makes_no_file(output):

@@ -17,7 +17,7 @@ def hindrance(output: Path) -> str | None:
         found = not_readable(folder) or not_writable(folder) or not_removable(folder)
         if found:
             return found
-        for part in part_files(folder):
+        for part in filter(Path.exists, part_files(folder)):  # a link that leads nowhere is left out
             if (found := not_readable(part) or not_removable(part)) is not None:
                 return found
     return not_writable(lock) if lock.exists() else None
