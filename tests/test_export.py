@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import h5py
 import numpy as np
 import pytest
 
@@ -175,6 +176,31 @@ def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
     told = []
     assert export(output, tmp_path / "out.jsonl", told.append) == 2
     assert "part-000000.h5" in told[0]
+
+
+def test_damage_that_no_writer_can_take_is_told_by_its_column_and_a_fault_of_the_program_is_not_called_damage(
+    output, tmp_path, monkeypatch
+):
+    rows = [make_row(0), make_row(1)]
+    rows[0].extra = '{"note": 1}'
+    finish(output, rows)
+    with monkeypatch.context() as patched, pytest.raises(LookupError, match="a fault"):
+        patched.setattr(export_module, "own_columns", lambda extra: {}[f"a fault of {extra!r}"])
+        export(output, tmp_path / "rows.jsonl")
+    with h5py.File(output, "r+") as file:
+        file["extra"][0] = '{"note" 1}'
+    with pytest.raises(InputError, match=rf"{output}.*extra"):
+        export(output, tmp_path / "rows.jsonl")
+    with h5py.File(output, "r+") as file:
+        file["extra"][0] = "[1]"
+    with pytest.raises(InputError, match=rf"{output}: a row's own columns are not a JSON object"):
+        export(output, tmp_path / "rows.jsonl")
+    with h5py.File(output, "r+") as file:
+        file["extra"][0] = '{"note" 1}'
+        del file.attrs["checksums"]
+    with pytest.raises(InputError, match=rf"{output} is damaged: JSONDecodeError"):
+        export(output, tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 @pytest.mark.parametrize(

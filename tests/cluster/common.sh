@@ -6,10 +6,16 @@ num_passed=0 num_failed=0 num_skipped=0
 
 # case NAME FUNCTION: runs the function in a shell of its own that stops at the first error; its output is kept for a failure.
 run_case() {
-    local name=$1 log before=$SECONDS code=0
+    local name=$1 log before=$SECONDS code tries
     log=$scratch/logs/$2.log
-    ( set -euo pipefail; cd "$workplace"; "$2" ) >"$log" 2>&1 &
-    wait $! || code=$?
+    for tries in 1 2 3; do
+        code=0
+        ( set -euo pipefail; cd "$workplace"; "$2" ) >"$log" 2>&1 &
+        wait $! || code=$?
+        # Seen of mpirun on a busy machine: it says nothing of the case.
+        if [ $code -eq 0 ] || ! grep -qF "listener thread failed to start" "$log"; then break; fi
+        echo "cluster: try $tries: $name: mpirun did not start"
+    done
     if [ $code -eq 0 ]; then
         num_passed=$((num_passed + 1))
         echo "cluster: passed: $name ($((SECONDS - before)) s)"

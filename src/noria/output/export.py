@@ -6,7 +6,7 @@ Knows the finished output and its parts; nothing of how they came about.
 import contextlib
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.export_openai import responses
 from noria.output.export_tables import write_csv, write_parquet
-from noria.output.generations import Generation, Generations, open_generations, stored_checksums
+from noria.output.generations import Generation, Generations, open_generations, stored_checksums, verify_checksums
 from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.tools.atomic import check_file, replacing
 from noria.tools.keys import nearest
@@ -59,7 +59,24 @@ def export(
         compared = _compared(file, format)
         if not compared:
             report(f"{source} has no checksums: it is not known whether its rows are as they were written")
-        return _write(target, lambda: file.rows(compared), format, str(file.attrs.get("start", "")))
+        with _damage_named(file, compared):
+            return _write(target, lambda: file.rows(compared), format, str(file.attrs.get("start", "")))
+
+
+@contextlib.contextmanager
+def _damage_named(file: Generations, compared: Sequence[str]) -> Iterator[None]:
+    """What damaged values make the writers raise, before their column's checksum is compared, as an InputError."""
+    try:
+        yield
+    except InputError as error:
+        if str(file.path) in str(error):
+            raise
+        raise InputError(f"{file.path}: {error}") from error
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        if compared:
+            verify_checksums(file)  # names the columns that differ; where none does, the fault is not the file's
+            raise
+        raise InputError(f"{file.path} is damaged: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
 def _compared(file: Generations, format: str) -> list[str]:
