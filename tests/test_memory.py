@@ -93,6 +93,12 @@ CASES = {
         {f"{V1}/a": v1(600, 100, hierarchy=0), f"{V1}/a/b": v1(2000, 100, hierarchy=1)},
         1900,
     ),
+    "version 1, the group's own limit, which does not hold below": (
+        "4:memory:/a/b\n",
+        MOUNT_1.format(top="/"),
+        {f"{V1}/a": v1(2000, 100, hierarchy=0), f"{V1}/a/b": v1(600, 100, hierarchy=0)},
+        500,
+    ),
     "version 1, a container's path from the host's top": (
         "4:memory:/docker/0a1b/job\n",
         MOUNT_1.format(top="/docker/0a1b"),

@@ -32,11 +32,11 @@ def free_nbytes(root: Path = Path("/")) -> int:
     """
     lines = (root / "proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return min([available, *(_left(folder, names) for folder, names in _groups(root))])
+    return min([available, *(_left(folder, names, own) for folder, names, own in _groups(root))])
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, _Names]]:
-    """The folders of this process's group and of all above it, in each hierarchy that may limit memory."""
+def _groups(root: Path) -> Iterator[tuple[Path, _Names, bool]]:
+    """The folders of this process's group and of all above it, in each hierarchy that may limit memory; and which it is."""
     paths = _paths(root)
     for mount, top, version in _mounts(root):
         path = paths.get(version)
@@ -44,11 +44,11 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Names]]:
             continue
         # A container sees its own group as the top of the mount, and in older ones its path from the host's.
         below = path.removeprefix(top.rstrip("/")).strip("/")
-        folder = root / mount.lstrip("/")
-        yield folder, version
-        for part in below.split("/") if below else ():
+        folder, parts = root / mount.lstrip("/"), below.split("/") if below else []
+        yield folder, version, not parts
+        for number, part in enumerate(parts, 1):
             folder = folder / part
-            yield folder, version
+            yield folder, version, number == len(parts)
 
 
 def _paths(root: Path) -> dict[_Names, str]:
@@ -75,11 +75,11 @@ def _mounts(root: Path) -> Iterator[tuple[str, str, _Names]]:
             yield mount, top, _VERSION_1
 
 
-def _left(folder: Path, names: _Names) -> int:
-    """Bytes that one group leaves; without limit if it has none, or the limit does not hold for groups below it."""
+def _left(folder: Path, names: _Names, own: bool) -> int:
+    """Bytes that one group leaves; without limit if it has none, or it holds for no groups below it and is not our own."""
     limits = [number for name in names.limits if (number := _number(folder / name)) is not None]
     usage = _number(folder / names.usage)
-    if not limits or usage is None or _number(folder / "memory.use_hierarchy") == 0:
+    if not limits or usage is None or (not own and _number(folder / "memory.use_hierarchy") == 0):
         return UNLIMITED
     stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat") if " " in line)
     reclaimable = sum(int(stat.get(name, 0)) for name in names.reclaimable)

@@ -57,7 +57,7 @@ def _all_whole(path: Path, num_parts: int, damaged: list[str]) -> None:
 
 def _summary(path: Path, parts: list[Part], damaged: list[str]) -> Summary:
     folder, selection = parts_folder(path), select(parts)
-    segments, files = read_segments(folder), [file.lstat() for file in part_files(folder)]
+    segments, files = read_segments(folder), [file.stat() for file in part_files(folder) if file.exists()]
     header = parts[-1].header if parts else {}
     of = segments[-1]["of"] if segments else 0
     sealed = age(time.time() - max(file.st_mtime for file in files)) if files else "never"
