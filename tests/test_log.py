@@ -39,7 +39,8 @@ def logger():
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
     yield logger
-    logger.handlers, logger.level, logger.propagate = before
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)  # not the attribute: what is enabled is kept
 
 
 def test_a_handler_and_a_level_of_the_program_that_runs_noria_are_left_alone(logger, capsys):

@@ -13,6 +13,7 @@ from functools import partial
 from noria import readers
 from noria.readers import AnyPath, BadRow, lines, too_long
 
+_LEAST_NBYTES = 64  # that a line counts in its record
 # The rest of a quoted field, up to its closing quote: a doubled quote is one of its text (RFC 4180).
 _CLOSING = re.compile(r'[^"]*+(?:""[^"]*+)*+"')
 
@@ -62,7 +63,7 @@ class Feed:
     def keep(self, count: int) -> None:
         """The record has its first `count` lines alone; the others are read again."""
         again = self.taken[count:]
-        self._nbytes -= sum(len(text or "") for _, text in again)
+        self._nbytes -= sum(map(_held, again))
         self._back.extendleft(reversed(again))
         del self.taken[count:]
 
@@ -72,10 +73,15 @@ class Feed:
     def __next__(self) -> str:
         line = self._back.popleft() if self._back else next(self._lines)
         self.taken.append(line)
-        self._nbytes += len(line[1] or "")
+        self._nbytes += _held(line)
         if line[1] is None or self._nbytes > readers.MAX_LINE_NBYTES:
             raise TooLong
         return line[1]
+
+
+def _held(line: tuple[int, str | None]) -> int:
+    """What a line counts: a record of very many short ones takes memory by their number."""
+    return max(len(line[1] or ""), _LEAST_NBYTES)
 
 
 def _numbered(path: AnyPath) -> Iterator[tuple[int, str | None]]:
