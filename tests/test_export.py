@@ -169,6 +169,21 @@ def test_a_job_that_finishes_meanwhile_is_exported_whole(output, tmp_path, monke
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
 
+def test_an_export_that_fails_beside_a_link_that_leads_nowhere_is_not_tried_for_ever(output, tmp_path, monkeypatch):
+    fill(Parts(output, HEADER), [make_row(0)], 1)
+    (tmp_path / "run.h5.parts" / "part-000009.h5").symlink_to(tmp_path / "nowhere")
+    tries = []
+
+    def full(*_):
+        tries.append(1)
+        assert len(tries) < 3, "tried for ever"
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(export_module, "_write", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(output, tmp_path / "rows.jsonl")
+
+
 def test_a_damaged_part_is_told_and_the_others_are_exported(output, tmp_path):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row) for row in range(4)], 2)

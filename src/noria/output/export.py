@@ -6,6 +6,7 @@ Knows the finished output and its parts; nothing of how they came about.
 import contextlib
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,7 +54,7 @@ def export(
             return _write(target, _rows_so_far(source, report), format, "")
         except (InputError, OSError):
             # A job that runs may have put parts together meanwhile, or merged them all: then the output itself is there.
-            if not source.exists() and all(path.exists() for path in parts):
+            if not source.exists() and all(map(os.path.lexists, parts)):
                 raise
     with open_generations(source) as file:
         compared = _compared(file, format)
