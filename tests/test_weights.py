@@ -9,6 +9,7 @@ from late_streams import LateStreams
 from noria.blocks import lay_out, layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.engine.assembly import weights_of
 from noria.engine.cycle import Cycle
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
@@ -22,7 +23,12 @@ CPU = torch.device("cpu")
 
 def resident(checkpoint, names, dtype):
     """All of these blocks on the device."""
-    return Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, CpuStreams(CPU)).load([[]], 1, 0, Traffic())
+    return held(Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, CpuStreams(CPU)), [[]], 1, 0)
+
+
+def held(loader, stages, groups, num_slots, streams=CpuStreams(CPU), traffic=None, ahead=True):
+    """The weights that the loader places."""
+    return weights_of(loader.load(), stages, groups, num_slots, streams, traffic or Traffic(), ahead)
 
 
 @pytest.fixture(params=["llama", "opt", "tied llama"])
@@ -83,9 +89,9 @@ def test_streamed_blocks_are_the_checkpoints_whenever_they_are_used_although_eve
     checkpoint, expected = model
     layers = range(checkpoint.shape.num_layers)
     names = [layer_name(layer) for layer in layers] + ["head"]
-    traffic = Traffic()
-    loader = Loader(checkpoint, dict.fromkeys(names, tier), "float32", LateStreams(CPU))
-    weights = loader.load([layers], groups=2, num_slots=slots, traffic=traffic, ahead=slots > 1)
+    traffic, streams = Traffic(), LateStreams(CPU)
+    loader = Loader(checkpoint, dict.fromkeys(names, tier), "float32", streams)
+    weights = held(loader, [layers], 2, slots, streams, traffic, ahead=slots > 1)
     for round in range(3):
         for group in range(2):
             empty = (round, group) == (1, 0)
@@ -104,7 +110,7 @@ def test_streamed_blocks_are_the_checkpoints_whenever_they_are_used_although_eve
 def test_an_embedding_in_host_memory_is_never_streamed(model):
     checkpoint, expected = model
     tiers = {"embed": "cpu", "layers/0000": "cpu", "head": "gpu"}
-    weights = Loader(checkpoint, tiers, "float32", CpuStreams(CPU)).load([range(1)], 1, 2, Traffic())
+    weights = held(Loader(checkpoint, tiers, "float32", CpuStreams(CPU)), [range(1)], 1, 2)
     for key, value in weights.wait("embed").items():
         assert torch.equal(value, expected[f"embed/{key}"])
 

@@ -23,6 +23,7 @@ from noria import config as configuration
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import block_names, open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.engine.assembly import weights_of
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
@@ -114,7 +115,9 @@ def compare_logits(arguments, checkpoint_path: Path, prompts, references) -> tup
     with contextlib.closing(open_checkpoint(checkpoint_path)) as checkpoint:
         device = torch.device(arguments.device)
         tiers, layers = dict.fromkeys(block_names(checkpoint.shape), "gpu"), range(checkpoint.shape.num_layers)
-        weights = Loader(checkpoint, tiers, arguments.dtype, streams_of(device)).load([layers], 1, 0, Traffic())
+        streams = streams_of(device)
+        placed = Loader(checkpoint, tiers, arguments.dtype, streams).load()
+        weights = weights_of(placed, [layers], 1, 0, streams, Traffic())
         for row, (ids, expected) in enumerate(zip(prompts, references, strict=True)):
             found = logits(checkpoint, weights, ids, TORCH_DTYPES[arguments.dtype], device).double().cpu()
             difference = (found - expected).abs()

@@ -16,6 +16,7 @@ from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.engine.activations import OnDevice
+from noria.engine.assembly import weights_of
 from noria.engine.batch import Batches, Network
 from noria.engine.kv_cache import KvCache
 from noria.engine.loading import Loader
@@ -177,7 +178,8 @@ def logits_of(checkpoint, dtype, rows):
     kind = attention.choose(device, TORCH_DTYPES[dtype], shape.head_dim)
     model = kinds.load("models", shape.family)
     streams = streams_of(device)
-    weights = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load([layers], 1, 0, Traffic())
+    placed = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load()
+    weights = weights_of(placed, [layers], 1, 0, streams, Traffic())
     cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], streams)
     schedule = kinds.load("schedules", "single_batch")
     network = Network(model, kind, shape)

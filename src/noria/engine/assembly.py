@@ -1,14 +1,17 @@
 """A rank's engine as its plan has it: its place in the ring, its weights, its cache and its stage."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from noria import attention, kinds
+from noria.blocks import layer_name
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batches, Network
+from noria.engine.cycle import Cycle
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, Staging, TierPages, pages_nbytes
-from noria.engine.loading import Loader
+from noria.engine.loading import Loader, Placed
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
@@ -43,8 +46,25 @@ def load(
     Raises InputError for a block that is damaged.
     """
     stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
-    loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch)
-    return loader.load(stages, plan.groups, plan.weight_slots, traffic, ahead)
+    placed = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch).load()
+    return weights_of(placed, stages, plan.groups, plan.weight_slots, streams, traffic, ahead)
+
+
+def weights_of(
+    placed: Placed,
+    stages: Sequence[range],
+    groups: int,
+    num_slots: int,
+    streams: Streams,
+    traffic: Traffic,
+    ahead: bool = True,
+) -> Weights:
+    """What was placed, with the cycle of its streamed blocks; `stages` are the rank's layers, a range a lap."""
+    visits = [[layer_name(layer) for layer in layers] for layers in stages]
+    visits[-1].append("head")  # of the last lap, where this rank has it
+    streamed = [[name for name in names if name in placed.homes] for names in visits]
+    cycle = Cycle(streamed, groups, num_slots) if placed.homes else None
+    return Weights(placed.resident, placed.homes, cycle, streams, traffic, ahead, placed.tiers)
 
 
 def build(

@@ -3,23 +3,32 @@
 Knows files and tiers; nothing of steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from noria.blocks import layer_name
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, copied_regions
-from noria.engine.cycle import Cycle
-from noria.engine.timing import Traffic
-from noria.engine.weights import Home, Parameters, Weights, cast_block, views
+from noria.engine.weights import Home, Parameters, cast_block, views
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
 from noria.streams import Streams
+from noria.tiers import Tier
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk
 from noria.tools.pinned import HostMemory
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rank's blocks where its plan has them, as Weights takes them: parameters that stay, the homes of the others, and the
+    tiers to be closed besides the homes' own."""
+
+    resident: Mapping[str, Parameters]
+    homes: Mapping[str, Home]
+    tiers: tuple[Tier, ...] = ()
 
 
 class Loader:
@@ -42,16 +51,8 @@ class Loader:
         self._homes: dict[str, Home] = {}
         self._regions: dict[str, torch.Tensor] = {}
 
-    def load(
-        self,
-        stages: Sequence[range],
-        groups: int,
-        num_slots: int,
-        traffic: Traffic,
-        ahead: bool = True,
-        loaded: Callable[[int], None] = lambda nbytes: None,
-    ) -> Weights:
-        """The rank's weights; `stages` are its layers, a range a lap. `loaded` hears of each block's bytes in place.
+    def load(self, loaded: Callable[[int], None] = lambda nbytes: None) -> Placed:
+        """All blocks, in their tiers. `loaded` hears of each block's bytes in place.
 
         Raises InputError for a block that is damaged, or a scratch folder without room.
         """
@@ -68,9 +69,7 @@ class Loader:
         if memory is not None:
             memory.register()
         self._open_disk()
-        cycle = Cycle(self._visits(stages), groups, num_slots) if self._homes else None
-        tiers = [memory] if memory is not None else []
-        return Weights(self._resident, self._homes, cycle, self._streams, traffic, ahead, tiers)
+        return Placed(self._resident, self._homes, () if memory is None else (memory,))
 
     def _host_memory(self) -> Cpu | None:
         """The memory of the cpu tier, exactly as large as its blocks, with a place for each."""
@@ -136,10 +135,3 @@ class Loader:
         for name in names:
             self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"))
             offset += self._targets[name].nbytes
-
-    def _visits(self, stages: Sequence[range]) -> list[list[str]]:
-        """The streamed blocks of each lap; the head belongs to the last one."""
-        visits = [[layer_name(layer) for layer in its_layers] for its_layers in stages]
-        if "head" in self._tiers:
-            visits[-1].append("head")
-        return [[name for name in names if name in self._homes] for names in visits]

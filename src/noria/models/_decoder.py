@@ -19,8 +19,18 @@ from noria.models import _experts, _rotary, _sources
 from noria.models._attend import Attend
 from noria.models._linear import linear
 
-# What every family takes as it is, by `from noria.models._decoder import *`; most take `sources` too.
-__all__ = ["ALIASES", "embed", "embed_parameters", "head", "head_parameters", "layer", "layer_parameters", "positional"]
+# What a family takes as it is, by `from noria.models._decoder import *`: what it defines itself replaces it.
+__all__ = [
+    "ALIASES",
+    "embed",
+    "embed_parameters",
+    "head",
+    "head_parameters",
+    "layer",
+    "layer_parameters",
+    "positional",
+    "sources",
+]
 
 ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
 

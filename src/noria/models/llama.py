@@ -9,7 +9,6 @@ from noria.models import _decoder
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("LlamaForCausalLM",)
-sources = _decoder.sources
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:

@@ -8,7 +8,6 @@ from noria.models import _decoder
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("MistralForCausalLM",)
-sources = _decoder.sources
 # What a config.json that leaves them out means; a window of null is none.
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 

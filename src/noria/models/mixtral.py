@@ -26,6 +26,6 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, MODULES, EXPERTS)

@@ -30,6 +30,6 @@ def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, MODULES)

@@ -10,7 +10,6 @@ from noria.models import _decoder
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
-sources = _decoder.sources
 # What a config.json that leaves them out means.
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 

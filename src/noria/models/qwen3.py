@@ -9,7 +9,6 @@ from noria.models import _decoder, qwen2
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
-sources = _decoder.sources
 DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 

@@ -10,7 +10,6 @@ from noria.models import _decoder, _experts, qwen2
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
-sources = _decoder.sources
 # What a config.json that leaves them out means.
 DEFAULTS = qwen2.DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
 
