@@ -50,7 +50,7 @@ def test_what_is_stored_from_a_staging_buffer_comes_back_into_another_although_e
         assert spans[0].runs[0].start == 0
         for index, layer in enumerate((1, 3)):
             kv_cache.load(layer, 0, staged)
-            for which, rows in enumerate(kv_cache.tensors(layer, 0, staged)):
+            for which, rows in enumerate(kv_cache.tensors(layer, 0, staged).values()):
                 assert torch.equal(rows[:position, 0], written[index, which, :position]), (layer, which)
                 new = torch.randn(count, 4)
                 rows[position : position + count, 0] = new

@@ -43,6 +43,19 @@ def random_model(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
             return model, {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
 
 
+class Cache:
+    """Keys and values of one layer, and the calls of attention over them."""
+
+    def __init__(self, plan, rows, key_cache, value_cache):
+        self.plan, self.rows, self.caches = plan, rows, (key_cache, value_cache)
+
+    def attend(self, queries, *, key, value, scale=None, window=None):
+        for array, new in zip(self.caches, (key, value), strict=True):
+            array[self.rows] = new
+        scale = queries.shape[-1] ** -0.5 if scale is None else scale
+        return sdpa.attention(self.plan, queries, *self.caches, scale, window)
+
+
 class Whole:
     """A model on one device, without engine: its blocks gathered by `sources`, one cache per layer."""
 
@@ -84,15 +97,9 @@ class Whole:
         positional = self.model.positional(self.shape, positions, self.dtype)
         plan = sdpa.prepare(spans, torch.device("cpu"))
         hidden = self.model.embed(self.shape, self.embed, token_ids, positions)
-        for index, (parameters, key_cache, value_cache) in enumerate(zip(self.layers, *self.cache, strict=True)):
-
-            def attend(queries, keys, values, *, scale=None, window=None, key_cache=key_cache, value_cache=value_cache):
-                key_cache[rows], value_cache[rows] = keys, values
-                scale = self.shape.head_dim**-0.5 if scale is None else scale
-                return sdpa.attention(plan, queries, key_cache, value_cache, scale, window)
-
+        for index, (parameters, *arrays) in enumerate(zip(self.layers, *self.cache, strict=True)):
             before = hidden.clone()
-            after = self.model.layer(self.shape, index, parameters, hidden, positional, attend)
+            after = self.model.layer(self.shape, index, parameters, hidden, positional, Cache(plan, rows, *arrays))
             assert torch.equal(before, hidden), "a layer must not write into its input"
             hidden = after
         logits = self.model.head(self.shape, self.head, hidden)

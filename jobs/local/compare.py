@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from noria import attention, models, run
@@ -24,6 +25,9 @@ from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import block_names, open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.engine.assembly import weights_of
+from noria.engine.batch import Batches, Network
+from noria.engine.kv_cache import KvCache
+from noria.engine.layer_cache import LayerCache
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
 from noria.engine.weights import TORCH_DTYPES, Weights
@@ -31,7 +35,7 @@ from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.limits import DTYPES
 from noria.output.generations import open_generations
-from noria.step import PAGE_TOKENS, Run, Span
+from noria.step import PAGE_TOKENS, Admitted, Run, Step
 from noria.streams import streams_of
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog.", "1, 2, 3, 4, 5,", "def main():\n", "Once upon a time"]
@@ -136,23 +140,22 @@ def compare_logits(arguments, checkpoint_path: Path, prompts, references) -> tup
 
 
 def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[T, V] of one prompt through the model's own functions, with a cache of one layer that all layers use in turn."""
+    """[T, V] of one prompt through the model's own functions."""
     shape, model = checkpoint.shape, models.for_config(checkpoint.config)
     num_pages = -(-len(ids) // PAGE_TOKENS)
     kind = attention.choose(device, dtype, shape.head_dim)
-    plan = kind.prepare([Span(0, len(ids), len(ids), (Run(0, num_pages),))], device)
-    caches = torch.zeros(2, num_pages * PAGE_TOKENS, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
-
-    def attend(queries, keys, values, *, scale=None, window=None):
-        caches[0, : len(ids)], caches[1, : len(ids)] = keys, values
-        scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        return kind.attention(plan, queries, *caches, scale, window)
-
-    positions = torch.arange(len(ids), device=device)
-    positional = model.positional(shape, positions, dtype)
-    hidden = model.embed(shape, weights.wait("embed"), torch.tensor(ids, device=device), positions)
+    cache = KvCache(shape, list(range(shape.num_layers)), num_pages, dtype, streams_of(device))
+    admitted = (Admitted(0, (Run(0, num_pages),), {}),)
+    arrays = {"slots": [0], "counts": [len(ids)], "positions": [0], "token_ids": ids}
+    step = Step(0, 0, admitted=admitted, **{name: np.array(array, np.int32) for name, array in arrays.items()})
+    none = np.empty(0, np.int64)
+    batch = Batches(Network(model, kind, shape), dtype, device).make(step, [0, 1], (none, none, none))
+    (microbatch,) = batch.microbatches
+    hidden = model.embed(shape, weights.wait("embed"), batch.token_ids, batch.positions)
     for layer in range(shape.num_layers):
-        hidden = model.layer(shape, layer, weights.wait(layer_name(layer)), hidden, positional, attend)
+        its = LayerCache(kind, microbatch, cache.tensors(layer, 0, None))
+        hidden = model.layer(shape, layer, weights.wait(layer_name(layer)), hidden, microbatch.positional, its)
+        its.commit()
     return model.head(shape, weights.wait("head"), hidden)
 
 

@@ -22,6 +22,8 @@ Triples: TypeAlias = Sequence[
     tuple[int, int, int]
 ]  # rows: the first in the tier, the first in a staging slot, how many
 
+NAMES = ("key", "value")
+
 
 @dataclass(frozen=True)
 class TierPages:
@@ -120,15 +122,15 @@ class KvCache:
         slot.busy, slot.coming = [], [held.tier.load(pieces, waits)] if pieces else [*waits]
         self._count(held.load_links, staged.loads)
 
-    def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values for a microbatch in a layer, each [rows, Hkv, D], ready on the compute stream."""
+    def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> dict[str, torch.Tensor]:
+        """A layer's arrays for a microbatch, each [rows, Hkv, D], ready on the compute stream."""
         if staged is None:
-            return self.layer(layer)
+            return dict(zip(NAMES, self.layer(layer), strict=True))
         slot = self._staged[layer, microbatch]
         for coming in slot.coming:
             self._streams.wait(event_of(coming))
         slot.coming = []
-        return slot.rows[0], slot.rows[1]
+        return dict(zip(NAMES, slot.rows, strict=True))
 
     def store(self, layer: int, microbatch: int, staged: Staged | None) -> None:
         """Sends the new keys and values, queued on the compute stream so far, on their way back to their tier."""

@@ -15,14 +15,14 @@ import torch
 from noria import blocks
 from noria.borders import halved, largest, refined
 from noria.engine.activations import Embedding, InHost, OnDevice
-from noria.engine.batch import Batch, Batches, Microbatch, Network, positions_of
+from noria.engine.batch import Batch, Batches, Network, positions_of
 from noria.engine.kv_cache import KvCache
+from noria.engine.layer_cache import LayerCache
 from noria.engine.sampler import Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
 from noria.limits import LOGITS_ROWS
-from noria.models._attend import Attend
 from noria.schedules import Actions, Cell
 from noria.step import Result, Step
 from noria.streams import Event, Streams
@@ -168,10 +168,11 @@ class Stage:
     def _compute(self, batch: Batch, layer: int, microbatch: int, part: torch.Tensor) -> torch.Tensor | None:
         """A microbatch's part after a layer; None if memory did not suffice."""
         parameters, its = self._weights.wait(blocks.layer_name(layer)), batch.microbatches[microbatch]
-        attend = self._attend(its, *self._cache.tensors(layer, microbatch, its.staged))
+        cache = LayerCache(self._attention, its, self._cache.tensors(layer, microbatch, its.staged))
         begin = self._trace.mark()
         try:
-            hidden = self._model.layer(self._shape, layer, parameters, part, its.positional, attend)
+            hidden = self._model.layer(self._shape, layer, parameters, part, its.positional, cache)
+            cache.commit()
             self._trace.compute("layer", begin, *self._at, layer, microbatch)
             return hidden
         except (RuntimeError, MemoryError) as error:
@@ -257,19 +258,3 @@ class Stage:
         logits = self._model.head(self._shape, parameters, hidden[rows])
         self._trace.compute("head", begin, *self._at)
         return logits
-
-    def _attend(self, microbatch: Microbatch, key_cache: torch.Tensor, value_cache: torch.Tensor) -> Attend:
-        def attend(
-            queries: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-            *,
-            scale: float | None = None,
-            window: int | None = None,
-        ) -> torch.Tensor:
-            key_cache.index_copy_(0, microbatch.rows, keys)
-            value_cache.index_copy_(0, microbatch.rows, values)
-            scale = queries.shape[-1] ** -0.5 if scale is None else scale
-            return self._attention.attention(microbatch.attention_plan, queries, key_cache, value_cache, scale, window)
-
-        return attend

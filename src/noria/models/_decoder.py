@@ -16,7 +16,7 @@ from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _experts, _rotary, _sources
-from noria.models._attend import Attend
+from noria.models._cache import Cache
 from noria.models._linear import linear
 
 # What a family takes as it is, by `from noria.models._decoder import *`: what it defines itself replaces it.
@@ -197,12 +197,12 @@ def layer(
     parameters: Mapping[str, torch.Tensor],
     hidden: torch.Tensor,
     positional: tuple[torch.Tensor, torch.Tensor],
-    attend: Attend,
+    cache: Cache,
 ) -> torch.Tensor:
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     size, details = shape.hidden_size, shape.details
     normed = F.rms_norm(hidden, (size,), parameters["attention_norm"], details["norm_eps"])
-    attended = _attention(shape, index, parameters, normed, positional, attend)
+    attended = _attention(shape, index, parameters, normed, positional, cache)
     hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
 
     normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], details["norm_eps"])
@@ -220,7 +220,7 @@ def _attention(
     parameters: Mapping[str, torch.Tensor],
     normed: torch.Tensor,
     positional: tuple[torch.Tensor, torch.Tensor],
-    attend: Attend,
+    cache: Cache,
 ) -> torch.Tensor:
     """[T, H * D] from normed hidden states [T, E]."""
     heads, kv_heads, details = shape.num_heads, shape.num_kv_heads, shape.details
@@ -235,7 +235,8 @@ def _attention(
         queries, keys = _rotary.rotate(qkv[:, : heads + kv_heads], *positional).split((heads, kv_heads), dim=1)
     window = details["window"]
     window = window[0] if window and index in window[1] else None
-    return attend(queries, keys, qkv[:, heads + kv_heads :], window=window).reshape(len(normed), heads * shape.head_dim)
+    attended = cache.attend(queries, key=keys, value=qkv[:, heads + kv_heads :], window=window)
+    return attended.reshape(len(normed), heads * shape.head_dim)
 
 
 def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _sources
-from noria.models._attend import Attend
+from noria.models._cache import Cache
 from noria.models._linear import ACTIVATIONS, linear
 
 ARCHITECTURES = ("OPTForCausalLM",)
@@ -129,7 +129,7 @@ def layer(
     parameters: Mapping[str, torch.Tensor],
     hidden: torch.Tensor,
     positional: None,
-    attend: Attend,
+    cache: Cache,
 ) -> torch.Tensor:
     """[T, E] after one layer, from hidden states [T, E], which are left as they are.
 
@@ -139,7 +139,7 @@ def layer(
     normed = _norm(shape, parameters, "attention_norm", hidden) if before else hidden
     qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).view(len(hidden), 3 * heads, shape.head_dim)
     queries, keys, values = qkv.split(heads, dim=1)
-    attended = attend(queries, keys, values).reshape(len(hidden), shape.hidden_size)
+    attended = cache.attend(queries, key=keys, value=values).reshape(len(hidden), shape.hidden_size)
     hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
     hidden = hidden if before else _norm(shape, parameters, "attention_norm", hidden)
 
