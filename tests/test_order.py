@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from noria.errors import InputError
-from noria.order import Action, Place, blocking_order, check_blocking, ring_order, tag
+from noria.limits import MAX_GROUPS
+from noria.masks import Masks
+from noria.order import MASKED, Action, Place, blocking_order, check_blocking, ring_order, tag
 from noria.ring.base import RingShape
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
@@ -62,10 +64,10 @@ def finishes(order, num_ranks, groups, laps, rounds) -> bool:
     return run_dry(programs, ranks)
 
 
-def patterns(groups: int, seed: int) -> list[list[list[bool]]]:
-    """Rounds whose steps have tokens (True) or are a header alone: all full, some empty, all empty."""
+def patterns(groups: int, seed: int) -> list[list[list[int]]]:
+    """Rounds whose steps have tokens (True), masks too, or are a header alone: all full, some empty, all empty."""
     draw = random.Random(seed)
-    some = [[draw.random() < 0.6 for _ in range(groups)] for _ in range(4)]
+    some = [[draw.choice([False, True, MASKED]) for _ in range(groups)] for _ in range(4)]
     return [[[True] * groups] * 3, some, [[False] * groups] * 2]
 
 
@@ -128,6 +130,19 @@ class Wire:
         return WireEnd(self, rank)
 
 
+class Made:
+    """Masks that are there already: of one sample, which must be the token `token_id`."""
+
+    def __init__(self, token_id):
+        self._token_id = token_id
+
+    def done(self):
+        return True
+
+    def result(self):
+        return Masks(np.zeros(1, np.int32), np.array([self._token_id], np.int32), np.empty((0, 0), np.uint8))
+
+
 class WireEnd:
     def __init__(self, wire: Wire, rank: int):
         self.wire, self.rank = wire, rank
@@ -165,7 +180,7 @@ class WireEnd:
 
 @torch.inference_mode()
 def run_steps(ring, rounds):
-    """The executor's loop; every stage adds 1 to the hidden states, whose sum is the result."""
+    """The executor's loop; every stage adds 1 to the hidden states, whose sum is the result. A size of 10 more: with masks."""
     place = ring.place
     everything = [*rounds, [0] * place.groups]
     steps, waiting, results = {}, set(), []
@@ -177,8 +192,11 @@ def run_steps(ring, rounds):
                     if group in waiting:
                         results.append(ring.receive_result(group).token_ids.tolist())
                         waiting.discard(group)
-                    steps[group] = Step(round, group, word, token_ids=np.arange(sizes[group], dtype=np.int32))
+                    size, masked = sizes[group] % 10, sizes[group] >= 10
+                    steps[group] = Step(round, group, word, token_ids=np.arange(size, dtype=np.int32), masked=masked)
                     ring.send_header(steps[group])
+                    if masked:
+                        ring.send_masks(group, Made(100 * round + group))
                     if sizes[group]:
                         waiting.add(group)
                 elif lap == 0:
@@ -187,6 +205,8 @@ def run_steps(ring, rounds):
                     first = place.embeds(lap)
                     hidden = torch.full((count, 2), float(group)) if first else ring.receive(group, lap, count)
                     hidden = hidden + 1
+                    if place.answers(lap) and steps[group].masked:
+                        assert ring.receive_masks(group).forced.tolist() == [100 * round + group]
                     if place.answers(lap):
                         values = hidden[:, 0].numpy().astype(np.int64)
                         ring.send_result(group, streams_of(ring_device).event(), lambda v=values: Result(v))
@@ -205,7 +225,7 @@ ring_device = torch.device("cpu")
 )
 def test_the_rings_send_and_receive_in_the_order_of_the_dry_run(num_ranks, groups, laps, blocking):
     draw = random.Random(groups)
-    rounds = [[draw.choice([0, 1, 3]) for _ in range(groups)] for _ in range(5)]
+    rounds = [[draw.choice([0, 1, 3, 11, 13]) for _ in range(groups)] for _ in range(5)]
     wire, results = Wire(), {}
 
     def run_rank(rank):
@@ -219,9 +239,11 @@ def test_the_rings_send_and_receive_in_the_order_of_the_dry_run(num_ranks, group
     for thread in threads:
         thread.join(20)
     assert sorted(results) == list(range(num_ranks)), "not every rank finished"
-    assert results[0] == [[g + num_ranks * laps] * sizes[g] for sizes in rounds for g in range(groups) if sizes[g]]
+    assert results[0] == [
+        [g + num_ranks * laps] * (sizes[g] % 10) for sizes in rounds for g in range(groups) if sizes[g]
+    ]
 
-    has_tokens = [[size > 0 for size in sizes] for sizes in rounds]
+    has_tokens = [[MASKED if size >= 10 else size > 0 for size in sizes] for sizes in rounds]
     for rank in range(num_ranks):
         place = Place(rank, num_ranks, groups, laps)
         if blocking:
@@ -250,6 +272,8 @@ def is_merge(merged, one, other) -> bool:
 
 
 def test_tags_of_different_kinds_and_groups_differ_and_fit_every_mpi():
-    tags = [tag("header")] + [tag(kind, group) for kind in ("hidden", "result") for group in (0, 1, 9_999)]
+    tags = [tag("header")] + [
+        tag(kind, group) for kind in ("hidden", "result", "masks") for group in (0, 1, MAX_GROUPS - 1)
+    ]
     assert len(set(tags)) == len(tags)
     assert max(tags) <= 32767

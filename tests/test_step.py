@@ -17,6 +17,7 @@ STEP = Step(
     sample_rows=np.array([0, 3], np.int32),
     sample_slots=np.array([1, 9], np.int32),
     uniforms=np.array([0.0, 1 - 2**-53]),
+    masked=True,
 )
 
 

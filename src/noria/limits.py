@@ -2,7 +2,7 @@
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TIERS = ("gpu", "cpu", "disk")
-MAX_GROUPS = 10_000  # MPI promises tags up to 32767: two kinds of messages are numbered by group
+MAX_GROUPS = 8_000  # MPI promises tags up to 32767: three kinds of messages are numbered by group
 
 MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
 HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts

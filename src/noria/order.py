@@ -10,8 +10,9 @@ from itertools import product
 from noria.errors import InputError
 from noria.limits import MAX_GROUPS
 
-HEADER, HIDDEN, RESULT, BEAT = "header", "hidden", "result", "beat"
-_TAGS = {HEADER: 0, BEAT: 1, RESULT: MAX_GROUPS, HIDDEN: 2 * MAX_GROUPS}
+HEADER, HIDDEN, RESULT, BEAT, MASKS = "header", "hidden", "result", "beat", "masks"
+_TAGS = {HEADER: 0, BEAT: 1, RESULT: MAX_GROUPS, HIDDEN: 2 * MAX_GROUPS, MASKS: 3 * MAX_GROUPS}
+MASKED = 2  # of a step in a round: it has tokens, and masks follow its header
 
 
 def tag(kind: str, group: int = 0) -> int:
@@ -90,19 +91,19 @@ class Action:
     message: Message
 
 
-def ring_order(place: Place, rounds: Sequence[Sequence[bool]]) -> tuple[list[Action], list[Action]]:
+def ring_order(place: Place, rounds: Sequence[Sequence[int]]) -> tuple[list[Action], list[Action]]:
     """What a rank of the non-blocking ring does: its main thread's list and its header list.
 
-    rounds[round][group] says whether that step has tokens; the STOP round follows by itself. The header list runs
-    beside the main one, in the communication thread.
+    rounds[round][group] says whether that step has tokens (MASKED: and masks); the STOP round follows by itself. The
+    header list runs beside the main one, in the communication thread.
     """
     if place.num_ranks == 1:
         return [], []
-    rounds = [*rounds, [False] * place.groups]
+    rounds = [*rounds, [0] * place.groups]
     return list(_visits(place, rounds)), list(_headers(place, rounds)) if place.rank else []
 
 
-def _visits(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Action]:
+def _visits(place: Place, rounds: Sequence[Sequence[int]]) -> Iterator[Action]:
     unfinished: dict[int, Message] = {}  # group -> the send that may still read the group's send buffer
     for round, lap, group in product(range(len(rounds)), range(place.laps), range(place.groups)):
         if lap == 0:
@@ -111,6 +112,8 @@ def _visits(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Action]:
             continue
         if not place.embeds(lap):
             yield Action("finish", _incoming(place, round, lap, group))
+        if place.answers(lap) and rounds[round][group] == MASKED:
+            yield Action("finish", _masks(place, round, group))
         message = _outgoing(place, round, lap, group)
         if message.kind == HIDDEN:
             if group in unfinished:
@@ -123,7 +126,7 @@ def _visits(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Action]:
         yield Action("finish", message)
 
 
-def _open_step(place: Place, rounds: Sequence[Sequence[bool]], round: int, group: int) -> Iterator[Action]:
+def _open_step(place: Place, rounds: Sequence[Sequence[int]], round: int, group: int) -> Iterator[Action]:
     if place.rank:
         yield Action("finish", _header(place.previous, round, group))
         return
@@ -132,24 +135,28 @@ def _open_step(place: Place, rounds: Sequence[Sequence[bool]], round: int, group
     yield Action("start", _header(0, round, group))
     if rounds[round][group]:
         yield Action("start", _result(place, round, group))
+    if rounds[round][group] == MASKED:
+        yield Action("start", _masks(place, round, group))
 
 
-def _headers(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Action]:
+def _headers(place: Place, rounds: Sequence[Sequence[int]]) -> Iterator[Action]:
     for round, group in product(range(len(rounds)), range(place.groups)):
         yield Action("do", _header(place.previous, round, group))
         if not place.is_last:
             yield Action("start", _header(place.rank, round, group))
         if rounds[round][group]:
             yield Action("start", _incoming(place, round, 0, group))
+        if place.is_last and rounds[round][group] == MASKED:
+            yield Action("start", _masks(place, round, group))
 
 
-def blocking_order(place: Place, rounds: Sequence[Sequence[bool]]) -> list[Action]:
-    """What a rank of the blocking ring does; `rounds` as in `ring_order`. Every action is a `do`."""
-    rounds = [*rounds, [False] * place.groups]
+def blocking_order(place: Place, rounds: Sequence[Sequence[int]]) -> list[Action]:
+    """What a rank of the blocking ring does; `rounds` as in `ring_order`. Every action is a `do`; masks are in headers."""
+    rounds = [*rounds, [0] * place.groups]
     return [Action("do", message) for message in (_relay if place.rank else _lead)(place, rounds)]
 
 
-def _lead(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Message]:
+def _lead(place: Place, rounds: Sequence[Sequence[int]]) -> Iterator[Message]:
     """Rank 0: what the next visit needs is received before this visit's messages are sent."""
     visits = list(product(range(len(rounds)), range(place.laps), range(place.groups)))
     for (round, lap, group), following in zip(visits, [*visits[1:], None], strict=True):
@@ -162,14 +169,14 @@ def _lead(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Message]:
             yield _outgoing(place, round, lap, group)
 
 
-def _wanted(place: Place, rounds: Sequence[Sequence[bool]], round: int, lap: int, group: int) -> Message | None:
+def _wanted(place: Place, rounds: Sequence[Sequence[int]], round: int, lap: int, group: int) -> Message | None:
     """What rank 0 must have received before this visit."""
     if lap:
         return _incoming(place, round, lap, group) if rounds[round][group] else None
     return _result(place, round - 1, group) if round and rounds[round - 1][group] else None
 
 
-def _relay(place: Place, rounds: Sequence[Sequence[bool]]) -> Iterator[Message]:
+def _relay(place: Place, rounds: Sequence[Sequence[int]]) -> Iterator[Message]:
     """Every other rank: receive, compute, send; the header travels just ahead of its hidden states."""
     for round, lap, group in product(range(len(rounds)), range(place.laps), range(place.groups)):
         if lap == 0:
@@ -188,6 +195,10 @@ def _header(source: int, round: int, group: int) -> Message:
 
 def _result(place: Place, round: int, group: int) -> Message:
     return Message(RESULT, place.last, 0, round, place.laps - 1, group)
+
+
+def _masks(place: Place, round: int, group: int) -> Message:
+    return Message(MASKS, 0, place.last, round, 0, group)
 
 
 def _incoming(place: Place, round: int, lap: int, group: int) -> Message:

@@ -82,6 +82,7 @@ class Step:
     sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
     score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
     Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
+    masked: what some of its samples may be follows in a message of its own (masks.py).
     """
 
     round: int
@@ -99,6 +100,7 @@ class Step:
     uniforms: np.ndarray = _no(np.float64)
     score_rows: np.ndarray = _no(np.int32)
     score_ids: np.ndarray = _no(np.int32)
+    masked: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,7 @@ class Step:
             "released": self.released,
             "admitted": [[a.slot, [[r.start, r.count] for r in a.runs], a.sampling] for a in self.admitted],
             "sizes": [len(getattr(self, name)) for name, _ in _ARRAYS],
+            "masked": self.masked,
         }
         text = json.dumps(words).encode()
         arrays = [np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in _ARRAYS]
@@ -134,7 +137,8 @@ class Step:
         for (name, dtype), size in zip(_ARRAYS, words["sizes"], strict=True):
             arrays[name] = np.frombuffer(header, dtype, size, end)
             end += arrays[name].nbytes
-        return cls(words["round"], words["group"], Word(words["word"]), tuple(words["released"]), admitted, **arrays)
+        word, released, masked = Word(words["word"]), tuple(words["released"]), bool(words["masked"])
+        return cls(words["round"], words["group"], word, released, admitted, **arrays, masked=masked)
 
 
 _RESULT = (

@@ -16,6 +16,7 @@ from noria.engine.activations import Embedding
 from noria.engine.batch import Batch
 from noria.engine.stage import Stage
 from noria.engine.timing import Meters, Timing
+from noria.masks import Pending
 from noria.ring.ring import AnyRing
 from noria.step import Result, Step, Word
 from noria.streams import Streams
@@ -95,7 +96,9 @@ class Executor:
         output = None if answers else self._ring.output(group, lap, batch.step.num_tokens)
         after = self._stage.forward(batch, layers, hidden, output)
         if answers:
-            answer = self._stage.sample(batch, after).map(self._to_host)
+            masked = batch.step.masked
+            masks = self._wait("waiting for masks", lambda: self._ring.receive_masks(group)) if masked else None
+            answer = self._stage.sample(batch, after, masks).map(self._to_host)
             self._ring.send_result(group, self._streams.event(), lambda: answer.map(torch.Tensor.numpy))
         else:
             self._ring.send(group, lap, after, self._stage.stored)
@@ -133,6 +136,8 @@ class Composer(Protocol):
 
     def apply(self, step: Step, result: Result) -> None: ...
 
+    def masks(self, group: int) -> Pending: ...
+
 
 class Wait(Protocol):
     """How a source of steps waits for the ring: what `call` returns; `doing` says in words what for."""
@@ -164,6 +169,8 @@ def lead(
                 admission.apply(before, result)
             step = admission.compose(round, group)
         ring.send_header(step)
+        if step.masked:
+            ring.send_masks(group, admission.masks(group))
         under_way[group] = step if step.num_tokens else None
         after_step()
         return step

@@ -120,7 +120,7 @@ class RowSettings:
             row.counts.add(settings.get("shared", []), 0)
         if settings.get("bad_words"):
             row.bad_words = BadWords(settings["bad_words"], row.prompt_length)
-        edited = bias or len(row.banned) or len(row.allowed) or row.follows
+        edited = bias or len(row.banned) or len(row.allowed) or row.follows or settings.get("masked")
         row.greedy = row.temperature == 0 and not edited
         return row
 
@@ -167,7 +167,7 @@ def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int
         yield _ban(places(banned))
     allowing = [row for row, one in enumerate(settings) if len(one.allowed)]
     if allowing:
-        yield _allow(np.array(allowing), places((row, settings[row].allowed) for row in allowing), vocab_size)
+        yield allow(np.array(allowing), places((row, settings[row].allowed) for row in allowing), vocab_size)
 
 
 def _openai(row: RowSettings, generated: np.ndarray) -> np.ndarray:
@@ -211,8 +211,8 @@ def _ban(places: list[np.ndarray]) -> Edit:
     return edit
 
 
-def _allow(rows: np.ndarray, places: list[np.ndarray], vocab_size: int) -> Edit:
-    """allowed_token_ids, as in vLLM: all other ids of these rows are impossible."""
+def allow(rows: np.ndarray, places: list[np.ndarray], vocab_size: int) -> Edit:
+    """allowed_token_ids, as in vLLM, and forced tokens: all other ids of these rows are impossible."""
 
     def edit(scores: torch.Tensor, put: Put) -> None:
         index = put(np.concatenate(places))

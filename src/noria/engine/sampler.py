@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from noria.engine.masking import masking
 from noria.engine.row_settings import RowSettings, edits_of
 from noria.limits import DRAW_ELEMENTS
+from noria.masks import Masks
 from noria.step import NO_TOKEN, NONE_LEFT, Result, Step
 
 
@@ -58,10 +60,16 @@ class Sampler:
         return max((self._settings[slot].logprobs for slot in slots.tolist() if slot in self._settings), default=-1)
 
     def sample(
-        self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray, positions: np.ndarray, top: int = -1
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        uniforms: np.ndarray,
+        positions: np.ndarray,
+        top: int = -1,
+        masks: Masks | None = None,
     ) -> Result:
         """A result of tensors, for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
-        sequence; `top`: as `self.top` says for all rows of the step."""
+        sequence; `top`: as `self.top` says for all rows of the step; `masks`: what some of these samples may be."""
         ids = greedy(logits)
         if not self._settings:
             return replace(self.nothing, token_ids=ids)
@@ -69,7 +77,9 @@ class Sampler:
         for chunk in self._chunks([row for row, one in settings.items() if not one.greedy], logits.shape[1]):
             index = self._put(np.array(chunk))
             chosen = [settings[row] for row in chunk]
-            found = self._choose(logits[index].double(), chosen, uniforms[chunk], positions[chunk])
+            scores = logits[index].double()
+            self._edit(scores, chunk, chosen, positions[chunk], masks)
+            found = self._choose(scores, chosen, uniforms[chunk])
             found = torch.where(found == NO_TOKEN, NONE_LEFT, found)
             ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
         if top < 0:
@@ -83,12 +93,22 @@ class Sampler:
         chunks = zip(logits.split(size), token_ids.split(size), strict=True)
         return torch.cat([_pick(torch.log_softmax(part.double(), dim=-1), ids) for part, ids in chunks])
 
-    def _choose(
-        self, scores: torch.Tensor, settings: list[RowSettings], uniforms: np.ndarray, positions: np.ndarray
-    ) -> torch.Tensor:
-        """[C] ids by scores [C, V] float64, which are written over."""
+    def _edit(
+        self,
+        scores: torch.Tensor,
+        rows: list[int],
+        settings: list[RowSettings],
+        positions: np.ndarray,
+        masks: Masks | None,
+    ) -> None:
+        """Changes scores [C, V] of these rows of the samples as their settings and then their masks say."""
         for edit in edits_of(settings, positions, scores.shape[1]):
             edit(scores.view(-1), self._put)
+        for edit in masking(masks, rows, scores.shape[1]) if masks is not None else ():
+            edit(scores.view(-1), self._put)
+
+    def _choose(self, scores: torch.Tensor, settings: list[RowSettings], uniforms: np.ndarray) -> torch.Tensor:
+        """[C] ids by scores [C, V] float64, which are written over."""
         ids = greedy(scores)
         rows = [row for row, one in enumerate(settings) if one.temperature > 0]
         if not rows:

@@ -23,6 +23,7 @@ from noria.engine.shortage import is_shortage
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
 from noria.limits import LOGITS_ROWS
+from noria.masks import Masks
 from noria.schedules import Actions, Cell
 from noria.step import Result, Step
 from noria.streams import Event, Streams
@@ -205,10 +206,10 @@ class Stage:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def sample(self, batch: Batch, hidden: torch.Tensor) -> Result:
+    def sample(self, batch: Batch, hidden: torch.Tensor, masks: Masks | None = None) -> Result:
         """The step's result as tensors of the device, for the step's hidden states: [T, E], or what is needed of them.
 
-        Logits are computed for sampled rows, and for prompts whose tokens are scored, alone.
+        Logits are computed for sampled rows, and for prompts whose tokens are scored, alone. `masks`: of the step's samples.
         """
         step, sampler = batch.step, self._sampler
         self._weights.wait("head")  # also where no row is sampled: it is in the cycle of loads
@@ -217,7 +218,8 @@ class Stage:
 
         def draw(chunk: slice, logits: torch.Tensor) -> Result:
             begin = self._trace.mark()
-            drawn = sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk], positions[chunk], top)
+            its = None if masks is None else masks.within(chunk.start, chunk.stop)
+            drawn = sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk], positions[chunk], top, its)
             self._trace.compute("sample", begin, *self._at)
             return drawn
 

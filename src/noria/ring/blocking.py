@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from noria.masks import Masks, Pending
 from noria.order import HEADER, HIDDEN, RESULT, tag
 from noria.ring.base import BaseRing, RingShape
 from noria.ring.communication import pause
@@ -31,7 +32,8 @@ class BlockingRing(BaseRing):
         self._transport = transport
         self._inputs, self._output = self._buffers(place.groups), self._buffers()  # a send is over when it returns
         self._num_tokens = [0] * place.groups  # of each group's latest step
-        self._header: bytes | None = None  # waits for its hidden states
+        self._header: bytes | None = None  # waits for its hidden states, with the step's masks behind it
+        self._masks: dict[int, Masks] = {}
         # Rank 0: what visits to come need that is here.
         self._received: dict[tuple[int, int], torch.Tensor] = {}  # (lap, group) -> hidden states
         self._results: dict[int, bytes] = {}  # group -> result
@@ -55,11 +57,24 @@ class BlockingRing(BaseRing):
         self._receive_ahead(0, step.group)
         finish(self._transport.send_bytes(header, self.place.next, tag(HEADER)))
 
+    def send_masks(self, group: int, masks: Pending) -> None:
+        """Rank 0: they travel behind the header, in its message. Waits for them."""
+        assert self._header is not None, "masks without a step that has tokens"
+        message = masks.result().encode()
+        self._header += message + len(message).to_bytes(8, "little")
+
+    def receive_masks(self, group: int) -> Masks:
+        """Last rank: those of the group's step."""
+        return self._masks.pop(group)
+
     def receive_header(self, group: int) -> Step:
         """Every other rank: the group's next step. Blocks."""
         header = finish(self._transport.receive_bytes(self.place.previous, tag(HEADER)))
         step = Step.decode(header)
         self._check_round(step, group)
+        if step.masked and self.place.is_last:
+            size = int.from_bytes(header[-8:], "little")
+            self._masks[group] = Masks.decode(header[-8 - size : -8])
         if not self.place.is_last:
             self._header = header
             if not step.num_tokens:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from noria.masks import Masks, Pending
 from noria.ring.base import BaseRing, RingShape
 from noria.step import Result, Step
 from noria.streams import Event, Streams
@@ -23,12 +24,21 @@ class LoopbackRing(BaseRing):
         self._hidden = self._buffers(self._turns, self.place.groups) if self.place.laps > 1 else None
         self._laps: dict[int, int] = {}
         self._results: dict[int, tuple[Event, Callable[[], Result]]] = {}
+        self._masks: dict[int, Pending] = {}
 
     def watch(self, lost: Callable[[int, float], None], silence: float = 0.0) -> None:
         """There is no other rank."""
 
     def send_header(self, step: Step) -> None:
         """Nobody else needs it."""
+
+    def send_masks(self, group: int, masks: Pending) -> None:
+        """Keeps them for the step's samples."""
+        self._masks[group] = masks
+
+    def receive_masks(self, group: int) -> Masks:
+        """Waits for what `send_masks` was given."""
+        return self._masks.pop(group).result()
 
     def receive_header(self, group: int) -> Step:
         raise AssertionError("the only rank composes its steps itself")

@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 
 from noria.limits import MAX_GROUPS
-from noria.order import HEADER, HIDDEN, RESULT, check_blocking, tag
+from noria.masks import Masks, Pending
+from noria.order import HEADER, HIDDEN, MASKS, RESULT, check_blocking, tag
 from noria.ring.base import BaseRing, RingShape
 from noria.ring.blocking import BlockingRing
 from noria.ring.communication import Communication, Ticket
@@ -44,6 +45,7 @@ class Ring(BaseRing):
         self._receives: dict[int, tuple[int, Ticket[None]]] = {}
         self._sends: dict[int, Ticket[None]] = {}
         self._results: dict[int, Ticket[bytes]] = {}
+        self._masks: dict[int, Ticket[bytes]] = {}
         self._communication = Communication(streams.set_device)
         if place.rank:
             self._headers.append(self._communication.ticket())
@@ -67,6 +69,14 @@ class Ring(BaseRing):
         if step.num_tokens:
             answer = self._transport.receive_bytes(self.place.last, tag(RESULT, step.group))
             self._results[step.group] = self._communication.start(answer)
+
+    def send_masks(self, group: int, masks: Pending) -> None:
+        """Rank 0: what the samples of the step that has just set out may be, as soon as that is known."""
+        self._communication.start(self._hand_over(group, masks))
+
+    def receive_masks(self, group: int) -> Masks:
+        """Last rank: those of the group's step. Waits for them."""
+        return Masks.decode(self._masks.pop(group).wait())
 
     def receive_header(self, group: int) -> Step:
         """Every other rank: the group's next step. Waits for it."""
@@ -139,6 +149,10 @@ class Ring(BaseRing):
                 ticket = self._communication.ticket()
                 self._receives[step.group] = 0, ticket
                 self._post_receive(step.group, step.num_tokens, ticket)
+            if step.masked and self.place.is_last:
+                self._masks[step.group] = self._communication.ticket()
+                answer = self._transport.receive_bytes(0, tag(MASKS, step.group))
+                self._communication.start(answer, self._masks[step.group])
             stops_to_come -= step.word == Word.STOP
             following = self._communication.ticket()
             self._headers.append(following)
@@ -157,6 +171,11 @@ class Ring(BaseRing):
     def _post_receive(self, group: int, num_tokens: int, ticket: Ticket[None]) -> None:
         buffer = self._inputs[group, :num_tokens]
         self._communication.start(self._transport.receive(buffer, self.place.previous, tag(HIDDEN, group)), ticket)
+
+    def _hand_over(self, group: int, masks: Pending) -> Generator[None, None, None]:
+        while not masks.done():
+            yield
+        yield from self._transport.send_bytes(masks.result().encode(), self.place.last, tag(MASKS, group))
 
     def _answer(self, group: int, ready: Event, make: Callable[[], Result]) -> Generator[None, None, None]:
         while not ready.query():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from noria.errors import InputError
+from noria.masks import Pending
 from noria.rows.composing import compose
 from noria.rows.ends import finish_reason
 from noria.rows.sequence import Sequence, sampler_settings
@@ -57,6 +58,7 @@ class Admission:
         self.counted = Counted()
         self._stopping = False
         self._over = False
+        self._masks: dict[int, Pending] = {}
 
     @property
     def samples(self) -> "array[int]":
@@ -120,6 +122,10 @@ class Admission:
         rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released = self._slots.released(group)
         return compose(round, group, released, tuple(admitted), rows, self._capacity)
+
+    def masks(self, group: int) -> Pending:
+        """What the samples of the group's step, which is `masked`, may be: it is being made."""
+        return self._masks.pop(group)
 
     def apply(self, step: Step, result: Result) -> None:
         """Takes the sampled tokens of a step in; sequences that end leave their slots and pages."""
