@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below, a folder none of the other folders of its level.
 LEVELS = [
-    {"errors", "limits", "model", "blocks", "step", "masks", "order", "borders", "streams", "communicator"},
+    {"errors", "limits", "arrays", "model", "blocks", "step", "masks", "order", "borders", "streams", "communicator"},
     {"tools", "kinds"},
     {"sampling", "names"},
     {"models", "attention", "tiers", "transports", "schedules", "readers"},

@@ -295,7 +295,7 @@ def test_a_single_gpu_reads_its_weights_once_a_round_where_that_takes_longer_tha
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"})
     groups = {}
     for layers in (2, 80):
-        shape = dataclasses.replace(SHAPE, num_layers=layers, hidden_size=8192)
+        shape = dataclasses.replace(SHAPE, num_layers=layers, hidden_size=8192, cache=())
         layer = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
         its = {layer_name(number): lay_out("layer", layer, "bfloat16") for number in range(layers)}
         its |= {name: lay_out(name, shapes, "bfloat16") for name, shapes in ENDS.items()}

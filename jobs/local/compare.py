@@ -143,8 +143,10 @@ def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, dev
     """[T, V] of one prompt through the model's own functions."""
     shape, model = checkpoint.shape, models.for_config(checkpoint.config)
     num_pages = -(-len(ids) // PAGE_TOKENS)
-    kind = attention.choose(device, dtype, shape.head_dim)
-    cache = KvCache(shape, list(range(shape.num_layers)), num_pages, dtype, streams_of(device))
+    kind = attention.fitting(device, dtype, shape.cache)
+    cache = KvCache(
+        shape, list(range(shape.num_layers)), num_pages, str(dtype).removeprefix("torch."), streams_of(device)
+    )
     admitted = (Admitted(0, (Run(0, num_pages),), {}),)
     arrays = {"slots": [0], "counts": [len(ids)], "positions": [0], "token_ids": ids}
     step = Step(0, 0, admitted=admitted, **{name: np.array(array, np.int32) for name, array in arrays.items()})

@@ -1,10 +1,13 @@
 """What the program around a model knows of it: its sizes, and what a run reads of it. Knows no torch and no file format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Protocol
 
+from noria.arrays import Array, Entry, attended, keys_and_values, nbytes
 from noria.blocks import DTYPE_NBYTES, Block
 
 MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
@@ -27,10 +30,50 @@ class ModelShape:
     experts_share: float = 1.0  # of a mixture's experts, those that one token goes to
     end_words: str = ""  # why no position beyond max_positions can be computed, where config.json says so
     details: Mapping[str, Any] = field(default_factory=dict)
+    cache: tuple[Entry, ...] = ()  # of each layer; a family that says nothing has keys and values in all of them
 
-    def cache_nbytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V that one token occupies in one layer's cache."""
-        return 2 * self.num_kv_heads * self.head_dim * DTYPE_NBYTES[dtype]
+    def __post_init__(self) -> None:
+        if not self.cache:
+            entry = keys_and_values(self.num_kv_heads, self.head_dim)
+            object.__setattr__(self, "cache", (entry,) * self.num_layers)
+        assert len(self.cache) == self.num_layers, f"{len(self.cache)} caches of {self.num_layers} layers"
+
+    def arrays(self, layer: int) -> tuple[Array, ...]:
+        """The arrays that a layer itself has; none where it reads another's."""
+        entry = self.cache[layer]
+        return () if isinstance(entry, int) else entry
+
+    def reads(self, layer: int) -> int:
+        """The layer whose cache a layer reads: its own, or an earlier one's."""
+        entry = self.cache[layer]
+        return entry if isinstance(entry, int) else layer
+
+    def cache_nbytes(self, layers: Iterable[range], dtype: str, per: str = "token") -> int:
+        """Bytes that a token, or a sequence, leaves in the caches of these layers."""
+        return _between(self._nbytes[dtype, per], layers)
+
+    def attended(self, layers: Iterable[range]) -> int:
+        """Numbers that a query head of each of these layers multiplies for each token that it looks at."""
+        return _between(self._attended, layers)
+
+    @cached_property
+    def _nbytes(self) -> dict[tuple[str, str], list[int]]:
+        kinds = product(DTYPE_NBYTES, ("token", "sequence"))
+        own = [self.arrays(layer) for layer in range(self.num_layers)]
+        return {(dtype, per): _sums(nbytes(arrays, dtype, per) for arrays in own) for dtype, per in kinds}
+
+    @cached_property
+    def _attended(self) -> list[int]:
+        return _sums(attended(self.arrays(self.reads(layer))) for layer in range(self.num_layers))
+
+
+def _sums(numbers: Iterable[int]) -> list[int]:
+    """The sum of the numbers before each one, and of all: plans ask for them again and again."""
+    return list(accumulate(numbers, initial=0))
+
+
+def _between(sums: list[int], layers: Iterable[range]) -> int:
+    return sum(sums[span.stop] - sums[span.start] for span in layers)
 
 
 class OpenModel(Protocol):

@@ -175,12 +175,12 @@ def logits_of(checkpoint, dtype, rows):
     device, shape = torch.device("cuda", 0), checkpoint.shape
     layers = list(range(shape.num_layers))
     names = ["embed", *map(layer_name, layers), "head"]
-    kind = attention.choose(device, TORCH_DTYPES[dtype], shape.head_dim)
+    kind = attention.fitting(device, TORCH_DTYPES[dtype], shape.cache)
     model = kinds.load("models", shape.family)
     streams = streams_of(device)
     placed = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load()
     weights = weights_of(placed, [layers], 1, 0, streams, Traffic())
-    cache = KvCache(shape, layers, 64, TORCH_DTYPES[dtype], streams)
+    cache = KvCache(shape, layers, 64, dtype, streams)
     schedule = kinds.load("schedules", "single_batch")
     network = Network(model, kind, shape)
     batches, moved = Batches(network, TORCH_DTYPES[dtype], device), Moved(weights, cache, OnDevice())

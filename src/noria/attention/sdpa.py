@@ -2,7 +2,8 @@
 
 Decoding rows of equal length whose pages are evenly spaced (a batch admitted together) are one view; only a sequence in
 several runs of pages is copied together. Knows nothing of models and steps.
-T tokens, H heads, Hkv key/value heads, G = H / Hkv queries that share a key, D head dim, L keys of a sequence.
+T tokens, H heads, Hkv key/value heads, G = H / Hkv queries that share a key, D head dim, Dv that of a value (D, but for
+values of another width), L keys of a sequence.
 """
 
 from dataclasses import dataclass
@@ -68,14 +69,14 @@ def attention(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """[T, H, D]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
+    """[T, H, Dv]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
 
-    queries [T, H, D]; caches [rows, Hkv, D] of one layer, in which the new tokens already lie.
+    queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
     """
     num_tokens, num_heads, head_dim = queries.shape
-    grouped = (num_tokens, key_cache.shape[1], num_heads // key_cache.shape[1], head_dim)
-    attended = queries.new_empty(grouped)
-    queries = queries.view(grouped)
+    grouped = (num_tokens, key_cache.shape[1], num_heads // key_cache.shape[1])
+    attended = queries.new_empty((*grouped, value_cache.shape[-1]))
+    queries = queries.view(*grouped, head_dim)
     for call in plan:
         span, rows = call.span, call.rows
         if span.count == 1 and window is not None:
@@ -88,7 +89,7 @@ def attention(
         keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
         function = _decode if span.count == 1 else _prefill
         function(queries[tokens], keys, values, scale, window, attended[tokens])
-    return attended.view(num_tokens, num_heads, head_dim)
+    return attended.view(num_tokens, num_heads, value_cache.shape[-1])
 
 
 def _strided(cache: torch.Tensor, rows: tuple[int, int], call: Call) -> torch.Tensor:
@@ -169,8 +170,8 @@ def _prefill(
 ) -> None:
     """The last tokens of a sequence, or all. queries and attended [count, Hkv, G, D]; keys and values [L, Hkv, D]."""
     count, length = len(queries), len(keys)
-    size = (*queries.shape[1:3], length, queries.shape[3])
-    keys, values = (tensor.transpose(0, 1)[:, None].expand(size) for tensor in (keys, values))
+    group = (-1, queries.shape[2], -1, -1)
+    keys, values = (tensor.transpose(0, 1)[:, None].expand(group) for tensor in (keys, values))
     queries, attended = queries.permute(1, 2, 0, 3), attended.permute(1, 2, 0, 3)
     if count == length and (window is None or window >= length):
         attended.copy_(F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))

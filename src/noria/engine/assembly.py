@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from noria import attention, kinds
+from noria.arrays import Layout
 from noria.blocks import layer_name
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batches, Network
 from noria.engine.cycle import Cycle
 from noria.engine.executor import Executor
-from noria.engine.kv_cache import KvCache, Staging, TierPages, pages_nbytes
+from noria.engine.kv_cache import KvCache, Staging, TierPages
 from noria.engine.loading import Loader, Placed
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
@@ -73,10 +74,10 @@ def build(
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
     layers, on_device = [layer for stage in stages for layer in stage], plan.cache_pages.get("gpu", 0)
-    tiers = _open_tiers(plan, shape, len(layers), streams, scratch)
+    tiers = _open_tiers(plan, shape, layers, streams, scratch)
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages)
-    cache = KvCache(shape, layers, on_device, dtype, streams, staging, meters.traffic)
-    kind = attention.choose(streams.device, dtype, shape.head_dim)
+    cache = KvCache(shape, layers, on_device, plan.dtype, streams, staging, meters.traffic)
+    kind = attention.fitting(streams.device, dtype, shape.cache)
     network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, streams, meters.traffic))
     batches, sampler = Batches(network, dtype, streams.device, tiers), Sampler(streams.device)
@@ -86,13 +87,13 @@ def build(
 
 
 def _open_tiers(
-    plan: Plan, shape: ModelShape, num_layers: int, streams: Streams, scratch: Path
+    plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams, scratch: Path
 ) -> tuple[TierPages, ...]:
     """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
     opened: list[TierPages] = []
-    first = 0
+    first, arrays = 0, {layer: shape.arrays(layer) for layer in layers}
     for name, num_pages in plan.cache_pages.items():
-        nbytes = pages_nbytes(shape, num_layers, num_pages, plan.dtype)
+        nbytes = Layout(arrays, plan.dtype, num_pages).nbytes
         if name == "cpu" and num_pages:
             memory = Cpu(nbytes, streams)
             memory.touch()
@@ -102,7 +103,7 @@ def _open_tiers(
             disk = Disk(
                 scratch_region(scratch, nbytes),
                 streams,
-                slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(num_layers, 1)),
+                slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(len(layers), 1)),
             )
             links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
             opened.append(TierPages(first, num_pages, disk, *links))

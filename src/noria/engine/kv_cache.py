@@ -1,4 +1,4 @@
-"""This rank's KV cache: pages of 16 tokens for each of its layers. Knows no slots and no steps.
+"""This rank's KV cache: pages of 16 tokens of each of its layers' arrays. Knows no slots and no steps.
 
 Pages are given by rank 0 and are the same on all ranks. Those beyond the device live in other tiers: a microbatch's are
 loaded into a staging slot, a layer at a time.
@@ -11,18 +11,20 @@ from typing import TypeAlias
 
 import torch
 
+from noria.arrays import Layout
 from noria.engine.timing import Traffic
+from noria.engine.weights import TORCH_DTYPES
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
 from noria.streams import Event, Streams
-from noria.tiers import Tier, Transfer
+from noria.tiers import Tier, Transfer, total_nbytes
 
 Awaited: TypeAlias = Transfer | Event
+Views: TypeAlias = dict[str, torch.Tensor]  # arrays by name
+Piece: TypeAlias = tuple[int, torch.Tensor]  # offset in the tier, bytes in a staging slot
 Triples: TypeAlias = Sequence[
     tuple[int, int, int]
 ]  # rows: the first in the tier, the first in a staging slot, how many
-
-NAMES = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,19 @@ class Staged:
 
 @dataclass
 class StagingSlot:
-    """A buffer [2, rows, Hkv, D] for keys and values of one layer.
+    """A buffer for the arrays of one layer; `views` of it, by layer.
 
     `busy`: transfers and events after which it may be rewritten; `coming`: those after which it may be computed with.
     """
 
-    rows: torch.Tensor
+    buffer: torch.Tensor
+    views: dict[int, Views] = field(default_factory=dict)
     busy: list[Awaited] = field(default_factory=list)
     coming: list[Awaited] = field(default_factory=list)
 
 
 class KvCache:
-    """K and V of this rank's layers, each `[layer][page * token][kv head][head dim]`, so that a run of pages is a view.
+    """The arrays of this rank's layers, each `[page * token][row]`, so that a run of pages is a view.
 
     `num_pages` pages live on the device; `staging` says where the others are.
     """
@@ -81,20 +84,25 @@ class KvCache:
         shape: ModelShape,
         layers: list[int],
         num_pages: int,
-        dtype: torch.dtype,
+        dtype: str,
         streams: Streams,
         staging: Staging = ALL_ON_DEVICE,
         traffic: Traffic | None = None,
     ):
-        row = (shape.num_kv_heads, shape.head_dim)
-        size, device = (len(layers), num_pages * PAGE_TOKENS, *row), streams.device
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
-        self._row_nbytes = row[0] * row[1] * self._keys.element_size()
-        self._index = {layer: index for index, layer in enumerate(layers)}
+        self._arrays = {layer: shape.arrays(layer) for layer in layers}
+        self._reads = {layer: shape.reads(layer) for layer in layers}
+        self._dtype, device = dtype, streams.device
+        layout = Layout(self._arrays, dtype, num_pages)
+        self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        self._views = {layer: self._view(self._buffer, layout, layer, num_pages) for layer in layers}
         self._staging, self._streams, self._traffic = staging, streams, traffic or Traffic()
-        staged = (2, staging.slot_pages * PAGE_TOKENS, *row)
-        self._free = deque(StagingSlot(torch.empty(staged, dtype=dtype, device=device)) for _ in range(staging.slots))
+        self._in_tier = {held.first: Layout(self._arrays, dtype, held.num_pages) for held in staging.tiers}
+        self._in_slot = {
+            layer: Layout({layer: arrays}, dtype, staging.slot_pages) for layer, arrays in self._arrays.items()
+        }
+        size = max((layout.nbytes for layout in self._in_slot.values()), default=0)
+        buffers = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(staging.slots))
+        self._free = deque(map(StagingSlot, buffers))
         self._staged: dict[tuple[int, int], StagingSlot] = {}
         self._stored: dict[int, Transfer] = {}  # of each layer the last store under way
 
@@ -102,46 +110,67 @@ class KvCache:
     def nbytes(self) -> int:
         """Bytes on the device."""
         slots = [*self._free, *self._staged.values()]
-        return self._keys.nbytes + self._values.nbytes + sum(slot.rows.nbytes for slot in slots)
+        return self._buffer.nbytes + sum(slot.buffer.nbytes for slot in slots)
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer on the device, each [pages * 16, Hkv, D]."""
-        index = self._index[layer]
-        return self._keys[index], self._values[index]
+    def layer(self, layer: int) -> Views:
+        """The arrays of one layer on the device, each [pages * 16, ...]."""
+        return self._views[self._reads[layer]]
+
+    def _view(self, buffer: torch.Tensor, layout: Layout, layer: int, num_pages: int) -> Views:
+        """The arrays of a layer that lie in a buffer."""
+        views = {}
+        for array in self._arrays[layer]:
+            start, kind = layout.offsets[layer, array.name], TORCH_DTYPES[array.computed(self._dtype)]
+            nbytes = num_pages * PAGE_TOKENS * array.nbytes(self._dtype)
+            views[array.name] = buffer[start : start + nbytes].view(kind).view(-1, *array.row)
+        return views
 
     def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable[Event] = ()) -> None:
-        """Sends a microbatch's keys and values of a layer on their way to the device."""
-        if staged is None or (layer, microbatch) in self._staged:
+        """Sends a microbatch's rows of a layer's arrays on their way to the device.
+
+        Those of another layer, which may not have been computed yet, are sent when they are asked for.
+        """
+        if staged is None or (layer, microbatch) in self._staged or self._reads[layer] != layer:
             return
+        self._send(layer, microbatch, staged, staged.loads, after)
+
+    def _send(self, layer: int, microbatch: int, staged: Staged, rows: Triples, after: Iterable[Event] = ()) -> None:
         assert staged.num_pages <= self._staging.slot_pages, f"a microbatch of {staged.num_pages} pages"
         slot = self._staged[layer, microbatch] = self._free.popleft()
-        held, stored = staged.held, self._stored.get(layer)
+        source, held = self._reads[layer], staged.held
+        stored = self._stored.get(source)
         waits = [*after, *map(event_of, slot.busy), *([event_of(stored)] if stored is not None else [])]
-        self._streams.label(slot.rows, "cache", layer=layer, microbatch=microbatch)
-        pieces = self._pieces(layer, slot, held, staged.loads)
+        self._streams.label(slot.buffer, "cache", layer=layer, microbatch=microbatch)
+        pieces = self._pieces(source, slot, held, rows)
         slot.busy, slot.coming = [], [held.tier.load(pieces, waits)] if pieces else [*waits]
-        self._count(held.load_links, staged.loads)
+        self._count(held.load_links, pieces)
 
-    def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> dict[str, torch.Tensor]:
-        """A layer's arrays for a microbatch, each [rows, Hkv, D], ready on the compute stream."""
+    def tensors(self, layer: int, microbatch: int, staged: Staged | None) -> Views:
+        """The arrays that a layer reads, for a microbatch, each [rows, ...], ready on the compute stream."""
         if staged is None:
-            return dict(zip(NAMES, self.layer(layer), strict=True))
+            return self.layer(layer)
+        source = self._reads[layer]
+        if source != layer:
+            self._send(layer, microbatch, staged, (*staged.loads, *staged.stores))
         slot = self._staged[layer, microbatch]
         for coming in slot.coming:
             self._streams.wait(event_of(coming))
         slot.coming = []
-        return dict(zip(NAMES, slot.rows, strict=True))
+        if source not in slot.views:
+            slot.views[source] = self._view(slot.buffer, self._in_slot[source], source, self._staging.slot_pages)
+        return slot.views[source]
 
     def store(self, layer: int, microbatch: int, staged: Staged | None) -> None:
-        """Sends the new keys and values, queued on the compute stream so far, on their way back to their tier."""
+        """Sends the new rows, queued on the compute stream so far, on their way back to their tier."""
         if staged is None:
             return
-        slot, held = self._staged.pop((layer, microbatch)), staged.held
-        pieces = self._pieces(layer, slot, held, staged.stores)
-        stored = self._stored[layer] = held.tier.store(pieces, [self._streams.event()])
-        slot.busy = [stored]
+        slot, held, computed = self._staged.pop((layer, microbatch)), staged.held, self._streams.event()
+        slot.busy = [computed]
+        if pieces := self._pieces(layer, slot, held, staged.stores):
+            stored = self._stored[layer] = held.tier.store(pieces, [computed])
+            slot.busy = [stored]
+            self._count(held.store_links, pieces)
         self._free.append(slot)
-        self._count(held.store_links, staged.stores)
 
     def drop(self) -> None:
         """Lets staged keys and values go that will not be computed with: the step is cut anew."""
@@ -156,28 +185,22 @@ class KvCache:
             stored.event().synchronize()
         return sum(held.tier.close() for held in self._staging.tiers)
 
-    def _pieces(
-        self, layer: int, slot: StagingSlot, held: TierPages, triples: Triples
-    ) -> list[tuple[int, torch.Tensor]]:
-        """(offset in the tier, bytes in the staging slot) of keys and values. In a tier: [layer][K, V][row]."""
-        start = self._index[layer] * 2 * held.num_pages * PAGE_TOKENS
+    def _pieces(self, layer: int, slot: StagingSlot, held: TierPages, triples: Triples) -> list[Piece]:
+        """The runs of rows of all arrays of a layer."""
         pieces = []
-        for which, rows in enumerate(slot.rows):
-            base = start + which * held.num_pages * PAGE_TOKENS
+        for array in self._arrays[layer]:
+            nbytes = array.nbytes(self._dtype)
+            there = self._in_tier[held.first].offsets[layer, array.name]
+            here = self._in_slot[layer].offsets[layer, array.name]
             for tier_row, row, count in triples:
-                bytes_ = rows[row : row + count].view(torch.uint8).reshape(-1)
-                pieces.append(((base + tier_row) * self._row_nbytes, bytes_))
+                start = here + row * nbytes
+                pieces.append((there + tier_row * nbytes, slot.buffer[start : start + count * nbytes]))
         return pieces
 
-    def _count(self, links: Iterable[str], triples: Triples) -> None:
-        nbytes = 2 * self._row_nbytes * sum(count for _, _, count in triples)
+    def _count(self, links: Iterable[str], pieces: Sequence[Piece]) -> None:
+        nbytes = total_nbytes(pieces)
         for link in links:
             self._traffic.add(link, nbytes)
-
-
-def pages_nbytes(shape: ModelShape, num_layers: int, num_pages: int, dtype: str) -> int:
-    """Bytes that so many pages take in a tier, in all layers of a rank."""
-    return num_layers * num_pages * PAGE_TOKENS * shape.cache_nbytes_per_token(dtype)
 
 
 def event_of(awaited: Awaited) -> Event:

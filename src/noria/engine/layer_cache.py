@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 
 from noria.engine.batch import Microbatch
+from noria.models import _rotary
 
 
 class LayerCache:
@@ -25,15 +26,38 @@ class LayerCache:
         *,
         scale: float | None = None,
         window: int | None = None,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        values: str | int | None = None,
         **rows: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, H, D]: writes the new tokens' rows to their places, and attends."""
-        arrays, microbatch = self._arrays, self._microbatch
+        """[T, H, Dv]: writes the new tokens' rows to their places, and attends."""
+        if sinks is not None or soft_cap is not None:
+            raise NotImplementedError(
+                f"no kind of attention computes {'sinks' if soft_cap is None else 'a soft cap'} yet"
+            )
+        names = list(rows or self._arrays)
+        if rotary is not None:
+            queries = _rotary.rotate(queries, *rotary)
+            rows |= {name: _rotary.rotate(rows[name], *rotary) for name in names[:1] if rows}
         for name, new in rows.items():
-            arrays[name].index_copy_(0, microbatch.rows, new)
+            self._arrays[name].index_copy_(0, self._microbatch.rows, new)
+        keys, taken = self._keys_and_values(names, values)
         scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        keys, values = arrays["key"], arrays["value"]
-        return self._kind.attention(microbatch.attention_plan, queries, keys, values, scale, window)
+        return self._kind.attention(self._microbatch.attention_plan, queries, keys, taken, scale, window)
+
+    def _keys_and_values(self, names: list[str], values: str | int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The caches [rows, Hkv, D] and [rows, Hkv, Dv]."""
+        keys = _by_heads(self._arrays[names[0]])
+        if isinstance(values, int):
+            return keys, keys[..., :values]
+        return keys, _by_heads(self._arrays[values or names[:2][-1]])
 
     def commit(self) -> None:
         """The layer has returned: what it gave for its sequences is written."""
+
+
+def _by_heads(array: torch.Tensor) -> torch.Tensor:
+    """[rows, Hkv, D]: an array of one vector a token has one key head."""
+    return array if array.dim() == 3 else array[:, None]

@@ -1,4 +1,7 @@
-"""What a layer finds of its cache, and how it attends. Knows neither pages nor the kinds of attention."""
+"""What a layer finds of its cache, and how it attends. Knows neither pages nor the kinds of attention.
+
+T tokens and N sequences of a call, H heads, Hkv key/value heads, D head dim, Dv numbers of a value.
+"""
 
 from typing import Protocol
 
@@ -6,7 +9,7 @@ import torch
 
 
 class Cache(Protocol):
-    """A layer's cache, for the tokens of one call. T tokens, H heads, D head dim."""
+    """A layer's arrays (ModelShape.cache), for the tokens of one call."""
 
     def attend(
         self,
@@ -14,10 +17,18 @@ class Cache(Protocol):
         *,
         scale: float | None = None,
         window: int | None = None,
+        sinks: torch.Tensor | None = None,
+        soft_cap: float | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        values: str | int | None = None,
         **rows: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, H, D]: what queries [T, H, D] attend to, once the new tokens' `rows` [T, ...] of each array are written.
+        """[T, H, Dv]: what queries [T, H, D] attend to, once the new tokens' `rows` [T, ...] of each array are written.
 
-        scale: of the scores (default: D ** -0.5). window: the tokens that a query sees (default: all before it).
+        Keys are the first array that is given, [Hkv, D] or [D] a token; a layer that reads another's cache gives none, and
+        keys are the first array there. Values are the array beside them; `values` names another, or says how many of the
+        first numbers of a key are the value. scale: of the scores (default: D ** -0.5). window: the tokens that a query
+        sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
+        sinks, soft_cap: no kind of attention computes them yet. Raises NotImplementedError for these.
         """
         ...

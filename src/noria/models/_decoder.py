@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from noria.arrays import keys_and_values
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
@@ -84,6 +85,9 @@ def shape(family: str, config: Mapping[str, Any], variant: Variant) -> ModelShap
         experts_share=experts["chosen"] / experts["number"] if experts else 1.0,
         end_words=_rotary.end_words(scaling),
         details=details,
+        cache=tuple(
+            keys_and_values(num_kv_heads, head_dim, _window(details, layer)) for layer in range(num_layers(config))
+        ),
     )
 
 
@@ -97,6 +101,12 @@ def _details(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
         "window": variant.window,
         "experts": variant.experts,
     }
+
+
+def _window(details: Mapping[str, Any], layer: int) -> int | None:
+    """The tokens that a query of a layer sees; None: all."""
+    window = details["window"]
+    return window[0] if window and layer in window[1] else None
 
 
 def num_layers(config: Mapping[str, Any]) -> int:
@@ -233,9 +243,8 @@ def _attention(
         queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
     else:
         queries, keys = _rotary.rotate(qkv[:, : heads + kv_heads], *positional).split((heads, kv_heads), dim=1)
-    window = details["window"]
-    window = window[0] if window and index in window[1] else None
-    attended = cache.attend(queries, key=keys, value=qkv[:, heads + kv_heads :], window=window)
+    values = qkv[:, heads + kv_heads :]
+    attended = cache.attend(queries, key=keys, value=values, window=_window(details, index))
     return attended.reshape(len(normed), heads * shape.head_dim)
 
 

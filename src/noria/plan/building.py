@@ -148,7 +148,7 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
 
 def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
     """Pages of a staging buffer: the longest sequence at least, else SLOT_NBYTES or what a 16th of the device holds."""
-    room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // sizes.layer_page
+    room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // sizes.layer_page(sizes.stages)
     return min(max(problem.longest, room), max(problem.cap(sizes.groups), problem.longest))
 
 

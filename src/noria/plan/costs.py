@@ -91,8 +91,7 @@ def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
 
 def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
     """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
-    layers = sum(last - first for first, last in plan.stages[rank :: plan.num_ranks])
-    token = layers * shape.cache_nbytes_per_token(plan.dtype)
+    token = shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
     moved = {}
     for tier in ("cpu", "disk"):
         share = plan.cache_pages.get(tier, 0) / max(plan.num_pages, 1)
@@ -144,9 +143,9 @@ def resources(
     states = states_nbytes(plan, shape, rank, turn)
     loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
     stored = states + sum(tier["store"] for tier in cache.values())
-    seen = turn.rows * turn.context * len(layers) * shape.cache_nbytes_per_token(plan.dtype)
+    seen = turn.rows * turn.context * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
     sampled = turn.rows
-    attended = 4 * turn.tokens * turn.context * len(layers) * shape.num_heads * shape.head_dim
+    attended = 2 * turn.tokens * turn.context * shape.num_heads * shape.attended(_layers_of(plan, rank))
     flops = 2 * (used * turn.tokens + head_nbytes * sampled) / itemsize + attended
     both = loaded > 0 and stored > 0.1 * loaded
     idle = TURN_SECONDS + TURN_ROW_SECONDS * turn.rows if plan.groups == 1 else 0.0
@@ -221,6 +220,11 @@ def _microbatches(plan: Plan, turn: Round) -> float:
         pages = rows * elsewhere * max(turn.context * (2 if turn.prefill else 1), 1) / PAGE_TOKENS
         count = max(count, -(-pages // plan.cache_slot_pages))
     return max(min(count, max(rows, 1)), 1)
+
+
+def _layers_of(plan: Plan, rank: int) -> list[range]:
+    """The rank's layers, a range a lap."""
+    return [range(*stage) for stage in plan.stages[rank :: plan.num_ranks]]
 
 
 def _streamed_of(plan: Plan, rank: int, lap: int) -> list[str]:

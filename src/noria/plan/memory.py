@@ -3,7 +3,7 @@
 Arithmetic on sizes alone: no torch, no MPI, no GPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from noria.blocks import DTYPE_NBYTES, Block
@@ -38,12 +38,16 @@ class Sizes:
 
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
-        return self.layer_page * sum(len(stage) for stage in self.stages[rank :: self.num_ranks])
+        return PAGE_TOKENS * self.shape.cache_nbytes(self._stages_of(rank), self.dtype)
 
-    @property
-    def layer_page(self) -> int:
-        """Bytes of one page of the cache in one layer."""
-        return PAGE_TOKENS * self.shape.cache_nbytes_per_token(self.dtype)
+    def layer_page(self, layers: Iterable[range]) -> int:
+        """Bytes of one page of the cache in the one of these layers where it is largest."""
+        of_layer = (range(layer, layer + 1) for stage in layers for layer in stage)
+        return PAGE_TOKENS * max((self.shape.cache_nbytes([one], self.dtype) for one in of_layer), default=0)
+
+    def _stages_of(self, rank: int) -> list[range]:
+        """The rank's layers, a range a lap."""
+        return self.stages[rank :: self.num_ranks]
 
     def weights(self, rank: int, tier: str) -> int:
         return sum(self.block(name) for name, at in self.weight_tiers[rank].items() if at == tier)
@@ -55,7 +59,7 @@ class Sizes:
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
         items = {"weights": self.weights(rank, tier)}
-        slots = self.cache_slots * self.cache_slot_pages * self.layer_page
+        slots = self.cache_slots * self.cache_slot_pages * self.layer_page(self._stages_of(rank))
         if tier == "gpu":
             items["weight slots"] = self.weight_slots * self.slot(rank)
             items["cache slots"] = slots

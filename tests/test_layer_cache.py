@@ -1,0 +1,83 @@
+"""How a layer attends: what it writes, what are its keys and values. Against dense softmax."""
+
+import pytest
+import torch
+
+import dense
+from noria import attention
+from noria.arrays import Array, keys_and_values
+from noria.attention import sdpa
+from noria.engine.batch import Microbatch, cache_rows
+from noria.engine.layer_cache import LayerCache
+from noria.models import _rotary
+
+CPU = torch.device("cpu")
+SPANS = dense.CASES["prompts beside decoding rows"]
+TOKENS = sum(span.count for span in SPANS)
+
+
+def opened(**arrays):
+    rows = torch.from_numpy(cache_rows(SPANS))
+    microbatch = Microbatch(0, TOKENS, torch.arange(TOKENS), rows, None, sdpa.prepare(SPANS, CPU), None)
+    return LayerCache(sdpa, microbatch, arrays), rows
+
+
+def random(*size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)), dtype=torch.float64)
+
+
+def test_an_array_of_one_vector_a_token_is_keys_and_its_first_numbers_are_values():
+    latent, queries, new = random(22 * 16, 40), random(TOKENS, 4, 40), random(TOKENS, 40)
+    cache, rows = opened(latent=latent.clone())
+    found = cache.attend(queries, scale=0.3, window=9, values=24, latent=new)
+    latent[rows] = new
+    values = latent[:, None].clone()
+    values[..., 24:] = 0
+    expected = dense.attention(SPANS, queries, latent[:, None], values, 0.3, 9)
+    assert found.shape == (TOKENS, 4, 24)
+    torch.testing.assert_close(found, expected[..., :24], rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_gives_no_rows_reads_what_is_there():
+    key, value, queries = random(22 * 16, 2, 8), random(22 * 16, 2, 8) + 1, random(TOKENS, 4, 8)
+    cache, _ = opened(key=key, value=value)
+    expected = dense.attention(SPANS, queries, key, value, 8**-0.5, None)
+    torch.testing.assert_close(cache.attend(queries), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        cache.attend(queries, values="key"),
+        dense.attention(SPANS, queries, key, key, 8**-0.5, None),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_rotary_turns_queries_and_new_keys_on_the_way_into_the_cache():
+    queries, new = random(TOKENS, 4, 8), {"key": random(TOKENS, 2, 8), "value": random(TOKENS, 2, 8) + 1}
+    turn = _rotary.tables(1e4, None, 8, torch.arange(TOKENS), torch.float64)
+    arrays = {name: random(22 * 16, 2, 8) for name in new}
+    one, rows = opened(**{name: array.clone() for name, array in arrays.items()})
+    other, _ = opened(**arrays)
+    turned = new | {"key": _rotary.rotate(new["key"], *turn)}
+    assert torch.equal(one.attend(queries, rotary=turn, **new), other.attend(_rotary.rotate(queries, *turn), **turned))
+    assert torch.equal(arrays["key"][rows], turned["key"])
+
+
+@pytest.mark.parametrize(("asked", "words"), [({"sinks": random(4)}, "sinks"), ({"soft_cap": 30.0}, "a soft cap")])
+def test_what_no_kind_of_attention_computes_is_refused_by_name(asked, words):
+    cache, _ = opened(key=random(22 * 16, 2, 8), value=random(22 * 16, 2, 8))
+    with pytest.raises(NotImplementedError, match=f"no kind of attention computes {words} yet"):
+        cache.attend(random(TOKENS, 4, 8), **asked)
+
+
+def test_layers_whose_keys_and_values_are_not_alike_attend_by_the_kind_that_does_everything(monkeypatch):
+    monkeypatch.setattr(attention.kinds.load("attention", "varlen"), "usable", lambda device, dtype, size: size <= 256)
+    plain, wide, latent = keys_and_values(2, 64), keys_and_values(1, 512), (Array("latent", (64,)),)
+    for cache, kind in (
+        ((plain, plain, 0), "varlen"),
+        ((plain, (Array("state", (3, 3), "sequence"),)), "varlen"),
+        ((plain, wide), "sdpa"),
+        ((plain, latent), "sdpa"),
+        (((Array("key", (2, 64)), Array("value", (2, 32))),), "sdpa"),
+        (((Array("state", (3, 3), "sequence"),),), "sdpa"),
+    ):
+        assert attention.fitting(CPU, torch.bfloat16, cache).__name__ == f"noria.attention.{kind}", cache
