@@ -357,7 +357,7 @@ def test_an_extent_beyond_its_file_is_refused_to_the_byte(tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ({"version": 2}, ["is version 2 of the format, this Noria reads up to 1: use a newer Noria"]),
+        ({"version": 3}, ["is version 3 of the format, this Noria reads up to 2: use a newer Noria"]),
         ({"version": "1"}, ["version is '1', it should be a whole number"]),
         ({"version": [1, 1]}, ["needs one value as its attribute 'version', it has shape [2]"]),
         ({"version": 0}, ["it should be a whole number from 1 on"]),

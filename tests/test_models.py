@@ -16,7 +16,8 @@ import reference
 from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE, SLIDING
 from noria import models
 from noria.attention import sdpa
-from noria.blocks import layer_name
+from noria.blocks import lay_out, layer_name
+from noria.engine.parameters import stored, views
 from noria.errors import InputError
 from noria.models import _experts
 from noria.models._linear import ACTIVATIONS, linear
@@ -73,15 +74,19 @@ class Whole:
         self.cache = torch.full(size, torch.nan, dtype=dtype)
 
     def block(self, state, name, shapes):
+        """The block's computed tensors, of the tensors that make it."""
+        layout = lay_out(name, shapes, str(self.dtype).removeprefix("torch."))
+        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        numbers = stored(buffer, layout)
         sources = self.model.sources(self.shape, name)
         assert list(sources) == list(shapes)
-        block = {}
         for parameter, tensors in sources.items():
             parts = [state[str(t)].T if isinstance(t, Transposed) else state[t] for t in tensors]
             rows = torch.cat(parts)
-            assert rows.shape[1:] == shapes[parameter][-1:] or rows.ndim == 1
-            block[parameter] = rows.reshape(shapes[parameter]).to(self.dtype)
-        return block
+            shape = numbers[parameter].shape
+            assert rows.shape[1:] == shape[-1:] or rows.ndim == 1
+            numbers[parameter].copy_(rows.reshape(shape))
+        return views(buffer, layout)
 
     def logits(self, parts: list[tuple[list[int], int, tuple[Run, ...]]]) -> list[torch.Tensor]:
         """One forward call. `parts`: new tokens, position of the first, pages of each sequence. Logits of each part."""
@@ -344,12 +349,20 @@ def experts_of(dtype, num_experts=6, hidden=16, inner=8):
     return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype), generator
 
 
+def mixture(hidden, chosen, weights, experts, transposed=True):
+    """_experts.mixture of experts [X, 3 * I, E]; not `transposed`: its down matrices lie [E, I]."""
+    inner = experts.shape[1] // 3
+    down = experts[:, 2 * inner :].transpose(1, 2)
+    return _experts.mixture(hidden, chosen, weights, experts[:, : 2 * inner], down if transposed else down.contiguous())
+
+
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 6])
-def test_a_mixture_is_the_weighted_sum_over_each_token_s_experts(count):
+def test_a_mixture_is_the_weighted_sum_over_each_token_s_experts_whichever_way_a_matrix_lies(count, transposed):
     experts, generator = experts_of(torch.float64)
     hidden = torch.randn(21, 16, generator=generator, dtype=torch.float64)
     chosen, weights = _experts.choose(torch.randn(21, 6, generator=generator, dtype=torch.float64), count, True)
-    found = _experts.mixture(hidden, chosen, weights, experts)
+    found = mixture(hidden, chosen, weights, experts, transposed)
     for token in range(21):
         expected = torch.zeros(16, dtype=torch.float64)
         for expert, weight in zip(chosen[token], weights[token], strict=True):
@@ -362,27 +375,27 @@ def test_a_token_s_mixture_does_not_depend_on_the_tokens_beside_it():
     experts, generator = experts_of(torch.float64)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64)
     chosen, weights = _experts.choose(torch.randn(40, 6, generator=generator, dtype=torch.float64), 3, False)
-    whole = _experts.mixture(hidden, chosen, weights, experts)
+    whole = mixture(hidden, chosen, weights, experts)
     order = torch.randperm(40, generator=generator)
-    shuffled = _experts.mixture(hidden[order], chosen[order], weights[order], experts)
+    shuffled = mixture(hidden[order], chosen[order], weights[order], experts)
     torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-13)
-    alone = [_experts.mixture(hidden[t : t + 1], chosen[t : t + 1], weights[t : t + 1], experts) for t in range(40)]
+    alone = [mixture(hidden[t : t + 1], chosen[t : t + 1], weights[t : t + 1], experts) for t in range(40)]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-13)
 
 
 def test_tokens_that_all_choose_one_expert_and_no_tokens_at_all_are_computed():
     experts, generator = experts_of(torch.float32)
     hidden, chosen = torch.randn(5, 16, generator=generator), torch.full((5, 1), 4)
-    found = _experts.mixture(hidden, chosen, torch.ones(5, 1), experts)
-    one = _experts.mixture(hidden, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), experts[4:5])
+    found = mixture(hidden, chosen, torch.ones(5, 1), experts)
+    one = mixture(hidden, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), experts[4:5])
     torch.testing.assert_close(found, one)
-    assert _experts.mixture(hidden[:0], chosen[:0], torch.ones(0, 1), experts).shape == (0, 16)
+    assert mixture(hidden[:0], chosen[:0], torch.ones(0, 1), experts).shape == (0, 16)
 
 
 def test_an_expert_is_one_run_of_bytes_in_its_layer_s_block():
     shape = models.for_config(MIXTRAL).shape(MIXTRAL)
     parameters = models.for_config(MIXTRAL).layer_parameters(shape, 0)
-    assert parameters["experts"] == (5, 3 * 24, 32) and parameters["router"] == (5, 32)
+    assert parameters["experts"].shape == (5, 3 * 24, 32) and parameters["router"] == (5, 32)
     sources = models.for_config(MIXTRAL).sources(shape, "layers/0002")["experts"]
     assert sources[3:6] == tuple(f"model.layers.2.block_sparse_moe.experts.1.{w}.weight" for w in ("w1", "w3", "w2"))
     assert [isinstance(source, Transposed) for source in sources[3:6]] == [False, False, True]

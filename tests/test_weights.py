@@ -12,8 +12,9 @@ from noria.checkpoint.convert import convert
 from noria.engine.assembly import weights_of
 from noria.engine.cycle import Cycle
 from noria.engine.loading import Loader
+from noria.engine.parameters import views
 from noria.engine.timing import Traffic
-from noria.engine.weights import Home, Weights, cast_block, views
+from noria.engine.weights import Home, Weights
 from noria.limits import loaded_once
 from noria.streams import CpuStreams, Done
 from noria.tiers import Transfer
@@ -75,7 +76,7 @@ def test_a_tied_embedding_is_held_once_by_a_rank_that_has_both_ends(model):
 
 
 def test_views_share_the_blocks_bytes(model):
-    block = cast_block(model[0].blocks["layers/0000"], "float64")
+    block = model[0].blocks["layers/0000"].cast("float64")
     buffer = torch.zeros(block.nbytes, dtype=torch.uint8)
     for value in views(buffer, block).values():
         value.fill_(1.0)

@@ -29,8 +29,9 @@ from noria.engine.batch import Batches, Network
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.loading import Loader
+from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.timing import Traffic
-from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.engine.weights import Weights
 from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.limits import DTYPES

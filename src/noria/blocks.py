@@ -1,25 +1,147 @@
-"""What a model looks like as bytes: its sizes, and the layout of its layer blocks.
+"""What a model looks like as bytes: its parameters, their pieces and fields, and the layout of its layer blocks.
 
 A block (`embed`, `layers/0007`, `head`) is one contiguous run of bytes, the same on disk, in CPU memory and on the GPU.
 This file knows no torch, no file and no rank.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
+from typing import Any
 
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
-DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+FIELD_ALIGNMENT = 16  # of the fields of an encoded piece: a view in any dtype may begin there
+DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # what numbers are computed in
+FIELD_NBYTES = DTYPE_NBYTES | {"int32": 4, "int8": 1, "uint8": 1}  # what they are stored in
+PLAIN = "plain"  # the encoding that stores numbers as they are
+
+
+@dataclass(frozen=True)
+class Field:
+    """An array of a piece, `offset` bytes from the start of the piece on."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * FIELD_NBYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Numbers [outputs, inputs] (or a vector) in a piece, which are encoded by themselves; `transposed`: stored [inputs,
+    outputs]. Those of one name lie one after another along the outputs of one computed tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What each piece of a parameter is: the matrices in it, and the fields that hold them."""
+
+    nbytes: int
+    fields: tuple[Field, ...]
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a family says of a parameter where its shape alone does not say it.
+
+    dtype: the parameter's own, where it needs more precision than the model has. matrices: what a piece consists of.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    matrices: tuple[Matrix, ...] = ()
+
+    @property
+    def pieces_first(self) -> bool:
+        """Whether the first dimension counts pieces: of three dimensions it does (experts)."""
+        return len(self.shape) == 3
+
+    @property
+    def pieces(self) -> int:
+        return self.shape[0] if self.pieces_first else 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """How a parameter is stored that is not plain: the encoding (a file of encodings/), its settings, and each piece."""
+
+    encoding: str
+    settings: Mapping[str, Any]
+    piece: Piece
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter's place in its block: `offset` and `nbytes` in bytes from the start of the block."""
+    """One parameter of a block: its numbers, how they are stored, and where in the block.
+
+    dtype: of its numbers when they are computed. own_dtype: the dtype below which it is not computed, whatever the run's.
+    pieces: how many runs of bytes it has, one after another, all like `piece`: an expert each, or one with all of it.
+    offset: bytes from the start of the block.
+    """
 
     name: str
     shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    dtype: str
+    encoding: str
+    pieces: int
+    piece: Piece
+    own_dtype: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as it is stored."""
+        return self.pieces * self.piece.nbytes
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def computed_nbytes(self) -> int:
+        """Bytes of the numbers as they are computed."""
+        return self.numbers * DTYPE_NBYTES[self.dtype]
+
+    @property
+    def plain(self) -> bool:
+        return self.encoding == PLAIN
+
+    @property
+    def computed(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that it is computed as, by name: itself, or of its named matrices one each, such as
+        experts.down [pieces, outputs, inputs]."""
+        if not self.piece.matrices[0].name:
+            return {self.name: self.shape}
+        outputs: dict[str, int] = {}
+        for matrix in self.piece.matrices:
+            outputs[matrix.name] = outputs.get(matrix.name, 0) + matrix.shape[0]
+        first, inputs = self.shape[:-2], {matrix.name: matrix.shape[1:] for matrix in self.piece.matrices}
+        return {f"{self.name}.{name}": (*first, number, *inputs[name]) for name, number in outputs.items()}
+
+    @property
+    def wanted(self) -> Wanted:
+        """What its family says of it."""
+        return Wanted(self.shape, self.own_dtype, self.piece.matrices)
+
+    @property
+    def encoded(self) -> Encoded | None:
+        return None if self.plain else Encoded(self.encoding, self.settings, self.piece)
+
+    def place(self, piece: int) -> tuple[int, int]:
+        """Where a piece lies: offset from the start of the block, and bytes."""
+        assert 0 <= piece < self.pieces, (self.name, piece)
+        return self.offset + piece * self.piece.nbytes, self.piece.nbytes
 
 
 @dataclass(frozen=True)
@@ -27,23 +149,117 @@ class Block:
     """The layout of one block. `nbytes` is a multiple of ALIGNMENT."""
 
     name: str
-    dtype: str
     parameters: tuple[Parameter, ...]
     nbytes: int
+
+    @cached_property
+    def numbers(self) -> int:
+        return sum(parameter.numbers for parameter in self.parameters)
+
+    @cached_property
+    def expert_numbers(self) -> int:
+        """Those of parameters in several pieces, of which a token needs a few."""
+        return sum(parameter.numbers for parameter in self.parameters if parameter.pieces > 1)
+
+    @cached_property
+    def computed_nbytes(self) -> int:
+        """Bytes that products read."""
+        return sum(parameter.computed_nbytes for parameter in self.parameters)
+
+    @cached_property
+    def expert_nbytes(self) -> int:
+        return sum(parameter.computed_nbytes for parameter in self.parameters if parameter.pieces > 1)
+
+    @cached_property
+    def encoded(self) -> tuple[Parameter, ...]:
+        """The parameters that are decoded before they are used."""
+        return tuple(parameter for parameter in self.parameters if not parameter.plain)
+
+    @cached_property
+    def decoded_nbytes(self) -> int:
+        """Bytes of the buffer that its encoded parameters are decoded into."""
+        return sum(round_up(parameter.computed_nbytes) for parameter in self.encoded)
+
+    @cached_property
+    def decoding_nbytes(self) -> int:
+        """Bytes that are read and written where a visit decodes them."""
+        return self.decoded_nbytes + sum(parameter.nbytes for parameter in self.encoded)
+
+    @cached_property
+    def _casts(self) -> dict[str, tuple["Block", bool]]:
+        return {}
+
+    def cast(self, dtype: str) -> "Block":
+        """The layout of the block as a run in `dtype` has it.
+
+        Plain numbers are of the run's dtype, or of a wider one of their own; encoded ones stay as they are stored.
+        """
+        return self._cast(dtype)[0]
+
+    def changes(self, dtype: str) -> bool:
+        """Whether bytes of the block are others in a run in `dtype`."""
+        return self._cast(dtype)[1]
+
+    def _cast(self, dtype: str) -> tuple["Block", bool]:
+        if dtype not in self._casts:  # kept: a plan asks for every block of every candidate
+            wanted = {parameter.name: parameter.wanted for parameter in self.parameters}
+            encoded = {parameter.name: held for parameter in self.parameters if (held := parameter.encoded)}
+            made = lay_out(self.name, wanted, dtype, encoded)
+            pairs = zip(self.parameters, made.parameters, strict=True)
+            self._casts[dtype] = made, any(one.piece != other.piece for one, other in pairs)
+        return self._casts[dtype]
 
 
 def round_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def lay_out(name: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Block:
-    """The block of parameters with these shapes, in this order, each starting at a multiple of ALIGNMENT."""
+def wider(own: str | None, dtype: str) -> str:
+    """The dtype in which a parameter with a dtype of its own, if it has one, is computed in a run in `dtype`."""
+    return own if own and DTYPE_NBYTES[own] >= DTYPE_NBYTES[dtype] else dtype
+
+
+def lay_out(
+    name: str,
+    shapes: Mapping[str, tuple[int, ...] | Wanted],
+    dtype: str,
+    encoded: Mapping[str, Encoded] | None = None,
+) -> Block:
+    """The block of parameters with these shapes, in this order, each starting at a multiple of ALIGNMENT.
+
+    `encoded` says how those that are not plain are stored.
+    """
     parameters, offset = [], 0
     for parameter, shape in shapes.items():
-        nbytes = prod(shape) * DTYPE_NBYTES[dtype]
-        parameters.append(Parameter(parameter, tuple(shape), offset, nbytes))
-        offset += round_up(nbytes)
-    return Block(name, dtype, tuple(parameters), offset)
+        wanted = shape if isinstance(shape, Wanted) else Wanted(tuple(shape))
+        computed = wider(wanted.dtype, dtype)
+        held = (encoded or {}).get(parameter) or _plain(wanted, computed)
+        laid = Parameter(
+            parameter,
+            wanted.shape,
+            computed,
+            held.encoding,
+            wanted.pieces,
+            held.piece,
+            wanted.dtype,
+            held.settings,
+            offset,
+        )
+        parameters.append(laid)
+        offset += round_up(laid.nbytes)
+    return Block(name, tuple(parameters), offset)
+
+
+def _plain(wanted: Wanted, dtype: str) -> Encoded:
+    """Numbers as they are computed: one field, with the matrices one after another."""
+    shape = wanted.shape[1:] if wanted.pieces_first else wanted.shape
+    numbers = Field("numbers", shape, dtype)
+    return Encoded(PLAIN, {}, Piece(numbers.nbytes, (numbers,), wanted.matrices or (Matrix("", shape),)))
+
+
+def dtype_of(blocks: Iterable[Block]) -> str:
+    """The dtype of the model that these blocks are stored for: of the parameters that have none of their own."""
+    return next(p.dtype for block in blocks for p in block.parameters if p.own_dtype is None)
 
 
 def layer_name(layer: int) -> str:

@@ -20,11 +20,11 @@ from noria.engine.assembly import weights_of
 from noria.engine.batch import Batches, Network
 from noria.engine.kv_cache import KvCache
 from noria.engine.loading import Loader
+from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
 from noria.engine.trace import OFF
-from noria.engine.weights import TORCH_DTYPES
 from noria.output.generations import open_generations
 from noria.step import Admitted, Run, Step
 from noria.streams import streams_of

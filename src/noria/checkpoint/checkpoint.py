@@ -1,11 +1,11 @@
 """Reads a checkpoint: its header is checked whole before anything is allocated, its blocks are read by plain preadv.
 
-The format is the design's, version 1. Knows nothing of devices, ranks or torch: a block goes into whatever writable
+Knows nothing of devices, ranks or torch: a block goes into whatever writable
 memory the caller has. The writer is writer.py.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ import h5py
 import xxhash
 
 from noria import models
-from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, lay_out, layer_name
+from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, Parameter, lay_out, layer_name
 from noria.errors import InputError
 from noria.model import MORE_TEMPLATES, ModelShape
 from noria.tools.container import (
@@ -28,7 +28,7 @@ from noria.tools.container import (
 from noria.tools.damage import damaged_is_input_error
 
 FORMAT = "noria-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: all parameters are plain and of the checkpoint's dtype
 CHECKSUM = "xxh3_128"  # attribute of a block's group: 32 hexadecimal digits over the block's bytes, padding included
 # The files of a tokenizer; vocab.json and merges.txt where there is no tokenizer.json.
 TOKENIZER_FILES = (
@@ -86,11 +86,25 @@ def model_block(family: ModuleType, shape: ModelShape, name: str, dtype: str) ->
     return lay_out(name, family.layer_parameters(shape, int(name.rpartition("/")[2])), dtype)
 
 
+def version_of(blocks: Mapping[str, Block], dtype: str) -> int:
+    """The version of the format that a checkpoint of these blocks needs: 1 if all is plain and of one dtype."""
+    parameters = [parameter for block in blocks.values() for parameter in block.parameters]
+    return 1 if all(parameter.plain and parameter.dtype == dtype for parameter in parameters) else VERSION
+
+
+def stored_as(parameter: Parameter) -> tuple[str, tuple[int, ...]]:
+    """The type and the shape of a parameter's dataset."""
+    if parameter.plain:
+        return parameter.dtype, parameter.shape
+    return "uint8", (parameter.pieces, parameter.piece.nbytes)
+
+
 class Checkpoint:
     """An open checkpoint. Blocks may be read from several threads; `close` when none is reading any more.
 
-    shape, family, dtype: what the model is; config, generation_config: its own JSON objects; blocks: layouts by name;
-    tokenizer: bytes by file name; header_hash: the same for the same model wherever it lies; nbytes: of all blocks.
+    shape, family, dtype: what the model is; version: of the file's format; config, generation_config: its own JSON
+    objects; blocks: layouts by name; tokenizer: bytes by file name; header_hash: the same for the same model wherever it
+    lies; nbytes: of all blocks.
     """
 
     def __init__(self, path: Path):
@@ -109,7 +123,7 @@ class Checkpoint:
         self._verified: set[str] = set()
 
     def _read_header(self, root: h5py.File) -> dict[str, str]:
-        _check_format(root, self.path)
+        self.version = _version(root, self.path)
         self.source = text_attribute(root, "source", self.path)
         self.dtype = text_attribute(root, "dtype", self.path)
         if self.dtype not in DTYPE_NBYTES:
@@ -144,7 +158,7 @@ class Checkpoint:
         begin: Extent | None = None
         for parameter in block.parameters:
             path = f"{block.name}/{parameter.name}"
-            extent = self._files.extent(path, block.dtype, parameter.shape)
+            extent = self._files.extent(path, *stored_as(parameter))
             begin = begin or Extent(extent.fd, extent.path, extent.offset - parameter.offset, block.nbytes)
             where = (extent.fd, extent.offset)
             if where != (begin.fd, begin.offset + parameter.offset) or extent.offset % ALIGNMENT:
@@ -170,7 +184,7 @@ class Checkpoint:
 
     def _hash(self, texts: dict[str, str]) -> str:
         digest = xxhash.xxh3_128()
-        contents = [FORMAT, str(VERSION), self.family, self.dtype, *texts.values()]
+        contents = [FORMAT, str(self.version), self.family, self.dtype, *texts.values()]
         contents += [word for pair in self._checksums.items() for word in pair]
         for content in [text.encode() for text in contents] + [
             part for pair in self.tokenizer.items() for part in pair
@@ -226,12 +240,12 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Numbers in the model; a tied embedding, which two blocks share, counts once."""
-        sizes = {
-            (self._extents[block.name].path, self._extents[block.name].offset + parameter.offset): parameter.nbytes
+        counts = {
+            (self._extents[block.name].path, self._extents[block.name].offset + parameter.offset): parameter.numbers
             for block in self.blocks.values()
             for parameter in block.parameters
         }
-        return sum(sizes.values()) // DTYPE_NBYTES[self.dtype]
+        return sum(counts.values())
 
     def close(self) -> None:
         self._files.close()
@@ -257,7 +271,8 @@ class Checking:
         self._checkpoint.verified(self._name, self._digest.hexdigest())
 
 
-def _check_format(root: h5py.File, path: Path) -> None:
+def _version(root: h5py.File, path: Path) -> int:
+    """The version of the file's format. Raises InputError for a file of another format, or of a newer version."""
     found = text_attribute(root, "format", path) if "format" in root.attrs else None
     if found != FORMAT:
         raise InputError(
@@ -270,6 +285,7 @@ def _check_format(root: h5py.File, path: Path) -> None:
         raise InputError(
             f"{path} is version {version} of the format, this Noria reads up to {VERSION}: use a newer Noria"
         )
+    return int(version)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -76,14 +77,14 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
     family, shape = model_shape(config, str(directory.path))
     plan = plan_of(directory, family, shape, tensors)
     check_tied(plan, tensors, shape)
-    dtype, notes = _choose_dtype(plan, dtype)
+    dtype, notes = _choose_dtype(family, shape, plan, dtype)
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
     header = Header(
         shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer()
     )
     _check_space(target, file_nbytes(blocks, header))
     notes += left_over(plan, tensors, shape) + _tokenizer_notes(header)
-    source_of = _ParameterBytes(plan, dtype, sum(block.nbytes for block in blocks.values()), progress)
+    source_of = _ParameterBytes(plan, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
     with making(target, remedy), replacing(target, overwrite) as temporary:
         write_checkpoint(temporary, header, blocks, shared(plan), source_of.chunks)
@@ -112,11 +113,21 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _choose_dtype(plan: Plan, dtype: str) -> tuple[str, list[str]]:
-    """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it."""
+def _choose_dtype(family: ModuleType, shape: ModelShape, plan: Plan, dtype: str) -> tuple[str, list[str]]:
+    """The dtype asked for, or the one that most of the numbers have; and a note if others are cast to it.
+
+    Parameters with a dtype of their own are not asked.
+    """
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for tensor in {source.tensor.name: source.tensor for sources in plan.values() for source in sources}.values():
+    own = {
+        (name, parameter.name)
+        for name in block_names(shape)
+        for parameter in model_block(family, shape, name, "float32").parameters
+        if parameter.own_dtype
+    }
+    asked = [source.tensor for place, sources in plan.items() if place not in own for source in sources]
+    for tensor in {tensor.name: tensor for tensor in asked}.values():
         sizes[tensor.dtype] += tensor.size
         counts[tensor.dtype] += 1
     if dtype != "auto":
@@ -138,16 +149,18 @@ def _tokenizer_notes(header: Header) -> list[str]:
 class _ParameterBytes:
     """Gives the bytes of each parameter to the writer, cast, and tells how far it is."""
 
-    def __init__(self, plan: Plan, dtype: str, total: int, progress: Progress | None):
-        self._plan, self._dtype, self._total, self._progress = plan, getattr(torch, dtype), total, progress
-        self._reader, self._cast = Reader(), torch.empty(CHUNK_NBYTES // 2, dtype=self._dtype)
+    def __init__(self, plan: Plan, total: int, progress: Progress | None):
+        self._plan, self._total, self._progress = plan, total, progress
+        self._reader, self._buffer = Reader(), torch.empty(CHUNK_NBYTES // 2, dtype=torch.float64)
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
+        dtype = getattr(torch, parameter.dtype)
+        buffer = self._buffer.view(dtype)
         for source in self._plan[block.name, parameter.name]:
             tensor = source.tensor
             for chunk in self._reader.chunks(tensor, source.transposed):
-                cast = chunk if chunk.dtype == self._dtype else self._cast[: len(chunk)].copy_(chunk)
+                cast = chunk if chunk.dtype == dtype else buffer[: len(chunk)].copy_(chunk)
                 _check_range(chunk, cast, tensor)
                 yield cast.view(torch.uint8).numpy().data
                 self._done += cast.nbytes

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from noria.blocks import DTYPE_NBYTES
+from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
 from noria.errors import InputError
 
@@ -54,8 +54,7 @@ class RandomCheckpoint:
                 end = parameter.offset + parameter.nbytes
                 # the tensors' names are the seed: a tied embedding has one name and so one content
                 seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
-                size = parameter.nbytes // DTYPE_NBYTES[self.dtype]
-                numbers = pool.submit(self._numbers, parameter.name, len(parameter.shape), size, seed)
+                numbers = pool.submit(self._numbers, parameter, seed)
                 periods.append((bytes_[parameter.offset : end], numbers))
             bytes_[end:] = 0
             copies = []
@@ -66,14 +65,15 @@ class RandomCheckpoint:
             for copy in copies:
                 copy.result()
 
-    def _numbers(self, parameter: str, rank: int, size: int, seed: int) -> np.ndarray:
+    def _numbers(self, parameter: Parameter, seed: int) -> np.ndarray:
         """The bytes of one period of a parameter."""
-        if rank == 1 and "norm" in parameter and not parameter.endswith("bias"):
+        size, name = parameter.numbers, parameter.name
+        if len(parameter.shape) == 1 and "norm" in name and not name.endswith("bias"):
             numbers = torch.ones(min(size, PERIOD))
         else:
             draw = np.random.Generator(np.random.Philox(seed)).standard_normal(min(size, PERIOD), np.float32)
             numbers = torch.from_numpy(draw).mul_(self._width)
-        return numbers.to(getattr(torch, self.dtype)).view(torch.uint8).numpy()
+        return numbers.to(getattr(torch, parameter.dtype)).view(torch.uint8).numpy()
 
     def close(self) -> None:
         """Nothing is open."""

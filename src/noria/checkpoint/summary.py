@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from noria.blocks import Block, layer_name
-from noria.checkpoint.checkpoint import FORMAT, VERSION, Checkpoint
+from noria.blocks import Block, Parameter, layer_name
+from noria.checkpoint.checkpoint import FORMAT, Checkpoint
 from noria.tools.text import nbytes_words, plural
 
 
@@ -18,15 +18,15 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     )
     texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
     return [
-        f"{checkpoint.path}: checkpoint, version {VERSION}, made from {checkpoint.source}",
+        f"{checkpoint.path}: checkpoint, version {checkpoint.version}, made from {checkpoint.source}",
         f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
         f"sizes       {plural(shape.num_layers, 'layer')}, hidden {shape.hidden_size}, heads {shape.num_heads} of"
         f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
         f" positions {shape.max_positions:,}"
         f"{', embedding tied to the head' if shape.tied else ''}",
-        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'])}",
-        f"layers      {each}: {_parameters(blocks[layer_name(0)]) if layers else 'none'}",
-        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'])}",
+        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'], checkpoint.dtype)}",
+        f"layers      {each}: {_parameters(blocks[layer_name(0)], checkpoint.dtype) if layers else 'none'}",
+        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'], checkpoint.dtype)}",
         f"tokenizer   {texts or 'none: prompts must be token_ids'}",
         f"hash        {checkpoint.header_hash}",
     ]
@@ -37,7 +37,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     shape = checkpoint.shape
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": checkpoint.version,
         "source": checkpoint.source,
         "family": checkpoint.family,
         "dtype": checkpoint.dtype,
@@ -50,5 +50,14 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _parameters(block: Block) -> str:
-    return ", ".join(f"{parameter.name} {list(parameter.shape)}" for parameter in block.parameters)
+def _parameters(block: Block, dtype: str) -> str:
+    return ", ".join(
+        f"{parameter.name} {list(parameter.shape)}{_form(parameter, dtype)}" for parameter in block.parameters
+    )
+
+
+def _form(parameter: Parameter, dtype: str) -> str:
+    """How a parameter is stored, where that is not plain in the checkpoint's dtype."""
+    if not parameter.plain:
+        return f" {parameter.encoding}, {8 * parameter.nbytes / parameter.numbers:.2f} bits"
+    return f" {parameter.dtype}" if parameter.dtype != dtype else ""

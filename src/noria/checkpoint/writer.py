@@ -16,7 +16,7 @@ import xxhash
 from h5py import h5a, h5d, h5p, h5s
 
 from noria.blocks import ALIGNMENT, Block, Parameter, round_up
-from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
+from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, stored_as, version_of
 from noria.errors import InputError
 from noria.tools import atomic
 from noria.tools.container import hdf5_type
@@ -105,15 +105,19 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
     how = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
     with _guarded(path, "w", libver=libver, **how) as file:
         file.attrs.update(
-            format=FORMAT, version=VERSION, family=header.family, dtype=header.dtype, source=header.source
+            format=FORMAT,
+            version=version_of(blocks, header.dtype),
+            family=header.family,
+            dtype=header.dtype,
+            source=header.source,
         )
         file.attrs.update(config=header.config, generation_config=header.generation_config)
         for block in blocks.values():
             file.create_group(block.name).attrs[CHECKSUM] = np.bytes_("0" * 32)
         datasets = []
         for (folder, name), others in order.items():
-            shape = next(parameter.shape for parameter in blocks[folder].parameters if parameter.name == name)
-            datasets.append(_create_dataset(file[folder], name, shape, header.dtype))
+            parameter = next(parameter for parameter in blocks[folder].parameters if parameter.name == name)
+            datasets.append(_create_dataset(file[folder], name, *stored_as(parameter)))
             for other in others:
                 file["/".join(other)] = file[folder][name]
         # space is given at the first write: in this order, with nothing between
@@ -135,7 +139,7 @@ def _guarded(path: Path, mode: str, **how: Any) -> Iterator[h5py.File]:
         disk.check("make room and try again")
 
 
-def _create_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str) -> h5d.DatasetID:
+def _create_dataset(group: h5py.Group, name: str, dtype: str, shape: tuple[int, ...]) -> h5d.DatasetID:
     create = h5p.create(h5p.DATASET_CREATE)
     create.set_layout(h5d.CONTIGUOUS)
     create.set_alloc_time(h5d.ALLOC_TIME_LATE)

@@ -13,10 +13,11 @@ from noria.engine.cycle import Cycle
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, Staging, TierPages
 from noria.engine.loading import Loader, Placed
+from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
-from noria.engine.weights import TORCH_DTYPES, Weights
+from noria.engine.weights import Weights
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import ModelShape, OpenModel
 from noria.order import Place

@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 
 from noria.arrays import Layout
+from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.timing import Traffic
-from noria.engine.weights import TORCH_DTYPES
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
 from noria.streams import Event, Streams

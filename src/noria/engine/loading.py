@@ -11,7 +11,8 @@ import torch
 
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, copied_regions
-from noria.engine.weights import Home, Parameters, cast_block, views
+from noria.engine.parameters import TORCH_DTYPES, Parameters, stored, views
+from noria.engine.weights import Home
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
 from noria.streams import Streams
@@ -46,7 +47,8 @@ class Loader:
         scratch: Path | None = None,
     ):
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
-        self._targets = {name: cast_block(checkpoint.blocks[name], dtype) for name in tiers}
+        self._dtype = dtype
+        self._targets = {name: checkpoint.blocks[name].cast(dtype) for name in tiers}
         self._resident: dict[str, Parameters] = {}
         self._homes: dict[str, Home] = {}
         self._regions: dict[str, torch.Tensor] = {}
@@ -106,20 +108,21 @@ class Loader:
             self._resident[name] = views(buffer, self._targets[name])
             return
         own = {key: value for key, value in views(host, self._checkpoint.blocks[name]).items() if key != "tokens"}
-        dtype, device = head["lm_head"].dtype, self._streams.device
-        self._resident[name] = {key: value.to(device, dtype, copy=True) for key, value in own.items()}
+        dtypes = {parameter.name: TORCH_DTYPES[parameter.dtype] for parameter in self._targets[name].parameters}
+        device = self._streams.device
+        self._resident[name] = {key: value.to(device, dtypes[key], copy=True) for key, value in own.items()}
         self._resident[name]["tokens"] = head["lm_head"]
 
     def _is_cast(self, name: str) -> bool:
-        return self._checkpoint.blocks[name].dtype != self._targets[name].dtype
+        return self._checkpoint.blocks[name].changes(self._dtype)
 
     def _cast(self, name: str, host: torch.Tensor, target: torch.Tensor) -> None:
         """Copies a block's bytes, parameter by parameter where they are cast. Complete when it returns."""
         if not self._is_cast(name):
             target.copy_(host)
             return
-        parameters = views(target, self._targets[name])
-        for key, value in views(host, self._checkpoint.blocks[name]).items():
+        parameters = stored(target, self._targets[name])
+        for key, value in stored(host, self._checkpoint.blocks[name]).items():
             parameters[key].copy_(value)
 
     def _open_disk(self) -> None:

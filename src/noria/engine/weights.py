@@ -9,30 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from noria.blocks import Block, lay_out
+from noria.blocks import Block
 from noria.engine.cycle import Cycle
+from noria.engine.parameters import Parameters, views
 from noria.engine.timing import Traffic
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer
-
-TORCH_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-Parameters = dict[str, torch.Tensor]
-
-
-def views(buffer: torch.Tensor, block: Block) -> Parameters:
-    """The block's parameters as views into `buffer` ([block.nbytes] uint8)."""
-    dtype = TORCH_DTYPES[block.dtype]
-    return {p.name: buffer[p.offset : p.offset + p.nbytes].view(dtype).view(p.shape) for p in block.parameters}
-
-
-def cast_block(block: Block, dtype: str) -> Block:
-    """The layout of the same block in another dtype."""
-    return lay_out(block.name, {p.name: p.shape for p in block.parameters}, dtype)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from noria.arrays import keys_and_values
+from noria.blocks import Wanted
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
@@ -128,11 +129,11 @@ def has_experts(shape: ModelShape, layer: int) -> bool:
     return shape.details["experts"] is not None and layer in shape.details["experts"]["layers"]
 
 
-def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
+def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...] | Wanted]:
     """In stored order. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`."""
     hidden, inner, details = shape.hidden_size, shape.details["intermediate_size"], shape.details
     qkv, heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, shape.num_heads * shape.head_dim
-    wanted: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "qkv": (qkv, hidden)}
+    wanted: dict[str, tuple[int, ...] | Wanted] = {"attention_norm": (hidden,), "qkv": (qkv, hidden)}
     if details["head_norms"]:
         wanted |= {"query_norm": (shape.head_dim,), "key_norm": (shape.head_dim,)}
     wanted |= {"out": (hidden, heads), "mlp_norm": (hidden,)}
@@ -143,7 +144,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]
     parameters = {}
     for name, sizes in wanted.items():
         parameters[name] = sizes
-        if details["biases"].get(name):
+        if isinstance(sizes, tuple) and details["biases"].get(name):
             parameters[f"{name}_bias"] = sizes[:1]
     return parameters
 
@@ -216,10 +217,11 @@ def layer(
     hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
 
     normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], details["norm_eps"])
-    if "experts" in parameters:
+    if "experts.down" in parameters:
         scores = linear(normed, parameters["router"])
         chosen, weights = _experts.choose(scores, details["experts"]["chosen"], details["experts"]["normalized"])
-        return _experts.mixture(normed, chosen, weights, parameters["experts"]).add_(hidden)
+        experts = parameters["experts.gate_up"], parameters["experts.down"]
+        return _experts.mixture(normed, chosen, weights, *experts).add_(hidden)
     gate, up = linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")).chunk(2, dim=-1)
     return linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
 

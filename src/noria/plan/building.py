@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from noria.blocks import dtype_of
 from noria.config import Config
 from noria.errors import InputError, require
 from noria.limits import DISK_NBYTES, TIERS
@@ -136,9 +137,9 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
         return InputError(
             f"placement.weights is too small: {missing} ({held}, without the embedding): raise one of them"
         )
-    stored = next(iter(problem.blocks.values())).dtype
+    stored = dtype_of(problem.blocks.values())
     disk = "placement.stage = true would keep the rest on disk, " if problem.config.job.random_weights else ""
-    disk = disk or (f'dtype = "{stored}" would read the rest from disk, ' if stored != problem.dtype else "")
+    disk = disk or (f'dtype = "{stored}" would read the rest from disk, ' if not problem.as_stored else "")
     return InputError(
         f"weights do not fit: {missing}, where the tiers have {held} for them, under the limits of"
         f" gpu {nbytes_words(problem.limits['gpu'])} and cpu {nbytes_words(problem.limits['cpu'])}: use more ranks, {disk}raise"
@@ -154,7 +155,7 @@ def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
 
 def check_disk(problem: Problem, plan: Plan) -> None:
     """Refuses weights on disk that the run could not read there. Raises InputError."""
-    config, stored = problem.config, next(iter(problem.blocks.values())).dtype
+    config, stored = problem.config, dtype_of(problem.blocks.values())
     on_disk = any("disk" in held.values() for held in plan.weight_tiers)
     if not on_disk:
         weights = config.placement.weights  # shares that leave the disk out; what is planned or filled may not need it
@@ -164,7 +165,7 @@ def check_disk(problem: Problem, plan: Plan) -> None:
         )
         return
     require(
-        problem.dtype == stored,
+        problem.as_stored,
         f"weights on disk are read as they are stored, {stored}, but the run's dtype is {problem.dtype}: set dtype ="
         f' "{stored}", or convert the model again with --dtype {problem.dtype}, or leave disk out of placement.weights',
     )

@@ -11,7 +11,6 @@ from typing import Any
 from noria.blocks import DTYPE_NBYTES, Block, layer_name
 from noria.limits import loaded_once
 from noria.model import ModelShape
-from noria.plan.memory import block_nbytes
 from noria.plan.plan import Plan
 from noria.plan.rates import Rates
 from noria.step import PAGE_TOKENS
@@ -77,7 +76,7 @@ def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[s
         names = _streamed_of(plan, rank, lap)
         times = 1 if once(plan, rank, lap) else plan.groups
         for name in names:
-            nbytes = times * block_nbytes(blocks[name], plan.dtype)
+            nbytes = times * blocks[name].cast(plan.dtype).nbytes
             moved["link"] += nbytes
             moved["disk"] += nbytes * (plan.weight_tiers[rank][name] == "disk")
     return moved
@@ -130,15 +129,16 @@ def resources(
     plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, rank: int, turn: Round
 ) -> dict[str, float]:
     """Seconds that a round keeps each of the rank's RESOURCES busy."""
-    itemsize = DTYPE_NBYTES[plan.dtype]
     names = [name for name in plan.weight_tiers[rank] if name != "embed"]
     layers = [name for name in names if name != "head"]
     passes = plan.groups * _microbatches(plan, turn)
-    used = sum(_used_nbytes(blocks[name], plan.dtype, shape.experts_share) for name in layers)
+    blocks = {name: blocks[name].cast(plan.dtype) for name in names}
+    used = sum(_share_of(blocks[name].numbers, blocks[name].expert_numbers, shape.experts_share) for name in layers)
     of_pass = max(turn.tokens / passes, 1)
     touched = 1 - (1 - shape.experts_share) ** of_pass  # of the experts, by any of its tokens
-    read = sum(_used_nbytes(blocks[name], plan.dtype, touched) for name in layers)
-    head_nbytes = sum(block_nbytes(blocks[name], plan.dtype) for name in names if name == "head")
+    read = sum(_share_of(block.computed_nbytes, block.expert_nbytes, touched) for block in blocks.values())
+    decoded = plan.groups * sum(block.decoding_nbytes for block in blocks.values())
+    head = blocks["head"].numbers if "head" in blocks else 0
     moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)
     states = states_nbytes(plan, shape, rank, turn)
     loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
@@ -146,7 +146,7 @@ def resources(
     seen = turn.rows * turn.context * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
     sampled = turn.rows
     attended = 2 * turn.tokens * turn.context * shape.num_heads * shape.attended(_layers_of(plan, rank))
-    flops = 2 * (used * turn.tokens + head_nbytes * sampled) / itemsize + attended
+    flops = 2 * (used * turn.tokens + head * sampled) + attended
     both = loaded > 0 and stored > 0.1 * loaded
     idle = TURN_SECONDS + TURN_ROW_SECONDS * turn.rows if plan.groups == 1 else 0.0
     return {
@@ -155,7 +155,7 @@ def resources(
             stored / (rates.both_directions if both else rates.device_to_host),
         ),
         "disk": (moved["disk"] + cache["disk"]["load"]) / rates.disk_read + cache["disk"]["store"] / rates.disk_write,
-        "device memory": (passes * (read + head_nbytes) + seen + loaded + stored)
+        "device memory": (passes * read + decoded + seen + loaded + stored)
         / (rates.device_memory * DEVICE_MEMORY_SHARE)
         + idle,
         "matmul": flops / (rates.matmul[plan.dtype] * MATMUL_SHARE) + idle,
@@ -163,12 +163,9 @@ def resources(
     }
 
 
-def _used_nbytes(block: Block, dtype: str, share: float) -> float:
-    """Bytes of a block of which only a share of the experts is used."""
-    if share == 1:  # no mixture, or all of it: a plan asks for every layer of every candidate
-        return block_nbytes(block, dtype)
-    experts = sum(parameter.nbytes for parameter in block.parameters if parameter.name == "experts")
-    return block_nbytes(block, dtype) * (1 - (1 - share) * experts / block.nbytes)
+def _share_of(whole: int, of_experts: int, share: float) -> float:
+    """Of a block's numbers or bytes, what a share of its experts leaves."""
+    return whole - (1 - share) * of_experts
 
 
 def predict(

@@ -34,7 +34,7 @@ class Sizes:
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
-        return block_nbytes(self.blocks[name], self.dtype)
+        return self.blocks[name].cast(self.dtype).nbytes
 
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
@@ -62,6 +62,7 @@ class Sizes:
         slots = self.cache_slots * self.cache_slot_pages * self.layer_page(self._stages_of(rank))
         if tier == "gpu":
             items["weight slots"] = self.weight_slots * self.slot(rank)
+            items["decoded weights"] = self._decoded(rank)
             items["cache slots"] = slots
             items["messages"] = self._messages() if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
@@ -84,7 +85,7 @@ class Sizes:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
         if tier == "disk":
             return self.staged
-        return (tier != "cpu" and self.device != "cpu") or self.blocks[name].dtype != self.dtype
+        return (tier != "cpu" and self.device != "cpu") or self.blocks[name].changes(self.dtype)
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """Per tier the rank's bytes by purpose, with so many pages of cache in each tier.
@@ -106,6 +107,10 @@ class Sizes:
     def tables(self, cache_pages: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], ...]:
         """The table of every rank."""
         return tuple(self.table(rank, cache_pages) for rank in range(self.num_ranks))
+
+    def _decoded(self, rank: int) -> int:
+        """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
+        return max((self.blocks[name].cast(self.dtype).decoded_nbytes for name in self.weight_tiers[rank]), default=0)
 
     def _messages(self) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
@@ -130,11 +135,6 @@ class Sizes:
                 DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
             )
         return work
-
-
-def block_nbytes(block: Block, dtype: str) -> int:
-    """Bytes of a block in this dtype."""
-    return block.nbytes * DTYPE_NBYTES[dtype] // DTYPE_NBYTES[block.dtype]
 
 
 def streamed(tiers: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,6 @@ from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
 from noria.plan.costs import Workload
-from noria.plan.memory import block_nbytes
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words
 from noria.tools.values import parse_nbytes
@@ -98,7 +97,7 @@ class Problem:
     @cached_property
     def nbytes(self) -> dict[str, int]:
         """Bytes of each block in the run's dtype."""
-        return {name: block_nbytes(block, self.dtype) for name, block in self.blocks.items()}
+        return {name: block.cast(self.dtype).nbytes for name, block in self.blocks.items()}
 
     @cached_property
     def limits(self) -> dict[str, int]:
@@ -114,10 +113,14 @@ class Problem:
 
     @property
     def disk_allowed(self) -> bool:
-        """Whether weights can be read from disk: in the dtype of a checkpoint that is there, or will be."""
+        """Whether weights can be read from disk: as a checkpoint stores them that is there, or will be."""
         placement, job = self.config.placement, self.config.job
-        stored = next(iter(self.blocks.values())).dtype
-        return stored == self.dtype and (job.random_weights is None or placement.stage)
+        return self.as_stored and (job.random_weights is None or placement.stage)
+
+    @cached_property
+    def as_stored(self) -> bool:
+        """Whether the run takes all weights as they are stored, none of them cast."""
+        return not any(block.changes(self.dtype) for block in self.blocks.values())
 
 
 def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> int:

@@ -1,0 +1,55 @@
+"""A block's bytes as tensors: its parameters as they are stored, and as a model computes with them.
+
+Knows layouts and encodings, nothing of tiers or steps.
+"""
+
+import torch
+
+from noria.blocks import Block, Parameter
+
+TORCH_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+Parameters = dict[str, torch.Tensor]
+
+
+def stored(buffer: torch.Tensor, block: Block) -> Parameters:
+    """The block's parameters as they are stored, as views into `buffer` ([block.nbytes] uint8).
+
+    Plain ones have their own shape and dtype, encoded ones are uint8 [pieces, bytes of a piece].
+    """
+    found = {}
+    for parameter in block.parameters:
+        its = buffer[parameter.offset : parameter.offset + parameter.nbytes]
+        if parameter.plain:
+            its = its.view(TORCH_DTYPES[parameter.dtype]).view(parameter.shape)
+        else:
+            its = its.view(parameter.pieces, parameter.piece.nbytes)
+        found[parameter.name] = its
+    return found
+
+
+def views(buffer: torch.Tensor, block: Block) -> Parameters:
+    """What a model computes with, as views into `buffer` ([block.nbytes] uint8) of a block whose parameters are all plain."""
+    found: Parameters = {}
+    numbers = stored(buffer, block)
+    for parameter in block.parameters:
+        found |= _computed(numbers[parameter.name], parameter)
+    return found
+
+
+def _computed(numbers: torch.Tensor, parameter: Parameter) -> Parameters:
+    """The tensors that a plain parameter is computed as, by name: views, of a transposed matrix the transpose."""
+    names, found, row = list(parameter.computed), {}, 0
+    if names == [parameter.name]:
+        return {parameter.name: numbers}
+    transposed = {f"{parameter.name}.{matrix.name}": matrix.transposed for matrix in parameter.piece.matrices}
+    for name, shape in parameter.computed.items():
+        rows = shape[-1] if transposed[name] else shape[-2]
+        its = numbers[..., row : row + rows, :]
+        found[name] = its.transpose(-1, -2) if transposed[name] else its
+        row += rows
+    return found
