@@ -1,3 +1,32 @@
-"""Noria: MPI batch text generation with models that do not fit one GPU."""
+"""Noria: MPI batch text generation with models that do not fit one GPU.
+
+In Python: `noria.open("run.h5")` has the rows of an output, `noria.generate(...)` starts a run and returns its output.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from noria.errors import InputError as InputError
+    from noria.output.opened import Output as Output
+    from noria.output.opened import open as open
 
 __version__ = "0.1.0"
+
+# Imported when they are asked for: `import noria` costs nothing, and the command line loads what it needs alone.
+_PUBLIC = {
+    "open": ("noria.output.opened", "open"),
+    "Output": ("noria.output.opened", "Output"),
+    "InputError": ("noria.errors", "InputError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'noria' has no attribute {name!r}")
+    module, inner = _PUBLIC[name]
+    return getattr(importlib.import_module(module), inner)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

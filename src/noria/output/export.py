@@ -5,7 +5,6 @@ Knows the finished output and its parts; nothing of how they came about.
 
 import contextlib
 import gzip
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from noria.errors import InputError
 from noria.output.export_openai import responses
 from noria.output.export_tables import write_csv, write_parquet
 from noria.output.generations import Generation, Generations, open_generations, stored_checksums, verify_checksums
+from noria.output.schema import own_columns
 from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
 from noria.tools.atomic import check_file, replacing
 from noria.tools.keys import nearest
@@ -28,8 +28,8 @@ FORMATS = ("rows", "openai")
 SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
 KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
 # What a table's columns of these names hold.
-_KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<int32>", "top_ids": "list<list<int32>>"}
-_KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
+KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<int32>", "top_ids": "list<list<int32>>"}
+KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
 
 
 def export(
@@ -141,14 +141,6 @@ def _taken(name: str, own: dict[str, Any]) -> bool:
     return True
 
 
-def own_columns(extra: str) -> dict[str, Any]:
-    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
-    columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
-    if not isinstance(columns, dict):
-        raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")
-    return columns
-
-
 def _numbers(values: np.ndarray) -> list[Any]:
     if values.ndim > 1:
         return [_numbers(one) for one in values]
@@ -182,7 +174,7 @@ def _write_rows(path: Path, target: Path, rows: Callable[[], Iterator[Generation
     if suffix.startswith(".jsonl"):
         return _write_lines(path, map(as_object, rows()), suffix)
     write = write_csv if suffix == ".csv" else write_parquet
-    return write(lambda: map(as_object, rows()), path, _KINDS)
+    return write(lambda: map(as_object, rows()), path, KINDS)
 
 
 def _hidden(generation: Generation) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def write_csv(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
 
     `known` are the kinds of Noria's own columns by name, in their order. Returns the number of rows.
     """
-    names, count = list(_columns(rows(), known)), 0
+    names, count = list(columns_of(rows(), known)), 0
     with io.TextIOWrapper(open_new(path), encoding="utf-8", newline="") as file:
         file.write(",".join(map(_cell, _storable_names(names))) + "\n")
         for row in rows():
@@ -44,17 +44,30 @@ def write_parquet(rows: Rows, path: Path, known: Mapping[str, str]) -> int:
 
     Raises InputError where pyarrow is missing.
     """
-    pyarrow, parquet = _pyarrow()
-    columns, count = _columns(rows(), known), 0
+    _, parquet = _pyarrow("parquet")
+    schema, batches = record_batches(rows, known)
+    count = 0
+    with open_new(path) as file, _closing(parquet.ParquetWriter(file, schema)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+def record_batches(rows: Rows, known: Mapping[str, str]) -> tuple[Any, Iterator[Any]]:
+    """The rows as Arrow has them: the schema, and record batches of it. Raises InputError where pyarrow is missing."""
+    pyarrow, _ = _pyarrow("a table of Arrow")
+    columns = columns_of(rows(), known)
     kinds = {name: _type(pyarrow, kind) for name, kind in columns.items()}
     schema = pyarrow.schema(list(zip(_storable_names(columns), kinds.values(), strict=True)))
-    with open_new(path) as file, _closing(parquet.ParquetWriter(file, schema)) as writer:
+
+    def batches() -> Iterator[Any]:
         for batch in _batches(rows()):
             values = [[_value(row.get(name), kind) for row in batch] for name, kind in columns.items()]
             arrays = [pyarrow.array(column, field.type) for column, field in zip(values, schema, strict=True)]
-            writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-            count += len(batch)
-    return count
+            yield pyarrow.record_batch(arrays, schema=schema)
+
+    return schema, batches()
 
 
 @contextlib.contextmanager
@@ -67,16 +80,16 @@ def _closing(writer: Any) -> Iterator[Any]:
         writer.is_open = False
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _pyarrow(what: str) -> tuple[Any, Any]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError("parquet needs pyarrow: pip install pyarrow, or export to .csv or .jsonl") from error
+        raise InputError(f"{what} needs pyarrow: pip install pyarrow, or export to .csv or .jsonl") from error
     return pyarrow, parquet
 
 
-def _columns(rows: Iterable[dict[str, Any]], known: Mapping[str, str]) -> dict[str, str]:
+def columns_of(rows: Iterable[dict[str, Any]], known: Mapping[str, str]) -> dict[str, str]:
     """Column -> kind: Noria's own first, those that are in no row left out, then the user's as they come."""
     kinds: dict[str, str | None] = {}
     for row in rows:

@@ -6,11 +6,13 @@ Finished outputs and sealed parts are files of this schema. Knows nothing of nam
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import h5py
 import numpy as np
 import xxhash
 
+from noria.errors import InputError
 from noria.output.columns import Column
 from noria.tools.text import storable
 
@@ -50,6 +52,19 @@ class Generation:
     top_ids: np.ndarray | None = None  # [tokens, k]
     top_logprobs: np.ndarray | None = None  # [tokens, k]
     prompt_logprobs: np.ndarray | None = None  # [prompt tokens], the first NaN
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The user's own columns. Raises InputError where `extra` is no JSON object."""
+        return own_columns(self.extra)
+
+
+def own_columns(extra: str) -> dict[str, Any]:
+    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
+    columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
+    if not isinstance(columns, dict):
+        raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")
+    return columns
 
 
 @dataclass(frozen=True)
