@@ -1,13 +1,23 @@
-"""What outputs/README.md shows of reading an output without Noria: h5py and pandas, h5dump, R. Each is run on an output."""
+"""What README.md and outputs/README.md show of Python, and of reading an output without Noria: h5py and pandas, h5dump, R.
+
+Each is run on an output.
+"""
 
 import json
+import re
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mpirun import environment, of_forks
+from noria.checkpoint.convert import convert
+from noria.launch import call
+from noria.output.generations import open_generations
 from noria.output.merge import merge
 from noria.output.parts import Parts
 from output_rows import fill, make_row
@@ -55,6 +65,50 @@ def test_pandas_has_every_row_and_its_tokens(folder):
     for name in ("id", "prompt", "text", "error", "status", "finish_reason"):
         assert frame[name].tolist() == [getattr(row, name) for row in ROWS]
     assert all(np.array_equal(got, row.token_ids) for got, row in zip(frame.tokens, ROWS, strict=True))
+
+
+def python_of(manual):
+    """The one snippet in a manual that imports noria."""
+    text = (Path(__file__).parent.parent / manual).read_text()
+    [found] = [
+        code for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if "import noria" in code
+    ]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_python_of_the_readme_generates(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    demo = Path(__file__).parent.parent / "inputs" / "demo" / "model"
+    convert(demo, tmp_path / "model.h5")
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    command = ["mpirun", "-n", "2", *of_forks([sys.executable, "-m", "noria"])]
+    monkeypatch.setattr(call, "command", lambda ranks, *arguments: [*command, *arguments])
+    names = {}
+    exec(python_of("README.md"), names)
+    with open_generations(tmp_path / "run.h5") as file:
+        rows = list(file.rows())
+    assert [row.prompt for row in rows] == ["The LORD is my", "In the beginning"]
+    assert capsys.readouterr().out == f"{rows[0].text} {names['run'].to_pandas()}\n"
+
+
+def test_python_of_the_manual_of_outputs_reads(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    rows = [replace(row, id=name) for row, name in zip(ROWS, ("moses", "in", "shepherd", "x", "y", "z"), strict=True)]
+    monkeypatch.chdir(tmp_path)
+    fill(Parts("run.h5", {"run": 1}), rows, 4)
+    names = {}
+    exec(python_of("outputs/README.md"), names)
+    shepherd = rows[2]
+    assert capsys.readouterr().out.strip() == f"6 {shepherd.text} {shepherd.token_ids} {{}}".strip()
+    assert (names["first"].id, names["some"].path.name) == ("moses", "run.h5")
+    assert names["table"]["id"].to_pylist() == ["in", "shepherd"] and names["frame"].id.tolist() == [
+        row.id for row in rows
+    ]
 
 
 @pytest.mark.skipif(not shutil.which("h5dump"), reason="needs h5dump (hdf5-tools)")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noria.errors import InputError as InputError
+    from noria.launch.call import Stopped as Stopped
+    from noria.launch.call import generate as generate
     from noria.output.opened import Output as Output
     from noria.output.opened import open as open
 
@@ -15,8 +17,10 @@ __version__ = "0.1.0"
 
 # Imported when they are asked for: `import noria` costs nothing, and the command line loads what it needs alone.
 _PUBLIC = {
+    "generate": ("noria.launch.call", "generate"),
     "open": ("noria.output.opened", "open"),
     "Output": ("noria.output.opened", "Output"),
+    "Stopped": ("noria.launch.call", "Stopped"),
     "InputError": ("noria.errors", "InputError"),
 }
 
