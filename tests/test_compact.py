@@ -13,6 +13,7 @@ import pytest
 import noria.desk.desk as desk_module
 import noria.output.compact as compact_module
 import noria.output.export as export_module
+import noria.output.export_rows as export_rows
 import small_run
 from forks import forked
 from noria.__main__ import main
@@ -258,14 +259,14 @@ def test_an_export_meanwhile_has_every_row_once(output, tmp_path, monkeypatch):
     rows = [make_row(row) for row in range(4)]
     parts = Parts(output, HEADER)
     fill(parts, rows, 1)
-    gather, due = export_module.gather, [True]
+    gather, due = export_rows.gather, [True]
 
     def gather_late(*arguments):
         if due.pop() if due else False:
             assert Compactor(parts, 4, report=refuse).compact_if_due()
         return gather(*arguments)
 
-    monkeypatch.setattr(export_module, "gather", gather_late)
+    monkeypatch.setattr(export_rows, "gather", gather_late)
     assert export_module.export(output, tmp_path / "out.jsonl", lambda message: None) == 4
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row.id for row in rows] and not due

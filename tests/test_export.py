@@ -12,6 +12,7 @@ from noria.__main__ import main
 from noria.commands import export as command
 from noria.errors import InputError
 from noria.output import export as export_module
+from noria.output import export_rows
 from noria.output.export import KEYS, export
 from noria.output.merge import merge
 from noria.output.parts import Parts, part_files
@@ -157,14 +158,14 @@ def test_an_unfinished_output_gives_the_rows_so_far_and_says_so(output, tmp_path
 def test_a_job_that_finishes_meanwhile_is_exported_whole(output, tmp_path, monkeypatch):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row) for row in range(4)], 2)
-    gather = export_module.gather
+    gather = export_rows.gather
 
     def merged_meanwhile(*arguments):
         parts.add(make_row(4))
         merge(parts, output, 5, {}, {})
         yield from gather(*arguments)
 
-    monkeypatch.setattr(export_module, "gather", merged_meanwhile)
+    monkeypatch.setattr(export_rows, "gather", merged_meanwhile)
     assert export(output, tmp_path / "out.jsonl") == 5
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
@@ -254,7 +255,7 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(output, tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_line", fail)
+        patch.setattr(export_module, "line_of", fail)
         with pytest.raises(OSError, match="out.jsonl: no space left on device"):
             export(output, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "old"

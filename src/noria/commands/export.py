@@ -6,10 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError
-from noria.output.export import FORMATS, export
+from noria.output.export import FORMATS, ExportSettings, export
 from noria.output.generations import open_generations
+from noria.output.schema import FINISH_REASON, STATUS
 from noria.output.sealed import part_files, parts_folder
+from noria.output.wanted import WantedRows, read_ids
 from noria.rows.prompt_files import content_hash, content_key
 from noria.tools.looking import Looker
 from noria.tools.text import plural
@@ -28,18 +31,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="rows",
         help="rows: one line for each row; openai: batch responses, all samples of a prompt in one (default: rows)",
     )
+    parser.add_argument(
+        "--errors",
+        metavar="FILE",
+        help="with --format openai: write the responses that are errors to this file, as OpenAI's batch does, and the others"
+        " alone to the first one (default: all in one file)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FILE",
+        help="with --format openai: the checkpoint, whose tokenizer gives log-probabilities the texts of their tokens;"
+        f" {NO_MODEL}: write token_id:N (default: the one that the run named)",
+    )
+    parser.add_argument("--status", choices=STATUS[1:], help="only rows of this status (default: all)")
+    parser.add_argument(
+        "--finish-reason", choices=FINISH_REASON[1:], help="only rows that ended for this reason (default: all)"
+    )
+    parser.add_argument(
+        "--ids",
+        metavar="FILE",
+        help="only rows whose ids are in this file: a line each, or a .jsonl file of objects with an id (default: all)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if Path(arguments.output).is_file():
+    output, file = Path(arguments.output), Path(arguments.file)
+    errors = Path(arguments.errors) if arguments.errors is not None else None
+    ids = read_ids(Path(arguments.ids)) if arguments.ids is not None else None
+    _check_flags(arguments)
+    if output.is_file():
         with Looker() as looker:
-            looker.look(Path(arguments.output))
-    _check_prompts(Path(arguments.output), Path(arguments.file))
-    count = export(arguments.output, arguments.file, format=arguments.format)
-    sys.stderr.write(
-        f"{plural(count, 'row' if arguments.format == 'rows' else 'response')} written to {arguments.file}\n"
-    )
+            looker.look(output)
+    for target in filter(None, (file, errors)):
+        _check_prompts(output, target)
+    wanted = WantedRows(arguments.status, arguments.finish_reason, ids)
+    settings = ExportSettings(arguments.format, errors, wanted, token_texts(arguments.model))
+    count = export(output, file, settings=settings)
+    what = "row" if arguments.format == "rows" else "response"
+    apart = f", those that are errors to {errors}" if errors else ""
+    sys.stderr.write(f"{plural(count, what)} written to {file}{apart}\n")
     return 0
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go together."""
+    if arguments.model is not None and arguments.format != "openai":
+        raise InputError("--model is for --format openai: rows have token ids, which need no checkpoint")
+    listed, files = arguments.ids, filter(None, (arguments.file, arguments.errors))
+    if listed is not None and any(Path(file).exists() and Path(file).samefile(listed) for file in files):
+        raise InputError(f"{listed} holds the ids, which would be lost: name another file")
 
 
 def _check_prompts(output: Path, target: Path) -> None:

@@ -7,20 +7,23 @@ import contextlib
 import gzip
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from noria.errors import InputError
-from noria.output.export_openai import responses
+from noria.output.export_openai import HIDDEN, NoTexts, TokenTexts, is_error, responses
+from noria.output.export_rows import ExportedRows, Origin, origin_of, rows_so_far
 from noria.output.export_tables import write_csv, write_parquet
 from noria.output.generations import Generation, Generations, open_generations, stored_checksums, verify_checksums
 from noria.output.schema import own_columns
-from noria.output.sealed import gather, part_files, parts_folder, scan, select, to_stderr
-from noria.tools.atomic import check_file, replacing
+from noria.output.sealed import part_files, parts_folder, to_stderr
+from noria.output.wanted import WantedRows
+from noria.tools.atomic import check_file, real, replacing
 from noria.tools.keys import nearest
-from noria.tools.text import json_text, plural
+from noria.tools.text import json_text
 from noria.tools.writing import open_new
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -32,36 +35,62 @@ KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<i
 KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
 
 
+def no_texts(origin: Origin) -> TokenTexts:
+    """Tokens are written as their ids, whatever output they are of."""
+    return NoTexts()
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How rows are exported. `errors`: the file for the responses that are errors (openai alone; None: they stand among the
+    others). `texts`: what is known of an output's tokens, called only where log-probabilities are exported as responses."""
+
+    format: str = "rows"
+    errors: Path | None = None
+    wanted: WantedRows = WantedRows()
+    texts: Callable[[Origin], TokenTexts] = no_texts
+
+
 def export(
-    source: str | Path, target: str | Path, report: Callable[[str], None] = to_stderr, format: str = "rows"
+    source: str | Path,
+    target: str | Path,
+    report: Callable[[str], None] = to_stderr,
+    format: str = "rows",
+    settings: ExportSettings | None = None,
 ) -> int:
     """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
 
     The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
     name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
-    is written, which has none. With `format` openai a response a prompt, as JSON lines. An output that is not finished is
-    exported from its parts, as far as they go, and `report` is told. What is exported is compared with its checksums, where
-    there are any. `target` appears whole or not at all. Raises InputError for what is no output, what is damaged or a target
-    that cannot be, WriteError where a write fails.
+    is written, which has none. With `format` openai a response a prompt, as JSON lines; `settings` says more, its format too.
+    An output that is not finished is exported from its parts, as far as they go, and `report` is told. What is exported is
+    compared with its checksums, where there are any. `target` appears whole or not at all. Raises InputError for what is no
+    output, what is damaged or a target that cannot be, WriteError where a write fails.
     """
-    source, target = Path(source), Path(target)
-    check_target(target, format)
-    if source.exists() and target.exists() and target.samefile(source):
-        raise InputError(f"{target} is a link to {source}, the output itself, which would be lost: name another file")
+    source, target, settings = Path(source), Path(target), settings or ExportSettings(format)
+    for path in filter(None, (target, settings.errors)):
+        check_target(path, settings.format)
+        if source.exists() and path.exists() and path.samefile(source):
+            raise InputError(f"{path} is a link to {source}, the output itself, which would be lost: name another file")
+    if settings.errors is not None and (settings.format != "openai" or real(settings.errors) == real(target)):
+        why = "is the file of the responses too" if settings.format == "openai" else "is for --format openai"
+        raise InputError(f"errors {settings.errors} {why}: name another file, or leave it out")
     while not source.exists() and parts_folder(source).is_dir():
         parts = part_files(parts_folder(source))
         try:
-            return _write(target, _rows_so_far(source, report), format, "")
+            return _write(target, rows_so_far(source, report), settings)
         except (InputError, OSError):
             # A job that runs may have put parts together meanwhile, or merged them all: then the output itself is there.
             if not source.exists() and all(map(os.path.lexists, parts)):
                 raise
     with open_generations(source) as file:
-        compared = _compared(file, format)
+        compared = _compared(file, settings.format)
         if not compared:
             report(f"{source} has no checksums: it is not known whether its rows are as they were written")
         with _damage_named(file, compared):
-            return _write(target, lambda: file.rows(compared), format, str(file.attrs.get("start", "")))
+            return _write(
+                target, ExportedRows(lambda: file.rows(compared), origin_of(file), file.scores.chosen), settings
+            )
 
 
 @contextlib.contextmanager
@@ -152,49 +181,72 @@ def _shortest(value: np.floating) -> float | None:
     return float(str(value)) if np.isfinite(value) else None
 
 
-def _rows_so_far(source: Path, report: Callable[[str], None]) -> Callable[[], Iterator[Generation]]:
-    parts = scan(parts_folder(source), report)
-    if source.exists():
-        raise FileNotFoundError(f"{parts_folder(source)} is merged")
-    selection = select(parts)
-    half = f", {plural(selection.num_todo, 'row')} stopped half-way not included" if selection.num_todo else ""
-    report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")
-    return lambda: (one for block in gather(parts, selection) for one in block)
+def _write(target: Path, rows: ExportedRows, settings: ExportSettings) -> int:
+    remedy = "make room, or name a file on another disk, and export again"
+    with contextlib.ExitStack() as both:
+        unfinished = both.enter_context(replacing(target, remedy))
+        errors = both.enter_context(replacing(settings.errors, remedy)) if settings.errors else None
+        return _write_rows(unfinished, errors, target, rows, settings)
 
 
-def _write(target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
-    with replacing(target, "make room, or name a file on another disk, and export again") as unfinished:
-        return _write_rows(unfinished, target, rows, format, start)
-
-
-def _write_rows(path: Path, target: Path, rows: Callable[[], Iterator[Generation]], format: str, start: str) -> int:
+def _write_rows(path: Path, errors: Path | None, target: Path, rows: ExportedRows, settings: ExportSettings) -> int:
     suffix = _suffix(target)
-    if format == "openai":
-        return _write_lines(path, responses((as_object(one) | _hidden(one) for one in rows()), start), suffix)
+    if settings.format == "openai":
+        texts = settings.texts(rows.origin) if rows.has_logprobs else NoTexts()
+        objects = (as_object(one) | _hidden(one) for one in rows.those(settings.wanted))
+        lines = responses(objects, rows.origin.start, rows.origin.checkpoint, texts)
+        if errors is None or settings.errors is None:
+            return _write_lines(path, lines, suffix)
+        with _lines(errors, _suffix(settings.errors)) as write_error:
+            return _write_lines(path, _but_errors(lines, write_error), suffix)
     if suffix.startswith(".jsonl"):
-        return _write_lines(path, map(as_object, rows()), suffix)
+        return _write_lines(path, map(as_object, rows.those(settings.wanted)), suffix)
     write = write_csv if suffix == ".csv" else write_parquet
-    return write(lambda: map(as_object, rows()), path, KINDS)
+    return write(lambda: map(as_object, rows.those(settings.wanted)), path, KINDS)
+
+
+def _but_errors(
+    lines: Iterable[dict[str, Any]], write_error: Callable[[dict[str, Any]], None]
+) -> Iterator[dict[str, Any]]:
+    """The responses that are no errors; the others are written apart."""
+    for one in lines:
+        if is_error(one):
+            write_error(one)
+        else:
+            yield one
 
 
 def _hidden(generation: Generation) -> dict[str, Any]:
     """What a response needs beside what is exported."""
-    return {"row": generation.row, "num_prompt_tokens": len(generation.prompt_token_ids)}
+    known = {"row": generation.row, "prompt_token_ids": generation.prompt_token_ids.tolist()}
+    return dict.fromkeys(HIDDEN) | known
 
 
 def _write_lines(path: Path, objects: Iterable[dict[str, Any]], suffix: str) -> int:
     count = 0
-    with open_new(path) as plain, contextlib.ExitStack() as closing:
-        # without a name and a time in it: the same rows are the same bytes
-        packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if suffix.endswith(".gz") else None
-        file: BinaryIO | gzip.GzipFile = plain if packed is None else closing.enter_context(packed)
+    with _lines(path, suffix) as write:
         for one in objects:
-            file.write(_line(one))
+            write(one)
             count += 1
     return count
 
 
-def _line(row: dict[str, Any]) -> bytes:
+@contextlib.contextmanager
+def _lines(path: Path, suffix: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes an object a line to a new file."""
+    with open_new(path) as plain, contextlib.ExitStack() as closing:
+        # without a name and a time in it: the same rows are the same bytes
+        packed = gzip.GzipFile("", "wb", 6, plain, mtime=0) if suffix.endswith(".gz") else None
+        file: BinaryIO | gzip.GzipFile = plain if packed is None else closing.enter_context(packed)
+
+        def write(one: dict[str, Any]) -> None:
+            file.write(line_of(one))
+
+        yield write
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as it is exported, as a line of JSON."""
     try:
         return json_text(row).encode() + b"\n"
     except UnicodeEncodeError:

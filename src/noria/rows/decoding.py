@@ -4,6 +4,8 @@ The text of two lists of tokens is not the text of the first and then that of th
 kind take the space away from the first token of all, and a character may be cut between two tokens.
 """
 
+import contextlib
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,25 @@ class Writer:
             return whole[len(known) :]
         shorter = (self.decode(context[: len(context) - count]) for count in range(_CUT_TOKENS + 1))
         return whole[max(common_length(text, whole) for text in shorter) :]
+
+
+def spelled(piece: str, is_byte_level: bool) -> bytes:
+    """The bytes that a piece of a vocabulary stands for: in a byte-level one a letter a byte, else `<0xE4>` is a byte and
+    `▁` a space."""
+    if is_byte_level:
+        with contextlib.suppress(KeyError):
+            return bytes(map(_byte_letters().__getitem__, piece))
+    elif _BYTE(piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode(errors="replace")
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters of bytes: printable ones of Latin-1 stand for themselves, the others for letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def common_length(one: str, other: str) -> int:

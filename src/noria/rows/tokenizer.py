@@ -13,7 +13,7 @@ from tokenizers import Encoding
 
 from noria.errors import InputError
 from noria.model import OpenModel
-from noria.rows.decoding import Writer
+from noria.rows.decoding import Writer, spelled
 from noria.rows.pretrained import REMEDY, pretrained
 
 SECONDS = 60.0  # that a text may take, and CHARACTERS_PER_SECOND more: far more than an honest tokenizer needs
@@ -48,6 +48,7 @@ class Tokenizer:
             ends += _ids(self._backend.token_to_id(self.special_tokens.get("eos_token", "")))
         self.end_token_ids = frozenset(ends)
         self._special = frozenset(self.special_ids.values())
+        self._is_byte_level = "ByteLevel" in str(self._backend.decoder if self._backend else None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt, with the BOS that the post-processor adds unless the text begins with it.
@@ -70,6 +71,16 @@ class Tokenizer:
         """The special tokens by their text: what decode leaves out."""
         added = self._backend.get_added_tokens_decoder() if self._backend else {}
         return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def spelled(self, token_id: int) -> bytes | None:
+        """The bytes of a token that stands alone, of half a character too; None for an id that the tokenizer does not have.
+
+        A space before a word is its own. Where tokens of a text change each other's, this is not what `decode` makes of it.
+        """
+        piece = self._backend.id_to_token(int(token_id)) if self._backend else None
+        if piece is None:
+            return None
+        return piece.encode() if token_id in self._special else spelled(piece, self._is_byte_level)
 
     def writer(self, skip_special_tokens: bool = True) -> Writer:
         """How generated tokens are written after those of their prompt."""
