@@ -172,7 +172,7 @@ def test_a_small_gpu_with_its_cache_in_cpu_memory_has_the_weights_that_still_fit
     assert 5 <= resident <= 12 and plan.schedule == "multi_batch" and plan.predicted["rows"] == 144
     assert sum(plan.memory[0]["gpu"].values()) <= 16 * GiB
     assert plan.predicted["decode"]["tokens_per_second"] > 1.8 * 25.5
-    assert plan.cache_pages["cpu"] == 144 * 34 + 34
+    assert plan.pools["cpu"]["pages"] == 144 * 34 + 34
 
 
 def test_resident_layers_make_a_run_at_least_twice_as_fast_as_streaming_all():
@@ -201,7 +201,7 @@ def test_all_resident_goes_round_once():
 
 def test_a_small_model_with_many_rows_stays_on_the_gpu():
     plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Workload(10**6, 512, 256))
-    assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.cache_pages["cpu"] == 0
+    assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.pools["cpu"]["pages"] == 0
 
 
 def test_hidden_states_in_host_memory_pass_the_link_between_layers_or_between_ranks():

@@ -184,7 +184,7 @@ def test_nothing_that_streams_needs_no_slots():
 
 def test_the_cache_has_its_shares_of_pages_and_fits_each_tier():
     plan = make(2, BIG, cache={"gpu": 20.0, "cpu": 70.0, "disk": 10.0})
-    pages = plan.cache_pages
+    pages = plan.of_pool("pages")
     assert sum(pages.values()) == plan.num_pages
     assert pages["gpu"] == pytest.approx(0.2 * plan.num_pages, abs=2)
     assert pages["cpu"] == pytest.approx(0.7 * plan.num_pages, abs=2)
@@ -274,7 +274,7 @@ def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
     load = Workload(100, 60, 4, 100 * 4, 90)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "cache": {"gpu": "10MiB"}})
     plan = planner.make(Problem(run, SHAPE, blocks(), "bfloat16", 1, BIG, 100, load))
-    room = max(plan.cache_pages.values()) * 16
+    room = max(plan.of_pool("pages").values()) * 16
     assert 64 <= room < 90 * 16
     for predicted in (False, True):
         said = plan.lines(predicted)[-1]

@@ -56,11 +56,22 @@ class ModelShape:
         """Numbers that a query head of each of these layers multiplies for each token that it looks at."""
         return _between(self._attended, layers)
 
+    def largest_cache(self, layers: Iterable[range], dtype: str, tokens: int, sequences: int) -> int:
+        """Bytes that so many tokens and sequences leave in the one of these layers where they are most."""
+        of_layer = self._of_layer[dtype]
+        kinds = set().union(*(of_layer[span.start : span.stop] for span in layers))
+        return max((tokens * token + sequences * sequence for token, sequence in kinds), default=0)
+
+    @cached_property
+    def _of_layer(self) -> dict[str, list[tuple[int, int]]]:
+        """Of each layer in a run of each dtype: the bytes that a token leaves, and a sequence."""
+        own = [self.arrays(layer) for layer in range(self.num_layers)]
+        return {dtype: [(nbytes(a, dtype), nbytes(a, dtype, "sequence")) for a in own] for dtype in DTYPE_NBYTES}
+
     @cached_property
     def _nbytes(self) -> dict[tuple[str, str], list[int]]:
-        kinds = product(DTYPE_NBYTES, ("token", "sequence"))
-        own = [self.arrays(layer) for layer in range(self.num_layers)]
-        return {(dtype, per): _sums(nbytes(arrays, dtype, per) for arrays in own) for dtype, per in kinds}
+        kinds = product(DTYPE_NBYTES, enumerate(("token", "sequence")))
+        return {(dtype, per): _sums(own[place] for own in self._of_layer[dtype]) for dtype, (place, per) in kinds}
 
     @cached_property
     def _attended(self) -> list[int]:

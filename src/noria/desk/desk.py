@@ -290,7 +290,7 @@ def _capacity(plan: Plan, shape: ModelShape) -> Capacity:
         plan.microbatches,
         shape.max_positions,
         shape.vocab_size,
-        tuple(plan.cache_pages.get(tier, 0) for tier in TIERS),
+        tuple(plan.pools[tier]["pages"] for tier in TIERS),
         plan.cache_slot_pages,
         shape.end_words,
     )

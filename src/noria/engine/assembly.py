@@ -74,7 +74,7 @@ def build(
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
-    layers, on_device = [layer for stage in stages for layer in stage], plan.cache_pages.get("gpu", 0)
+    layers, on_device = [layer for stage in stages for layer in stage], plan.of_pool("pages")["gpu"]
     tiers = _open_tiers(plan, shape, layers, streams, scratch)
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages)
     cache = KvCache(shape, layers, on_device, plan.dtype, streams, staging, meters.traffic)
@@ -93,7 +93,7 @@ def _open_tiers(
     """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
     opened: list[TierPages] = []
     first, arrays = 0, {layer: shape.arrays(layer) for layer in layers}
-    for name, num_pages in plan.cache_pages.items():
+    for name, num_pages in plan.of_pool("pages").items():
         nbytes = Layout(arrays, plan.dtype, num_pages).nbytes
         if name == "cpu" and num_pages:
             memory = Cpu(nbytes, streams)

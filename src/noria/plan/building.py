@@ -10,6 +10,7 @@ from noria.limits import DISK_NBYTES, TIERS
 from noria.plan.memory import Sizes, head_in_layers, streamed
 from noria.plan.placement import blocks_of, partition
 from noria.plan.plan import Plan
+from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_share, is_budget
@@ -39,9 +40,10 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         schedule=schedule,
         weight_tiers=sizes.weight_tiers,
         weight_slots=sizes.weight_slots,
-        cache_pages=pages,
+        pools=sizes.usual.pools(pages),
         cache_slots=sizes.cache_slots,
         cache_slot_pages=sizes.cache_slot_pages,
+        state_rows=sizes.state_rows,
         activations=sizes.activations,
         memory=sizes.tables(pages),
     )
@@ -67,7 +69,9 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         activations=config.placement.activations or "gpu",
         device=problem.machine.device,
         staged=bool(config.placement.stage),
+        usual=_usual(problem),
     )
+    sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
     if candidate.elsewhere:
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(problem, sizes, slots))
     held = tuple(_weight_tiers(problem, sizes, candidate, rank, slots) for rank in range(problem.num_ranks))
@@ -147,9 +151,24 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
     )
 
 
+def _usual(problem: Problem) -> Usual:
+    """What the rows of a usual prompt hold: with n > 1 a state of their shared beginning beside their own."""
+    n, pages = problem.config.sampling.n, problem.workload.pages
+    has_states = problem.shape.cache_nbytes([range(problem.shape.num_layers)], problem.dtype, "sequence") > 0
+    return Usual(n * pages, (n + (n > 1)) * has_states)
+
+
+def _state_rows(problem: Problem, sizes: Sizes) -> int:
+    """Rows of a microbatch whose states a layer has at a time; 0 where the family has none."""
+    state = sizes.layer_nbytes(sizes.stages, 0, 1)
+    room = min(SLOT_NBYTES, problem.limits["gpu"] // 64) // state if state else 0
+    return min(max(room, 1), sizes.microbatch_tokens) if state else 0
+
+
 def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
     """Pages of a staging buffer: the longest sequence at least, else SLOT_NBYTES or what a 16th of the device holds."""
-    room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // sizes.layer_page(sizes.stages)
+    page = sizes.layer_nbytes(sizes.stages, 1, 0)
+    room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // max(page, 1)
     return min(max(problem.longest, room), max(problem.cap(sizes.groups), problem.longest))
 
 

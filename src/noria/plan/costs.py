@@ -90,12 +90,13 @@ def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
 
 def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
     """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
-    token = shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
+    layers = _layers_of(plan, rank)
+    token, state = shape.cache_nbytes(layers, plan.dtype), shape.cache_nbytes(layers, plan.dtype, "sequence")
     moved = {}
     for tier in ("cpu", "disk"):
-        share = plan.cache_pages.get(tier, 0) / max(plan.num_pages, 1)
-        loaded = 0.0 if turn.prefill else turn.rows * turn.context * token * share
-        moved[tier] = {"load": loaded, "store": turn.tokens * token * share}
+        share = plan.of_pool("pages").get(tier, 0) / max(plan.num_pages, 1)
+        loaded = 0.0 if turn.prefill else turn.rows * (turn.context * token + state) * share
+        moved[tier] = {"load": loaded, "store": (turn.tokens * token + turn.rows * state) * share}
     return moved
 
 
@@ -144,6 +145,7 @@ def resources(
     loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
     stored = states + sum(tier["store"] for tier in cache.values())
     seen = turn.rows * turn.context * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
+    seen += 2 * turn.rows * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype, "sequence")  # read and written
     sampled = turn.rows
     attended = 2 * turn.tokens * turn.context * shape.num_heads * shape.attended(_layers_of(plan, rank))
     flops = 2 * (used * turn.tokens + head * sampled) + attended
@@ -200,7 +202,7 @@ def decoding(rows: float, workload: Workload) -> Round:
 
 def rows_in_flight(plan: Plan, workload: Workload) -> int:
     """Rows that are generated at once: what the cache holds, at least one."""
-    held = sum(pages // workload.pages for pages in plan.cache_pages.values())
+    held = sum(pages // workload.pages for pages in plan.of_pool("pages").values())
     return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 
@@ -212,7 +214,9 @@ def _microbatches(plan: Plan, turn: Round) -> float:
     """Microbatches of a group's step."""
     tokens, rows = turn.tokens / plan.groups, turn.rows / plan.groups
     count = max(plan.microbatches, -(-tokens // plan.microbatch_tokens))
-    elsewhere = 1 - plan.cache_pages.get("gpu", 0) / max(plan.num_pages, 1)
+    if plan.state_rows:
+        count = max(count, -(-rows // plan.state_rows))
+    elsewhere = 1 - plan.of_pool("pages").get("gpu", 0) / max(plan.num_pages, 1)
     if elsewhere and plan.cache_slot_pages:
         pages = rows * elsewhere * max(turn.context * (2 if turn.prefill else 1), 1) / PAGE_TOKENS
         count = max(count, -(-pages // plan.cache_slot_pages))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, TIERS
 from noria.model import ModelShape
+from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
 
@@ -28,6 +29,8 @@ class Sizes:
     weight_slots: int = 0
     cache_slots: int = 0
     cache_slot_pages: int = 0
+    state_rows: int = 0
+    usual: Usual = Usual()
     activations: str = "gpu"
     device: str = "cuda"
     staged: bool = False
@@ -40,10 +43,17 @@ class Sizes:
         """Bytes of one page of the cache in all layers of the rank."""
         return PAGE_TOKENS * self.shape.cache_nbytes(self._stages_of(rank), self.dtype)
 
-    def layer_page(self, layers: Iterable[range]) -> int:
-        """Bytes of one page of the cache in the one of these layers where it is largest."""
-        of_layer = (range(layer, layer + 1) for stage in layers for layer in stage)
-        return PAGE_TOKENS * max((self.shape.cache_nbytes([one], self.dtype) for one in of_layer), default=0)
+    def state(self, rank: int) -> int:
+        """Bytes of one state in all layers of the rank."""
+        return self.shape.cache_nbytes(self._stages_of(rank), self.dtype, "sequence")
+
+    def pages_in(self, nbytes: int, rank: int) -> int:
+        """Pages that have room in so many bytes of the rank, with the states of as many rows."""
+        return self.usual.fitting(nbytes, self.page(rank), self.state(rank))
+
+    def layer_nbytes(self, layers: Iterable[range], pages: int, states: int) -> int:
+        """Bytes of so many pages and states in the one of these layers where they are most."""
+        return self.shape.largest_cache(layers, self.dtype, pages * PAGE_TOKENS, states)
 
     def _stages_of(self, rank: int) -> list[range]:
         """The rank's layers, a range a lap."""
@@ -59,7 +69,8 @@ class Sizes:
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
         items = {"weights": self.weights(rank, tier)}
-        slots = self.cache_slots * self.cache_slot_pages * self.layer_page(self._stages_of(rank))
+        layers = self._stages_of(rank)
+        slots = self.cache_slots * self.layer_nbytes(layers, self.cache_slot_pages, self.state_rows)
         if tier == "gpu":
             items["weight slots"] = self.weight_slots * self.slot(rank)
             items["decoded weights"] = self._decoded(rank)
@@ -67,7 +78,10 @@ class Sizes:
             items["messages"] = self._messages() if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
             items["activation slots"] = slots * self._hidden(self.microbatch_tokens)
-            items["work space"] = self._work_space(rank)
+            states = self.layer_nbytes(
+                layers, 0, self.state_rows
+            )  # before and after a layer, and what it makes of them
+            items["work space"] = self._work_space(rank) + 3 * states
         elif tier == "cpu":
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
@@ -95,7 +109,7 @@ class Sizes:
         table = {tier: self.fixed(rank, tier) for tier in TIERS}
         for tier, pages in cache_pages.items():
             if pages:
-                table[tier]["cache"] = pages * self.page(rank)
+                table[tier]["cache"] = self.usual.nbytes(pages, self.page(rank), self.state(rank))
         host = table["cpu"]
         later = sum(host.get(purpose, 0) for purpose in ("disk slots", "activations", "cache"))
         if (loading := self.loading(rank)) > later:

@@ -24,8 +24,9 @@ class Plan:
     """Every choice of a run.
 
     weight_tiers: per rank, each of its blocks (embed, layers/0003, head) -> tier. weight_slots: buffers on the device for
-    streamed blocks, each of the rank's largest one. cache_pages: tier -> pages; page ids: gpu first, then cpu, then disk.
-    cache_slots buffers of cache_slot_pages pages stage one layer's K and V of a microbatch whose pages are elsewhere.
+    streamed blocks, each of the rank's largest one. pools: tier -> pool (pages, states) -> how many; ids: gpu first, then
+    cpu, then disk. cache_slots buffers of cache_slot_pages pages and state_rows states stage one layer's arrays of a
+    microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
     memory: per rank and tier, bytes by purpose.
     """
 
@@ -42,12 +43,17 @@ class Plan:
     schedule: str
     weight_tiers: tuple[dict[str, str], ...]
     weight_slots: int
-    cache_pages: dict[str, int]
+    pools: dict[str, dict[str, int]]
     cache_slots: int
     cache_slot_pages: int
+    state_rows: int
     activations: str
     memory: tuple[dict[str, Any], ...]
     predicted: dict[str, Any] = field(default_factory=dict)
+
+    def of_pool(self, name: str) -> dict[str, int]:
+        """tier -> how many pages, or states, it has."""
+        return {tier: pools[name] for tier, pools in self.pools.items()}
 
     def ranges(self) -> list[range]:
         """The layers of each virtual stage."""
@@ -55,7 +61,12 @@ class Plan:
 
     def holds(self, pages: int) -> bool:
         """Whether a row of so many pages finds room: all of them are in one tier."""
-        return max(self.cache_pages.values()) >= pages
+        return self.most_pages >= pages
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the tier that has most of them."""
+        return max(self.of_pool("pages").values())
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,7 +100,7 @@ class Plan:
             return []
         return [
             f"plan: warning: rows of up to {longest * PAGE_TOKENS:,} tokens, prompt and new ones, but the cache has room for"
-            f" {max(self.cache_pages.values()) * PAGE_TOKENS:,}: longer ones will be errors"
+            f" {self.most_pages * PAGE_TOKENS:,}: longer ones will be errors"
         ]
 
     def _predicted_lines(self) -> list[str]:

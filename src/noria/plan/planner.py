@@ -13,6 +13,7 @@ from noria.errors import InputError, require
 from noria.order import check_blocking
 from noria.plan import costs, rates
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
+from noria.plan.memory import Sizes
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Candidate, Problem
@@ -178,19 +179,23 @@ def _cached(problem: Problem, base: Candidate) -> Iterator[Candidate]:
 def _reserving(problem: Problem, base: Candidate) -> Iterator[Candidate]:
     """Candidates that keep room for the cache of a part of the rows; the rest of the device holds weights."""
     sizes = sizes_of(problem, replace(base, weights={"gpu": 100.0}))
-    page = max(sizes.page(rank) for rank in range(problem.num_ranks))
     cap = problem.cap(base.groups)
     if base.cache is not None and is_budget(base.cache):
         budgets = budgets_of(base.cache, "placement.cache")
-        yield replace(base, reserved={tier: min(nbytes // page, cap) for tier, nbytes in budgets.items()})
+        yield replace(base, reserved={tier: min(_fitting(sizes, nbytes), cap) for tier, nbytes in budgets.items()})
         return
     wanted = -(-problem.workload.num_rows // base.groups) * base.groups * problem.workload.pages
     for split in [base.cache] if base.cache else [{tier: 100.0} for tier in base.cache_tiers]:
         shares = {tier: share / 100 for tier, share in split.items() if share}
-        most = min([wanted, *(int(problem.limits[tier] / page / share) for tier, share in shares.items())])
+        most = min([wanted, *(int(_fitting(sizes, problem.limits[tier]) / share) for tier, share in shares.items())])
         for fraction in FRACTIONS:
             pages = max(int(most * fraction), min(problem.longest, cap))
             yield replace(base, reserved={tier: int(pages * share) for tier, share in shares.items()})
+
+
+def _fitting(sizes: Sizes, nbytes: int) -> int:
+    """Pages that every rank can hold in so many bytes."""
+    return min(sizes.pages_in(nbytes, rank) for rank in range(sizes.num_ranks))
 
 
 def _groups(problem: Problem, once: bool) -> tuple[int, ...]:

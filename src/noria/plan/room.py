@@ -50,12 +50,13 @@ def _budgeted_pages(
     problem: Problem, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping[str, int]
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
-    largest = max(sizes.page(rank) for rank in range(problem.num_ranks))
+    ranks = range(problem.num_ranks)
     pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
     for tier, nbytes in budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
-        pages[tier] = min(nbytes // largest, left)
+        pages[tier] = min(*(sizes.pages_in(nbytes, rank) for rank in ranks), left)
         left -= pages[tier]
         _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
+    largest = max(sizes.usual.nbytes(1, sizes.page(rank), sizes.state(rank)) for rank in ranks)
     require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {nbytes_words(largest)} on a rank")
     return pages
 
@@ -77,7 +78,7 @@ def _room(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int
             if free[tier] < 0:
                 raise refused(problem, rank, tier, table[tier])
             later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
-            room[tier] = min(room[tier], (free[tier] + later) // sizes.page(rank))
+            room[tier] = min(room[tier], sizes.pages_in(free[tier] + later, rank))
     if (
         problem.machine.device == "cpu"
         and candidate.cache

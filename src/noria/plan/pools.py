@@ -1,0 +1,34 @@
+"""How many states a tier has beside its pages, and how many pages find room with them. Arithmetic alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What the rows of a usual prompt hold together: pages, and states (0: the family has no arrays per sequence)."""
+
+    pages: int = 1
+    states: int = 0
+
+    def states_beside(self, pages: int) -> int:
+        """The states of a tier with so many pages: as many rows have room in both, and one more shared beginning."""
+        return -(-pages // self.pages) * self.states + 1 if pages > 0 and self.states else 0
+
+    def pools(self, pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """tier -> pool -> how many of it, for so many pages in each tier."""
+        return {tier: {"pages": count, "states": self.states_beside(count)} for tier, count in pages.items()}
+
+    def nbytes(self, pages: int, page: int, state: int) -> int:
+        """Bytes of so many pages of `page` bytes with their states of `state` bytes."""
+        return pages * page + self.states_beside(pages) * state
+
+    def fitting(self, nbytes: int, page: int, state: int) -> int:
+        """Pages that have room in so many bytes, with their states."""
+        of_prompt = self.pages * page + self.states * state
+        if not of_prompt:
+            return 1 << 62  # a rank whose layers leave nothing
+        whole, rest = divmod(nbytes - state * bool(self.states), of_prompt)
+        rest -= self.states * state
+        more = min(rest // page, self.pages - 1) if page and rest > 0 else 0
+        return max(whole * self.pages + more, 0)
