@@ -16,6 +16,7 @@ from noria.tools.toml import has_null, read_toml, toml_lines
 from noria.tools.values import check_shares, parse_nbytes, parse_shard, parse_walltime
 
 MAX_RUN_FILE = 2**18  # bytes
+OPENAI = "openai:"  # before the name of an export: it is written as OpenAI's batch responses
 SCHEDULES = ("sequential", "single_batch", "multi_batch")
 
 
@@ -126,6 +127,10 @@ class Job:
         "i/n: generate only every n-th row, starting at row i (1/4, 2/4, 3/4, 4/4: counted from 1, as in job arrays);"
         " each shard is a job with its own output, and noria merge joins the outputs"
     )
+    export: list[str] | None = key(
+        "file to export the output to when it is whole, as noria export does: .jsonl, .jsonl.gz, .csv or .parquet;"
+        " openai:FILE writes OpenAI's batch responses; the flag may be given several times, and in a run file it is a list"
+    )
     trace: str | None = key("file for a trace of all ranks, for Perfetto: compute, copies, messages and waits (JSON)")
     strict_keys: bool = key(
         "a row with a sampling key of another program that Noria does not have is an error; without it such a key is"
@@ -150,6 +155,11 @@ class Job:
         for name in ("retry_errors", "extend"):
             clash = self.overwrite and getattr(self, name)
             require(not clash, f"job.overwrite and job.{name} contradict each other: give one of them")
+        names = self.export or []
+        wrong = next((name for name in names if not isinstance(name, str) or not name.removeprefix(OPENAI)), None)
+        require(wrong is None, f"job.export has {wrong!r}: it must be names of files")
+        for name in names:
+            check_path(name.removeprefix(OPENAI), "job.export")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from noria.communicator import Communicator
 from noria.config import Config
 from noria.desk.desk import Desk
 from noria.desk.examination import Examined, examine, open_model
+from noria.desk.exports import write_exports
 from noria.desk.inputs import files_of_run, prompts_of
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
@@ -67,6 +68,7 @@ def run(
         if work.state == "finished":
             here.say(f"{config.output} is finished: nothing to do (noria export reads it; --overwrite starts again)")
             here.say(*work.said)
+            mpi.on_first_rank(comm, lambda: write_exports(config, here.log))
             return work.code
         return _generate(config, here, work, watchdog, stopping, helper)
 

@@ -14,7 +14,7 @@ from noria.tools.keys import WORDS, types_of
 
 # What a flag takes: by its name where the type does not tell, else by the first of these types that it has.
 _METAVARS = {
-    **dict.fromkeys(("model", "prompts", "output", "random_weights", "trace", "machine"), "FILE"),
+    **dict.fromkeys(("model", "prompts", "output", "random_weights", "trace", "machine", "export"), "FILE"),
     **dict.fromkeys(("gpu_memory", "cpu_memory"), "SIZE"),
     **dict.fromkeys(("weights", "cache"), "TIER=SHARE,..."),
     **dict.fromkeys(("prompt_column", "id_column", "messages_column"), "NAME"),
@@ -61,6 +61,8 @@ def _add_flags(group: argparse._ActionsContainer, kind: type) -> None:
         flag, help = flag_of(key.name), key.metadata["help"].replace("%", "%%") + default
         if key.name == "prompts":
             group.add_argument(flag, nargs="+", metavar="FILE", help=help)
+        elif key.name == "export":
+            group.add_argument(flag, action="append", metavar="FILE", help=help)
         elif hints[key.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:

@@ -15,6 +15,7 @@ from noria.commands import flags
 from noria.commands.flags import load
 from noria.config import Config
 from noria.desk.examination import doubts, open_model
+from noria.desk.exports import check_exports, exports_of
 from noria.desk.inputs import prompts_of
 from noria.desk.validation import SHOWN, Findings, ModelLimits, examine
 from noria.errors import InputError
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = load(arguments, "all")
     output, files = _output(config), prompts_of(config)
+    check_exports(config)
     num_rows = count(files)
     with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:
         shape = checkpoint.shape
@@ -84,6 +86,8 @@ def _report(config: Config, found: Findings, output: str) -> None:
     _say("tokens", f"{plural(found.num_tokens, 'prompt token')}{longest}, at most {found.num_new:,} new ones")
     needed, free = _space(config, found)
     _say("output", f"{config.output}: {output}; at most {_size(needed)}, {_size(free)} free")
+    for path, format in exports_of(config):
+        _say("export", f"{path}: {'rows' if format == 'rows' else 'responses'}, when the output is whole")
     for row, id, error in found.wrong:
         name = f" ({id})" if id != str(row) else ""
         _say(f"row {row}", f"{error}{name}")

@@ -17,6 +17,7 @@ import numpy as np
 from noria.config import Config
 from noria.desk.earlier import Begun, agree, make_room, now
 from noria.desk.examination import Examined
+from noria.desk.exports import write_exports
 from noria.desk.old_rules import texts_again
 from noria.desk.pace import Pace
 from noria.desk.records import generation
@@ -261,6 +262,7 @@ class Desk:
         outcome = outcome_of(self._config.output)
         self.code = outcome.code(self._config.job.fail_on_errors)
         self._progress.end(self._config.output, [*outcome.lines(), how_to_read(self._config.output)])
+        write_exports(self._config, partial(log, 0, 1))
 
     def _prompts(self) -> Iterator[Prompt]:
         """The rows of this run, as they are read."""

@@ -14,6 +14,7 @@ from noria.checkpoint.checkpoint import open_checkpoint, parse_json
 from noria.checkpoint.random_weights import random_checkpoint
 from noria.config import Config
 from noria.desk import validation
+from noria.desk.exports import check_exports
 from noria.desk.identity import Identity, check_finished, identity
 from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
@@ -59,6 +60,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
 
     `helper` renders conversations.
     """
+    check_exports(config)
     files = hashed(prompts_of(config))
     by_file, prompts_hash = counts(files), content_hash(files)
     num_rows = sum(by_file)

@@ -16,7 +16,7 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.export_openai import HIDDEN, NoTexts, TokenTexts, is_error, responses
 from noria.output.export_rows import ExportedRows, Origin, origin_of, rows_so_far
-from noria.output.export_tables import write_csv, write_parquet
+from noria.output.export_tables import check_pyarrow, write_csv, write_parquet
 from noria.output.generations import Generation, Generations, open_generations, stored_checksums, verify_checksums
 from noria.output.schema import own_columns
 from noria.output.sealed import part_files, parts_folder, to_stderr
@@ -128,6 +128,8 @@ def check_target(target: Path, format: str = "rows") -> None:
         )
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file in it")
+    if suffix == ".parquet":
+        check_pyarrow("parquet")
     check_file(target)
 
 

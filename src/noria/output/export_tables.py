@@ -4,6 +4,7 @@ Knows rows as plain objects, nothing of the output that they come from. Parquet 
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,12 +81,17 @@ def _closing(writer: Any) -> Iterator[Any]:
         writer.is_open = False
 
 
+def check_pyarrow(what: str) -> None:
+    """Raises InputError where pyarrow is missing. Does not import it, which takes a while."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError(f"{what} needs pyarrow: pip install pyarrow, or export to .csv or .jsonl")
+
+
 def _pyarrow(what: str) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"{what} needs pyarrow: pip install pyarrow, or export to .csv or .jsonl") from error
+    check_pyarrow(what)
+    import pyarrow
+    from pyarrow import parquet
+
     return pyarrow, parquet
 
 

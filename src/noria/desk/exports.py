@@ -1,0 +1,69 @@
+"""The files that a run exports its output to when it is whole: what cannot be written is refused before the run begins.
+
+An export that fails then costs itself alone: the output stays as it is.
+"""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from noria.config import OPENAI, Config
+from noria.desk.inputs import files_of_run
+from noria.desk.token_texts import NO_MODEL, token_texts
+from noria.errors import InputError, require
+from noria.output.export import ExportSettings, check_target, export
+from noria.output.sealed import parts_folder
+from noria.tools.text import plural, printable
+
+
+def exports_of(config: Config) -> Iterator[tuple[Path, str]]:
+    """The files that a run exports to, and the format of each."""
+    for name in config.job.export or []:
+        yield Path(name.removeprefix(OPENAI)), "openai" if name.startswith(OPENAI) else "rows"
+
+
+def check_exports(config: Config) -> None:
+    """Raises InputError for an export that could not be written, or not without the loss of another file of the run."""
+    ours = [*files_of_run(config), config.job.trace, config.job.machine, config.job.random_weights]
+    taken = {os.path.realpath(file): f"a file of this run ({file})" for file in ours if file}
+    for path, format in exports_of(config):
+        found = "is a link: name the file itself" if path.is_symlink() else _found(path, taken)
+        if os.path.realpath(path.parent) == os.path.realpath(parts_folder(config.output)):
+            found = "lies in the folder of the output's parts, which is removed: name another folder"
+        require(found is None, f"job.export {path} {found}")
+        try:
+            check_target(path, format)
+        except InputError as error:
+            raise InputError(f"job.export {error}") from error
+        taken[os.path.realpath(path)] = "another export of this run"
+
+
+def _found(path: Path, taken: dict[str, str]) -> str | None:
+    """In words, whose file lies there already."""
+    same = (what for file, what in taken.items() if file == os.path.realpath(path) or _are_one(path, file))
+    return next((f"is {what}: name a file of its own" for what in same), None)
+
+
+def _are_one(path: Path, file: str) -> bool:
+    """Whether two names lead to one file: hard links do."""
+    try:
+        return os.path.samefile(path, file)
+    except OSError:
+        return False
+
+
+def write_exports(config: Config, say: Callable[[str], None]) -> None:
+    """Writes the exports of an output that is whole. What one of them meets is said, with the command that makes it again."""
+    for path, format in exports_of(config):
+        try:
+            settings = ExportSettings(format, texts=token_texts(config.model or NO_MODEL))
+            count = export(config.output, path, say, settings=settings)
+            say(f"export: {path}, {plural(count, 'row' if format == 'rows' else 'response')}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the output is whole and stays so
+            reason = str(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
+            more = [] if format == "rows" else ["--format", format]
+            again = shlex.join(["noria", "export", config.output, str(path), *more])
+            say(
+                f"error: {config.output} is whole, but its export was not written ({printable(reason)}); again: {again}"
+            )
