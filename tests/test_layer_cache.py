@@ -1,5 +1,6 @@
 """How a layer attends: what it writes, what are its keys and values. Against dense softmax."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +8,11 @@ import dense
 from noria import attention
 from noria.arrays import Array, keys_and_values
 from noria.attention import sdpa
+from noria.engine import states
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
 from noria.models import _rotary
+from noria.step import Step
 
 CPU = torch.device("cpu")
 SPANS = dense.CASES["prompts beside decoding rows"]
@@ -20,6 +23,16 @@ def opened(**arrays):
     rows = torch.from_numpy(cache_rows(SPANS))
     microbatch = Microbatch(0, TOKENS, torch.arange(TOKENS), rows, None, sdpa.prepare(SPANS, CPU), None)
     return LayerCache(sdpa, microbatch, arrays), rows
+
+
+def with_states(reads, writes, **arrays):
+    """A cache for rows that read and write these states."""
+    counts = np.array([span.count for span in SPANS])
+    ids = {"reads": np.array(reads), "writes": np.array(writes), "kept": counts}
+    step = Step(0, 0, counts=counts, **ids)
+    tensors = list(map(torch.from_numpy, states.arrays_of(step, 0, len(counts), None)))
+    microbatch = Microbatch(0, TOKENS, torch.arange(TOKENS), None, None, None, None, states.on_device(tensors))
+    return LayerCache(sdpa, microbatch, arrays)
 
 
 def random(*size):
@@ -81,3 +94,29 @@ def test_layers_whose_keys_and_values_are_not_alike_attend_by_the_kind_that_does
         (((Array("state", (3, 3), "sequence"),),), "sdpa"),
     ):
         assert attention.fitting(CPU, torch.bfloat16, cache).__name__ == f"noria.attention.{kind}", cache
+
+
+def test_a_layer_finds_its_sequences_states_and_leaves_new_ones_only_when_it_has_returned():
+    before = random(6, 2, 3)
+    before[4] = torch.nan  # of a row that begins here: never read
+    state = before.clone()
+    cache = with_states([2, -1, 2, 0, 5], [2, 4, 1, 0, 3], state=state)
+    assert cache.starts.tolist() == [0, 17, 18, 23, 24, 26] and cache.kept.tolist() == [17, 1, 5, 1, 2]
+    found = cache.before("state")
+    assert torch.equal(found[[0, 2, 3, 4]], before[[2, 2, 0, 5]]) and not found[1].any()
+    found += 1  # a copy: the cache stays as it is
+    cache.after("state", found)
+    assert torch.equal(state.nan_to_num(), before.nan_to_num())
+    cache.commit()
+    assert torch.equal(state[[2, 4, 1, 0, 3]], found) and torch.equal(state[5], before[5])
+
+
+def test_a_layer_that_does_not_return_leaves_no_state_and_half_precisions_are_widened():
+    state = torch.zeros(6, 2)
+    cache = with_states([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], state=state)
+    cache.after("state", torch.ones(5, 2, dtype=torch.bfloat16))
+    again = with_states([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], state=state)
+    assert not again.before("state").any()
+    again.after("state", torch.ones(5, 2, dtype=torch.bfloat16))
+    again.commit()
+    assert state.dtype == torch.float32 and state.sum() == 10

@@ -18,6 +18,9 @@ STEP = Step(
     sample_slots=np.array([1, 9], np.int32),
     uniforms=np.array([0.0, 1 - 2**-53]),
     masked=True,
+    reads=np.array([7, -1], np.int32),
+    writes=np.array([7, 12], np.int32),
+    kept=np.array([1, 3], np.int32),
 )
 
 

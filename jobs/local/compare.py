@@ -36,7 +36,7 @@ from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.limits import DTYPES
 from noria.output.generations import open_generations
-from noria.step import PAGE_TOKENS, Admitted, Run, Step
+from noria.step import NO_STATE, PAGE_TOKENS, Admitted, Run, Step
 from noria.streams import streams_of
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog.", "1, 2, 3, 4, 5,", "def main():\n", "Once upon a time"]
@@ -146,10 +146,12 @@ def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, dev
     num_pages = -(-len(ids) // PAGE_TOKENS)
     kind = attention.fitting(device, dtype, shape.cache)
     cache = KvCache(
-        shape, list(range(shape.num_layers)), num_pages, str(dtype).removeprefix("torch."), streams_of(device)
+        shape, list(range(shape.num_layers)), (num_pages, 1), str(dtype).removeprefix("torch."), streams_of(device)
     )
     admitted = (Admitted(0, (Run(0, num_pages),), {}),)
     arrays = {"slots": [0], "counts": [len(ids)], "positions": [0], "token_ids": ids}
+    if shape.has_states:
+        arrays |= {"reads": [NO_STATE], "writes": [0], "kept": [len(ids)]}
     step = Step(0, 0, admitted=admitted, **{name: np.array(array, np.int32) for name, array in arrays.items()})
     none = np.empty(0, np.int64)
     batch = Batches(Network(model, kind, shape), dtype, device).make(step, [0, 1], (none, none, none))

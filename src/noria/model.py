@@ -48,6 +48,11 @@ class ModelShape:
         entry = self.cache[layer]
         return entry if isinstance(entry, int) else layer
 
+    @property
+    def has_states(self) -> bool:
+        """Whether some layer has arrays per sequence."""
+        return any(array.per == "sequence" for layer in range(self.num_layers) for array in self.arrays(layer))
+
     def cache_nbytes(self, layers: Iterable[range], dtype: str, per: str = "token") -> int:
         """Bytes that a token, or a sequence, leaves in the caches of these layers."""
         return _between(self._nbytes[dtype, per], layers)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 PAGE_TOKENS = 16  # tokens in one page of the KV cache
+NO_STATE = -1  # what a row reads that begins: zeros
 NO_TOKEN = -1  # in a result: nothing could be sampled, because the model's logits are not finite
 NONE_LEFT = -2  # the same, because the row's own settings leave no token
 
@@ -70,6 +71,9 @@ _ARRAYS = (
     ("uniforms", np.float64),
     ("score_rows", np.int32),
     ("score_ids", np.int32),
+    ("reads", np.int32),
+    ("writes", np.int32),
+    ("kept", np.int32),
 )
 
 
@@ -81,6 +85,8 @@ class Step:
     token_ids: [T] the new tokens, row after row. borders: [K+1] of the microbatches, in rows.
     sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
     score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
+    reads, writes: [R] the state that each row begins from (NO_STATE: zeros) and the one that it leaves; kept: [R] after how
+    many of its new tokens. Empty where the family has no arrays per sequence.
     Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
     masked: what some of its samples may be follows in a message of its own (masks.py).
     """
@@ -100,6 +106,9 @@ class Step:
     uniforms: np.ndarray = _no(np.float64)
     score_rows: np.ndarray = _no(np.int32)
     score_ids: np.ndarray = _no(np.int32)
+    reads: np.ndarray = _no(np.int32)
+    writes: np.ndarray = _no(np.int32)
+    kept: np.ndarray = _no(np.int32)
     masked: bool = False
 
     @property

@@ -180,7 +180,7 @@ def logits_of(checkpoint, dtype, rows):
     streams = streams_of(device)
     placed = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load()
     weights = weights_of(placed, [layers], 1, 0, streams, Traffic())
-    cache = KvCache(shape, layers, 64, dtype, streams)
+    cache = KvCache(shape, layers, (64, len(rows)), dtype, streams)
     schedule = kinds.load("schedules", "single_batch")
     network = Network(model, kind, shape)
     batches, moved = Batches(network, TORCH_DTYPES[dtype], device), Moved(weights, cache, OnDevice())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from noria import attention, kinds
 from noria.arrays import Layout
@@ -26,9 +27,12 @@ from noria.plan.plan import Plan
 from noria.ring.base import RingShape
 from noria.ring.ring import AnyRing, open_ring
 from noria.streams import Streams
+from noria.tiers import Tier
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk
 from noria.transports import Transport
+
+Links: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]  # over which a tier loads, and stores
 
 
 def open_the_ring(plan: Plan, shape: ModelShape, transport: Transport | None, rank: int, streams: Streams) -> AnyRing:
@@ -74,10 +78,11 @@ def build(
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
     dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
-    layers, on_device = [layer for stage in stages for layer in stage], plan.of_pool("pages")["gpu"]
+    layers = [layer for stage in stages for layer in stage]
     tiers = _open_tiers(plan, shape, layers, streams, scratch)
-    staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages)
-    cache = KvCache(shape, layers, on_device, plan.dtype, streams, staging, meters.traffic)
+    staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages, plan.state_rows)
+    held = plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"]
+    cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
     kind = attention.fitting(streams.device, dtype, shape.cache)
     network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, streams, meters.traffic))
@@ -90,26 +95,28 @@ def build(
 def _open_tiers(
     plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams, scratch: Path
 ) -> tuple[TierPages, ...]:
-    """The tiers beyond the device, with room for the pages that the plan gives each; on disk a file in `scratch`."""
+    """The tiers beyond the device, with room for what the plan gives each; on disk a file in `scratch`."""
     opened: list[TierPages] = []
-    first, arrays = 0, {layer: shape.arrays(layer) for layer in layers}
-    for name, num_pages in plan.of_pool("pages").items():
-        nbytes = Layout(arrays, plan.dtype, num_pages).nbytes
-        if name == "cpu" and num_pages:
-            memory = Cpu(nbytes, streams)
-            memory.touch()
-            memory.register()
-            opened.append(TierPages(first, num_pages, memory, ("host_to_gpu",), ("gpu_to_host",)))
-        elif name == "disk" and num_pages:
-            disk = Disk(
-                scratch_region(scratch, nbytes),
-                streams,
-                slot_nbytes=min(DISK_SLOT_NBYTES, nbytes // max(len(layers), 1)),
-            )
-            links = ("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk")
-            opened.append(TierPages(first, num_pages, disk, *links))
-        first += num_pages
+    first, first_state, arrays = 0, 0, {layer: shape.arrays(layer) for layer in layers}
+    for name, pools in plan.pools.items():
+        pages, states = pools["pages"], pools["states"]
+        if name != "gpu" and pages:
+            nbytes = max(Layout(arrays, plan.dtype, pages, states).nbytes, 1)  # a rank's layers may leave nothing
+            tier, links = _open_tier(name, nbytes, nbytes // max(len(layers), 1), streams, scratch)
+            opened.append(TierPages(first, pages, tier, *links, first_state, states))
+        first, first_state = first + pages, first_state + states
     return tuple(opened)
+
+
+def _open_tier(name: str, nbytes: int, of_layer: int, streams: Streams, scratch: Path) -> tuple[Tier, Links]:
+    """A tier for the cache, and the links over which it loads and stores. of_layer: bytes of a layer, on average."""
+    if name == "cpu":
+        memory = Cpu(nbytes, streams)
+        memory.touch()
+        memory.register()
+        return memory, (("host_to_gpu",), ("gpu_to_host",))
+    disk = Disk(scratch_region(scratch, nbytes), streams, slot_nbytes=max(min(DISK_SLOT_NBYTES, of_layer), 1))
+    return disk, (("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk"))
 
 
 def _activations(plan: Plan, shape: ModelShape, streams: Streams, traffic: Traffic) -> OnDevice | InHost:

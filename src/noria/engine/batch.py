@@ -13,7 +13,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from noria.engine import states
 from noria.engine.kv_cache import Staged, TierPages
+from noria.engine.states import States
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 
@@ -41,6 +43,7 @@ class Microbatch:
     positional: object
     attention_plan: object
     staged: Staged | None  # what of the cache to move, where its pages are not on the device
+    states: States | None = None  # of its rows, where the family has arrays per sequence
 
 
 @dataclass
@@ -107,20 +110,27 @@ class Batches:
 
     def _placed(self, step: Step, borders: list[int]) -> tuple[list[Placed], list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
-        pairs = itertools.pairwise(borders)
-        placed = [to_staging(self._pages.spans(step, first, last), self._elsewhere) for first, last in pairs]
-        return placed, [cache_rows(spans) for spans, _ in placed]
+        placed: list[Placed] = []
+        arrays: list[np.ndarray] = []
+        for first, last in itertools.pairwise(borders):
+            spans, staged = to_staging(self._pages.spans(step, first, last), self._elsewhere)
+            placed.append((spans, states.moved(step, first, last, staged)))
+            arrays += [cache_rows(spans), *states.arrays_of(step, first, last, staged)]
+        return placed, arrays
 
     def _microbatches(
-        self, positions: torch.Tensor, placed: list[Placed], rows: list[torch.Tensor]
+        self, positions: torch.Tensor, placed: list[Placed], arrays: list[torch.Tensor]
     ) -> tuple[Microbatch, ...]:
         network, microbatches, first = self._network, [], 0
-        for (spans, staged), its_rows in zip(placed, rows, strict=True):
+        each = len(arrays) // max(len(placed), 1)
+        for (spans, staged), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
+            its_rows, *of_states = arrays[place : place + each]
             last = first + len(its_rows)
             its_positions = positions[first:last]
             positional = network.model.positional(network.shape, its_positions, self._dtype)
             plan = network.attention.prepare(spans, self._device)
-            microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan, staged))
+            its_states = states.on_device(of_states)
+            microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan, staged, its_states))
             first = last
         return tuple(microbatches)
 
@@ -147,7 +157,7 @@ def to_staging(spans: list[Span], elsewhere: Sequence[TierPages]) -> Placed:
         stores += _consecutive(tier_rows[old:], page * PAGE_TOKENS + old)
         moved.append(replace(span, runs=(Run(page, pages),)))
         page += pages
-    return moved, Staged(held, page, tuple(loads), tuple(stores))
+    return moved, Staged(held, page, {"token": tuple(loads)}, {"token": tuple(stores)})
 
 
 def _consecutive(tier_rows: np.ndarray, first: int) -> list[tuple[int, int, int]]:

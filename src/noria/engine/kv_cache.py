@@ -5,8 +5,9 @@ loaded into a staging slot, a layer at a time.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -29,22 +30,28 @@ Triples: TypeAlias = Sequence[
 
 @dataclass(frozen=True)
 class TierPages:
-    """Pages of the cache that live in a tier other than the device: `num_pages` from page `first` on."""
+    """Pages of the cache that live in a tier other than the device: `num_pages` from page `first` on; states in like manner."""
 
     first: int
     num_pages: int
     tier: Tier
     load_links: tuple[str, ...]
     store_links: tuple[str, ...]
+    first_state: int = 0
+    num_states: int = 0
 
 
 @dataclass(frozen=True)
 class Staging:
-    """The pages beyond the device, and the staging slots that they pass through: `slots` of `slot_pages` pages."""
+    """The pages beyond the device, and the staging slots that they pass through: `slots` of `slot_pages` pages.
+
+    slot_states: of each, for the states of as many rows.
+    """
 
     tiers: tuple[TierPages, ...] = ()
     slots: int = 0
     slot_pages: int = 0
+    slot_states: int = 0
 
 
 ALL_ON_DEVICE = Staging()
@@ -52,12 +59,15 @@ ALL_ON_DEVICE = Staging()
 
 @dataclass(frozen=True)
 class Staged:
-    """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it."""
+    """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it.
+
+    loads, stores: of the arrays per token and of those per sequence.
+    """
 
     held: TierPages
     num_pages: int  # of a staging slot
-    loads: Triples
-    stores: Triples
+    loads: Mapping[str, Triples]
+    stores: Mapping[str, Triples]
 
 
 @dataclass
@@ -74,16 +84,16 @@ class StagingSlot:
 
 
 class KvCache:
-    """The arrays of this rank's layers, each `[page * token][row]`, so that a run of pages is a view.
+    """The arrays of this rank's layers, each `[page * token][row]`, so that a run of pages is a view, or `[state][row]`.
 
-    `num_pages` pages live on the device; `staging` says where the others are.
+    held: how many pages and states live on the device; `staging` says where the others are.
     """
 
     def __init__(
         self,
         shape: ModelShape,
         layers: list[int],
-        num_pages: int,
+        held: tuple[int, int],
         dtype: str,
         streams: Streams,
         staging: Staging = ALL_ON_DEVICE,
@@ -92,14 +102,13 @@ class KvCache:
         self._arrays = {layer: shape.arrays(layer) for layer in layers}
         self._reads = {layer: shape.reads(layer) for layer in layers}
         self._dtype, device = dtype, streams.device
-        layout = Layout(self._arrays, dtype, num_pages)
+        layout = Layout(self._arrays, dtype, *held)
         self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-        self._views = {layer: self._view(self._buffer, layout, layer, num_pages) for layer in layers}
+        self._views = {layer: self._view(self._buffer, layout, layer, *held) for layer in layers}
         self._staging, self._streams, self._traffic = staging, streams, traffic or Traffic()
-        self._in_tier = {held.first: Layout(self._arrays, dtype, held.num_pages) for held in staging.tiers}
-        self._in_slot = {
-            layer: Layout({layer: arrays}, dtype, staging.slot_pages) for layer, arrays in self._arrays.items()
-        }
+        tiers, slot = staging.tiers, (staging.slot_pages, staging.slot_states)
+        self._in_tier = {at.first: Layout(self._arrays, dtype, at.num_pages, at.num_states) for at in tiers}
+        self._in_slot = {layer: Layout({layer: arrays}, dtype, *slot) for layer, arrays in self._arrays.items()}
         size = max((layout.nbytes for layout in self._in_slot.values()), default=0)
         buffers = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(staging.slots))
         self._free = deque(map(StagingSlot, buffers))
@@ -116,13 +125,15 @@ class KvCache:
         """The arrays of one layer on the device, each [pages * 16, ...]."""
         return self._views[self._reads[layer]]
 
-    def _view(self, buffer: torch.Tensor, layout: Layout, layer: int, num_pages: int) -> Views:
+    def _view(self, buffer: torch.Tensor, layout: Layout, layer: int, num_pages: int, num_states: int) -> Views:
         """The arrays of a layer that lie in a buffer."""
         views = {}
         for array in self._arrays[layer]:
             start, kind = layout.offsets[layer, array.name], TORCH_DTYPES[array.computed(self._dtype)]
-            nbytes = num_pages * PAGE_TOKENS * array.nbytes(self._dtype)
-            views[array.name] = buffer[start : start + nbytes].view(kind).view(-1, *array.row)
+            rows = num_pages * PAGE_TOKENS if array.per == "token" else num_states
+            nbytes = array.nbytes(self._dtype)
+            whole = buffer[start : start + rows * nbytes].view(kind).view(rows, nbytes // kind.itemsize)
+            views[array.name] = whole[:, : prod(array.row)].view(rows, *array.row)
         return views
 
     def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable[Event] = ()) -> None:
@@ -134,7 +145,9 @@ class KvCache:
             return
         self._send(layer, microbatch, staged, staged.loads, after)
 
-    def _send(self, layer: int, microbatch: int, staged: Staged, rows: Triples, after: Iterable[Event] = ()) -> None:
+    def _send(
+        self, layer: int, microbatch: int, staged: Staged, rows: Mapping[str, Triples], after: Iterable[Event] = ()
+    ) -> None:
         assert staged.num_pages <= self._staging.slot_pages, f"a microbatch of {staged.num_pages} pages"
         slot = self._staged[layer, microbatch] = self._free.popleft()
         source, held = self._reads[layer], staged.held
@@ -151,13 +164,15 @@ class KvCache:
             return self.layer(layer)
         source = self._reads[layer]
         if source != layer:
-            self._send(layer, microbatch, staged, (*staged.loads, *staged.stores))
+            self._send(layer, microbatch, staged, {"token": (*staged.loads["token"], *staged.stores["token"])})
         slot = self._staged[layer, microbatch]
         for coming in slot.coming:
             self._streams.wait(event_of(coming))
         slot.coming = []
         if source not in slot.views:
-            slot.views[source] = self._view(slot.buffer, self._in_slot[source], source, self._staging.slot_pages)
+            slot.views[source] = self._view(
+                slot.buffer, self._in_slot[source], source, self._staging.slot_pages, self._staging.slot_states
+            )
         return slot.views[source]
 
     def store(self, layer: int, microbatch: int, staged: Staged | None) -> None:
@@ -185,14 +200,14 @@ class KvCache:
             stored.event().synchronize()
         return sum(held.tier.close() for held in self._staging.tiers)
 
-    def _pieces(self, layer: int, slot: StagingSlot, held: TierPages, triples: Triples) -> list[Piece]:
+    def _pieces(self, layer: int, slot: StagingSlot, held: TierPages, rows: Mapping[str, Triples]) -> list[Piece]:
         """The runs of rows of all arrays of a layer."""
         pieces = []
         for array in self._arrays[layer]:
             nbytes = array.nbytes(self._dtype)
             there = self._in_tier[held.first].offsets[layer, array.name]
             here = self._in_slot[layer].offsets[layer, array.name]
-            for tier_row, row, count in triples:
+            for tier_row, row, count in rows.get(array.per, ()):
                 start = here + row * nbytes
                 pieces.append((there + tier_row * nbytes, slot.buffer[start : start + count * nbytes]))
         return pieces

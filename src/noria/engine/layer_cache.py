@@ -1,4 +1,4 @@
-"""What a layer of a model finds of its cache, for one microbatch: how it attends."""
+"""What a layer of a model finds of its cache, for one microbatch: how it attends, the states of its rows."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 
 from noria.engine.batch import Microbatch
+from noria.engine.states import States
 from noria.models import _rotary
 
 
@@ -15,10 +16,27 @@ class LayerCache:
     kind: a module of attention/.
     """
 
-    __slots__ = ("_arrays", "_kind", "_microbatch")
+    __slots__ = ("_after", "_arrays", "_kind", "_microbatch")
 
     def __init__(self, kind: ModuleType, microbatch: Microbatch, arrays: Mapping[str, torch.Tensor]):
         self._kind, self._microbatch, self._arrays = kind, microbatch, arrays
+        self._after: dict[str, torch.Tensor] | None = None
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[N + 1]"""
+        return self._states.starts
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """[N]"""
+        return self._states.kept
+
+    @property
+    def _states(self) -> States:
+        states = self._microbatch.states
+        assert states is not None, "the family says of no layer that it has arrays per sequence"
+        return states
 
     def attend(
         self,
@@ -54,8 +72,27 @@ class LayerCache:
             return keys, keys[..., :values]
         return keys, _by_heads(self._arrays[values or names[:2][-1]])
 
+    def before(self, name: str) -> torch.Tensor:
+        """[N, ...]: a copy of the rows' states, zeros for those that begin."""
+        array, states = self._arrays[name], self._states
+        return array.index_select(0, states.reads).masked_fill_(_like(states.fresh, array), 0)
+
+    def after(self, name: str, rows: torch.Tensor) -> None:
+        """Keeps the rows' new states [N, ...] until the layer has returned."""
+        self._after = (self._after or {}) | {name: rows.to(self._arrays[name].dtype)}
+
     def commit(self) -> None:
-        """The layer has returned: what it gave for its sequences is written."""
+        """The layer has returned: what it gave for its sequences is written.
+
+        A layer that memory does not let return leaves nothing, so that it may be computed again.
+        """
+        for name, rows in (self._after or {}).items():
+            self._arrays[name].index_copy_(0, self._states.writes, rows)
+
+
+def _like(mask: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
+    """[N, 1, ...]: a mask of rows as the array's rows are."""
+    return mask.view(-1, *[1] * (array.dim() - 1))
 
 
 def _by_heads(array: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a layer finds of its cache, and how it attends. Knows neither pages nor the kinds of attention.
+"""What a layer finds of its cache: how it attends, the states of its sequences. Knows no pages and no kinds of attention.
 
 T tokens and N sequences of a call, H heads, Hkv key/value heads, D head dim, Dv numbers of a value.
 """
@@ -31,4 +31,22 @@ class Cache(Protocol):
         sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
         sinks, soft_cap: no kind of attention computes them yet. Raises NotImplementedError for these.
         """
+        ...
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[N + 1] int64: the first token of each sequence, and T. Like all that follows where the family has states."""
+        ...
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """[N] int64: after how many of its new tokens a sequence's state is to be given."""
+        ...
+
+    def before(self, name: str) -> torch.Tensor:
+        """[N, ...]: the array per sequence as each sequence has it before its first new token; zeros where it begins."""
+        ...
+
+    def after(self, name: str, rows: torch.Tensor) -> None:
+        """Gives the array [N, ...] as it is after each sequence's first `kept` new tokens: once in a call, for all."""
         ...

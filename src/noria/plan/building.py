@@ -154,8 +154,7 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
 def _usual(problem: Problem) -> Usual:
     """What the rows of a usual prompt hold: with n > 1 a state of their shared beginning beside their own."""
     n, pages = problem.config.sampling.n, problem.workload.pages
-    has_states = problem.shape.cache_nbytes([range(problem.shape.num_layers)], problem.dtype, "sequence") > 0
-    return Usual(n * pages, (n + (n > 1)) * has_states)
+    return Usual(n * pages, (n + (n > 1)) * problem.shape.has_states)
 
 
 def _state_rows(problem: Problem, sizes: Sizes) -> int:

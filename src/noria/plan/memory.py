@@ -78,10 +78,8 @@ class Sizes:
             items["messages"] = self._messages() if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
             items["activation slots"] = slots * self._hidden(self.microbatch_tokens)
-            states = self.layer_nbytes(
-                layers, 0, self.state_rows
-            )  # before and after a layer, and what it makes of them
-            items["work space"] = self._work_space(rank) + 3 * states
+            states = self.layer_nbytes(layers, 0, self.state_rows)
+            items["work space"] = self._work_space(rank) + 3 * states  # before, after, and what a layer makes of them
         elif tier == "cpu":
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
             items["messages"] = self._messages() if self.activations == "cpu" else 0
