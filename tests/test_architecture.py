@@ -40,8 +40,10 @@ ALLOWED = {
         "ring/",
         "engine/",
         "launch/cores.py",
+        "launch/copies.py",
         "launch/here.py",
         "launch/launcher.py",
+        "launch/node.py",
         "launch/probe.py",
     },
 }

@@ -11,7 +11,7 @@ from noria.communicator import Communicator
 from noria.config import Config
 from noria.errors import InputError, require
 from noria.launch import launcher, mpi
-from noria.launch.probe import Probe, choose_transport
+from noria.launch.probe import Effort, Probe, choose_transport
 from noria.launch.watchdog import Watchdog
 from noria.plan.rates import Rates
 from noria.tools.atomic import check_file, write_whole
@@ -82,9 +82,9 @@ def _probe(arguments: argparse.Namespace, comm: Communicator) -> int:
         f"{comm.Get_size()} on {len(set(comm.allgather(place.host)))} host(s), {device.type}, {place.cores} each",
     )
     _say(first, "transport", f"{name}: {reason}")
-    nbytes = arguments.megabytes and arguments.megabytes << 20
-    probe = Probe(comm, place, device, folder, arguments.seconds, nbytes)
-    rates = probe.measure(transport, lambda what, value, unit: _say(first, what, _figure(value, unit)))
+    effort = Effort(arguments.seconds, arguments.megabytes and arguments.megabytes << 20)
+    probe = Probe(comm, place, device, folder, effort)
+    rates = probe.measure((name, transport), lambda what, value, unit: _say(first, what, _figure(value, unit)))
     if transport is not None:
         transport.close()
     mpi.on_first_rank(comm, lambda: _write(arguments.output, rates))

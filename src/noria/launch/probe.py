@@ -3,32 +3,57 @@
 Every figure is the slowest rank's. Knows no model and no plan but the names of the rates.
 """
 
-import functools
+import contextlib
+import itertools
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from noria import transports
 from noria.communicator import Communicator
+from noria.errors import InputError
 from noria.launch import launcher
-from noria.limits import DISK_THREADS
-from noria.plan.rates import NAMES, Rates
-from noria.streams import Event, streams_of
-from noria.tools import direct
-from noria.tools.pinned import HostMemory
+from noria.launch.copies import Buffers, Lanes, sustained
+from noria.launch.disk_rates import disk_rates
+from noria.launch.node import mount_of, node_of
+from noria.limits import DTYPES
+from noria.plan.rates import Rates, assumed
+from noria.streams import streams_of
+from noria.tools.provenance import now
 from noria.transports import Transport
 
+GROUPS = {  # of figures that are measured together
+    "link": ("host_to_device", "device_to_host", "both_directions"),
+    "memory": ("device_memory", "host_memory"),
+    "launches": ("layer_seconds",),
+    "disk": ("disk_read", "disk_write"),
+    "hop": ("hop", "hop_seconds"),
+}
 OPERATIONS = 20  # small ones, such as a layer has
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 MESSAGE_NBYTES = 16 << 20
 SMALL_NBYTES = 16 << 10
+Say = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: about so many seconds of each figure, copying buffers of `nbytes` (None: large ones).
+
+    `strict`: what cannot be measured raises; else it is left out on every rank.
+    """
+
+    seconds: float
+    nbytes: int | None = None
+    strict: bool = True
 
 
 class Probe:
-    """One rank's measurements. `seconds` of each figure, about; `folder` is where the disk is measured."""
+    """One rank's measurements. `folder` is where the disk is measured."""
 
     def __init__(
         self,
@@ -36,81 +61,140 @@ class Probe:
         location: launcher.Location,
         device: torch.device,
         folder: Path,
-        seconds: float,
-        nbytes: int | None,
+        effort: Effort,
     ):
-        self._comm, self._location, self._device, self._folder, self._seconds = comm, location, device, folder, seconds
-        self._streams = streams_of(device)
+        self._comm, self._location, self._device, self._folder = comm, location, device, folder
+        self._streams, self._seconds, self._strict = streams_of(device), effort.seconds, effort.strict
         self._cuda = device.type == "cuda"
-        self._nbytes = nbytes or (256 << 20 if self._cuda else 64 << 20)
+        self._nbytes = effort.nbytes or (256 << 20 if self._cuda else 64 << 20)
 
-    def measure(self, transport: Transport | None, say: Callable[[str, float, str], None]) -> Rates:
-        """All rates. Collective. `transport` None: one rank, no messages. `say(name, value, unit)` after each."""
+    def measure(
+        self,
+        transport: tuple[str, Transport | None],
+        say: Say = lambda name, value, unit: None,
+        groups: Container[str] = GROUPS,
+        dtypes: Sequence[str] = DTYPES,
+    ) -> Rates:
+        """The rates of these groups, and of products in these dtypes; the others are assumed. Collective.
+
+        `transport`: its name and itself (None: one rank, no messages). `say(name, value, unit)` after each figure.
+        """
         found: dict[str, float] = {}
-        for measured in (self._link, self._memory, self._launches, self._disk, lambda: self._hop(transport)):
-            self._comm.Barrier()
-            own = measured()
-            for name, value in self._slowest(own).items():
+        for measured in self._figures(transport[1], groups):
+            for name, value in measured.items():
                 found[name] = value
                 say(name, value, "s" if name.endswith("seconds") else "B" if name.endswith("capacity") else "B/s")
-        matmul = {}
-        for dtype in ("float64", "float32", "bfloat16", "float16"):
-            self._comm.Barrier()
-            matmul[dtype] = self._slowest({"matmul": self._matmul(getattr(torch, dtype))})["matmul"]
-            say(f"matmul {dtype}", matmul[dtype], "flop/s")
-        name = torch.cuda.get_device_name(self._device) if self._cuda else "CPU"
-        left = tuple(name for name in NAMES if name not in found)
-        return Rates(device=name, matmul=matmul, assumed=left, **found)
+        rows = {dtype: table for dtype in dtypes if (table := self._products(dtype, say))}
+        self._forget()
+        device, node = node_of(self._comm, self._location, self._device)
+        done = {*found, *(f"matmul.{dtype}" for dtype in rows)}
+        known = assumed(device)
+        return replace(
+            known,
+            device=device,
+            matmul=known.matmul | {dtype: max(table.values()) for dtype, table in rows.items()},
+            matmul_rows=rows,
+            assumed=tuple(name for name in known.assumed if name not in done),
+            node=node,
+            transport=transport[0] if "hop" in found else "",
+            scratch=mount_of(self._folder) if "disk_read" in found else "",
+            measured=now(),
+            **found,  # type: ignore[arg-type]  # rates alone, by name
+        )
+
+    def _figures(self, transport: Transport | None, groups: Container[str]) -> Iterator[dict[str, float]]:
+        """Of each group in turn; all ranks are at the same figure at the same time."""
+        capacity = float(launcher.device_memory(self._comm, self._location, self._device))
+        yield self._slowest({"device_capacity": capacity, "host_capacity": float(launcher.host_memory(self._location))})
+        with contextlib.ExitStack() as held:
+            if "link" in groups or "memory" in groups:
+                yield from self._copies(held.enter_context(self._buffers()), groups)
+        yield from (self._attempt(work) for name, work in self._others() if name in groups)
+        if "hop" in groups and transport is not None:
+            yield self._slowest(self._hop(transport))
+
+    @contextlib.contextmanager
+    def _buffers(self) -> Iterator[Buffers | None]:
+        """None where a rank has no memory for them."""
+        buffers = None
+        try:
+            buffers = Buffers(self._nbytes, self._device)
+        except (OSError, RuntimeError):
+            if self._strict:
+                raise
+        try:
+            yield buffers if all(self._comm.allgather(buffers is not None)) else None
+        finally:
+            if buffers is not None:
+                buffers.close()
+
+    def _copies(self, buffers: Buffers | None, groups: Container[str]) -> Iterator[dict[str, float]]:
+        if buffers is None:
+            return
+        load, store = {"load": (buffers.there, buffers.host)}, {"store": (buffers.back, buffers.here)}
+        for name, lanes in zip(GROUPS["link"], (load, store, load | store), strict=True):
+            if "link" in groups:
+                yield self._attempt(partial(self._lanes, name, lanes))
+        if "memory" in groups:
+            yield self._attempt(partial(self._memory, buffers))
+
+    def _others(self) -> tuple[tuple[str, Callable[[], dict[str, float]]], ...]:
+        return ("launches", self._launches), ("disk", self._disk)
+
+    def _forget(self) -> None:
+        """The device's memory is as it was, and so is what was the most of it."""
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _attempt(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The slowest rank's figures of `work`, which no rank may need another for."""
+        self._comm.Barrier()
+        try:
+            own = work()
+        except (OSError, RuntimeError, InputError):
+            if self._strict:
+                raise
+            own = {}
+        return self._slowest(own)
 
     def _slowest(self, own: dict[str, float]) -> dict[str, float]:
+        """Of what every rank has measured."""
         ranks = self._comm.allgather(own)
-        return {name: (max if name.endswith("seconds") else min)(rank[name] for rank in ranks) for name in own}
+        return {
+            name: (max if name.endswith("seconds") else min)(rank[name] for rank in ranks)
+            for name in own
+            if all(name in rank for rank in ranks)
+        }
 
-    def _timed(self, work: Callable[[], object]) -> float:
-        """Seconds of one call, as many of them are made one after another; `work` may return an event to wait for."""
-        self._wait(work())  # the first one is not like the others
-        count, began = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < self._seconds or not count:
-            self._wait(work())
-            count += 1
+    def _timed(self, work: Callable[[], object], seconds: float) -> float:
+        """Seconds of one call, as many of them are made one after another: nobody waits between those of a batch."""
+        work()  # the first one is not like the others
+        self._wait()
+        count, batch, began = 0, 1, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds or not count:
+            for _ in range(batch):
+                work()
+            self._wait()
+            count += batch
+            batch = max(1, int(count * seconds / 4 / max(time.perf_counter() - began, 1e-9)))
         return elapsed / count
 
-    def _wait(self, made: Any) -> None:
-        """Until an event has completed, or what the compute stream was given so far."""
-        (made if hasattr(made, "synchronize") else self._streams.event()).synchronize()
+    def _wait(self) -> None:
+        """Until what the compute stream was given so far is done."""
+        self._streams.event().synchronize()
 
-    def _link(self) -> dict[str, float]:
-        host, back = HostMemory(self._nbytes), HostMemory(self._nbytes)
-        for memory in (host, back):
-            memory.touch()
-            memory.register(self._device)
-        there, here = (torch.zeros(self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
+    def _lanes(self, name: str, lanes: Lanes) -> dict[str, float]:
+        """All ranks are at the same lanes at the same time: links of one host may have a limit in common."""
+        return {name: sustained(self._streams, lanes, self._seconds)}
 
-        def both() -> Event:
-            loading = self._streams.copy("load", [(there, host.memory)])
-            self._streams.copy("store", [(back.memory, here)]).synchronize()
-            return loading
-
-        times = {
-            "host_to_device": self._timed(lambda: self._streams.copy("load", [(there, host.memory)])),
-            "device_to_host": self._timed(lambda: self._streams.copy("store", [(back.memory, here)])),
-            "both_directions": self._timed(both),
-        }
-        host.close()
-        back.close()
-        return {name: self._nbytes / seconds for name, seconds in times.items()}
-
-    def _memory(self) -> dict[str, float]:
-        size = 4 * self._nbytes if self._cuda else self._nbytes
-        rates = {}
-        for name, device in (("device_memory", self._device), ("host_memory", torch.device("cpu"))):
-            source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-            rates[name] = 2 * size / self._timed(functools.partial(target.copy_, source))
-        capacity = launcher.device_memory(self._comm, self._location, self._device)
-        return rates | {
-            "device_capacity": float(capacity),
-            "host_capacity": float(launcher.host_memory(self._location)),
-        }
+    def _memory(self, buffers: Buffers) -> dict[str, float]:
+        rate = 2 * self._nbytes / self._timed(lambda: buffers.back.copy_(buffers.host), self._seconds / 2)
+        if not self._cuda:
+            return {"device_memory": rate, "host_memory": rate}
+        source, target = (torch.ones(4 * self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
+        on_device = 2 * source.nbytes / self._timed(lambda: target.copy_(source), self._seconds / 2)
+        return {"device_memory": on_device, "host_memory": rate}
 
     def _launches(self) -> dict[str, float]:
         small = torch.zeros(16, device=self._device)
@@ -119,37 +203,37 @@ class Probe:
             for _ in range(OPERATIONS):
                 small.add_(1)
 
-        return {"layer_seconds": self._timed(layer)}
+        return {"layer_seconds": self._timed(layer, self._seconds / 4)}
 
-    def _matmul(self, dtype: torch.dtype) -> float:
-        size = 8192 if self._cuda else 256
-        left, right = (torch.randn(size, size, device=self._device).to(dtype) for _ in range(2))
-        return 2 * size**3 / self._timed(lambda: torch.mm(left, right))
+    def _products(self, dtype: str, say: Say) -> dict[int, float]:
+        """flop/s of products in a dtype by their rows, as far as one takes no longer than a figure may."""
+        found = self._attempt(lambda: self._matmul(getattr(torch, dtype)))
+        if found:
+            say(f"matmul {dtype}", max(found.values()), "flop/s")
+        return {int(rows): flops for rows, flops in found.items()}
+
+    def _matmul(self, dtype: torch.dtype) -> dict[str, float]:
+        size = 8192 if self._cuda else 1024
+        # In turn, and on a GPU each too large for its caches: a run reads every matrix anew.
+        weights = itertools.cycle([torch.randn(size, size, device=self._device).to(dtype) for _ in range(2)])
+        found = {}
+        for rows in ROWS:
+            hidden = torch.randn(rows, size, device=self._device).to(dtype)
+            multiply = partial(lambda hidden: torch.nn.functional.linear(hidden, next(weights)), hidden)
+            seconds = self._timed(multiply, self._seconds / len(ROWS))
+            found[str(rows)] = 2 * rows * size**2 / seconds
+            if 4 * seconds > self._seconds:
+                break
+        return found
 
     def _disk(self) -> dict[str, float]:
-        """Direct writes and reads of a file that is large enough for `seconds` of writing, at most 4 GiB."""
-        most = 4 << 30 if self._cuda else 8 * self._nbytes
-        pieces = direct.chunks(most)
-        memory = HostMemory(DISK_THREADS * direct.CHUNK_NBYTES)
-        memory.touch()
-        views = [part.numpy().data for part in memory.memory.split(direct.CHUNK_NBYTES)]
-        file = direct.scratch_file(self._folder, most, "--scratch")
-        try:
-            with ThreadPoolExecutor(DISK_THREADS) as pool:
-                write = _passes(pool, pieces, views, lambda start, view: file.write(start, view), self._seconds)
-                read = _passes(
-                    pool, pieces[: write[1]], views, lambda start, view: file.read(start, view), self._seconds
-                )
-        finally:
-            file.close()
-            memory.close()
-        return {"disk_read": read[0], "disk_write": write[0]}
+        read, write = disk_rates(self._folder, self._seconds, self._location.ranks_on_host)
+        return {"disk_read": read, "disk_write": write}
 
-    def _hop(self, transport: Transport | None) -> dict[str, float]:
-        if transport is None:
-            return {}
-        large, small = (self._exchange(transport, nbytes) for nbytes in (MESSAGE_NBYTES, SMALL_NBYTES))
-        return {"hop": MESSAGE_NBYTES / max(large - small, 1e-9), "hop_seconds": small}
+    def _hop(self, transport: Transport) -> dict[str, float]:
+        most = MESSAGE_NBYTES if self._cuda else MESSAGE_NBYTES // 4
+        large, small = (self._exchange(transport, nbytes) for nbytes in (most, SMALL_NBYTES))
+        return {"hop": most / max(large - small, 1e-9), "hop_seconds": small}
 
     def _exchange(self, transport: Transport, nbytes: int) -> float:
         """Seconds in which a message goes from every rank to the next one: the same number of times on all ranks."""
@@ -169,22 +253,6 @@ class Probe:
                 time.sleep(0)
             times.append(time.perf_counter() - began)
         return sorted(times)[len(times) // 2]
-
-
-def _passes(
-    pool: ThreadPoolExecutor,
-    pieces: list[tuple[int, int]],
-    views: list[memoryview],
-    call: Callable[[int, memoryview], None],
-    seconds: float,
-) -> tuple[float, int]:
-    """Bytes/s of calls for one piece after another, some at once, and how many pieces were done in about `seconds`."""
-    done, nbytes, began = 0, 0, time.perf_counter()
-    while done < len(pieces) and (time.perf_counter() - began < seconds or not done):
-        turn = pieces[done : done + len(views)]
-        list(pool.map(lambda one: call(one[0][0], one[1][: one[0][1] - one[0][0]]), zip(turn, views, strict=False)))
-        done, nbytes = done + len(turn), nbytes + sum(end - start for start, end in turn)
-    return nbytes / (time.perf_counter() - began), done
 
 
 def choose_transport(comm: Communicator, device: torch.device, requested: str) -> tuple[str, str, Transport | None]:

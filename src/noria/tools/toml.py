@@ -22,6 +22,11 @@ def read_toml(path: str | Path, what: str, most: int, remedy: str = "") -> dict[
             text = file.read(most + 1)
     except OSError as error:
         raise InputError(f"{what} {path}: {error.strerror or error}{remedy}") from error
+    return parse_toml(text, what, path, most)
+
+
+def parse_toml(text: bytes, what: str, path: str | Path, most: int) -> dict[str, Any]:
+    """The same from its bytes, of which there may be one more than `most`. Raises InputError."""
     require(len(text) <= most, f"{what} {path} is longer than {most} bytes: is it the right file?")
     dots = max(piece.count(b".") for piece in re.split(rb"[={},\[\]\n]", text))
     require(dots <= _MAX_DOTS, f"{what} {path} has a key of more than {_MAX_DOTS} parts")
