@@ -19,7 +19,7 @@ LEVELS = [
     {"models", "attention", "tiers", "transports", "schedules", "readers"},
     {"config"},
     {"checkpoint", "output", "rows", "plan", "ring"},
-    {"engine", "launch", "desk"},
+    {"engine", "launch", "desk", "report"},
     {"run"},
     {"commands"},
     {"__main__"},

@@ -69,6 +69,14 @@ def test_what_a_child_says_comes_as_it_is_said_and_its_end_is_kept():
     assert ended.said == [f"line {number}" for number in range(69, 99)]
 
 
+def test_a_child_has_a_session_and_an_environment_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    code = "import os; print(os.getsid(0) == os.getpid(), os.environ.get('OMPI_COMM_WORLD_SIZE'), os.environ['OF_THE_USER'])"
+    ended = child.run_child([sys.executable, "-I", "-S", "-c", code], lambda text: None)
+    assert ended.said == ["True None kept"]
+
+
 def test_words_cut_in_a_character_and_bytes_that_are_no_text_are_heard():
     code = "import os, time\nfor piece in (b'caf\\xc3', b'\\xa9 ', b'\\xff end'): os.write(1, piece); time.sleep(0.05)"
     ended, said = ran(code)

@@ -87,6 +87,7 @@ ARGUMENTS = {
     "probe": [["--output", "PATH"], ["--scratch", "PATH"]],
     "inspect": [["PATH"], ["PATH", "--verify"], ["PATH", "--all", "--json"], ["--run", "PATH"]],
     "export": [["PATH", "new.jsonl"], ["run.h5", "PATH"], ["PATH", "PATH"]],
+    "report": [["PATH"], ["run.h5", "--html", "PATH"], ["PATH", "--html", "new.html"]],
     "merge": [["PATH", "run.h5"], ["new.h5", "PATH"], ["PATH", "PATH", "PATH"]],
 }
 MORE = {"probe": ["--device", "cpu", "--seconds", "0.001", "--megabytes", "1"]}

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "predicts memory, tokens/s and job script lines of a run; needs no GPU and no MPI",
     "probe": "measures a machine: links, memory, matmul, disk and messages (under mpirun, or alone as one rank)",
     "inspect": "says what a checkpoint or an output holds, finished or not",
+    "report": "tells how a run went: plan and measurement, time, lengths, errors; in the terminal or as a page of HTML",
     "export": "writes generations as JSON lines, CSV or parquet, in the order of the prompts",
     "merge": "joins the outputs of noria run --shard i/n",
 }

@@ -201,7 +201,7 @@ class Desk:
             self._progress.expect(expected)
             self._parts.expect(expected)
             self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
-            self._parts.computed(counted.prompt_tokens)
+            self._parts.computed(counted.prompt_tokens, counted.tokens)
             counted.tokens = counted.prompt_tokens = 0
             self._look_at_the_time()
         if self._parts.is_due(self._config.job.seal_seconds):

@@ -18,6 +18,7 @@ from noria.output.export import KINDS, as_object
 from noria.output.export_tables import columns_of, record_batches
 from noria.output.generations import Generation, Generations, blocks, open_generations
 from noria.output.sealed import parts_folder, scan, select
+from noria.output.timings import timings_of
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.looking import Looker
 from noria.tools.text import plural
@@ -67,6 +68,23 @@ class Output:
         """Closes the files, those of its slices too. May be called twice."""
         for file in self._files:
             file.close()
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """How a finished output was made (its attributes); nothing of a run that is not finished."""
+        return self._files[0].attrs if self.finished else {}
+
+    def timings(self) -> dict[str, np.ndarray]:
+        """What each rank measured: see timings.py; nothing of a run that is not finished."""
+        return timings_of(self._files[0]) if self.finished else {}
+
+    def numbers(self, name: str) -> np.ndarray:
+        """[R] a column of numbers, such as `row`, `sample`, `status`, `finish_reason` (places in schema's lists)."""
+        return self._of_files(lambda file: file.column(name))
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """[R] tokens generated in each row; [R] tokens of each prompt."""
+        return self._of_files(lambda file: file.lengths()[0]), self._of_files(lambda file: file.lengths()[1])
 
     def __iter__(self) -> Iterator[Generation]:
         for start, stop in blocks(self._weights()):
@@ -163,12 +181,20 @@ class Output:
 
     def _weights(self) -> np.ndarray:
         """[R] about how much of a block each row is."""
-        weights = np.empty(len(self), np.int64)
+
+        def weights(file: Generations) -> np.ndarray:
+            tokens, prompt_tokens = file.lengths()
+            return tokens.astype(np.int64) * (1 + file.scores.top) + prompt_tokens
+
+        return self._of_files(weights)
+
+    def _of_files(self, read: Callable[[Generations], np.ndarray]) -> np.ndarray:
+        """[R] of the numbers that `read` has for each row of a file, those of these rows."""
+        numbers = np.zeros(len(self), np.int64)
         for number, file in enumerate(self._files):
             own = self._file == number
-            tokens, prompt_tokens = file.lengths()
-            weights[own] = (tokens * (1 + file.scores.top) + prompt_tokens)[self._place[own]]
-        return weights
+            numbers[own] = read(file)[self._place[own]]
+        return numbers
 
     def _read(self, rows: np.ndarray) -> list[Generation]:
         """The rows at these places of the output, in that order."""

@@ -33,13 +33,15 @@ class Reasons:
     """Why rows are in error, counted. Reasons that differ in numbers alone are one, told as it was first said."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, tuple[str, str]] = field(default_factory=dict)  # id and words
+    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # ids and words of the first rows
 
     def add(self, id: str, error: str, count: int = 1) -> None:
         kind = re.sub(r"\d[\d.,]*", "#", error[:500])
         kind = kind if kind in self.counts or len(self.counts) < _MAX_REASONS else "other reasons"
         self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first.setdefault(kind, (id, error))
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append((id, error))
 
     def lines(self, shown: int = _SHOWN) -> list[str]:
         """`3 rows in error, such as ID: REASON`: the most frequent reasons first."""
@@ -48,16 +50,17 @@ class Reasons:
         rest = sum(self.counts[kind] for kind in ordered[shown:])
         return lines + [f"{plural(rest, 'row')} in error for {len(ordered) - shown} other reasons"] * (rest > 0)
 
+    def groups(self) -> list[tuple[int, list[tuple[str, str]]]]:
+        """How many rows each reason has, the most frequent first, with id and words of its first rows."""
+        ordered = sorted(self.counts, key=lambda kind: -self.counts[kind])
+        return [(self.counts[kind], self.examples[kind]) for kind in ordered]
+
     def as_list(self) -> list[dict[str, Any]]:
         """count, id and error (as first said) of each reason, the most frequent first."""
-        ordered = sorted(self.counts, key=lambda kind: -self.counts[kind])
-        return [
-            {"count": self.counts[kind], **dict(zip(("id", "error"), self.first[kind], strict=True))}
-            for kind in ordered
-        ]
+        return [{"count": count, "id": first[0], "error": first[1]} for count, (first, *_) in self.groups()]
 
     def _words(self, kind: str) -> str:
-        id, error = self.first[kind]
+        id, error = self.examples[kind][0]
         such = "such as " if self.counts[kind] > 1 else ""
         return f"{such}{printable(id[:60])}: {printable(error[:_WIDTH])}{'...' if len(error) > _WIDTH else ''}"
 
@@ -102,11 +105,14 @@ class Outcome:
 
     def lines(self) -> list[str]:
         """What people should know of it: nothing for rows that are all as they should be."""
-        lines = self.reasons.lines()
-        if self.num_cut and self._most and not self._wanted:
-            of = f"{self.num_cut:,} of {plural(self.num_rows, 'row')}"
-            lines.append(f"{of} ended at max_new_tokens ({self._most:,}): raise it if they should go on")
-        return lines
+        return self.reasons.lines() + self.cut_lines()
+
+    def cut_lines(self) -> list[str]:
+        """That rows were cut short, if they were and nobody wanted it."""
+        if not self.num_cut or not self._most or self._wanted:
+            return []
+        of = f"{self.num_cut:,} of {plural(self.num_rows, 'row')}"
+        return [f"{of} ended at max_new_tokens ({self._most:,}): raise it if they should go on"]
 
     def code(self, fail_on_errors: bool = False) -> int:
         """The exit code of a command that leaves the output whole."""

@@ -158,10 +158,10 @@ class Parts:
         """How many of a row's tokens are this job's."""
         return max(0, len(row.token_ids) - self._before.get((row.row, row.sample), 0))
 
-    def computed(self, prompt_tokens: int) -> None:
-        """So many tokens of prompts more are computed: with the next seal `inspect` knows. Never waits."""
+    def computed(self, prompt_tokens: int, tokens: int) -> None:
+        """So many tokens of prompts more are computed, so many generated: with the next seal `inspect` knows. Never waits."""
         if self.segment:
-            self.segment.facts["prompt_tokens"] += prompt_tokens
+            self.segment.computed(prompt_tokens, tokens)
 
     def seal_if_due(self, seconds: float) -> Path | None:
         """Seals if a row waits and the last seal is `seconds` ago or more, or if MAX_PENDING rows wait."""

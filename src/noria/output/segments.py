@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from noria.output.course import Course
 from noria.tools.atomic import write_whole
 from noria.tools.provenance import now
 from noria.tools.text import plural
@@ -35,8 +36,8 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
 
     Of each: `start`, `end` (when it was last seen alive, UTC), `ended` (why; "" while it runs, and if it was killed),
     `rows` that it finished, `errors` among them, `tokens` that it generated and sealed, whether their rows are finished or
-    not, `prompt_tokens` that it computed, `of` (rows of the whole job), and what its job said of itself: see
-    provenance.segment_of.
+    not, `prompt_tokens` that it computed, `of` (rows of the whole job), `course` (tokens over time: see course.py), and what
+    its job said of itself: see provenance.segment_of.
     """
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
@@ -146,6 +147,7 @@ class Segment:
         taken = [int(match[1]) for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
         self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
         self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
+        self.course = Course()
         self.told = False  # the user knows that the disk takes nothing
         self._write()
 
@@ -154,6 +156,11 @@ class Segment:
         for name, count in (("rows", rows), ("errors", errors), ("tokens", tokens)):
             self.facts[name] += count
         self.seen()
+
+    def computed(self, prompt_tokens: int, tokens: int) -> None:
+        """So many tokens of prompts more are computed, so many generated: with the next write `inspect` knows."""
+        self.facts["prompt_tokens"] += prompt_tokens
+        self.course.add(prompt_tokens, tokens)
 
     def seen(self) -> None:
         """The job is alive at this moment."""
@@ -165,7 +172,7 @@ class Segment:
             self.told = True
 
     def _write(self) -> None:
-        self.facts["end"] = now()
+        self.facts |= {"end": now(), "course": self.course.points()}
         _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
 
     def end(self, reason: str) -> None:

@@ -53,7 +53,7 @@ class Summary:
             "format": FORMAT,
             "finished": self.finished,
             "running": self.running,
-            "rows": {"todo": self.num_todo, "done": self._num_done, "error": outcome.num_errors},
+            "rows": {"todo": self.num_todo, "done": self.num_done, "error": outcome.num_errors},
             "errors": outcome.reasons.as_list(),
             "tokens": {"prompt": outcome.num_prompt_tokens, "generated": outcome.num_tokens},
             "finish_reasons": reasons,
@@ -62,22 +62,22 @@ class Summary:
 
     def lines(self, everything: bool = False) -> list[str]:
         """Five lines first, then what should be known, three generations, the run and its jobs."""
-        lines = [f"{self.path}: {self.state}", *self._counted(), *self.notes, *self.outcome.lines()]
+        lines = [f"{self.path}: {self.state}", *self.counted(), *self.notes, *self.outcome.lines()]
         lines += [line for one in self.outcome.examples for line in _example(one)]
         lines += _table("run file", self.run_file)
         jobs = segment_lines(self.segments, self.running)
         left_out = 0 if everything else max(len(jobs) - _SEGMENTS, 0)
         lines += [f"{plural(left_out, 'earlier segment')} (--all lists them)"] * (left_out > 0) + jobs[left_out:]
         lines += self.details if everything else []
-        return lines + [self.verified] * bool(self.verified) + [how_to_read(self.path)] * (self._num_done > 0)
+        return lines + [self.verified] * bool(self.verified) + [how_to_read(self.path)] * (self.num_done > 0)
 
     @property
-    def _num_done(self) -> int:
+    def num_done(self) -> int:
         return self.outcome.num_rows - self.outcome.num_errors - self.outcome.finish_reasons["none"]
 
-    def _counted(self) -> list[str]:
+    def counted(self) -> list[str]:
         outcome, ended = self.outcome, self.outcome.finish_reasons
-        rows = f"{self._num_done:,} done, {plural(outcome.num_errors, 'error')}"
+        rows = f"{self.num_done:,} done, {plural(outcome.num_errors, 'error')}"
         if self.num_todo is None or self.num_todo:
             rows += f", {'others' if self.num_todo is None else f'{self.num_todo:,}'} left"
             rows += f" ({plural(self.num_half_way, 'row')} half-way)" if self.num_half_way else ""
@@ -142,7 +142,7 @@ def _measured(name: str, dataset: h5py.Dataset) -> str:
 
 
 def _in_units(name: str, value: float) -> str:
-    if name.endswith("nbytes"):
+    if name.endswith("nbytes") and np.isfinite(value):
         return nbytes_words(int(value))
     return f"{value:,.6g} s" if "seconds" in name or name == "waited" else f"{value:,.6g}"
 
@@ -160,7 +160,7 @@ def _work(segments: list[dict[str, Any]]) -> str:
     """How many jobs worked how long on it, and what they made."""
     if not segments:
         return "not recorded"
-    seconds = sum(_seconds(one["start"], one["end"]) for one in segments)
+    seconds = sum(seconds_of(one) for one in segments)
     tokens = sum(one["tokens"] for one in segments)
     rate = f", {tokens / seconds:,.0f} tok/s" if seconds and tokens else ""
     last = segments[-1]
@@ -169,9 +169,11 @@ def _work(segments: list[dict[str, Any]]) -> str:
     return f"{plural(len(segments), 'job')}, {_clock(seconds)} together{rate}; {where}"
 
 
-def _seconds(start: str, end: str) -> float:
+def seconds_of(segment: Mapping[str, Any]) -> float:
+    """How long a job worked on an output, as far as it said."""
     try:
-        times = [datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) for text in (start, end)]
+        said = segment["start"], segment["end"]
+        times = [datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) for text in said]
     except ValueError:  # a segment may say anything
         return 0
     return max((times[1] - times[0]).total_seconds(), 0)

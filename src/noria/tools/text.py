@@ -10,7 +10,12 @@ import re
 REPLACEMENT = "\ufffd"
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
-_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters; what changes the direction of text or is not seen (joiners stay: scripts and emoji need them).
+_STEERING = (
+    "\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+)
+_UNPRINTABLE = re.compile(f"[\0-\x1f{_STEERING}]")
+_UNREADABLE = re.compile(f"[\0-\x08\x0b-\x1f{_STEERING}]")
 
 
 def storable(text: str) -> str:
@@ -36,7 +41,16 @@ def _finite(value: object) -> object:
 
 def printable(text: str) -> str:
     """`text` on one line; what steers a terminal (control characters, changes of direction) is written as escapes."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def readable(text: str) -> str:
+    """The same on as many lines as it has: line ends and tabs stay."""
+    return _UNREADABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def plural(count: int, noun: str) -> str:
