@@ -13,7 +13,20 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "noria"
 # From the bottom up; a module imports modules of its own level or below, a folder none of the other folders of its level.
 LEVELS = [
-    {"errors", "limits", "arrays", "model", "blocks", "step", "masks", "order", "borders", "streams", "communicator"},
+    {
+        "errors",
+        "limits",
+        "arrays",
+        "model",
+        "bundle",
+        "blocks",
+        "step",
+        "masks",
+        "order",
+        "borders",
+        "streams",
+        "communicator",
+    },
     {"tools", "kinds"},
     {"sampling", "names"},
     {"models", "attention", "tiers", "transports", "schedules", "readers"},

@@ -207,9 +207,9 @@ def test_a_small_model_with_many_rows_stays_on_the_gpu():
 def test_hidden_states_in_host_memory_pass_the_link_between_layers_or_between_ranks():
     plan = plan_of(OPT_30B, 2, 128, activations="cpu", laps=2, groups=2, step_tokens=4096, microbatch_tokens=1024)
     prefill, decode = Round(8192, 16, 256, True), Round(64, 64, 528, False)
-    assert costs.states_nbytes(plan, OPT_30B[0], 0, prefill) == 8192 * 7168 * 2 * 24
-    assert plan.microbatches == 1 and costs.states_nbytes(plan, OPT_30B[0], 0, decode) == 64 * 7168 * 2 * 2
-    assert costs.states_nbytes(streamed(2), OPT_30B[0], 0, prefill) == 0
+    assert costs.states_nbytes(plan, OPT_30B[0], 0, prefill) == (8192 * 7168 * 2 * 24,) * 2
+    assert plan.microbatches == 1 and costs.states_nbytes(plan, OPT_30B[0], 0, decode) == (64 * 7168 * 2 * 2,) * 2
+    assert costs.states_nbytes(streamed(2), OPT_30B[0], 0, prefill) == (0, 0)
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_are_computed_and_those_of_a_step_are_read():

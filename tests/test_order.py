@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from noria.bundle import of_hidden
 from noria.errors import InputError
 from noria.limits import MAX_GROUPS
 from noria.masks import Masks
 from noria.order import MASKED, Action, Place, blocking_order, check_blocking, ring_order, tag
 from noria.ring.base import RingShape
+from noria.ring.messages import Answer, Hidden
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import streams_of
@@ -203,15 +205,17 @@ def run_steps(ring, rounds):
                     steps[group] = ring.receive_header(group)
                 if count := steps[group].num_tokens:
                     first = place.embeds(lap)
-                    hidden = torch.full((count, 2), float(group)) if first else ring.receive(group, lap, count)
+                    hidden = (
+                        torch.full((count, 2), float(group)) if first else ring.receive(group, lap, count).arrays[0]
+                    )
                     hidden = hidden + 1
                     if place.answers(lap) and steps[group].masked:
                         assert ring.receive_masks(group).forced.tolist() == [100 * round + group]
                     if place.answers(lap):
                         values = hidden[:, 0].numpy().astype(np.int64)
-                        ring.send_result(group, streams_of(ring_device).event(), lambda v=values: Result(v))
+                        ring.send_result(group, Answer(Result(values), streams_of(ring_device).event()))
                     else:
-                        ring.send(group, lap, hidden)
+                        ring.send(group, lap, Hidden((hidden,)))
     ring.close()
     return results
 
@@ -229,7 +233,8 @@ def test_the_rings_send_and_receive_in_the_order_of_the_dry_run(num_ranks, group
     wire, results = Wire(), {}
 
     def run_rank(rank):
-        shape = RingShape(Place(rank, num_ranks, groups, laps), 2, 3, torch.float32)
+        place = Place(rank, num_ranks, groups, laps)
+        shape = RingShape(place, (of_hidden(2, "float32"),) * (num_ranks * laps), 3)
         ring = open_ring(wire.end(rank), shape, streams_of(ring_device), blocking)
         results[rank] = run_steps(ring, rounds)
 

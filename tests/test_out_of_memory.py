@@ -1,6 +1,7 @@
 """A rank whose memory does not suffice for a microbatch cuts finer, says so, and changes no token."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 import noria.engine.stage
 import noria.models.llama
 import small_run
+from counts import some
+from late_streams import LateStreams
+from noria import streams
 from noria.__main__ import main
-from noria.borders import halved, largest, refined
+from noria.borders import halved, largest, refined, rest_refined
 
 FLOAT64 = ["--dtype", "float64"]
 
@@ -53,6 +57,53 @@ def test_a_step_that_memory_does_not_hold_is_cut_finer_and_gives_the_same_tokens
     )
     assert said.count("out of memory") == 2, "36 -> 18 -> 9, and 9 from then on"
     assert [count for count in given if count > 10] == [36, 18]
+
+
+class Shortage:
+    """Memory does not suffice for microbatch `microbatch` of layer `layer`, once a visit, after the layer has written its
+    keys and values. `computed`: token rows of each layer that came through."""
+
+    def __init__(self, layer, microbatch):
+        self.cell, self.computed, self.failures = (layer, microbatch), Counter(), 0
+        self._at, self._armed, self._layer = (0, -1), True, noria.models.llama.layer
+
+    def __call__(self, shape, index, parameters, hidden, *more):
+        self._armed = self._armed or index < self._at[0] or index == 0 == self._at[0] < self._at[1]
+        self._at = index, self._at[1] + 1 if index == self._at[0] else 0
+        found = self._layer(shape, index, parameters, hidden, *more)
+        if self._armed and self._at == self.cell and len(hidden) not in (1, 3):  # two rows at least
+            self._armed, self._at, self.failures = False, (index, self._at[1] - 1), self.failures + 1
+            raise torch.OutOfMemoryError("no room")
+        self.computed[index] += len(hidden)
+        return found
+
+
+PLACES = [[], ["--cache", "cpu=100"], ["--activations", "cpu"], ["--activations", "cpu", "--cache", "gpu=40,cpu=60"]]
+CELLS = itertools.product(range(3), range(3), ["sequential", "single_batch", "multi_batch"], PLACES)
+CELLS = [
+    cell for cell in CELLS if not (cell[1] == 2 and cell[3] is PLACES[3])
+]  # of rows of one tier there a single one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layer", "microbatch", "schedule", "place"), some(CELLS))
+def test_what_is_done_of_a_layer_is_not_done_again_where_memory_fails_in_any_microbatch_of_every_step(
+    folder, monkeypatch, capsys, layer, microbatch, schedule, place
+):
+    # Every step begins with whole microbatches again, so that each of them is cut.
+    monkeypatch.setattr(
+        noria.engine.stage.Stage, "_most_tokens", property(lambda _: None, lambda *_: None), raising=False
+    )
+    monkeypatch.setattr(streams, "streams_of", LateStreams)
+    keys = [*FLOAT64, "--microbatches", "3", "--schedule", schedule, "--groups", "1", *place, "--scratch", folder]
+    shortage = Shortage(layer, microbatch)
+    monkeypatch.setattr(noria.models.llama, "layer", shortage)
+    assert main(small_run.command(folder, "cut.h5", *keys, "--overwrite")) == 0
+    assert small_run.rows_of(folder / "cut.h5") == small_run.rows_of(folder / "undisturbed.h5")
+    tokens = small_run.NUM_ROWS * (3 + 24 - 1)  # of the prompts, and all that were generated but for the last
+    assert shortage.computed == dict.fromkeys(range(3), tokens)
+    few = place is PLACES[3]  # rows of two tiers never share a microbatch
+    assert capsys.readouterr().err.count("out of memory with") == shortage.failures >= (1 if few else 12)
 
 
 def test_logits_that_memory_does_not_hold_are_computed_for_fewer_rows(folder, monkeypatch, capsys):
@@ -115,6 +166,20 @@ def test_refined_borders_keep_rows_whole_and_in_order_and_below_the_limit(counts
     for first, last in itertools.pairwise(finer):
         assert last - first == 1 or sum(counts[first:last]) <= most
     assert refined([0, len(counts)], counts, None) == [0, len(counts)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.data())
+def test_from_the_microbatch_on_that_failed_all_are_cut_to_its_half_and_those_before_it_stay(counts, data):
+    inner = data.draw(st.sets(st.integers(1, len(counts)), max_size=5)) - {len(counts)}
+    borders = [0, *sorted(inner), len(counts)]
+    failed = data.draw(st.integers(0, len(borders) - 2))
+    finer, rows = rest_refined(borders, counts, failed), borders[failed + 1] - borders[failed]
+    assert finer[: failed + 1] == borders[: failed + 1] and set(borders) <= set(finer) and finer == sorted(set(finer))
+    rest = list(itertools.pairwise(finer[failed:]))
+    assert (finer == borders) == all(last - first == 1 for first, last in itertools.pairwise(borders[failed:]))
+    if rows > 1:
+        most = max(sum(counts[first:last]) for first, last in rest[:2])
+        assert all(last - first == 1 or sum(counts[first:last]) <= most for first, last in rest)
 
 
 def test_halving_ends_with_a_row_each():

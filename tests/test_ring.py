@@ -14,10 +14,12 @@ import torch
 import world
 from mpirun import describe, mpirun
 from noria import transports
+from noria.bundle import of_hidden
 from noria.errors import InputError
 from noria.order import Place
 from noria.ring.base import RingShape
 from noria.ring.communication import Communication, CommunicationError
+from noria.ring.messages import Answer, Hidden
 from noria.ring.ring import open_ring
 from noria.step import Result, Step
 from noria.streams import streams_of
@@ -158,22 +160,32 @@ def test_communication_calls_prepare_in_its_own_thread():
     assert threads == ["noria-communication"]
 
 
+def alone(laps):
+    return RingShape(Place(0, 1, 2, laps), (of_hidden(4, "float32"),) * laps, 8)
+
+
 def test_one_rank_hands_over_to_itself_and_waits_for_the_result_only_when_it_asks_for_it():
-    ring = open_ring(None, RingShape(Place(0, 1, 2, 2), 4, 8, torch.float32), streams_of(CPU))
+    ring = open_ring(None, alone(laps=2), streams_of(CPU))
     waits = []
 
     class Event:
+        def __init__(self, answer):
+            self.answer = answer
+
         def synchronize(self):
             waits.append("waited")
+            self.answer[0] = 5 + len(waits)
 
     for group in range(2):
         ring.send_header(Step(0, group, token_ids=np.zeros(3, np.int32)))
         hidden = torch.full((3, 4), float(group))
-        ring.send(group, 0, hidden)
+        assert ring.send(group, 0, Hidden((hidden,))) == 0, "bytes that leave the rank"
         hidden.zero_()  # the caller's again
     for group in range(2):
-        assert torch.equal(ring.receive(group, 1, 3), torch.full((3, 4), float(group)))
-        ring.send_result(group, Event(), lambda: Result(np.array([5 + len(waits)])))
+        (received,) = ring.receive(group, 1, 3).arrays
+        assert torch.equal(received, torch.full((3, 4), float(group)))
+        ids = np.zeros(1, np.int64)
+        ring.send_result(group, Answer(Result(ids), Event(ids)))
     assert not waits
     assert [ring.receive_result(group).token_ids.tolist() for group in range(2)] == [[6], [7]]
     ring.close()
@@ -181,7 +193,7 @@ def test_one_rank_hands_over_to_itself_and_waits_for_the_result_only_when_it_ask
 
 def test_a_blocking_ring_of_one_rank_is_refused():
     with pytest.raises(InputError, match="needs 2 <= groups <= ranks"):
-        open_ring(None, RingShape(Place(0, 1, 2, 1), 4, 8, torch.float32), streams_of(CPU), blocking=True)
+        open_ring(None, alone(laps=1), streams_of(CPU), blocking=True)
 
 
 class TwoRanks:

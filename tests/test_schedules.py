@@ -3,7 +3,7 @@
 import pytest
 
 from noria import kinds
-from noria.schedules import table
+from noria.schedules import resumed, table
 
 NAMES = kinds.names("schedules")
 
@@ -52,11 +52,21 @@ def test_multi_batch_loads_the_next_microbatch_and_stores_the_one_before():
 def test_every_cell_is_loaded_before_it_is_computed_and_stored_after_it_in_at_most_three_buffers(
     name, layers, microbatches
 ):
+    cells = [(layer, microbatch) for layer in range(layers) for microbatch in range(microbatches)]
+    for first in cells:
+        weights = check(name, resumed(rows(name, layers, microbatches), first), cells[cells.index(first) :])
+        if first == (0, 0):
+            assert weights == (list(range(layers)) if name == "sequential" else list(range(1, layers + 1)))
+
+
+def check(name, resumed_rows, cells):
+    """Each of these cells, and no other, is loaded, computed and stored once; the weights that are loaded."""
     buffers, most, computed, stored, weights = set(), 0, [], [], []
-    for row in rows(name, layers, microbatches):
+    for row in resumed_rows:
         before = row.store_cache if name != "sequential" else ()
         for cell in before:  # engine.stage stores what a row stores before it loads what the row loads
             buffers.remove(cell)
+        assert not buffers & set(row.load_cache) and set(row.load_cache) <= set(cells)
         buffers |= set(row.load_cache)
         most = max(most, len(buffers))
         weights += [row.load_weight] * (row.load_weight is not None)
@@ -68,7 +78,6 @@ def test_every_cell_is_loaded_before_it_is_computed_and_stored_after_it_in_at_mo
             stored.append(cell)
         if name == "sequential":
             buffers -= set(row.store_cache)
-    cells = [(layer, microbatch) for layer in range(layers) for microbatch in range(microbatches)]
     assert computed == stored == cells and not buffers
     assert most <= (1 if name == "sequential" else 3)
-    assert weights == (list(range(layers)) if name == "sequential" else list(range(1, layers + 1)))
+    return weights

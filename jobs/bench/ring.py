@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from noria import transports
+from noria.bundle import of_hidden
 from noria.launch import mpi
 from noria.order import Place
 from noria.ring.base import RingShape
+from noria.ring.messages import Answer, Hidden
 from noria.ring.ring import open_ring
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
@@ -82,10 +84,10 @@ def run_rounds(ring, stage_seconds: float, num_rounds: int) -> Clock:
 
 
 def visit(ring, group: int, clock: Clock, stage_seconds: float) -> None:
-    hidden = ring.receive(group, 0, TOKENS) if ring.place.rank else torch.zeros(TOKENS, HIDDEN)
+    hidden = ring.receive(group, 0, TOKENS) if ring.place.rank else Hidden((torch.zeros(TOKENS, HIDDEN),))
     clock.sleep(stage_seconds)
     if ring.place.answers(0):
-        ring.send_result(group, Done(), lambda: Result(np.zeros(1, np.int64)))
+        ring.send_result(group, Answer(Result(np.zeros(1, np.int64)), Done()))
     else:
         ring.send(group, 0, hidden)
 
@@ -98,7 +100,8 @@ class Bench:
 
     def run(self, groups: int, num_rounds: int, hop_seconds: float = 0.0) -> Clock:
         transport = HeldBack(self.transport, hop_seconds) if hop_seconds else self.transport
-        shape = RingShape(Place(self.rank, self.num_ranks, groups, 1), HIDDEN, TOKENS, torch.float32)
+        place, bundles = Place(self.rank, self.num_ranks, groups, 1), (of_hidden(HIDDEN, "float32"),) * self.num_ranks
+        shape = RingShape(place, bundles, TOKENS)
         ring = open_ring(transport, shape, streams_of(CPU))
         self.comm.Barrier()
         clock = run_rounds(ring, self.stage_seconds, num_rounds)

@@ -51,6 +51,17 @@ def refined(borders: Sequence[int], counts: Sequence[int], most: int | None) -> 
     return finer
 
 
+def rest_refined(borders: Sequence[int], counts: Sequence[int], failed: int) -> list[int]:
+    """Borders whose microbatches from number `failed` on, the one that memory did not hold, are cut finer: to its half.
+
+    Where it is a single row: all the others from there on in two. The same borders where nothing can be cut.
+    """
+    done, rest = list(borders[:failed]), list(borders[failed:])
+    if rest[1] - rest[0] == 1:
+        return done + halved(rest)
+    return done + refined(rest, counts, largest(halved(rest[:2]), counts))
+
+
 def largest(borders: Sequence[int], counts: Sequence[int]) -> int:
     """Tokens of the largest microbatch."""
     return max((sum(counts[first:last]) for first, last in itertools.pairwise(borders)), default=0)

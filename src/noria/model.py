@@ -15,7 +15,11 @@ MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that the program around it needs; `details` holds what its family alone understands."""
+    """The sizes of a model that the program around it needs; `details` holds what its family alone understands.
+
+    bundle: by border between layers, from before the first to after the last one, the arrays that travel beside the hidden
+    states; empty: none at any.
+    """
 
     family: str
     num_layers: int
@@ -31,6 +35,7 @@ class ModelShape:
     end_words: str = ""  # why no position beyond max_positions can be computed, where config.json says so
     details: Mapping[str, Any] = field(default_factory=dict)
     cache: tuple[Entry, ...] = ()  # of each layer; a family that says nothing has keys and values in all of them
+    bundle: tuple[tuple[Array, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cache:
@@ -52,6 +57,14 @@ class ModelShape:
     def has_states(self) -> bool:
         """Whether some layer has arrays per sequence."""
         return any(array.per == "sequence" for layer in range(self.num_layers) for array in self.arrays(layer))
+
+    @property
+    def tied_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of layers of which the others read the first one's cache: they are on one rank."""
+        groups: dict[int, list[int]] = {}
+        for layer in range(self.num_layers):
+            groups.setdefault(self.reads(layer), []).append(layer)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     def cache_nbytes(self, layers: Iterable[range], dtype: str, per: str = "token") -> int:
         """Bytes that a token, or a sequence, leaves in the caches of these layers."""

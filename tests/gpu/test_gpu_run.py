@@ -195,7 +195,7 @@ def logits_of(checkpoint, dtype, rows):
     with torch.inference_mode():
         prepared = stage.prepare(step)
         hidden = stage.forward(prepared, range(shape.num_layers), stage.embed(prepared))
-        return model.head(shape, weights.wait("head"), hidden).double().cpu()
+        return model.head(shape, weights.wait("head"), hidden.arrays[0]).double().cpu()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

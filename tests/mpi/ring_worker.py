@@ -10,11 +10,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from noria.arrays import Array
+from noria.bundle import Bundle, of_hidden
 from noria.launch import mpi
 from noria.order import Place
 from noria.ring.base import RingShape
 from noria.ring.blocking import finish
 from noria.ring.communication import CommunicationError
+from noria.ring.messages import Answer, Hidden, arrays_in
 from noria.ring.ring import Ring, open_ring
 from noria.step import Result, Step, Word
 from noria.streams import Done, streams_of
@@ -48,6 +51,27 @@ def expected(token_ids, num_stages):
     return hidden
 
 
+def shape_of(place, dtype):
+    """Messages that differ from hop to hop: beside the hidden states up to two arrays of whole numbers, of odd lengths."""
+    beside = [
+        [],
+        [Array("ids", (3,), dtype="int32")],
+        [Array("ids", (), dtype="int64"), Array("last", (1,), dtype="int8")],
+    ]
+    hidden = of_hidden(HIDDEN, str(dtype).removeprefix("torch.")).arrays
+    bundles = [Bundle((*hidden, *beside[stage % 3])) for stage in range(place.num_ranks * place.laps)]
+    return RingShape(place, tuple(bundles), STEP_TOKENS)
+
+
+def beside_of(token_ids, bundle):
+    """What travels beside the hidden states of these tokens."""
+    ids = torch.from_numpy(token_ids.copy()) % 127
+    return tuple(
+        (ids.view(-1, *[1] * len(array.row)) - torch.ones(array.row)).to(getattr(torch, array.dtype))
+        for array in bundle.arrays[1:]
+    )
+
+
 class Late:
     """A transport that delivers late on purpose: the data of a receive appear only some time after it was posted."""
 
@@ -70,7 +94,7 @@ class Hasty(Ring):
 
     def receive(self, group, lap, num_tokens):
         self._receives.pop(group, None)  # without data to wait for, a rank may be a round behind the headers
-        return self._inputs[group, :num_tokens]
+        return Hidden(arrays_in(self._inputs[group], self._shape.incoming(lap), num_tokens))
 
 
 @torch.inference_mode()
@@ -105,13 +129,20 @@ def visit(ring, ids, lap, group, dtype):
     """One visit; returns 1 if its input was wrong."""
     place = ring.place
     stage = lap * place.num_ranks + place.rank
-    hidden = embedding(ids) if place.embeds(lap) else ring.receive(group, lap, len(ids)).long()
-    wrong = not torch.equal(hidden, expected(ids, stage))
+    if place.embeds(lap):
+        hidden, wrong = embedding(ids), False
+    else:
+        hidden, *beside = ring.receive(group, lap, len(ids)).arrays
+        wanted = beside_of(ids, ring._shape.incoming(lap))
+        hidden, wrong = hidden.long(), not all(map(torch.equal, beside, wanted)) or len(beside) != len(wanted)
+    wrong = wrong or not torch.equal(hidden, expected(ids, stage))
     output = stage_of(hidden, stage)
     if place.answers(lap):
-        ring.send_result(group, Done(), lambda: Result(output[:, 0].numpy()))
+        ring.send_result(group, Answer(Result(output[:, 0].numpy()), Done()))
     else:
-        ring.send(group, lap, output.to(dtype))
+        bundle = ring._shape.outgoing(lap)
+        sent = ring.send(group, lap, Hidden((output.to(dtype), *beside_of(ids, bundle))))
+        assert sent == bundle.nbytes(len(ids))
     return wrong
 
 
@@ -131,7 +162,7 @@ def ring_cases(comm):
             groups = groups or (2 if blocking else num_ranks + 1)
             dtype = (torch.float32, torch.bfloat16)[number % 2]
             transport = module.TRANSPORT(comm, CPU, synchronous=True)
-            shape = RingShape(Place(rank, num_ranks, groups, laps), HIDDEN, STEP_TOKENS, dtype)
+            shape = shape_of(Place(rank, num_ranks, groups, laps), dtype)
             wrong = wrong_inputs(open_ring(transport, shape, STREAMS, blocking), dtype, seed=number)
             transport.close()
             yield f"{name} {'blocking ' * blocking}laps={laps} groups={groups}", wrong
@@ -141,7 +172,7 @@ def late_cases(comm):
     for kind in (Ring, Hasty):
         transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
         place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
-        ring = kind(Late(transport), RingShape(place, HIDDEN, STEP_TOKENS, torch.float32), STREAMS)
+        ring = kind(Late(transport), shape_of(place, torch.float32), STREAMS)
         yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
         transport.close()
 
@@ -215,7 +246,7 @@ def failure(comm):
     rank, num_ranks = comm.Get_rank(), comm.Get_size()
     transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
     transport = Broken(transport) if rank == 1 else transport
-    ring = open_ring(transport, RingShape(Place(rank, num_ranks, 2, 2), HIDDEN, STEP_TOKENS, torch.float32), STREAMS)
+    ring = open_ring(transport, shape_of(Place(rank, num_ranks, 2, 2), torch.float32), STREAMS)
     try:
         wrong_inputs(ring, torch.float32, seed=1)
     except CommunicationError as error:

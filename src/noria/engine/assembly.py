@@ -7,6 +7,7 @@ from typing import TypeAlias
 from noria import attention, kinds
 from noria.arrays import Layout
 from noria.blocks import layer_name
+from noria.bundle import borders_of, within
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batches, Network
@@ -38,10 +39,10 @@ Links: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]  # over which a tier 
 def open_the_ring(plan: Plan, shape: ModelShape, transport: Transport | None, rank: int, streams: Streams) -> AnyRing:
     """This rank's place in the ring, with the buffers of its messages."""
     place = Place(rank, plan.num_ranks, plan.groups, plan.laps)
-    dtype, in_host = TORCH_DTYPES[plan.dtype], plan.activations == "cpu"
-    return open_ring(
-        transport, RingShape(place, shape.hidden_size, plan.step_tokens, dtype, in_host), streams, plan.blocking
-    )
+    borders = borders_of(shape, plan.dtype)
+    entering = tuple(borders[layers.start] for layers in plan.ranges())
+    ring = RingShape(place, entering, plan.step_tokens, plan.activations == "cpu")
+    return open_ring(transport, ring, streams, plan.blocking)
 
 
 def load(
@@ -85,11 +86,11 @@ def build(
     cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
     kind = attention.fitting(streams.device, dtype, shape.cache)
     network = Network(kinds.load("models", shape.family), kind, shape)
-    moved = Moved(weights, cache, _activations(plan, shape, streams, meters.traffic))
+    moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
     batches, sampler = Batches(network, dtype, streams.device, tiers), Sampler(streams.device)
     schedule = kinds.load("schedules", plan.schedule)
     stage = Stage(network, batches, moved, sampler, schedule, streams, meters)
-    return Executor(stage, stages, ring, streams, meters)
+    return Executor(stage, stages, ring, meters)
 
 
 def _open_tiers(
@@ -119,9 +120,11 @@ def _open_tier(name: str, nbytes: int, of_layer: int, streams: Streams, scratch:
     return disk, (("disk_to_host", "host_to_gpu"), ("gpu_to_host", "host_to_disk"))
 
 
-def _activations(plan: Plan, shape: ModelShape, streams: Streams, traffic: Traffic) -> OnDevice | InHost:
+def _activations(
+    plan: Plan, shape: ModelShape, stages: list[range], streams: Streams, traffic: Traffic
+) -> OnDevice | InHost:
     """Where hidden states are between layers."""
     if plan.activations == "gpu":
         return OnDevice()
-    sizes = plan.step_tokens, plan.microbatch_tokens, shape.hidden_size
-    return InHost(*sizes, TORCH_DTYPES[plan.dtype], streams, traffic)
+    borders = borders_of(shape, plan.dtype)
+    return InHost(plan.step_tokens, plan.microbatch_tokens, borders, within(borders, stages), streams, traffic)

@@ -102,11 +102,12 @@ class Batches:
         head = sample_rows, score_rows, score_ids, of_head, needed_rows
         return Batch(step, ids, positions, *head, self._microbatches(positions, placed, its_rows), borders)
 
-    def cut(self, batch: Batch, borders: list[int]) -> None:
-        """Cuts the batch anew at these borders."""
-        placed, rows = self._placed(batch.step, borders)
-        batch.borders = borders
-        batch.microbatches = self._microbatches(batch.positions, placed, to_device(rows, self._device))
+    def cut(self, batch: Batch, borders: list[int], kept: int) -> None:
+        """Cuts the batch anew at these borders, but for the first `kept` microbatches, which stay."""
+        placed, rows = self._placed(batch.step, borders[kept:])
+        first, its_rows = batch.microbatches[kept].first, to_device(rows, self._device)
+        finer = self._microbatches(batch.positions, placed, its_rows, first)
+        batch.borders, batch.microbatches = borders, (*batch.microbatches[:kept], *finer)
 
     def _placed(self, step: Step, borders: list[int]) -> tuple[list[Placed], list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
@@ -119,9 +120,10 @@ class Batches:
         return placed, arrays
 
     def _microbatches(
-        self, positions: torch.Tensor, placed: list[Placed], arrays: list[torch.Tensor]
+        self, positions: torch.Tensor, placed: list[Placed], arrays: list[torch.Tensor], first: int = 0
     ) -> tuple[Microbatch, ...]:
-        network, microbatches, first = self._network, [], 0
+        """The microbatches from the step's token `first` on."""
+        network, microbatches = self._network, []
         each = len(arrays) // max(len(placed), 1)
         for (spans, staged), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
             its_rows, *of_states = arrays[place : place + each]

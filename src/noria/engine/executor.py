@@ -12,14 +12,12 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
-from noria.engine.activations import Embedding
 from noria.engine.batch import Batch
 from noria.engine.stage import Stage
 from noria.engine.timing import Meters, Timing
 from noria.masks import Pending
 from noria.ring.ring import AnyRing
 from noria.step import Result, Step, Word
-from noria.streams import Streams
 
 T = TypeVar("T")
 
@@ -32,9 +30,9 @@ def _is_prefill(steps: Sequence[Step]) -> bool:
 class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
-    def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, streams: Streams, meters: Meters):
+    def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, meters: Meters):
         self._traffic, self._trace = meters.traffic, meters.trace
-        self._stage, self._stages, self._streams = stage, stages, streams
+        self._stage, self._stages = stage, stages
         self._ring, self._place = ring, ring.place
         self.timing = Timing()
         self._at: tuple[int, int, int] | None = None
@@ -87,30 +85,20 @@ class Executor:
         """One group's way through one virtual stage."""
         if self._place.embeds(lap):
             begin = self._trace.mark()
-            hidden: torch.Tensor | Embedding = self._stage.embed(batch)
+            hidden = self._stage.embed(batch)
             self._trace.compute("embed", begin, batch.step.round, lap, group)
         else:
             num_tokens = batch.step.num_tokens
             hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
-        answers = self._place.answers(lap)
-        output = None if answers else self._ring.output(group, lap, batch.step.num_tokens)
-        after = self._stage.forward(batch, layers, hidden, output)
-        if answers:
-            masked = batch.step.masked
+        if self._place.answers(lap):
+            after, masked = self._stage.forward(batch, layers, hidden), batch.step.masked
             masks = self._wait("waiting for masks", lambda: self._ring.receive_masks(group)) if masked else None
-            answer = self._stage.sample(batch, after, masks).map(self._to_host)
-            self._ring.send_result(group, self._streams.event(), lambda: answer.map(torch.Tensor.numpy))
-        else:
-            self._ring.send(group, lap, after, self._stage.stored)
-            if self._place.num_ranks > 1:
-                self._traffic.add("rank_to_rank", after.nbytes)
-
-    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory, complete when an event recorded now is."""
-        if values.device.type == "cpu" or not values.numel():
-            return values.cpu()
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
+            self._ring.send_result(group, self._stage.sample(batch, after, masks))
+            return
+        output = self._ring.output(group, lap, batch.step.num_tokens)
+        nbytes = self._ring.send(group, lap, self._stage.forward(batch, layers, hidden, output))
+        if nbytes:
+            self._traffic.add("rank_to_rank", nbytes)
 
     def _next(self, next_step: "NextStep", round: int, group: int) -> Step:
         self._doing = "composing a step, or sealing rows,"

@@ -13,20 +13,22 @@ import numpy as np
 import torch
 
 from noria import blocks
-from noria.borders import halved, largest, refined
-from noria.engine.activations import Embedding, InHost, OnDevice
+from noria.borders import largest, refined, rest_refined
+from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batch, Batches, Network, positions_of
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
+from noria.engine.layers import Layers
 from noria.engine.sampler import Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
 from noria.limits import LOGITS_ROWS
 from noria.masks import Masks
-from noria.schedules import Actions, Cell
+from noria.ring.messages import Answer, Arrays, Hidden
+from noria.schedules import Actions, Cell, resumed
 from noria.step import Result, Step
-from noria.streams import Event, Streams
+from noria.streams import Streams
 from noria.tools.text import nbytes_words
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ class Stage:
         streams: Streams,
         meters: Meters,
     ):
-        self._model, self._attention, self._shape = network.model, network.attention, network.shape
+        self._layers, self._attention = Layers(network), network.attention
         self._batches, self._sampler = batches, sampler
         self._weights, self._cache, self._activations = moved.weights, moved.cache, moved.activations
         self._schedule, self._streams, self._device = schedule.schedule, streams, streams.device
@@ -81,133 +83,124 @@ class Stage:
             seconds = time.perf_counter() - began
             self._say(f"gave {nbytes_words(nbytes)} of page-locked memory back in {seconds:.1f} s")
 
-    @property
-    def stored(self) -> Event | None:
-        """The event after which what `forward` returned last is in host memory; None where it is on the device."""
-        return self._activations.stored
-
     def prepare(self, step: Step) -> Batch:
         """Takes over the step's changes of slots and puts its arrays on the device."""
         self._sampler.apply(step)
         needed = self._activations.needed(step.sample_rows, step.score_rows)
         return self._batches.make(step, refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens), needed)
 
-    def embed(self, batch: Batch) -> torch.Tensor | Embedding:
-        """[T, E] hidden states of the step's tokens, gathered where the table lives; in CPU memory, how to gather them."""
+    def embed(self, batch: Batch) -> Hidden:
+        """The hidden states of the step's tokens, gathered where the table lives; in CPU memory, how to gather them."""
         on_device = self._weights.wait("embed")["tokens"].device == self._device
         if isinstance(self._activations, InHost):
-            return Embedding(lambda first, last: self._gather(batch, slice(first, last)), not on_device)
-        hidden = self._gather(batch, slice(None))
-        return hidden if on_device else hidden.to(self._device, non_blocking=True)
+            return Hidden(gather=lambda first, last: self._gather(batch, slice(first, last)), in_host=not on_device)
+        arrays = self._gather(batch, slice(None))
+        return Hidden(tuple(array.to(self._device, non_blocking=True) for array in arrays))
 
-    def _gather(self, batch: Batch, tokens: slice) -> torch.Tensor:
+    def _gather(self, batch: Batch, tokens: slice) -> Arrays:
         """Hidden states of these tokens, on the device or in page-locked host memory: where the table lives."""
         parameters, step = self._weights.wait("embed"), batch.step
         if parameters["tokens"].device == self._device:
-            return self._model.embed(self._shape, parameters, batch.token_ids[tokens], batch.positions[tokens])
+            return self._layers.embed(parameters, batch.token_ids[tokens], batch.positions[tokens])
         ids, positions = (
             torch.from_numpy(array[tokens].astype(np.int64)) for array in (step.token_ids, positions_of(step))
         )
-        return self._model.embed(self._shape, parameters, ids, positions).pin_memory()
+        return tuple(array.pin_memory() for array in self._layers.embed(parameters, ids, positions))
 
-    def forward(
-        self,
-        batch: Batch,
-        layers: range,
-        hidden: torch.Tensor | Embedding,
-        output: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T, E] after these layers; each layer's weights serve all microbatches of the step.
+    def forward(self, batch: Batch, layers: range, hidden: Hidden, output: Arrays | None = None) -> Hidden:
+        """The step after these layers; each layer's weights serve all microbatches of the step.
 
-        Where hidden states are in CPU memory they are in `output` once `stored` has completed; without one, what the head
-        needs of them stays on the device.
+        Where hidden states are in CPU memory it comes in `output`; without one, what the head needs of it stays on the
+        device.
         """
-        self._activations.begin(batch, len(layers), hidden, output)
-        start = 0
-        while start < len(layers):
-            start = self._pass(batch, layers, start)
+        self._activations.begin(batch, layers, hidden, output)
+        first: Cell | None = (0, 0)
+        while first is not None:
+            first = self._pass(batch, layers, first)
         return self._activations.end()
 
-    def _pass(self, batch: Batch, layers: range, start: int) -> int:
-        """Goes through the layers from `start` on as the schedule says. Returns how far it came.
+    def _pass(self, batch: Batch, layers: range, first: Cell) -> Cell | None:
+        """Goes through the layers from cell `first` on as the schedule says.
 
-        Where memory does not suffice that is the layer that was begun, with its microbatches cut finer. It may be
-        computed again: it writes only to the cache, and there the same values.
+        Where memory does not suffice for a cell, the microbatches from there on are cut finer, and the cell is returned:
+        it is where to go on, and what is done is not done again.
         """
         microbatches = len(batch.microbatches)
-        for actions in self._schedule(len(layers) - start, microbatches):
-            self._move(batch, layers, start, actions)
+        for actions in resumed(self._schedule(len(layers), microbatches), first):
+            self._move(batch, layers, actions)
             if actions.compute is None:
                 continue
-            layer, microbatch = start + actions.compute[0], actions.compute[1]
+            layer, microbatch = actions.compute
             part = self._compute(batch, layers[layer], microbatch, self._activations.take(layer, microbatch))
             if part is None:
                 self._cache.drop()
-                self._cut_finer(batch)
-                return layer
+                self._cut_finer(batch, microbatch)
+                return actions.compute
             self._activations.put(layer, microbatch, part)
-            self._store(batch, layers, start, [cell for cell in actions.store_cache if cell == actions.compute])
+            self._store(batch, layers, [cell for cell in actions.store_cache if cell == actions.compute])
             if microbatch == microbatches - 1:
                 self._weights.done(blocks.layer_name(layers[layer]))
-        return len(layers)
+        return None
 
-    def _move(self, batch: Batch, layers: range, start: int, actions: Actions) -> None:
-        """Sends the loads and stores of a row of the schedule, whose layers count from `start` on, on their way."""
-        self._store(batch, layers, start, [cell for cell in actions.store_cache if cell != actions.compute])
-        if actions.load_weight is not None and start + actions.load_weight < len(layers):
-            self._weights.load(blocks.layer_name(layers[start + actions.load_weight]))
+    def _move(self, batch: Batch, layers: range, actions: Actions) -> None:
+        """Sends the loads and stores of a row of the schedule on their way."""
+        self._store(batch, layers, [cell for cell in actions.store_cache if cell != actions.compute])
+        if actions.load_weight is not None and actions.load_weight < len(layers):
+            self._weights.load(blocks.layer_name(layers[actions.load_weight]))
         after = [self._streams.event()] if actions.waits and actions.load_cache else ()
         for layer, microbatch in actions.load_cache:
-            self._activations.load(start + layer, microbatch, after)
-            self._cache.load(layers[start + layer], microbatch, batch.microbatches[microbatch].staged, after)
+            self._activations.load(layer, microbatch, after)
+            self._cache.load(layers[layer], microbatch, batch.microbatches[microbatch].staged, after)
 
-    def _store(self, batch: Batch, layers: range, start: int, cells: Iterable[Cell]) -> None:
+    def _store(self, batch: Batch, layers: range, cells: Iterable[Cell]) -> None:
         for layer, microbatch in cells:
-            self._activations.store(start + layer, microbatch)
-            self._cache.store(layers[start + layer], microbatch, batch.microbatches[microbatch].staged)
+            self._activations.store(layer, microbatch)
+            self._cache.store(layers[layer], microbatch, batch.microbatches[microbatch].staged)
 
-    def _compute(self, batch: Batch, layer: int, microbatch: int, part: torch.Tensor) -> torch.Tensor | None:
+    def _compute(self, batch: Batch, layer: int, microbatch: int, part: Arrays) -> Arrays | None:
         """A microbatch's part after a layer; None if memory did not suffice."""
         parameters, its = self._weights.wait(blocks.layer_name(layer)), batch.microbatches[microbatch]
         cache = LayerCache(self._attention, its, self._cache.tensors(layer, microbatch, its.staged))
         begin = self._trace.mark()
         try:
-            hidden = self._model.layer(self._shape, layer, parameters, part, its.positional, cache)
-            cache.commit()
-            self._trace.compute("layer", begin, *self._at, layer, microbatch)
-            return hidden
+            after = self._layers.layer(layer, parameters, part, its, cache)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
-            if len(halved(batch.borders)) == len(batch.borders):
-                its_rows = largest(batch.borders, batch.step.counts.tolist())
+            counts = batch.step.counts.tolist()
+            if rest_refined(batch.borders, counts, microbatch) == batch.borders:
                 self._say(
-                    f"out of memory with a row in each microbatch, {its_rows} tokens at most: lower"
+                    "out of memory with a row in each microbatch,"
+                    f" {largest(batch.borders[microbatch:], counts)} tokens at most: lower"
                     " pipeline.microbatch_tokens, which also limits the pieces of a prompt, or placement.gpu_memory"
                 )
                 raise
             return None
+        cache.commit()  # outside of what is tried again: it is done once
+        self._trace.compute("layer", begin, *self._at, layer, microbatch)
+        return after
 
-    def _cut_finer(self, batch: Batch) -> None:
-        """Cuts each microbatch of the step in two."""
-        old, counts = batch.microbatches, batch.step.counts.tolist()
-        before = largest(batch.borders, counts)
-        self._batches.cut(batch, halved(batch.borders))
-        self._most_tokens = largest(batch.borders, counts)
+    def _cut_finer(self, batch: Batch, failed: int) -> None:
+        """Cuts the microbatches of the step finer, from the one on that memory did not hold."""
+        old, counts, borders = batch.microbatches, batch.step.counts.tolist(), batch.borders
+        self._batches.cut(batch, rest_refined(borders, counts, failed), failed)
+        most = largest(batch.borders[failed:], counts)
+        self._most_tokens = min(self._most_tokens or most, most)
         self._say(
-            f"out of memory with {before} tokens in a microbatch: this rank continues with {len(batch.microbatches)}"
-            f" microbatches of at most {self._most_tokens} tokens (lower pipeline.microbatch_tokens to start like that)"
+            f"out of memory with {largest(borders[failed : failed + 2], counts)} tokens in a microbatch: this rank"
+            f" continues with {len(batch.microbatches) - failed} microbatches of at most {most} tokens"
+            " (lower pipeline.microbatch_tokens to start like that)"
         )
         self._give_back()
-        self._activations.cut(old, batch.microbatches)
+        self._activations.cut(old, batch.microbatches, failed)
 
     def _give_back(self) -> None:
         """Lets go of memory that torch keeps for later: what had too little may be a library beside it."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def sample(self, batch: Batch, hidden: torch.Tensor, masks: Masks | None = None) -> Result:
-        """The step's result as tensors of the device, for the step's hidden states: [T, E], or what is needed of them.
+    def sample(self, batch: Batch, hidden: Hidden, masks: Masks | None = None) -> Answer:
+        """The step's result, for all of the step's hidden states or what is needed of them.
 
         Logits are computed for sampled rows, and for prompts whose tokens are scored, alone. `masks`: of the step's samples.
         """
@@ -226,13 +219,14 @@ class Stage:
         def score(chunk: slice, logits: torch.Tensor) -> torch.Tensor:
             return sampler.score(logits, batch.score_ids[chunk])
 
-        pieces = self._of_logits(hidden, batch.sample_rows, draw) or [sampler.nothing]
-        scores = self._of_logits(hidden, batch.score_rows, score)
+        pieces = self._of_logits(hidden.arrays, batch.sample_rows, draw) or [sampler.nothing]
+        scores = self._of_logits(hidden.arrays, batch.score_rows, score)
         self._weights.done("head")
         result = pieces[0] if len(pieces) == 1 else Result.joined(pieces, torch.cat)
-        return replace(result, prompt_logprobs=torch.cat(scores)) if scores else result
+        result = replace(result, prompt_logprobs=torch.cat(scores)) if scores else result
+        return Answer(result.map(_to_host), self._streams.event())
 
-    def _of_logits(self, hidden: torch.Tensor, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
+    def _of_logits(self, hidden: Arrays, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
         """What `use(rows, logits [_, V])` returns for the hidden states at these places, LOGITS_ROWS at a time.
 
         Fewer where memory does not suffice: `use` must not mind to be called again.
@@ -254,9 +248,17 @@ class Stage:
             self._give_back()
         return found
 
-    def _head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _head(self, hidden: Arrays, rows: torch.Tensor) -> torch.Tensor:
         """Logits [_, V] of these rows of hidden."""
         parameters, begin = self._weights.wait("head"), self._trace.mark()
-        logits = self._model.head(self._shape, parameters, hidden[rows])
+        logits = self._layers.head(parameters, tuple(array[rows] for array in hidden))
         self._trace.compute("head", begin, *self._at)
         return logits
+
+
+def _to_host(values: torch.Tensor) -> np.ndarray:
+    """A copy in host memory, complete when an event recorded now is."""
+    if values.device.type == "cpu" or not values.numel():
+        return values.cpu().numpy()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True).numpy()

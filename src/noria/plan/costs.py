@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noria.blocks import DTYPE_NBYTES, Block, layer_name
+from noria.blocks import Block, layer_name
+from noria.bundle import Bundle, borders_of, token_nbytes
 from noria.limits import loaded_once
 from noria.model import ModelShape
 from noria.plan.plan import Plan
@@ -83,9 +84,14 @@ def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[s
 
 
 def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
-    """Bytes of hidden states that so many tokens send round the ring: all hops but the last one, which brings token ids."""
-    hops = plan.num_ranks * plan.laps - 1 if plan.num_ranks > 1 else 0
-    return tokens * shape.hidden_size * DTYPE_NBYTES[plan.dtype] * hops
+    """Bytes of what travels that so many tokens send round the ring: all hops but the last one, which brings token ids."""
+    return tokens * token_nbytes(_sent(plan, shape))
+
+
+def _sent(plan: Plan, shape: ModelShape) -> list[Bundle]:
+    """What each hop of the ring carries; of one rank none."""
+    borders = borders_of(shape, plan.dtype)
+    return [borders[first] for first, _ in plan.stages[1:]] if plan.num_ranks > 1 else []
 
 
 def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
@@ -100,16 +106,18 @@ def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[
     return moved
 
 
-def states_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> float:
-    """Bytes of hidden states a round that the rank loads from host memory, and as many that it stores there.
+def states_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> tuple[float, float]:
+    """Bytes of what travels a round that the rank loads from host memory, and that it stores there.
 
     A step of several microbatches leaves the device between all layers, one of a single microbatch between ranks alone.
     """
     if plan.activations == "gpu":
-        return 0.0
-    layers = sum(last - first for first, last in plan.stages[rank :: plan.num_ranks])
-    times = layers if _microbatches(plan, turn) > 1 else plan.laps
-    return turn.tokens * shape.hidden_size * DTYPE_NBYTES[plan.dtype] * times
+        return 0.0, 0.0
+    borders, visits = borders_of(shape, plan.dtype), _layers_of(plan, rank)
+    if _microbatches(plan, turn) > 1:
+        visits = [range(layer, layer + 1) for visit in visits for layer in visit]
+    before, after = [borders[visit.start] for visit in visits], [borders[visit.stop] for visit in visits]
+    return turn.tokens * token_nbytes(before), turn.tokens * token_nbytes(after)
 
 
 def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, turn: Round) -> tuple[float, str]:
@@ -118,7 +126,7 @@ def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
     combine = sum if plan.schedule == "sequential" else max
     slowest = max(ranks, key=lambda used: combine(used.values()))
     longest, binds = combine(slowest.values()), max(slowest, key=slowest.__getitem__)
-    message = turn.tokens / plan.groups * shape.hidden_size * DTYPE_NBYTES[plan.dtype]
+    message = turn.tokens / plan.groups * max((bundle.token_nbytes for bundle in _sent(plan, shape)), default=0)
     hops = plan.num_ranks * plan.laps * (rates.hop_seconds + message / rates.hop) if plan.num_ranks > 1 else 0.0
     way = sum(combine(used.values()) for used in ranks) / plan.groups + hops
     sent = plan.groups * plan.laps * message / rates.hop if plan.num_ranks > 1 else 0.0
@@ -141,9 +149,9 @@ def resources(
     decoded = plan.groups * sum(block.decoding_nbytes for block in blocks.values())
     head = blocks["head"].numbers if "head" in blocks else 0
     moved, cache = weights_nbytes(plan, blocks, rank), cache_nbytes(plan, shape, rank, turn)
-    states = states_nbytes(plan, shape, rank, turn)
-    loaded = moved["link"] + states + sum(tier["load"] for tier in cache.values())
-    stored = states + sum(tier["store"] for tier in cache.values())
+    from_host, to_host = states_nbytes(plan, shape, rank, turn)
+    loaded = moved["link"] + from_host + sum(tier["load"] for tier in cache.values())
+    stored = to_host + sum(tier["store"] for tier in cache.values())
     seen = turn.rows * turn.context * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype)
     seen += 2 * turn.rows * shape.cache_nbytes(_layers_of(plan, rank), plan.dtype, "sequence")  # read and written
     sampled = turn.rows

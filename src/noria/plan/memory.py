@@ -5,8 +5,10 @@ Arithmetic on sizes alone: no torch, no MPI, no GPU.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from noria.blocks import DTYPE_NBYTES, Block
+from noria.bundle import Bundle, borders_of, most_nbytes, turns, within
 from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, TIERS
 from noria.model import ModelShape
 from noria.plan.pools import Usual
@@ -75,15 +77,16 @@ class Sizes:
             items["weight slots"] = self.weight_slots * self.slot(rank)
             items["decoded weights"] = self._decoded(rank)
             items["cache slots"] = slots
-            items["messages"] = self._messages() if self.activations == "gpu" else 0
+            items["messages"] = self._messages(rank) if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
-            items["activation slots"] = slots * self._hidden(self.microbatch_tokens)
+            items["activation slots"] = slots * most_nbytes(self._borders_of(rank), self.microbatch_tokens)
             states = self.layer_nbytes(layers, 0, self.state_rows)
             items["work space"] = self._work_space(rank) + 3 * states  # before, after, and what a layer makes of them
         elif tier == "cpu":
             items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
-            items["messages"] = self._messages() if self.activations == "cpu" else 0
-            items["activations"] = 2 * self._hidden(self.step_tokens) * (self.activations == "cpu")
+            items["messages"] = self._messages(rank) if self.activations == "cpu" else 0
+            steps = 2 * (self.activations == "cpu")
+            items["activations"] = steps * most_nbytes(self._borders_of(rank), self.step_tokens)
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
     def loading(self, rank: int) -> int:
@@ -124,14 +127,22 @@ class Sizes:
         """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
         return max((self.blocks[name].cast(self.dtype).decoded_nbytes for name in self.weight_tiers[rank]), default=0)
 
-    def _messages(self) -> int:
+    def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
-        alone = (2 if self.activations == "cpu" else 1) * (len(self.stages) > 1)
-        return (2 if self.num_ranks > 1 else alone) * self.groups * self._hidden(self.step_tokens)
+        stages, borders = self._stages_of(rank), self._borders
+        received, sent = [borders[stage.start] for stage in stages], [borders[stage.stop] for stage in stages]
+        if self.num_ranks > 1:
+            return self.groups * (most_nbytes(received, self.step_tokens) + most_nbytes(sent, self.step_tokens))
+        kept = sent[:-1]
+        return self.groups * turns(self.activations == "cpu", kept) * most_nbytes(kept, self.step_tokens)
 
-    def _hidden(self, num_tokens: int) -> int:
-        """Bytes of the hidden states of so many tokens."""
-        return num_tokens * self.shape.hidden_size * DTYPE_NBYTES[self.dtype]
+    @cached_property
+    def _borders(self) -> list[Bundle]:
+        return borders_of(self.shape, self.dtype)
+
+    def _borders_of(self, rank: int) -> list[Bundle]:
+        """What travels at the borders of the rank's layers."""
+        return within(self._borders, self._stages_of(rank))
 
     def _work_space(self, rank: int) -> int:
         itemsize = DTYPE_NBYTES[self.dtype]
@@ -139,9 +150,9 @@ class Sizes:
         widest = max(parameter.shape[0] for block in layers for parameter in block.parameters)
         # In CPU memory: all but the rows that the head needs, which are those of a whole step where prompts are scored.
         on_device = 2 if self.activations == "gpu" else 2 * (rank == self.num_ranks - 1)
-        hidden = on_device * self.step_tokens * self.shape.hidden_size
-        of_token = 8 * self.shape.hidden_size + max(3 * widest, self.shape.mixture_size)
-        work = (hidden + self.microbatch_tokens * of_token) * itemsize
+        borders = self._borders_of(rank)
+        work = on_device * most_nbytes(borders, self.step_tokens) + 8 * most_nbytes(borders, self.microbatch_tokens)
+        work += self.microbatch_tokens * max(3 * widest, self.shape.mixture_size) * itemsize
         if rank == self.num_ranks - 1:
             work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
                 DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size

@@ -15,8 +15,9 @@ from noria.order import HEADER, HIDDEN, RESULT, tag
 from noria.ring.base import BaseRing, RingShape
 from noria.ring.communication import pause
 from noria.ring.heartbeat import SILENCE, Heart
+from noria.ring.messages import Answer, Hidden, arrays_in
 from noria.step import Result, Step
-from noria.streams import Event, Streams
+from noria.streams import Streams
 from noria.transports import Transport
 
 T = TypeVar("T")
@@ -30,12 +31,13 @@ class BlockingRing(BaseRing):
         super().__init__(shape, streams)
         place = self.place
         self._transport = transport
-        self._inputs, self._output = self._buffers(place.groups), self._buffers()  # a send is over when it returns
+        self._inputs = self._buffers(self._received, place.groups)
+        self._output = self._buffers(self._sent)  # one is enough: a send is over when it returns
         self._num_tokens = [0] * place.groups  # of each group's latest step
         self._header: bytes | None = None  # waits for its hidden states, with the step's masks behind it
         self._masks: dict[int, Masks] = {}
         # Rank 0: what visits to come need that is here.
-        self._received: dict[tuple[int, int], torch.Tensor] = {}  # (lap, group) -> hidden states
+        self._here: dict[tuple[int, int], Hidden] = {}  # (lap, group) -> hidden states
         self._results: dict[int, bytes] = {}  # group -> result
         self._heart: Heart | None = None
         streams.set_device()
@@ -81,26 +83,27 @@ class BlockingRing(BaseRing):
                 self._send_kept_header()
         return step
 
-    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
-        """Hidden states [num_tokens, E] for this visit, the caller's to read until it sends the group on. Blocks."""
+    def receive(self, group: int, lap: int, num_tokens: int) -> Hidden:
+        """Hidden states for this visit, the caller's to read until it sends the group on. Blocks."""
         if self.place.rank == 0:
             self._receive_once(lap, group)
-            return self._received.pop((lap, group))
-        return self._receive_hidden(group, num_tokens)
+            return self._here.pop((lap, group))
+        return self._receive_hidden(group, lap, num_tokens)
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
-        """Hands hidden [T, E] on to the next virtual stage, as ring.Ring does. Blocks until it is being received."""
-        output, ready = self._filled(group, lap, hidden, ready)
+    def send(self, group: int, lap: int, hidden: Hidden) -> int:
+        """Hands hidden states on to the next virtual stage, as ring.Ring does. Blocks until they are being received."""
+        message, ready = self._filled(group, lap, hidden)
         if self.place.rank == 0:
             self._receive_ahead(lap, group)
         if self._header is not None:
             self._send_kept_header()
-        finish(self._transport.send(output, self.place.next, tag(HIDDEN, group), ready))
+        finish(self._transport.send(message, self.place.next, tag(HIDDEN, group), ready))
+        return message.nbytes
 
-    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
-        """Last virtual stage: the result that `make` returns after the event `ready` goes to rank 0. Blocks."""
-        ready.synchronize()
-        finish(self._transport.send_bytes(make().encode(), 0, tag(RESULT, group)))
+    def send_result(self, group: int, answer: Answer) -> None:
+        """Last virtual stage: the answer goes to rank 0 after its event. Blocks."""
+        answer.ready.synchronize()
+        finish(self._transport.send_bytes(answer.result.encode(), 0, tag(RESULT, group)))
 
     def receive_result(self, group: int) -> Result:
         """Rank 0: the result of the group's last step that had tokens."""
@@ -108,7 +111,7 @@ class BlockingRing(BaseRing):
         return Result.decode(self._results.pop(group))
 
     def close(self) -> None:
-        assert not self._received and not self._results, "messages that nobody asked for"
+        assert not self._here and not self._results, "messages that nobody asked for"
         if self._heart is not None:
             self._heart.close()
         self._close_buffers()
@@ -118,7 +121,7 @@ class BlockingRing(BaseRing):
             self._heart.abandon()
 
     def _outgoing(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
-        return self._output[:num_tokens]
+        return self._output[: self._shape.outgoing(lap).nbytes(num_tokens)]
 
     def _send_kept_header(self) -> None:
         header, self._header = self._header, None
@@ -132,15 +135,16 @@ class BlockingRing(BaseRing):
             self._receive_once(lap, group)
 
     def _receive_once(self, lap: int, group: int) -> None:
-        if lap and (lap, group) not in self._received:
-            self._received[lap, group] = self._receive_hidden(group, self._num_tokens[group])
+        if lap and (lap, group) not in self._here:
+            self._here[lap, group] = self._receive_hidden(group, lap, self._num_tokens[group])
         elif not lap and group not in self._results:
             self._results[group] = finish(self._transport.receive_bytes(self.place.last, tag(RESULT, group)))
 
-    def _receive_hidden(self, group: int, num_tokens: int) -> torch.Tensor:
-        hidden = self._inputs[group, :num_tokens]
-        finish(self._transport.receive(hidden, self.place.previous, tag(HIDDEN, group)))
-        return hidden
+    def _receive_hidden(self, group: int, lap: int, num_tokens: int) -> Hidden:
+        bundle = self._shape.incoming(lap)
+        message = self._inputs[group, : bundle.nbytes(num_tokens)]
+        finish(self._transport.receive(message, self.place.previous, tag(HIDDEN, group)))
+        return Hidden(arrays_in(message, bundle, num_tokens))
 
 
 def finish(work: Generator[None, None, T]) -> T:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from noria.bundle import turns
 from noria.masks import Masks, Pending
 from noria.ring.base import BaseRing, RingShape
+from noria.ring.messages import Answer, Hidden, arrays_in
 from noria.step import Result, Step
-from noria.streams import Event, Streams
+from noria.streams import Streams
 
 
 class LoopbackRing(BaseRing):
@@ -19,11 +21,12 @@ class LoopbackRing(BaseRing):
     def __init__(self, shape: RingShape, streams: Streams):
         super().__init__(shape, streams)
         # One buffer per group: the copy of lap l's output follows the reading of its input on the same stream.
-        # In host memory two in turn: a visit may write its output while it still reads its input.
-        self._turns = 2 if shape.in_host else 1
-        self._hidden = self._buffers(self._turns, self.place.groups) if self.place.laps > 1 else None
-        self._laps: dict[int, int] = {}
-        self._results: dict[int, tuple[Event, Callable[[], Result]]] = {}
+        # Two in turn where a visit may write its output while its input is still read: in host memory, and where arrays
+        # that travel beside the hidden states may be handed on as they came.
+        self._turns = turns(shape.in_host, self._sent)
+        self._buffer = self._buffers(self._sent, self._turns, self.place.groups) if self._sent else None
+        self._kept: dict[int, tuple[int, Hidden]] = {}  # group -> the lap that reads it, and what it reads
+        self._answers: dict[int, Answer] = {}
         self._masks: dict[int, Pending] = {}
 
     def watch(self, lost: Callable[[int, float], None], silence: float = 0.0) -> None:
@@ -43,32 +46,38 @@ class LoopbackRing(BaseRing):
     def receive_header(self, group: int) -> Step:
         raise AssertionError("the only rank composes its steps itself")
 
-    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
-        """What `send` was given on the lap before: [num_tokens, E], to read until the group is sent on."""
-        assert self._laps.pop(group) == lap
-        return self._outgoing(group, lap - 1, num_tokens)
+    def receive(self, group: int, lap: int, num_tokens: int) -> Hidden:
+        """What `send` was given on the lap before, to read until the group is sent on."""
+        for_lap, hidden = self._kept.pop(group)
+        assert for_lap == lap and len(hidden.arrays[0]) == num_tokens
+        return hidden
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
-        """Keeps hidden [T, E] for the next lap, as a copy made on the current stream; with an event it is `output`'s."""
-        self._filled(group, lap, hidden, ready)
-        self._laps[group] = lap + 1
+    def send(self, group: int, lap: int, hidden: Hidden) -> int:
+        """Keeps hidden states for the next lap, as a copy made on the current stream; with an event they are `output`'s.
+
+        Returns the bytes that left this rank: none.
+        """
+        message, _ = self._filled(group, lap, hidden)
+        arrays = arrays_in(message, self._shape.outgoing(lap), len(hidden.arrays[0]))
+        self._kept[group] = lap + 1, Hidden(arrays, hidden.ready)
+        return 0
 
     def _outgoing(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
         """Where lap `lap` leaves a group's hidden states."""
-        assert self._hidden is not None, "with one lap no hidden states are sent"
-        return self._hidden[lap % self._turns, group, :num_tokens]
+        assert self._buffer is not None, "with one lap no hidden states are sent"
+        return self._buffer[lap % self._turns, group, : self._shape.outgoing(lap).nbytes(num_tokens)]
 
-    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
-        self._results[group] = ready, make
+    def send_result(self, group: int, answer: Answer) -> None:
+        self._answers[group] = answer
 
     def receive_result(self, group: int) -> Result:
-        """Waits for the result's event, then makes it."""
-        ready, make = self._results.pop(group)
-        ready.synchronize()
-        return make()
+        """Waits for the answer's event."""
+        answer = self._answers.pop(group)
+        answer.ready.synchronize()
+        return answer.result
 
     def close(self) -> None:
-        assert not self._results, "results that nobody received"
+        assert not self._answers, "results that nobody received"
         self._close_buffers()
 
     def abandon(self) -> None:

@@ -17,6 +17,7 @@ from noria.ring.blocking import BlockingRing
 from noria.ring.communication import Communication, Ticket
 from noria.ring.heartbeat import SILENCE, beat, listen
 from noria.ring.loopback import LoopbackRing
+from noria.ring.messages import Answer, Hidden, arrays_in
 from noria.step import Result, Step, Word
 from noria.streams import Event, Streams
 from noria.transports import Transport
@@ -25,7 +26,7 @@ from noria.transports import Transport
 class Ring(BaseRing):
     """The non-blocking ring: receives are posted before sends, all of them by the communication thread.
 
-    One receive and one send buffer [step_tokens, E] per group are enough. A group's message on lap l+1 (or of its
+    One receive and one send buffer per group are enough. A group's message on lap l+1 (or of its
     next step) exists only after this rank's lap l message went through the whole ring. So nothing can arrive while
     this rank still reads lap l's input, and the receive of lap l+1 is posted when the event of lap l's output has
     completed, just before that output is sent. A send buffer is rewritten only after the ticket of the group's
@@ -37,10 +38,8 @@ class Ring(BaseRing):
         place = self.place
         assert place.groups <= MAX_GROUPS
         self._transport = transport
-        one_lap, none = place.laps == 1, torch.empty(0, dtype=shape.dtype)
-        # With one lap rank 0 receives no hidden states, and the last rank sends none.
-        self._inputs = none if one_lap and place.rank == 0 else self._buffers(place.groups)
-        self._outputs = none if one_lap and place.is_last else self._buffers(place.groups)
+        self._inputs = self._buffers(self._received, place.groups)
+        self._outputs = self._buffers(self._sent, place.groups)
         self._headers: deque[Ticket[Step]] = deque()  # of the steps to come; the last one's header is not here yet
         self._receives: dict[int, tuple[int, Ticket[None]]] = {}
         self._sends: dict[int, Ticket[None]] = {}
@@ -84,38 +83,36 @@ class Ring(BaseRing):
         self._check_round(step, group)
         return step
 
-    def receive(self, group: int, lap: int, num_tokens: int) -> torch.Tensor:
-        """The hidden states [num_tokens, E] that this visit computes from. Waits for them.
+    def receive(self, group: int, lap: int, num_tokens: int) -> Hidden:
+        """The hidden states of so many tokens that this visit computes from. Waits for them.
 
-        A view of the group's receive buffer, the caller's to read until it sends the group on.
+        Views of the group's receive buffer, the caller's to read until it sends the group on.
         """
         assert not self.place.embeds(lap)
         expected_lap, ticket = self._receives.pop(group)
         assert expected_lap == lap, (expected_lap, lap)
         ticket.wait()
-        return self._inputs[group, :num_tokens]
+        return Hidden(arrays_in(self._inputs[group], self._shape.incoming(lap), num_tokens))
 
-    def send(self, group: int, lap: int, hidden: torch.Tensor, ready: Event | None = None) -> None:
-        """Hands hidden [T, E] on to the next virtual stage and returns at once.
+    def send(self, group: int, lap: int, hidden: Hidden) -> int:
+        """Hands hidden states on to the next virtual stage and returns at once: the bytes of the message.
 
-        `hidden` is copied on the current stream: what is queued there later may write over it. With an event `ready` it is
-        what `output` gave, complete with the event.
+        They are copied on the current stream: what is queued there later may write over them. With an event `ready` they
+        are what `output` gave, complete with the event.
         """
-        output, ready = self._filled(group, lap, hidden, ready)
-        following = None
+        message, ready = self._filled(group, lap, hidden)
+        following: Callable[[], None] = lambda: None  # noqa: E731
         if lap + 1 < self.place.laps:
-            following = self._communication.ticket()
-            self._receives[group] = lap + 1, following
-        self._sends[group] = self._communication.start(self._hand_on(group, output, ready, following))
+            ticket, num_tokens = self._communication.ticket(), len(hidden.arrays[0])
+            self._receives[group] = lap + 1, ticket
+            following = lambda: self._post_receive(group, lap + 1, num_tokens, ticket)  # noqa: E731
+        self._sends[group] = self._communication.start(self._hand_on(group, message, ready, following))
+        return message.nbytes
 
-    def send_result(self, group: int, ready: Event, make: Callable[[], Result]) -> None:
-        """Last virtual stage: when the event `ready` has completed, the result that `make` returns goes to rank 0.
-
-        The communication thread calls `make`: it must only read host memory that `ready` covers (a copy from the device
-        would wait there for whatever the compute stream has queued).
-        """
+    def send_result(self, group: int, answer: Answer) -> None:
+        """Last virtual stage: the answer goes to rank 0 when its event has completed."""
         assert self.place.is_last
-        self._communication.start(self._answer(group, ready, make))
+        self._communication.start(self._send_answer(group, answer))
 
     def receive_result(self, group: int) -> Result:
         """Rank 0: the result of the group's last step that had tokens. Waits for it."""
@@ -134,7 +131,7 @@ class Ring(BaseRing):
         """The group's send buffer, once its previous message is sent."""
         if group in self._sends:
             self._sends.pop(group).wait()
-        return self._outputs[group, :num_tokens]
+        return self._outputs[group, : self._shape.outgoing(lap).nbytes(num_tokens)]
 
     # What follows runs in the communication thread.
 
@@ -148,7 +145,7 @@ class Ring(BaseRing):
             if step.num_tokens:
                 ticket = self._communication.ticket()
                 self._receives[step.group] = 0, ticket
-                self._post_receive(step.group, step.num_tokens, ticket)
+                self._post_receive(step.group, 0, step.num_tokens, ticket)
             if step.masked and self.place.is_last:
                 self._masks[step.group] = self._communication.ticket()
                 answer = self._transport.receive_bytes(0, tag(MASKS, step.group))
@@ -160,27 +157,26 @@ class Ring(BaseRing):
             awaited = following
 
     def _hand_on(
-        self, group: int, output: torch.Tensor, ready: Event, following: Ticket[None] | None
+        self, group: int, message: torch.Tensor, ready: Event, following: Callable[[], None]
     ) -> Generator[None, None, None]:
         while not ready.query():
             yield
-        if following:
-            self._post_receive(group, len(output), following)
-        yield from self._transport.send(output, self.place.next, tag(HIDDEN, group), ready)
+        following()
+        yield from self._transport.send(message, self.place.next, tag(HIDDEN, group), ready)
 
-    def _post_receive(self, group: int, num_tokens: int, ticket: Ticket[None]) -> None:
-        buffer = self._inputs[group, :num_tokens]
-        self._communication.start(self._transport.receive(buffer, self.place.previous, tag(HIDDEN, group)), ticket)
+    def _post_receive(self, group: int, lap: int, num_tokens: int, ticket: Ticket[None]) -> None:
+        message = self._inputs[group, : self._shape.incoming(lap).nbytes(num_tokens)]
+        self._communication.start(self._transport.receive(message, self.place.previous, tag(HIDDEN, group)), ticket)
 
     def _hand_over(self, group: int, masks: Pending) -> Generator[None, None, None]:
         while not masks.done():
             yield
         yield from self._transport.send_bytes(masks.result().encode(), self.place.last, tag(MASKS, group))
 
-    def _answer(self, group: int, ready: Event, make: Callable[[], Result]) -> Generator[None, None, None]:
-        while not ready.query():
+    def _send_answer(self, group: int, answer: Answer) -> Generator[None, None, None]:
+        while not answer.ready.query():
             yield
-        yield from self._transport.send_bytes(make().encode(), 0, tag(RESULT, group))
+        yield from self._transport.send_bytes(answer.result.encode(), 0, tag(RESULT, group))
 
 
 AnyRing: TypeAlias = Ring | BlockingRing | LoopbackRing  # the three have the same methods

@@ -3,8 +3,8 @@
 Knows no tensors, streams or files: engine/stage.py executes what they yield.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 Cell = tuple[int, int]  # (layer, microbatch), both counted from the start of the visit
 
@@ -22,6 +22,18 @@ class Actions:
     load_cache: tuple[Cell, ...] = ()
     store_cache: tuple[Cell, ...] = ()
     waits: bool = False
+
+
+def resumed(rows: Iterable[Actions], first: Cell) -> Iterator[Actions]:
+    """The rows of a schedule from cell `first` on: those before it are done and stored, and nothing else is on its way."""
+    rows = iter(rows)
+    loads: tuple[Cell, ...] = ()
+    for row in rows:
+        loads += tuple(cell for cell in row.load_cache if cell >= first)
+        if row.compute is None or row.compute >= first:
+            yield replace(row, load_cache=loads, store_cache=tuple(cell for cell in row.store_cache if cell >= first))
+            break
+    yield from rows
 
 
 def table(rows: Iterable[Actions]) -> list[str]:

@@ -1,0 +1,94 @@
+"""What travels from layer to layer: hidden states, and the arrays that a family names beside them; their bytes in a message.
+
+A border lies before every layer and after the last one. Pure arithmetic: no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
+
+from noria.arrays import Array
+from noria.blocks import DTYPE_NBYTES, round_up
+from noria.model import ModelShape
+
+ALIGNMENT = 16  # where an array of a message starts: what kernels, and views in another dtype, need
+NBYTES = DTYPE_NBYTES | {
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+}  # of what is no number of a model too
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The arrays at a border, each with a dtype. A message holds them one after another: [T, *row] of a step's T tokens."""
+
+    arrays: tuple[Array, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(array.name for array in self.arrays)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token."""
+        return sum(map(_row_nbytes, self.arrays))
+
+    def starts(self, num_tokens: int) -> list[int]:
+        """The first byte of each array in a message of so many tokens, and the message's length."""
+        sizes = [num_tokens * _row_nbytes(array) for array in self.arrays]
+        return [0, *accumulate([*(round_up(size, ALIGNMENT) for size in sizes[:-1]), sizes[-1]])]
+
+    def nbytes(self, num_tokens: int) -> int:
+        """Bytes of a message of so many tokens."""
+        return self.starts(num_tokens)[-1]
+
+
+def _row_nbytes(array: Array) -> int:
+    assert array.dtype is not None, array
+    return prod(array.row) * NBYTES[array.dtype]
+
+
+def of_hidden(hidden_size: int, dtype: str) -> Bundle:
+    """Hidden states alone."""
+    return Bundle((Array("hidden", (hidden_size,), dtype=dtype),))
+
+
+def borders_of(shape: ModelShape, dtype: str) -> list[Bundle]:
+    """What travels at each border of a model [L + 1], in a run of this dtype."""
+    hidden, beside = of_hidden(shape.hidden_size, dtype), shape.bundle
+    if not beside:
+        return [hidden] * (shape.num_layers + 1)
+    assert len(beside) == shape.num_layers + 1, f"{shape.family}: {len(beside)} borders of {shape.num_layers} layers"
+    return [Bundle((*hidden.arrays, *(_typed(array, dtype) for array in arrays))) for arrays in beside]
+
+
+def _typed(array: Array, dtype: str) -> Array:
+    """With the dtype that it has in a run: the wider one of floats, its own of integers."""
+    own = array.dtype or dtype
+    wider = own in DTYPE_NBYTES and DTYPE_NBYTES[dtype] > DTYPE_NBYTES[own]
+    return replace(array, dtype=dtype if wider else own)
+
+
+def most_nbytes(borders: Sequence[Bundle], num_tokens: int) -> int:
+    """Bytes of a buffer for any message of so many tokens at these borders, and for the next one to be aligned behind it."""
+    different = {id(border): border for border in borders}.values()
+    return max((round_up(border.nbytes(num_tokens), ALIGNMENT) for border in different), default=0)
+
+
+def token_nbytes(borders: Sequence[Bundle]) -> int:
+    """Bytes of a token at all of these borders together."""
+    return sum(border.token_nbytes for border in borders)
+
+
+def within(borders: Sequence[Bundle], stages: Sequence[range]) -> list[Bundle]:
+    """The borders before, between and after the layers of these stages."""
+    return [border for layers in stages for border in borders[layers.start : layers.stop + 1]]
+
+
+def turns(in_host: bool, bundles: Sequence[Bundle]) -> int:
+    """Buffers that a rank which is its own next one needs for a group: two where it may write one while it reads the other."""
+    return 2 if in_host or any(len(bundle.arrays) > 1 for bundle in bundles) else 1
