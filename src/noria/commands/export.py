@@ -1,21 +1,27 @@
 """Writes generations for other programs, in the order of the prompts. The file's name gives the format."""
 
 import argparse
-import contextlib
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from noria.desk.exports import check_not_prompts
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError
+from noria.launch.signals import Signals
 from noria.output.export import FORMATS, ExportSettings, export
-from noria.output.generations import open_generations
+from noria.output.following import Following, follow
+from noria.output.growing import GrowingFile, GrowingStream
 from noria.output.schema import FINISH_REASON, STATUS
-from noria.output.sealed import part_files, parts_folder
+from noria.output.sealed import to_stderr
 from noria.output.wanted import WantedRows, read_ids
-from noria.rows.prompt_files import content_hash, content_key
+from noria.tools.atomic import check_folder
 from noria.tools.looking import Looker
 from noria.tools.text import plural
+
+STOPPED = 75  # launch/stopping.py, which this process does not need
+LOOK_SECONDS = 1.0  # between two looks at what is sealed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="file to write: .jsonl, .jsonl.gz, .csv or .parquet (needs pyarrow); an existing file is replaced",
+        help="file to write: .jsonl, .jsonl.gz, .csv or .parquet (needs pyarrow); an existing file is replaced. With --follow"
+        " a .jsonl file, to which rows are added, or - for stdout",
     )
     parser.add_argument(
         "--format",
@@ -43,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --format openai: the checkpoint, whose tokenizer gives log-probabilities the texts of their tokens;"
         f" {NO_MODEL}: write token_id:N (default: the one that the run named)",
     )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="write each finished row as soon as the run has sealed it, until the output is whole; may be started before the"
+        " run, and again: rows that FILE has are not written twice. Exit code 75 after Ctrl-C or SIGTERM",
+    )
     parser.add_argument("--status", choices=STATUS[1:], help="only rows of this status (default: all)")
     parser.add_argument(
         "--finish-reason", choices=FINISH_REASON[1:], help="only rows that ended for this reason (default: all)"
@@ -59,12 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
     errors = Path(arguments.errors) if arguments.errors is not None else None
     ids = read_ids(Path(arguments.ids)) if arguments.ids is not None else None
     _check_flags(arguments)
+    wanted = WantedRows(arguments.status, arguments.finish_reason, ids)
+    if arguments.follow:
+        return _follow(output, file, wanted)
     if output.is_file():
         with Looker() as looker:
             looker.look(output)
     for target in filter(None, (file, errors)):
-        _check_prompts(output, target)
-    wanted = WantedRows(arguments.status, arguments.finish_reason, ids)
+        check_not_prompts(output, target)
     settings = ExportSettings(arguments.format, errors, wanted, token_texts(arguments.model))
     count = export(output, file, settings=settings)
     what = "row" if arguments.format == "rows" else "response"
@@ -73,25 +88,45 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _follow(output: Path, file: Path, wanted: WantedRows) -> int:
+    """Follows the output to a file or stdout. Returns the exit code."""
+    check_folder(output)
+    growing_file = GrowingStream() if str(file) == "-" else GrowingFile(file)
+    with Signals() as signals, growing_file as growing, Looker() as looker:
+        came: list[object] = []
+
+        def stopped(seconds: float = 0.0) -> bool:
+            """Whether a signal came, within so many seconds; a second Ctrl-C ends the process at once."""
+            came.extend(filter(None, [None if came else signals.wait(seconds)]))
+            return bool(came)
+
+        had = growing.had.num_rows
+        if growing.repaired:
+            to_stderr(f"{file}: its last line was not whole and is repaired")
+
+        def check(header: Mapping[str, Any]) -> None:
+            if str(file) != "-":
+                check_not_prompts(output, file, str(header.get("prompts")))
+
+        following = Following(output, growing, wanted, looker, to_stderr, check, stopped)
+        whole = follow(following, lambda: not stopped(LOOK_SECONDS))
+    if missing := wanted.missing():
+        to_stderr(f"{output}: {missing}")
+    before = f", {had:,} were there" if had else ""
+    end = f"{output} is whole" if whole else f"{output} is not whole yet: the same command goes on"
+    to_stderr(f"{plural(following.num_written, 'row')} written to {growing}{before}; {end}")
+    return 0 if whole else STOPPED
+
+
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
     if arguments.model is not None and arguments.format != "openai":
         raise InputError("--model is for --format openai: rows have token ids, which need no checkpoint")
+    if arguments.follow and (arguments.format != "rows" or not arguments.file.endswith((".jsonl", "-"))):
+        raise InputError(
+            "--follow writes rows as JSON lines: name a file .jsonl, or - for stdout; noria export makes the other formats"
+            " when the run is whole"
+        )
     listed, files = arguments.ids, filter(None, (arguments.file, arguments.errors))
     if listed is not None and any(Path(file).exists() and Path(file).samefile(listed) for file in files):
         raise InputError(f"{listed} holds the ids, which would be lost: name another file")
-
-
-def _check_prompts(output: Path, target: Path) -> None:
-    """Raises InputError if the file to write is the run's own prompts, which would be lost."""
-    if not target.is_file():
-        return
-    prompts, files = None, []
-    with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
-        first = output if output.exists() else part_files(parts_folder(output))[0]
-        with Looker() as looker, open_generations(first, looker) as file:
-            prompts = str(json.loads(file.attrs["header"])["prompts"])
-            files = [Path(one["file"]).resolve() for one in json.loads(file.attrs.get("prompt_files", "[]"))]
-    same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")
-    if target.resolve() in files or (same_size and prompts == content_key(target, content_hash(target))):
-        raise InputError(f"{target} holds the prompts of {output}, which would be lost: name another file")

@@ -3,6 +3,8 @@
 An export that fails then costs itself alone: the output stays as it is.
 """
 
+import contextlib
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -13,7 +15,10 @@ from noria.desk.inputs import files_of_run
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
 from noria.output.export import ExportSettings, check_target, export
-from noria.output.sealed import parts_folder
+from noria.output.generations import open_generations
+from noria.output.sealed import part_files, parts_folder
+from noria.rows.prompt_files import content_hash, content_key
+from noria.tools.looking import Looker
 from noria.tools.text import plural, printable
 
 
@@ -67,3 +72,19 @@ def write_exports(config: Config, say: Callable[[str], None]) -> None:
             say(
                 f"error: {config.output} is whole, but its export was not written ({printable(reason)}); again: {again}"
             )
+
+
+def check_not_prompts(output: Path, target: Path, prompts: str | None = None) -> None:
+    """Raises InputError if the file to write is the run's own prompts, which would be lost. `prompts`: what tells them from
+    others (rows.prompt_files.content_key), if that is known; else the output is asked."""
+    if not target.is_file():
+        return
+    files = []
+    with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
+        first = output if output.exists() else part_files(parts_folder(output))[0]
+        with Looker() as looker, open_generations(first, looker) as file:
+            prompts = prompts or str(json.loads(file.attrs["header"])["prompts"])
+            files = [Path(one["file"]).resolve() for one in json.loads(file.attrs.get("prompt_files", "[]"))]
+    same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")
+    if target.resolve() in files or (same_size and prompts == content_key(target, content_hash(target))):
+        raise InputError(f"{target} holds the prompts of {output}, which would be lost: name another file")
