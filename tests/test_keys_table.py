@@ -19,7 +19,7 @@ from noria.rows.prompts import open_prompts
 SAMPLING_PARAMS = set(
     "n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids ignore_eos"
     " max_tokens min_tokens logprobs prompt_logprobs skip_special_tokens include_stop_str_in_output truncate_prompt_tokens"
-    " logit_bias allowed_token_ids bad_words".split()
+    " logit_bias allowed_token_ids bad_words structured_outputs thinking_token_budget".split()
 )
 OTHERS = set(
     "chat_template_kwargs model dtype max_model_len max_num_batched_tokens cpu_offload_gb gpu_memory_utilization load_format"
@@ -69,7 +69,8 @@ def test_the_flag_of_each_key_is_one_that_a_run_takes():
 
 def test_a_row_may_have_the_keys_that_the_table_says_and_no_others(tmp_path):
     table = keys.table()
-    values = [VALUES.get(key.type, "word") for key in table]
+    own = {"structured_outputs": {"choice": ["yes", "no"]}}
+    values = [own.get(key.name, VALUES.get(key.type, "word")) for key in table]
     rows = [{"prompt": "a", key.name: value} for key, value in zip(table, values, strict=True)]
     rows[[key.name for key in table].index("prompts")] = {"prompt": "a"}  # a row's own name for its text is another
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

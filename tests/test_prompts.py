@@ -79,6 +79,8 @@ def test_every_sampling_key_may_stand_in_a_row(tmp_path):
         "prompt_logprobs": True,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
+        "structured_outputs": {"choice": ["yes", "no"]},
+        "thinking_token_budget": 9,
     }
     assert set(values) == set(ROW_KEYS)
     prompt = row_of(tmp_path, {"prompt": "p"} | values)

@@ -25,6 +25,7 @@ class Sequence:
     top: list = field(default_factory=list)
     prompt_logprobs: np.ndarray | None = None
     text_end: int | None = None
+    guide: None = None
 
 
 class Letters:

@@ -212,9 +212,14 @@ class Config:
             not has_null(self.sampling.chat_template_kwargs),
             "sampling.chat_template_kwargs has null, which no run file can hold: leave the key out",
         )
+        require(
+            not has_null(self.sampling.structured_outputs),
+            "sampling.structured_outputs has null, which no run file can hold: give a schema as a file, by json_schema",
+        )
         require(self.output, "no output: give output = FILE.h5 in the run file or --output FILE.h5")
         paths = {"model": self.model, "output": self.output, "placement.scratch": self.placement.scratch}
         paths |= {f"job.{name}": getattr(self.job, name) for name in ("random_weights", "trace", "machine")}
+        paths["sampling.json_schema"] = self.sampling.json_schema
         for name, path in [*paths.items(), *(("prompts", name) for name in names)]:
             check_path(path, name)
 

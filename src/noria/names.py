@@ -24,6 +24,10 @@ REFUSED = {
     "best_of": ("n", "it returns the best of more samples, and n returns all"),
     "max_length": ("max_new_tokens", "it counts the prompt's tokens too"),
     "eos_token_id": ("stop_token_ids", "it replaces the model's end tokens, and stop_token_ids adds to them"),
+    "guided_json": ("structured_outputs", 'it is {"json": ...} there'),
+    "guided_regex": ("structured_outputs", 'it is {"regex": ...} there'),
+    "guided_choice": ("structured_outputs", 'it is {"choice": ...} there'),
+    "guided_grammar": ("structured_outputs", 'it is {"grammar": ...} there'),
 }
 # Other names that other programs give to a setting of Noria's: the row is refused, with Noria's name.
 ALIASES = {
@@ -44,6 +48,8 @@ ALIASES = {
     "stop_strings": "stop",
     "stop_words": "stop",
     "ignore_eos_token": "ignore_eos",
+    "thinking_budget": "thinking_token_budget",
+    "max_thinking_tokens": "thinking_token_budget",
     "top_logprobs": "logprobs",
     "top_n_tokens": "logprobs",
 }
@@ -83,12 +89,8 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "grammar": (),
     "guidance_scale": (1,),
-    "guided_choice": (),
     "guided_decoding": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "json_schema": (),
     "length_penalty": (1,),
@@ -112,7 +114,6 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
     "repeat_last_n": (),
     "repetition_penalty_range": (),
-    "response_format": ({"type": "text"},),
     "return_full_text": (False,),
     "sequence_bias": (),
     "smoothing_factor": (0,),
@@ -121,14 +122,11 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "stopping_criteria": (),
     "stream": (False,),
     "structural_tag": (),
-    "structured_outputs": (),
     "suffix": ("",),
     "suppress_tokens": (),
     "system_prompt": ("",),
     "tfs": (1,),
     "tfs_z": (1,),
-    "thinking_budget": (),
-    "thinking_token_budget": (),
     "token_healing": (False,),
     "tool_choice": ("none", "auto"),
     "tools": (),
@@ -251,6 +249,8 @@ def _letters(name: str) -> str:
 
 
 def _could_be_refused(name: str, value: Any) -> bool:
+    if name.startswith("guided_"):
+        return value is not None
     if name != "eos_token_id":
         return _could_be(value, REFUSED[name][0])
     value = _json(value)

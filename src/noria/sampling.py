@@ -3,13 +3,14 @@
 Knows no model.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, get_args
 
-from noria.errors import InputError, require
+from noria.errors import require
+from noria.structured import check_structured
+from noria.template_kwargs import check_template_kwargs
 from noria.tools.keys import checked, key, types_of
 
 # By which rules rows are rendered, drawn and decoded. An output says by which it was begun, and goes on by them.
@@ -85,6 +86,25 @@ class Sampling:
         "store the log-probability of each token and of the k most likely tokens at its place (0: of the token only)"
     )
     prompt_logprobs: bool = key("store the log-probability of each token of the prompt too", False)
+    structured_outputs: dict[str, Any] | None = key(
+        "what the text must be: a JSON object with one of json (a JSON schema), regex, choice (a list of texts), grammar (Lark"
+        ' or GBNF) and json_object (true), such as {"choice": ["yes", "no"]}; needs llguidance',
+        json=True,
+    )
+    json_schema: str | None = key("file of a JSON schema that every text must fit; needs llguidance")
+    regex: str | None = key("regular expression that every text must match; needs llguidance", text=True)
+    choice: str | list[str] | None = key(
+        "texts of which every text must be one, such as yes,no; in a run file it may be a list; needs llguidance",
+        text=True,
+    )
+    reasoning_markers: str | list[str] | None = key(
+        "texts between which the model thinks, such as '<think>,</think>': what stands there is kept apart, in the column"
+        " reasoning; none keeps it in the text (default: the model's; by its chat template)",
+        text=True,
+    )
+    thinking_token_budget: int | None = key(
+        "maximum number of tokens of a row's thinking: after them it is closed with the model's own marker"
+    )
 
     def __post_init__(self) -> None:
         for name, (least, most) in _SAMPLING_RANGES.items():
@@ -115,7 +135,9 @@ class Sampling:
         )
         _check_token_ids("stop_token_ids", self.stop_token_ids or [])
         _check_logit_bias(self.logit_bias or {})
-        _check_template_kwargs(self.chat_template_kwargs or {})
+        check_template_kwargs(self.chat_template_kwargs or {})
+        check_structured(self.structured_outputs or {})
+        _check_markers(self.markers)
 
     @property
     def stop_texts(self) -> list[str]:
@@ -129,6 +151,12 @@ class Sampling:
     @property
     def bad_texts(self) -> list[str]:
         return [self.bad_words] if isinstance(self.bad_words, str) else self.bad_words or []
+
+    @property
+    def markers(self) -> list[str]:
+        """The two reasoning_markers, or none where there are to be none, or nobody has said."""
+        given = self.reasoning_markers or []
+        return (given.split(",") if given != "none" else []) if isinstance(given, str) else given
 
     @property
     def scores_prompt(self) -> bool:
@@ -147,6 +175,15 @@ class Sampling:
         require(
             self.min_new_tokens <= most,
             f"sampling.min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({most}): lower it",
+        )
+        constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        require(
+            len(constraints) <= 1,
+            f"sampling.{' and sampling.'.join(constraints)} are given: a row has one constraint, give one of them",
+        )
+        require(
+            not (constraints and self.ignore_eos) or self.structured_outputs == {},
+            f"sampling.{''.join(constraints)} ends a row by the model's end token, which ignore_eos excludes: leave one out",
         )
         return self
 
@@ -179,7 +216,8 @@ OPEN: dict[str, Any] = {
 }
 # Those that are others for a line of OpenAI's batch format: it goes on as far as the context lets it.
 OPEN_IN_REQUESTS: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 2**31 - 1}
-RUN_KEYS = ("generation_config",)  # never a row's
+CONSTRAINTS = ("structured_outputs", "json_schema", "regex", "choice")
+RUN_KEYS = ("generation_config", "json_schema", "regex", "choice", "reasoning_markers")  # never a row's
 ROW_KEYS = tuple(name for name in types_of(Sampling) if name not in RUN_KEYS)
 
 
@@ -206,14 +244,9 @@ _SAMPLING_RANGES = {
     "frequency_penalty": (-100, 100),
     "n": (1, 4096),
     "logprobs": (0, 100),
+    "thinking_token_budget": (0, float("inf")),
 }
 MAX_STOPS, MAX_BAD_WORDS, MAX_STOP_LENGTH = 64, 1000, 1000
-MAX_KWARGS_LENGTH, MAX_KWARGS_DEPTH = 2**16, 32
-# Names of what a rendering is asked for, which transformers' apply_chat_template does not hand on as a template's own.
-OWN_OF_TEMPLATES = frozenset(
-    "conversation conversations messages tools documents chat_template tokenize add_generation_prompt"
-    " continue_final_message padding truncation max_length tokenizer_kwargs sanitize_control_tokens".split()
-)
 
 
 def _check_texts(name: str, texts: list[Any], most: int) -> None:
@@ -229,6 +262,15 @@ def _check_token_ids(name: str, ids: Iterable[Any]) -> None:
         require(right, f"sampling.{name} has {str(token_id)[:20]!r}: it must be token ids, integers from 0")
 
 
+def _check_markers(markers: list[str]) -> None:
+    right = len(markers) in (0, 2) and all(isinstance(one, str) and one and one == one.strip() for one in markers)
+    require(
+        right and len(set(markers)) == len(markers),
+        f"sampling.reasoning_markers is {str(markers)[:60]}: it must be two different texts, where the thinking begins and"
+        " where it ends, such as '<think>,</think>', or none",
+    )
+
+
 def _check_logit_bias(bias: Mapping[str, Any]) -> None:
     # JSON and TOML have texts for keys: "50" is the token id 50, "050" and "+50" are nobody's.
     right = {text: int(text) if text.isascii() and text.isdigit() and len(text) < 11 else text for text in bias}
@@ -236,30 +278,3 @@ def _check_logit_bias(bias: Mapping[str, Any]) -> None:
     for text, value in bias.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1000
         require(number, f"sampling.logit_bias has {str(value)[:20]} for {text}: it must be a number in -1000 .. 1000")
-
-
-def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raises InputError for a key that is the rendering's own, and for what is no JSON of bounded size and depth."""
-    for name in kwargs:
-        own = name in OWN_OF_TEMPLATES or str(name).startswith("return_")
-        require(not own, f"sampling.chat_template_kwargs has {str(name)[:40]!r}, which no template gets by this key")
-    require(
-        _depth(kwargs) <= MAX_KWARGS_DEPTH, f"sampling.chat_template_kwargs is nested deeper than {MAX_KWARGS_DEPTH}"
-    )
-    try:
-        size = len(json.dumps(kwargs, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"sampling.chat_template_kwargs is not JSON: {str(error)[:100]}") from error
-    require(
-        size <= MAX_KWARGS_LENGTH,
-        f"sampling.chat_template_kwargs has {size} characters as JSON, at most {MAX_KWARGS_LENGTH} are handed on",
-    )
-
-
-def _depth(value: object) -> int:
-    """How deeply lists and tables are nested, counted no further than it matters."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_KWARGS_DEPTH:
-        inner = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, Mapping | list)]
-        depth, level = depth + bool(inner), [one for values in inner for one in values]
-    return depth

@@ -14,13 +14,17 @@ from noria.tools.keys import WORDS, types_of
 
 # What a flag takes: by its name where the type does not tell, else by the first of these types that it has.
 _METAVARS = {
-    **dict.fromkeys(("model", "prompts", "output", "random_weights", "trace", "machine", "export"), "FILE"),
+    **dict.fromkeys(
+        ("model", "prompts", "output", "random_weights", "trace", "machine", "export", "json_schema"), "FILE"
+    ),
     **dict.fromkeys(("gpu_memory", "cpu_memory"), "SIZE"),
     **dict.fromkeys(("weights", "cache"), "TIER=SHARE,..."),
     **dict.fromkeys(("prompt_column", "id_column", "messages_column"), "NAME"),
     "logit_bias": "ID=NUMBER,...",
     "partition": "greedy|INT,...",
     "scratch": "DIR",
+    "choice": "TEXT,...",
+    "reasoning_markers": "START,END",
     "shard": "I/N",
     "walltime": "HH:MM:SS",
 }

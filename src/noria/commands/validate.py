@@ -17,6 +17,7 @@ from noria.config import Config
 from noria.desk.examination import doubts, open_model
 from noria.desk.exports import check_exports, exports_of
 from noria.desk.inputs import prompts_of
+from noria.desk.steering import check_constraint, settled
 from noria.desk.validation import SHOWN, Findings, ModelLimits, examine
 from noria.errors import InputError
 from noria.output.generations import open_generations
@@ -56,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         by_model = taken(checkpoint.generation_config, config.sampling)
         for line in told(checkpoint.generation_config, config.sampling, by_model):
             _say("note", line)
-        sampling = replace(config.sampling, **by_model)
+        sampling = settled(replace(config.sampling, **by_model), checkpoint, tokenizer, {})
+        check_constraint(config.sampling, sampling, tokenizer, shape.vocab_size)
         encoder = Encoder(tokenizer, chat, config.sampling, shape.vocab_size, lambda message: _say("note", message))
         limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
         rows = shard_rows(config.job.shard, num_rows)

@@ -19,6 +19,7 @@ from noria.desk.identity import Identity, check_finished, identity
 from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.desk.old_rules import check_rendering
+from noria.desk.steering import check_constraint
 from noria.desk.validation import ModelLimits
 from noria.errors import InputError, require
 from noria.model import ModelShape, OpenModel
@@ -71,7 +72,8 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         encode = _encoder(config, checkpoint, tokenizer, helper)
         # An old output stays where it is until nothing can refuse the run any more: see earlier.make_room.
         state = probe_output(config.output, config.job.overwrite, move=False)
-        own = identity(config, files, checkpoint, dtype)
+        own = identity(config, files, checkpoint, dtype, tokenizer)
+        check_constraint(config.sampling, own.sampling, tokenizer, checkpoint.shape.vocab_size)
         if state == "finished" and check_finished(config, files, own.header, num_rows):
             state = "parts"
         if state == "absent" and config.job.shard is None:

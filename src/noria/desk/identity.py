@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import Config
+from noria.desk.steering import settled
 from noria.errors import InputError
 from noria.model import OpenModel
 from noria.output.agreement import difference, differing
@@ -18,6 +19,7 @@ from noria.output.schema import STATUS
 from noria.output.target import begun_with
 from noria.rows.model_sampling import taken
 from noria.rows.prompt_files import PromptFiles, content_hash, content_key, extends
+from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, ROW_KEYS, RULES, Sampling
 from noria.tools.values import WHOLE, parse_shard
 
@@ -38,13 +40,14 @@ class Identity:
     header: dict[str, Any]
 
 
-def identity(config: Config, files: PromptFiles, checkpoint: OpenModel, dtype: str) -> Identity:
+def identity(config: Config, files: PromptFiles, checkpoint: OpenModel, dtype: str, tokenizer: Tokenizer) -> Identity:
     """That of a run, beside what lies at its output's place. Raises InputError for sampling keys of the model that are wrong.
 
     An output of the old rules was begun without the model's keys and with a seed that was drawn: what the run leaves open
     is what that output says.
     """
-    begun = (None if config.job.overwrite else begun_with(config.output)) or {"rules": RULES}
+    there = None if config.job.overwrite else begun_with(config.output)
+    begun = there or {"rules": RULES}
     rules = int(begun.get("rules", OLD_RULES))
     if rules > OLD_RULES:
         found = taken(checkpoint.generation_config, config.sampling)
@@ -53,13 +56,14 @@ def identity(config: Config, files: PromptFiles, checkpoint: OpenModel, dtype: s
     else:
         found, said = {}, {name: begun.get(f"sampling.{name}", value) for name, value in OPEN.items()}
     sampling = replace(config.sampling, **{name: said[name] for name in config.sampling.left_open if name in said})
+    sampling = settled(sampling, checkpoint, tokenizer, there or {})
     return Identity(sampling, found, rules, _header(config, files, sampling, rules, checkpoint.header_hash, dtype))
 
 
 def _header(
     config: Config, files: PromptFiles, sampling: Sampling, rules: int, checkpoint_hash: str, dtype: str
 ) -> dict[str, Any]:
-    keys = {f"sampling.{name}": getattr(sampling, name) for name in ROW_KEYS}
+    keys = {f"sampling.{name}": getattr(sampling, name) for name in (*ROW_KEYS, "reasoning_markers")}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
     prompts = content_key(files, content_hash(files))
     keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context")} | keys

@@ -12,5 +12,5 @@ def prompts_of(config: Config) -> PromptFiles:
 
 
 def files_of_run(config: Config) -> list[str | None]:
-    """The model, the prompts and the output."""
-    return [config.model, *prompts_of(config).paths, config.output]
+    """The model, the prompts, the schema and the output."""
+    return [config.model, *prompts_of(config).paths, config.sampling.json_schema, config.output]

@@ -28,7 +28,7 @@ def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type =
     tokenizer cannot write are an error too. Log-probabilities are kept in `dtype`.
     """
     prompt, reason = sequence.prompt, sequence.finish_reason
-    text, error = _text(sequence, tokenizer)
+    text, thought, error = _texts(sequence, tokenizer)
     if error:
         status, reason = "error", "error"
     else:
@@ -45,6 +45,7 @@ def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type =
         prompt_token_ids=np.array(sequence.prompt_token_ids, np.int32),
         error=error,
         extra=_extra(sequence),
+        **thought,
         **_scores(sequence, dtype),
     )
 
@@ -66,18 +67,25 @@ def num_cut(written: Generation) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _text(sequence: sequences.Sequence, tokenizer: Tokenizer) -> tuple[str, str]:
-    """What a sequence says, and why it says nothing if it has or makes an error."""
+def _texts(sequence: sequences.Sequence, tokenizer: Tokenizer) -> tuple[str, dict[str, Any], str]:
+    """What a sequence says, what it has thought where that is kept apart, and why it says nothing if it has or makes an
+    error."""
+    reasoning = sequence.guide.reasoning if sequence.guide is not None else None
+    thought: dict[str, Any] = {} if reasoning is None else {"reasoning": ""}
     if sequence.error:
-        return "", sequence.error
+        return "", thought, sequence.error
     sampling, written = sequence.sampling, sequence.token_ids
     if sequence.text_end is None and sequence.finish_reason == "stop" and not sampling.include_stop_str_in_output:
         written = written[:-1]
     try:
+        if reasoning is not None:
+            thought["reasoning"], text = reasoning.split(written, sequence.text_end)
+            thought["reasoning_tokens"] = reasoning.num_tokens(written)
+            return text, thought, ""
         writer = tokenizer.writer(sampling.skip_special_tokens)
-        return writer.continuation(sequence.prompt_token_ids, written)[: sequence.text_end], ""
+        return writer.continuation(sequence.prompt_token_ids, written)[: sequence.text_end], thought, ""
     except InputError as error:  # half of a text may be what the whole is not
-        return "", "" if sequence.finish_reason == "none" else str(error)
+        return "", thought, "" if sequence.finish_reason == "none" else str(error)
 
 
 def text_again(

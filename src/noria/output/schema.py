@@ -52,6 +52,8 @@ class Generation:
     top_ids: np.ndarray | None = None  # [tokens, k]
     top_logprobs: np.ndarray | None = None  # [tokens, k]
     prompt_logprobs: np.ndarray | None = None  # [prompt tokens], the first NaN
+    reasoning: str | None = None  # None: it is not kept apart from the text
+    reasoning_tokens: int = 0
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -69,13 +71,15 @@ def own_columns(extra: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Which log-probabilities a file holds: their type ("float32", "float64"; None: none at all), those of the tokens
-    chosen, those of the `top` most likely ones (0: none), those of the prompts."""
+    """Which of the optional columns a file holds. Log-probabilities: their type ("float32", "float64"; None: none at all),
+    those of the tokens chosen, those of the `top` most likely ones (0: none), those of the prompts. `reasoning`: what was
+    thought, apart from the text."""
 
     dtype: str | None = None
     chosen: bool = False
     top: int = 0
     prompt: bool = False
+    reasoning: bool = False
 
     def __str__(self) -> str:
         kinds = ["of tokens"] * self.chosen + [f"top {self.top}"] * (self.top > 0) + ["of prompts"] * self.prompt
@@ -115,6 +119,9 @@ def schema(scores: Scores) -> dict[str, tuple[np.dtype, str]]:
         columns["top_logprobs"] = (number, "token")
     if scores.prompt:
         columns["prompt_logprobs"] = (number, "prompt token")
+    if scores.reasoning:
+        columns["reasoning"] = (text, "row")
+        columns["reasoning_tokens"] = (np.dtype("<i4"), "row")
     return columns
 
 
@@ -128,6 +135,7 @@ def scores_of(generations: Sequence[Generation]) -> Scores:
         any(one.logprobs is not None for one in rows),
         max((one.top_ids.shape[1] for one in rows if one.top_ids is not None), default=0),
         any(one.prompt_logprobs is not None for one in rows),
+        any(one.reasoning is not None for one in generations),
     )
 
 
@@ -140,6 +148,7 @@ def scores_together(files: Iterable[Scores]) -> Scores:
         any(scores.chosen for scores in files),
         max((scores.top for scores in files), default=0),
         any(scores.prompt for scores in files),
+        any(scores.reasoning for scores in files),
     )
 
 
@@ -168,10 +177,12 @@ class RowWriter:
             "status": [STATUS.index(one.status) for one in generations],
             "finish_reason": [FINISH_REASON.index(one.finish_reason) for one in generations],
         }
+        if self.scores.reasoning:
+            numbers["reasoning_tokens"] = [one.reasoning_tokens for one in generations]
         values = {name: np.asarray(column, self.columns[name][0]) for name, column in numbers.items()}
-        for name in STRINGS:
+        for name in (*STRINGS, *(("reasoning",) if self.scores.reasoning else ())):
             values[name] = np.empty(len(generations), object)
-            values[name][:] = [storable(getattr(one, name)).encode() for one in generations]
+            values[name][:] = [storable(getattr(one, name) or "").encode() for one in generations]
         for name, offsets, source in (
             ("tokens", "offsets", "token_ids"),
             ("prompt_tokens", "prompt_offsets", "prompt_token_ids"),

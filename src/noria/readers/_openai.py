@@ -18,7 +18,6 @@ _THEIRS = {
     "tool_choice",
     "functions",
     "function_call",
-    "response_format",
     "stream",
     "audio",
     "prediction",
@@ -38,7 +37,7 @@ _LEFT_OUT = (
 )
 # Names of the keys of a row: beside the body they are columns of the user's own.
 _RESERVED = {*OWN, *BESIDE, "chat", "custom_id", "prompt_index"}
-_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities"}
+_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities", "response_format"}
 _KNOWN |= {*SYNONYMS, *_OURS, *BESIDE, *_CARRIED, *_LEFT_OUT}
 
 
@@ -62,7 +61,7 @@ def requested_rows(record: dict[str, Any]) -> list[dict[str, Any] | BadRow]:
     for name, value in record.items():
         if name not in ("custom_id", "body", "method", "url"):
             row[f"input_{name}" if name in row or name in _RESERVED else name] = value
-    row |= {name: body[name] for name in _OURS if name in body} | _logprobs(body)
+    row |= {name: body[name] for name in (*_OURS, "response_format") if name in body} | _logprobs(body)
     row |= {SYNONYMS[name]: value for name, value in _synonyms(body).items()}
     row = _in_our_ranges(row)
     if url == CHAT:

@@ -4,7 +4,7 @@ Rank 0 alone has one. Knows tokens; nothing of devices, messages or files.
 """
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from noria.errors import InputError
 from noria.masks import Pending
 from noria.rows.composing import compose
 from noria.rows.ends import finish_reason
+from noria.rows.guides import Making
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.slots import Capacity, Slots
 from noria.rows.waiting import Source, WaitingQueue
@@ -23,6 +24,7 @@ EXCLUDING = (
     "logit_bias",
     "allowed_token_ids",
     "bad_words",
+    "structured_outputs",
     "min_new_tokens",
     "repetition_penalty",
     "presence_penalty",
@@ -121,7 +123,19 @@ class Admission:
             budget -= rows[-1][1]
         rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released = self._slots.released(group)
-        return compose(round, group, released, tuple(admitted), rows, self._capacity)
+        return self._with_masks(compose(round, group, released, tuple(admitted), rows, self._capacity))
+
+    def _with_masks(self, step: Step) -> Step:
+        """The step, whose masks are being made from now on where some of its samples are constrained."""
+        wants, active = {}, self._slots.active[step.group]
+        for place, slot in enumerate(step.sample_slots.tolist() if self._queue.guides.steering else ()):
+            guide = active[slot].guide
+            if guide is not None and (want := guide.want(len(active[slot].token_ids))):
+                wants[place] = guide, want
+        if not wants:
+            return step
+        self._masks[step.group] = Making(wants, self._queue.guides.constraints, self._capacity.vocab_size)
+        return replace(step, masked=True)
 
     def masks(self, group: int) -> Pending:
         """What the samples of the group's step, which is `masked`, may be: it is being made."""
@@ -142,7 +156,7 @@ class Admission:
             if token_id == NO_TOKEN:
                 sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
             elif token_id == NONE_LEFT:
-                sequence.error = _none_left(sequence)
+                sequence.error = (sequence.guide and sequence.guide.error) or _none_left(sequence)
             else:
                 self._take_token(sequence, token_id, result, place)
             if sequence.error or sequence.finish_reason != "none":
@@ -168,13 +182,15 @@ class Admission:
         limit = self._capacity.max_positions
         prompt_length = len(sequence.prompt_token_ids)
         reason = finish_reason(sequence.token_ids, sampling, self._end_token_ids, prompt_length, limit)
-        if sequence.stop_texts and reason != "stop":
-            try:
+        try:
+            if sequence.guide is not None:
+                sequence.guide.add(sequence.token_ids)
+                sequence.error = sequence.guide.error
+            if sequence.stop_texts and reason != "stop":
                 sequence.text_end = sequence.stop_texts.find(sequence.token_ids)
-            except InputError as error:
-                sequence.error = str(error)
-            reason = reason if sequence.text_end is None else "stop"
-        sequence.finish_reason = reason
+        except InputError as error:
+            sequence.error = str(error)
+        sequence.finish_reason = reason if sequence.text_end is None else "stop"
 
     def _take_scores(self, step: Step, result: Result) -> None:
         """Log-probabilities of prompts: of each row, those of the tokens after the ones that this step computed."""

@@ -18,6 +18,7 @@ from noria.rows.ids import Ids, id_of
 from noria.rows.messages import beside_of, given, messages_error, without_nulls
 from noria.rows.prompt_files import PromptFiles, as_files, check_files, records
 from noria.sampling import ROW_KEYS, RUN_KEYS, Sampling, whole
+from noria.structured import of_response_format
 from noria.tools.text import short
 
 _MAX_DEPTH = 200  # of the lists and objects in a row
@@ -143,7 +144,9 @@ def _sort_keys(
             extra[name] = value
         elif name == "chat_template" and isinstance(value, str):
             errors.append("chat_template: a row cannot have its own template; the model's is used")
-        elif name in RUN_KEYS and isinstance(value, str):
+        elif name == "response_format" and isinstance(value, dict):
+            errors += _take_format(value, own, rest.get("structured_outputs"))
+        elif name in (RUN_KEYS[0], RUN_KEYS[-1]) and isinstance(value, str | list):  # the others are words of columns
             errors.append(f"{name} is a key of the run: it is the same for all rows")
         elif is_foreign(name, value):
             extra[name] = value
@@ -157,6 +160,18 @@ def _sort_keys(
         errors += filter(None, [two_names(own | synonyms)])
         own = {SYNONYMS[name]: value for name, value in synonyms.items()} | own
     return own, extra, errors, notes
+
+
+def _take_format(value: dict[str, Any], own: dict[str, Any], other: Any) -> list[str]:
+    """Puts OpenAI's response_format among the row's keys; returns what is wrong with it, or with both."""
+    try:
+        asked = of_response_format(value)
+    except InputError as error:
+        return [str(error)]
+    if asked and other:
+        return ["response_format and structured_outputs are two constraints: give one of them"]
+    own["structured_outputs"] = other or asked
+    return []
 
 
 def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from noria.rows.ends import StopTexts
+from noria.rows.guides import Guide, steers
 from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
+from noria.rows.reasoning import AnswerStops
 from noria.sampling import Sampling
 from noria.step import PAGE_TOKENS, Run
 
@@ -24,8 +26,9 @@ class Sequence:
 
     logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
     the row asks for it. `drawn_as`: the row number by which its random numbers are drawn (None: its own).
-    `text_end`: characters of the text up to the stop text that ended it (None: no such text). `num_cut`: tokens of the
-    prompt that truncate_prompt_tokens cut off. `bad_words`: each as token ids.
+    `text_end`: characters of the text (of its answer, where it thinks) up to the stop text that ended it (None: no such
+    text). `num_cut`: tokens of the prompt that truncate_prompt_tokens cut off. `bad_words`: each as token ids. `guide`: what
+    steers it beside its settings.
     """
 
     prompt: Prompt
@@ -45,10 +48,11 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     prompt_logprobs: np.ndarray | None = None
-    stop_texts: StopTexts | None = None
+    stop_texts: StopTexts | AnswerStops | None = None
     text_end: int | None = None
     num_cut: int = 0
     bad_words: list[list[int]] = field(default_factory=list)
+    guide: Guide | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,8 +105,9 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
     """What the last rank must know of a row, for the header; keys that stand at their default are left out.
 
     The keys of config.Sampling that concern logits; `bad_words`: token ids that may not be sampled one after another;
-    `allowed`: ids that alone may be sampled; `banned`: ids that may not be sampled before min_new_tokens;
-    `prompt_length`; `shared`: the tokens that the row's steps will not carry, where penalties must know them.
+    `masked`: masks may come with its steps (masks.py); `allowed`: ids that alone may be sampled; `banned`: ids that may not
+    be sampled before min_new_tokens; `prompt_length`; `shared`: the tokens that the row's steps will not carry, where
+    penalties must know them.
     """
     sampling, default = sequence.sampling, _DEFAULT
     settings: dict[str, Any] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
@@ -111,6 +116,8 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
             settings[name] = getattr(sampling, name)
     if sampling.logit_bias:
         settings["logit_bias"] = sampling.logit_bias
+    if steers(sampling):
+        settings["masked"] = True
     if sequence.bad_words:
         settings["bad_words"] = sequence.bad_words
     if sampling.allowed_token_ids:

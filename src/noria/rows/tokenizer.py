@@ -82,6 +82,17 @@ class Tokenizer:
             return None
         return piece.encode() if token_id in self._special else spelled(piece, self._is_byte_level)
 
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """The tokens that were added to the vocabulary, special or not, by their text: never in parts."""
+        added = self._backend.get_added_tokens_decoder() if self._backend else {}
+        return {token.content: token_id for token_id, token in added.items()}
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json; it has one."""
+        assert self._backend is not None, "the checkpoint has no tokenizer"
+        return self._backend.to_str()
+
     def writer(self, skip_special_tokens: bool = True) -> Writer:
         """How generated tokens are written after those of their prompt."""
         decode = partial(self.decode, skip_special_tokens=skip_special_tokens)

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from noria.errors import InputError, require
-from noria.rows.ends import StopTexts, with_special_stops
+from noria.rows.ends import with_special_stops
+from noria.rows.guides import Guides
 from noria.rows.prompts import Prompt
+from noria.rows.reasoning import stops_of
 from noria.rows.sequence import Samples, Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
@@ -70,6 +72,7 @@ class WaitingQueue:
         tokenizer = source.tokenizer
         self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
         self._special_ids = tokenizer.special_ids if tokenizer else {}
+        self.guides = Guides(tokenizer, limits.vocab_size, sampling)
         self._read: Sequence | None = None
         self._ready: deque[Samples] = deque()
         self._num_waiting = 0
@@ -154,12 +157,22 @@ class WaitingQueue:
             if first.prompt_logprobs is None:
                 first.prompt_logprobs = np.full(len(first.prompt_token_ids), np.nan)
             sequence.prompt_logprobs = first.prompt_logprobs
+        self._source.begun(sequence)
+        self._steer(sequence)
+        return sequence
+
+    def _steer(self, sequence: Sequence) -> None:
+        """Gives a sequence what looks at its tokens, told of those that it has. Tokens of an earlier job that a constraint
+        does not take (by another version of its library) are generated anew."""
+        sampling, prompt = sequence.sampling, sequence.prompt_token_ids
+        reasoning = self.guides.reasoning(sampling, prompt, bool(sequence.prompt.beside.get("continue_final_message")))
         if sampling.stop_texts:
             assert self._tokenizer is not None, "stop texts without a tokenizer are the row's error"
-            writer = self._tokenizer.writer(sampling.skip_special_tokens)
-            sequence.stop_texts = StopTexts(sampling, writer, first.prompt_token_ids)
-        self._source.begun(sequence)
-        return sequence
+            sequence.stop_texts = stops_of(sampling, self._tokenizer, prompt, reasoning)
+        sequence.guide = self.guides.guide(sampling, reasoning)
+        if sequence.guide is not None and not sequence.guide.told(sequence.token_ids):
+            sequence.token_ids, sequence.logprobs, sequence.top = [], [], []
+            self._steer(sequence)
 
     def _sequence(self, prompt: Prompt, sampling: Sampling, error: str) -> Sequence:
         """A sequence of the prompt, or why it cannot run."""
@@ -172,6 +185,7 @@ class WaitingQueue:
             sequence.prompt_token_ids = ids if keep is None else ids[-keep:]
             sequence.num_cut = len(ids) - len(sequence.prompt_token_ids)
             sequence.bad_words = bad_words(sampling, self._tokenizer, self._limits.vocab_size)
+            self.guides.check(sampling)
         except ValueError as wrong:
             sequence.error = str(wrong)
         else:

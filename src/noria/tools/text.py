@@ -53,6 +53,11 @@ def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
+def one_line(text: str) -> str:
+    """`text` with each stretch of whitespace as one space."""
+    return " ".join(text.split())
+
+
 def plural(count: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,177 @@
+"""What steers a row beside its settings: its thinking, the constraint of its answer, and the masks that come of both.
+
+Masks are made on the CPU of rank 0, which alone knows rows, by a thread beside the step that needs them (masks.py): from the
+tokens that the row has when its step is composed. So a row that is taken up again is told its tokens, and goes on the same.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from noria.errors import InputError
+from noria.masks import ANY, Masks
+from noria.rows.constraints import Constraints
+from noria.rows.reasoning import Markers, Phase, Reasoning
+from noria.rows.tokenizer import Tokenizer
+from noria.sampling import Sampling
+from noria.structured import kind_of
+from noria.tools.text import one_line
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a row's next token may be: `forced`, or what its matcher allows (all, without one) and `added` tokens, without
+    those `excluded`."""
+
+    forced: int = ANY
+    matcher: Any = None
+    added: tuple[int, ...] = ()
+    excluded: Sequence[int] = ()
+
+
+class Guide:
+    """Steers one row. `matcher`: of its answer; `ends`: tokens that end a row."""
+
+    def __init__(self, reasoning: Reasoning | None, matcher: Any, ends: Sequence[int]):
+        self.reasoning, self.matcher, self._ends = reasoning, matcher, ends
+        self.error = ""
+
+    def want(self, num_tokens: int) -> Want | None:
+        """For the token after so many; None: it is free."""
+        thinking = self.reasoning
+        if thinking is not None and thinking.phase is Phase.INSIDE:
+            token = thinking.forced(num_tokens)
+            if token is not None:
+                return Want(token)
+            # A row that ended here would not be what it must be.
+            return None if self.matcher is None else Want(excluded=self._ends)
+        if self.matcher is None:
+            return None
+        may_think = thinking is not None and thinking.phase is Phase.BEFORE and thinking.start_token is not None
+        return Want(matcher=self.matcher, added=(thinking.start_token,) if may_think else ())  # type: ignore[union-attr,arg-type]
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """To be told after every new token: all of the row's."""
+        thinking = self.reasoning
+        if thinking is None or thinking.phase is Phase.AFTER:
+            self._consume(token_ids[-1])
+            return
+        before = thinking.phase is Phase.BEFORE
+        if before and self.matcher is not None and token_ids[-1] != thinking.start_token:
+            thinking.decline()
+            self._consume(token_ids[-1])
+        else:
+            thinking.add(token_ids)
+
+    def told(self, token_ids: Sequence[int]) -> bool:
+        """Whether it takes these tokens, which an earlier job generated, one after another."""
+        so_far: list[int] = []
+        for token_id in token_ids:
+            so_far.append(token_id)
+            self.add(so_far)
+        return not self.error
+
+    def _consume(self, token_id: int) -> None:
+        if self.matcher is not None and not self.matcher.consume_token(token_id):
+            self.fail()
+
+    def fail(self) -> None:
+        """The matcher has given up: it says why."""
+        said = one_line(self.matcher.get_error()).partition(" <state>")[0][:300]
+        self.error = f"structured_outputs: llguidance gave up: {said}"
+
+
+class Guides:
+    """Makes the guides of a run's rows. `sampling`: the run's, whose reasoning_markers are those of all rows."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, sampling: Sampling):
+        self.constraints = Constraints(tokenizer, vocab_size)
+        self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
+        self.steering = False  # whether any row so far may be masked
+        self._markers = Markers(sampling.markers, self._tokenizer) if sampling.markers and self._tokenizer else None
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises InputError for settings that cannot be honoured."""
+        if sampling.thinking_token_budget is not None and self._markers is None:
+            raise InputError(
+                "thinking_token_budget: the model has no markers of its thinking that Noria knows: give reasoning_markers"
+            )
+        if _asks(sampling):
+            self.constraints.matcher(sampling.structured_outputs or {})
+
+    def reasoning(self, sampling: Sampling, prompt_token_ids: Sequence[int], continued: bool) -> Reasoning | None:
+        """That of a row; None where nothing is kept apart."""
+        if self._markers is None:
+            return None
+        return Reasoning(self._markers, sampling, prompt_token_ids, self._markers.opened(prompt_token_ids, continued))
+
+    def guide(self, sampling: Sampling, reasoning: Reasoning | None) -> Guide | None:
+        """What steers a row; None where nothing does. Raises InputError."""
+        if reasoning is None and not _asks(sampling):
+            return None
+        self.steering |= steers(sampling)
+        matcher = self.constraints.matcher(sampling.structured_outputs or {}) if _asks(sampling) else None
+        ends: Iterable[int] = self._tokenizer.end_token_ids if self._tokenizer else ()
+        return Guide(reasoning, matcher, sorted({*ends, *(sampling.stop_token_ids or ())}))
+
+
+def _asks(sampling: Sampling) -> bool:
+    return bool(sampling.structured_outputs) and kind_of(sampling.structured_outputs or {}) is not None
+
+
+def steers(sampling: Sampling) -> bool:
+    """Whether the tokens of such a row may be masked."""
+    return _asks(sampling) or sampling.thinking_token_budget is not None
+
+
+class Making:
+    """Masks that a thread of its own makes, of samples of a step by their places in it."""
+
+    def __init__(self, wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int):
+        self._wants, self._constraints, self._vocab_size = wants, constraints, vocab_size
+        self._masks: Masks | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._make, daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        return self._masks is not None or self._failure is not None
+
+    def result(self) -> Masks:
+        """Waits for them. A row whose matcher gave up has no token left; its guide says why."""
+        self._thread.join()
+        if self._masks is None:
+            raise RuntimeError("masks could not be made") from self._failure
+        return self._masks
+
+    def _make(self) -> None:
+        try:
+            self._masks = made(self._wants, self._constraints, self._vocab_size)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for them raises it
+            self._failure = error
+
+
+def made(wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int) -> Masks:
+    """The masks of these samples."""
+    samples = sorted(wants)
+    forced = np.array([wants[sample][1].forced for sample in samples], np.int32)
+    masked = [wants[sample] for sample in samples if wants[sample][1].forced == ANY]
+    by_matcher = [(want.matcher, row) for row, (_, want) in enumerate(masked) if want.matcher is not None]
+    words = constraints.mask_width if by_matcher else -(-vocab_size // 32)
+    bits = np.full((len(masked), words), -1, np.int32)
+    if by_matcher:
+        constraints.executor.unsafe_compute_mask_ptr(by_matcher, bits.ctypes.data, 4 * words, len(masked))
+    packed = bits.view(np.uint8)
+    for row, (guide, want) in enumerate(masked):
+        if want.matcher is not None and want.matcher.is_error():
+            guide.fail()
+            packed[row] = 0
+            continue
+        for token_id in want.added:
+            packed[row, token_id // 8] |= 1 << token_id % 8
+        for token_id in want.excluded:
+            packed[row, token_id // 8] &= ~(1 << token_id % 8) & 255
+    return Masks(np.array(samples, np.int32), forced, packed)

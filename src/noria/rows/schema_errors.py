@@ -1,0 +1,78 @@
+"""Where in a JSON schema the keyword is that a compiler refuses: found by compiling its parts. Knows no compiler."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_MOST_TRIED = 400  # parts that are compiled
+_DEFINITIONS = ("$defs", "definitions")
+_OF_NAMES = ("properties", "patternProperties", "dependentSchemas", *_DEFINITIONS)  # schemas by name
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SCHEMAS = (
+    "additionalProperties",
+    "additionalItems",
+    "items",
+    "contains",
+    "not",
+    "if",
+    "then",
+    "else",
+    "propertyNames",
+)
+
+Place = tuple[str, ...]
+
+
+def place_of(schema: Any, error_of: Callable[[Any], str]) -> str:
+    """The place, `#/properties/a/not`, of the keyword without which the innermost wrong part has another error.
+
+    `error_of(schema)` says what is wrong with one, "" for nothing. Definitions go along with each part.
+    """
+    tries = _Tries(schema, error_of)
+    where, part = _innermost((), schema, tries)
+    named = tries.error(part)
+    if isinstance(part, dict):
+        others = ({name: part[name] for name in part if name != one} for one in part)
+        for one, without in zip(part, others, strict=True):
+            if one not in _DEFINITIONS and tries.error(without) != named:
+                return _written((*where, one))
+    return _written(where)
+
+
+class _Tries:
+    """Errors of parts of a schema, as often as that may be asked."""
+
+    def __init__(self, schema: Any, error_of: Callable[[Any], str]):
+        self._error_of, self._left = error_of, _MOST_TRIED
+        self._definitions = {name: schema[name] for name in _DEFINITIONS if isinstance(schema, dict) and name in schema}
+
+    def error(self, part: Any) -> str:
+        self._left -= 1
+        if self._left < 0:
+            return ""
+        return self._error_of(self._definitions | part if isinstance(part, dict) else part)
+
+
+def _innermost(where: Place, schema: Any, tries: _Tries) -> tuple[Place, Any]:
+    """The deepest part that is wrong by itself."""
+    for place, part in _parts(schema):
+        if tries.error(part):
+            return _innermost((*where, *place), part, tries)
+    return where, schema
+
+
+def _parts(schema: Any) -> Iterator[tuple[Place, Any]]:
+    """The schemas right inside one, with where they are."""
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        if name in _OF_NAMES and isinstance(value, dict):
+            yield from (((name, key), one) for key, one in value.items())
+        elif name in _LISTS and isinstance(value, list):
+            yield from (((name, str(place)), one) for place, one in enumerate(value))
+        elif name in _SCHEMAS and isinstance(value, dict):
+            yield (name,), value
+
+
+def _written(where: Place) -> str:
+    """A JSON pointer (RFC 6901)."""
+    return "/".join(["#", *(name.replace("~", "~0").replace("/", "~1") for name in where)])[:200]
