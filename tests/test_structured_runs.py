@@ -41,7 +41,7 @@ REGEX = ["".join(parts) + "!" for parts in itertools.product(["ab", "cd"], repea
 CASES = [
     ({"choice": WORDS}, WORDS, {}),
     ({"choice": WORDS}, WORDS, {"temperature": 1.3, "n": 4, "logprobs": 2}),
-    ({"regex": "(ab|cd){3}!"}, REGEX, {"temperature": 0.9, "n": 3, "top_k": 5, "repetition_penalty": 1.4}),
+    ({"regex": "(ab|cd){3}!"}, REGEX, {"temperature": 9.0, "n": 3, "top_k": 5, "repetition_penalty": 1.4}),
     ({"json": OBJECT, "disable_any_whitespace": True}, OBJECTS, {"temperature": 1.0, "n": 2, "logprobs": 0}),
     ({"json": json.dumps({"enum": [7, 23, 45.5]})}, ["7", "23", "45.5"], {"logit_bias": {"77": 3.5}, "n": 1}),
     ({"grammar": 'root ::= "yes" | "no" " " "never"'}, ["yes", "no never"], {"temperature": 1.1, "top_p": 0.8}),

@@ -24,7 +24,7 @@ _NAME = "sampling.structured_outputs"
 
 def kind_of(value: Mapping[str, Any]) -> str | None:
     """Which of KINDS a checked value of structured_outputs has; None: it asks for nothing."""
-    return next((kind for kind in KINDS if value.get(kind) not in (None, False)), None)
+    return next(iter(_kinds(value)), None)
 
 
 def is_compact(value: Mapping[str, Any]) -> bool:
@@ -40,7 +40,7 @@ def check_structured(value: Mapping[str, Any]) -> None:
             continue
         why = "is not in Noria" if name in _THEIRS else f"is not one of its keys, {', '.join(KINDS)}"
         raise InputError(f"{_NAME} has {str(name)[:40]!r}, which {why}: take it out")
-    given = [kind for kind in KINDS if value.get(kind) is not None and value[kind] is not False]
+    given = _kinds(value)
     require(len(given) <= 1, f"{_NAME} has {' and '.join(given)}: a row has one constraint, give one of them")
     compact = value.get(_COMPACT)
     require(compact in (None, True, False), f"{_NAME}.{_COMPACT} is {str(compact)[:40]}: it must be true or false")
@@ -83,6 +83,11 @@ def schema_of(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{_NAME}.json is a text that is not JSON: {str(error)[:100]}") from error
+
+
+def _kinds(value: Mapping[str, Any]) -> list[str]:
+    """False asks for nothing, but for a schema, which no text fits then."""
+    return [kind for kind in KINDS if value.get(kind) is not None and (kind == "json" or value[kind] is not False)]
 
 
 def _check_kind(kind: str, value: Any) -> None:

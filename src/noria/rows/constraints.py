@@ -90,6 +90,7 @@ class Constraints:
         blanks = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _BLANKS}
 
         def made(part: Any) -> Any:
+            part = ({} if part else {"enum": []}) if isinstance(part, bool) else part  # options go into an object
             return self._of_grammar(lambda: compile(json.dumps(part), defaults=blanks))
 
         found = made(schema)
