@@ -10,11 +10,12 @@ def cut(
     least: int,
     pages: Sequence[int] | None = None,
     most_pages: int = 0,
+    most_rows: int = 0,
 ) -> list[int]:
     """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
 
-    With `pages`, of each row, a microbatch has at most `most_pages` too. At least `least` microbatches where there are as
-    many rows; a row is never cut.
+    With `pages`, of each row, a microbatch has at most `most_pages` too, and `most_rows` rows (0: any number). At least
+    `least` microbatches where there are as many rows; a row is never cut.
     """
     if not counts:
         return [0]
@@ -23,7 +24,7 @@ def cut(
     for row, count in enumerate(counts):
         rows_left, cuts_left = len(counts) - row, least - len(borders)
         own = pages[row] if pages else 0
-        full = tokens + count > target or held + own > most_pages
+        full = tokens + count > target or held + own > most_pages or 0 < most_rows <= row - borders[-1]
         if row > borders[-1] and (full or rows_left <= cuts_left):
             borders.append(row)
             tokens, held = 0, 0

@@ -295,4 +295,6 @@ def _capacity(plan: Plan, shape: ModelShape) -> Capacity:
         tuple(plan.pools[tier]["pages"] for tier in TIERS),
         plan.cache_slot_pages,
         shape.end_words,
+        tuple(plan.pools[tier]["states"] for tier in TIERS),
+        plan.state_rows,
     )

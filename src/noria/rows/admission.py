@@ -217,6 +217,8 @@ class Admission:
     def _take_chunk(self, sequence: Sequence, budget: int) -> int:
         """How many of its tokens a sequence computes in this step; those of its prompt are counted."""
         count = min(sequence.num_tokens - sequence.cached, budget, self._capacity.microbatch_tokens)
+        if border := sequence.to_border:
+            count = min(count, border)
         left = len(sequence.prompt_token_ids) - sequence.cached
         alone = left - count == 1 and not sequence.token_ids  # the last one, which the next step takes as a decoded row
         self.counted.prompt_tokens += max(0, min(count, left)) + alone

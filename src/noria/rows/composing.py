@@ -22,6 +22,9 @@ class Cuts(Protocol):
     @property
     def slot_pages(self) -> int: ...
 
+    @property
+    def state_rows(self) -> int: ...
+
 
 def compose(
     round: int,
@@ -33,13 +36,15 @@ def compose(
 ) -> Step:
     """The step in which each of these sequences advances by so many tokens; counts them as cached.
 
-    limits.microbatch_tokens and limits.microbatches say how it is cut.
+    limits.microbatch_tokens and limits.microbatches say how it is cut, limits.state_rows whether rows have states.
     """
     token_ids: list[int] = []
     positions: list[int] = []
     sampled: list[tuple[int, Sequence]] = []
     score_rows: list[int] = []
     score_ids: list[int] = []
+    counts = [count for _, count in rows]
+    states = [sequence.states(count) for sequence, count in rows] if limits.state_rows else []
     for sequence, count in rows:
         positions.append(sequence.cached)
         if sequence.scores:
@@ -50,7 +55,6 @@ def compose(
         sequence.cached += count
         if sequence.cached == sequence.num_tokens and sequence.sampling.max_new_tokens:
             sampled.append((len(token_ids) - 1, sequence))
-    counts = [count for _, count in rows]
     return Step(
         round,
         group,
@@ -67,6 +71,9 @@ def compose(
         np.array([sequence.uniform() for _, sequence in sampled], np.float64),
         np.array(score_rows, np.int32),
         np.array(score_ids, np.int32),
+        reads=np.array([reads for reads, _ in states], np.int32),
+        writes=np.array([writes for _, writes in states], np.int32),
+        kept=np.array(counts if states else [], np.int32),
     )
 
 
@@ -78,8 +85,8 @@ def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits: Cut
         first, *_ = members = list(group)
         pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members] if tier else None
         its = [counts[row] for row in members]
+        most = limits.slot_pages, limits.state_rows
         borders += [
-            first + border
-            for border in cut(its, limits.microbatch_tokens, limits.microbatches, pages, limits.slot_pages)[1:]
+            first + border for border in cut(its, limits.microbatch_tokens, limits.microbatches, pages, *most)[1:]
         ]
     return borders

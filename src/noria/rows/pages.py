@@ -1,7 +1,6 @@
-"""Which pages of the KV cache are free, and how many sequences hold each of the others.
+"""Which pages of the KV cache are free, and how many sequences hold each of the others; the same of states.
 
-Page ids are global: rank 0 gives them out, and they mean the same on all ranks and layers. Knows neither tensors nor
-sequences.
+Ids are global: rank 0 gives them out, and they mean the same on all ranks and layers. Knows neither tensors nor sequences.
 """
 
 from bisect import bisect_left, insort
@@ -13,7 +12,7 @@ from noria.step import Run
 
 
 class Pages:
-    """`num_pages` reference-counted pages from page `first` on, of which `num_free` are free.
+    """`num_pages` reference-counted pages from page `first` on, of which `num_free` are free. A pool of states is one too.
 
     Free runs are maximal (two are never neighbours) and kept three ways: by size for the search, by start and by end
     for merging. A reservation takes the smallest free run that holds it (best fit, lowest start): long ones stay whole.

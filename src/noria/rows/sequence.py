@@ -15,7 +15,7 @@ from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
 from noria.rows.reasoning import AnswerStops
 from noria.sampling import Sampling
-from noria.step import PAGE_TOKENS, Run
+from noria.step import NO_STATE, PAGE_TOKENS, Run
 
 _DEFAULT = Sampling().override({})
 
@@ -43,6 +43,8 @@ class Sequence:
     slot: int = -1
     runs: tuple[Run, ...] = ()
     num_own_pages: int = 0
+    state: int = NO_STATE  # its own, where the family has arrays per sequence
+    reads: int = NO_STATE  # what its next step begins from
     tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
     samples: "Samples | None" = None
     logprobs: list[float] = field(default_factory=list)
@@ -62,6 +64,21 @@ class Sequence:
     def scores(self) -> bool:
         """The prompt's log-probabilities are this sequence's to fetch: once for all samples of a prompt."""
         return self.prompt_logprobs is not None and (self.samples is None or self.samples.leader is self)
+
+    @property
+    def to_border(self) -> int:
+        """Tokens up to the end of what it computes for other samples too, where it leaves a state for them; 0: no more."""
+        if self.samples is None or self.samples.leader is not self or self.samples.state == NO_STATE:
+            return 0
+        return max(sum(run.count for run in self.samples.shared) * PAGE_TOKENS - self.cached, 0)
+
+    def states(self, count: int) -> tuple[int, int]:
+        """The states that its next step reads and writes, which computes `count` tokens; the one after reads what it wrote."""
+        reads, writes = self.reads, self.state
+        if self.samples is not None and count == self.to_border:
+            writes = self.samples.state
+        self.reads = writes
+        return reads, writes
 
     def pending(self, count: int) -> list[int]:
         """The next `count` token ids that are not in the cache yet."""
@@ -83,17 +100,24 @@ class Samples:
     """The samples of one prompt. The leader computes it; the others wait until it has, and share its whole pages.
 
     The page that the prompt fills in part is not shared: what it holds, a token at least, each sample computes anew.
-    `shared` are held by all of them together as long as one waits.
+    `shared` are held by all of them together as long as one waits; so is `state`, which the leader leaves at their end,
+    where the family has arrays per sequence: all begin from it, and nobody writes it again.
     """
 
     leader: Sequence
     waiting: list[Sequence]
     shared: tuple[Run, ...] = ()
+    state: int = NO_STATE
+
+
+def num_whole_pages(sequence: Sequence) -> int:
+    """How many pages the prompt fills, without the one that holds its last token."""
+    return (len(sequence.prompt_token_ids) - 1) // PAGE_TOKENS
 
 
 def whole_pages(sequence: Sequence) -> tuple[Run, ...]:
     """The pages that the prompt fills, without the one that holds its last token."""
-    count, runs = (len(sequence.prompt_token_ids) - 1) // PAGE_TOKENS, []
+    count, runs = num_whole_pages(sequence), []
     for run in sequence.runs:
         if count:
             runs.append(Run(run.start, min(run.count, count)))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from noria.rows.pages import Pages
-from noria.rows.sequence import Samples, Sequence, whole_pages
+from noria.rows.sequence import Samples, Sequence, num_whole_pages, whole_pages
 from noria.rows.waiting import num_pages, num_pages_soon
-from noria.step import PAGE_TOKENS
+from noria.step import NO_STATE, PAGE_TOKENS, Run
 
 # A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
 # tier than this is free, the first in line waits for a run that holds its prompt and the first half of what it may
@@ -20,7 +20,8 @@ class Capacity:
     """What admission may fill: see plan.planner, which chooses these numbers.
 
     `tier_pages`: how many of the pages each tier has, the device's first (empty: all are the device's). A sequence has its
-    pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has.
+    pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has. tier_states: the states of each
+    tier, where the family has arrays per sequence; then a microbatch has at most `state_rows` rows (else 0).
     """
 
     groups: int
@@ -33,6 +34,8 @@ class Capacity:
     tier_pages: tuple[int, ...] = ()
     slot_pages: int = 0
     end_words: str = ""
+    tier_states: tuple[int, ...] = ()
+    state_rows: int = 0
 
     @property
     def tiers(self) -> tuple[int, ...]:
@@ -46,18 +49,19 @@ class Capacity:
 
 
 class Slots:
-    """The sequences in flight by group and slot, and the pages of each tier.
+    """The sequences in flight by group and slot, and the pages and states of each tier.
 
-    active: of each group, its sequences by slot; pages: of each tier.
+    active: of each group, its sequences by slot; pages, states: of each tier.
     """
 
     def __init__(self, capacity: Capacity):
         self._capacity = capacity
-        firsts = accumulate(capacity.tiers, initial=0)
-        self.pages = [Pages(count, first) for count, first in zip(capacity.tiers, firsts, strict=False)]
+        self.pages = _pools(capacity.tiers)
+        self.states = _pools(capacity.tier_states)
         self.active: list[dict[int, Sequence]] = [{} for _ in range(capacity.groups)]
         self._free = [deque(_slots_of(group, capacity.step_tokens)) for group in range(capacity.groups)]
         self._pages_of_group = [[0] * len(self.pages) for _ in range(capacity.groups)]
+        self._states_of_group = [[0] * len(self.states) for _ in range(capacity.groups)]
         self._released: list[list[int]] = [[] for _ in range(capacity.groups)]
 
     @property
@@ -78,20 +82,49 @@ class Slots:
         num_shared = sum(run.count for run in shared)
         count, soon = num_pages(sequence, limit) - num_shared, num_pages_soon(sequence, limit) - num_shared
         tiers = range(len(self.pages)) if leader is sequence else [leader.tier]
-        tier = next((tier for tier in tiers if self._has_room(group, tier, count, soon, num_shared)), None)
+        states = self._num_states(sequence)
+        needed = count, soon, num_shared, states
+        tier = next((tier for tier in tiers if self._has_room(group, tier, *needed)), None)
         if tier is None or (runs := self.pages[tier].reserve(count)) is None:
             return False
         self.pages[tier].share(shared)
+        if states:
+            self._take_states(group, tier, sequence, states)
         sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].popleft(), count, tier
         sequence.runs, sequence.cached = (*shared, *runs), num_shared * PAGE_TOKENS
         self._pages_of_group[group][tier] += count
         active[sequence.slot] = sequence
         return True
 
-    def _has_room(self, group: int, tier: int, count: int, soon: int, num_shared: int) -> bool:
-        """Whether a sequence of this group may take `count` pages of a tier, of which it fills `soon` first: the group's equal
-        share, or all if it is empty."""
+    def _num_states(self, sequence: Sequence) -> int:
+        """States that a sequence takes: its own, and as leader that of a beginning which it shares."""
+        if not self._capacity.state_rows:
+            return 0
+        samples = sequence.samples
+        return 2 if samples is not None and samples.leader is sequence and num_whole_pages(sequence) else 1
+
+    def _has_states(self, group: int, tier: int, count: int) -> bool:
+        """The same for states alone."""
+        states, own = self.states[tier], self._states_of_group[group][tier]
+        fair = not self.active[group] or own + count <= max(states.num_pages // self._capacity.groups, 1)
+        return fair and count <= states.num_free
+
+    def _take_states(self, group: int, tier: int, sequence: Sequence, count: int) -> None:
+        """Gives a sequence its state; one that begins with others' pages reads what their leader left, a leader gets that."""
+        runs, samples = self.states[tier].reserve(count) or (), sequence.samples
+        sequence.state, *shared = [id for run in runs for id in range(run.start, run.start + run.count)]
+        self._states_of_group[group][tier] += 1
+        if samples is not None and samples.leader is sequence:
+            samples.state = shared[0] if shared else NO_STATE
+        elif samples is not None:
+            sequence.reads = samples.state
+
+    def _has_room(self, group: int, tier: int, count: int, soon: int, num_shared: int, states: int) -> bool:
+        """Whether a sequence of this group may take `count` pages of a tier, of which it fills `soon` first, and its states: the
+        group's equal share, or all if it is empty."""
         pages = self.pages[tier]
+        if states and not self._has_states(group, tier, states):
+            return False
         if tier and count + num_shared > self._capacity.slot_pages:
             return False
         share = max(pages.num_pages // self._capacity.groups, 1)
@@ -116,12 +149,18 @@ class Slots:
         elif not samples.waiting:
             self.pages[sequence.tier].release(samples.shared)
             samples.shared = ()
+            if samples.state != NO_STATE:  # read in the step that is being composed, before any row writes it
+                self.states[sequence.tier].release((Run(samples.state, 1),))
+                samples.state = NO_STATE
 
     def leave(self, group: int, sequence: Sequence) -> None:
         """The sequence gives back its slot and its pages."""
         del self.active[group][sequence.slot]
         self.pages[sequence.tier].release(sequence.runs)
         self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
+        if sequence.state != NO_STATE:
+            self.states[sequence.tier].release((Run(sequence.state, 1),))
+            self._states_of_group[group][sequence.tier] -= 1
         self._released[group].append(sequence.slot)
         self._free[group].append(sequence.slot)
 
@@ -129,6 +168,11 @@ class Slots:
         """The slots that sequences of the group left since this was asked last."""
         slots, self._released[group] = tuple(self._released[group]), []
         return slots
+
+
+def _pools(counts: tuple[int, ...]) -> list[Pages]:
+    """Of each tier its ids, which go on from one tier to the next."""
+    return [Pages(count, first) for count, first in zip(counts, accumulate(counts, initial=0), strict=False)]
 
 
 def _slots_of(group: int, per_group: int) -> range:
