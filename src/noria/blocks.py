@@ -1,4 +1,4 @@
-"""What a model looks like as bytes: its parameters, their pieces and fields, and the layout of its layer blocks.
+"""What a model looks like as bytes: its parameters, and the layout of its layer blocks.
 
 A block (`embed`, `layers/0007`, `head`) is one contiguous run of bytes, the same on disk, in CPU memory and on the GPU.
 This file knows no torch, no file and no rank.
@@ -10,74 +10,10 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from noria.pieces import PLAIN, Encoded, Field, Matrix, Piece, Wanted
+
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
-FIELD_ALIGNMENT = 16  # of the fields of an encoded piece: a view in any dtype may begin there
 DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # what numbers are computed in
-FIELD_NBYTES = DTYPE_NBYTES | {"int32": 4, "int8": 1, "uint8": 1}  # what they are stored in
-PLAIN = "plain"  # the encoding that stores numbers as they are
-
-
-@dataclass(frozen=True)
-class Field:
-    """An array of a piece, `offset` bytes from the start of the piece on."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * FIELD_NBYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Numbers [outputs, inputs] (or a vector) in a piece, which are encoded by themselves; `transposed`: stored [inputs,
-    outputs]. Those of one name lie one after another along the outputs of one computed tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What each piece of a parameter is: the matrices in it, and the fields that hold them."""
-
-    nbytes: int
-    fields: tuple[Field, ...]
-    matrices: tuple[Matrix, ...]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a family says of a parameter where its shape alone does not say it.
-
-    dtype: the parameter's own, where it needs more precision than the model has. matrices: what a piece consists of.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str | None = None
-    matrices: tuple[Matrix, ...] = ()
-
-    @property
-    def pieces_first(self) -> bool:
-        """Whether the first dimension counts pieces: of three dimensions it does (experts)."""
-        return len(self.shape) == 3
-
-    @property
-    def pieces(self) -> int:
-        return self.shape[0] if self.pieces_first else 1
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """How a parameter is stored that is not plain: the encoding (a file of encodings/), its settings, and each piece."""
-
-    encoding: str
-    settings: Mapping[str, Any]
-    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -176,9 +112,19 @@ class Block:
         return tuple(parameter for parameter in self.parameters if not parameter.plain)
 
     @cached_property
+    def decoded(self) -> tuple[Field, ...]:
+        """The tensors that its encoded parameters are computed as, in the buffer that they are decoded into."""
+        found: list[Field] = []
+        for parameter in self.encoded:
+            for name, shape in parameter.computed.items():
+                offset = round_up(found[-1].offset + found[-1].nbytes) if found else 0
+                found.append(Field(name, shape, parameter.dtype, offset))
+        return tuple(found)
+
+    @property
     def decoded_nbytes(self) -> int:
-        """Bytes of the buffer that its encoded parameters are decoded into."""
-        return sum(round_up(parameter.computed_nbytes) for parameter in self.encoded)
+        """Bytes of that buffer."""
+        return round_up(self.decoded[-1].offset + self.decoded[-1].nbytes) if self.decoded else 0
 
     @cached_property
     def decoding_nbytes(self) -> int:
@@ -251,10 +197,13 @@ def lay_out(
 
 
 def _plain(wanted: Wanted, dtype: str) -> Encoded:
-    """Numbers as they are computed: one field, with the matrices one after another."""
-    shape = wanted.shape[1:] if wanted.pieces_first else wanted.shape
-    numbers = Field("numbers", shape, dtype)
-    return Encoded(PLAIN, {}, Piece(numbers.nbytes, (numbers,), wanted.matrices or (Matrix("", shape),)))
+    """Numbers as they are computed, the matrices one after another without gaps."""
+    matrices = wanted.matrices or (Matrix("", wanted.shape[1:] if wanted.pieces_first else wanted.shape),)
+    fields: list[Field] = []
+    for number, matrix in enumerate(matrices):
+        name = f"{number}.numbers" if len(matrices) > 1 else "numbers"
+        fields.append(Field(name, matrix.stored, dtype, sum(field.nbytes for field in fields)))
+    return Encoded(PLAIN, {}, Piece(sum(field.nbytes for field in fields), tuple(fields), matrices))
 
 
 def dtype_of(blocks: Iterable[Block]) -> str:

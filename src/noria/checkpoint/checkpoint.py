@@ -14,9 +14,11 @@ import h5py
 import xxhash
 
 from noria import models
-from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, Parameter, lay_out, layer_name
+from noria.blocks import ALIGNMENT, DTYPE_NBYTES, Block, lay_out, layer_name
+from noria.checkpoint.forms import form_words, read_forms, stored_as
 from noria.errors import InputError
 from noria.model import MORE_TEMPLATES, ModelShape
+from noria.pieces import Encoded
 from noria.tools.container import (
     Extent,
     LinkedFiles,
@@ -77,26 +79,17 @@ def block_names(shape: ModelShape) -> Iterator[str]:
     yield "head"
 
 
-def model_block(family: ModuleType, shape: ModelShape, name: str, dtype: str) -> Block:
-    """The layout of one block in `dtype`."""
+def model_block(
+    family: ModuleType, shape: ModelShape, name: str, dtype: str, encoded: Mapping[str, Encoded] | None = None
+) -> Block:
+    """The layout of one block in `dtype`; `encoded`: its parameters that are not plain."""
     if name == "embed":
-        return lay_out(name, family.embed_parameters(shape), dtype)
-    if name == "head":
-        return lay_out(name, family.head_parameters(shape), dtype)
-    return lay_out(name, family.layer_parameters(shape, int(name.rpartition("/")[2])), dtype)
-
-
-def version_of(blocks: Mapping[str, Block], dtype: str) -> int:
-    """The version of the format that a checkpoint of these blocks needs: 1 if all is plain and of one dtype."""
-    parameters = [parameter for block in blocks.values() for parameter in block.parameters]
-    return 1 if all(parameter.plain and parameter.dtype == dtype for parameter in parameters) else VERSION
-
-
-def stored_as(parameter: Parameter) -> tuple[str, tuple[int, ...]]:
-    """The type and the shape of a parameter's dataset."""
-    if parameter.plain:
-        return parameter.dtype, parameter.shape
-    return "uint8", (parameter.pieces, parameter.piece.nbytes)
+        shapes = family.embed_parameters(shape)
+    elif name == "head":
+        shapes = family.head_parameters(shape)
+    else:
+        shapes = family.layer_parameters(shape, int(name.rpartition("/")[2]))
+    return lay_out(name, shapes, dtype, encoded)
 
 
 class Checkpoint:
@@ -147,10 +140,14 @@ class Checkpoint:
         if held != self.shape.num_layers:
             raise InputError(f"{self.path} holds {held} layers, its config says {self.shape.num_layers}")
         self.blocks: dict[str, Block] = {}
+        self._forms: dict[str, str] = {}  # what the file says of its encoded parameters
         self._extents: dict[str, Extent] = {}
         self._checksums: dict[str, str] = {}
         for name in block_names(self.shape):
-            block = self.blocks[name] = model_block(module, self.shape, name, self.dtype)
+            plain = model_block(module, self.shape, name, self.dtype)
+            encoded = read_forms(self._files, plain, self.shape.tied, self.dtype) if self.version > 1 else {}
+            self._forms |= {f"{name}/{parameter}": form_words(form) for parameter, form in encoded.items()}
+            block = self.blocks[name] = model_block(module, self.shape, name, self.dtype, encoded) if encoded else plain
             self._extents[name] = self._block_extent(block)
             self._checksums[name] = text_attribute(self._files.find(name), CHECKSUM, self.path)
 
@@ -185,7 +182,7 @@ class Checkpoint:
     def _hash(self, texts: dict[str, str]) -> str:
         digest = xxhash.xxh3_128()
         contents = [FORMAT, str(self.version), self.family, self.dtype, *texts.values()]
-        contents += [word for pair in self._checksums.items() for word in pair]
+        contents += [word for pair in (*self._forms.items(), *self._checksums.items()) for word in pair]
         for content in [text.encode() for text in contents] + [
             part for pair in self.tokenizer.items() for part in pair
         ]:

@@ -16,6 +16,7 @@ import torch
 
 from noria.blocks import Block, Parameter
 from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_block, model_shape, open_checkpoint
+from noria.checkpoint.encoding import Forms, PieceEncoder
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.sources import Plan, check_tied, left_over, plan_of, shared
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
@@ -50,22 +51,26 @@ def convert(
     dtype: str = "auto",
     progress: Progress | None = None,
     overwrite: bool = False,
+    forms: Forms | None = None,
 ) -> Converted:
     """Converts the model in directory `source` into the checkpoint `target`.
 
-    dtype auto is the source's own. Raises InputError for anything about the source or the target that is not right,
-    before the target is touched, and while another process makes it; the target appears whole or not at all.
+    dtype auto is the source's own. `forms`: the parameters that are not stored plain, by name. Raises InputError for
+    anything about the source or the target that is not right, before the target is touched, and while another process
+    makes it; the target appears whole or not at all.
     """
     target = Path(target)
     notes: list[str] = []
     _check_target(target, overwrite)
     holder = {"job": "", "what": "noria convert", "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(target, holder, notes.append):
-        made = _convert(source, target, dtype, progress, overwrite)
+        made = _convert(source, target, dtype, progress, overwrite, forms or {})
     return replace(made, notes=notes + made.notes)
 
 
-def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool) -> Converted:
+def _convert(
+    source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool, forms: Forms
+) -> Converted:
     _check_target(target, overwrite)  # again: the holder before may have made it
     directory = Directory(source)
     before = looks_of(directory.path / name for name in os.listdir(directory.path))
@@ -79,12 +84,14 @@ def _convert(source: str | Path, target: Path, dtype: str, progress: Progress | 
     check_tied(plan, tensors, shape)
     dtype, notes = _choose_dtype(family, shape, plan, dtype)
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
+    encoder = PieceEncoder(plan, forms, shape.tied, reader := Reader())
+    blocks = {name: encoder.lay_out(block, dtype) for name, block in blocks.items()}
     header = Header(
         shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer()
     )
     _check_space(target, file_nbytes(blocks, header))
     notes += left_over(plan, tensors, shape) + _tokenizer_notes(header)
-    source_of = _ParameterBytes(plan, sum(block.nbytes for block in blocks.values()), progress)
+    source_of = _ParameterBytes(plan, encoder, reader, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
     with making(target, remedy), replacing(target, overwrite) as temporary:
         write_checkpoint(temporary, header, blocks, shared(plan), source_of.chunks)
@@ -149,12 +156,20 @@ def _tokenizer_notes(header: Header) -> list[str]:
 class _ParameterBytes:
     """Gives the bytes of each parameter to the writer, cast, and tells how far it is."""
 
-    def __init__(self, plan: Plan, total: int, progress: Progress | None):
-        self._plan, self._total, self._progress = plan, total, progress
-        self._reader, self._buffer = Reader(), torch.empty(CHUNK_NBYTES // 2, dtype=torch.float64)
+    def __init__(self, plan: Plan, encoder: PieceEncoder, reader: Reader, total: int, progress: Progress | None):
+        self._plan, self._encoder, self._reader = plan, encoder, reader
+        self._total, self._progress = total, progress
+        self._buffer = torch.empty(CHUNK_NBYTES // 2, dtype=torch.float64)
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
+        for chunk in self._plain(block, parameter) if parameter.plain else self._encoder.chunks(block, parameter):
+            yield chunk
+            self._done += chunk.nbytes
+            if self._progress:
+                self._progress(block.name, self._done, self._total)
+
+    def _plain(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
         dtype = getattr(torch, parameter.dtype)
         buffer = self._buffer.view(dtype)
         for source in self._plan[block.name, parameter.name]:
@@ -163,9 +178,6 @@ class _ParameterBytes:
                 cast = chunk if chunk.dtype == dtype else buffer[: len(chunk)].copy_(chunk)
                 _check_range(chunk, cast, tensor)
                 yield cast.view(torch.uint8).numpy().data
-                self._done += cast.nbytes
-                if self._progress:
-                    self._progress(block.name, self._done, self._total)
 
 
 def _check_range(chunk: torch.Tensor, cast: torch.Tensor, tensor: Tensor) -> None:

@@ -16,7 +16,8 @@ import xxhash
 from h5py import h5a, h5d, h5p, h5s
 
 from noria.blocks import ALIGNMENT, Block, Parameter, round_up
-from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, stored_as, version_of
+from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
+from noria.checkpoint.forms import stored_as, write_form
 from noria.errors import InputError
 from noria.tools import atomic
 from noria.tools.container import hdf5_type
@@ -98,6 +99,12 @@ def _order(blocks: Mapping[str, Block], shared: str | None) -> dict[Place, tuple
     return dict.fromkeys(embed + layers + head, none)
 
 
+def _version(blocks: Mapping[str, Block], dtype: str) -> int:
+    """The version of the format that a checkpoint of these blocks needs: 1 if all is plain and of one dtype."""
+    parameters = [parameter for block in blocks.values() for parameter in block.parameters]
+    return 1 if all(parameter.plain and parameter.dtype == dtype for parameter in parameters) else VERSION
+
+
 def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapping[Place, tuple[Place, ...]]) -> None:
     # alignment: every object of the file starts on a page of its own, which leaves the data of one block without gaps;
     # v108: the oldest format with checksums in its metadata, and without a mark that a killed writer leaves behind
@@ -106,7 +113,7 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
     with _guarded(path, "w", libver=libver, **how) as file:
         file.attrs.update(
             format=FORMAT,
-            version=version_of(blocks, header.dtype),
+            version=_version(blocks, header.dtype),
             family=header.family,
             dtype=header.dtype,
             source=header.source,
@@ -118,6 +125,8 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
         for (folder, name), others in order.items():
             parameter = next(parameter for parameter in blocks[folder].parameters if parameter.name == name)
             datasets.append(_create_dataset(file[folder], name, *stored_as(parameter)))
+            if not parameter.plain:
+                write_form(file[folder][name], parameter)
             for other in others:
                 file["/".join(other)] = file[folder][name]
         # space is given at the first write: in this order, with nothing between

@@ -11,7 +11,7 @@ import torch
 
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, copied_regions
-from noria.engine.parameters import TORCH_DTYPES, Parameters, stored, views
+from noria.engine.parameters import TORCH_DTYPES, Parameters, Undecoded, place, stored, views
 from noria.engine.weights import Home
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
@@ -24,10 +24,10 @@ from noria.tools.pinned import HostMemory
 
 @dataclass(frozen=True)
 class Placed:
-    """A rank's blocks where its plan has them, as Weights takes them: parameters that stay, the homes of the others, and the
-    tiers to be closed besides the homes' own."""
+    """A rank's blocks where its plan has them, as Weights takes them: those that stay, the homes of the others, and the tiers to
+    be closed besides the homes' own."""
 
-    resident: Mapping[str, Parameters]
+    resident: Mapping[str, Parameters | Undecoded]
     homes: Mapping[str, Home]
     tiers: tuple[Tier, ...] = ()
 
@@ -49,7 +49,7 @@ class Loader:
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
         self._dtype = dtype
         self._targets = {name: checkpoint.blocks[name].cast(dtype) for name in tiers}
-        self._resident: dict[str, Parameters] = {}
+        self._resident: dict[str, Parameters | Undecoded] = {}
         self._homes: dict[str, Home] = {}
         self._regions: dict[str, torch.Tensor] = {}
 
@@ -96,22 +96,27 @@ class Loader:
         shared = {"embed"} if self._checkpoint.shape.tied and self._tiers.get("head") == "gpu" else set()
         names = {name for name, tier in self._tiers.items() if tier == "gpu" and not self._is_cast(name)} - shared
         found = {name: HostMemory(self._targets[name].nbytes).memory for name in names}
-        self._resident |= {name: views(memory, self._targets[name]) for name, memory in found.items()}
+        self._resident |= {name: place(memory, self._targets[name]) for name, memory in found.items()}
         return found
 
     def _put_on_device(self, name: str, host: torch.Tensor) -> None:
         """A block that stays on the device. A tied embedding has no table of its own beside the head's."""
-        head = self._resident.get("head") if name == "embed" and self._checkpoint.shape.tied else None
-        if head is None:
+        table = self._table_of_the_head() if name == "embed" and self._checkpoint.shape.tied else None
+        if table is None:
             buffer = torch.empty(self._targets[name].nbytes, dtype=torch.uint8, device=self._streams.device)
             self._cast(name, host, buffer)
-            self._resident[name] = views(buffer, self._targets[name])
+            self._resident[name] = place(buffer, self._targets[name])
             return
         own = {key: value for key, value in views(host, self._checkpoint.blocks[name]).items() if key != "tokens"}
         dtypes = {parameter.name: TORCH_DTYPES[parameter.dtype] for parameter in self._targets[name].parameters}
         device = self._streams.device
-        self._resident[name] = {key: value.to(device, dtypes[key], copy=True) for key, value in own.items()}
-        self._resident[name]["tokens"] = head["lm_head"]
+        held = {key: value.to(device, dtypes[key], copy=True) for key, value in own.items()}
+        self._resident[name] = held | {"tokens": table}
+
+    def _table_of_the_head(self) -> torch.Tensor | None:
+        """The head's matrix, if it is on the device."""
+        head = self._resident.get("head")
+        return (views(head.buffer, head.block) if isinstance(head, Undecoded) else head or {}).get("lm_head")
 
     def _is_cast(self, name: str) -> bool:
         return self._checkpoint.blocks[name].changes(self._dtype)

@@ -3,8 +3,11 @@
 Knows layouts and encodings, nothing of tiers or steps.
 """
 
+from dataclasses import dataclass
+
 import torch
 
+from noria import encodings
 from noria.blocks import Block, Parameter
 
 TORCH_DTYPES = {
@@ -14,6 +17,30 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 Parameters = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Undecoded:
+    """A block in memory some of whose parameters are decoded before each use: its layout and its bytes."""
+
+    block: Block
+    buffer: torch.Tensor
+
+
+class Decoder:
+    """The memory into which the encoded parameters of one block at a time are decoded, on the compute stream."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._name: str | None = None
+        self._decoded: Parameters = {}
+
+    def parameters(self, name: str, held: Undecoded) -> Parameters:
+        """What a model computes with; valid until another block is asked for."""
+        if name != self._name:
+            self._decoded = _decode(held, self.buffer)
+            self._name = name
+        return views(held.buffer, held.block) | self._decoded
 
 
 def stored(buffer: torch.Tensor, block: Block) -> Parameters:
@@ -33,11 +60,28 @@ def stored(buffer: torch.Tensor, block: Block) -> Parameters:
 
 
 def views(buffer: torch.Tensor, block: Block) -> Parameters:
-    """What a model computes with, as views into `buffer` ([block.nbytes] uint8) of a block whose parameters are all plain."""
+    """What a model computes with of the plain parameters, as views into `buffer` ([block.nbytes] uint8)."""
     found: Parameters = {}
     numbers = stored(buffer, block)
     for parameter in block.parameters:
-        found |= _computed(numbers[parameter.name], parameter)
+        found |= _computed(numbers[parameter.name], parameter) if parameter.plain else {}
+    return found
+
+
+def place(buffer: torch.Tensor, block: Block) -> Parameters | Undecoded:
+    """A block in memory as it stays there: views, or what is decoded before each use."""
+    return Undecoded(block, buffer) if block.encoded else views(buffer, block)
+
+
+def _decode(held: Undecoded, buffer: torch.Tensor) -> Parameters:
+    """The encoded parameters of the block, decoded into the buffer."""
+    pieces = stored(held.buffer, held.block)
+    found = {
+        one.name: buffer[one.offset : one.offset + one.nbytes].view(TORCH_DTYPES[one.dtype]).view(one.shape)
+        for one in held.block.decoded
+    }
+    for parameter in held.block.encoded:
+        encodings.decode(parameter, pieces[parameter.name], {name: found[name] for name in parameter.computed})
     return found
 
 

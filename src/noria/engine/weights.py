@@ -11,7 +11,7 @@ import torch
 
 from noria.blocks import Block
 from noria.engine.cycle import Cycle
-from noria.engine.parameters import Parameters, views
+from noria.engine.parameters import Decoder, Parameters, Undecoded, views
 from noria.engine.timing import Traffic
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer
@@ -48,14 +48,15 @@ class Coming:
 class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
-    `resident`: parameters that stay (the embedding's may be in host memory). `homes`: the streamed blocks, and
+    `resident`: blocks that stay (the embedding may be in host memory). Encoded parameters are decoded when a block is waited
+    for, and what `wait` gives of them is good until another block is. `homes`: the streamed blocks, and
     `cycle` their order (None without any). `ahead`: loads are sent before they are needed. `tiers`: those to be closed
     besides the homes' own.
     """
 
     def __init__(
         self,
-        resident: Mapping[str, Parameters],
+        resident: Mapping[str, Parameters | Undecoded],
         homes: Mapping[str, Home],
         cycle: Cycle | None,
         streams: Streams,
@@ -64,22 +65,27 @@ class Weights:
         tiers: Sequence[Tier] = (),
     ):
         self._tiers = {id(tier): tier for tier in (*tiers, *(home.tier for home in homes.values()))}
-        self._resident, self._homes, self._streams, self._prefetches = dict(resident), dict(homes), streams, ahead
+        self._resident = {name: block for name, block in resident.items() if not isinstance(block, Undecoded)}
+        self._undecoded = {name: block for name, block in resident.items() if isinstance(block, Undecoded)}
+        self._homes, self._streams, self._prefetches = dict(homes), streams, ahead
         self._traffic, self._cycle = traffic or Traffic(), cycle
         largest = max((home.block.nbytes for home in homes.values()), default=0)
         slots = cycle.slots if cycle is not None else 0
         buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(slots)]
         self._free = deque(map(WeightSlot, buffers))
+        encoded = [held.block for held in self._undecoded.values()] + [home.block for home in homes.values()]
+        self._decoder = Decoder(max((block.decoded_nbytes for block in encoded), default=0), streams.device)
         self._ahead: deque[Coming] = deque()
         self._held: dict[str, Coming] = {}
         self._at = (0, 0, 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the resident blocks, what two of them share counted once, and of the slots."""
+        """Bytes of the resident blocks, what two of them share counted once, of the slots and of what is decoded."""
         blocks = [p.untyped_storage() for block in self._resident.values() for p in block.values()]
+        blocks += [held.buffer.untyped_storage() for held in self._undecoded.values()]
         slots = [coming.slot for coming in (*self._ahead, *self._held.values())] + list(self._free)
-        storages = blocks + [slot.buffer.untyped_storage() for slot in slots]
+        storages = [*blocks, self._decoder.buffer.untyped_storage()] + [slot.buffer.untyped_storage() for slot in slots]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def begin(self, round: int, lap: int, group: int, empty: bool = False) -> None:
@@ -115,10 +121,15 @@ class Weights:
         if name in self._resident:
             return self._resident[name]
         if name not in self._held:
+            if name in self._undecoded:
+                return self._decoder.parameters(name, self._undecoded[name])
             self._held[name] = self._arrive(name)
         slot = self._held[name].slot
         if name not in slot.views:
-            slot.views[name] = views(slot.buffer, self._homes[name].block)
+            block = self._homes[name].block
+            if block.encoded:
+                return self._decoder.parameters(name, Undecoded(block, slot.buffer[: block.nbytes]))
+            slot.views[name] = views(slot.buffer, block)
         return slot.views[name]
 
     def done(self, name: str) -> None:

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from noria.arrays import keys_and_values
-from noria.blocks import Wanted
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _experts, _rotary, _sources
 from noria.models._cache import Cache
 from noria.models._linear import linear
+from noria.pieces import Wanted
 
 # What a family takes as it is, by `from noria.models._decoder import *`: what it defines itself replaces it.
 __all__ = [

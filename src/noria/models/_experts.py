@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from noria.blocks import Matrix, Wanted
 from noria.errors import require
 from noria.models import _config as read
 from noria.models._sources import Transposed
+from noria.pieces import Matrix, Wanted
 
 MAX_EXPERTS = 4096
 

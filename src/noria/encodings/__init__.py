@@ -1,0 +1,134 @@
+"""How numbers are stored, an encoding a file; what turns stored pieces into what a model computes with, and back.
+
+A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of a vector):
+
+    fields(shape, dtype, settings) -> {name: (shape, dtype)}    the fields that hold it, at most: its capacity
+    VARIABLE                        names of the fields that may be shorter along their first dimension
+    encode(numbers, settings) -> {name: tensor}                 of the CPU; variable fields as long as they need
+    decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
+                                    hold, it stays within its fields and `into`
+    check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
+
+`dtype` is that of the numbers where they are plain, `settings` what a file says of the encoding beside it (a group's
+size). Knows layouts and tensors; no file, no block's place.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from noria import kinds
+from noria.blocks import Parameter, round_up
+from noria.errors import InputError
+from noria.pieces import FIELD_ALIGNMENT, Field, Matrix, Piece
+
+Fields = dict[str, torch.Tensor]
+
+
+def capacity(encoding: str, matrices: Sequence[Matrix], dtype: str, settings: Mapping[str, Any]) -> Piece:
+    """A piece with room for whatever numbers. Raises InputError for an encoding or settings that do not exist."""
+    kind, layout = kinds.load("encodings", encoding), Piece(0, (), tuple(matrices))
+    wanted = [
+        Field(layout.prefix(number) + name, tuple(shape), its_dtype)
+        for number, matrix in enumerate(matrices)
+        for name, (shape, its_dtype) in kind.fields(matrix.stored, dtype, settings).items()
+    ]
+    return _laid_out(wanted, matrices)
+
+
+def fitted(piece: Piece, lengths: Mapping[str, int]) -> Piece:
+    """The piece with fields of these lengths along their first dimension."""
+    fields = [Field(one.name, (lengths.get(one.name, one.shape[0]), *one.shape[1:]), one.dtype) for one in piece.fields]
+    return _laid_out(fields, piece.matrices)
+
+
+def _laid_out(fields: Sequence[Field], matrices: Sequence[Matrix]) -> Piece:
+    laid: list[Field] = []
+    offset = 0
+    for one in fields:
+        laid.append(Field(one.name, one.shape, one.dtype, offset))
+        offset += round_up(one.nbytes, FIELD_ALIGNMENT)
+    return Piece(offset, tuple(laid), tuple(matrices))
+
+
+def encode(
+    encoding: str, matrices: Sequence[Matrix], numbers: Sequence[torch.Tensor], settings: Mapping[str, Any]
+) -> Fields:
+    """The fields of a piece by name, of the numbers [outputs, inputs] of each of its matrices."""
+    kind, layout = kinds.load("encodings", encoding), Piece(0, (), tuple(matrices))
+    found: Fields = {}
+    for number, (matrix, its) in enumerate(zip(matrices, numbers, strict=True)):
+        stored = its.t() if matrix.transposed else its
+        found |= {layout.prefix(number) + name: value for name, value in kind.encode(stored, settings).items()}
+    return found
+
+
+def packed(piece: Piece, fields: Fields) -> torch.Tensor:
+    """The bytes of a piece: uint8 [nbytes], zeros where its fields leave room."""
+    whole = torch.zeros(piece.nbytes, dtype=torch.uint8)
+    for one in piece.fields:
+        content = fields[one.name].contiguous().view(-1).view(torch.uint8)
+        whole[one.offset : one.offset + len(content)] = content
+    return whole
+
+
+def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
+    """Decodes pieces [P, bytes of a piece] into the tensors that the parameter is computed as, on their device.
+
+    `into` holds tensors [P, outputs, inputs], or without P where the parameter has none, by the names of
+    parameter.computed.
+    """
+    kind, row = kinds.load("encodings", parameter.encoding), dict.fromkeys(into, 0)
+    for number, matrix in enumerate(parameter.piece.matrices):
+        name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
+        whole = into[name] if len(parameter.shape) == 3 else into[name][None]
+        target = whole.narrow(1, row[name], matrix.shape[0])
+        fields = fields_of(parameter.piece, number, pieces)
+        kind.decode(fields, parameter.settings, target.transpose(1, 2) if matrix.transposed else target)
+        row[name] += matrix.shape[0]
+
+
+def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:
+    """The fields [P, ...] of one matrix, as views into pieces [P, bytes of a piece]."""
+    found = {}
+    for name, one in piece.fields_of(number).items():
+        its = pieces[:, one.offset : one.offset + one.nbytes].view(getattr(torch, one.dtype))
+        found[name] = its.unflatten(1, one.shape)
+    return found
+
+
+def check(parameter: Parameter, pieces: torch.Tensor) -> None:
+    """Raises InputError, naming the parameter, for pieces [P, bytes of a piece] that its encoding does not make."""
+    kind = kinds.load("encodings", parameter.encoding)
+    for number, matrix in enumerate(parameter.piece.matrices):
+        try:
+            kind.check(fields_of(parameter.piece, number, pieces), matrix.stored, parameter.settings)
+        except InputError as error:
+            raise InputError(f"{parameter.name}, encoded as {parameter.encoding}: {error}") from error
+
+
+def check_fields(parameter: str, encoding: str, piece: Piece, dtype: str, settings: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the parameter, for fields that a file says and the encoding does not have so."""
+    kind, most = kinds.load("encodings", encoding), capacity(encoding, piece.matrices, dtype, settings)
+    room, told = {one.name: one for one in most.fields}, {one.name: one for one in piece.fields}
+    if len(told) != len(piece.fields) or told.keys() != room.keys():
+        names = ", ".join(one.name for one in piece.fields[:8])
+        raise InputError(f"{parameter} has the fields {names or 'none'}, {encoding} has {', '.join(room)}")
+    end = 0
+    for one in sorted(piece.fields, key=lambda one: one.offset):
+        wanted, shorter = room[one.name], one.name.rpartition(".")[2] in kind.VARIABLE
+        length = wanted.shape[0] if not shorter else min(one.shape[0] if one.shape else -1, wanted.shape[0])
+        if one.dtype != wanted.dtype or one.shape != (length, *wanted.shape[1:]):
+            most_words = " at most" if shorter else ""
+            raise InputError(
+                f"{parameter}: the field {one.name} is {one.dtype} {list(one.shape)}, {encoding} has it as"
+                f" {wanted.dtype} {list(wanted.shape)}{most_words}"
+            )
+        if one.offset % FIELD_ALIGNMENT or one.offset < end or one.offset + one.nbytes > piece.nbytes:
+            raise InputError(
+                f"{parameter}: the field {one.name} lies from byte {one.offset} to {one.offset + one.nbytes} of a piece"
+                f" of {piece.nbytes}, where the field before it ends at {end}: fields begin at multiples of"
+                f" {FIELD_ALIGNMENT}, one after another"
+            )
+        end = one.offset + one.nbytes
