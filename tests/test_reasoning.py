@@ -44,8 +44,8 @@ TOKENIZERS = {kind: tokenizer_of(kind) for kind in ("tokens", "special", "text")
 
 def ids_of(tokenizer, text):
     """The text's tokens; ^ stands for the end token."""
-    ids = tokenizer.encode(text.removesuffix("^"), add_special_tokens=False)
-    return ids + [END] * text.endswith("^")
+    parts = [tokenizer.encode(part, add_special_tokens=False) if part else [] for part in text.split("^")]
+    return [token_id for part in parts for token_id in [END, *part]][1:]
 
 
 def run(kind, prompt, said, begun=(), samples=None, **keys):
@@ -191,7 +191,9 @@ def test_structured_output_begins_after_the_thinking_which_no_end_token_ends(kin
 def test_a_constrained_row_may_think_first_or_answer_at_once():
     keys = {"structured_outputs": {"choice": ["yes", "no"]}}
     (row,) = run("special", "?", "<think>I ^say</think>no^", **keys)  # the end token inside is passed over
-    assert (row.reasoning, row.text) == ("I ^say", "no") or row.text == "no"
+    assert (row.reasoning, row.text, row.finish_reason) == ("I say", "no", "stop")
+    (row,) = run("tokens", "?<think>", "I ^say</think>^no^", **keys)
+    assert (row.reasoning, row.text, row.finish_reason) == ("I say", "no", "stop")
     (row,) = run("special", "?", "no^", **keys)
     assert (row.reasoning, row.text, row.finish_reason) == ("", "no", "stop")
 
