@@ -1,7 +1,6 @@
 """A rank whose memory does not suffice for a microbatch cuts finer, says so, and changes no token."""
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from late_streams import LateStreams
 from noria import streams
 from noria.__main__ import main
 from noria.borders import halved, largest, refined, rest_refined
+from shortages import Shortage
 
 FLOAT64 = ["--dtype", "float64"]
 
@@ -59,25 +59,6 @@ def test_a_step_that_memory_does_not_hold_is_cut_finer_and_gives_the_same_tokens
     assert [count for count in given if count > 10] == [36, 18]
 
 
-class Shortage:
-    """Memory does not suffice for microbatch `microbatch` of layer `layer`, once a visit, after the layer has written its
-    keys and values. `computed`: token rows of each layer that came through."""
-
-    def __init__(self, layer, microbatch):
-        self.cell, self.computed, self.failures = (layer, microbatch), Counter(), 0
-        self._at, self._armed, self._layer = (0, -1), True, noria.models.llama.layer
-
-    def __call__(self, shape, index, parameters, hidden, *more):
-        self._armed = self._armed or index < self._at[0] or index == 0 == self._at[0] < self._at[1]
-        self._at = index, self._at[1] + 1 if index == self._at[0] else 0
-        found = self._layer(shape, index, parameters, hidden, *more)
-        if self._armed and self._at == self.cell and len(hidden) not in (1, 3):  # two rows at least
-            self._armed, self._at, self.failures = False, (index, self._at[1] - 1), self.failures + 1
-            raise torch.OutOfMemoryError("no room")
-        self.computed[index] += len(hidden)
-        return found
-
-
 PLACES = [[], ["--cache", "cpu=100"], ["--activations", "cpu"], ["--activations", "cpu", "--cache", "gpu=40,cpu=60"]]
 CELLS = itertools.product(range(3), range(3), ["sequential", "single_batch", "multi_batch"], PLACES)
 CELLS = [
@@ -96,7 +77,7 @@ def test_what_is_done_of_a_layer_is_not_done_again_where_memory_fails_in_any_mic
     )
     monkeypatch.setattr(streams, "streams_of", LateStreams)
     keys = [*FLOAT64, "--microbatches", "3", "--schedule", schedule, "--groups", "1", *place, "--scratch", folder]
-    shortage = Shortage(layer, microbatch)
+    shortage = Shortage(noria.models.llama.layer, layer, microbatch)
     monkeypatch.setattr(noria.models.llama, "layer", shortage)
     assert main(small_run.command(folder, "cut.h5", *keys, "--overwrite")) == 0
     assert small_run.rows_of(folder / "cut.h5") == small_run.rows_of(folder / "undisturbed.h5")

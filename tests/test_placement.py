@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noria.errors import InputError
-from noria.plan.placement import blocks_of, partition, stages_of
+from noria.plan.placement import blocks_of, parted, partition, stages_of
 from noria.plan.shares import Uncovered, by_budget, by_share
 
 
@@ -89,3 +89,53 @@ def test_budgets_are_filled_in_order_and_spread_evenly():
     chosen = by_budget([10] * 12, {"gpu": 49, "cpu": 1000, "disk": 1000})
     assert chosen.count("gpu") == 4 and "disk" not in chosen
     assert [place for place, tier in enumerate(chosen) if tier == "gpu"] == [1, 4, 7, 10]
+
+
+def tied(draw):
+    """A model, its stages, ranks, and groups of tied layers."""
+    num_ranks, laps = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    num_layers = draw(st.integers(min(num_ranks * laps, 9), 9))
+    layers, ties = draw(st.permutations(range(num_layers))), []
+    for size in draw(st.lists(st.integers(2, 3), max_size=3)):
+        ties += [tuple(sorted(layers[:size]))] * (len(layers) >= size)
+        layers = layers[size:]
+    return num_layers, min(num_ranks * laps, num_layers), num_ranks, ties
+
+
+@given(st.data(), st.sampled_from([("greedy", (0.0, 0.0)), ("balanced", (0.0, 1.5)), ("balanced", (0.3, 2.0))]))
+def test_tied_layers_are_on_one_rank_in_the_most_equal_cut_that_there_is(data, how):
+    num_layers, num_stages, num_ranks, ties = tied(data.draw)
+    (kind, extra), best = how, None
+    for cuts in itertools.combinations(range(1, num_layers), num_stages - 1):  # every cut there is
+        counts = [last - first for first, last in itertools.pairwise([0, *cuts, num_layers])]
+        ranks = [stage % num_ranks for stage, count in enumerate(counts) for _ in range(count)]
+        if all(len({ranks[layer] for layer in layers}) == 1 for layers in ties):
+            weights = [float(count) for count in counts]
+            weights[0] += extra[0]
+            weights[-1] += extra[1]
+            found = max(weights), sum(weight * weight for weight in weights)
+            best = min(best or found, found)
+    if best is None:
+        with pytest.raises(InputError, match=f"no cut of {num_layers} layers into {num_stages} virtual stages"):
+            partition(num_layers, num_stages, kind, extra, ties, num_ranks)
+        return
+    stages = partition(num_layers, num_stages, kind, extra, ties, num_ranks)
+    counts = [len(stage) for stage in stages]
+    assert parted(counts, num_ranks, ties) is None and [layer for stage in stages for layer in stage] == list(
+        range(num_layers)
+    )
+    weights = [count + extra[0] * (stage == 0) for stage, count in enumerate(counts)]
+    weights[-1] += extra[1]
+    assert max(weights) == pytest.approx(best[0])
+    if parted([len(stage) for stage in partition(num_layers, num_stages, kind, extra)], num_ranks, ties):
+        assert sum(weight * weight for weight in weights) == pytest.approx(best[1])
+
+
+def test_numbers_that_part_tied_layers_are_refused_with_the_nearest_that_do_not():
+    with pytest.raises(InputError) as refused:
+        partition(8, 4, [2, 2, 2, 2], ties=[(0, 5), (1, 2)], num_ranks=2)
+    assert str(refused.value) == (
+        "pipeline.partition 2,2,2,2 puts layer 1 on rank 0 and layer 2, which reads its cache, on rank 1: they must be on one"
+        " rank, as in 3,2,2,1; or leave pipeline.partition out"
+    )
+    assert [len(stage) for stage in partition(8, 4, [3, 2, 2, 1], ties=[(0, 5), (1, 2)], num_ranks=2)] == [3, 2, 2, 1]

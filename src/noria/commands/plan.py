@@ -124,7 +124,7 @@ def _plan(
 ) -> Plan:
     """The plan for this many ranks. Raises InputError if there is none."""
     dtype = dtype_of(config, checkpoint.dtype, device)
-    planner.check(config, num_ranks, checkpoint.shape.num_layers)
+    planner.check(config, num_ranks, checkpoint.shape)
     machine = Machine(
         device,
         _capacity(config.placement.gpu_memory, "gpu_memory", rates, "device_capacity"),

@@ -66,7 +66,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
     by_file, prompts_hash = counts(files), content_hash(files)
     num_rows = sum(by_file)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
-        planner.check(config, num_ranks, checkpoint.shape.num_layers)
+        planner.check(config, num_ranks, checkpoint.shape)
         dtype = dtype_of(config, checkpoint.dtype, device)
         tokenizer = tokenizer_of(checkpoint)
         encode = _encoder(config, checkpoint, tokenizer, helper)

@@ -54,7 +54,12 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     config, shape = problem.config, problem.shape
     slots = 1 if _schedule(config, candidate) == "sequential" else SLOTS
     stages = partition(
-        shape.num_layers, problem.num_ranks * candidate.laps, config.pipeline.partition, head_in_layers(problem.blocks)
+        shape.num_layers,
+        problem.num_ranks * candidate.laps,
+        config.pipeline.partition,
+        head_in_layers(problem.blocks),
+        shape.tied_layers,
+        problem.num_ranks,
     )
     sizes = Sizes(
         shape,

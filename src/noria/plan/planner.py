@@ -10,6 +10,7 @@ from typing import Any
 
 from noria.config import Config
 from noria.errors import InputError, require
+from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates
 from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
@@ -26,10 +27,12 @@ FRACTIONS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)  # of the rows, for whi
 WORTH_IT = 1.3  # times as fast as everything on the device, before anything is moved off it
 
 
-def check(config: Config, num_ranks: int, num_layers: int) -> None:
+def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     """Refuses settings of the pipeline that contradict each other or the model. Raises InputError."""
     pipeline, laps = config.pipeline, config.pipeline.laps or 1
-    partition(num_layers, num_ranks * laps, pipeline.partition)
+    # Where laps are open, the candidates for a plan say whether some number of them keeps tied layers together.
+    ties = shape.tied_layers if pipeline.laps or not isinstance(pipeline.partition, str) else ()
+    partition(shape.num_layers, num_ranks * laps, pipeline.partition, ties=ties, num_ranks=num_ranks)
     if pipeline.blocking:
         check_blocking(num_ranks, pipeline.groups or num_ranks)
     step, micro = pipeline.step_tokens, pipeline.microbatch_tokens
@@ -44,7 +47,7 @@ def make(problem: Problem) -> Plan:
 
     Raises InputError, with the numbers and the remedy, where the memory does not suffice.
     """
-    check(problem.config, problem.num_ranks, problem.shape.num_layers)
+    check(problem.config, problem.num_ranks, problem.shape)
     known = rates_of(problem.config, problem.machine.device, problem.num_ranks)
     plan = _choose(problem, known)
     check_disk(problem, plan)
