@@ -4,7 +4,9 @@ Whatever the ranks, laps, tiers, chunks and microbatches are, for several sample
 """
 
 import json
+import signal
 
+import h5py
 import numpy as np
 import pytest
 import states_worker
@@ -15,10 +17,13 @@ import tiny_models
 import world
 from late_streams import LateStreams
 from noria import config, streams
+from noria.__main__ import main
 from noria.checkpoint.convert import convert
+from noria.engine import assembly
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
+from test_run_stops import act_in_visit, signal_twice
 
 RUN = """
 dtype = "float64"
@@ -60,12 +65,14 @@ def folder(turns, tmp_path_factory):
     tiny_models.write_directory(folder / "hf", turns.CONFIG, turns.random_state(turns.CONFIG))
     convert(folder / "hf", folder / "model.h5")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts()))
+    rows = [row | {"max_new_tokens": MOST} for row in list(prompts())[:4]]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run.toml").write_text(RUN)
     return folder
 
 
-def alone(folder, name, **keys):
-    files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": f"{name}.h5", "scratch": "."}
+def alone(folder, name, prompts="prompts.jsonl", **keys):
+    files = {"model": "model.h5", "prompts": prompts, "output": f"{name}.h5", "scratch": "."}
     flags = {key: str(folder / file) for key, file in files.items()}
     assert run(config.load(folder / "run.toml", flags | keys), Solo()) == 0
     return rows_of(folder, name)
@@ -91,6 +98,11 @@ def expected(turns, folder):
         np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-9)
         assert "temperature" in row or tokens == logits.argmax(-1).tolist()
     return rows
+
+
+def few(rows):
+    """The rows of few.jsonl."""
+    return [(ids, tokens[:MOST], logprobs[:MOST]) for ids, tokens, logprobs in rows[:7]]
 
 
 def compare(found, expected):
@@ -122,9 +134,80 @@ def test_a_prompt_may_be_cut_anywhere(folder, expected, step, microbatch):
 def test_every_ring_tier_and_chunk_gives_the_same(folder, expected):
     names = [name for num_ranks in range(1, 4) for name, _ in states_worker.cases(num_ranks)]
     assert len(names) == 120
-    few = [row | {"max_new_tokens": MOST} for row in list(prompts())[:4]]
-    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     names = names if counts.full() else names[::10]
     world.call(3, states_worker.work, folder, names, timeout=600)
     for name in names:
-        compare(rows_of(folder, name), [(ids, tokens[:MOST], found[:MOST]) for ids, tokens, found in expected[:7]])
+        compare(rows_of(folder, name), few(expected))
+
+
+def run_out(turns, monkeypatch, at):
+    """Memory fails in the call of this number of those with several rows, when all is computed; returns who counts them."""
+    layer, calls = turns.layer, []
+
+    def limited(*arguments):
+        after = layer(*arguments)
+        if len(arguments[-1].starts) > 2:
+            calls.append(arguments[1])
+            if len(calls) == at:
+                raise MemoryError("no room")
+        return after
+
+    monkeypatch.setattr(turns, "layer", limited)
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["gpu", "cpu"])
+def test_memory_may_fail_in_any_microbatch_of_any_layer_of_any_step(turns, folder, expected, monkeypatch, capsys, tier):
+    keys = {
+        "prompts": "few.jsonl",
+        "microbatches": 2,
+        "cache": {tier: 100},
+        "activations": tier,
+        "laps": 1 + (tier == "cpu"),
+    }
+    with monkeypatch.context() as patched:
+        calls = run_out(turns, patched, 0)
+        compare(alone(folder, f"all-{tier}", **keys), few(expected))
+    assert len(calls) > 60 and set(calls) == set(range(7))
+    # a layer begun anew fails first where an earlier microbatch has left states: in most of these
+    of_states = [at for at, layer in enumerate(calls, 1) if layer % 3 == 2]
+    for at in range(1, len(calls) + 1) if counts.full() else of_states[3::5]:
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            run_out(turns, patched, at)
+            compare(alone(folder, f"short-{tier}-{at}", **keys), few(expected))
+        assert capsys.readouterr().err.count("out of memory") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("visit", [4, 9])
+def test_rows_that_are_stopped_begin_from_their_tokens_and_end_with_the_same(folder, expected, monkeypatch, visit):
+    """Once while prompts are computed, of which others share the beginning, and once later."""
+    files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": f"stopped-{visit}.h5"}
+    command = ["run", str(folder / "run.toml"), "--cache", "gpu=50,cpu=50"]
+    command += [word for key, file in files.items() for word in (f"--{key}", str(folder / file))]
+    with monkeypatch.context() as patched:
+        act_in_visit(patched, visit, signal_twice(signal.SIGUSR1))
+        assert main(command) == 75
+    assert main(command) == 0
+    compare(rows_of(folder, f"stopped-{visit}"), expected)
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+def test_bytes_of_the_cache_are_those_that_were_planned(folder, expected, monkeypatch, tier):
+    caches, build = [], assembly.KvCache
+
+    def keep(*arguments):
+        caches.append((build(*arguments), arguments[5]))
+        return caches[-1][0]
+
+    monkeypatch.setattr(assembly, "KvCache", keep)
+    compare(alone(folder, f"bytes-{tier}", cache={"gpu": 40, tier: 60} if tier != "gpu" else {"gpu": 100}), expected)
+    with h5py.File(folder / f"bytes-{tier}.h5") as file:
+        plan = json.loads(file.attrs["plan"])
+    (memory,), ((cache, staging),) = plan["memory"], caches
+    assert cache.nbytes == memory["gpu"]["cache"] + memory["gpu"].get("cache slots", 0)
+    assert [held.tier.nbytes for held in staging.tiers] == [memory[tier]["cache"] for _ in range(tier != "gpu")]
+    assert plan["pools"]["gpu"]["states"] > 1 and (tier == "gpu" or plan["pools"][tier]["states"] > 1)
+    assert plan["state_rows"] > 0
