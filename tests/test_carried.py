@@ -186,7 +186,7 @@ def test_bytes_counted_are_bytes_sent_and_messages_are_planned(carried, folder, 
     found = world.call(2, carried_worker.sent, folder, "bytes", keys | {"overwrite": True})
     compare(folder, "bytes", expected)
     plan, timing = bytes_of(folder / "bytes.h5")
-    sent, tokens = sum(nbytes for nbytes, _ in found), int(timing["tokens"] / 2)
+    sent, tokens = sum(rank[0] for rank in found), int(timing["tokens"] / 2)
     counted = sum(int(timing[f"{phase}_rank_to_rank_nbytes"]) for phase in ("prefill", "decode"))
     assert counted == sent
     aligned = 2 * 8 * int(timing["visits"]) * (token_nbytes > 180)  # of both hops with a weight, at most
@@ -194,9 +194,10 @@ def test_bytes_counted_are_bytes_sent_and_messages_are_planned(carried, folder, 
     with open_checkpoint(folder / "model.h5") as checkpoint:
         assert costs.ring_nbytes(Plan(**plan), checkpoint.shape, tokens) == tokens * token_nbytes
         assert len(borders_of(checkpoint.shape, "float64")) == 8
-    for (_, buffers), memory in zip(found, plan["memory"], strict=True):
-        planned = memory["cpu" if "activations" in keys else "gpu"]["messages"]
-        assert 0 < buffers <= planned
+    for (_, buffers, in_host, slots), memory in zip(found, plan["memory"], strict=True):
+        assert 0 < buffers <= memory["cpu" if "activations" in keys else "gpu"]["messages"]
+        assert in_host == memory["cpu"].get("activations", 0) and slots == memory["gpu"].get("activation slots", 0)
+        assert bool(in_host) == bool(slots) == ("activations" in keys)
 
 
 def test_a_partition_that_parts_tied_layers_is_refused_with_its_numbers(folder, capsys):

@@ -11,6 +11,7 @@ from worker import generate, share
 import more
 from late_streams import LateStreams
 from noria import run, streams
+from noria.engine import assembly
 from noria.order import HIDDEN, kind_of
 
 # By number of ranks: laps, and the layers of each virtual stage that keep layers 1 and 4 of 7 on one rank.
@@ -51,10 +52,12 @@ def work(world, folder, names):
 
 
 def sent(comm, folder, name, keys):
-    """A run: the bytes of hidden states that this rank handed to MPI, and those of its ring's buffers."""
+    """A run: the bytes of hidden states that this rank handed to MPI, of its ring's buffers, and of those between layers:
+    in host memory, and on the device."""
     from noria.transports.mpi_device import MpiDevice
 
-    counts, buffers, send, open_the_ring = [], [], MpiDevice.send, run.open_the_ring
+    counts, buffers, between = [], [], [0, 0]
+    send, open_the_ring, in_host = MpiDevice.send, run.open_the_ring, assembly.InHost
 
     def counting(self, tensor, dest, tag, ready):
         counts.append(tensor.nbytes if kind_of(tag)[0] == HIDDEN else 0)
@@ -65,9 +68,15 @@ def sent(comm, folder, name, keys):
         buffers.extend(fixed.tensor.nbytes for fixed in ring._fixed)
         return ring
 
+    def keeping(*arguments):
+        made = in_host(*arguments)
+        between[:] = made._fixed.tensor.nbytes, sum(slot.buffer.nbytes for slot in made._free)
+        return made
+
+    patches = (MpiDevice, "send", counting), (run, "open_the_ring", opening), (assembly, "InHost", keeping)
     with ExitStack() as held:
-        for where, what, instead in ((MpiDevice, "send", counting), (run, "open_the_ring", opening)):
+        for where, what, instead in patches:
             held.enter_context(patch.object(where, what, instead))
         held.enter_context(more.families())
         assert generate(folder, name, keys, comm) == 0
-    return sum(counts), sum(buffers)
+    return sum(counts), sum(buffers), *between
