@@ -1,6 +1,7 @@
 """Parameters with a dtype of their own, in pieces, encoded: from the directory to the tokens, against the dense model."""
 
 import json
+import os
 
 import h5py
 import numpy as np
@@ -12,11 +13,23 @@ import reference
 import tiny_models
 import world
 from extra_kinds import extra_kinds
-from noria import config
+from late_streams import LateStreams
+from noria import config, encodings
+from noria.blocks import layer_name
+from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.engine.assembly import load, weights_of
+from noria.engine.loading import Loader
+from noria.engine.timing import Traffic
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.plan import costs, planner, rates
+from noria.plan.costs import Workload
+from noria.plan.problem import Machine, Problem
 from noria.run import run
+from noria.streams import CpuStreams
+from noria.tiers.cpu import Cpu
+from noria.tools import container
 
 CONFIG = {
     "model_type": "biased_moe",
@@ -188,3 +201,114 @@ def test_every_tier_lap_and_ring_gives_the_dense_model_s_tokens(folder):
         for num_ranks in (1, 2):
             for name, _ in parameters_worker.cases(num_ranks):
                 compare(folder, model, folder / f"{model}-{name}.h5")
+
+
+# ---- what a run holds
+
+
+def tensors_of(folder, model, dtype, tier="gpu"):
+    """What the model functions get of each layer, by its name and theirs."""
+    with extra_kinds(), open_checkpoint(folder / f"{model}.h5") as checkpoint:
+        names, streams = [layer_name(layer) for layer in range(5)], LateStreams(torch.device("cpu"))
+        placed = Loader(checkpoint, dict.fromkeys(names, tier), dtype, streams).load()
+        weights = weights_of(placed, [range(5)], 1, 2, streams, Traffic())
+        weights.begin(0, 0, 0)
+        found = {}
+        for name in names:
+            found |= {f"{name}/{key}": value.clone() for key, value in weights.wait(name).items()}
+            weights.done(name)
+        weights.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")],
+)
+def test_a_parameter_with_a_dtype_of_its_own_is_widened_and_never_narrowed(folder, dtype, computed):
+    tensors = state()
+    for tier in ["gpu", "cpu", *(["disk"] if dtype == "bfloat16" else [])]:
+        for name, value in tensors_of(folder, "plain", dtype, tier).items():
+            own = name.endswith("router_bias")
+            assert value.dtype == getattr(torch, computed if own else dtype), (tier, name)
+            if own:
+                layer = int(name[7:11])
+                assert torch.equal(value.double(), tensors[f"model.layers.{layer}.mlp.gate.bias"].double())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+def test_encoded_parameters_are_decoded_to_the_run_s_dtype_from_every_tier(folder, tier, dtype):
+    model = "encoded" if dtype == "bfloat16" else "wide-encoded"
+    dense = {name: torch.from_numpy(value) for name, value in decoded(folder / f"{model}.h5").items()}
+    found = tensors_of(folder, model, dtype, tier)
+    for layer in range(5):
+        top, its = f"model.layers.{layer}", f"layers/{layer:04d}"
+        qkv = torch.cat([dense[f"{top}.self_attn.{part}_proj.weight"] for part in "qkv"])
+        down = torch.stack([dense[f"{top}.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)])
+        assert torch.equal(found[f"{its}/qkv"], qkv.to(getattr(torch, dtype)))
+        assert torch.equal(found[f"{its}/experts.down"], down.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}, {"gpu": 50, "disk": 50}])
+@pytest.mark.parametrize("model", ["wide", "wide-encoded"])
+def test_the_bytes_that_are_planned_for_weights_are_those_that_are_held(folder, model, weights):
+    run_file = config.load(
+        None, {"model": "m", "prompts": "p", "output": "o", "weights": weights, "laps": 1, "device": "cpu"}
+    )
+    with extra_kinds(), open_checkpoint(folder / f"{model}.h5") as checkpoint:
+        machine = Machine("cpu", 1 << 30, 1 << 30)
+        problem = Problem(run_file, checkpoint.shape, checkpoint.blocks, "float64", 1, machine, 6, Workload(6, 10, 6))
+        plan = planner.make(problem)
+        held = load(plan, checkpoint, 0, CpuStreams(torch.device("cpu")), Traffic(), None)
+        memory = plan.memory[0]
+        of_weights = ("weights", "weight slots", "decoded weights")
+        planned = sum(memory["gpu"].get(purpose, 0) for purpose in of_weights)
+        in_place = memory["cpu"]["weights"] if plan.weight_tiers[0]["embed"] == "cpu" else 0  # with the embedding in it
+        assert held.nbytes == planned + in_place
+        in_host = sum(tier.nbytes for tier in held._tiers.values() if isinstance(tier, Cpu))
+        assert in_host == memory["cpu"].get("weights", 0)
+        assert ("decoded weights" in memory["gpu"]) == (model == "wide-encoded")
+        held.close()
+
+
+def test_the_cost_model_moves_the_bytes_of_fields_and_multiplies_numbers(folder):
+    found = {}
+    for model in ("wide", "wide-encoded"):
+        with extra_kinds(), open_checkpoint(folder / f"{model}.h5") as checkpoint:
+            run_file = config.load(None, {"model": "m", "prompts": "p", "output": "o", "weights": {"cpu": 100}})
+            machine = Machine("cuda", 1 << 30, 1 << 30)
+            blocks, shape = checkpoint.blocks, checkpoint.shape
+            plan = planner.make(Problem(run_file, shape, blocks, "float64", 1, machine, 6, Workload(6, 10, 6)))
+            streamed = [name for name in blocks if name != "embed"]
+            moved = costs.weights_nbytes(plan, blocks, 0)["link"]
+            assert moved == plan.groups * sum(blocks[name].nbytes for name in streamed)
+            turn = costs.Round(8, 8, 20, False)
+            found[model] = costs.resources(plan, shape, blocks, rates.assumed("cuda"), 0, turn)
+    plain, encoded = found["wide"], found["wide-encoded"]
+    assert encoded["matmul"] == plain["matmul"] and encoded["link"] < plain["link"]
+
+
+@pytest.mark.parametrize("model", ["plain", "encoded"])
+def test_an_expert_is_loaded_alone_by_one_read(folder, model, monkeypatch):
+    dense = (
+        decoded(folder / "encoded.h5") if model == "encoded" else {n: v.double().numpy() for n, v in state().items()}
+    )
+    with extra_kinds(), open_checkpoint(folder / f"{model}.h5") as checkpoint:
+        block = checkpoint.blocks["layers/0002"].cast("float64")
+        stored = next(one for one in checkpoint.blocks["layers/0002"].parameters if one.name == "experts")
+        parameter = next(one for one in block.parameters if one.name == "experts")
+        where, reads = checkpoint.piece("layers/0002", "experts", 4), []
+        preadv = os.preadv
+        monkeypatch.setattr(container.os, "preadv", lambda *given: (reads.append(given), preadv(*given))[1])
+        content = torch.empty(where.nbytes, dtype=torch.uint8)
+        container.read_full(where.fd, content.numpy().data, where.offset, where.path)
+        assert len(reads) == 1 and where.nbytes * 6 == stored.nbytes
+        into = {name: torch.empty(1, *shape[1:], dtype=torch.float64) for name, shape in parameter.computed.items()}
+        encodings.decode(stored, content[None], into)
+    gate_up, down = into["experts.gate_up"][0].numpy(), into["experts.down"][0].numpy()
+    rows = np.random.default_rng(0).normal(size=(7, 32))
+    gate, up = np.split(rows @ gate_up.T, 2, axis=1)
+    top = "model.layers.2.mlp.experts.4."
+    wanted = reference._mlp(dense, top, rows)
+    np.testing.assert_allclose(gate / (1 + np.exp(-gate)) * up @ down.T, wanted, rtol=0, atol=1e-9)

@@ -203,6 +203,12 @@ class Checkpoint:
             check.update(view)
             check.finish()
 
+    def piece(self, name: str, parameter: str, piece: int) -> Extent:
+        """Where a piece of a block's parameter lies, such as an expert: one read. The checksum is of whole blocks alone."""
+        found = next(one for one in self.blocks[name].parameters if one.name == parameter)
+        whole, (offset, nbytes) = self._extents[name], found.place(piece)
+        return Extent(whole.fd, whole.path, whole.offset + offset, nbytes)
+
     def extent(self, name: str) -> Extent:
         """Where a block lies. The descriptor stays the checkpoint's and is closed with it."""
         return self._extents[name]

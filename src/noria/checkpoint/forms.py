@@ -90,14 +90,16 @@ def _read_form(dataset: h5py.Group | h5py.Dataset, wanted: Wanted, dtype: str, p
         fields = tuple(_field(one) for one in _items(trees["fields"]))
         settings = trees["settings"]
         require(isinstance(settings, dict), "its settings are no object")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: what it says of its fields cannot be read: {str(error)[:200]}") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: what it says of its fields cannot be read: {str(error)[:200]}") from error
     piece = Piece(_piece_nbytes(dataset, wanted, where), fields, matrices)
     _check_matrices(piece, wanted, where)
     try:
-        encodings.check_fields(where, encoding, piece, dtype, settings)
+        encodings.check_fields(encoding, piece, dtype, settings)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise InputError(
             f"{where}: {encoding} has no settings {texts['settings'][:80]}: {type(error).__name__} {str(error)[:80]}"

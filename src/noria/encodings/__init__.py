@@ -108,13 +108,13 @@ def check(parameter: Parameter, pieces: torch.Tensor) -> None:
             raise InputError(f"{parameter.name}, encoded as {parameter.encoding}: {error}") from error
 
 
-def check_fields(parameter: str, encoding: str, piece: Piece, dtype: str, settings: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the parameter, for fields that a file says and the encoding does not have so."""
+def check_fields(encoding: str, piece: Piece, dtype: str, settings: Mapping[str, Any]) -> None:
+    """Raises InputError for fields or settings that a file says and the encoding does not have so."""
     kind, most = kinds.load("encodings", encoding), capacity(encoding, piece.matrices, dtype, settings)
     room, told = {one.name: one for one in most.fields}, {one.name: one for one in piece.fields}
     if len(told) != len(piece.fields) or told.keys() != room.keys():
         names = ", ".join(one.name for one in piece.fields[:8])
-        raise InputError(f"{parameter} has the fields {names or 'none'}, {encoding} has {', '.join(room)}")
+        raise InputError(f"it has the fields {names or 'none'}, {encoding} has {', '.join(room)}")
     end = 0
     for one in sorted(piece.fields, key=lambda one: one.offset):
         wanted, shorter = room[one.name], one.name.rpartition(".")[2] in kind.VARIABLE
@@ -122,12 +122,12 @@ def check_fields(parameter: str, encoding: str, piece: Piece, dtype: str, settin
         if one.dtype != wanted.dtype or one.shape != (length, *wanted.shape[1:]):
             most_words = " at most" if shorter else ""
             raise InputError(
-                f"{parameter}: the field {one.name} is {one.dtype} {list(one.shape)}, {encoding} has it as"
+                f"its field {one.name} is {one.dtype} {list(one.shape)}, {encoding} has it as"
                 f" {wanted.dtype} {list(wanted.shape)}{most_words}"
             )
         if one.offset % FIELD_ALIGNMENT or one.offset < end or one.offset + one.nbytes > piece.nbytes:
             raise InputError(
-                f"{parameter}: the field {one.name} lies from byte {one.offset} to {one.offset + one.nbytes} of a piece"
+                f"its field {one.name} lies from byte {one.offset} to {one.offset + one.nbytes} of a piece"
                 f" of {piece.nbytes}, where the field before it ends at {end}: fields begin at multiples of"
                 f" {FIELD_ALIGNMENT}, one after another"
             )

@@ -1,0 +1,102 @@
+"""What every encoding keeps: its capacity, decode after encode, and words for fields that are not its own."""
+
+import numpy as np
+import pytest
+import torch
+
+from extra_kinds import extra_kinds
+from noria import encodings, kinds
+from noria.blocks import lay_out
+from noria.errors import InputError
+from noria.pieces import FIELD_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
+
+# Settings of each encoding, and how far a decoded number may be from the one that was encoded (numbers are below 2).
+KINDS = {"plain": ({}, 0.0), "grouped": ({"group": 5}, 2 / 127)}
+SHAPES = [(1, 1), (3, 5), (16, 64), (7, 33)]
+
+
+@pytest.fixture(autouse=True)
+def extra():
+    with extra_kinds():
+        yield
+
+
+def test_every_encoding_is_tried_here():
+    assert set(kinds.names("encodings")) == set(KINDS)
+
+
+def parameter_of(encoding, matrices, pieces):
+    """An encoded parameter of these matrices, and random numbers for each piece."""
+    settings, _ = KINDS[encoding]
+    piece = encodings.capacity(encoding, matrices, "float32", settings)
+    rows = sum(matrix.stored[0] for matrix in matrices)
+    wanted = Wanted((pieces, rows, matrices[0].stored[1]), matrices=tuple(matrices))
+    block = lay_out("any", {"it": wanted}, "float32", {"it": Encoded(encoding, settings, piece)})
+    generator = torch.Generator().manual_seed(rows)
+    numbers = [[torch.rand(matrix.shape, generator=generator) * 4 - 2 for matrix in matrices] for _ in range(pieces)]
+    return block.parameters[0], numbers
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("encoding", KINDS)
+def test_pieces_are_decoded_to_their_numbers_within_their_capacity(encoding, shape, transposed):
+    settings, most = KINDS[encoding]
+    matrices = [Matrix("a", shape), Matrix("a", (2, shape[1])), Matrix("b", shape[::-1], transposed)]
+    parameter, numbers = parameter_of(encoding, matrices, 3)
+    contents = []
+    for piece in numbers:
+        fields = encodings.encode(encoding, matrices, piece, settings)
+        for field in parameter.piece.fields:
+            assert field.offset % FIELD_ALIGNMENT == 0
+            assert fields[field.name].dtype == getattr(torch, field.dtype)
+            assert len(fields[field.name]) <= field.shape[0]
+        contents.append(encodings.packed(parameter.piece, fields))
+    pieces = torch.stack(contents)
+    encodings.check(parameter, pieces)
+    found = {"it.a": torch.full((3, shape[0] + 2, shape[1]), torch.nan, dtype=torch.float64)}
+    found["it.b"] = torch.full((3, *shape[::-1]), torch.nan, dtype=torch.float64)
+    encodings.decode(parameter, pieces, found)
+    for number, (first, second, third) in enumerate(numbers):
+        for its, wanted in ((found["it.a"], torch.cat((first, second))), (found["it.b"], third)):
+            assert (its[number] - wanted).abs().max() <= most
+
+
+@pytest.mark.parametrize("encoding", [name for name in KINDS if name != "plain"])
+def test_decoding_random_bytes_stays_within_its_memory(encoding):
+    parameter, _ = parameter_of(encoding, [Matrix("", (9, 21))], 2)
+    pieces = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, parameter.piece.nbytes), np.uint8))
+    around = torch.zeros(2, 11, 21, dtype=torch.float32)
+    encodings.decode(parameter, pieces, {"it": around[:, 1:10]})
+    assert not around[:, 0].any() and not around[:, 10].any()
+
+
+def changed(piece, field, /, **changes):
+    """The piece with a field that is another."""
+    fields = [Field(**(vars(one) | changes)) if one.name == field else one for one in piece.fields]
+    return Piece(changes.get("whole", piece.nbytes), tuple(fields), piece.matrices)
+
+
+@pytest.mark.parametrize("encoding", [name for name in KINDS if name != "plain"])
+def test_fields_that_are_not_the_encoding_s_are_refused_in_words(encoding):
+    settings, _ = KINDS[encoding]
+    piece = encodings.capacity(encoding, [Matrix("", (8, 20))], "float32", settings)
+    encodings.check_fields(encoding, piece, "float32", settings)
+    first, last = piece.fields[0], piece.fields[-1]
+    wrong = [
+        (changed(piece, first.name, dtype="float64"), f"its field {first.name} is float64"),
+        (changed(piece, first.name, shape=(8, 21)), r"\[8, 21\]"),
+        (changed(piece, first.name, shape=(9, 20)), r"\[9, 20\]"),
+        (changed(piece, last.name, offset=last.offset + 8), "multiples of 16"),
+        (changed(piece, last.name, offset=last.offset + 4096), "of a piece"),
+        (changed(piece, last.name, offset=0), "lies from byte 0"),
+        (changed(piece, last.name, name=first.name), "has the fields"),
+        (changed(piece, last.name, name="other"), "has the fields"),
+        (Piece(piece.nbytes, piece.fields[:-1], piece.matrices), "has the fields"),
+        (Piece(piece.nbytes, (), piece.matrices), "has the fields none"),
+        (Piece(piece.nbytes - 16, piece.fields, piece.matrices), "of a piece"),
+    ]
+    for told, words in wrong:
+        with pytest.raises(InputError, match=words) as error:
+            encodings.check_fields(encoding, told, "float32", settings)
+        assert "\n" not in str(error.value)
