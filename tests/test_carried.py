@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import counts
-import more
 import noria.engine.stage
 import tiny_models
 import world
+from extra_kinds import extra_kinds
 from late_streams import LateStreams
 from noria import config, streams
 from noria.__main__ import main
@@ -45,7 +45,7 @@ NUM_ROWS = 7
 
 @pytest.fixture(scope="module")
 def carried():
-    with more.families():
+    with extra_kinds():
         from noria.models import carried
 
         yield carried

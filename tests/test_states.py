@@ -12,9 +12,9 @@ import pytest
 import states_worker
 
 import counts
-import more
 import tiny_models
 import world
+from extra_kinds import extra_kinds
 from late_streams import LateStreams
 from noria import config, streams
 from noria.__main__ import main
@@ -53,7 +53,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def turns():
-    with more.families():
+    with extra_kinds():
         from noria.models import turns
 
         yield turns

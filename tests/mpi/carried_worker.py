@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from worker import generate, share
 
-import more
+from extra_kinds import extra_kinds
 from late_streams import LateStreams
 from noria import run, streams
 from noria.engine import assembly
@@ -43,7 +43,7 @@ def cases(num_ranks):
 
 
 def work(world, folder, names):
-    with patch.object(streams, "streams_of", LateStreams), more.families():  # every copy as late as its events allow
+    with patch.object(streams, "streams_of", LateStreams), extra_kinds():  # every copy as late as its events allow
         for num_ranks in PARTITIONS:
             mine = [case for case in cases(num_ranks) if case[0] in names]
             with share(world, num_ranks, mine) as (comm, mine):
@@ -77,6 +77,6 @@ def sent(comm, folder, name, keys):
     with ExitStack() as held:
         for where, what, instead in patches:
             held.enter_context(patch.object(where, what, instead))
-        held.enter_context(more.families())
+        held.enter_context(extra_kinds())
         assert generate(folder, name, keys, comm) == 0
     return sum(counts), sum(buffers), *between

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from worker import generate, share
 
-import more
+from extra_kinds import extra_kinds
 from late_streams import LateStreams
 from noria import streams
 
@@ -37,7 +37,7 @@ def cases(num_ranks):
 
 
 def work(world, folder, names):
-    with patch.object(streams, "streams_of", LateStreams), more.families():  # every copy as late as its events allow
+    with patch.object(streams, "streams_of", LateStreams), extra_kinds():  # every copy as late as its events allow
         for num_ranks in range(1, 4):
             taken = [(name, keys) for name, keys in cases(num_ranks) if name in names]
             with share(world, num_ranks, taken) as (comm, mine):
