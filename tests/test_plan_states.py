@@ -52,6 +52,12 @@ def test_every_tier_holds_the_states_of_as_many_rows_as_it_has_pages_for(shape, 
     assert plan.predicted["rows"] <= sum(pools["states"] for pools in held.values())
 
 
+def test_the_plan_says_how_many_states_there_are():
+    plan = make(HYBRID)
+    assert plan.lines()[0].endswith(f"tokens and {plan.pools['gpu']['states']:,} states")
+    assert "states" not in make(shape_of(keys_and_values(4, 64))).lines()[0]
+
+
 def test_the_samples_of_a_prompt_have_a_state_each_and_one_for_their_beginning():
     pools = make(HYBRID, load=Workload(4000, 400, 100), n=4).pools["gpu"]
     assert pools["states"] == -(-pools["pages"] // (4 * 32)) * 5 + 1

@@ -84,11 +84,12 @@ class Plan:
 
     def lines(self, predicted: bool = True) -> list[str]:
         """The plan as people read it, with or without its prediction."""
+        states = sum(self.of_pool("states").values())
         head = (
             f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
             f" {plural(self.step_tokens, 'token')} in {self.microbatches}+ microbatches of {self.microbatch_tokens},"
             f" {self.dtype}, {self.schedule},"
-            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
+            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens" + (f" and {states:,} states" if states else "")
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
         return [head, *ranks, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
