@@ -317,7 +317,7 @@ def test_a_directory_without_weights_is_refused(tmp_path):
 
 
 FOREIGN = {
-    "adapter_config.json": ["an adapter of peft", "merge it into its model"],
+    "adapter_config.json": ["an adapter of peft", "noria convert HF_DIR MODEL.h5 --lora ADAPTER_DIR"],
     "model.Q4_K_M.gguf": ["GGUF, llama.cpp's format"],
     "consolidated.00.pth": ["format of their makers' own programs", "take the model in Hugging Face's format"],
     "consolidated.safetensors": ["format of their makers' own programs"],
@@ -344,7 +344,7 @@ def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but
         (source / name).write_bytes(b"{}")
     convert(source, tmp_path / "model.h5")
     (source / "adapter_model.safetensors").write_bytes(b"{}")
-    refused(source, tmp_path, "hf holds an adapter beside the model", "merge it into", target=tmp_path / "other.h5")
+    refused(source, tmp_path, "hf holds an adapter beside the model", "--lora", target=tmp_path / "other.h5")
 
 
 @pytest.mark.parametrize(

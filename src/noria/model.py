@@ -117,6 +117,7 @@ class OpenModel(Protocol):
     blocks: dict[str, Block]
     tokenizer: dict[str, bytes]
     header_hash: str
+    adapter: str  # name and hash of the adapter that was merged into it; "" of none
     nbytes: int
 
     def read_block(self, name: str, into: bytearray | memoryview) -> None: ...

@@ -179,6 +179,7 @@ def _provenance(
 ) -> dict[str, Any]:
     """How the output was made: its attributes."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
+    more |= {"adapter": model.adapter} if model.adapter else {}
     return provenance(
         run_file=config.to_toml(),
         checkpoint_hash=model.header_hash,

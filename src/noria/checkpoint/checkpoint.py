@@ -97,7 +97,7 @@ class Checkpoint:
 
     shape, family, dtype: what the model is; version: of the file's format; config, generation_config: its own JSON
     objects; blocks: layouts by name; tokenizer: bytes by file name; header_hash: the same for the same model wherever it
-    lies; nbytes: of all blocks.
+    lies; adapter: name and hash of the one that was merged into it; nbytes: of all blocks.
     """
 
     def __init__(self, path: Path):
@@ -118,6 +118,7 @@ class Checkpoint:
     def _read_header(self, root: h5py.File) -> dict[str, str]:
         self.version = _version(root, self.path)
         self.source = text_attribute(root, "source", self.path)
+        self.adapter = text_attribute(root, "adapter", self.path) if "adapter" in root.attrs else ""
         self.dtype = text_attribute(root, "dtype", self.path)
         if self.dtype not in DTYPE_NBYTES:
             raise InputError(f"{self.path}: dtype is {self.dtype!r}; known: {', '.join(DTYPE_NBYTES)}")

@@ -17,7 +17,8 @@ import torch
 from noria.blocks import Block, Parameter
 from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_block, model_shape, open_checkpoint
 from noria.checkpoint.encoding import Forms, PieceEncoder
-from noria.checkpoint.hugging_face import Directory
+from noria.checkpoint.hugging_face import Directory, Folder
+from noria.checkpoint.lora import Adapter
 from noria.checkpoint.sources import Plan, check_tied, left_over, plan_of, shared
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
 from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkpoint
@@ -52,8 +53,9 @@ def convert(
     progress: Progress | None = None,
     overwrite: bool = False,
     forms: Forms | None = None,
+    lora: str | Path | None = None,
 ) -> Converted:
-    """Converts the model in directory `source` into the checkpoint `target`.
+    """Converts the model in directory `source` into the checkpoint `target`, with the adapter in directory `lora` merged.
 
     dtype auto is the source's own. `forms`: the parameters that are not stored plain, by name. Raises InputError for
     anything about the source or the target that is not right, before the target is touched, and while another process
@@ -64,16 +66,23 @@ def convert(
     _check_target(target, overwrite)
     holder = {"job": "", "what": "noria convert", "host": socket.gethostname(), "process": os.getpid(), "start": now()}
     with OutputLock(target, holder, notes.append):
-        made = _convert(source, target, dtype, progress, overwrite, forms or {})
+        made = _convert(source, target, dtype, progress, overwrite, forms or {}, lora)
     return replace(made, notes=notes + made.notes)
 
 
 def _convert(
-    source: str | Path, target: Path, dtype: str, progress: Progress | None, overwrite: bool, forms: Forms
+    source: str | Path,
+    target: Path,
+    dtype: str,
+    progress: Progress | None,
+    overwrite: bool,
+    forms: Forms,
+    lora: str | Path | None,
 ) -> Converted:
     _check_target(target, overwrite)  # again: the holder before may have made it
-    directory = Directory(source)
-    before = looks_of(directory.path / name for name in os.listdir(directory.path))
+    directory = Directory(source, adapted=lora is not None)
+    folders = [directory.path] + ([Folder(lora).path] if lora is not None else [])
+    before = looks_of(folder / name for folder in folders for name in os.listdir(folder))
     found = directory.json("config.json")
     assert found is not None, "a Directory has a config.json"
     config_text, config = found
@@ -83,14 +92,17 @@ def _convert(
     plan = plan_of(directory, family, shape, tensors)
     check_tied(plan, tensors, shape)
     dtype, notes = _choose_dtype(family, shape, plan, dtype)
+    notes += left_over(plan, tensors, shape)
+    adapter = None if lora is None else Adapter(Path(lora), directory, family, shape, plan, tensors)
+    reader = adapter.reader if adapter else Reader()
+    plan = adapter.replaced(plan) if adapter else plan
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
-    encoder = PieceEncoder(plan, forms, shape.tied, reader := Reader())
+    encoder = PieceEncoder(plan, forms, shape.tied, reader)
     blocks = {name: encoder.lay_out(block, dtype) for name, block in blocks.items()}
-    header = Header(
-        shape.family, dtype, directory.name, config_text, generation[0] if generation else "{}", directory.tokenizer()
-    )
+    more = (generation[0] if generation else "{}", directory.tokenizer(), str(adapter or ""))
+    header = Header(shape.family, dtype, directory.name, config_text, *more)
     _check_space(target, file_nbytes(blocks, header))
-    notes += left_over(plan, tensors, shape) + _tokenizer_notes(header)
+    notes += _tokenizer_notes(header) + (adapter.notes if adapter else [])
     source_of = _ParameterBytes(plan, encoder, reader, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
     with making(target, remedy), replacing(target, overwrite) as temporary:
@@ -98,6 +110,7 @@ def _convert(
         with open_checkpoint(temporary):
             pass  # what was written reads back as a checkpoint
         used = {tensor.shard for tensor in tensors.values()} | {directory.path / name for name in _TEXTS}
+        used |= set(adapter.files) if adapter else set()
         refuse_changed({path: look for path, look in before.items() if path in used}, "converted")
     return Converted(shape, dtype, target.stat().st_size, notes)
 

@@ -26,7 +26,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 FOREIGN = {
     "adapter_config.json": (
         "an adapter of peft",
-        "merge it into its model first (merge_and_unload() and save_pretrained() of peft's AutoPeftModelForCausalLM)",
+        "give the directory of its model, and the adapter's with --lora: noria convert HF_DIR MODEL.h5 --lora ADAPTER_DIR",
     ),
     "*.gguf": ("GGUF, llama.cpp's format", "take the directory that it was made from"),
     "consolidated.*": (
@@ -53,8 +53,8 @@ def _is_adapter(name: str) -> bool:
     return name.startswith("adapter_model.")
 
 
-class Directory:
-    """A model directory. Raises InputError if it is none."""
+class Folder:
+    """A folder of files whose names and links never leave it. Raises InputError if there is none."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -65,11 +65,6 @@ class Directory:
             known = foreign([self.path.name])
             raise InputError(f"{path} is a file{known or ': give the Hugging Face directory that holds config.json'}")
         self._root = _trusted_root(self.path.resolve())
-        if not (self.path / "config.json").is_file():
-            snapshots = sorted(self.path.glob("snapshots/*/config.json"))
-            hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
-            known = foreign(self._names()) or ": it is not a Hugging Face model directory"
-            raise InputError(f"{path} has no config.json{known}{hint}")
 
     @property
     def name(self) -> str:
@@ -124,6 +119,19 @@ class Directory:
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path / name} is not UTF-8: {error}") from error
 
+
+class Directory(Folder):
+    """A model directory. Raises InputError if it is none. `adapted`: an adapter may lie beside the model."""
+
+    def __init__(self, path: str | Path, adapted: bool = False):
+        super().__init__(path)
+        self._adapted = adapted
+        if not (self.path / "config.json").is_file():
+            snapshots = sorted(self.path.glob("snapshots/*/config.json"))
+            hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
+            known = foreign(self._names()) or ": it is not a Hugging Face model directory"
+            raise InputError(f"{path} has no config.json{known}{hint}")
+
     def tokenizer(self) -> dict[str, bytes]:
         """The tokenizer's files by name; vocabulary and merges only where there is no tokenizer.json."""
         whole = self.file("tokenizer.json") is not None
@@ -146,7 +154,8 @@ class Directory:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name. Raises InputError for shards that are missing, damaged, or not what the index says."""
-        if "adapter_config.json" in (names := self._names()) and any(map(_is_adapter, names)):
+        names = self._names()
+        if not self._adapted and "adapter_config.json" in names and any(map(_is_adapter, names)):
             raise InputError(f"{self.path} holds an adapter beside the model{foreign(['adapter_config.json'])}")
         for name in WEIGHTS:
             path = self.file(name)

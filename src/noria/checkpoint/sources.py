@@ -3,7 +3,7 @@
 Which they are is the model family's to say. Reads no numbers but those of a head that may be the embedding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os.path import commonpath
 from types import ModuleType
@@ -50,7 +50,7 @@ def plan_of(directory: Directory, family: ModuleType, shape: ModelShape, tensors
     plan: Plan = {}
     for block in block_names(shape):
         wanted = family.sources(shape, block)
-        looked = {name: _find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
+        looked = {name: find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
         if shape.tied and "lm_head.weight" in tensors:  # the embedding may be stored under the head's name alone
             tied = family.sources(shape, "embed")["tokens"]
             looked |= {name: tensors["lm_head.weight"] for name in tied if name in looked and looked[name] is None}
@@ -81,7 +81,8 @@ def _instead(missing: str, tensors: Iterable[str]) -> str:
     )
 
 
-def _find(name: str, tensors: dict[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
+def find(name: str, tensors: Mapping[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
+    """The tensor of this name, or of one that older checkpoints give it."""
     names = [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
     return next((tensors[name] for name in names if name in tensors), None)
 

@@ -19,6 +19,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
     return [
         f"{checkpoint.path}: checkpoint, version {checkpoint.version}, made from {checkpoint.source}",
+        *([f"adapter     {checkpoint.adapter}, merged"] if checkpoint.adapter else []),
         f"family      {checkpoint.family}, dtype {checkpoint.dtype}, {checkpoint.num_parameters:,} parameters",
         f"sizes       {plural(shape.num_layers, 'layer')}, hidden {shape.hidden_size}, heads {shape.num_heads} of"
         f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
@@ -39,6 +40,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": FORMAT,
         "version": checkpoint.version,
         "source": checkpoint.source,
+        "adapter": checkpoint.adapter,
         "family": checkpoint.family,
         "dtype": checkpoint.dtype,
         "parameters": checkpoint.num_parameters,

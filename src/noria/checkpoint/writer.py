@@ -30,7 +30,8 @@ Place = tuple[str, str]  # block and parameter
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says beside its weights; config and generation_config are JSON texts."""
+    """What a checkpoint says beside its weights; config and generation_config are JSON texts. `adapter`: name and hash of
+    the one that was merged into it."""
 
     family: str
     dtype: str
@@ -38,6 +39,7 @@ class Header:
     config: str
     generation_config: str = "{}"
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    adapter: str = ""
 
 
 @contextmanager
@@ -119,6 +121,7 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
             source=header.source,
         )
         file.attrs.update(config=header.config, generation_config=header.generation_config)
+        file.attrs.update({"adapter": header.adapter} if header.adapter else {})
         for block in blocks.values():
             file.create_group(block.name).attrs[CHECKSUM] = np.bytes_("0" * 32)
         datasets = []

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *DTYPES),
         help="number format of the checkpoint (auto: the source's)",
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="ADAPTER_DIR", help="merge this LoRA adapter of peft into the model's weights"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
 
 
@@ -40,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_tokenizer(arguments.source)
     report = _Bar() if sys.stderr.isatty() else _Lines()
     try:
-        made = convert(arguments.source, arguments.target, arguments.dtype, report, arguments.overwrite)
+        asked = arguments.source, arguments.target, arguments.dtype
+        made = convert(*asked, report, arguments.overwrite, lora=arguments.lora)
     finally:
         report.close()
     for note in made.notes + _doubts(arguments.target):
