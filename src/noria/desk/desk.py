@@ -33,7 +33,7 @@ from noria.output.segments import history
 from noria.plan.planner import Plan
 from noria.rows import sequence as sequences
 from noria.rows.admission import Admission
-from noria.rows.chat import Encoder, encoder_of, tells_date
+from noria.rows.chat import Encoder, encoder_of
 from noria.rows.prompt_files import Watch
 from noria.rows.prompts import Prompt, noted, open_prompts
 from noria.rows.slots import Capacity
@@ -80,7 +80,7 @@ class Desk:
     ):
         self._config, self._checkpoint, self._identity = config, checkpoint, examined.identity
         self._files, self._watch, self._all_read = examined.files, Watch(examined.files), False
-        self._helper = helper
+        self._helper, self._mended = helper, examined.mended
         self.sampling = examined.identity.sampling
         # A prompt is computed once for all its samples.
         self._lengths = examined.load.prompt_tokens / self.sampling.n, examined.load.new_tokens
@@ -112,7 +112,7 @@ class Desk:
     def _open(self, plan: Plan, segment: Mapping[str, Any]) -> None:
         """From the parts that are there to the admission of what is left; last of all the record of this job."""
         config, parts = self._config, self._parts
-        agree(parts, config, self._files, self._num_prompts, tells_date(self._checkpoint.tokenizer))
+        agree(parts, config, self._files, self._num_prompts, self._checkpoint.tokenizer, self._mended)
         num_rows = len(self._rows) * self.sampling.n
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()

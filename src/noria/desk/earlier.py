@@ -3,17 +3,20 @@
 Knows no steps and no ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 
 from noria.config import Config
 from noria.desk.identity import another_run
 from noria.desk.records import num_cut, take_up
 from noria.errors import InputError
+from noria.output.generations import Generation
 from noria.output.parts import Parts
+from noria.output.sealed import gather, parts_folder, scan, scan_one, select
 from noria.output.target import probe_output, reopen
-from noria.rows.chat import Encoder
+from noria.rows.chat import Encoder, tells_date
 from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
@@ -27,21 +30,28 @@ def make_room(config: Config) -> None:
         reopen(config.output)
 
 
-def agree(parts: Parts, config: Config, files: PromptFiles, num_prompts: int, dated: bool) -> None:
+def agree(
+    parts: Parts,
+    config: Config,
+    files: PromptFiles,
+    num_prompts: int,
+    tokenizer: Mapping[str, bytes],
+    mended: bool = False,
+) -> None:
     """Raises InputError if the parts are of another run; those that are not may be of an earlier version.
 
-    `dated`: texts depend on the date. That of the job's first start is kept: a row is the same whenever it is generated.
+    `mended`: their rows were compared with these prompts, which are not those of before (mended.py). `tokenizer`: its files.
+    Where texts depend on the date, that of the job's first start is kept: a row is the same whenever it is generated.
     """
     for part in parts.parts:  # a greedy shard of the old rules drew nothing: any seed agrees with it
         if part.header.get("sampling.seed") is None:
             part.header["sampling.seed"] = parts.header["sampling.seed"]
-    if dated:
+    if tells_date(tokenizer):
         stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
         parts.header["chat.date"] = stored[0] if stored else now()
-    if config.job.extend:
-        for part in parts.parts:
-            if extends(files, part.header["prompts"]):
-                part.header["prompts"] = parts.header["prompts"]
+    for part in parts.parts:
+        if mended or (config.job.extend and extends(files, part.header["prompts"])):
+            part.header["prompts"] = parts.header["prompts"]
     different = parts.differences()
     if different:
         raise another_run(parts.folder, different)
@@ -75,3 +85,24 @@ class Begun:
     def encoder(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
         """The way from rows to token ids: sealed ones, where there are."""
         return lambda prompt: self._prompts[prompt.row] if prompt.row in self._prompts else encode(prompt)
+
+
+def sealed_rows(config: Config, errors: bool) -> Iterator[Generation]:
+    """The rows that are there, finished or half-way, in order; those in error too if `errors`."""
+    output = Path(config.output)
+    parts = (
+        scan(parts_folder(output), lambda message: None, verify=False) if not output.exists() else [scan_one(output)]
+    )
+    for block in gather(parts, select(parts, half_way=True)):
+        yield from (one for one in block if errors or one.status != "error")
+
+
+def beside(prompts: Iterable[Prompt], sealed: Iterator[Generation]) -> Iterator[tuple[Prompt, list[Generation]]]:
+    """Each prompt with its rows that are there: both come in order."""
+    groups = groupby(sealed, key=lambda one: one.row)
+    row, ours = next(groups, (None, ()))
+    for prompt in prompts:
+        rows = list(ours) if row == prompt.row else []
+        if rows:
+            row, ours = next(groups, (None, ()))
+        yield prompt, rows

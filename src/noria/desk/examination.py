@@ -18,6 +18,7 @@ from noria.desk.exports import check_exports
 from noria.desk.identity import Identity, check_finished, identity
 from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
+from noria.desk.mended import mended
 from noria.desk.old_rules import check_rendering
 from noria.desk.steering import check_constraint
 from noria.desk.validation import ModelLimits
@@ -54,6 +55,7 @@ class Examined:
     identity: Identity
     said: list[str]  # for the user, a line each
     code: int = 0  # the exit code of a job that finds the output finished
+    mended: bool = False  # the prompts of rows in error are others than before: see mended.py
 
 
 def examine(config: Config, num_ranks: int, device: str, helper: Helper | None = None) -> Examined:
@@ -74,7 +76,12 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, files, checkpoint, dtype, tokenizer)
         check_constraint(config.sampling, own.sampling, tokenizer, checkpoint.shape.vocab_size)
-        if state == "finished" and check_finished(config, files, own.header, num_rows):
+
+        def at(date: datetime) -> Encoder:
+            return _encoder(config, checkpoint, tokenizer, helper, date)
+
+        changed = None if state == "absent" else mended(config, files, own, num_rows, at)
+        if state == "finished" and check_finished(config, files, own.header, num_rows, changed is not None):
             state = "parts"
         if state == "absent" and config.job.shard is None:
             _refuse_useless(files, num_rows, encode, own.sampling, checkpoint.shape, tokenizer)
@@ -85,12 +92,25 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         elif own.rules > OLD_RULES:
             said = told(checkpoint.generation_config, config.sampling, own.taken)
         else:
-            said = check_rendering(
-                config, files, own, num_rows, lambda date: _encoder(config, checkpoint, tokenizer, helper, date)
-            )
+            said = check_rendering(config, files, own, num_rows, at)
         names, code = prompt_files(files, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
-        return Examined(state, num_rows, shape, blocks, dtype, files, prompts_hash, names, load, own, said, code)
+        said = [*said, *(changed or [])]
+        return Examined(
+            state,
+            num_rows,
+            shape,
+            blocks,
+            dtype,
+            files,
+            prompts_hash,
+            names,
+            load,
+            own,
+            said,
+            code,
+            changed is not None,
+        )
 
 
 def _refuse_useless(

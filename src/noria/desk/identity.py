@@ -4,6 +4,7 @@ Reads prompts and finished outputs; generates nothing.
 """
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from noria.config import Config
 from noria.desk.steering import settled
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.output.agreement import difference, differing
 from noria.output.generations import open_generations
@@ -70,25 +71,29 @@ def _header(
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 
-def check_finished(config: Config, files: PromptFiles, header: Mapping[str, Any], num_rows: int) -> bool:
+def check_finished(
+    config: Config, files: PromptFiles, header: Mapping[str, Any], num_rows: int, mended: bool = False
+) -> bool:
     """Whether the finished output has rows to generate still: new ones of longer prompts, those that a limit left out, or
-    errors to be tried again. `num_rows`: of the prompts, as many as this run reads.
+    errors to be tried again. `num_rows`: of the prompts, as many as this run reads; `mended`: they are accepted as they are.
 
     Raises InputError if it is that of another run.
     """
     with open_generations(config.output) as output:
         theirs = json.loads(output.attrs.get("header", "{}"))
         limited = output.attrs.get("prompt_rows", num_rows) < num_rows
+        added = limited and mended and not config.job.extend and "limit" not in tomllib.loads(output.attrs["run_file"])
+        require(not added, f"prompts {files} have more rows than {config.output} was made of: add --extend")
         errors = bool((output.column("status") == STATUS.index("error")).any())
     extended = config.job.extend and theirs.get("prompts") != header["prompts"] and extends(files, theirs["prompts"])
-    if extended:
+    if extended or mended:
         theirs["prompts"] = header["prompts"]
     either = () if None not in (theirs.get("sampling.seed"), header["sampling.seed"]) else ("sampling.seed",)
     names = differing(theirs, header, but=("chat.date", *either))
     if names:
         different = [difference(name, theirs, "there", header) for name in names]
         raise another_run(config.output, different)
-    return extended or limited or (errors and config.job.retry_errors)
+    return extended or mended or limited or (errors and config.job.retry_errors)
 
 
 def another_run(place: str | Path, different: list[str]) -> InputError:

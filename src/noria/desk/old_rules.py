@@ -3,19 +3,17 @@
 What else the old rules are stands in output/agreement.py. Knows no ranks and no devices.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from noria.config import Config
+from noria.desk.earlier import beside, sealed_rows
 from noria.desk.identity import Identity
 from noria.desk.records import text_again
 from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.generations import Generation
-from noria.output.sealed import gather, parts_folder, scan, scan_one, select
 from noria.output.target import begun_with
 from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt, open_prompts
@@ -42,7 +40,7 @@ def check_rendering(
     rows, encode = shard_rows(config.job.shard, num_rows), encoder(date)
     prompts = (prompt for prompt in open_prompts(files) if prompt.row in rows)
     other, num_new = None, 0
-    for prompt, sealed in _beside(prompts, _sealed(config)):
+    for prompt, sealed in beside(prompts, sealed_rows(config, errors=not config.job.retry_errors)):
         num_new += not sealed
         other = other or _other_tokens(prompt, sealed, encode)
         if other and num_new:
@@ -87,27 +85,6 @@ def _same_run(config: Config, files: PromptFiles, begun: dict[str, Any], header:
     other = differing(begun, header, but=("chat.date", "sampling.seed"))
     longer = config.job.extend and other == ["prompts"] and extends(files, begun["prompts"])
     return not other or longer
-
-
-def _sealed(config: Config) -> Iterator[Generation]:
-    """The rows that are there, finished or half-way, in order; errors that are tried again are not."""
-    output = Path(config.output)
-    parts = (
-        scan(parts_folder(output), lambda message: None, verify=False) if not output.exists() else [scan_one(output)]
-    )
-    for block in gather(parts, select(parts, half_way=True)):
-        yield from (one for one in block if one.status != "error" or not config.job.retry_errors)
-
-
-def _beside(prompts: Iterable[Prompt], sealed: Iterator[Generation]) -> Iterator[tuple[Prompt, list[Generation]]]:
-    """Each prompt with its rows that are there: both come in order."""
-    groups = groupby(sealed, key=lambda one: one.row)
-    row, ours = next(groups, (None, ()))
-    for prompt in prompts:
-        rows = list(ours) if row == prompt.row else []
-        if rows:
-            row, ours = next(groups, (None, ()))
-        yield prompt, rows
 
 
 def _other_tokens(prompt: Prompt, sealed: list[Generation], encode: Encode) -> str:

@@ -4,8 +4,8 @@ May be killed anywhere and called again. Knows nothing of the run; what it says 
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from noria.output.assemble import Chosen, assemble
 from noria.output.generations import Generation, Generations
 from noria.output.parts import Parts
 from noria.output.schema import STATUS
-from noria.output.sealed import Selection, select
+from noria.output.sealed import ERROR, Part, Selection, select
 from noria.tools.text import plural
 
 _OURS = ("format", "version", "complete", "header", "repeated_rows", "checksums")
@@ -48,7 +48,7 @@ def merge(
     """Seals what waits in `parts`, merges everything into `output` and deletes the parts.
 
     The rows must be exactly those of `rows` (a number: from 0 on), each with samples 0 .. samples-1 (a number, or
-    [rows] its own for each row), all done or error.
+    [rows] its own for each row), all done or error; errors of further samples are left out.
     `attrs`: provenance, stored as attributes (lists and tables as JSON text). `timing`: name -> array with a value (or
     row) a rank, or a mapping of such names. `change` is asked for each row before it is written, in order; its tokens stay
     as many. Memory: a block of rows, and about 100 bytes for each row of the output.
@@ -58,7 +58,7 @@ def merge(
     samples = np.broadcast_to(samples, len(rows))
     assert not set(_OURS) & set(attrs), f"attributes of the format: {set(_OURS) & set(attrs)}"
     parts.seal()
-    selection = select(parts.parts)
+    selection = _without_older(parts.parts, select(parts.parts), rows, samples)
     _check_rows(selection, rows, samples)
     merged = Merged(0, 0, 0, 0, selection.num_repeated)
 
@@ -74,6 +74,20 @@ def merge(
     assemble(output, Chosen(parts.parts, selection, change=change), attrs, timing or {}, check=check)
     parts.remove()
     return merged
+
+
+def _without_older(parts: Sequence[Part], selection: Selection, rows: range, samples: np.ndarray) -> Selection:
+    """Without errors of samples that the row's prompt does not have any more: it was mended, and asks for fewer now."""
+    if (samples == 1).all() and not selection.sample.any():
+        return selection
+    place, rest = np.divmod(selection.row - rows.start, rows.step)
+    ours = (rest == 0) & (place >= 0) & (place < len(rows))
+    older = np.zeros(len(ours), bool)
+    older[ours] = selection.sample[ours] >= samples[place[ours]]
+    pairs = zip(selection.part[older], selection.position[older], strict=True)
+    older[older] = [parts[number].status[position] == ERROR for number, position in pairs]
+    names = ("part", "position", "row", "sample", "num_tokens", "num_prompt_tokens")
+    return replace(selection, **{name: getattr(selection, name)[~older] for name in names})
 
 
 def _check_rows(selection: Selection, rows: range, samples: np.ndarray) -> None:

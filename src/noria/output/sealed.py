@@ -163,7 +163,7 @@ def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> P
 
 
 def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
-    """Each finished row once: the first that was sealed as done wins, else the first error.
+    """Each finished row once: the first that was sealed as done wins, else the last error.
 
     With `half_way` also each row that is nowhere finished, as it was last sealed.
     """
@@ -176,7 +176,7 @@ def select(parts: Sequence[Part], half_way: bool = False) -> Selection:
     number = np.repeat(np.arange(len(parts)), sizes)
     position = np.concatenate([empty, *(np.arange(size) for size in sizes)])
     todo, error, age = status == TODO, status == ERROR, np.arange(len(row))
-    order = np.lexsort((np.where(todo, -age, age), error, todo, sample, row))
+    order = np.lexsort((np.where(todo | error, -age, age), error, todo, sample, row))
     first = np.ones(len(order), bool)
     first[1:] = (np.diff(row[order]) != 0) | (np.diff(sample[order]) != 0)
     finished = ~todo[order]
