@@ -2,6 +2,7 @@
 and batch guide (lines of output and error files, chat completion and completion objects) and its cookbook (log-probabilities).
 """
 
+import csv
 import json
 
 import numpy as np
@@ -268,3 +269,43 @@ def test_an_output_with_log_probabilities_needs_its_checkpoint_or_is_told_to_do_
     assert main([*command, "--model", "none"]) == 0
     content = lines(tmp_path / "out.jsonl")[0]["response"]["body"]["choices"][0]["logprobs"]["content"]
     assert content[0]["token"] == "token_id:5"
+
+
+def test_reasoning_stands_apart_from_the_content_and_its_tokens_are_not_among_those_of_the_content(tmp_path):
+    tokens = [*ids("hm"), *ids("/"), *ids("a"), END]
+    one = with_logprobs(row(0, "a", tokens, CHAT), [-1, -2, -3, -4, -5])
+    one.reasoning, one.reasoning_tokens = "hm", 2
+    silent = row(1, "b", [*ids("b"), END], CHAT)
+    silent.reasoning = ""
+    first, second = exported(tmp_path, [one, silent])
+    body = first["response"]["body"]
+    assert body["choices"][0]["message"] == {
+        "role": "assistant", "content": "a", "refusal": None, "reasoning": "hm", "reasoning_content": "hm",
+    }  # fmt: skip
+    assert body["choices"][0]["logprobs"]["content"] == [
+        {"token": "a", "logprob": -4, "bytes": [97], "top_logprobs": []}
+    ]
+    assert body["usage"]["completion_tokens"] == 5
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+    message = second["response"]["body"]["choices"][0]["message"]
+    assert (message["content"], message["reasoning"], message["reasoning_content"]) == ("b", None, None)
+    for name in ("rows.jsonl", "rows.csv"):
+        export(tmp_path / "run.h5", tmp_path / name)
+    assert [line["reasoning"] for line in lines(tmp_path / "rows.jsonl")] == ["hm", ""]
+    with open(tmp_path / "rows.csv", newline="") as file:
+        assert [line["reasoning"] for line in csv.DictReader(file)] == ["hm", ""]
+
+
+def test_a_users_column_reasoning_keeps_its_name_unless_the_output_has_one_itself(tmp_path):
+    own = {"reasoning": 7}
+    exported(tmp_path, [row(0, "a", [1], own)])
+    export(tmp_path / "run.h5", tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["reasoning"] == "7" and "input_reasoning" not in line
+    one = row(0, "a", [1], own)
+    one.reasoning = "hm"
+    exported(tmp_path, [one])
+    export(tmp_path / "run.h5", tmp_path / "rows.jsonl")
+    (line,) = lines(tmp_path / "rows.jsonl")
+    assert (line["reasoning"], line["input_reasoning"]) == ("hm", 7)

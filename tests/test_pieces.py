@@ -110,3 +110,12 @@ def test_the_pieces_of_any_tokens_joined_are_the_text(kind):
         found = pieces.of(prompt, row, text, to_the_end)
         assert b"".join(found).decode() == text and len(found) <= len(row)
         assert not to_the_end or len(found) == len(row)
+
+
+def test_of_a_row_that_thinks_the_tokens_of_its_answer_have_pieces_and_the_others_have_none(of_bytes):
+    pieces, ids, begin, end = of_bytes
+    thought = [begin, *ids("hm t"), *ids("</t>")]
+    assert pieces.of([], [*thought, *ids(" a"), 256, end], "a the", False, 5) == [*[None] * 10, b"a", b" the"]
+    assert pieces.of([], [*thought, end], "", False, 5) == [], "no answer"
+    assert pieces.of([], [begin, *ids("hm")], "", True, 2) == [None] * 3, "the thinking was not closed"
+    assert pieces.of([], [*ids("a"), 256], "a the", True, 0) == [b"a", b" the"], "it did not think"

@@ -113,9 +113,7 @@ class Job:
         " rows and exits with 75; the same command continues (default: what SLURM or PBS say)",
         text=True,
     )
-    retry_errors: bool = key(
-        "generate rows with status error again; their prompts may be others now, those of other rows may not", False
-    )
+    retry_errors: bool = key("generate rows with status error again; their prompts alone may be others now", False)
     extend: bool = key("accept a longer file of prompts that begins with the old one, unchanged", False)
     fail_on_errors: bool = key(
         "exit with 65 if any row of the output is an error; without it only if all rows are", False

@@ -30,6 +30,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 FORMATS = ("rows", "openai")
 SCORES = ("logprobs", "top_ids", "top_logprobs", "prompt_logprobs")
 KEYS = ("id", "sample", "status", "finish_reason", "prompt", "text", "token_ids", *SCORES, "error")
+REASONING = "reasoning"  # one of Noria's keys where an output keeps it apart; elsewhere a column of the user's
 # What a table's columns of these names hold.
 KINDS = dict.fromkeys(KEYS, "string") | {"sample": "int32", "token_ids": "list<int32>", "top_ids": "list<list<int32>>"}
 KINDS |= {"logprobs": "list<float64>", "top_logprobs": "list<list<float64>>", "prompt_logprobs": "list<float64>"}
@@ -60,8 +61,8 @@ def export(
 ) -> int:
     """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
 
-    The keys of KEYS (SCORES and `error` where there are any) and the user's own columns; a user's column that has the
-    name of one of KEYS is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
+    The keys of KEYS (REASONING, SCORES and `error` where there are any) and the user's own columns; a user's column that has
+    the name of one of these is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
     is written, which has none. With `format` openai a response a prompt, as JSON lines; `settings` says more, its format too.
     An output that is not finished is exported from its parts, as far as they go, and `report` is told. What is exported is
     compared with its checksums, where there are any. `target` appears whole or not at all. Raises InputError for what is no
@@ -150,6 +151,8 @@ def as_object(generation: Generation) -> dict[str, Any]:
         "text": generation.text,
         "token_ids": generation.token_ids.tolist(),
     }
+    if generation.reasoning is not None:
+        row[REASONING] = generation.reasoning
     for name in SCORES:
         values = getattr(generation, name)
         if values is not None and values.size:
@@ -157,14 +160,15 @@ def as_object(generation: Generation) -> dict[str, Any]:
     if generation.error:
         row["error"] = generation.error
     own = own_columns(generation.extra)
+    keys = KEYS if generation.reasoning is None else (*KEYS, REASONING)
     for name, value in own.items():
-        row[f"input_{name}" if _taken(name, own) else name] = value
+        row[f"input_{name}" if _taken(name, own, keys) else name] = value
     return row
 
 
-def _taken(name: str, own: dict[str, Any]) -> bool:
-    """Whether a user's column has the name of one of KEYS, or of a user's column that is renamed for that."""
-    while name not in KEYS:
+def _taken(name: str, own: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """Whether a user's column has the name of one of Noria's keys, or of a user's column that is renamed for that."""
+    while name not in keys:
         before = name.removeprefix("input_")
         if before == name or before not in own:
             return False
@@ -221,6 +225,8 @@ def _but_errors(
 def _hidden(generation: Generation) -> dict[str, Any]:
     """What a response needs beside what is exported."""
     known = {"row": generation.row, "prompt_token_ids": generation.prompt_token_ids.tolist()}
+    if generation.reasoning is not None:
+        known |= {"reasoning": generation.reasoning, "num_reasoning_tokens": generation.reasoning_tokens}
     return dict.fromkeys(HIDDEN) | known
 
 

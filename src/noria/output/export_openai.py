@@ -25,8 +25,13 @@ class TokenTexts(Protocol):
         ...
 
     def of(
-        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], text: str, to_the_end: bool
-    ) -> list[bytes] | None:
+        self,
+        prompt_token_ids: Sequence[int],
+        token_ids: Sequence[int],
+        text: str,
+        to_the_end: bool,
+        num_thought: int | None,
+    ) -> list[bytes | None] | None:
         """What each token adds to the text; None where that is not known."""
         ...
 
@@ -37,7 +42,7 @@ class NoTexts:
     def spelled(self, token_id: int) -> None:
         return None
 
-    def of(self, prompt_token_ids: object, token_ids: object, text: object, to_the_end: object) -> None:
+    def of(self, *_: object) -> None:
         return None
 
 
@@ -109,7 +114,7 @@ def _usage(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def _chat_choice(one: dict[str, Any], index: int, texts: TokenTexts) -> dict[str, Any]:
     message = {"role": "assistant", "content": one["text"], "refusal": None}
     if one["reasoning"] is not None:  # the second name is that of vLLM's earlier versions and of others
-        message |= {"reasoning": one["reasoning"], "reasoning_content": one["reasoning"]}
+        message |= dict.fromkeys(("reasoning", "reasoning_content"), one["reasoning"] or None)
     logprobs = None if "logprobs" not in one else {"content": _content(one, texts), "refusal": None}
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": one["finish_reason"]}
 
@@ -157,17 +162,19 @@ def _tokens(
 ) -> Iterator[tuple[int, bytes | None, float, list[tuple[int, float]]]]:
     """Of each token within the row's text: its id, its piece of the text, its log-probability, the likeliest ids with theirs.
 
-    The token that ended the row, and those of a stop text, are not in the text.
+    The token that ended the row, those of a stop text and those of its reasoning are not in the text.
     """
     ids = one["token_ids"]
-    pieces = texts.of(one["prompt_token_ids"], ids, one["text"], one["finish_reason"] == "length")
+    whole = one["finish_reason"] == "length"
+    pieces = texts.of(one["prompt_token_ids"], ids, one["text"], whole, one["num_reasoning_tokens"])
     none: list[list[Any]] = [[]] * len(ids)
     rows = zip(ids, one["logprobs"], one.get("top_ids", none), one.get("top_logprobs", none), strict=True)
     for (token_id, value, top_ids, top_values), piece in zip(
         rows, [None] * len(ids) if pieces is None else pieces, strict=False
     ):
-        top = [(other, _logprob(number)) for other, number in zip(top_ids, top_values, strict=True) if other >= 0]
-        yield token_id, piece, _logprob(value), top
+        if pieces is None or piece is not None:
+            top = [(other, _logprob(number)) for other, number in zip(top_ids, top_values, strict=True) if other >= 0]
+            yield token_id, piece, _logprob(value), top
 
 
 def _logprob(value: float | None) -> float:

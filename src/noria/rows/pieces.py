@@ -22,21 +22,35 @@ class Pieces:
         self._special = frozenset(tokenizer.special_ids.values())
         self.spelled = functools.cache(tokenizer.spelled)
 
-    def of(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], text: str, to_the_end: bool) -> list[bytes]:
+    def of(
+        self,
+        prompt_token_ids: Sequence[int],
+        token_ids: Sequence[int],
+        text: str,
+        to_the_end: bool,
+        num_thought: int | None = None,
+    ) -> list[bytes | None]:
         """The pieces of a row's tokens, which joined are its `text` in UTF-8. [tokens], or fewer: those behind the end of the
-        text (a stop text, an end token) have none, unless the row went on `to_the_end` of its tokens."""
-        wanted = text.encode()
+        text (a stop text, an end token) have none, unless the row went on `to_the_end` of its tokens.
+
+        `num_thought`: of a row whose reasoning is kept apart, its tokens; None of any other. What stands before its answer
+        is None.
+        """
+        wanted, start = text.encode(), 0
         for left_out in (self._special, frozenset[int]()):
             spelled = [b"" if one in left_out else self.spelled(one) or b"" for one in token_ids]
             pieces = _as_decoded(spelled)
-            if b"".join(pieces).startswith(wanted):
+            joined = b"".join(pieces)
+            if num_thought is not None:
+                start = max(joined.rfind(wanted, len(b"".join(pieces[:num_thought]))), 0)
+            if joined.startswith(wanted, start):
                 break
         else:
-            pieces = self._by_writing(prompt_token_ids, token_ids, text)
-        pieces = _cut(pieces, len(wanted))
-        while pieces and not pieces[-1] and not to_the_end:
-            pieces.pop()
-        return pieces
+            pieces, start = self._by_writing(prompt_token_ids, token_ids, text), 0
+        found = _between(pieces, start, start + len(wanted))
+        while found and not found[-1] and not to_the_end:
+            found.pop()
+        return found
 
     def _by_writing(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], text: str) -> list[bytes]:
         """The same by what the tokenizer writes after each token: slower, for those whose spelling is not their text."""
@@ -61,13 +75,14 @@ def _written(
     return pieces, text[place:]
 
 
-def _cut(pieces: list[bytes], nbytes: int) -> list[bytes]:
-    """The pieces up to so many bytes."""
-    cut = []
+def _between(pieces: list[bytes], start: int, stop: int) -> list[bytes | None]:
+    """What of each piece lies between these bytes of all; None for one that ends where they begin, or before."""
+    found, place = list[bytes | None](), 0
     for piece in pieces:
-        cut.append(piece[:nbytes])
-        nbytes -= len(cut[-1])
-    return cut
+        end = place + len(piece)
+        found.append(None if start and end <= start else piece[max(start - place, 0) : max(stop - place, 0)])
+        place = end
+    return found
 
 
 def _as_decoded(spelled: list[bytes]) -> list[bytes]:
