@@ -6,6 +6,7 @@ Opens model, prompts and output; knows no device and no rank.
 import contextlib
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         state = probe_output(config.output, config.job.overwrite, move=False)
         own = identity(config, files, checkpoint, dtype, tokenizer)
         check_constraint(config.sampling, own.sampling, tokenizer, checkpoint.shape.vocab_size)
-
-        def at(date: datetime) -> Encoder:
-            return _encoder(config, checkpoint, tokenizer, helper, date)
-
+        at = partial(_encoder, config, checkpoint, tokenizer, helper)  # a date
         changed = None if state == "absent" else mended(config, files, own, num_rows, at)
         if state == "finished" and check_finished(config, files, own.header, num_rows, changed is not None):
             state = "parts"
@@ -96,21 +94,8 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
         names, code = prompt_files(files, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
         said = [*said, *(changed or [])]
-        return Examined(
-            state,
-            num_rows,
-            shape,
-            blocks,
-            dtype,
-            files,
-            prompts_hash,
-            names,
-            load,
-            own,
-            said,
-            code,
-            changed is not None,
-        )
+        found = state, num_rows, shape, blocks, dtype, files, prompts_hash, names, load, own, said, code
+        return Examined(*found, mended=changed is not None)
 
 
 def _refuse_useless(
