@@ -60,6 +60,23 @@ def test_laps_on_two_ranks_halve_the_time_and_contiguous_stages_do_not():
     assert contiguous.predicted["decode"]["round_seconds"] == pytest.approx(one, rel=0.03)
 
 
+@pytest.mark.parametrize("flags", [{"weights": {"cpu": 100.0}}, {"gpu_memory": "20GiB"}])
+def test_laps_that_would_part_tied_layers_are_not_taken(flags):
+    shape, blocks = OPT_30B
+    tied = replace(shape, cache=(*shape.cache[:2], 1, *shape.cache[3:]))
+    plan = plan_of((tied, blocks), 2, 128, load=Workload(128, 512, 32), **flags)
+    ranks = {layer: stage % 2 for stage, layers in enumerate(plan.ranges()) for layer in layers}
+    assert plan.weight_slots and plan.laps > 1 and ranks[1] == ranks[2], "24 laps would have a layer in each stage"
+
+
+@pytest.mark.parametrize("flags", [{}, {"weights": {"cpu": 100.0}}, {"gpu_memory": "20GiB"}, {"laps": 2}])
+def test_ties_that_no_cut_keeps_are_refused(flags):
+    shape, blocks = OPT_30B
+    tied = replace(shape, cache=(*shape.cache[:47], 0))
+    with pytest.raises(InputError, match=r"\(0, 47\), but no cut of 48 layers into \d+ virtual stages on 2 ranks"):
+        plan_of((tied, blocks), 2, 128, load=Workload(128, 512, 32), **flags)
+
+
 def test_the_bytes_of_weights_a_round_are_those_of_the_streamed_blocks_for_each_time_that_they_are_loaded():
     blocks = OPT_30B[1]
     total = sum(block.nbytes for name, block in blocks.items() if name != "embed")

@@ -5,6 +5,7 @@ A border lies before every layer and after the last one. Pure arithmetic: no tor
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 
@@ -32,24 +33,26 @@ class Bundle:
     def names(self) -> tuple[str, ...]:
         return tuple(array.name for array in self.arrays)
 
+    @cached_property
+    def row_nbytes(self) -> tuple[int, ...]:
+        """Bytes of one token in each array."""
+        return tuple(prod(array.row) * NBYTES[array.dtype or ""] for array in self.arrays)
+
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token."""
-        return sum(map(_row_nbytes, self.arrays))
+        return sum(self.row_nbytes)
 
     def starts(self, num_tokens: int) -> list[int]:
         """The first byte of each array in a message of so many tokens, and the message's length."""
-        sizes = [num_tokens * _row_nbytes(array) for array in self.arrays]
+        if len(self.row_nbytes) == 1:  # hidden states alone: asked for again and again
+            return [0, num_tokens * self.row_nbytes[0]]
+        sizes = [num_tokens * nbytes for nbytes in self.row_nbytes]
         return [0, *accumulate([*(round_up(size, ALIGNMENT) for size in sizes[:-1]), sizes[-1]])]
 
     def nbytes(self, num_tokens: int) -> int:
         """Bytes of a message of so many tokens."""
         return self.starts(num_tokens)[-1]
-
-
-def _row_nbytes(array: Array) -> int:
-    assert array.dtype is not None, array
-    return prod(array.row) * NBYTES[array.dtype]
 
 
 def of_hidden(hidden_size: int, dtype: str) -> Bundle:

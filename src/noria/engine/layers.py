@@ -1,6 +1,7 @@
 """A family's functions, called with what travels: hidden states alone are a tensor to a family, a bundle is a dict of arrays."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -34,7 +35,5 @@ class Layers:
     def _given(self, border: int, part: Arrays) -> torch.Tensor | dict[str, torch.Tensor]:
         return dict(zip(self._names[border], part, strict=True)) if self._names else part[0]
 
-    def _arrays(self, border: int, found: torch.Tensor | Mapping[str, torch.Tensor]) -> Arrays:
-        if isinstance(found, torch.Tensor):
-            return (found,)
-        return tuple(found[name] for name in self._names[border])
+    def _arrays(self, border: int, found: Any) -> Arrays:
+        return tuple(found[name] for name in self._names[border]) if self._names else (found,)

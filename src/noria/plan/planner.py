@@ -169,7 +169,18 @@ def _laps(problem: Problem, streams: bool) -> list[int]:
         listed = problem.config.pipeline.partition
         counted = len(listed) // problem.num_ranks if isinstance(listed, list) else 1
         return [asked or max(counted, 1)]
-    return sorted({1, max(most // 4, 1), max(most // 2, 1), most})
+    tried = sorted({1, max(most // 4, 1), max(most // 2, 1), most})
+    return [laps for laps in tried if _is_cut(problem, laps)] or [1]
+
+
+def _is_cut(problem: Problem, laps: int) -> bool:
+    """Whether so many laps keep tied layers together."""
+    shape, num_ranks = problem.shape, problem.num_ranks
+    try:
+        partition(shape.num_layers, num_ranks * laps, "greedy", ties=shape.tied_layers, num_ranks=num_ranks)
+    except InputError:
+        return False
+    return True
 
 
 def _cached(problem: Problem, base: Candidate) -> Iterator[Candidate]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TypeAlias
 
 import torch
@@ -40,10 +39,9 @@ class Answer:
 def arrays_in(buffer: torch.Tensor, bundle: Bundle, num_tokens: int) -> Arrays:
     """The arrays of so many tokens as views into `buffer` (uint8), where a message has them."""
     found = []
-    for array, start in zip(bundle.arrays, bundle.starts(num_tokens), strict=False):
-        dtype: torch.dtype = getattr(torch, array.dtype or "")
-        nbytes = num_tokens * prod(array.row) * dtype.itemsize
-        found.append(buffer[start : start + nbytes].view(dtype).view(num_tokens, *array.row))
+    for array, start, nbytes in zip(bundle.arrays, bundle.starts(num_tokens), bundle.row_nbytes, strict=False):
+        run = buffer[start : start + num_tokens * nbytes].view(getattr(torch, array.dtype or ""))
+        found.append(run.view(num_tokens, *array.row))
     return tuple(found)
 
 
