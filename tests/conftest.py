@@ -1,13 +1,25 @@
 """Which tests are skipped here, and how several workers share the rest (pytest-xdist, as tests/run.sh starts it)."""
 
 import functools
+import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """Launches find rates of any CPU, so that none measures. Tests of what is kept name another folder."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="noria-rates-")
+        config.add_cleanup(folder.cleanup)
+        shutil.copy(ROOT / "tests" / "data" / "noria-rates-cpu.toml", folder.name)
+        os.environ["NORIA_CACHE"] = folder.name  # workers have it from here
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 import small_run
 from noria.__main__ import main
+from noria.plan import kept, rates
+from noria.plan.rates import Node
 
 OPT = {
     "architectures": ["OPTForCausalLM"], "model_type": "opt", "num_hidden_layers": 96, "hidden_size": 12288,
@@ -101,7 +105,8 @@ def test_measured_rates_are_taken_and_named(planned, tmp_path):
     path = tmp_path / "machine.toml"
     path.write_text('device = "CPU"\nhost_to_device = 1e9\n')
     _, out, _ = planned("--machine", path)
-    assert "CPU; assumed, not measured: " in out and "host_to_device" not in out.split("assumed")[1].split("\n")[0]
+    assert f"machine     CPU, measured ({path}); assumed, not measured: " in out
+    assert "host_to_device" not in out.split("assumed")[1].split("\n")[0]
     path.write_text("host_to_device = 0\n")
     code, _, err = planned("--machine", path)
     assert code == 2 and "host_to_device is 0: it must be a number above 0" in err
@@ -132,3 +137,38 @@ def test_a_plan_says_for_which_device_it_is_and_how_to_say_another(large):
     (name,) = (line for line in out.splitlines() if line.startswith("machine "))
     assert line.split("planned for ")[1].startswith(name.split(maxsplit=1)[1].split(";")[0])
     assert "--device cpu" in line and "--machine FILE" in line and "\ndevice " not in large(8, "--device", "cuda")[1]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder of kept rates: of two H200s, of eight A100s, and a CPU's."""
+    monkeypatch.setenv("NORIA_CACHE", str(tmp_path / "kept"))
+    now = datetime.now(UTC)
+    for device, ranks, more in (("NVIDIA H200", 2, {"hop": 3.3e11}), ("NVIDIA A100 80GB", 8, {}), ("CPU", 1, {})):
+        known = replace(rates.assumed(device), device=device, assumed=(), node=Node(ranks, 1), measured=f"{now:%FT%TZ}")
+        kept.keep(tmp_path / "kept", replace(known, **more), now)
+    return tmp_path / "kept"
+
+
+def test_a_plan_takes_rates_that_runs_have_kept_and_says_which_and_which_not(planned, cache):
+    _, out, _ = planned("--device", "auto")
+    (line,) = (
+        line for line in out.splitlines() if line.startswith("machine     NVIDIA H200, 2 ranks a host, measured on ")
+    )
+    assert str(cache / "noria-rates-nvidia-h200-x2-") in line and "assumed" not in out
+    assert "machine     kept too: NVIDIA A100 80GB in " in out and "predicted from measured rates" in out
+    _, out, _ = planned("--device", "cpu", ranks=1)
+    assert "machine     CPU, 1 rank a host, measured on " in out and "assumed" not in out and "kept too" not in out
+
+
+def test_a_plan_for_other_ranks_than_were_measured_says_so(planned, cache):
+    _, out, _ = planned("--device", "cuda", ranks=1)
+    assert "machine     warning: measured with " in out and ", planned for 1: what ranks share is another" in out
+
+
+def test_where_nothing_was_measured_the_rates_of_a_card_are_assumed(planned, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORIA_CACHE", str(tmp_path))
+    _, out, _ = planned("--machine", "L40S", "--device", "auto")
+    assert "machine     NVIDIA L40S; assumed, not measured: all rates" in out and "assumed rates of NVIDIA L40S" in out
+    _, out, _ = planned("--device", "auto")
+    assert "machine     NVIDIA H200; assumed, not measured: all rates" in out

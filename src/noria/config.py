@@ -143,7 +143,8 @@ class Job:
         False,
     )
     machine: str | None = key(
-        "file written by noria probe: measured rates to plan with (default: assumed rates: built-in figures)"
+        "rates to plan with: a file written by noria probe, or the name of a card, such as H100 (default: measured as the run"
+        " starts, or by an earlier run on the same kind of node; without any, noria plan takes assumed ones)"
     )
 
     def __post_init__(self) -> None:

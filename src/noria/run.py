@@ -9,7 +9,7 @@ from typing import Any
 
 from noria import transports
 from noria.communicator import Communicator
-from noria.config import Config
+from noria.config import Config, Job
 from noria.desk.desk import Desk
 from noria.desk.examination import Examined, examine, open_model
 from noria.desk.exports import write_exports
@@ -18,7 +18,7 @@ from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, Tracing
-from noria.launch import deadline, launcher, mpi, tracing
+from noria.launch import deadline, launcher, measuring, mpi, tracing
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices
 from noria.launch.schedulers import job_ids
@@ -30,6 +30,7 @@ from noria.model import OpenModel
 from noria.plan import planner
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
+from noria.plan.rates import Rates
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
 from noria.rows.template import template_helper
@@ -79,10 +80,11 @@ def _generate(
     """From the files to the output, on every rank; `stopping` is rank 0's."""
     started, comm = now(), here.comm
     transport, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, here.device, config.pipeline.transport))
-    plan = _plan(config, here, work)
+    watchdog.begin("measuring its machine")
+    plan, rates = _plan(config, here, work, transport)
     watchdog.computes(plan.stage_words(here.rank))
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
-    segment = segment_of(job_ids(), hosts, devices, sys.argv, started)
+    segment = segment_of(job_ids(), hosts, devices, sys.argv, started) | {"rates": rates.to_toml()}
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
     with contextlib.closing(opened) as model, contextlib.ExitStack() as on_error:
         seen = config.model, model.nbytes, model.header_hash, work.identity.header["checkpoint"]
@@ -107,10 +109,12 @@ def _generate(
             timing = _execute(here, executor, ring, meters.trace, desk, stopping)
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = comm.allgather(asdict(timing) | meters.traffic.columns() | launcher.peak_memory(here.device))
+        if desk is not None and measuring.deviates(plan, figures(timings, speeds=True)):
+            rates = measuring.doubted(config, rates)
         if desk is not None and desk.complete:
-            desk.close(_provenance(config, work, plan, model, devices, started), timings)
+            desk.close(_provenance(config, work, plan, rates, model, devices, started), timings)
         elif desk is not None:
-            desk.leave()
+            desk.leave(rates.to_toml())
         watchdog.record_by(None)
         if config.job.trace is not None:
             tracing.write(here, meters.trace, Path(config.job.trace))
@@ -118,14 +122,19 @@ def _generate(
         if ring is not None:
             ring.close()
         on_error.pop_all()
-    otherwise = mpi.on_first_rank(comm, lambda: _say_otherwise(here, plan, timings, config.job.strict))
+    otherwise = mpi.on_first_rank(comm, lambda: _say_otherwise(here, plan, timings, config.job))
     return NOT_AS_PLANNED if otherwise and config.job.strict else code
 
 
-def _plan(config: Config, here: ThisRank, work: Examined) -> Plan:
+def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tuple[Plan, Rates]:
+    """The plan, and the rates that it is made from."""
     machine = mpi.on_every_rank(here.comm, lambda: launcher.machine(config, here.comm, here.location, here.device))
     of_work = work.shape, work.blocks, work.dtype, here.num_ranks, machine, work.num_rows, work.load
-    return mpi.on_first_rank(here.comm, lambda: planner.make(Problem(config, *of_work)))
+    problem = Problem(config, *of_work)
+    may_use_disk = mpi.on_first_rank(here.comm, lambda: problem.may_use_disk)
+    rates = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
+    needed = rates.needed(work.dtype, may_use_disk)
+    return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates
 
 
 def _remarks(config: Config, here: ThisRank, work: Examined, plan: Plan) -> Iterator[str]:
@@ -175,7 +184,7 @@ def _execute(
 
 
 def _provenance(
-    config: Config, work: Examined, plan: Plan, model: OpenModel, devices: list[str], started: str
+    config: Config, work: Examined, plan: Plan, rates: Rates, model: OpenModel, devices: list[str], started: str
 ) -> dict[str, Any]:
     """How the output was made: its attributes."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
@@ -190,14 +199,20 @@ def _provenance(
         mpi_library=mpi.library_version(),
         argv=sys.argv,
         plan=plan.as_dict(),
+        rates=rates.to_toml(),
         **more,
     )
 
 
-def _say_otherwise(here: ThisRank, plan: Plan, timings: list[dict[str, Any]], strict: bool) -> list[str]:
-    """Says where the run differed from its plan; of its speed only if the plan's rates were measured, on a GPU."""
+def _say_otherwise(here: ThisRank, plan: Plan, timings: list[dict[str, Any]], job: Job) -> list[str]:
+    """Says where the run differed from its plan; returns what of that `strict` counts.
+
+    Of its speed it says so only if the plan's rates were measured, on a GPU; `strict` counts that if they are of a file.
+    """
     predicted = plan.predicted
     known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
     otherwise = plan.compare(figures(timings, speeds=known))
-    here.say(*(f"{'error' if strict else 'warning'}: not as planned: {line}" for line in otherwise))
-    return otherwise
+    counted = otherwise if job.machine else plan.compare(figures(timings, speeds=False))
+    for line in otherwise:
+        here.say(f"{'error' if job.strict and line in counted else 'warning'}: not as planned: {line}")
+    return counted

@@ -1,12 +1,15 @@
 """Plans a run without running it: memory of each rank and tier, predicted tokens/s, the bottleneck, job script lines.
 
-Needs no GPU, no MPI and no ranks: use it on a login node. It takes the flags of noria run.
+Needs no GPU, no MPI and no ranks: use it on a login node. It takes the flags of noria run. What the machine does it takes
+from --machine, else from the output's own jobs, else from what runs have measured and kept ($NORIA_CACHE, else
+$XDG_CACHE_HOME/noria, else the output's folder): of as many ranks, else the latest. Else it is assumed.
 """
 
 import argparse
 import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 
@@ -18,11 +21,12 @@ from noria.desk.lengths import look
 from noria.errors import InputError, require
 from noria.limits import HOST_NBYTES, MEMORY_SHARE
 from noria.model import OpenModel
-from noria.plan import costs, planner
+from noria.output.stored_rates import stored_rates
+from noria.plan import costs, kept, planner, rates
 from noria.plan.costs import Workload
 from noria.plan.plan import Plan, rate_words
 from noria.plan.problem import Machine, Problem
-from noria.plan.rates import Rates
+from noria.plan.rates import Rates, is_all_assumed
 from noria.rows.chat import encoder_of
 from noria.rows.prompt_files import count
 from noria.rows.template import template_helper
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
                 checkpoint, tokenizer_of(checkpoint), config.sampling, datetime.now(), lambda message: None, helper
             )
             workload = look(config, files, checkpoint.shape.max_positions, num_rows, encode)
-        rates = planner.rates_of(config, device, num_ranks)
+        known, source = _rates(config, device, num_ranks)
         _say("model", f"{config.model or config.job.random_weights}: {checkpoint.shape.family},"
              f" {plural(checkpoint.shape.num_layers, 'layer')}, {checkpoint.dtype}")  # fmt: skip
         _say(
@@ -62,18 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
             f"{workload.num_rows:,} of {workload.prompt_tokens:,.0f} prompt tokens and"
             f" {workload.new_tokens:,.0f} new ones on average",
         )
-        _say("machine", _machine_words(rates))
-        if config.device == "auto" and not config.job.machine:
+        problem = _problem(config, checkpoint, num_ranks, num_rows, workload, known, device)
+        known = known.needed(problem.dtype, problem.may_use_disk)
+        for line in _machine_lines(config, known, source, num_ranks):
+            _say("machine", line)
+        if config.device == "auto" and not source:
             _say(
                 "device",
-                f"planned for {rates.device}: name another with --device cpu, or with --machine FILE of noria probe",
+                f"planned for {known.device}: name another with --device cpu, or with --machine FILE of noria probe",
             )
-        plan = _plan(config, checkpoint, num_ranks, num_rows, workload, rates, device)
+        plan = planner.make(problem, known)
         for line in plan.lines():
             _say("", line)
         for line in _moved(plan, checkpoint, workload):
             _say("moved", line)
-        _say("one more", _one_more(config, checkpoint, num_ranks, num_rows, workload, device, plan))
+        _say("one more", _one_more(config, checkpoint, num_rows, workload, known, device, plan))
     seconds = plan.predicted["seconds"]
     _say("time", f"about {_clock(seconds)} for all rows")
     for line in script_lines(plan, device, STARTING_SECONDS + SLACK * seconds):
@@ -119,19 +126,33 @@ def _device(config: Config) -> str:
     return "cuda"
 
 
-def _plan(
-    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, workload: Workload, rates: Rates, device: str
-) -> Plan:
-    """The plan for this many ranks. Raises InputError if there is none."""
+def _rates(config: Config, device: str, num_ranks: int) -> tuple[Rates, str]:
+    """The rates to plan with and where they stand ("" for starting values): of job.machine; of the jobs of this output; those
+    that jobs have kept."""
+    if config.job.machine:
+        known = planner.rates_of(config, device, num_ranks)
+        return known, "" if is_all_assumed(known) else config.job.machine
+    of_output = None if config.job.overwrite else stored_rates(config.output)
+    with contextlib.suppress(InputError):
+        found = None if of_output is None else rates.parse(of_output)
+        if found is not None and (found.device == "CPU") == (device == "cpu"):
+            return found, f"the jobs of {config.output}"
+    one = kept.for_plan(kept.folder_of(config.output), device, num_ranks)
+    return (planner.rates_of(config, device, num_ranks), "") if one is None else (one.rates, str(one.path))
+
+
+def _problem(
+    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, workload: Workload, known: Rates, device: str
+) -> Problem:
+    """What to plan for this many ranks. Raises InputError for a pipeline that cannot be."""
     dtype = dtype_of(config, checkpoint.dtype, device)
     planner.check(config, num_ranks, checkpoint.shape)
     machine = Machine(
         device,
-        _capacity(config.placement.gpu_memory, "gpu_memory", rates, "device_capacity"),
-        _capacity(config.placement.cpu_memory, "cpu_memory", rates, "host_capacity"),
+        _capacity(config.placement.gpu_memory, "gpu_memory", known, "device_capacity"),
+        _capacity(config.placement.cpu_memory, "cpu_memory", known, "host_capacity"),
     )
-    shape, blocks = checkpoint.shape, checkpoint.blocks
-    return planner.make(Problem(config, shape, blocks, dtype, num_ranks, machine, num_rows, workload))
+    return Problem(config, checkpoint.shape, checkpoint.blocks, dtype, num_ranks, machine, num_rows, workload)
 
 
 def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:
@@ -140,11 +161,32 @@ def _capacity(asked: str | None, key: str, rates: Rates, name: str) -> int:
     return max(has, parse_nbytes(asked, f"placement.{key}")) if asked and name in rates.assumed else has
 
 
-def _machine_words(rates: Rates) -> str:
-    if not rates.assumed:
-        return f"{rates.device}, measured"
-    names = "all rates" if len(rates.assumed) > 12 else ", ".join(rates.assumed)
-    return f"{rates.device}; assumed, not measured: {names} (noria probe --output machine.toml measures them)"
+def _machine_lines(config: Config, known: Rates, source: str, num_ranks: int) -> Iterator[str]:
+    """Which rates are taken, and what of them nobody measured."""
+    node, when = known.node, f" on {known.measured[:10]}" if known.measured else ""
+    count = f", {plural(node.ranks, 'rank')} a host" if node.ranks else ""
+    where = f"{known.device}{count}, measured{when} ({source})" if source else known.device
+    left = [name for name in known.assumed if num_ranks > 1 or not name.startswith("hop")]
+    if left:
+        names = ", ".join(left) if source else "all rates"
+        where += (
+            f"; assumed, not measured: {names} (noria run measures them where it runs and keeps them, noria probe too)"
+        )
+    yield where
+    if source and node.ranks and num_ranks != node.ranks * node.hosts:
+        measured = f"{plural(node.ranks, 'rank')} on {plural(node.hosts, 'host')}"
+        yield f"warning: measured with {measured}, planned for {num_ranks}: what ranks share is another"
+    other = "" if config.job.machine or not source else _other_device(config, known)
+    if other:
+        yield f"kept too: {other} (--machine FILE plans for it)"
+
+
+def _other_device(config: Config, known: Rates) -> str:
+    """Rates of another GPU that are kept beside those that are taken."""
+    for one in kept.all_kept(kept.folder_of(config.output)):
+        if one.rates.device not in (known.device, "CPU") and known.device != "CPU":
+            return f"{one.rates.device} in {one.path}"
+    return ""
 
 
 def _moved(plan: Plan, checkpoint: OpenModel, workload: Workload) -> list[str]:
@@ -167,21 +209,25 @@ def _moved(plan: Plan, checkpoint: OpenModel, workload: Workload) -> list[str]:
 
 
 def _one_more(
-    config: Config, checkpoint: OpenModel, num_ranks: int, num_rows: int, workload: Workload, device: str, plan: Plan
+    config: Config, checkpoint: OpenModel, num_rows: int, workload: Workload, known: Rates, device: str, plan: Plan
 ) -> str:
     """What one rank more would buy, with as many laps and groups where that many ranks can have them."""
-    rates = planner.rates_of(config, device, num_ranks + 1)
     as_asked = replace(config, pipeline=replace(config.pipeline, partition="greedy"))
     free = replace(as_asked, pipeline=replace(as_asked.pipeline, groups=None, laps=None))
+    num_ranks = plan.num_ranks + 1
+
+    def planned(asked: Config) -> Plan:
+        return planner.make(_problem(asked, checkpoint, num_ranks, num_rows, workload, known, device), known)
+
     try:
         try:
-            more = _plan(as_asked, checkpoint, num_ranks + 1, num_rows, workload, rates, device)
+            more = planned(as_asked)
         except InputError:
-            more = _plan(free, checkpoint, num_ranks + 1, num_rows, workload, rates, device)
+            more = planned(free)
     except InputError as error:
-        return f"{num_ranks + 1} ranks: {error}"
+        return f"{num_ranks} ranks: {error}"
     now, then = plan.predicted["tokens_per_second"], more.predicted["tokens_per_second"]
-    return f"{num_ranks + 1} ranks: {rate_words(then)} tok/s overall, {then / now:.2f} x"
+    return f"{num_ranks} ranks: {rate_words(then)} tok/s overall, {then / now:.2f} x"
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Measures a machine with all ranks at work: messages, links, memory, matmul and disk. noria plan reads the result.
 
-Start it as the job will be started (mpirun -n N noria probe), or alone as one rank. It takes about ten seconds.
+Start it as the job will be started (mpirun -n N noria probe), or alone as one rank. It takes about ten seconds. noria run
+measures the same for itself in less, and keeps it in $NORIA_CACHE, else in $XDG_CACHE_HOME/noria, else beside the output.
 """
 
 import argparse

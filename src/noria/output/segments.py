@@ -17,7 +17,7 @@ from noria.tools.text import plural
 
 FORMAT = "noria-segment"
 SEGMENT_NAME = re.compile(r"segment-(\d{6,})\.json")
-_INTERNAL = ("format", "header")
+_INTERNAL = ("format", "header", "rates")
 _COUNTED = ("rows", "errors", "tokens", "prompt_tokens")
 _EMPTY = {
     "start": "",
@@ -40,6 +40,12 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
     its job said of itself: see provenance.segment_of.
     """
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
+
+
+def latest_rates(folder: Path) -> str | None:
+    """The rates that the latest job with some planned with, as text (output/stored_rates.py)."""
+    texts = [one["rates"] for _, one in _found(folder) if isinstance(one.get("rates"), str)]
+    return texts[-1] if texts else None
 
 
 def segment_lines(segments: list[dict[str, Any]], running: bool = False) -> list[str]:
@@ -174,6 +180,11 @@ class Segment:
     def _write(self) -> None:
         self.facts |= {"end": now(), "course": self.course.points()}
         _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
+
+    def note(self, **facts: object) -> None:
+        """More that the job says of itself, or something else than before."""
+        self.facts |= facts
+        self.seen()
 
     def end(self, reason: str) -> None:
         """The job stops in order, for this reason (one word or two)."""

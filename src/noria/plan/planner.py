@@ -42,13 +42,13 @@ def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     )
 
 
-def make(problem: Problem) -> Plan:
-    """The plan of a run: what the user asked for, and the rest chosen.
+def make(problem: Problem, known: rates.Rates | None = None) -> Plan:
+    """The plan of a run: what the user asked for, and the rest chosen. `known`: the machine's rates (None: rates_of).
 
     Raises InputError, with the numbers and the remedy, where the memory does not suffice.
     """
     check(problem.config, problem.num_ranks, problem.shape)
-    known = rates_of(problem.config, problem.machine.device, problem.num_ranks)
+    known = known or rates_of(problem.config, problem.machine.device, problem.num_ranks)
     plan = _choose(problem, known)
     check_disk(problem, plan)
     return replace(plan, predicted=costs.predict(plan, problem.shape, problem.blocks, known, problem.workload))

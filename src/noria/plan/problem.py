@@ -112,6 +112,15 @@ class Problem:
         }
 
     @property
+    def may_use_disk(self) -> bool:
+        """Whether a plan may put anything on disk: asked for, or weights that fill most of the memory of all ranks."""
+        placement, limits = self.config.placement, self.limits
+        if placement.stage or any((asked or {}).get("disk") for asked in (placement.weights, placement.cache)):
+            return True
+        memory = limits["gpu"] + (limits["cpu"] if self.machine.device != "cpu" else 0)
+        return placement.weights is None and sum(self.nbytes.values()) > 0.8 * memory * self.num_ranks
+
+    @property
     def disk_allowed(self) -> bool:
         """Whether weights can be read from disk: as a checkpoint stores them that is there, or will be."""
         placement, job = self.config.placement, self.config.job

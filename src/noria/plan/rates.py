@@ -125,11 +125,14 @@ _NODE: dict[str, type] = {f.name: type(getattr(Node, f.name)) for f in fields(No
 
 
 def joined(old: Rates, new: Rates) -> Rates:
-    """The new rates, and the old ones where the new ones are assumed."""
+    """The new rates, and the old ones where the new ones are assumed. They are as old as the oldest of them."""
     kept = {name: getattr(old, name) for name in NAMES if name in new.assumed}
     flops = {dtype: flops for dtype, flops in new.matmul.items() if f"matmul.{dtype}" not in new.assumed}
     texts = {name: getattr(new, name) or getattr(old, name) for name in ("transport", "scratch")}
     left = tuple(name for name in new.assumed if name in old.assumed)
+    if len(left) < len(new.assumed):
+        texts["measured"] = min(filter(None, (old.measured, new.measured)), default="")
+        texts["standing"] = CONFIRMED if old.standing == CONFIRMED else new.standing
     rows = old.matmul_rows | new.matmul_rows
     return replace(new, matmul=old.matmul | flops, matmul_rows=rows, assumed=left, **kept, **texts)
 
@@ -165,6 +168,10 @@ def assumed(device: str) -> Rates:
     card = card_of(device)
     values = CPU if device.lower() == "cpu" else card.rates() if card and card.device != Rates.device else {}
     return Rates(**values, assumed=(*NAMES, *(f"matmul.{dtype}" for dtype in DTYPES)))
+
+
+def is_all_assumed(known: Rates) -> bool:
+    return set(known.assumed) == set(assumed(known.device).assumed)
 
 
 def read(path: str | Path, device: str = "cuda") -> Rates:

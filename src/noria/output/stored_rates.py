@@ -1,0 +1,23 @@
+"""The rates that an output's jobs planned with, as the text of a machine.toml: with these later jobs of it plan alike."""
+
+from pathlib import Path
+
+from noria.errors import InputError
+from noria.output.generations import open_generations
+from noria.output.sealed import parts_folder
+from noria.output.segments import latest_rates
+from noria.tools.looking import Looker
+
+
+def stored_rates(output: str | Path) -> str | None:
+    """Those of the latest job that has some: among the parts, or of a finished output. None: nothing there can be read."""
+    if (found := latest_rates(parts_folder(output))) is not None:
+        return found
+    if not Path(output).is_file():
+        return None
+    try:
+        with Looker() as looker, open_generations(output, looker) as file:
+            found = file.attrs.get("rates")
+    except (InputError, OSError):
+        return None
+    return found if isinstance(found, str) else None
