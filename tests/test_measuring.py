@@ -46,16 +46,18 @@ def measured(tmp_path, monkeypatch):
 
     def call(dtype="float32", disk=False, **keys):
         run = load(None, {"model": "m.h5", "prompts": "p.jsonl", "output": str(tmp_path / "run.h5"), **keys})
-        return measuring.rates_of_run(run, HERE, dtype, disk, "loopback")
+        found, said = measuring.rates_of_run(run, HERE, dtype, disk, "loopback")
+        call.said += said
+        return found
 
-    call.calls = calls
+    call.calls, call.said = calls, []
     return call
 
 
 ALL = ["launches", "link", "memory"]
 
 
-def test_a_run_measures_once_what_its_plan_needs_and_another_dtype_or_a_disk_beside_it(measured, tmp_path, capsys):
+def test_a_run_measures_once_what_its_plan_needs_and_another_dtype_or_a_disk_beside_it(measured, tmp_path):
     first = measured()
     assert {"hop", "disk_read", "matmul.float64"} <= set(first.assumed) and "host_memory" not in first.assumed
     assert first.node.ranks == 1 and first.matmul_rows["float32"]
@@ -64,7 +66,7 @@ def test_a_run_measures_once_what_its_plan_needs_and_another_dtype_or_a_disk_bes
     assert measured("float64", disk=True).scratch == measuring.mount_of(tmp_path)
     assert measured.calls[1:] == [([], ["float64"]), (["disk"], [])]
     assert measured("float32").host_memory == first.host_memory and len(measured.calls) == 3
-    said = capsys.readouterr().err
+    said = "\n".join(measured.said)
     assert said.count("rates: CPU, 1 rank a host, measured in ") == 3 and f"{tmp_path}/kept/noria-rates-cpu-x1-" in said
     assert measured("float32", disk=True, scratch="/proc").disk_read and measured.calls[3] == (["disk"], [])
 
@@ -111,11 +113,11 @@ def test_a_run_goes_on_with_the_rates_that_its_output_began_with(measured, tmp_p
     assert measured().host_memory != 3.21e9 and len(measured.calls) == 1
 
 
-def test_a_machine_file_of_another_device_or_count_is_used_and_named(measured, tmp_path, capsys):
+def test_a_machine_file_of_another_device_or_count_is_used_and_named(measured, tmp_path):
     path = tmp_path / "machine.toml"
     path.write_text(replace(rates.assumed("NVIDIA A100"), assumed=(), node=Node(8)).to_toml())
     assert measured(machine=str(path)).device == "NVIDIA A100 80GB" and measured.calls == []
-    said = capsys.readouterr().err
+    said = "\n".join(measured.said)
     assert f"warning: {path} is of NVIDIA A100 80GB, the ranks have CPU" in said
     assert f"warning: {path} was measured with 8 ranks a host, here are 1" in said
 

@@ -81,7 +81,7 @@ def _generate(
     started, comm = now(), here.comm
     transport, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, here.device, config.pipeline.transport))
     watchdog.begin("measuring its machine")
-    plan, rates = _plan(config, here, work, transport)
+    plan, rates, of_rates = _plan(config, here, work, transport)
     watchdog.computes(plan.stage_words(here.rank))
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
     segment = segment_of(job_ids(), hosts, devices, sys.argv, started) | {"rates": rates.to_toml()}
@@ -95,7 +95,7 @@ def _generate(
             watchdog.record_by(desk.fail)
             on_error.push(desk.withdraw)
         here.announce()
-        here.say(*work.said, f"transport {transport}: {reason}", *_remarks(config, here, work, plan))
+        here.say(*work.said, f"transport {transport}: {reason}", *of_rates, *_remarks(config, here, work, plan))
         meters, timing, ring = _meters(config, here, plan), Timing(), None
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
             here.say("no row is left to generate: the output is written without loading the model")
@@ -126,15 +126,15 @@ def _generate(
     return NOT_AS_PLANNED if otherwise and config.job.strict else code
 
 
-def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tuple[Plan, Rates]:
-    """The plan, and the rates that it is made from."""
+def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tuple[Plan, Rates, list[str]]:
+    """The plan, the rates that it is made from, and where these come from, for people."""
     machine = mpi.on_every_rank(here.comm, lambda: launcher.machine(config, here.comm, here.location, here.device))
     of_work = work.shape, work.blocks, work.dtype, here.num_ranks, machine, work.num_rows, work.load
     problem = Problem(config, *of_work)
     may_use_disk = mpi.on_first_rank(here.comm, lambda: problem.may_use_disk)
-    rates = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
+    rates, said = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
     needed = rates.needed(work.dtype, may_use_disk)
-    return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates
+    return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates, said
 
 
 def _remarks(config: Config, here: ThisRank, work: Examined, plan: Plan) -> Iterator[str]:

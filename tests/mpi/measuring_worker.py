@@ -17,7 +17,7 @@ def work(world, folder):
         device = mpi.on_every_rank(world, lambda: launcher.device_of(run, place))
         here = ThisRank(world, launcher.settle(world, place, device), streams_of(device))
         began = time.perf_counter()
-        found = measuring.rates_of_run(run, here, "float32", True, "mpi_device")
+        found, _ = measuring.rates_of_run(run, here, "float32", True, "mpi_device")
         return found.to_toml(), time.perf_counter() - began
     finally:
         if kept is not None:

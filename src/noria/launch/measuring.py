@@ -25,18 +25,16 @@ from noria.tools.text import plural
 EFFORTS = {"cuda": Effort(0.12, 256 << 20, strict=False), "cpu": Effort(0.02, 32 << 20, strict=False)}
 
 
-def rates_of_run(config: Config, here: ThisRank, dtype: str, disk: bool, transport: str) -> Rates:
+def rates_of_run(config: Config, here: ThisRank, dtype: str, disk: bool, transport: str) -> tuple[Rates, list[str]]:
     """The rates to plan a run with that computes in `dtype`, and whose plan may use the disk, or not. Collective.
 
-    Says where they come from. Raises InputError for what is wrong with the machine file that the run names.
+    With them, in a line or more, where they come from. Raises InputError for what is wrong with a machine file.
     """
     comm, (device, node) = here.comm, node_of(here.comm, here.location, here.device)
     if config.job.machine:
         given = mpi.on_first_rank(comm, lambda: rates.read(config.job.machine or "", here.device.type))
-        here.say(
-            f"rates: {config.job.machine}, of {given.device}", *_otherwise(config.job.machine, given, device, node)
-        )
-        return given
+        otherwise = _otherwise(config.job.machine, given, device, node)
+        return given, [f"rates: {config.job.machine}, of {given.device}", *otherwise]
     disk_of = mount_of(launcher.scratch_folder(config))
     known, source = mpi.on_first_rank(comm, lambda: _known(config, device, node, disk_of, transport))
     groups = {
@@ -51,16 +49,14 @@ def rates_of_run(config: Config, here: ThisRank, dtype: str, disk: bool, transpo
         began = time.perf_counter()
         found = _measure(config, here, groups, dtypes, transport)
         found = mpi.on_first_rank(comm, lambda: _kept(config, known, found))
-        here.say(f"rates: {_words(found)}, measured in {time.perf_counter() - began:.1f} s")
-        return found
+        return found, [f"rates: {_words(found)}, measured in {time.perf_counter() - began:.1f} s"]
     assert known is not None
-    here.say(f"rates: {_words(known)}, measured {known.measured[:10] or 'before'} ({source})")
-    return known
+    return known, [f"rates: {_words(known)}, measured {known.measured[:10] or 'before'} ({source})"]
 
 
 def _known(config: Config, device: str, node: Node, disk_of: str, transport: str) -> tuple[Rates | None, str]:
     """What need not be measured, and where it stands: doubted or old rates do, and so do those of another disk."""
-    found, source = _of_output(config, device, node), "as by the job before, of this output"
+    found, source = _of_output(config, device, node), "by the job before, of this output"
     if found is None and (one := kept.find(kept.folder_of(config.output), device, node)) is not None:
         found, source = one.rates, str(one.path)
     if found is None:
