@@ -23,6 +23,7 @@ from noria.launch.launcher import Location
 from noria.launch.mpi import Solo
 from noria.launch.probe import Effort, Probe
 from noria.output.generations import open_generations
+from noria.output.stored_rates import store_rates
 from noria.plan import kept, rates
 from noria.plan.rates import DOUBTED, Node
 from noria.streams import streams_of
@@ -109,6 +110,9 @@ def test_a_run_goes_on_with_the_rates_that_its_output_began_with(measured, tmp_p
     for other in (replace(own, standing=DOUBTED), replace(own, node=Node(8)), replace(own, device="NVIDIA H200")):
         store(other)
         assert measured().host_memory != 3.21e9
+    store(own)
+    store_rates(tmp_path / "run.h5", replace(own, host_memory=6.54e9).to_toml())
+    assert measured().host_memory == 6.54e9, "what a job that stopped has changed"
     (folder / "segment-000000.json").write_text('{"format": "noria-segment", "rates": "host_memory = nan"}')
     assert measured().host_memory != 3.21e9 and len(measured.calls) == 1
 

@@ -27,6 +27,7 @@ from noria.launch.stop_file import StopFile
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
 from noria.model import OpenModel
+from noria.output.stored_rates import store_rates
 from noria.plan import planner
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
@@ -114,7 +115,8 @@ def _generate(
         if desk is not None and desk.complete:
             desk.close(_provenance(config, work, plan, rates, model, devices, started), timings)
         elif desk is not None:
-            desk.leave(rates.to_toml())
+            desk.leave()
+            store_rates(config.output, rates.to_toml())
         watchdog.record_by(None)
         if config.job.trace is not None:
             tracing.write(here, meters.trace, Path(config.job.trace))

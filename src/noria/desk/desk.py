@@ -155,12 +155,10 @@ class Desk:
         words = f"{plural(waiting, 'finished row')} and {plural(len(begun), 'row')} half-way are sealed"
         return words, self._pace.round_seconds
 
-    def leave(self, rates: str) -> None:
-        """Says how far a run came that stops before its end. `rates`: what its next job is to plan with."""
+    def leave(self) -> None:
+        """Says how far a run came that stops before its end."""
         with self.lock, self._tending:
             self._seal()
-            if self._parts.segment:
-                self._parts.segment.note(rates=rates)
             self._merging = True  # nothing is left to tend
             if not self._stopped:  # by a signal: admission ended in time for the walltime
                 self._parts.end("walltime")

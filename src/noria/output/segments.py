@@ -48,6 +48,12 @@ def latest_rates(folder: Path) -> str | None:
     return texts[-1] if texts else None
 
 
+def change_rates(folder: Path, rates: str) -> None:
+    """For a job that has ended its segment, the latest one: other rates than those that it planned with."""
+    for path, segment in _found(folder)[-1:]:
+        _write(path, segment | {"rates": rates})
+
+
 def segment_lines(segments: list[dict[str, Any]], running: bool = False) -> list[str]:
     """Each segment in a line, for people; the last one may be `running`."""
     lines = []
@@ -180,11 +186,6 @@ class Segment:
     def _write(self) -> None:
         self.facts |= {"end": now(), "course": self.course.points()}
         _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
-
-    def note(self, **facts: object) -> None:
-        """More that the job says of itself, or something else than before."""
-        self.facts |= facts
-        self.seen()
 
     def end(self, reason: str) -> None:
         """The job stops in order, for this reason (one word or two)."""

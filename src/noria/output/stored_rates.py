@@ -1,11 +1,12 @@
 """The rates that an output's jobs planned with, as the text of a machine.toml: with these later jobs of it plan alike."""
 
+import contextlib
 from pathlib import Path
 
 from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.sealed import parts_folder
-from noria.output.segments import latest_rates
+from noria.output.segments import change_rates, latest_rates
 from noria.tools.looking import Looker
 
 
@@ -21,3 +22,9 @@ def stored_rates(output: str | Path) -> str | None:
     except (InputError, OSError):
         return None
     return found if isinstance(found, str) else None
+
+
+def store_rates(output: str | Path, rates: str) -> None:
+    """For a job that stopped: what the next one of this output is to plan with. Silent where that cannot be written."""
+    with contextlib.suppress(OSError):
+        change_rates(parts_folder(output), rates)
