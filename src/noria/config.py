@@ -143,8 +143,7 @@ class Job:
         False,
     )
     machine: str | None = key(
-        "rates to plan with: a file written by noria probe, or the name of a card, such as H100 (default: measured as the run"
-        " starts, or by an earlier run on the same kind of node; without any, noria plan takes assumed ones)"
+        "rates to plan with: a file of noria probe, or a card such as H100 (default: measured; where none were, assumed)"
     )
 
     def __post_init__(self) -> None:
