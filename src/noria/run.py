@@ -110,13 +110,9 @@ def _generate(
             timing = _execute(here, executor, ring, meters.trace, desk, stopping)
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = comm.allgather(asdict(timing) | meters.traffic.columns() | launcher.peak_memory(here.device))
-        if desk is not None and measuring.deviates(plan, figures(timings, speeds=True)):
-            rates = measuring.doubted(config, rates)
-        if desk is not None and desk.complete:
-            desk.close(_provenance(config, work, plan, rates, model, devices, started), timings)
-        elif desk is not None:
-            desk.leave()
-            store_rates(config.output, rates.to_toml())
+        if desk is not None:
+            how = _provenance(config, work, plan, model, devices, started)
+            _end(desk, config, plan, rates, how, timings)
         watchdog.record_by(None)
         if config.job.trace is not None:
             tracing.write(here, meters.trace, Path(config.job.trace))
@@ -185,8 +181,21 @@ def _execute(
     return timing
 
 
+def _end(
+    desk: Desk, config: Config, plan: Plan, rates: Rates, how: dict[str, Any], timings: list[dict[str, Any]]
+) -> None:
+    """Rank 0's output, or what the next job of it needs. `how`: it was made."""
+    if measuring.deviates(plan, figures(timings, speeds=True)):
+        rates = measuring.doubted(config, rates)
+    if desk.complete:
+        desk.close({**how, "rates": rates.to_toml()}, timings)
+        return
+    desk.leave()
+    store_rates(config.output, rates.to_toml())
+
+
 def _provenance(
-    config: Config, work: Examined, plan: Plan, rates: Rates, model: OpenModel, devices: list[str], started: str
+    config: Config, work: Examined, plan: Plan, model: OpenModel, devices: list[str], started: str
 ) -> dict[str, Any]:
     """How the output was made: its attributes."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
@@ -201,7 +210,6 @@ def _provenance(
         mpi_library=mpi.library_version(),
         argv=sys.argv,
         plan=plan.as_dict(),
-        rates=rates.to_toml(),
         **more,
     )
 
