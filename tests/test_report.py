@@ -310,6 +310,14 @@ def test_timings_that_are_anything_are_told_as_far_as_they_can_be(run, tmp_path,
     assert list(lines_of(facts)) and check_page(page_of(facts))
 
 
+def test_of_shards_that_were_joined_no_plan_is_compared(run, tmp_path):
+    output = shutil.copy(run, tmp_path / "run.h5")
+    with h5py.File(output, "a") as file:
+        file.attrs["shards"] = "[]"
+    facts = facts_of(output)
+    assert not facts.terms and len(facts.ranks) == 2
+
+
 def write(group, values):
     for name, value in values.items():
         if isinstance(value, dict):

@@ -159,6 +159,23 @@ def test_a_segment_that_cannot_be_written_is_reported_and_does_not_end_the_run(o
     assert capsys.readouterr().err.startswith(f"{said}{parts.segment.path}: no such file or directory")
 
 
+@pytest.mark.parametrize("tokens", [10**400, -1, 2**63, 1.5, True, "3"], ids=str)
+def test_a_record_of_numbers_that_nobody_counted_is_none(output, tokens):
+    parts = Parts(output, HEADER)
+    parts.begin(facts("1"))
+    fill(parts, [make_row(0)])
+    [path] = parts.folder.glob("segment-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": tokens}))
+    assert read_segments(parts.folder) == []
+    merge(
+        parts,
+        output,
+        1,
+        {"segments": [{"start": "2026-11-23T03:15:02Z", "end": "2026-11-23T03:15:09Z", "tokens": tokens}]},
+    )
+    assert "work        not recorded" in summary_of(output).lines()
+
+
 def test_half_written_segments_of_a_killed_run_are_removed(output):
     parts = Parts(output, HEADER)
     (parts.folder / "segment-000000.json.tmp").write_text("{")

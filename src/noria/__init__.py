@@ -25,11 +25,13 @@ _PUBLIC = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'noria' has no attribute {name!r}")
-    module, inner = _PUBLIC[name]
-    return getattr(importlib.import_module(module), inner)
+if not TYPE_CHECKING:  # for whom every other name would be there too
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'noria' has no attribute {name!r}")
+        module, inner = _PUBLIC[name]
+        return getattr(importlib.import_module(module), inner)
 
 
 def __dir__() -> list[str]:

@@ -30,7 +30,7 @@ class Stopped(RuntimeError):
 
 
 def generate(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
     prompts: Iterable[Any] | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     ranks: int = 1,
@@ -38,11 +38,11 @@ def generate(
 ) -> Output:
     """Generates as `noria run` does, in a child process, and returns the output, open.
 
-    `model`: checkpoint made by noria convert. `prompts`: a list, a column or a table (of pandas, polars, datasets or Arrow)
-    of texts, rows (dicts), conversations (lists of messages) or lists of token ids; a pathlib.Path is a file of prompts.
-    `output`: file for the generations; the same call continues it if it is not finished. Without one the rows live in a
-    temporary file as long as what is returned. `ranks`: more than one are started with mpirun. `settings`: the keys of a run
-    (`noria help keys`): max_new_tokens=64, temperature=0.8, weights={"gpu": 40, "cpu": 60}.
+    `model`: checkpoint made by noria convert (None with random_weights="config.json"). `prompts`: a list, a column or a
+    table (of pandas, polars, datasets or Arrow) of texts, rows (dicts), conversations (lists of messages) or lists of token
+    ids; a pathlib.Path is a file of prompts. `output`: file for the generations; the same call continues it if it is not
+    finished. Without one the rows live in a temporary file as long as what is returned. `ranks`: more than one are started
+    with mpirun. `settings`: the keys of a run (`noria help keys`): max_new_tokens=64, weights={"gpu": 40, "cpu": 60}.
 
     What the run says goes to stderr. Ctrl-C stops it in order: finished rows are sealed. Raises InputError for wrong input,
     Stopped, RuntimeError for any other failure.
@@ -50,7 +50,7 @@ def generate(
     require(type(ranks) is int and ranks >= 1, f"ranks is {ranks!r}: it must be an integer from 1")
     _check_names(settings)
     with _folder() as folder, _output(output) as path:
-        files = {"model": os.fspath(model), "output": str(path)}
+        files = {"output": str(path)} | ({} if model is None else {"model": os.fspath(model)})
         if isinstance(prompts, os.PathLike):
             files["prompts"] = os.fspath(prompts)
         else:

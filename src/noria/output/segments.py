@@ -117,7 +117,12 @@ def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def _whole(segments: object) -> list[dict[str, Any]]:
     """Those that are segments indeed, with every field that all have: a file may hold anything."""
     tables = [{**_EMPTY, **one} for one in segments if isinstance(one, dict)] if isinstance(segments, list) else []
-    return [one for one in tables if all(type(one[name]) is type(empty) for name, empty in _EMPTY.items())]
+    return [one for one in tables if all(_fits(one[name], empty) for name, empty in _EMPTY.items())]
+
+
+def _fits(value: object, empty: object) -> bool:
+    """Whether a field holds what it should: of this type, and no number that nobody can have counted."""
+    return type(value) is type(empty) and (not isinstance(value, int) or 0 <= value < 2**63)
 
 
 def segments_of(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:

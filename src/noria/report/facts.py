@@ -78,7 +78,8 @@ def facts_of(path: Path) -> Facts:
             _ran(summary, rows.attrs),
             summary.run_file,
             _planned(plan),
-            terms(plan, timings, int(number(last, "tokens") or 0)),
+            # Of shards that were joined the ranks had a plan each.
+            [] if "shards" in rows.attrs else terms(plan, timings, int(number(last, "tokens") or 0)),
             _assumed(plan),
             ranks[:MAX_RANKS],
             len(ranks),
