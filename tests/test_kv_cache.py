@@ -88,13 +88,13 @@ def test_layers_differ_and_one_that_reads_another_finds_its_new_rows_although_ev
         kv_cache.load(0, 0, staged)
         kv_cache.load(2, 0, staged)
         (latent,) = kv_cache.tensors(0, 0, staged).values()
-        written[position : position + count] = latent[position : position + count] = torch.randn(count, 5)
+        written[position : position + count] = latent[position : position + count, 0] = torch.randn(count, 5)
         kv_cache.store(0, 0, staged)
         kv_cache.load(1, 0, staged)
         assert [array.shape for array in kv_cache.tensors(1, 0, staged).values()] == [(32, 1, 4)] * 2
         kv_cache.store(1, 0, staged)
         (latent,) = kv_cache.tensors(2, 0, staged).values()
-        assert torch.equal(latent[: position + count], written[: position + count])
+        assert torch.equal(latent[: position + count, 0], written[: position + count])
         kv_cache.store(2, 0, staged)
     traffic.end_round(prefill=False)
     stored = 18 * (5 + 8) * 4

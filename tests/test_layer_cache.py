@@ -41,7 +41,7 @@ def random(*size):
 
 def test_an_array_of_one_vector_a_token_is_keys_and_its_first_numbers_are_values():
     latent, queries, new = random(22 * 16, 40), random(TOKENS, 4, 40), random(TOKENS, 40)
-    cache, rows = opened(latent=latent.clone())
+    cache, rows = opened(latent=latent[:, None].clone())
     found = cache.attend(queries, scale=0.3, window=9, values=24, latent=new)
     latent[rows] = new
     values = latent[:, None].clone()

@@ -133,7 +133,8 @@ class KvCache:
             rows = num_pages * PAGE_TOKENS if array.per == "token" else num_states
             nbytes = array.nbytes(self._dtype)
             whole = buffer[start : start + rows * nbytes].view(kind).view(rows, nbytes // kind.itemsize)
-            views[array.name] = whole[:, : prod(array.row)].view(rows, *array.row)
+            heads = [1] * (array.per == "token" and len(array.row) == 1)  # one vector a token: one key head
+            views[array.name] = whole[:, : prod(array.row)].view(rows, *heads, *array.row)
         return views
 
     def load(self, layer: int, microbatch: int, staged: Staged | None, after: Iterable[Event] = ()) -> None:

@@ -13,7 +13,7 @@ from noria.models import _rotary
 class LayerCache:
     """The arrays of one layer, in which the pages of a microbatch lie; models/_cache.py says what the methods do.
 
-    kind: a module of attention/.
+    kind: a module of attention/; arrays: as KvCache.tensors returns them.
     """
 
     __slots__ = ("_after", "_arrays", "_kind", "_microbatch")
@@ -55,22 +55,19 @@ class LayerCache:
             raise NotImplementedError(
                 f"no kind of attention computes {'sinks' if soft_cap is None else 'a soft cap'} yet"
             )
-        names = list(rows or self._arrays)
         if rotary is not None:
             queries = _rotary.rotate(queries, *rotary)
-            rows |= {name: _rotary.rotate(rows[name], *rotary) for name in names[:1] if rows}
+            rows |= {name: _rotary.rotate(rows[name], *rotary) for name in [*rows][:1]}
+        its, arrays = self._microbatch, self._arrays
         for name, new in rows.items():
-            self._arrays[name].index_copy_(0, self._microbatch.rows, new)
-        keys, taken = self._keys_and_values(names, values)
+            arrays[name].index_copy_(0, its.rows, new if new.dim() == 3 else new[:, None])
+        names = iter(rows or arrays)
+        keys = arrays[next(names)]
+        taken = arrays.get(next(names, ""), keys)
+        if values is not None:
+            taken = keys[..., :values] if isinstance(values, int) else arrays[values]
         scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        return self._kind.attention(self._microbatch.attention_plan, queries, keys, taken, scale, window)
-
-    def _keys_and_values(self, names: list[str], values: str | int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The caches [rows, Hkv, D] and [rows, Hkv, Dv]."""
-        keys = _by_heads(self._arrays[names[0]])
-        if isinstance(values, int):
-            return keys, keys[..., :values]
-        return keys, _by_heads(self._arrays[values or names[:2][-1]])
+        return self._kind.attention(its.attention_plan, queries, keys, taken, scale, window)
 
     def before(self, name: str) -> torch.Tensor:
         """[N, ...]: a copy of the rows' states, zeros for those that begin."""
@@ -86,15 +83,11 @@ class LayerCache:
 
         A layer that memory does not let return leaves nothing, so that it may be computed again.
         """
-        for name, rows in (self._after or {}).items():
-            self._arrays[name].index_copy_(0, self._states.writes, rows)
+        if self._after is not None:
+            for name, rows in self._after.items():
+                self._arrays[name].index_copy_(0, self._states.writes, rows)
 
 
 def _like(mask: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
     """[N, 1, ...]: a mask of rows as the array's rows are."""
     return mask.view(-1, *[1] * (array.dim() - 1))
-
-
-def _by_heads(array: torch.Tensor) -> torch.Tensor:
-    """[rows, Hkv, D]: an array of one vector a token has one key head."""
-    return array if array.dim() == 3 else array[:, None]
