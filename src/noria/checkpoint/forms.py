@@ -57,24 +57,22 @@ def read_forms(files: LinkedFiles, plain: Block, tied: bool, dtype: str) -> dict
     found = {}
     for parameter in plain.parameters:
         place = f"{plain.name}/{parameter.name}"
-        form = _read_form(files.find(place), parameter.wanted, dtype, files.path)
-        if form is None:
+        dataset = files.find(place)
+        if "encoding" not in dataset.attrs:
             continue
         gathered = plain.name == "embed" or (tied and parameter.name == "lm_head")
         require(
             not gathered, f"{files.path}: {place!r} is encoded: rows of an embedding are gathered, from plain numbers"
         )
-        found[parameter.name] = form
+        found[parameter.name] = _read_form(dataset, parameter.wanted, dtype, files.path)
     return found
 
 
-def _read_form(dataset: h5py.Group | h5py.Dataset, wanted: Wanted, dtype: str, path: Path) -> Encoded | None:
-    """How the dataset of a parameter is encoded; None of a plain one.
+def _read_form(dataset: h5py.Group | h5py.Dataset, wanted: Wanted, dtype: str, path: Path) -> Encoded:
+    """How the dataset of a parameter is encoded.
 
     Raises InputError for an encoding that is not known, and for pieces, matrices or fields that are not its own.
     """
-    if "encoding" not in dataset.attrs:
-        return None
     where = f"{path}: {str(dataset.name).lstrip('/')!r}"
     encoding = text_attribute(dataset, "encoding", path)
     known = [name for name in kinds.names("encodings") if name != PLAIN]
