@@ -18,6 +18,7 @@ from noria import config, encodings
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.checkpoint.random_weights import random_checkpoint
 from noria.engine.assembly import load, weights_of
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
@@ -312,3 +313,21 @@ def test_an_expert_is_loaded_alone_by_one_read(folder, model, monkeypatch):
     top = "model.layers.2.mlp.experts.4."
     wanted = reference._mlp(dense, top, rows)
     np.testing.assert_allclose(gate / (1 + np.exp(-gate)) * up @ down.T, wanted, rtol=0, atol=1e-9)
+
+
+def test_a_checkpoint_of_two_dtypes_is_of_version_2_and_one_of_a_single_dtype_of_version_1(folder):
+    for model, version, dtype in (("plain", 2, np.float32), ("wide", 1, np.float64)):
+        with h5py.File(folder / f"{model}.h5") as file:
+            assert file.attrs["version"] == version and file["layers/0002/router_bias"].dtype == dtype
+            assert "encoding" not in file["layers/0002/router_bias"].attrs
+
+
+def test_random_weights_have_parameters_in_their_own_dtype():
+    with extra_kinds():
+        checkpoint = random_checkpoint(CONFIG, "bfloat16")
+        block = checkpoint.blocks["layers/0001"]
+        content = bytearray(block.nbytes)
+        checkpoint.read_block("layers/0001", content)
+    bias = next(one for one in block.parameters if one.name == "router_bias")
+    values = np.frombuffer(content, np.float32, 6, bias.offset)
+    assert bias.nbytes == 24 and values.std() > 0.002 and np.abs(values).max() < 0.2
