@@ -43,15 +43,16 @@ class PieceEncoder:
         return lay_out(block.name, wanted, dtype, found) if found else block
 
     def _form(self, block: Block, parameter: Parameter, dtype: str) -> Encoded | None:
-        encoding, settings = self._forms[parameter.name]
+        encoding, said = self._forms[parameter.name]
+        kind = kinds.load("encodings", encoding)
+        settings = kind.DEFAULTS | said
         sources, plain = self._sources(block, parameter, 0), parameter.piece.matrices
         turned = [matrix.transposed for matrix in plain] if parameter.wanted.named else [False] * len(sources)
         self._turned[block.name, parameter.name] = [
             source.transposed != turn for source, turn in zip(sources, turned, strict=True)
         ]
         piece = encodings.capacity(encoding, self._matrices(block, parameter), dtype, settings)
-        variable = kinds.load("encodings", encoding).VARIABLE
-        room = {one.name: one.shape[0] for one in piece.fields if one.name.rpartition(".")[2] in variable}
+        room = {one.name: one.shape[0] for one in piece.fields if one.name.rpartition(".")[2] in kind.VARIABLE}
         if not room:
             return Encoded(encoding, settings, piece)
         lengths = dict.fromkeys(room, 0)  # the most of all pieces: they are of one size

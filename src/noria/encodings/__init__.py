@@ -4,6 +4,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
 
     fields(shape, dtype, settings) -> {name: (shape, dtype)}    the fields that hold it, at most: its capacity
     VARIABLE                        names of the fields that may be shorter along their first dimension
+    DEFAULTS                        settings that are not said
     encode(numbers, settings) -> {name: tensor}                 of the CPU; variable fields as long as they need
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
                                     hold, it stays within its fields and `into`

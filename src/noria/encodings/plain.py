@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 VARIABLE: tuple[str, ...] = ()
+DEFAULTS: dict[str, Any] = {}
 
 
 def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -9,6 +9,7 @@ import torch
 from noria.errors import InputError, require
 
 VARIABLE = ("large",)
+DEFAULTS = {"group": 5}
 LIMIT = 2.0  # what is larger stands by itself
 
 
