@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import small_run
 import world
 from forks import forked
 from mpirun import describe
+from noria import run as program
 from noria.config import load
 from noria.launch import measuring
 from noria.launch.copies import IN_FLIGHT, sustained
@@ -141,6 +143,36 @@ def test_a_phase_that_is_more_than_15_percent_off_makes_rates_doubtful(found, sa
     assert measuring.deviates(SimpleNamespace(predicted=predicted), found) == said
     for other in ({"assumed": ["hop"]}, {"device": "CPU"}):
         assert not measuring.deviates(SimpleNamespace(predicted=predicted | other), found)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(("seconds", "standing"), [(10.0, "checked"), (20.0, DOUBTED)])
+def test_a_run_that_deviates_leaves_doubts_in_its_output_and_where_its_rates_are_kept(
+    tmp_path, monkeypatch, complete, seconds, standing
+):
+    monkeypatch.setenv("NORIA_CACHE", str(tmp_path / "kept"))
+    known = replace(rates.assumed("cuda"), assumed=(), node=Node(1, 1), measured="2026-11-29T00:00:00Z")
+    kept.keep(tmp_path / "kept", known, datetime.now(UTC))
+    (tmp_path / "run.h5.parts").mkdir()
+    segment = tmp_path / "run.h5.parts" / "segment-000000.json"
+    segment.write_text(json.dumps({"format": "noria-segment", "rates": known.to_toml()}))
+    stored = []
+    desk = SimpleNamespace(complete=complete, close=lambda attrs, _: stored.append(attrs["rates"]), leave=lambda: None)
+    predicted = {"assumed": [], "device": "NVIDIA H200", "prefill": {"tokens_per_second": 1}}
+    plan = SimpleNamespace(predicted=predicted | {"decode": {"tokens_per_second": 100.0}})
+    timing = {
+        "prefill_rounds": 0,
+        "prefill_seconds": 0.0,
+        "decode_rounds": 9,
+        "decode_tokens": 1000,
+        "decode_seconds": seconds,
+    }
+    timing |= {"peak_device_nbytes": 0, "peak_host_nbytes": 0}
+    run = load(None, {"model": "m.h5", "prompts": "p.jsonl", "output": str(tmp_path / "run.h5")})
+    program._end(desk, run, plan, known, {}, [timing])
+    (one,) = kept.all_kept(tmp_path / "kept")
+    text = stored[0] if complete else json.loads(segment.read_text())["rates"]
+    assert one.rates.standing == rates.parse(text).standing == standing
 
 
 class Link:

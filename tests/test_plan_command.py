@@ -161,6 +161,14 @@ def test_a_plan_takes_rates_that_runs_have_kept_and_says_which_and_which_not(pla
     assert "machine     CPU, 1 rank a host, measured on " in out and "assumed" not in out and "kept too" not in out
 
 
+def test_a_machine_file_of_another_kind_of_device_is_refused(planned, cache):
+    (path,) = cache.glob("*a100*")
+    code, _, err = planned("--device", "cpu", "--machine", path)
+    assert code == 2 and f"--machine {path} is of NVIDIA A100 80GB, but device is 'cpu': leave one of them out" in err
+    (path,) = cache.glob("*cpu*")
+    assert planned("--device", "cuda", "--machine", path)[0] == 2
+
+
 def test_a_plan_for_other_ranks_than_were_measured_says_so(planned, cache):
     _, out, _ = planned("--device", "cuda", ranks=1)
     assert "machine     warning: measured with " in out and ", planned for 1: what ranks share is another" in out

@@ -131,6 +131,10 @@ def _rates(config: Config, device: str, num_ranks: int) -> tuple[Rates, str]:
     that jobs have kept."""
     if config.job.machine:
         known = planner.rates_of(config, device, num_ranks)
+        require(
+            (known.device == "CPU") == (device == "cpu"),
+            f"--machine {config.job.machine} is of {known.device}, but device is {config.device!r}: leave one of them out",
+        )
         return known, "" if is_all_assumed(known) else config.job.machine
     of_output = None if config.job.overwrite else stored_rates(config.output)
     with contextlib.suppress(InputError):

@@ -29,6 +29,9 @@ class Buffers:
             memory.touch()
             memory.register(device)
         self.host, self.back = (memory.memory for memory in self._memories)
+        if device.type == "cpu":  # which copies within one memory
+            self.there, self.here = self.back, self.host
+            return
         self.there, self.here = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -33,6 +34,7 @@ GROUPS = {  # of figures that are measured together
     "disk": ("disk_read", "disk_write"),
     "hop": ("hop", "hop_seconds"),
 }
+LEAST_BATCHES = 3  # of calls that are timed together: of three, the machine's other work spoils one at most
 OPERATIONS = 20  # small ones, such as a layer has
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 MESSAGE_NBYTES = 16 << 20
@@ -131,6 +133,9 @@ class Probe:
     def _copies(self, buffers: Buffers | None, groups: Container[str]) -> Iterator[dict[str, float]]:
         if buffers is None:
             return
+        if not self._cuda:
+            yield self._attempt(partial(self._within_memory, buffers))
+            return
         load, store = {"load": (buffers.there, buffers.host)}, {"store": (buffers.back, buffers.here)}
         for name, lanes in zip(GROUPS["link"], (load, store, load | store), strict=True):
             if "link" in groups:
@@ -167,18 +172,21 @@ class Probe:
             if all(name in rank for rank in ranks)
         }
 
-    def _timed(self, work: Callable[[], object], seconds: float) -> float:
-        """Seconds of one call, as many of them are made one after another: nobody waits between those of a batch."""
+    def _timed(self, work: Callable[[], object], seconds: float) -> list[float]:
+        """Seconds of one call in each of three batches or more, within which the calls follow each other without a wait."""
         work()  # the first one is not like the others
         self._wait()
+        times: list[float] = []
         count, batch, began = 0, 1, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds or not count:
+        while time.perf_counter() - began < seconds or len(times) < LEAST_BATCHES:
+            before = time.perf_counter()
             for _ in range(batch):
                 work()
             self._wait()
+            times.append((time.perf_counter() - before) / batch)
             count += batch
             batch = max(1, int(count * seconds / 4 / max(time.perf_counter() - began, 1e-9)))
-        return elapsed / count
+        return times
 
     def _wait(self) -> None:
         """Until what the compute stream was given so far is done."""
@@ -188,12 +196,16 @@ class Probe:
         """All ranks are at the same lanes at the same time: links of one host may have a limit in common."""
         return {name: sustained(self._streams, lanes, self._seconds)}
 
+    def _within_memory(self, buffers: Buffers) -> dict[str, float]:
+        """On a CPU links and memory are the same: every copy is made by the thread that asks for it, one after another."""
+        rate = sustained(self._streams, {"load": (buffers.back, buffers.host)}, self._seconds)
+        link = {"host_to_device": rate, "device_to_host": rate, "both_directions": rate / 2}
+        return link | {"device_memory": 2 * rate, "host_memory": 2 * rate}
+
     def _memory(self, buffers: Buffers) -> dict[str, float]:
-        rate = 2 * self._nbytes / self._timed(lambda: buffers.back.copy_(buffers.host), self._seconds / 2)
-        if not self._cuda:
-            return {"device_memory": rate, "host_memory": rate}
+        rate = 2 * self._nbytes / median(self._timed(lambda: buffers.back.copy_(buffers.host), self._seconds / 2))
         source, target = (torch.ones(4 * self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
-        on_device = 2 * source.nbytes / self._timed(lambda: target.copy_(source), self._seconds / 2)
+        on_device = 2 * source.nbytes / median(self._timed(lambda: target.copy_(source), self._seconds / 2))
         return {"device_memory": on_device, "host_memory": rate}
 
     def _launches(self) -> dict[str, float]:
@@ -203,7 +215,7 @@ class Probe:
             for _ in range(OPERATIONS):
                 small.add_(1)
 
-        return {"layer_seconds": self._timed(layer, self._seconds / 4)}
+        return {"layer_seconds": median(self._timed(layer, self._seconds / 4))}
 
     def _products(self, dtype: str, say: Say) -> dict[int, float]:
         """flop/s of products in a dtype by their rows, as far as one takes no longer than a figure may."""
@@ -213,16 +225,16 @@ class Probe:
         return {int(rows): flops for rows, flops in found.items()}
 
     def _matmul(self, dtype: torch.dtype) -> dict[str, float]:
-        size = 8192 if self._cuda else 1024
+        size, make = (8192, torch.randn) if self._cuda else (2048, torch.ones)  # what is in it changes a GPU's clock
         # In turn, and on a GPU each too large for its caches: a run reads every matrix anew.
-        weights = itertools.cycle([torch.randn(size, size, device=self._device).to(dtype) for _ in range(2)])
+        weights = itertools.cycle([make(size, size, device=self._device).to(dtype) for _ in range(2)])
         found = {}
         for rows in ROWS:
-            hidden = torch.randn(rows, size, device=self._device).to(dtype)
+            hidden = make(rows, size, device=self._device).to(dtype)
             multiply = partial(lambda hidden: torch.nn.functional.linear(hidden, next(weights)), hidden)
-            seconds = self._timed(multiply, self._seconds / len(ROWS))
-            found[str(rows)] = 2 * rows * size**2 / seconds
-            if 4 * seconds > self._seconds:
+            times = self._timed(multiply, self._seconds / len(ROWS))
+            found[str(rows)] = 2 * rows * size**2 / median(times)
+            if 2 * min(times) > self._seconds:
                 break
         return found
 

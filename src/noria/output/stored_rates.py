@@ -12,11 +12,11 @@ from noria.tools.looking import Looker
 
 def stored_rates(output: str | Path) -> str | None:
     """Those of the latest job that has some: among the parts, or of a finished output. None: nothing there can be read."""
-    if (found := latest_rates(parts_folder(output))) is not None:
-        return found
-    if not Path(output).is_file():
-        return None
     try:
+        if (found := latest_rates(parts_folder(output))) is not None:
+            return found
+        if not Path(output).is_file():
+            return None
         with Looker() as looker, open_generations(output, looker) as file:
             found = file.attrs.get("rates")
     except (InputError, OSError):

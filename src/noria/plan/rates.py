@@ -45,7 +45,7 @@ class Rates:
 
     `device_memory` and `host_memory` count bytes read and bytes written. `layer_seconds`: the least that one layer takes
     for one microbatch, however small. `device_capacity`, `host_capacity`: bytes that a rank may fill. `matmul_rows`: dtype
-    -> rows -> flop/s, of a product of so many rows with a square matrix that no cache holds. `assumed`: the names of those
+    -> rows -> flop/s, of a product of so many rows with a large square matrix. `assumed`: the names of those
     that nobody measured (`matmul.DTYPE` for a dtype).
 
     `transport`, `scratch`: between which ranks' memory hops were measured, and on which disk (its mount point).
