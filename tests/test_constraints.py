@@ -160,6 +160,7 @@ UNDOABLE = [
     ({"items": {"type": "string", "format": "no-such"}}, "#/items/format"),
     ({"type": "string", "pattern": "(?=a)b"}, "#/pattern"),
     ({"allOf": [{"type": "strange"}]}, "#/allOf/0/type"),
+    ({"type": "object", "properties": {"a": {}}, "maxProperties": 1}, "#/maxProperties"),
     (False, "#"),
 ]
 

@@ -52,7 +52,10 @@ def check_constraint(given: Sampling, settled: Sampling, tokenizer: Tokenizer, v
         Guides(tokenizer, vocab_size, settled).check(settled)
     except InputError as error:
         name = next((one for one in CONSTRAINTS if getattr(given, one) is not None), "thinking_token_budget")
-        said = str(error).removeprefix("structured_outputs").removeprefix(name).lstrip(".: ")
+        said = str(error)
+        if said.startswith(name):
+            raise InputError(f"sampling.{said}") from error
+        said = said.partition(": ")[2] if said.startswith("structured_outputs") else said
         raise InputError(f"sampling.{name}: {said}") from error
 
 

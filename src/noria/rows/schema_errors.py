@@ -31,8 +31,8 @@ def place_of(schema: Any, error_of: Callable[[Any], str]) -> str:
     where, part = _innermost((), schema, tries)
     named = tries.error(part)
     if isinstance(part, dict):
-        others = ({name: part[name] for name in part if name != one} for one in part)
-        for one, without in zip(part, others, strict=True):
+        for one in sorted(part, key=lambda name: (name not in named, -len(name))):  # those that the error names first
+            without = {name: part[name] for name in part if name != one}
             if one not in _DEFINITIONS and tries.error(without) != named:
                 return _written((*where, one))
     return _written(where)
