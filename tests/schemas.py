@@ -218,7 +218,7 @@ def hostile():
         "sixty levels": deep,
         "400 optional properties": many | {"additionalProperties": False},
         "5,000 words": {"enum": words},
-        "words of 64 KiB": {"enum": ["x" * 2**16, "y"]},
+        "words of 16 KiB": {"enum": ["x" * 2**14, "y"]},
         "a text of at most a million characters": {"type": "string", "maxLength": 10**6},
         "nested repetitions": {"type": "string", "pattern": r"^((a{1,20}b?){1,20}c?){1,20}$"},
         "repetitions that backtrack": {"type": "string", "pattern": r"^(a+)+$"},
@@ -254,7 +254,7 @@ def hostile():
         "a text of at least 100,000 characters": {"type": "string", "minLength": 100_000},
         "a reference to itself": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
         "20,000 levels of lists": {"type": "array", "minItems": 1, "items": {"$ref": "#"}},
-        "words of 64 KiB alone": {"const": "x" * 2**16},
+        "words of 16 KiB alone": {"const": "x" * 2**14},
     }
     # Refused, each for one keyword.
     refused = {
@@ -263,7 +263,6 @@ def hostile():
         "a condition": {"type": "object", "if": {"required": ["a"]}, "then": {"required": ["b"]}},
         "one that is contained": {"type": "array", "contains": {"const": 1}},
         "a file": {"$ref": "file:///etc/passwd"},
-        "a page": {"$ref": "https://example.org/schema.json"},
         "look-ahead": {"type": "string", "pattern": "^(?=.*[0-9])[a-z0-9]+$"},
         "at most two of three": {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "maxProperties": 2},
         "nothing fits": {"allOf": [{"type": "string"}, {"type": "integer"}]},

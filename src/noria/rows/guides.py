@@ -80,8 +80,8 @@ class Guide:
 
     def fail(self) -> None:
         """The matcher has given up: it says why."""
-        said = one_line(self.matcher.get_error()).partition(" <state>")[0][:300]
-        self.error = f"structured_outputs: llguidance gave up: {said}"
+        said = one_line(self.matcher.get_error()).partition(" <")[0][:300]
+        self.error = f"structured_outputs: llguidance gave up, because no text fits or its limits are reached: {said}"
 
 
 class Guides:
