@@ -65,9 +65,10 @@ def test_the_samples_of_a_prompt_have_a_state_each_and_one_for_their_beginning()
 
 def test_a_microbatch_has_no_more_rows_than_their_states_may_take():
     plan = make(HYBRID)
-    assert plan.state_rows == 256  # 1 MiB each of 256 MiB
+    assert plan.state_rows == 320  # 1 MiB each of 320 MiB
+    assert make(HYBRID, load=Workload(9, 400, 100)).state_rows == 9
     assert make(shape_of(keys_and_values(4, 64))).state_rows == 0
-    assert plan.memory[0]["gpu"]["work space"] >= 3 * 256 * 2**20
+    assert plan.memory[0]["gpu"]["work space"] >= 3 * 320 * 2**20
 
 
 def test_a_layer_that_keeps_states_is_not_counted_as_one_that_attends():

@@ -163,10 +163,12 @@ def _usual(problem: Problem) -> Usual:
 
 
 def _state_rows(problem: Problem, sizes: Sizes) -> int:
-    """Rows of a microbatch whose states a layer has at a time; 0 where the family has none."""
+    """Rows of a microbatch, whose states in a layer take a 64th of the device; 0 where the family has none."""
     state = sizes.layer_nbytes(sizes.stages, 0, 1)
-    room = min(SLOT_NBYTES, problem.limits["gpu"] // 64) // state if state else 0
-    return min(max(room, 1), sizes.microbatch_tokens) if state else 0
+    if not state:
+        return 0
+    room = problem.limits["gpu"] // 64 // state
+    return max(min(room, sizes.microbatch_tokens, problem.workload.num_rows), 1)
 
 
 def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
