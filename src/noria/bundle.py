@@ -14,13 +14,7 @@ from noria.blocks import DTYPE_NBYTES, round_up
 from noria.model import ModelShape
 
 ALIGNMENT = 16  # where an array of a message starts: what kernels, and views in another dtype, need
-NBYTES = DTYPE_NBYTES | {
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-}  # of what is no number of a model too
+NBYTES = DTYPE_NBYTES | {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from noria.blocks import dtype_of
 from noria.config import Config
 from noria.errors import InputError, require
 from noria.limits import DISK_NBYTES, TIERS
-from noria.plan.memory import Sizes, head_in_layers, streamed
-from noria.plan.placement import blocks_of, partition
+from noria.plan.memory import Sizes, streamed
+from noria.plan.placement import blocks_of
 from noria.plan.plan import Plan
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
@@ -53,14 +53,7 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     """A candidate's buffers and the tiers of its blocks. Raises InputError if the blocks find no room."""
     config, shape = problem.config, problem.shape
     slots = 1 if _schedule(config, candidate) == "sequential" else SLOTS
-    stages = partition(
-        shape.num_layers,
-        problem.num_ranks * candidate.laps,
-        config.pipeline.partition,
-        head_in_layers(problem.blocks),
-        shape.tied_layers,
-        problem.num_ranks,
-    )
+    stages = problem.stages(candidate.laps)
     sizes = Sizes(
         shape,
         problem.blocks,

@@ -4,6 +4,7 @@ Virtual stage s is the ring's s-th visit of a step; it lives on rank s mod N. Ti
 are on one rank, in any of its visits. Pure arithmetic.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TypeAlias
@@ -77,9 +78,10 @@ def _together(num_layers: int, num_stages: int, extra: tuple[float, float], ties
     carried = [0.0] * num_stages
     carried[0] += extra[0]
     carried[-1] += extra[1]
-    for most in sorted({count + more for count in range(1, num_layers + 1) for more in carried}):
-        if counts := _at_most(most, num_layers, carried, ties, num_ranks):
-            return counts
+    weights = sorted({count + more for count in range(1, num_layers + 1) for more in set(carried)})
+    place = bisect_left(weights, True, key=lambda most: bool(_at_most(most, num_layers, carried, ties, num_ranks)))
+    if place < len(weights) and (counts := _at_most(weights[place], num_layers, carried, ties, num_ranks)):
+        return counts
     groups = "; ".join(", ".join(map(str, layers)) for layers in ties[:4]) + "; ..." * (len(ties) > 4)
     raise InputError(
         f"layers that read each other's cache must be on one rank ({groups}), but no cut of {num_layers} layers into"
@@ -87,12 +89,10 @@ def _together(num_layers: int, num_stages: int, extra: tuple[float, float], ties
     )
 
 
-Way: TypeAlias = tuple[
-    float, list[int]
-]  # the sum of the squares of the stages' weights; the numbers of layers, negative
-Open: TypeAlias = tuple[
-    int, tuple[tuple[int, int], ...]
-]  # where a stage ends; of each tie that is open there, (tie, rank)
+# The sum of the squares of the stages' weights; the numbers of layers, negative, so that the least has fuller first stages.
+Way: TypeAlias = tuple[float, list[int]]
+# The layer before which a stage ends; the rank of each tie that is open there.
+Open: TypeAlias = tuple[int, tuple[tuple[int, int], ...]]
 
 
 def _at_most(most: float, num_layers: int, carried: Sequence[float], ties: Ties, num_ranks: int) -> list[int] | None:

@@ -175,9 +175,8 @@ def _laps(problem: Problem, streams: bool) -> list[int]:
 
 def _is_cut(problem: Problem, laps: int) -> bool:
     """Whether so many laps keep tied layers together."""
-    shape, num_ranks = problem.shape, problem.num_ranks
     try:
-        partition(shape.num_layers, num_ranks * laps, "greedy", ties=shape.tied_layers, num_ranks=num_ranks)
+        problem.stages(laps)
     except InputError:
         return False
     return True

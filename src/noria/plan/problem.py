@@ -10,6 +10,8 @@ from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
 from noria.plan.costs import Workload
+from noria.plan.memory import head_in_layers
+from noria.plan.placement import partition
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words
 from noria.tools.values import parse_nbytes
@@ -93,6 +95,25 @@ class Problem:
     @property
     def longest(self) -> int:
         return -(-self.shape.max_positions // PAGE_TOKENS)
+
+    def stages(self, laps: int) -> list[range]:
+        """The layers of each virtual stage with so many laps. Raises InputError where they cannot be cut so."""
+        if laps not in self._stages:
+            shape, how = self.shape, self.config.pipeline.partition
+            self._stages[laps] = partition(
+                shape.num_layers,
+                self.num_ranks * laps,
+                how,
+                head_in_layers(self.blocks),
+                shape.tied_layers,
+                self.num_ranks,
+            )
+        return self._stages[laps]
+
+    @cached_property
+    def _stages(self) -> dict[int, list[range]]:
+        """By laps: many candidates have the same."""
+        return {}
 
     @cached_property
     def nbytes(self) -> dict[str, int]:
