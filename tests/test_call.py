@@ -151,7 +151,7 @@ def test_rows_in_error_fail_a_call_that_asks_for_it(monkeypatch, tmp_path):
         ({"ranks": True}, "ranks is True"),
         ({"temperature": "hot"}, "sampling.temperature"),
         ({"prompts": "one text"}, "one text: give a list"),
-        ({"prompts": [object()]}, r"prompts\[0\]"),
+        ({"prompts": [1j]}, r"prompts\[0\]"),
         ({"model": ""}, "no model"),
     ],
     ids=str,

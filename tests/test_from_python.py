@@ -142,7 +142,7 @@ def test_texts_arrive_as_they_are_and_a_wrong_item_is_a_row_in_error(tmp_path):
         ({"train": [], "test": []}, r"a dict \(of 'train', 'test'\)"),
         (7, "of type int"),
         (None, "of type NoneType"),
-        (["a", object()], r"prompts\[1\] cannot be written as JSON: a value is of type object"),
+        (["a", 1j], r"prompts\[1\] cannot be written as JSON: a value is of type complex"),
         ([{"prompt": "a", "x": {1, 2}}], r"prompts\[0\] .* type set"),
         ([b"bytes"], "type bytes"),
         ([Path("prompts.jsonl")], r"prompts\[0\] .*Path"),
