@@ -19,8 +19,10 @@ class Shortage:
     def __call__(self, shape, index, parameters, hidden, *more):
         self._armed = self._armed or index < self._at[0] or index == 0 == self._at[0] < self._at[1]
         self._at = index, self._at[1] + 1 if index == self._at[0] else 0
+        given = [hidden] if isinstance(hidden, torch.Tensor) else list(hidden.values())
+        before, rows = [array.clone() for array in given], len(given[0])
         found = self._layer(shape, index, parameters, hidden, *more)
-        rows = len(hidden if isinstance(hidden, torch.Tensor) else hidden["hidden"])
+        assert all(map(torch.equal, given, before)), "a layer must not write into its input: it may be cut finer"
         if self._armed and self._at == self.cell and rows not in (1, 3):
             self._armed, self._at, self.failures = False, (index, self._at[1] - 1), self.failures + 1
             raise torch.OutOfMemoryError("no room")
