@@ -57,6 +57,7 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     sizes = Sizes(
         shape,
         problem.blocks,
+        problem.weighed,
         problem.dtype,
         problem.num_ranks,
         stages,

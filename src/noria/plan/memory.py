@@ -16,11 +16,34 @@ from noria.step import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of what
+    encoded ones are decoded into; `changed`: those that are cast to the run's dtype."""
+
+    held: Mapping[str, int]
+    stored: Mapping[str, int]
+    decoded: Mapping[str, int]
+    changed: frozenset[str]
+
+
+def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
+    """The bytes of these blocks in a run in `dtype`."""
+    cast = {name: block.cast(dtype) for name, block in blocks.items()}
+    return Weighed(
+        {name: block.nbytes for name, block in cast.items()},
+        {name: block.nbytes for name, block in blocks.items()},
+        {name: block.decoded_nbytes for name, block in cast.items() if block.encoded},
+        frozenset(name for name, block in blocks.items() if block.changes(dtype)),
+    )
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A model cut into stages on ranks, its blocks in tiers, and the steps that pass through them."""
 
     shape: ModelShape
     blocks: Mapping[str, Block]
+    weighed: Weighed
     dtype: str
     num_ranks: int
     stages: list[range]
@@ -39,7 +62,7 @@ class Sizes:
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
-        return self.blocks[name].cast(self.dtype).nbytes
+        return self.weighed.held[name]
 
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
@@ -91,16 +114,15 @@ class Sizes:
 
     def loading(self, rank: int) -> int:
         """Bytes of the buffers through which the rank's blocks pass before the run begins."""
-        passing = [
-            self.blocks[name].nbytes for name, tier in self.weight_tiers[rank].items() if self._passes(name, tier)
-        ]
+        stored = self.weighed.stored
+        passing = [stored[name] for name, tier in self.weight_tiers[rank].items() if self._passes(name, tier)]
         return min(len(passing), LOADING_BUFFERS) * max(passing, default=0)
 
     def _passes(self, name: str, tier: str) -> bool:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
         if tier == "disk":
             return self.staged
-        return (tier != "cpu" and self.device != "cpu") or self.blocks[name].changes(self.dtype)
+        return (tier != "cpu" and self.device != "cpu") or name in self.weighed.changed
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """Per tier the rank's bytes by purpose, with so many pages of cache in each tier.
@@ -125,7 +147,8 @@ class Sizes:
 
     def _decoded(self, rank: int) -> int:
         """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
-        return max((self.blocks[name].cast(self.dtype).decoded_nbytes for name in self.weight_tiers[rank]), default=0)
+        decoded = self.weighed.decoded
+        return max((decoded[name] for name in self.weight_tiers[rank] if name in decoded), default=0) if decoded else 0
 
     def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""

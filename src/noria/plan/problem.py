@@ -10,7 +10,7 @@ from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
 from noria.plan.costs import Workload
-from noria.plan.memory import head_in_layers
+from noria.plan.memory import Weighed, head_in_layers, weigh
 from noria.plan.placement import partition
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words
@@ -116,9 +116,14 @@ class Problem:
         return {}
 
     @cached_property
-    def nbytes(self) -> dict[str, int]:
-        """Bytes of each block in the run's dtype."""
-        return {name: block.cast(self.dtype).nbytes for name, block in self.blocks.items()}
+    def weighed(self) -> Weighed:
+        """Bytes of the blocks."""
+        return weigh(self.blocks, self.dtype)
+
+    @property
+    def nbytes(self) -> Mapping[str, int]:
+        """Bytes of each block as the run has it."""
+        return self.weighed.held
 
     @cached_property
     def limits(self) -> dict[str, int]:
@@ -147,10 +152,10 @@ class Problem:
         placement, job = self.config.placement, self.config.job
         return self.as_stored and (job.random_weights is None or placement.stage)
 
-    @cached_property
+    @property
     def as_stored(self) -> bool:
         """Whether the run takes all weights as they are stored, none of them cast."""
-        return not any(block.changes(self.dtype) for block in self.blocks.values())
+        return not self.weighed.changed
 
 
 def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> int:
