@@ -210,7 +210,6 @@ def hostile():
     many = {
         "type": "object",
         "properties": {f"p{place}": {"type": "integer"} for place in range(400)},
-        "maxProperties": 5,
     }
     loop = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False}
     words = ["".join(random.Random(place).choices(string.ascii_letters, k=12)) for place in range(5000)]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,7 @@ UNDOABLE = [
     ({"type": "string", "pattern": "(?=a)b"}, "#/pattern"),
     ({"allOf": [{"type": "strange"}]}, "#/allOf/0/type"),
     ({"type": "object", "properties": {"a": {}}, "maxProperties": 1}, "#/maxProperties"),
+    ({"properties": {f"p{place}": {} for place in range(1000)}, "maxProperties": 5}, "#/maxProperties"),
     (False, "#"),
 ]
 
@@ -171,6 +173,14 @@ def test_a_schema_that_cannot_be_done_is_refused_with_the_place_of_the_keyword(c
         constraints.matcher({"json": schema})
     assert str(refused.value).startswith(f"structured_outputs.json: llguidance cannot do {place}: ")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_the_search_for_a_keyword_ends(constraints):
+    large = {"properties": {f"p{place}": {"enum": ["x" * 60]} for place in range(2000)}, "not": {}}
+    began = time.process_time()
+    with pytest.raises(InputError, match="llguidance cannot do #"):
+        constraints.matcher({"json": large | {"$defs": {"a": {"const": "y" * 100_000}}}})
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import sampling_worker
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from worker import generate
 
+import world
 from noria.checkpoint.convert import convert
 from noria.desk.records import generation
 from noria.errors import InputError
@@ -272,6 +274,19 @@ def test_a_run_of_a_thinking_model_has_a_column_of_its_own_by_the_template(folde
             assert row.text in ("yes", "no") and row.finish_reason == "stop"
     with h5py.File(folder / "run.h5") as file:
         assert file["reasoning"].asstr()[0] == rows[0].reasoning and file["reasoning_tokens"].dtype == "int32"
+
+
+@pytest.mark.slow
+@pytest.mark.world
+def test_rings_think_and_answer_as_one_rank_does(folder):
+    assert generate(folder, "alone", {"groups": 1}, Solo()) == 0
+    world.call(3, sampling_worker.work, folder, timeout=240)
+    said = lambda row: (row.token_ids.tolist(), row.reasoning, row.reasoning_tokens, row.text, row.finish_reason)  # noqa: E731
+    with open_generations(folder / "alone.h5") as file:
+        expected = [said(row) for row in file.rows()]
+    for name in sampling_worker.CASES:
+        with open_generations(folder / f"{name}.h5") as file:
+            assert [said(row) for row in file.rows()] == expected, name
 
 
 @pytest.mark.slow

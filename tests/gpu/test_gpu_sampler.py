@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from noria.engine.sampler import Sampler
+from noria.masks import ANY, Masks
 from noria.step import Admitted, Step
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +21,17 @@ KINDS = [
         "prompt_length": 8,
     },
     {"temperature": 0.0, "logit_bias": {"5": 9.0, "31999": 3.5}, "banned": [2, 7], "min_new_tokens": 99, "logprobs": 0},
+    {"temperature": 1.0, "masked": True, "logprobs": 1},
+    {"temperature": 0.0, "masked": True},
 ]
+BITS = np.random.default_rng(2).integers(0, 256, (ROWS, VOCAB // 8), np.uint8)
+
+
+def masks():
+    """Of every row that may have one: bits, and a forced token for one in five."""
+    samples = np.array([row for row in range(ROWS) if "masked" in KINDS[row % len(KINDS)]], np.int32)
+    forced = np.where(np.arange(len(samples)) % 5 == 0, 77, ANY).astype(np.int32)
+    return Masks(samples, forced, BITS[: int((forced == ANY).sum())])
 
 
 def filled(device):
@@ -35,7 +46,7 @@ def filled(device):
 
 
 def sample(sampler, logits, slots, uniforms):
-    found = sampler.sample(logits, slots, uniforms, slots * 0 + 24, sampler.top(slots))
+    found = sampler.sample(logits, slots, uniforms, slots * 0 + 24, sampler.top(slots), masks())
     return found, sampler.score(logits, torch.arange(ROWS, device=logits.device))
 
 

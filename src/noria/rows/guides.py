@@ -50,8 +50,8 @@ class Guide:
             return None if self.matcher is None else Want(excluded=self._ends)
         if self.matcher is None:
             return None
-        may_think = thinking is not None and thinking.phase is Phase.BEFORE and thinking.start_token is not None
-        return Want(matcher=self.matcher, added=(thinking.start_token,) if may_think else ())  # type: ignore[union-attr,arg-type]
+        start = thinking.start_token if thinking is not None and thinking.phase is Phase.BEFORE else None
+        return Want(matcher=self.matcher, added=() if start is None else (start,))
 
     def add(self, token_ids: Sequence[int]) -> None:
         """To be told after every new token: all of the row's."""

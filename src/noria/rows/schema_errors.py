@@ -1,9 +1,10 @@
 """Where in a JSON schema the keyword is that a compiler refuses: found by compiling its parts. Knows no compiler."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_MOST_TRIED = 400  # parts that are compiled
+_MOST_TRIED = 2**22  # characters of JSON that are compiled: a second of work
 _DEFINITIONS = ("$defs", "definitions")
 _OF_NAMES = ("properties", "patternProperties", "dependentSchemas", *_DEFINITIONS)  # schemas by name
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -39,17 +40,16 @@ def place_of(schema: Any, error_of: Callable[[Any], str]) -> str:
 
 
 class _Tries:
-    """Errors of parts of a schema, as often as that may be asked."""
+    """Errors of parts of a schema, as long as they may be asked for: none after that."""
 
     def __init__(self, schema: Any, error_of: Callable[[Any], str]):
         self._error_of, self._left = error_of, _MOST_TRIED
         self._definitions = {name: schema[name] for name in _DEFINITIONS if isinstance(schema, dict) and name in schema}
 
     def error(self, part: Any) -> str:
-        self._left -= 1
-        if self._left < 0:
-            return ""
-        return self._error_of(self._definitions | part if isinstance(part, dict) else part)
+        part = self._definitions | part if isinstance(part, dict) else part
+        self._left -= len(json.dumps(part))
+        return self._error_of(part) if self._left >= 0 else ""
 
 
 def _innermost(where: Place, schema: Any, tries: _Tries) -> tuple[Place, Any]:
