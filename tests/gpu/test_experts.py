@@ -19,9 +19,11 @@ def plain(hidden, chosen, weights, experts):
     return mixed
 
 
-def mixture(hidden, chosen, weights, experts):
+def mixture(hidden, chosen, weights, experts, transposed=True):
+    """_experts.mixture of experts [X, 3 * I, E]; not `transposed`: its down matrices lie [E, I], as decoded ones do."""
     inner = experts.shape[1] // 3
-    return _experts.mixture(hidden, chosen, weights, experts[:, : 2 * inner], experts[:, 2 * inner :].transpose(1, 2))
+    down = experts[:, 2 * inner :].transpose(1, 2)
+    return _experts.mixture(hidden, chosen, weights, experts[:, : 2 * inner], down if transposed else down.contiguous())
 
 
 def case(num_tokens, count, num_experts, hidden, inner, dtype):
@@ -34,9 +36,10 @@ def case(num_tokens, count, num_experts, hidden, inner, dtype):
 
 @pytest.mark.parametrize(("num_tokens", "count", "num_experts"), [(1, 2, 8), (7, 8, 128), (300, 8, 128), (1000, 2, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_mixture_on_the_gpu_is_the_plain_sum(num_tokens, count, num_experts, dtype):
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_mixture_on_the_gpu_is_the_plain_sum(num_tokens, count, num_experts, dtype, transposed):
     tensors = case(num_tokens, count, num_experts, 256, 96, dtype)
-    exact, found = plain(*tensors), mixture(*tensors).double()
+    exact, found = plain(*tensors), mixture(*tensors, transposed).double()
     assert (found - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * exact.abs().max()
 
 
