@@ -71,7 +71,7 @@ def _of_a_launch(name: str, in_a_rank: bool) -> bool:
 def run_child(command: Sequence[str], say: Callable[[str], None]) -> ChildEnd:
     """Runs a command to its end and hands on what it says. Ctrl-C stops it in order, with exit code 75; a second one ends
     it: what is sealed stays. On a terminal its bar of progress is drawn there."""
-    on_terminal = _is_terminal(sys.__stdout__)
+    on_terminal, said, interrupted = _is_terminal(sys.__stdout__), _Said(say), False
     child = subprocess.Popen(
         command,
         env=environment(os.environ),
@@ -80,7 +80,6 @@ def run_child(command: Sequence[str], say: Callable[[str], None]) -> ChildEnd:
         stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
         start_new_session=True,  # a terminal's Ctrl-C comes to this process alone, which stops the child once
     )
-    said, interrupted = _Said(say), False
     with child:
         try:
             while True:
