@@ -157,7 +157,7 @@ def test_a_wrong_run_file_is_refused_beside_flags_too(refusal, folder, text, sai
         (["--bogus"], "unrecognized arguments: --bogus"),
         (
             ["rum"],
-            "no command 'rum' (known: convert, run, validate, plan, probe, inspect, export, merge); did you mean 'run'?",
+            "no command 'rum' (known: convert, run, validate, plan, probe, inspect, report, export, merge); did you mean 'run'?",
         ),
         (["run"], "no model: give model = FILE.h5 in the run file or --model FILE.h5"),
         (["run", "--model", "m.h5"], "no prompts"),
