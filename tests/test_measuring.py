@@ -18,7 +18,7 @@ from forks import forked
 from mpirun import describe
 from noria import run as program
 from noria.config import load
-from noria.launch import measuring
+from noria.launch import copies, measuring
 from noria.launch.copies import IN_FLIGHT, sustained
 from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
@@ -122,6 +122,8 @@ def test_a_run_goes_on_with_the_rates_that_its_output_began_with(measured, tmp_p
 def test_a_machine_file_of_another_device_or_count_is_used_and_named(measured, tmp_path):
     path = tmp_path / "machine.toml"
     path.write_text(replace(rates.assumed("NVIDIA A100"), assumed=(), node=Node(8)).to_toml())
+    assert measuring._otherwise("m", rates.read(path), "NVIDIA A100-SXM4-80GB", Node(8)) == []
+    assert len(measuring._otherwise("m", rates.read(path), "NVIDIA A100-SXM4-40GB", Node(8))) == 1
     assert measured(machine=str(path)).device == "NVIDIA A100 80GB" and measured.calls == []
     said = "\n".join(measured.said)
     assert f"warning: {path} is of NVIDIA A100 80GB, the ranks have CPU" in said
@@ -204,6 +206,14 @@ def test_a_link_is_measured_with_copies_always_on_their_way_in_each_direction(mo
     both = sustained(link, {"load": (data, data), "store": (data, data)}, 0.5)
     assert both == pytest.approx(0.5e6, rel=0.01), "the slower direction's"
     assert link.most == {"load": IN_FLIGHT, "store": IN_FLIGHT}
+
+
+def test_copies_go_through_the_whole_blocks_of_a_buffer_in_turn(monkeypatch):
+    monkeypatch.setattr(copies, "BLOCK_NBYTES", 1000)
+    there, host = torch.zeros(3500, dtype=torch.uint8), torch.ones(3500, dtype=torch.uint8)
+    assert sustained(streams_of(CPU), {"load": (there, host)}, 0.001) > 0
+    assert bool(there[:3000].all()) and not bool(there[3000:].any())
+    assert sustained(streams_of(CPU), {"load": (there[3000:], host[3000:])}, 0.001) > 0 and bool(there.all())
 
 
 @pytest.mark.slow

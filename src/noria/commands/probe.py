@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megabytes",
         type=int,
         metavar="INT",
-        help="size of the buffers that are copied (default: 256 on a GPU, 64 on a CPU)",
+        help="size of the buffers that are copied (default: 512 on a GPU, 64 on a CPU)",
     )
 
 

@@ -16,7 +16,10 @@ from noria.tools.pinned import HostMemory
 
 IN_FLIGHT = 2  # copies on their way at any moment in each direction, as many as a run queues ahead
 LEAST_COPIES = 4  # in each direction, however slow the link is
-Lanes: TypeAlias = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # lane -> (destination, source), of equal sizes
+BLOCK_NBYTES = 128 << 20  # of a copy; they go through a larger buffer in turn, whose pages are not all equally near
+Lanes: TypeAlias = Mapping[
+    str, tuple[torch.Tensor, torch.Tensor]
+]  # lane -> (destination, source), bytes of equal sizes
 
 
 class Buffers:
@@ -48,16 +51,22 @@ def sustained(streams: Streams, lanes: Lanes, seconds: float) -> float:
     """
     flying: dict[str, deque[Event]] = {lane: deque() for lane in lanes}
     done: dict[str, list[float]] = {lane: [] for lane in lanes}
+    blocks = {lane: itertools.cycle(_blocks(*buffers)) for lane, buffers in lanes.items()}
+    nbytes = {lane: min(source.nbytes, BLOCK_NBYTES) for lane, (_, source) in lanes.items()}
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or any(len(times) < LEAST_COPIES for times in done.values()):
-        for lane, pair in lanes.items():
+        for lane in lanes:
             while len(flying[lane]) < IN_FLIGHT:
-                flying[lane].append(streams.copy(lane, [pair]))
+                flying[lane].append(streams.copy(lane, [next(blocks[lane])]))
             if flying[lane][0].query():
                 flying[lane].popleft()
                 done[lane].append(time.perf_counter())
     for event in itertools.chain(*flying.values()):
         event.synchronize()
-    return min(
-        (len(times) - 1) * lanes[lane][1].nbytes / max(times[-1] - times[0], 1e-9) for lane, times in done.items()
-    )
+    return min((len(times) - 1) * nbytes[lane] / max(times[-1] - times[0], 1e-9) for lane, times in done.items())
+
+
+def _blocks(destination: torch.Tensor, source: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The whole blocks of two buffers, or both as they are where they are smaller."""
+    pairs = zip(destination.split(BLOCK_NBYTES), source.split(BLOCK_NBYTES), strict=True)
+    return [pair for pair in pairs if pair[1].nbytes in (BLOCK_NBYTES, source.nbytes)]

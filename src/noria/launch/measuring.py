@@ -17,12 +17,13 @@ from noria.launch.node import mount_of, node_of
 from noria.launch.probe import GROUPS, Effort, Probe
 from noria.output.stored_rates import stored_rates
 from noria.plan import kept, rates
+from noria.plan.cards import card_of
 from noria.plan.plan import TOLERANCE, Plan
 from noria.plan.rates import Node, Rates
 from noria.tools.text import plural
 
 # Of each figure, so that all take at most three seconds on a GPU and a third of one on a CPU, where a plan decides less.
-EFFORTS = {"cuda": Effort(0.12, 256 << 20, strict=False), "cpu": Effort(0.03, 64 << 20, strict=False)}
+EFFORTS = {"cuda": Effort(0.12, 512 << 20, strict=False), "cpu": Effort(0.03, 64 << 20, strict=False)}
 
 
 def rates_of_run(config: Config, here: ThisRank, dtype: str, disk: bool, transport: str) -> tuple[Rates, list[str]]:
@@ -110,8 +111,8 @@ def _words(known: Rates) -> str:
 
 def _otherwise(path: str, given: Rates, device: str, node: Node) -> list[str]:
     """What is said where a machine file is of another device, or of another number of ranks, than the run's."""
-    said, ranks = [], given.node.ranks
-    if given.device != device:
+    said, ranks, card = [], given.node.ranks, card_of(device)
+    if given.device != device and (card is None or card_of(given.device) is not card):
         said.append(f"{path} is of {given.device}, the ranks have {device}")
     if ranks and ranks != node.ranks:
         said.append(f"{path} was measured with {plural(ranks, 'rank')} a host, here are {node.ranks}")

@@ -68,7 +68,7 @@ class Probe:
         self._comm, self._location, self._device, self._folder = comm, location, device, folder
         self._streams, self._seconds, self._strict = streams_of(device), effort.seconds, effort.strict
         self._cuda = device.type == "cuda"
-        self._nbytes = effort.nbytes or (256 << 20 if self._cuda else 64 << 20)
+        self._nbytes = effort.nbytes or (512 << 20 if self._cuda else 64 << 20)
 
     def measure(
         self,
@@ -204,7 +204,7 @@ class Probe:
 
     def _memory(self, buffers: Buffers) -> dict[str, float]:
         rate = 2 * self._nbytes / median(self._timed(lambda: buffers.back.copy_(buffers.host), self._seconds / 2))
-        source, target = (torch.ones(4 * self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
+        source, target = (torch.ones(2 * self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
         on_device = 2 * source.nbytes / median(self._timed(lambda: target.copy_(source), self._seconds / 2))
         return {"device_memory": on_device, "host_memory": rate}
 
