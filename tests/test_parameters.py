@@ -14,7 +14,7 @@ import tiny_models
 import world
 from extra_kinds import extra_kinds
 from late_streams import LateStreams
-from noria import config, encodings
+from noria import config, encodings, kinds
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
@@ -22,6 +22,7 @@ from noria.checkpoint.random_weights import random_checkpoint
 from noria.engine.assembly import load, weights_of
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
+from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import costs, planner, rates
@@ -249,6 +250,23 @@ def test_encoded_parameters_are_decoded_to_the_run_s_dtype_from_every_tier(folde
         down = torch.stack([dense[f"{top}.mlp.experts.{expert}.down_proj.weight"] for expert in range(6)])
         assert torch.equal(found[f"{its}/qkv"], qkv.to(getattr(torch, dtype)))
         assert torch.equal(found[f"{its}/experts.down"], down.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+def test_fields_that_their_encoding_does_not_make_are_refused_from_every_tier(folder, tmp_path, tier, monkeypatch):
+    with extra_kinds():
+        grouped = kinds.load("encodings", "grouped")
+        encode = grouped.encode
+
+        def spoilt(numbers, settings):
+            fields = encode(numbers, settings)
+            return fields | {"scales": fields["scales"] * (torch.nan if len(numbers) == 16 else 1.0)}
+
+        monkeypatch.setattr(grouped, "encode", spoilt)
+        convert(folder / "hf", tmp_path / "bad.h5", "float64", forms={"qkv": FORMS["qkv"]})
+    words = "bad.h5: 'layers/0000/qkv', encoded as grouped: a scale is not a number above 0; convert the model again"
+    with pytest.raises(InputError, match=words):
+        tensors_of(tmp_path, "bad", "float64", tier)
 
 
 @pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}, {"gpu": 50, "disk": 50}])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from noria import encodings
 from noria.checkpoint.checkpoint import Checkpoint
 from noria.limits import LOADING_BUFFERS
 from noria.model import OpenModel
@@ -105,6 +106,7 @@ class _FileSource:
         if check := self._checkpoint.checking(name):
             check.update(memory.numpy().data)
             check.finish()
+            encodings.check_block(self._checkpoint.blocks[name], memory, str(self._checkpoint.path))
 
     def close(self) -> None:
         for file in self._files.values():

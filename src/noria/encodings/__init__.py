@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from noria import kinds
-from noria.blocks import Parameter, round_up
+from noria.blocks import Block, Parameter, round_up
 from noria.errors import InputError
 from noria.pieces import FIELD_ALIGNMENT, Field, Matrix, Piece
 
@@ -99,14 +99,23 @@ def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:
     return found
 
 
+def check_block(block: Block, content: torch.Tensor, path: str) -> None:
+    """Raises InputError, naming file and parameter, for bytes of a block [nbytes] that its encodings do not make."""
+    for parameter in block.encoded:
+        pieces = content[parameter.offset : parameter.offset + parameter.nbytes].view(parameter.pieces, -1)
+        try:
+            check(parameter, pieces)
+        except InputError as error:
+            raise InputError(
+                f"{path}: '{block.name}/{parameter.name}', encoded as {parameter.encoding}: {error}; convert the model again"
+            ) from error
+
+
 def check(parameter: Parameter, pieces: torch.Tensor) -> None:
-    """Raises InputError, naming the parameter, for pieces [P, bytes of a piece] that its encoding does not make."""
+    """Raises InputError for pieces [P, bytes of a piece] that the parameter's encoding does not make."""
     kind = kinds.load("encodings", parameter.encoding)
     for number, matrix in enumerate(parameter.piece.matrices):
-        try:
-            kind.check(fields_of(parameter.piece, number, pieces), matrix.stored, parameter.settings)
-        except InputError as error:
-            raise InputError(f"{parameter.name}, encoded as {parameter.encoding}: {error}") from error
+        kind.check(fields_of(parameter.piece, number, pieces), matrix.stored, parameter.settings)
 
 
 def check_fields(encoding: str, piece: Piece, dtype: str, settings: Mapping[str, Any]) -> None:

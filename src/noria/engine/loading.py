@@ -139,7 +139,8 @@ class Loader:
         else:
             regions = copied_regions(self._checkpoint, names, self._scratch)
         largest = max(self._targets[name].nbytes for name in names)
+        unseen = str(self._checkpoint.path) if self._scratch is None else None
         disk, offset = Disk(regions, self._streams, slot_nbytes=min(DISK_SLOT_NBYTES, largest)), 0
         for name in names:
-            self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"))
+            self._homes[name] = Home(self._targets[name], disk, offset, ("disk_to_host", "host_to_gpu"), unseen)
             offset += self._targets[name].nbytes

@@ -34,9 +34,16 @@ class Decoder:
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._name: str | None = None
         self._decoded: Parameters = {}
+        self._checked: set[str] = set()
 
-    def parameters(self, name: str, held: Undecoded) -> Parameters:
-        """What a model computes with; valid until another block is asked for."""
+    def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Parameters:
+        """What a model computes with; valid until another block is asked for.
+
+        `path`: the file from which the block came unseen: its fields are checked the first time. Raises InputError.
+        """
+        if path is not None and name not in self._checked:
+            encodings.check_block(held.block, held.buffer, path)
+            self._checked.add(name)
         if name != self._name:
             self._decoded = _decode(held, self.buffer)
             self._name = name

@@ -19,12 +19,16 @@ from noria.tiers import Tier, Transfer
 
 @dataclass(frozen=True)
 class Home:
-    """Where a streamed block lives: its layout, the tier that holds it, its place there and the links that it crosses."""
+    """Where a streamed block lives: its layout, the tier that holds it, its place there and the links that it crosses.
+
+    unseen: the file that it is read from, where nobody has looked at its fields yet.
+    """
 
     block: Block
     tier: Tier
     offset: int
     links: tuple[str, ...]
+    unseen: str | None = None
 
 
 @dataclass
@@ -126,9 +130,9 @@ class Weights:
             self._held[name] = self._arrive(name)
         slot = self._held[name].slot
         if name not in slot.views:
-            block = self._homes[name].block
+            block, unseen = self._homes[name].block, self._homes[name].unseen
             if block.encoded:
-                return self._decoder.parameters(name, Undecoded(block, slot.buffer[: block.nbytes]))
+                return self._decoder.parameters(name, Undecoded(block, slot.buffer[: block.nbytes]), unseen)
             slot.views[name] = views(slot.buffer, block)
         return slot.views[name]
 
