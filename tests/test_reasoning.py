@@ -171,6 +171,15 @@ def test_a_budget_without_markers_is_the_rows_error():
     assert "thinking_token_budget: the model has no markers of its thinking" in row.error and row.reasoning is None
 
 
+def test_a_prompt_whose_end_the_tokenizer_cannot_write_is_its_rows_error(monkeypatch):
+    def decode(ids, skip_special_tokens=True):
+        raise InputError("the tokenizer cannot write these tokens")
+
+    monkeypatch.setattr(TOKENIZERS["tokens"], "decode", decode)
+    (row,) = run("tokens", "?", "a^")
+    assert (row.status, row.error) == ("error", "the tokenizer cannot write these tokens")
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_stop_texts_begin_after_the_thinking(kind):
     (row,) = run(kind, "?<think>", "I stop. No.</think>Yes. No. Never^", stop=["No", "stop"])

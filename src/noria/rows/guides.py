@@ -69,9 +69,12 @@ class Guide:
     def told(self, token_ids: Sequence[int]) -> bool:
         """Whether it takes these tokens, which an earlier job generated, one after another."""
         so_far: list[int] = []
-        for token_id in token_ids:
-            so_far.append(token_id)
-            self.add(so_far)
+        try:
+            for token_id in token_ids:
+                so_far.append(token_id)
+                self.add(so_far)
+        except InputError as error:  # of the tokenizer
+            self.error = str(error)
         return not self.error
 
     def _consume(self, token_id: int) -> None:
@@ -93,14 +96,15 @@ class Guides:
         self.steering = False  # whether any row so far may be masked
         self._markers = Markers(sampling.markers, self._tokenizer) if sampling.markers and self._tokenizer else None
 
-    def check(self, sampling: Sampling) -> None:
-        """Raises InputError for settings that cannot be honoured."""
+    def check(self, sampling: Sampling, prompt_token_ids: Sequence[int] = ()) -> None:
+        """Raises InputError for settings that cannot be honoured, and for a prompt that cannot be read for its markers."""
         if sampling.thinking_token_budget is not None and self._markers is None:
             raise InputError(
                 "thinking_token_budget: the model has no markers of its thinking that Noria knows: give reasoning_markers"
             )
         if _asks(sampling):
             self.constraints.matcher(sampling.structured_outputs or {})
+        self.reasoning(sampling, prompt_token_ids, False)
 
     def reasoning(self, sampling: Sampling, prompt_token_ids: Sequence[int], continued: bool) -> Reasoning | None:
         """That of a row; None where nothing is kept apart."""

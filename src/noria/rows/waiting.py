@@ -185,7 +185,7 @@ class WaitingQueue:
             sequence.prompt_token_ids = ids if keep is None else ids[-keep:]
             sequence.num_cut = len(ids) - len(sequence.prompt_token_ids)
             sequence.bad_words = bad_words(sampling, self._tokenizer, self._limits.vocab_size)
-            self.guides.check(sampling)
+            self.guides.check(sampling, sequence.prompt_token_ids)
         except ValueError as wrong:
             sequence.error = str(wrong)
         else:
