@@ -131,7 +131,9 @@ def test_a_last_line_that_was_cut_is_written_again_whole(output, target, merged,
     first = len(lines_of(rows[:1]))
     for cut in sorted({1, 5, 8, 9, 16, 17, first - 1, first, first + 1, first + 12, first + 25, len(whole) - 1}):
         target.write_bytes(whole[:cut])
-        steps(output, target)
+        told = []
+        steps(output, target, told=told)
+        assert len(told) == (cut != first)
         assert target.read_bytes() == whole, cut
 
 
@@ -157,6 +159,21 @@ def test_parts_that_are_put_together_or_merged_while_they_are_read_give_each_row
         while not one.step():
             pass
     assert not due and sorted(ids(target)) == sorted(row.id for row in rows)
+
+
+def test_a_part_that_goes_away_before_it_is_opened_is_no_damaged_one(output, target, monkeypatch):
+    rows, scan_one, due = [make_row(row) for row in range(8)], module.scan_one, [True]
+    parts = Parts(output, HEADER)
+    fill(parts, rows, 1)
+
+    def late(*arguments, **more):
+        if due.pop() if due else False:
+            assert Compactor(parts, 4).compact_if_due()
+        return scan_one(*arguments, **more)
+
+    monkeypatch.setattr(module, "scan_one", late)
+    steps(output, target, 2)
+    assert not due and sorted(ids(target)) == [row.id for row in rows]
 
 
 def test_the_comparison_begins_again_where_a_part_goes_away_meanwhile(output, target, monkeypatch):
@@ -327,6 +344,28 @@ def test_the_prompts_of_the_run_are_refused_though_they_are_exported_rows_themse
     assert noria(output, target) == 2
     assert "rows.jsonl holds the prompts of" in capsys.readouterr().err
     assert target.read_bytes() == lines_of([make_row(0)])
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_prompts_that_end_without_an_end_of_line_are_not_repaired_before_they_are_refused(output, target, capsys, cut):
+    target.write_bytes(lines_of([make_row(0), make_row(1)])[:-cut])
+    before = target.read_bytes()
+    fill(Parts(output, HEADER | {"prompts": content_key(target, content_hash(target))}), [make_row(0)], 1)
+    assert noria(output, target) == 2
+    assert "rows.jsonl holds the prompts of" in capsys.readouterr().err and target.read_bytes() == before
+
+
+def test_rows_of_another_run_are_refused_when_the_first_of_them_comes(output, target):
+    target.write_bytes(lines_of([changed(1)]))
+    parts = Parts(output, HEADER)
+    with GrowingFile(target) as file:
+        one = following(output, file)
+        one.begin()
+        assert not one.step()
+        fill(parts, [make_row(0), make_row(1)], 2)
+        with pytest.raises(InputError, match="holds row 'row-1' otherwise than"):
+            one.step()
+    assert target.read_bytes() == lines_of([changed(1)])
 
 
 def test_two_followers_of_one_file_are_one_too_many(output, target, monkeypatch):

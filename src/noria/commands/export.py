@@ -101,8 +101,6 @@ def _follow(output: Path, file: Path, wanted: WantedRows) -> int:
             return bool(came)
 
         had = growing.had.num_rows
-        if growing.repaired:
-            to_stderr(f"{file}: its last line was not whole and is repaired")
 
         def check(header: Mapping[str, Any]) -> None:
             if str(file) != "-":

@@ -45,9 +45,8 @@ class Following:
     stopped: Callable[[], bool] = lambda: False
     num_written: int = 0
     _read: set[tuple[object, ...]] = field(default_factory=set)  # parts that need not be read again
-    _done: np.ndarray = field(
-        default_factory=lambda: np.empty(0, np.int64)
-    )  # keys of the rows that are written as done
+    # Keys of the rows that are written as done.
+    _done: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _errors: dict[int, int] = field(default_factory=dict)  # the lines, as digests, of those that are written as errors
     _header: dict[str, Any] | None = None
 
@@ -65,13 +64,18 @@ class Following:
             if part is not None:
                 found += int((part.status != TODO).sum())
                 self._take(part, write=False)
-        if (other := had.other()) is not None:
-            raise InputError(
-                f"{self.file} holds row {other!r} otherwise than {self.source}, of another run: {_ANOTHER}"
-            )
+        if self.stopped():
+            return
+        self._check_rows()
         if found and not had.num_met:
             rows = plural(had.num_rows, "row")
             raise InputError(f"{self.file} holds {rows}, and none is of {self.source}: {_ANOTHER}")
+
+    def _check_rows(self) -> None:
+        if (other := self.file.had.other()) is not None:
+            raise InputError(
+                f"{self.file} holds row {other!r} otherwise than {self.source}, of another run: {_ANOTHER}"
+            )
 
     def step(self) -> bool:
         """Writes the rows that were sealed since. Returns whether the output is whole, and all of it written."""
@@ -115,6 +119,8 @@ class Following:
         if self._header is None:
             self.check(part.header)
             self._header = part.header
+            if self.file.repair():
+                self.report(f"{self.file}: its last line was not whole and is repaired")
         names = differing(self._header, part.header, but=_MAY_CHANGE)
         if names:
             raise InputError(f"{self.source} is of another run now ({', '.join(names)} differ): {_ANOTHER}")
@@ -145,6 +151,8 @@ class Following:
                 lines += [line] if line and not met else []
                 done += [key] if row.status == "done" else []
                 errors |= {key: digest_of(line)} if row.status == "error" else {}
+        if write:
+            self._check_rows()
         if lines:
             self.file.append(lines)
         self.num_written += len(lines)

@@ -62,13 +62,15 @@ class RowsHad:
 class GrowingFile:
     """A `.jsonl` file to which exported rows are appended, this process alone. A context manager.
 
-    `had`: the rows that it holds. A last line that was cut is taken away (`repaired`). Raises InputError for a link, for what
-    is no regular file, for one that holds anything else than exported rows (it is left as it is), and for one that another
-    process writes; WriteError where it cannot be made.
+    `had`: the rows that it holds. `repair` takes a last line away that was cut; before it nothing is changed. Raises
+    InputError for a link, for what is no regular file, for one that holds anything else than exported rows, and for one that
+    another process writes or that cannot be made.
     """
 
     def __init__(self, path: Path):
-        self.path, self.had, self.repaired = path, RowsHad(), False
+        self.path, self.had = path, RowsHad()
+        self._cut_at: int | None = None
+        self._lacks_end = False
         if path.is_symlink():
             raise InputError(f"{path} is a link: name the file itself")
         try:
@@ -89,6 +91,16 @@ class GrowingFile:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)
+
+    def repair(self) -> bool:
+        """Makes the last line whole, or takes it away. Returns whether there was something to do. Raises as `append`."""
+        found = self._lacks_end or self._cut_at is not None
+        if self._cut_at is not None:
+            os.ftruncate(self._handle, self._cut_at)
+        if self._lacks_end:
+            self.append([b"\n"])
+        self._cut_at, self._lacks_end = None, False
+        return found
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Adds whole lines and brings them to the disk. Raises WriteError; OSError if the file was moved away meanwhile."""
@@ -112,12 +124,10 @@ class GrowingFile:
                 self.had.add(self._row(line, number), line)
                 end += len(line)
             elif _is_cut(line):
-                os.ftruncate(self._handle, end)
-                self.repaired = True
-            else:  # whole but for its end
+                self._cut_at = end
+            else:
                 self.had.add(self._row(line, number), line + b"\n")
-                self.append([b"\n"])
-                self.repaired = True
+                self._lacks_end = True
 
     def _lock(self) -> None:
         """Raises InputError where another process has the file still after PATIENCE seconds: one that was killed may take a
@@ -158,7 +168,7 @@ class GrowingStream:
     """The same on stdout, which holds nothing yet."""
 
     def __init__(self) -> None:
-        self.had, self.repaired = RowsHad(), False
+        self.had = RowsHad()
 
     def __str__(self) -> str:
         return "stdout"
@@ -168,6 +178,10 @@ class GrowingStream:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def repair(self) -> bool:
+        """Nothing is to be done."""
+        return False
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Writes lines, for whoever reads them now."""
