@@ -16,6 +16,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from test_pieces import byte_tokenizer
 
+pytestmark = pytest.mark.slow
 SAID = "q🧬x"
 END = 259
 

@@ -253,7 +253,9 @@ def test_files_of_errors_that_cannot_be_are_refused(tmp_path, capsys):
         assert main(["export", output, target, "--format", "openai", *arguments]) == 2
         assert words in capsys.readouterr().err
     assert main(["export", output, target, "--errors", str(tmp_path / "e.jsonl")]) == 2
-    assert "is for --format openai" in capsys.readouterr().err
+    assert "--errors is for --format openai" in capsys.readouterr().err
+    assert main(["export", output, target, "--follow", "--errors", str(tmp_path / "e.jsonl")]) == 2
+    assert "--errors is for --format openai" in capsys.readouterr().err
     assert main(["export", output, target, "--model", "none"]) == 2
     assert "--model is for --format openai" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before

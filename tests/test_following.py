@@ -263,6 +263,7 @@ def test_a_run_that_began_anew_is_followed_and_another_run_is_refused(output, ta
     assert ids(target) == ["row-0", "row-1"]
 
 
+@pytest.mark.slow
 def test_some_rows_alone_can_be_followed(output, target, tmp_path, capsys):
     parts = Parts(output, HEADER)
     fill(parts, [make_row(row, status="error" if row == 3 else "done") for row in range(5)], 2)
@@ -405,6 +406,7 @@ def test_stdout_gets_the_lines(output, capsys):
     assert said.out.encode() == lines_of(rows) and "3 rows written to stdout" in said.err
 
 
+@pytest.mark.slow
 def test_a_follower_waits_for_its_run_and_a_signal_ends_it_with_75(output, target):
     arguments = [sys.executable, "-m", "noria", "export", output, target, FOLLOW]
     with subprocess.Popen(forked(arguments), stderr=subprocess.PIPE, text=True) as process:
@@ -424,6 +426,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_reader_of_stdout_that_goes_away_ends_the_follower(output):
     parts = Parts(output, HEADER)
     rows = [make_row(row, num_tokens=3000) for row in range(40)]

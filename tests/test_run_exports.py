@@ -34,6 +34,7 @@ def run(*more, code=0):
     assert main([*command, *MORE, *map(str, more)]) == code
 
 
+@pytest.mark.slow
 def test_a_whole_run_writes_its_exports_as_the_command_would(folder, capsys):
     (folder / "out").mkdir()
     flags = [("--export", name) for name in ("a.jsonl", "out/b.csv", "openai:c.jsonl", "d.jsonl.gz")]
@@ -69,6 +70,7 @@ def test_the_same_command_writes_the_exports_of_a_finished_output(folder, capsys
     assert len((folder / "a.jsonl").read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 def test_an_export_is_written_only_when_the_run_is_whole(folder):
     run("--export", "a.jsonl", "--limit", "5")
     assert len((folder / "a.jsonl").read_text().splitlines()) == 5

@@ -8,7 +8,7 @@ from typing import Any
 
 from noria.desk.exports import check_not_prompts
 from noria.desk.token_texts import NO_MODEL, token_texts
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.launch.signals import Signals
 from noria.output.export import FORMATS, ExportSettings, export
 from noria.output.following import Following, follow
@@ -16,7 +16,6 @@ from noria.output.growing import GrowingFile, GrowingStream
 from noria.output.schema import FINISH_REASON, STATUS
 from noria.output.sealed import to_stderr
 from noria.output.wanted import WantedRows, read_ids
-from noria.tools.atomic import check_folder
 from noria.tools.looking import Looker
 from noria.tools.text import plural
 
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _follow(output: Path, file: Path, wanted: WantedRows) -> int:
     """Follows the output to a file or stdout. Returns the exit code."""
-    check_folder(output)
+    require(output.parent.is_dir(), f"{output}: there is no folder {output.parent}, so no run writes there")
     growing_file = GrowingStream() if str(file) == "-" else GrowingFile(file)
     with Signals() as signals, growing_file as growing, Looker() as looker:
         came: list[object] = []
@@ -120,6 +119,10 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
     if arguments.model is not None and arguments.format != "openai":
         raise InputError("--model is for --format openai: rows have token ids, which need no checkpoint")
+    if arguments.errors is not None and arguments.format != "openai":
+        raise InputError(
+            "--errors is for --format openai: rows with errors are among the others, or --status error exports them"
+        )
     if arguments.follow and (arguments.format != "rows" or not arguments.file.endswith((".jsonl", "-"))):
         raise InputError(
             "--follow writes rows as JSON lines: name a file .jsonl, or - for stdout; noria export makes the other formats"
