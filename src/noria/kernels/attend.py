@@ -1,0 +1,158 @@
+"""Launches the attention kernels over a step's lists of work: what is compiled, where partial results lie, in which order.
+
+T queries, H heads, Hkv key heads, D head dim, V width of a value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import triton
+
+from noria.kernels import items
+from noria.kernels.work import KEY_BLOCK, LEAST_TILE, WIDE_TILE, Launch, Merge, Packing, Work
+
+LOG2E = 1.4426950408889634
+WIDEST_HEAD = 256
+MOST_PARTIAL_NBYTES = 128 << 20  # of memory for sections that are computed apart
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of the products of queries and keys before they are exponents."""
+
+    scale: float
+    window: int | None = None  # how many keys a query sees, its own the last
+    soft_cap: float | None = None  # c: scores are c * tanh(score / c)
+    sinks: torch.Tensor | None = None  # [H] float32: the score of a key without a value, which no cap changes
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a launch is compiled; it changes no bit."""
+
+    warps: int
+    stages: int
+    one_loop: bool  # all blocks with their masks in one loop, which never drains: for rows bound by memory
+    heads_first: (
+        bool  # neighbours share an item; else a head, so that the keys in flight are few and stay in the L2 cache
+    )
+
+
+Tuned: TypeAlias = Callable[[Launch, int], Tuning]
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """Lists on the device, int32; of each wave its launches with their items, and its merges."""
+
+    work: Work
+    order: torch.Tensor
+    positions: torch.Tensor
+    pieces: torch.Tensor
+    waves: tuple[tuple[tuple[tuple[Launch, torch.Tensor], ...], torch.Tensor], ...]
+
+
+def usable(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, dim: int, width: int) -> bool:
+    """Whether these heads are computed: half precisions from Ampere on, D and V of 8 to 256 in steps of 8."""
+    sizes = all(8 <= size <= WIDEST_HEAD and size % 8 == 0 for size in (dim, width))
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return sizes and heads <= WIDE_TILE * key_heads and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def packing(
+    device: torch.device, heads: int, key_heads: int, dim: int, width: int, window: int | None = None
+) -> Packing:
+    """How this device's lists are packed. Wide heads leave no registers for wide tiles."""
+    group = heads // key_heads
+    widest = LEAST_TILE if max(dim, width) > 128 and group <= LEAST_TILE else WIDE_TILE
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return Packing(group, key_heads, programs, MOST_PARTIAL_NBYTES // partial_nbytes(1, heads, width), widest, window)
+
+
+def to_device(work: Work, device: torch.device) -> DeviceWork:
+    """The lists in one copy that the host does not wait for."""
+    arrays = [work.order, work.positions, work.pieces]
+    for wave in work.waves:
+        arrays += [*(launch.items for launch in wave.launches), wave.merges]
+    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    flat = iter(packed.split([array.size for array in arrays]))
+    order, positions, pieces = next(flat), next(flat), next(flat)
+    waves = tuple((tuple((launch, next(flat)) for launch in wave.launches), next(flat)) for wave in work.waves)
+    return DeviceWork(work, order, positions, pieces, waves)
+
+
+def partial_nbytes(slots: int, heads: int, width: int) -> int:
+    """Memory that `attend` takes beside its result: a sum of V numbers, a maximum and a weight for each slot and head."""
+    return slots * heads * (width + 2) * 4
+
+
+def tuning(launch: Launch, widest: int) -> Tuning:
+    """The fastest on an H200. `widest`: the wider of a key and a value, padded."""
+    few = launch.tile == LEAST_TILE
+    if widest > 128:
+        return Tuning(8, 2, few, few)
+    return Tuning(4, 3, True, True) if few else Tuning(8, 3, False, False)
+
+
+def attend(
+    lists: DeviceWork,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: Scoring,
+    tuned: Tuned = tuning,
+) -> torch.Tensor:
+    """[T, H, V]: each query attends to its own row's keys up to itself.
+
+    queries [T, H, D]; keys [rows, Hkv, D] and values [rows, Hkv, V] of one layer, in which the new tokens already lie.
+    The last dimension of each is contiguous; the others have any stride.
+    """
+    (tokens, heads, dim), width = queries.shape, values.shape[2]
+    attended = queries.new_empty(tokens, heads, width)
+    state = torch.empty(
+        1 + partial_nbytes(lists.work.slots, heads, width) // 4, dtype=torch.float32, device=queries.device
+    )
+    scale, soften, sinks = _in_powers_of_two(scores, state)
+    pads = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
+    of_state = state, sinks, lists.work.slots * heads, scale
+    options = scores.window is not None, scores.soft_cap is not None, scores.sinks is not None
+    for launches, merges in lists.waves:
+        for launch, its_items in launches:
+            its = _fitting(tuned(launch, max(pads)), launch.tile, pads, queries.device)
+            items.attend_items[(len(launch.items) * keys.shape[1],)](
+                queries, keys, values, attended, lists.order, lists.positions, its_items, lists.pieces,
+                *of_state, soften, scores.window or 0,
+                *queries.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
+                heads, heads // keys.shape[1], dim, width, *pads, launch.tile, launch.many, launch.partial, *options,
+                its.one_loop, its.heads_first, num_warps=its.warps, num_stages=its.stages, enable_fp_fusion=False,
+            )  # fmt: skip
+        if len(merges):
+            items.merge_parts[(len(merges) // len(Merge) * heads,)](
+                merges, lists.order, attended, *of_state, heads, width, pads[1], scores.sinks is not None,
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return attended
+
+
+def _fitting(its: Tuning, tile: int, pads: tuple[int, int], device: torch.device) -> Tuning:
+    """As many stages as the shared memory of the device holds blocks of keys and values beside a tile of queries."""
+    if device.type != "cuda":
+        return its
+    properties = torch.cuda.get_device_properties(device)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    stages = (shared - tile * pads[0] * 2) // (KEY_BLOCK * sum(pads) * 2)
+    return replace(its, stages=max(1, min(its.stages, stages)))
+
+
+def _in_powers_of_two(scores: Scoring, none: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """The factor of an exponent of 2, that of the capped tanh's, and sinks in the units that the first multiplies."""
+    if scores.soft_cap is None:
+        return scores.scale * LOG2E, 0.0, none if scores.sinks is None else scores.sinks / scores.scale
+    sinks = none if scores.sinks is None else scores.sinks / scores.soft_cap - 1.0
+    return scores.soft_cap * LOG2E, 2.0 * scores.scale / scores.soft_cap * LOG2E, sinks

@@ -1,0 +1,65 @@
+"""Attention over work items in Triton's interpreter, which runs the kernel on the CPU, against dense softmax.
+
+Needs triton, which a CPU's torch does not bring, and a numpy that its interpreter knows (below 2.4 for triton 3.6). Where
+there is a GPU, gpu/test_items.py runs the compiled kernel. The interpreter cannot multiply bfloat16.
+"""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("needs triton", allow_module_level=True)
+if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" or "noria.kernels.items" in sys.modules:
+    pytest.skip("Triton's interpreter does not run here", allow_module_level=True)
+
+with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpreted
+    patch.setenv("TRITON_INTERPRET", "1")
+    import item_checks
+    from noria.kernels.attend import Scoring
+
+from item_cases import Heads
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+HEADS = [Heads(8, 2, 16, 16), Heads(3, 1, 24, 40), Heads(7, 1, 8, 16), Heads(66, 1, 16, 16)]
+# Positions around the borders of blocks, sections and beginnings.
+ONES = [0, 1, 63, 64, 100, 1023, 1024, 1087, 1088, 1100, 1159]
+
+
+def some_scores(heads):
+    sinks = torch.linspace(-2, 2, heads.heads)
+    return [
+        Scoring(0.2),
+        Scoring(0.2, window=1),
+        Scoring(0.2, window=50, sinks=sinks),
+        Scoring(0.2, window=1100, soft_cap=3.0),
+        Scoring(0.2, soft_cap=2.0, sinks=sinks),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("programs", [1, 1 << 20])
+@pytest.mark.parametrize("heads", HEADS)
+def test_it_is_dense_softmax_for_rows_of_every_kind_in_one_step(heads, programs):
+    for scores in some_scores(heads):
+        ours, _ = item_checks.errors(heads, torch.float32, CPU, scores, programs=programs)
+        assert ours < 1e-6, scores
+    ours, theirs = item_checks.errors(heads, torch.float16, CPU, some_scores(heads)[0], programs=programs)
+    assert ours < 1.5 * theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scores", [Scoring(0.25), Scoring(0.25, window=700, sinks=torch.ones(1))])
+def test_a_row_has_the_same_bits_however_it_is_computed(scores):
+    heads = Heads(1, 1, 16, 16)
+    assert item_checks.other_bits(heads, torch.float16, CPU, scores, 1160, programs=(1, 1 << 20), ones=ONES) == []
