@@ -1,6 +1,7 @@
 """Whole runs on one and two GPUs against the CPU's in float64, and logits in lower precision against transformers'."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
 from noria.engine.trace import OFF
 from noria.output.generations import open_generations
+from noria.plan import kept
 from noria.step import Admitted, Run, Step
 from noria.streams import streams_of
 
@@ -65,6 +67,22 @@ def demo(tmp_path_factory):
     convert(ROOT / "inputs/demo/model", folder / "model.h5")
     tokens, _ = generate(1, folder / "cpu.h5", folder / "model.h5", *DEMO, "--dtype", "float64", "--device", "cpu")
     return folder, tokens
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_a_run_measures_its_rates_in_three_seconds_and_the_next_one_takes_them(demo, tmp_path, num_ranks):
+    said = []
+    for name in ("a.h5", "b.h5"):
+        command = ["run", "--model", demo[0] / "model.h5", "--output", tmp_path / name, *DEMO]
+        variables = {"OMP_NUM_THREADS": None, "NORIA_CACHE": str(tmp_path / "kept")}
+        done = mpirun(num_ranks, [sys.executable, "-m", "noria", *command], timeout=120, env=variables)
+        assert done.returncode == 0, describe(done)
+        said.append(re.search(r"rates: .*", done.stderr)[0])
+    assert float(re.search(r"measured in (\d+\.\d) s", said[0])[1]) <= 3 and str(tmp_path / "kept") in said[1]
+    (one,) = kept.all_kept(tmp_path / "kept")
+    left = {"disk_read", "disk_write", *(() if num_ranks > 1 else ("hop", "hop_seconds"))}
+    assert {name for name in one.rates.assumed if not name.startswith("matmul.")} == left
+    assert one.rates.node.ranks == num_ranks and one.rates.node.driver and one.rates.matmul_rows
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
