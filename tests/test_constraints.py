@@ -44,6 +44,16 @@ def takes(matcher, text):
     ("constraint", "good", "bad"),
     [
         ({"choice": ["a|b", 'é"\\', "x\ny"]}, ["a|b", 'é"\\', "x\ny"], ["a", "a|b ", "", "a|b|x"]),
+        (
+            {"choice": [f"label {place}" for place in range(15_000)]},
+            ["label 0", "label 14999"],
+            ["label", "label 15000"],
+        ),
+        (
+            {"choice": ["/.*+?()[]{}^$|#&-~ \t\r", "٣²", "👩‍👧", "\0"]},
+            ["/.*+?()[]{}^$|#&-~ \t\r", "٣²", "👩‍👧", "\0"],
+            ["/", "3"],
+        ),
         ({"regex": "[0-9]{2,3}(st|nd)"}, ["12st", "123nd"], ["1st", "1234st", "12"]),
         ({"grammar": 'root ::= "(" root ")" | "x"'}, ["x", "((x))"], ["((x)", ""]),
         ({"grammar": 'start: "<" NAME ">"\nNAME: /[a-z]+/'}, ["<ab>"], ["<>", "<A>"]),

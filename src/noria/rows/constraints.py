@@ -129,9 +129,14 @@ class Constraints:
             raise InputError(f"structured_outputs: llguidance cannot read the model's tokenizer: {said}") from error
 
 
+def _literal(text: str) -> str:
+    """An expression that matches this text alone."""
+    return "".join(one if one.isalnum() else f"\\x{{{ord(one):x}}}" for one in text)
+
+
 def _grammar(kind: str, value: Any) -> str:
     """The grammar of a constraint that is no schema. Raises ValueError."""
     library = llguidance()
-    if kind == "choice":
-        return str(library.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in value)))
+    if kind == "choice":  # one expression: a grammar has at most 2,000 alternatives
+        kind, value = "regex", "|".join(map(_literal, value))
     return str(library.grammar_from(kind, value))
