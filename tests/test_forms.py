@@ -1,6 +1,7 @@
 """What a checkpoint says of parameters that are not plain: hostile words are refused, plain ones stay as they were."""
 
 import json
+import random
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 
 import families
 import tiny_models
+from counts import some
 from extra_kinds import extra_kinds
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
@@ -221,3 +223,25 @@ def test_experts_are_pieces_whose_down_matrix_is_transposed():
     assert experts.pieces == 5 and [matrix.transposed for matrix in experts.piece.matrices] == [False, False, True]
     assert experts.computed == {"experts.gate_up": (5, 48, 32), "experts.down": (5, 32, 24)}
     assert [field.offset for field in experts.piece.fields] == [0, 24 * 32 * 4, 2 * 24 * 32 * 4]
+
+
+@pytest.mark.parametrize("seed", some(range(500)))
+def test_any_changed_text_is_read_or_refused_in_one_line(model, seed):
+    draw = random.Random(seed)
+    name = draw.choice(["fields", "matrices", "settings", "encoding"])
+
+    def how(attributes):
+        text = attributes[name]
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(text))
+            put_in = draw.choice(["", draw.choice('0123456789-.,:[]{}"e'), "null", "1e999", "true", "\\u0000"])
+            text = text[:at] + put_in + text[at + draw.randint(0, 2) :]
+        attributes[name] = text
+
+    change(model, how)
+    try:
+        with open_checkpoint(model) as checkpoint:
+            assert [one.name for one in checkpoint.blocks["layers/0001"].encoded] == ["qkv", "down"]
+    except InputError as error:
+        text = str(error)
+        assert str(model) in text and "\n" not in text and len(text) < 700, text

@@ -205,6 +205,27 @@ def test_every_tier_lap_and_ring_gives_the_dense_model_s_tokens(folder):
                 compare(folder, model, folder / f"{model}-{name}.h5")
 
 
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+@pytest.mark.parametrize("model", ["wide", "wide-encoded"])
+def test_an_expert_is_one_run_of_bytes_in_a_tier(folder, model, tier):
+    path, name = folder / f"{model}.h5", "layers/0003"
+    with extra_kinds(), open_checkpoint(path) as checkpoint:
+        streams = CpuStreams(torch.device("cpu"))
+        home = Loader(checkpoint, {"layers/0002": tier, name: tier}, "float64", streams).load().homes[name]
+        experts = next(one for one in home.block.parameters if one.name == "experts")
+        offset, nbytes = experts.place(5)
+        content = torch.empty(1, nbytes, dtype=torch.uint8)
+        home.tier.load([(home.offset + offset, content[0])]).event().synchronize()
+        shapes = experts.computed.items()
+        into = {key: torch.empty(1, *shape[1:], dtype=torch.float64) for key, shape in shapes}
+        encodings.decode(experts, content, into)
+        home.tier.close()
+    dense = (
+        decoded(path) if model == "wide-encoded" else {key: value.double().numpy() for key, value in state().items()}
+    )
+    assert np.array_equal(into["experts.down"][0], dense["model.layers.3.mlp.experts.5.down_proj.weight"])
+
+
 # ---- what a run holds
 
 
