@@ -91,7 +91,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Encoded:
-    """How a parameter is stored that is not plain: the encoding (a file of encodings/), its settings, and each piece."""
+    """How a parameter is stored: the encoding (a file of encodings/), its settings, and what each piece is."""
 
     encoding: str
     settings: Mapping[str, Any]

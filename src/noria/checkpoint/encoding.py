@@ -27,9 +27,8 @@ class PieceEncoder:
 
     def __init__(self, plan: Plan, forms: Forms, tied: bool, reader: Reader):
         self._plan, self._forms, self._tied, self._reader = plan, forms, tied, reader
-        self._turned: dict[
-            tuple[str, str], list[bool]
-        ] = {}  # of each source of a piece, whether it is [inputs, outputs]
+        # Of each source of a piece, whether it is [inputs, outputs].
+        self._turned: dict[tuple[str, str], list[bool]] = {}
 
     def lay_out(self, block: Block, dtype: str) -> Block:
         """The layout of a plain block with its encoded parameters. One whose numbers find no room there stays plain."""

@@ -45,6 +45,7 @@ class Decoder:
             encodings.check_block(held.block, held.buffer, path)
             self._checked.add(name)
         if name != self._name:
+            self._name = None  # until all is decoded: memory may fail on the way
             self._decoded = _decode(held, self.buffer)
             self._name = name
         return views(held.buffer, held.block) | self._decoded
