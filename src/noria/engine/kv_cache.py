@@ -149,7 +149,10 @@ class KvCache:
     def _send(
         self, layer: int, microbatch: int, staged: Staged, rows: Mapping[str, Triples], after: Iterable[Event] = ()
     ) -> None:
-        assert staged.num_pages <= self._staging.slot_pages, f"a microbatch of {staged.num_pages} pages"
+        states, most = len(staged.stores.get("sequence", ())), (self._staging.slot_pages, self._staging.slot_states)
+        assert staged.num_pages <= most[0] and states <= most[1], (
+            f"a microbatch of {staged.num_pages} pages, {states} states"
+        )
         slot = self._staged[layer, microbatch] = self._free.popleft()
         source, held = self._reads[layer], staged.held
         stored = self._stored.get(source)

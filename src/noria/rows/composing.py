@@ -44,7 +44,7 @@ def compose(
     score_rows: list[int] = []
     score_ids: list[int] = []
     counts = [count for _, count in rows]
-    states = [sequence.states(count) for sequence, count in rows] if limits.state_rows else []
+    states = [sequence.next_states(count) for sequence, count in rows] if limits.state_rows else []
     for sequence, count in rows:
         positions.append(sequence.cached)
         if sequence.scores:

@@ -72,7 +72,7 @@ class Sequence:
             return 0
         return max(sum(run.count for run in self.samples.shared) * PAGE_TOKENS - self.cached, 0)
 
-    def states(self, count: int) -> tuple[int, int]:
+    def next_states(self, count: int) -> tuple[int, int]:
         """The states that its next step reads and writes, which computes `count` tokens; the one after reads what it wrote."""
         reads, writes = self.reads, self.state
         if self.samples is not None and count == self.to_border:
