@@ -104,7 +104,7 @@ class Slots:
         return 2 if samples is not None and samples.leader is sequence and num_whole_pages(sequence) else 1
 
     def _has_states(self, group: int, tier: int, count: int) -> bool:
-        """Whether a sequence of this group may take `count` states of a tier: the equal share of the group, or all if it is empty."""
+        """Whether a sequence of this group may take `count` states of a tier: an equal share, or all if the group is empty."""
         states, own = self.states[tier], self._states_of_group[group][tier]
         fair = not self.active[group] or own + count <= max(states.num_pages // self._capacity.groups, 1)
         return fair and count <= states.num_free
