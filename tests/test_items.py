@@ -41,7 +41,7 @@ def some_scores(heads):
     return [
         Scoring(0.2),
         Scoring(0.2, window=1),
-        Scoring(0.2, window=50, sinks=sinks),
+        Scoring(0.2, window=150, sinks=sinks),
         Scoring(0.2, window=1100, soft_cap=3.0),
         Scoring(0.2, soft_cap=2.0, sinks=sinks),
     ]

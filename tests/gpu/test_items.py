@@ -31,7 +31,7 @@ def device():
 
 def some_scores(heads):
     sinks = torch.linspace(-2, 2, heads.heads, device=device())
-    return [Scoring(0.1), Scoring(0.1, window=40), Scoring(0.1, window=100, sinks=sinks), Scoring(0.1, soft_cap=3.0)]
+    return [Scoring(0.1), Scoring(0.1, window=40), Scoring(0.1, window=150, sinks=sinks), Scoring(0.1, soft_cap=3.0)]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -12,9 +12,8 @@ from noria.kernels.work import KEY_BLOCK, PIECE_COLUMNS, Item, Merge
 from noria.kernels.work import SECTION as SECTION_KEYS
 
 BLOCK, SECTION = tl.constexpr(KEY_BLOCK), tl.constexpr(SECTION_KEYS)
-FAR = tl.constexpr(
-    -1.0e38
-)  # a maximum before the first key: finite, so that a block without visible keys leaves no NaN
+# A maximum before the first key: finite, so that a block without visible keys leaves no NaN.
+FAR = tl.constexpr(-1.0e38)
 COLUMNS, OF_MERGE, OF_PIECE = tl.constexpr(len(Item)), tl.constexpr(len(Merge)), tl.constexpr(PIECE_COLUMNS)
 FIRST, COUNT, FIRST_PIECE, LAST_PIECE, START, STOP, LOWEST, HIGHEST = (tl.constexpr(int(c)) for c in list(Item)[:8])
 TOTAL_FROM, SECTION_FROM, TOTAL_TO, SECTION_TO = (tl.constexpr(int(c)) for c in list(Item)[8:])
