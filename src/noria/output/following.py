@@ -16,7 +16,7 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.export import as_object, line_of
-from noria.output.generations import Generation, NewerVersion
+from noria.output.generations import Generation, Generations, NewerVersion, open_generations
 from noria.output.growing import GrowingFile, GrowingStream, digest_of
 from noria.output.sealed import MAX_SAMPLES, TODO, Part, gather, part_files, parts_folder, scan_one, select
 from noria.output.wanted import WantedRows
@@ -131,10 +131,12 @@ class Following:
         fresh = np.flatnonzero(~np.isin(selection.row * MAX_SAMPLES + selection.sample, self._done))
         names = ("part", "position", "row", "sample", "num_tokens", "num_prompt_tokens")
         fields = {name: getattr(selection, name)[fresh] for name in names}
-        blocks, done = gather([part], replace(selection, **fields)), list[int]()
+        done: list[int] = []
         try:
-            while not self.stopped() and (block := _next(blocks, part)) is not None:
-                done += self._take_rows(block, write)
+            with _opened(part) as file:
+                blocks = gather([part], replace(selection, **fields), [file])
+                while not self.stopped() and (block := _next(blocks, part)) is not None:
+                    done += self._take_rows(block, write)
         finally:
             self._done = np.union1d(self._done, np.array(done, np.int64))
 
@@ -158,6 +160,16 @@ class Following:
         self.num_written += len(lines)
         self._errors.update(errors)
         return done
+
+
+def _opened(part: Part) -> Generations:
+    """Its file. Raises _Gone."""
+    try:
+        return open_generations(part.path)
+    except (InputError, OSError) as error:
+        if not os.path.lexists(part.path):
+            raise _Gone from error
+        raise
 
 
 def _next(blocks: Iterator[list[Generation]], part: Part) -> list[Generation] | None:
