@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and holds the tree to ruff (lint and format) and src to mypy, with the versions of the test extra.
+# Sets up .venv and holds the tree to ruff (lint and format), src to mypy and what jobs use of it to what is there, with
+# the versions of the test extra.
 #   bash tests/style.sh [--fix]      --fix: first what ruff can mend itself
 set -euo pipefail
 
@@ -12,8 +13,9 @@ if [ "${1:-}" = --fix ]; then
     ruff format --quiet .
 fi
 failed=0
-# All three, so that one run says everything. mypy: src, by the settings in pyproject.toml.
+# All of them, so that one run says everything. mypy: src, by the settings in pyproject.toml.
 ruff check . || failed=1
 ruff format --check . || failed=1
 mypy || failed=1
+mypy --config-file tests/scripts.ini || failed=1
 exit "$failed"

@@ -17,6 +17,7 @@ def test_figures_are_those_of_the_slowest_rank_and_leave_out_phases_of_few_round
     assert found["decode_tokens_per_second"] == 0.5 and found["peak_host_nbytes"] == [2, 2]
     assert "prefill_tokens_per_second" in figures([timing()], speeds=True)
     assert "prefill_tokens_per_second" not in figures([timing(prefill_rounds=2)], speeds=True)
+    assert "prefill_tokens_per_second" not in figures([timing(prefill_seconds=0.9)], speeds=True)
     assert "decode_tokens_per_second" not in figures([timing()], speeds=False)
 
 

@@ -76,7 +76,7 @@ def main() -> None:
     if comm.Get_size() != 2:
         raise SystemExit("start it with mpirun -n 2")
     rank = comm.Get_rank()
-    launcher.place(comm)  # as a run does: on one core the two threads of a rank would wait for each other
+    launcher.location(comm)  # as a run does: on one core the two threads of a rank would wait for each other
     cuda = arguments.device == "cuda"
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     streams = streams_of(device)

@@ -12,6 +12,7 @@ from noria.engine.trace import Tracing
 
 LINKS = ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_rank")
 MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
+MIN_SECONDS = 1.0  # of a phase: a shorter one shows how long starting takes
 
 
 class Traffic:
@@ -71,14 +72,14 @@ class Timing:
 def figures(timings: Sequence[Mapping[str, Any]], speeds: bool) -> dict[str, Any]:
     """What the ranks measured, for a comparison with the plan: peaks of memory, one a rank, and tokens per second.
 
-    Of a phase with few rounds nothing is said: its first round waits for what is loaded ahead in the others.
+    Of a phase with few rounds, or a short one, nothing is said: its first round waits for what is loaded ahead in the others.
     """
     found: dict[str, Any] = {
         name: [timing[name] for timing in timings] for name in ("peak_device_nbytes", "peak_host_nbytes")
     }
     for phase in ("prefill", "decode") if speeds else ():
         slowest = max(timings, key=lambda timing: timing[f"{phase}_seconds"])
-        if slowest[f"{phase}_rounds"] >= MIN_ROUNDS:
+        if slowest[f"{phase}_rounds"] >= MIN_ROUNDS and slowest[f"{phase}_seconds"] >= MIN_SECONDS:
             found[f"{phase}_tokens_per_second"] = slowest[f"{phase}_tokens"] / slowest[f"{phase}_seconds"]
     return found
 
