@@ -365,7 +365,6 @@ def test_a_line_of_a_batch_is_a_row_in_norias_names(tmp_path):
             "body.chat_template_kwargs is for /v1/chat/completions: a completion has no chat template",
         ),
         ({"messages": TALK, "stream": True}, {}, "body.stream"),
-        ({"messages": TALK, "response_format": {"type": "json_object"}}, {}, "body.response_format"),
         ({"input": "x"}, {"url": "/v1/embeddings"}, 'url is "/v1/embeddings"'),
         ([], {}, "body is []"),
         (None, {}, "body is null"),
