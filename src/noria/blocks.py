@@ -93,6 +93,11 @@ class Block:
         return sum(parameter.numbers for parameter in self.parameters)
 
     @cached_property
+    def widest(self) -> int:
+        """The largest first dimension of a parameter."""
+        return max(parameter.shape[0] for parameter in self.parameters)
+
+    @cached_property
     def expert_numbers(self) -> int:
         """Those of parameters in several pieces, of which a token needs a few."""
         return sum(parameter.numbers for parameter in self.parameters if parameter.pieces > 1)

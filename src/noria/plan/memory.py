@@ -170,7 +170,7 @@ class Sizes:
     def _work_space(self, rank: int) -> int:
         itemsize = DTYPE_NBYTES[self.dtype]
         layers = [self.blocks[name] for name in self.weight_tiers[rank] if name.startswith("layers/")]
-        widest = max(parameter.shape[0] for block in layers for parameter in block.parameters)
+        widest = max(block.widest for block in layers)
         # In CPU memory: all but the rows that the head needs, which are those of a whole step where prompts are scored.
         on_device = 2 if self.activations == "gpu" else 2 * (rank == self.num_ranks - 1)
         borders = self._borders_of(rank)
