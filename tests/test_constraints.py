@@ -131,6 +131,13 @@ def test_openais_response_format_is_the_same_in_rows_and_in_batch_lines(tmp_path
             assert row.error is None and row.sampling == {"structured_outputs": expected}
 
 
+def test_a_batch_line_whose_response_format_is_no_object_is_refused(tmp_path):
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": "json_object"}
+    (tmp_path / "batch.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}) + "\n")
+    row = next(open_prompts(tmp_path / "batch.jsonl"))
+    assert 'body.response_format is "json_object": it must be an object with a type' in row.error
+
+
 def test_two_constraints_of_a_row_are_refused_and_a_column_of_that_name_is_none(tmp_path):
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
     assert "response_format and structured_outputs are two constraints" in row_of(tmp_path, both).error

@@ -261,6 +261,14 @@ def test_files_of_errors_that_cannot_be_are_refused(tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_the_name_of_a_runs_own_export_is_told_from_a_file(tmp_path, capsys, monkeypatch):
+    exported(tmp_path, [row(0, "a", [1], CHAT)])
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run.h5", "openai:new.jsonl"]) == 2
+    assert "give --format openai and the file new.jsonl" in capsys.readouterr().err
+    assert not list(tmp_path.glob("openai*"))
+
+
 def test_an_output_with_log_probabilities_needs_its_checkpoint_or_is_told_to_do_without(tmp_path, capsys):
     exported(tmp_path, [with_logprobs(row(0, "ab", [5, 6], CHAT), [-1, -2])])
     command = ["export", str(tmp_path / "run.h5"), str(tmp_path / "out.jsonl"), "--format", "openai"]

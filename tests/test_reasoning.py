@@ -166,6 +166,17 @@ def test_a_budget_counts_from_the_models_own_beginning_and_forces_nothing_in_an_
     assert (row.reasoning, row.text) == ("", "and I add two")
 
 
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("budget", [0, 1, 2])
+def test_a_budget_that_the_models_own_marker_uses_up_closes_the_thinking_at_once(kind, budget):
+    start, end = (ids_of(TOKENIZERS[kind], text) for text in ("<think>", "</think>"))
+    said = ids_of(TOKENIZERS[kind], "and I add and add")
+    limit = len(start) + len(said) + len(end)
+    (row,) = run(kind, "?", "<think>and I add and add", thinking_token_budget=budget, max_new_tokens=limit)
+    used = budget if len(start) == 1 else max(0, budget - len(start))
+    assert row.token_ids.tolist() == start + said[:used] + end + said[used:]
+
+
 def test_a_budget_without_markers_is_the_rows_error():
     (row,) = run("tokens", "?", "a^", thinking_token_budget=3, markers=[])
     assert "thinking_token_budget: the model has no markers of its thinking" in row.error and row.reasoning is None
@@ -238,7 +249,9 @@ def test_markers_are_those_that_a_models_template_or_tokenizer_has():
 
 def test_wrong_markers_are_refused():
     for wrong in ("<think>", "a,a", ["a", " b"], ["a", ""], "a,b,c"):
-        with pytest.raises(InputError, match="reasoning_markers is .*: it must be two different texts"):
+        with pytest.raises(
+            InputError, match="reasoning_markers is .*: it must be two different texts without blanks around"
+        ):
             Sampling(reasoning_markers=wrong)
     assert Sampling(reasoning_markers="none").markers == [] and Sampling(reasoning_markers="<a>,</a>").markers == [
         "<a>",

@@ -84,6 +84,11 @@ def test_a_list_of_ids_that_cannot_be_read_is_refused(output, tmp_path, capsys, 
     assert words in capsys.readouterr().err
 
 
+def test_a_folder_is_no_list_of_ids(output, tmp_path, capsys):
+    assert export(output, "--ids", tmp_path, code=2) is None
+    assert f"ids {tmp_path}: it is not a regular file" in capsys.readouterr().err
+
+
 def test_the_list_of_ids_is_not_written_over(output, tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text('{"id": "row-1"}\n')
     export(output, "--ids", tmp_path / "out.jsonl", code=2)

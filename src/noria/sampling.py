@@ -266,8 +266,8 @@ def _check_markers(markers: list[str]) -> None:
     right = len(markers) in (0, 2) and all(isinstance(one, str) and one and one == one.strip() for one in markers)
     require(
         right and len(set(markers)) == len(markers),
-        f"sampling.reasoning_markers is {str(markers)[:60]}: it must be two different texts, where the thinking begins and"
-        " where it ends, such as '<think>,</think>', or none",
+        f"sampling.reasoning_markers is {str(markers)[:60]}: it must be two different texts without blanks around them,"
+        " where the thinking begins and where it ends, such as '<think>,</think>', or none",
     )
 
 

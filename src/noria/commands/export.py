@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from noria.config import OPENAI
 from noria.desk.exports import check_not_prompts
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
@@ -117,6 +118,9 @@ def _follow(output: Path, file: Path, wanted: WantedRows) -> int:
 
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
+    if arguments.file.startswith(OPENAI):
+        own = arguments.file.removeprefix(OPENAI) or "FILE"
+        raise InputError(f"{arguments.file} is a name for noria run --export: give --format openai and the file {own}")
     if arguments.model is not None and arguments.format != "openai":
         raise InputError("--model is for --format openai: rows have token ids, which need no checkpoint")
     if arguments.errors is not None and arguments.format != "openai":

@@ -65,7 +65,7 @@ def read_ids(path: Path) -> dict[str, bool]:
     except (OSError, ValueError) as error:
         raise InputError(f"ids {path}: {error}") from error
     if lines is None:
-        raise InputError(f"ids {path}: there is no such file")
+        raise InputError(f"ids {path}: " + ("it is not a regular file" if path.exists() else "there is no such file"))
     listed = ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1))
     find = _id_of_object if path.suffix == ".jsonl" else lambda _, line: line
     return {storable(find(f"{path}, line {number}", line)): False for number, line in listed if line}

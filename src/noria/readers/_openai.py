@@ -155,6 +155,8 @@ def _error(record: dict[str, Any], url: object) -> str | None:
         return f"method is {json.dumps(method)[:60]}: it must be POST"
     if body.get("modalities") not in (None, [], ["text"]):
         return "body.modalities: only text can be generated"
+    if not isinstance(body.get("response_format"), dict | None):
+        return f"body.response_format is {json.dumps(body['response_format'])[:60]}: it must be an object with a type"
     ours = {name: body[name] for name in _OURS if name in body}
     twice = next((name for name in ours if name in record and record[name] != body[name]), None)
     if twice:

@@ -92,6 +92,7 @@ class Reasoning:
         self.begin: int | None = 0 if opened else None
         self.close: int | None = None
         self.answer: int | None = 0 if opened is False else None
+        self._seen = 0  # tokens when it was known that the model thinks: before that no budget can close it
         self._ending: StopTexts | None = None
 
     @property
@@ -114,7 +115,7 @@ class Reasoning:
         """The next token, where the budget says it: of the end marker."""
         if self._budget is None or self.begin is None:
             return None
-        place, ids = num_tokens - self.begin - self._budget, self._markers.end.token_ids
+        place, ids = num_tokens - max(self.begin + self._budget, self._seen), self._markers.end.token_ids
         return ids[place] if 0 <= place < len(ids) else None
 
     def num_tokens(self, token_ids: Sequence[int]) -> int:
@@ -149,7 +150,7 @@ class Reasoning:
             return
         text = self._markers.tokenizer.writer(False).continuation(self._prompt, token_ids).lstrip()
         if start.token is None and text.startswith(start.text):
-            self.phase, self.begin = Phase.INSIDE, 0
+            self.phase, self.begin, self._seen = Phase.INSIDE, 0, len(token_ids)
         elif (text and (start.token is not None or not start.text.startswith(text))) or len(token_ids) >= _MOST_BLANK:
             self.decline()
 
