@@ -59,3 +59,16 @@ def test_keys_and_values_of_one_array_are_counted_twice():
 def test_a_shape_with_another_number_of_caches_than_layers_is_a_defect():
     with pytest.raises(AssertionError, match="1 caches of 2 layers"):
         ModelShape("llama", 2, 8, 2, 1, 4, 10, 64, False, cache=(LATENT,))
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [((LATENT, 1), "layer 1 reads the cache of layer 1"), ((LATENT, 2, LATENT), "layer 1 reads the cache of layer 2"),
+     ((LATENT, 0, 1), "layer 2 reads the cache of layer 1, which is no earlier one with arrays"),
+     ((LATENT, -2), "layer 1 reads the cache of layer -2"), ((LATENT + LATENT,), "layer 0 has arrays of one name: latent, latent"),
+     (((Array("a", (2,), "tokens"),),), "'a' is per 'tokens': token or sequence"),
+     (((Array("a", (2,), dtype="int32"),),), "'a' has dtype 'int32': a cache has float64, float32, bfloat16, float16")],
+)  # fmt: skip
+def test_entries_that_no_cache_can_be_made_of_are_defects(cache, words):
+    with pytest.raises(AssertionError, match=words):
+        shape(*cache)

@@ -129,6 +129,7 @@ def put(name, value):
     return lambda attributes: attributes.__setitem__(name, value)
 
 
+ROWS = [{"name": "", "shape": [1, 32], "transposed": False}] * 64
 HOSTILE = {
     "an encoding of later": (put("encoding", "fp8_block"), "is encoded as 'fp8_block': this Noria knows grouped"),
     "plain": (put("encoding", "plain"), "is encoded as 'plain'"),
@@ -151,6 +152,15 @@ HOSTILE = {
     "a shape of terabytes": (said("fields", shape=[1 << 60]), "is no shape"),
     "a list longer than its room": (said("fields", 2, shape=[4096]), "[129] at most"),
     "a name twice": (said("fields", name="0.scales"), "has the fields"),
+    "a name of several lines": (said("fields", name="a\nb\x1b[31m"), "is no field"),
+    "a name that is no text": (said("fields", name="\ud800"), "is no field"),
+    "a long name": (said("fields", name="a" * 10**5), "is no field"),
+    "an offset of hundreds of digits": (said("fields", 8, offset=10**400), "is no field"),
+    "a type that is a list": (said("fields", dtype=[]), "is no field"),
+    "a matrix with a name of several lines": (said("matrices", name="a\nb\x1b[31m"), "is no matrix"),
+    "a matrix with a name that is no text": (said("matrices", name="\ud800"), "is no matrix"),
+    "a matrix with a long name": (said("matrices", name="a" * 10**5), "is no matrix"),
+    "a matrix of each row": (put("matrices", json.dumps(ROWS)), "2.codes, 2.scales, ..."),
     "a matrix too many rows": (said("matrices", shape=[33, 32]), "they do not make [64, 32]"),
     "a matrix of nothing": (said("matrices", shape=[0, 32]), "they do not make [64, 32]"),
     "a matrix of a name": (said("matrices", name="other"), "they do not make [64, 32]"),
@@ -169,6 +179,7 @@ def test_what_a_file_says_of_an_encoding_is_refused_in_one_line(model, harm):
         open_checkpoint(model)
     text = str(error.value)
     assert str(model) in text and PLACE in text and "\n" not in text and len(text) < 700, text
+    assert text.encode() and text.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_states_are_loaded_where_rows_read_them_and_stored_where_they_write_alth
             kv_cache.load(layer, 0, staged)
             found = kv_cache.tensors(layer, 0, staged)
             if layer == 0:
-                opened = LayerCache(None, SimpleNamespace(states=its), found)
+                opened = LayerCache(None, SimpleNamespace(states=its), found, shape.arrays(0))
                 before = [np.zeros(3) if id < 0 else held[id - 2] for id in reads]
                 assert np.array_equal(opened.before("state"), before)
                 assert np.array_equal(opened.before("tail")[:, 0, 1], [row[1] for row in before])

@@ -19,10 +19,13 @@ SPANS = dense.CASES["prompts beside decoding rows"]
 TOKENS = sum(span.count for span in SPANS)
 
 
-def opened(**arrays):
+def opened(tied=False, states=(), **arrays):
     rows = torch.from_numpy(cache_rows(SPANS))
     microbatch = Microbatch(0, TOKENS, torch.arange(TOKENS), rows, None, sdpa.prepare(SPANS, CPU), None)
-    return LayerCache(sdpa, microbatch, arrays), rows
+    entry = [
+        Array(name, tuple(array.shape[1:]), "sequence" if name in states else "token") for name, array in arrays.items()
+    ]
+    return LayerCache(sdpa, microbatch, arrays, entry, tied), rows
 
 
 def with_states(reads, writes, **arrays):
@@ -32,7 +35,8 @@ def with_states(reads, writes, **arrays):
     step = Step(0, 0, counts=counts, **ids)
     tensors = list(map(torch.from_numpy, states.arrays_of(step, 0, len(counts), None)))
     microbatch = Microbatch(0, TOKENS, torch.arange(TOKENS), None, None, None, None, states.on_device(tensors))
-    return LayerCache(sdpa, microbatch, arrays)
+    entry = [Array(name, tuple(array.shape[1:]), "sequence") for name, array in arrays.items()]
+    return LayerCache(sdpa, microbatch, arrays, entry)
 
 
 def random(*size):
@@ -62,6 +66,57 @@ def test_a_layer_that_gives_no_rows_reads_what_is_there():
         rtol=0,
         atol=1e-12,
     )
+
+
+def test_keys_that_a_tied_layer_finds_are_those_of_tokens_also_where_states_come_first():
+    key, value, queries = random(22 * 16, 2, 8), random(22 * 16, 2, 8) + 1, random(TOKENS, 4, 8)
+    cache, _ = opened(tied=True, states=["state"], state=random(3, 5), key=key, value=value)
+    expected = dense.attention(SPANS, queries, key, value, 8**-0.5, None)
+    torch.testing.assert_close(cache.attend(queries), expected, rtol=0, atol=1e-12)
+
+
+NEW, STATES = random(TOKENS, 2, 8), random(len(SPANS), 5)
+WRONG = {
+    "rows of an array that is not there": (
+        False,
+        lambda cache: cache.attend(NEW, keys=NEW),
+        "no such array 'keys'; it has key, value",
+    ),
+    "rows of a state": (False, lambda cache: cache.attend(NEW, state=NEW), "no such array 'state'; it has key, value"),
+    "values that are not there": (
+        False,
+        lambda cache: cache.attend(NEW, values="v"),
+        "no such array 'v'; it has key, value",
+    ),
+    "rows of another layer": (
+        True,
+        lambda cache: cache.attend(NEW, key=NEW, value=NEW),
+        "another's cache gives rows of key, value",
+    ),
+    "a state that is not there": (False, lambda cache: cache.before("sum"), "no such array 'sum'; it has state"),
+    "a state of tokens": (False, lambda cache: cache.after("key", STATES), "no such array 'key'; it has state"),
+    "a state of another layer": (True, lambda cache: cache.before("state"), "no such array 'state'; it has none"),
+}
+
+
+@pytest.mark.parametrize("harm", WRONG)
+def test_a_layer_that_errs_about_its_arrays_is_told_which_it_has(harm):
+    tied, act, words = WRONG[harm]
+    arrays = {"key": random(22 * 16, 2, 8), "value": random(22 * 16, 2, 8), "state": random(3, 5)}
+    cache, _ = opened(tied=tied, states=["state"], **arrays)
+    with pytest.raises(AssertionError, match=words):
+        act(cache)
+
+
+def test_a_layer_that_gives_states_of_another_shape_or_none_is_told_so():
+    cache = with_states([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], state=torch.zeros(6, 2), tail=torch.zeros(6, 3))
+    with pytest.raises(AssertionError, match=r"states of 'state' are given as \[5, 3\], they are \[5, 2\]"):
+        cache.after("state", torch.ones(5, 3))
+    with pytest.raises(AssertionError, match=r"states of 'state' are given as \[1, 2\], they are \[5, 2\]"):
+        cache.after("state", torch.ones(1, 2))
+    cache.after("state", torch.ones(5, 2))
+    with pytest.raises(AssertionError, match=r"has not called after\(\) for tail"):
+        cache.commit()
 
 
 def test_rotary_turns_queries_and_new_keys_on_the_way_into_the_cache():

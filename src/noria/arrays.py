@@ -1,6 +1,6 @@
 """What a layer leaves in its cache: arrays with a row a token or a row a sequence, as data. Knows no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -44,6 +44,21 @@ def keys_and_values(num_kv_heads: int, head_dim: int, window: int | None = None)
     """The entry of a layer whose queries look at keys [Hkv, D] and take values of the same shape."""
     row = num_kv_heads, head_dim
     return Array("key", row, window=window), Array("value", row, window=window)
+
+
+def check(cache: Sequence[Entry]) -> None:
+    """Asserts that the entries of a model's layers are ones that a cache can be made of."""
+    for layer, entry in enumerate(cache):
+        if isinstance(entry, int):
+            has_arrays = 0 <= entry < layer and not isinstance(cache[entry], int)
+            assert has_arrays, f"layer {layer} reads the cache of layer {entry}, which is no earlier one with arrays"
+            continue
+        names = [array.name for array in entry]
+        assert len({*names}) == len(names), f"layer {layer} has arrays of one name: {', '.join(names)}"
+        for array in entry:
+            assert array.per in ("token", "sequence"), f"{array.name!r} is per {array.per!r}: token or sequence"
+            known = array.dtype is None or array.dtype in DTYPE_NBYTES
+            assert known, f"{array.name!r} has dtype {array.dtype!r}: a cache has {', '.join(DTYPE_NBYTES)}"
 
 
 def nbytes(arrays: tuple[Array, ...], dtype: str, per: str = "token") -> int:

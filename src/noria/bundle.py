@@ -59,11 +59,14 @@ def borders_of(shape: ModelShape, dtype: str) -> list[Bundle]:
     hidden, beside = of_hidden(shape.hidden_size, dtype), shape.bundle
     if not beside:
         return [hidden] * (shape.num_layers + 1)
-    assert len(beside) == shape.num_layers + 1, f"{shape.family}: {len(beside)} borders of {shape.num_layers} layers"
-    return [Bundle((*hidden.arrays, *(_typed(array, dtype) for array in arrays))) for arrays in beside]
+    borders = shape.num_layers + 1
+    assert len(beside) == borders, (
+        f"{shape.family}: a bundle at {len(beside)} borders, {borders - 1} layers have {borders}"
+    )
+    return [Bundle((*hidden.arrays, *(typed(array, dtype) for array in arrays))) for arrays in beside]
 
 
-def _typed(array: Array, dtype: str) -> Array:
+def typed(array: Array, dtype: str) -> Array:
     """With the dtype that it has in a run: the wider one of floats, its own of integers."""
     own = array.dtype or dtype
     wider = own in DTYPE_NBYTES and DTYPE_NBYTES[dtype] > DTYPE_NBYTES[own]

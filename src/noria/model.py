@@ -7,7 +7,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Protocol
 
-from noria.arrays import Array, Entry, attended, keys_and_values, nbytes
+from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes
 from noria.blocks import DTYPE_NBYTES, Block
 
 MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
@@ -42,6 +42,7 @@ class ModelShape:
             entry = keys_and_values(self.num_kv_heads, self.head_dim)
             object.__setattr__(self, "cache", (entry,) * self.num_layers)
         assert len(self.cache) == self.num_layers, f"{len(self.cache)} caches of {self.num_layers} layers"
+        check(self.cache)
 
     def arrays(self, layer: int) -> tuple[Array, ...]:
         """The arrays that a layer itself has; none where it reads another's."""

@@ -5,6 +5,7 @@ of a piece (name, shape, dtype, offset), `matrices` one of the matrices in it (n
 """
 
 import json
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from noria.tools.container import LinkedFiles, text_attribute
 
 MAX_TEXT = 1 << 20  # characters of one of the texts
 MAX_MATRICES = 64  # of a piece
+MAX_OFFSET = 1 << 62  # of a field
+NAME = re.compile(r"[A-Za-z0-9_.-]{0,64}")  # of a field or a matrix: messages show it
 
 
 def stored_as(parameter: Parameter) -> tuple[str, tuple[int, ...]]:
@@ -124,16 +127,21 @@ def _shape(tree: Any) -> tuple[int, ...]:
     return tuple(tree)
 
 
+def _named(name: Any) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
+
+
 def _matrix(tree: dict[str, Any]) -> Matrix:
     name, transposed = tree["name"], tree["transposed"]
-    if not isinstance(name, str) or not isinstance(transposed, bool):
+    if not _named(name) or not isinstance(transposed, bool):
         raise TypeError(f"{str(tree)[:80]} is no matrix")
     return Matrix(name, _shape(tree["shape"]), transposed)
 
 
 def _field(tree: dict[str, Any]) -> Field:
     name, dtype, offset = tree["name"], tree["dtype"], tree["offset"]
-    if not isinstance(name, str) or dtype not in FIELD_NBYTES or type(offset) is not int or offset < 0:
+    placed = type(offset) is int and 0 <= offset < MAX_OFFSET
+    if not _named(name) or not isinstance(dtype, str) or dtype not in FIELD_NBYTES or not placed:
         raise ValueError(f"{str(tree)[:120]} is no field; dtypes are {', '.join(FIELD_NBYTES)}")
     return Field(name, _shape(tree["shape"]), dtype, offset)
 

@@ -123,8 +123,8 @@ def check_fields(encoding: str, piece: Piece, dtype: str, settings: Mapping[str,
     kind, most = kinds.load("encodings", encoding), capacity(encoding, piece.matrices, dtype, settings)
     room, told = {one.name: one for one in most.fields}, {one.name: one for one in piece.fields}
     if len(told) != len(piece.fields) or told.keys() != room.keys():
-        names = ", ".join(one.name for one in piece.fields[:8])
-        raise InputError(f"it has the fields {names or 'none'}, {encoding} has {', '.join(room)}")
+        has, should = (", ".join(one.name for one in fields[:8]) for fields in (piece.fields, most.fields))
+        raise InputError(f"it has the fields {has or 'none'}, {encoding} has {should}" + ", ..." * (len(room) > 8))
     end = 0
     for one in sorted(piece.fields, key=lambda one: one.offset):
         wanted, shorter = room[one.name], one.name.rpartition(".")[2] in kind.VARIABLE

@@ -1,10 +1,11 @@
 """What a layer of a model finds of its cache, for one microbatch: how it attends, the states of its rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
 
+from noria.arrays import Array
 from noria.engine.batch import Microbatch
 from noria.engine.states import States
 from noria.models import _rotary
@@ -13,14 +14,24 @@ from noria.models import _rotary
 class LayerCache:
     """The arrays of one layer, in which the pages of a microbatch lie; models/_cache.py says what the methods do.
 
-    kind: a module of attention/; arrays: as KvCache.tensors returns them.
+    kind: a module of attention/; arrays: as KvCache.tensors returns them; entry: what the family says of them; tied: whether
+    they are another layer's, of which the layer reads what it has of each token. Asserts that a family keeps to what it says.
     """
 
-    __slots__ = ("_after", "_arrays", "_kind", "_microbatch")
+    __slots__ = ("_after", "_arrays", "_kind", "_microbatch", "_of_states", "_of_tokens", "_tied")
 
-    def __init__(self, kind: ModuleType, microbatch: Microbatch, arrays: Mapping[str, torch.Tensor]):
-        self._kind, self._microbatch, self._arrays = kind, microbatch, arrays
-        self._after: dict[str, torch.Tensor] | None = None
+    def __init__(
+        self,
+        kind: ModuleType,
+        microbatch: Microbatch,
+        arrays: Mapping[str, torch.Tensor],
+        entry: Iterable[Array],
+        tied: bool = False,
+    ):
+        self._kind, self._microbatch, self._arrays, self._tied = kind, microbatch, arrays, tied
+        self._of_tokens = [array.name for array in entry if array.per == "token"]
+        self._of_states = [array.name for array in entry if array.per == "sequence" and not tied]
+        self._after: dict[str, torch.Tensor] = {}
 
     @property
     def starts(self) -> torch.Tensor:
@@ -59,33 +70,44 @@ class LayerCache:
             queries = _rotary.rotate(queries, *rotary)
             rows |= {name: _rotary.rotate(rows[name], *rotary) for name in [*rows][:1]}
         its, arrays = self._microbatch, self._arrays
+        assert not (rows and self._tied), f"a layer that reads another's cache gives rows of {', '.join(rows)}"
         for name, new in rows.items():
-            arrays[name].index_copy_(0, its.rows, new if new.dim() == 3 else new[:, None])
-        names = iter(rows or arrays)
+            self._array(name, self._of_tokens).index_copy_(0, its.rows, new if new.dim() == 3 else new[:, None])
+        names = iter(rows or self._of_tokens)
         keys = arrays[next(names)]
         taken = arrays.get(next(names, ""), keys)
         if values is not None:
-            taken = keys[..., :values] if isinstance(values, int) else arrays[values]
+            taken = keys[..., :values] if isinstance(values, int) else self._array(values, self._of_tokens)
         scale = queries.shape[-1] ** -0.5 if scale is None else scale
         return self._kind.attention(its.attention_plan, queries, keys, taken, scale, window)
 
     def before(self, name: str) -> torch.Tensor:
         """[N, ...]: a copy of the rows' states, zeros for those that begin."""
-        array, states = self._arrays[name], self._states
+        array, states = self._array(name, self._of_states), self._states
         return array.index_select(0, states.reads).masked_fill_(_like(states.fresh, array), 0)
 
     def after(self, name: str, rows: torch.Tensor) -> None:
         """Keeps the rows' new states [N, ...] until the layer has returned."""
-        self._after = (self._after or {}) | {name: rows.to(self._arrays[name].dtype)}
+        array, states = self._array(name, self._of_states), len(self._states.writes)
+        wanted = (states, *array.shape[1:])
+        assert rows.shape == wanted, f"states of {name!r} are given as {list(rows.shape)}, they are {list(wanted)}"
+        self._after[name] = rows.to(array.dtype)
 
     def commit(self) -> None:
         """The layer has returned: what it gave for its sequences is written.
 
         A layer that memory does not let return leaves nothing, so that it may be computed again.
         """
-        if self._after is not None:
-            for name, rows in self._after.items():
-                self._arrays[name].index_copy_(0, self._states.writes, rows)
+        missing = [name for name in self._of_states if name not in self._after]
+        assert not missing, (
+            f"the layer has not called after() for {', '.join(missing)}: a state must be given in each call"
+        )
+        for name, rows in self._after.items():
+            self._arrays[name].index_copy_(0, self._states.writes, rows)
+
+    def _array(self, name: str, known: list[str]) -> torch.Tensor:
+        assert name in known, f"the layer's cache has no such array {name!r}; it has {', '.join(known) or 'none'}"
+        return self._arrays[name]
 
 
 def _like(mask: torch.Tensor, array: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,8 @@ class Stage:
     def _compute(self, batch: Batch, layer: int, microbatch: int, part: Arrays) -> Arrays | None:
         """A microbatch's part after a layer; None if memory did not suffice."""
         parameters, its = self._weights.wait(blocks.layer_name(layer)), batch.microbatches[microbatch]
-        cache = LayerCache(self._attention, its, self._cache.tensors(layer, microbatch, its.staged))
+        arrays = self._cache.tensors(layer, microbatch, its.staged)
+        cache = LayerCache(self._attention, its, arrays, *self._layers.entry(layer))
         begin = self._trace.mark()
         try:
             after = self._layers.layer(layer, parameters, part, its, cache)

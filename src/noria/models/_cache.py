@@ -26,9 +26,9 @@ class Cache(Protocol):
         """[T, H, Dv]: what queries [T, H, D] attend to, once the new tokens' `rows` [T, ...] of each array are written.
 
         Keys are the first array that is given, [Hkv, D] or [D] a token; a layer that reads another's cache gives none, and
-        keys are the first array there. Values are the array beside them; `values` names another, or says how many of the
-        first numbers of a key are the value. scale: of the scores (default: D ** -0.5). window: the tokens that a query
-        sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
+        keys are the first array of tokens there. Values are the array beside them; `values` names another, or says how many
+        of the first numbers of a key are the value. scale: of the scores (default: D ** -0.5). window: the tokens that a
+        query sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
         sinks, soft_cap: no kind of attention computes them yet. Raises NotImplementedError for these.
         """
         ...
