@@ -14,10 +14,12 @@ import families
 import tiny_models
 from counts import some
 from extra_kinds import extra_kinds
+from noria import kinds
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.random_weights import random_checkpoint
+from noria.checkpoint.summary import _numbers_words
 from noria.errors import InputError
 from noria.tools import container
 
@@ -228,6 +230,23 @@ def test_inspect_shows_encoding_and_bits(folder, capsys):
     assert main(["inspect", str(folder / "plain.h5"), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "checkpoint, version 1" in out and "bits" not in out and "every checksum is right" in out
+
+
+def test_inspect_names_the_layers_that_have_each_parameters(tmp_path, capsys):
+    turns = kinds.load("models", "turns")
+    tiny_models.write_directory(tmp_path / "hf", turns.CONFIG, turns.random_state(turns.CONFIG))
+    convert(tmp_path / "hf", tmp_path / "model.h5")
+    assert main(["inspect", str(tmp_path / "model.h5")]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("layers"))
+    assert lines[first].startswith("layers      7, ") and lines[first].endswith(" together")
+    assert lines[first + 1 : first + 4] == [
+        "0, 3, 6: queries [80, 24], latent [40, 24], out [24, 56]",
+        "1, 4: qkv [64, 24], out [24, 32]",
+        "2, 5: decay [7, 24], new [7, 24], out [24, 7]",
+    ]
+    assert _numbers_words([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert _numbers_words(range(0, 40, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, ... (20 of them)"
 
 
 def test_experts_are_pieces_whose_down_matrix_is_transposed():

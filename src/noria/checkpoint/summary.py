@@ -1,21 +1,18 @@
 """What a checkpoint holds, in words and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from noria.blocks import Block, Parameter, layer_name
 from noria.checkpoint.checkpoint import FORMAT, Checkpoint
 from noria.tools.text import nbytes_words, plural
 
+MAX_RUNS = 8  # of layers that a line names
+
 
 def describe(checkpoint: Checkpoint) -> list[str]:
     """Lines that say what a checkpoint holds. Texts are the file's own: escape them for a terminal."""
     shape, blocks = checkpoint.shape, checkpoint.blocks
-    layers = [blocks[name].nbytes for name in blocks if name.startswith("layers/")]
-    each = (
-        f"{len(layers)} of {nbytes_words(layers[0])}"
-        if len(set(layers)) == 1
-        else f"{len(layers)}, {nbytes_words(sum(layers))} together"
-    )
     texts = ", ".join(f"{name} ({nbytes_words(len(content))})" for name, content in checkpoint.tokenizer.items())
     return [
         f"{checkpoint.path}: checkpoint, version {checkpoint.version}, made from {checkpoint.source}",
@@ -25,9 +22,9 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         f" {shape.head_dim} (key/value {shape.num_kv_heads}), vocabulary {shape.vocab_size:,},"
         f" positions {shape.max_positions:,}"
         f"{', embedding tied to the head' if shape.tied else ''}",
-        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters(blocks['embed'], checkpoint.dtype)}",
-        f"layers      {each}: {_parameters(blocks[layer_name(0)], checkpoint.dtype) if layers else 'none'}",
-        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters(blocks['head'], checkpoint.dtype)}",
+        f"embed       {nbytes_words(blocks['embed'].nbytes)}: {_parameters([blocks['embed']], checkpoint.dtype)}",
+        *_layers([blocks[layer_name(layer)] for layer in range(shape.num_layers)], checkpoint.dtype),
+        f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters([blocks['head']], checkpoint.dtype)}",
         f"tokenizer   {texts or 'none: prompts must be token_ids'}",
         f"hash        {checkpoint.header_hash}",
     ]
@@ -52,14 +49,43 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _parameters(block: Block, dtype: str) -> str:
-    return ", ".join(
-        f"{parameter.name} {list(parameter.shape)}{_form(parameter, dtype)}" for parameter in block.parameters
-    )
+def _layers(layers: Sequence[Block], dtype: str) -> list[str]:
+    """A line for all layers, or where they do not have the same parameters one more for those that are alike."""
+    sizes = [layer.nbytes for layer in layers]
+    each = f"of {nbytes_words(sizes[0])}" if len({*sizes}) == 1 else f"{nbytes_words(sum(sizes))} together"
+    whole = f"layers      {len(layers)}{' ' if each.startswith('of') else ', '}{each}"
+    alike: dict[tuple[tuple[object, ...], ...], list[int]] = {}
+    for number, layer in enumerate(layers):
+        alike.setdefault(tuple((p.name, p.shape, p.dtype, p.encoding) for p in layer.parameters), []).append(number)
+    texts = [_parameters([layers[number] for number in its], dtype) for its in alike.values()]
+    if len(texts) < 2:
+        return [f"{whole}: {texts[0] if texts else 'none'}"]
+    pairs = zip(alike.values(), texts, strict=True)
+    return [whole, *(f"            {_numbers_words(its)}: {text}" for its, text in pairs)]
 
 
-def _form(parameter: Parameter, dtype: str) -> str:
-    """How a parameter is stored, where that is not plain in the checkpoint's dtype."""
+def _numbers_words(numbers: Sequence[int]) -> str:
+    """Numbers in order, those that follow each other as first-last: 0, 2-4."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    words = ["-".join(map(str, run)) for run in runs]
+    return ", ".join(words[:MAX_RUNS]) + f", ... ({len(numbers)} of them)" * (len(words) > MAX_RUNS)
+
+
+def _parameters(blocks: Sequence[Block], dtype: str) -> str:
+    """The parameters of blocks that have the same."""
+    alike = zip(*(block.parameters for block in blocks), strict=True)
+    return ", ".join(f"{its[0].name} {list(its[0].shape)}{_form(its, dtype)}" for its in alike)
+
+
+def _form(alike: Sequence[Parameter], dtype: str) -> str:
+    """How parameters are stored, where that is not plain in the checkpoint's dtype; bits of a number on average."""
+    parameter = alike[0]
     if not parameter.plain:
-        return f" {parameter.encoding}, {8 * parameter.nbytes / parameter.numbers:.2f} bits"
+        bits = 8 * sum(one.nbytes for one in alike) / sum(one.numbers for one in alike)
+        return f" {parameter.encoding}, {bits:.2f} bits"
     return f" {parameter.dtype}" if parameter.dtype != dtype else ""
