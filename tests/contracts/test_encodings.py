@@ -98,3 +98,14 @@ def test_fields_that_are_not_the_encoding_s_are_refused_in_words(encoding):
         with pytest.raises(InputError, match=words) as error:
             encodings.check_fields(encoding, told, "float32", settings)
         assert "\n" not in str(error.value)
+
+
+def test_a_field_that_an_encoding_makes_otherwise_than_it_says_is_named():
+    piece = encodings.capacity("grouped", [Matrix("", (8, 20))], "float32", {"group": 5})
+    fields = encodings.encode("grouped", [Matrix("", (8, 20))], [torch.rand(8, 20)], {"group": 5})
+    encodings.packed(piece, fields)
+    for wrong in (fields["scales"].double(), fields["scales"][:, :3], torch.ones(9, 4)):
+        with pytest.raises(
+            AssertionError, match=r"field scales is torch.float(32|64) \[., .\], it is float32 \[8, 4\]"
+        ):
+            encodings.packed(piece, fields | {"scales": wrong})

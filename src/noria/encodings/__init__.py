@@ -69,7 +69,10 @@ def packed(piece: Piece, fields: Fields) -> torch.Tensor:
     """The bytes of a piece: uint8 [nbytes], zeros where its fields leave room."""
     whole = torch.zeros(piece.nbytes, dtype=torch.uint8)
     for one in piece.fields:
-        content = fields[one.name].contiguous().view(-1).view(torch.uint8)
+        its, room = fields[one.name], one.shape
+        right = its.dtype == getattr(torch, one.dtype) and its.shape[1:] == room[1:] and len(its) <= room[0]
+        assert right, f"field {one.name} is {its.dtype} {list(its.shape)}, it is {one.dtype} {list(room)} at most"
+        content = its.contiguous().view(-1).view(torch.uint8)
         whole[one.offset : one.offset + len(content)] = content
     return whole
 
