@@ -10,13 +10,17 @@ import pytest
 
 from noria.__main__ import main
 from noria.commands import export as command
+from noria.config import load
+from noria.desk.exports import paths_of_prompts
 from noria.errors import InputError
 from noria.output import export as export_module
 from noria.output import export_rows
 from noria.output.export import KEYS, export
 from noria.output.merge import merge
 from noria.output.parts import Parts, part_files
+from noria.output.segments import history
 from noria.rows.prompt_files import content_hash, content_key
+from noria.tools.provenance import segment_of
 from output_rows import fill, make_row
 
 HEADER = {"run": 1}
@@ -62,6 +66,23 @@ def test_the_command_does_not_write_over_the_prompts_of_the_run(output, tmp_path
         assert prompts.read_text() == '{"prompt": "a"}\n'
         for _ in range(2):
             assert main(["export", str(output), str(tmp_path / "other.jsonl")]) == 0
+
+
+def test_prompts_that_were_changed_since_are_not_written_over_either(output, tmp_path, capsys):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    config = load(None, {"model": "m.h5", "prompts": str(prompts), "output": str(output)})
+    facts = segment_of({}, ["a"], ["a cpu"], [], "2026-11-23T03:15:02Z") | {"of": 1}
+    parts = Parts(output, {"prompts": content_key(prompts, content_hash(prompts))})
+    parts.begin(facts | {"prompts": paths_of_prompts(config)})
+    fill(parts, [make_row(0)], 1)
+    prompts.write_text('{"prompt": "mended"}\n')
+    for merged in (False, True):
+        if merged:
+            merge(parts, output, 1, history(parts.folder), {})
+        assert main(["export", str(output), str(prompts)]) == 2
+        assert f"{prompts} holds the prompts of {output}, which would be lost" in capsys.readouterr().err
+    assert prompts.read_text() == '{"prompt": "mended"}\n'
 
 
 def test_every_row_is_an_object_in_the_order_of_the_prompts(output, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from noria.config import Config, Job
 from noria.desk.desk import Desk
 from noria.desk.examination import Examined, examine, open_model
 from noria.desk.exports import write_exports
-from noria.desk.inputs import files_of_run, prompts_of
+from noria.desk.how import how_made, remarks
+from noria.desk.inputs import files_of_run
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.timing import Meters, Timing, Traffic, figures
@@ -36,7 +36,7 @@ from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
 from noria.rows.template import template_helper
 from noria.tools.helper import Helper
-from noria.tools.provenance import now, provenance, segment_of
+from noria.tools.provenance import now, segment_of
 
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that differed from its plan
 
@@ -96,7 +96,8 @@ def _generate(
             watchdog.record_by(desk.fail)
             on_error.push(desk.withdraw)
         here.announce()
-        here.say(*work.said, f"transport {transport}: {reason}", *of_rates, *_remarks(config, here, work, plan))
+        of_plan = remarks(config, here.device.type, work.num_rows, plan)
+        here.say(*work.said, f"transport {transport}: {reason}", *of_rates, *of_plan)
         meters, timing, ring = _meters(config, here, plan), Timing(), None
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
             here.say("no row is left to generate: the output is written without loading the model")
@@ -111,8 +112,8 @@ def _generate(
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = comm.allgather(asdict(timing) | meters.traffic.columns() | launcher.peak_memory(here.device))
         if desk is not None:
-            how = _provenance(config, work, plan, model, devices, started)
-            _end(desk, config, plan, rates, how, timings)
+            ran = mpi.described() | {"devices": devices, "start": started}
+            _end(desk, config, plan, rates, how_made(config, work, plan, model, ran), timings)
         watchdog.record_by(None)
         if config.job.trace is not None:
             tracing.write(here, meters.trace, Path(config.job.trace))
@@ -133,16 +134,6 @@ def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tup
     rates, said = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
     needed = rates.needed(work.dtype, may_use_disk)
     return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates, said
-
-
-def _remarks(config: Config, here: ThisRank, work: Examined, plan: Plan) -> Iterator[str]:
-    """The plan, and what the user may not have meant."""
-    # Nobody can assume what a CPU does.
-    yield from plan.lines(predicted=here.device.type == "cuda" or config.job.machine is not None)
-    if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
-        yield "note: placement.stage does nothing: no weights are on disk"
-    if not work.num_rows:
-        yield f"warning: {prompts_of(config)} has no rows"
 
 
 def _meters(config: Config, here: ThisRank, plan: Plan) -> Meters:
@@ -192,26 +183,6 @@ def _end(
         return
     desk.leave()
     store_rates(config.output, rates.to_toml())
-
-
-def _provenance(
-    config: Config, work: Examined, plan: Plan, model: OpenModel, devices: list[str], started: str
-) -> dict[str, Any]:
-    """How the output was made: its attributes."""
-    more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
-    more |= {"adapter": model.adapter} if model.adapter else {}
-    return provenance(
-        run_file=config.to_toml(),
-        checkpoint_hash=model.header_hash,
-        prompts_hash=work.prompts_hash,
-        launcher=mpi.launcher_name(),
-        devices=devices,
-        start=started,
-        mpi_library=mpi.library_version(),
-        argv=sys.argv,
-        plan=plan.as_dict(),
-        **more,
-    )
 
 
 def _say_otherwise(here: ThisRank, plan: Plan, timings: list[dict[str, Any]], job: Job) -> list[str]:

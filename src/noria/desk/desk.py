@@ -17,7 +17,7 @@ import numpy as np
 from noria.config import Config
 from noria.desk.earlier import Begun, agree, make_room, now
 from noria.desk.examination import Examined
-from noria.desk.exports import write_exports
+from noria.desk.exports import paths_of_prompts, write_exports
 from noria.desk.old_rules import texts_again
 from noria.desk.pace import Pace
 from noria.desk.records import generation
@@ -130,7 +130,7 @@ class Desk:
         capacity = _capacity(plan, self._checkpoint.shape)
         ends, rules = self._tokenizer.end_token_ids, self._identity.rules
         self.admission = Admission(source, self.sampling, ends, capacity, rules)
-        parts.begin({**segment, "of": num_rows})
+        parts.begin({**segment, "of": num_rows, "prompts": paths_of_prompts(config)})
 
     @property
     def complete(self) -> bool:

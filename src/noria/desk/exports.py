@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from noria.config import OPENAI, Config
-from noria.desk.inputs import files_of_run
+from noria.desk.inputs import files_of_run, prompts_of
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
 from noria.output.export import ExportSettings, check_target, export
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
+from noria.output.segments import read_segments, segments_of
 from noria.rows.prompt_files import content_hash, content_key
 from noria.tools.looking import Looker
 from noria.tools.text import plural, printable
@@ -74,17 +75,25 @@ def write_exports(config: Config, say: Callable[[str], None]) -> None:
             )
 
 
+def paths_of_prompts(config: Config) -> list[str]:
+    """The files that a run's prompts come from, as its segment tells them."""
+    return [os.path.abspath(path) for path in prompts_of(config).paths]
+
+
 def check_not_prompts(output: Path, target: Path, prompts: str | None = None) -> None:
-    """Raises InputError if the file to write is the run's own prompts, which would be lost. `prompts`: what tells them from
-    others (rows.prompt_files.content_key), if that is known; else the output is asked."""
+    """Raises InputError if the file to write is one that the run's prompts come from, which would be lost, whatever it holds
+    by now, or holds the same. `prompts`: what tells them from others (rows.prompt_files.content_key), if that is known; else
+    the output is asked."""
     if not target.is_file():
         return
-    files = []
+    segments = read_segments(parts_folder(output))
     with contextlib.suppress(InputError, OSError, LookupError, ValueError):  # export says what is wrong with the output
         first = output if output.exists() else part_files(parts_folder(output))[0]
         with Looker() as looker, open_generations(first, looker) as file:
             prompts = prompts or str(json.loads(file.attrs["header"])["prompts"])
-            files = [Path(one["file"]).resolve() for one in json.loads(file.attrs.get("prompt_files", "[]"))]
+            segments += [{"prompts": [one["file"] for one in json.loads(file.attrs.get("prompt_files", "[]"))]}]
+            segments += segments_of(file.attrs)
+    files = {Path(str(path)).resolve() for one in segments for path in one.get("prompts") or ()}
     same_size = prompts is not None and prompts.endswith(f" of {target.stat().st_size} bytes")
     if target.resolve() in files or (same_size and prompts == content_key(target, content_hash(target))):
         raise InputError(f"{target} holds the prompts of {output}, which would be lost: name another file")

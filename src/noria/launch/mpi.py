@@ -138,15 +138,12 @@ def start() -> Communicator:
     return MPI.COMM_WORLD
 
 
-def launcher_name() -> str:
-    """The first of the variables that say how the ranks were started, or `none`."""
-    return next((name.partition("_")[0].lower() for name in SIZE_VARIABLES if name in os.environ), "none")
-
-
-def library_version() -> str:
-    """The MPI library's own words, or nothing if MPI is not up."""
+def described() -> dict[str, str]:
+    """`launcher`: the first of the variables that say how the ranks were started, or `none`. `mpi_library`: its own words, or
+    nothing if MPI is not up."""
+    launcher = next((name.partition("_")[0].lower() for name in SIZE_VARIABLES if name in os.environ), "none")
     MPI = sys.modules.get("mpi4py.MPI")
-    return MPI.Get_library_version().strip("\0\n ") if MPI else ""
+    return {"launcher": launcher, "mpi_library": MPI.Get_library_version().strip("\0\n ") if MPI else ""}
 
 
 def leave_together() -> None:

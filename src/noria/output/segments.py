@@ -27,6 +27,7 @@ _EMPTY = {
     "hosts": [],
     "ranks": 0,
     "job_ids": {},
+    "prompts": [],
     **dict.fromkeys(_COUNTED, 0),
 }
 
@@ -36,8 +37,8 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
 
     Of each: `start`, `end` (when it was last seen alive, UTC), `ended` (why; "" while it runs, and if it was killed),
     `rows` that it finished, `errors` among them, `tokens` that it generated and sealed, whether their rows are finished or
-    not, `prompt_tokens` that it computed, `of` (rows of the whole job), `course` (tokens over time: see course.py), and what
-    its job said of itself: see provenance.segment_of.
+    not, `prompt_tokens` that it computed, `of` (rows of the whole job), `prompts` (the files that these come from), `course`
+    (tokens over time: see course.py), and what its job said of itself: see provenance.segment_of.
     """
     return [{name: value for name, value in one.items() if name not in _INTERNAL} for _, one in _found(folder)]
 
