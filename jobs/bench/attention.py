@@ -133,7 +133,8 @@ def flash(case: Case, queries: torch.Tensor, keys: torch.Tensor, values: torch.T
 
 def items(case: Case, its_packing: Packing, tuned: Tuned, *given: torch.Tensor) -> Callable[[], torch.Tensor]:
     on_device = attend.to_device(lists.make(case.rows, its_packing), device())
-    return lambda: attend.attend(on_device, *given, Scoring(SCALE), tuned)
+    queries, keys, values = given
+    return lambda: attend.attend(on_device, queries, keys, values, Scoring(SCALE), tuned)
 
 
 def variants(case: Case) -> Iterator[tuple[int, int, Tuning, Tuning]]:

@@ -158,7 +158,9 @@ def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, dev
     (microbatch,) = batch.microbatches
     hidden = model.embed(shape, weights.wait("embed"), batch.token_ids, batch.positions)
     for layer in range(shape.num_layers):
-        its = LayerCache(kind, microbatch, cache.tensors(layer, 0, None))
+        source = shape.reads(layer)
+        entry = shape.arrays(source), source != layer
+        its = LayerCache(kind, microbatch, cache.tensors(layer, 0, None), *entry)
         hidden = model.layer(shape, layer, weights.wait(layer_name(layer)), hidden, microbatch.positional, its)
         its.commit()
     return model.head(shape, weights.wait("head"), hidden)
