@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
-from noria.blocks import DTYPE_NBYTES, round_up
+from noria.blocks import DTYPE_NBYTES, round_up, wider
+from noria.pieces import VIEW_ALIGNMENT
 from noria.step import PAGE_TOKENS
-
-ALIGNMENT = 16  # bytes: a state starts at a multiple of it, so that it is a view in any dtype
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,12 @@ class Array:
 
     def computed(self, dtype: str) -> str:
         """Its dtype in a run of this dtype."""
-        own = self.dtype or dtype
-        return dtype if DTYPE_NBYTES[dtype] > DTYPE_NBYTES[own] else own
+        return wider(self.dtype, dtype)
 
     def nbytes(self, dtype: str) -> int:
         """Bytes of a row in a run of this dtype; of a state with what keeps the next one aligned."""
         nbytes = prod(self.row) * DTYPE_NBYTES[self.computed(dtype)]
-        return nbytes if self.per == "token" else round_up(nbytes, ALIGNMENT)
+        return nbytes if self.per == "token" else round_up(nbytes, VIEW_ALIGNMENT)
 
 
 # Of a layer: its arrays, or the layer whose cache it reads.
@@ -75,7 +73,7 @@ def attended(arrays: tuple[Array, ...]) -> int:
 class Layout:
     """Where the rows of each layer's arrays lie in a run of bytes: layer after layer, array after array.
 
-    offsets: of (layer, array's name), in bytes, multiples of ALIGNMENT; nbytes: of all.
+    offsets: of (layer, array's name), in bytes, multiples of VIEW_ALIGNMENT; nbytes: of all.
     """
 
     def __init__(self, layers: Mapping[int, tuple[Array, ...]], dtype: str, pages: int, states: int = 0):

@@ -166,7 +166,7 @@ def round_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 def wider(own: str | None, dtype: str) -> str:
-    """The dtype in which a parameter with a dtype of its own, if it has one, is computed in a run in `dtype`."""
+    """The dtype in which what has a dtype of its own, if it has one, is computed in a run in `dtype`."""
     return own if own and DTYPE_NBYTES[own] >= DTYPE_NBYTES[dtype] else dtype
 
 

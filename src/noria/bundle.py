@@ -10,11 +10,11 @@ from itertools import accumulate
 from math import prod
 
 from noria.arrays import Array
-from noria.blocks import DTYPE_NBYTES, round_up
+from noria.blocks import DTYPE_NBYTES, round_up, wider
 from noria.model import ModelShape
+from noria.pieces import FIELD_NBYTES, VIEW_ALIGNMENT
 
-ALIGNMENT = 16  # where an array of a message starts: what kernels, and views in another dtype, need
-NBYTES = DTYPE_NBYTES | {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
+NBYTES = FIELD_NBYTES | {"int64": 8, "int16": 2}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Bundle:
         if len(self.row_nbytes) == 1:  # hidden states alone: asked for again and again
             return [0, num_tokens * self.row_nbytes[0]]
         sizes = [num_tokens * nbytes for nbytes in self.row_nbytes]
-        return [0, *accumulate([*(round_up(size, ALIGNMENT) for size in sizes[:-1]), sizes[-1]])]
+        return [0, *accumulate([*(round_up(size, VIEW_ALIGNMENT) for size in sizes[:-1]), sizes[-1]])]
 
     def nbytes(self, num_tokens: int) -> int:
         """Bytes of a message of so many tokens."""
@@ -68,15 +68,14 @@ def borders_of(shape: ModelShape, dtype: str) -> list[Bundle]:
 
 def typed(array: Array, dtype: str) -> Array:
     """With the dtype that it has in a run: the wider one of floats, its own of integers."""
-    own = array.dtype or dtype
-    wider = own in DTYPE_NBYTES and DTYPE_NBYTES[dtype] > DTYPE_NBYTES[own]
-    return replace(array, dtype=dtype if wider else own)
+    whole = array.dtype is not None and array.dtype not in DTYPE_NBYTES
+    return array if whole else replace(array, dtype=wider(array.dtype, dtype))
 
 
 def most_nbytes(borders: Sequence[Bundle], num_tokens: int) -> int:
     """Bytes of a buffer for any message of so many tokens at these borders, and for the next one to be aligned behind it."""
     different = {id(border): border for border in borders}.values()
-    return max((round_up(border.nbytes(num_tokens), ALIGNMENT) for border in different), default=0)
+    return max((round_up(border.nbytes(num_tokens), VIEW_ALIGNMENT) for border in different), default=0)
 
 
 def token_nbytes(borders: Sequence[Bundle]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-FIELD_ALIGNMENT = 16  # of the fields of an encoded piece: a view in any dtype may begin there
+VIEW_ALIGNMENT = 16  # bytes: a view in any dtype may begin there; of fields, states and arrays of a message
 # Bytes of a number of a field.
 FIELD_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1, "uint8": 1}
 PLAIN = "plain"  # the encoding that stores numbers as they are

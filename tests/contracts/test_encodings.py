@@ -8,7 +8,7 @@ from extra_kinds import extra_kinds
 from noria import encodings, kinds
 from noria.blocks import lay_out
 from noria.errors import InputError
-from noria.pieces import FIELD_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
+from noria.pieces import VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 
 with extra_kinds():
     KINDS = kinds.names("encodings")
@@ -46,7 +46,7 @@ def test_pieces_are_decoded_to_their_numbers_within_their_capacity(encoding, sha
     for piece in numbers:
         fields = encodings.encode(encoding, matrices, piece, settings)
         for field in parameter.piece.fields:
-            assert field.offset % FIELD_ALIGNMENT == 0
+            assert field.offset % VIEW_ALIGNMENT == 0
             assert fields[field.name].dtype == getattr(torch, field.dtype)
             assert len(fields[field.name]) <= field.shape[0]
         contents.append(encodings.packed(parameter.piece, fields))

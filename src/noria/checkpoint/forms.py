@@ -15,7 +15,7 @@ import h5py
 from noria import encodings, kinds
 from noria.blocks import Block, Parameter
 from noria.errors import InputError, require
-from noria.pieces import FIELD_ALIGNMENT, FIELD_NBYTES, PLAIN, Encoded, Field, Matrix, Piece, Wanted
+from noria.pieces import FIELD_NBYTES, PLAIN, VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 from noria.tools.container import LinkedFiles, text_attribute
 
 MAX_TEXT = 1 << 20  # characters of one of the texts
@@ -152,8 +152,8 @@ def _piece_nbytes(dataset: h5py.Group | h5py.Dataset, wanted: Wanted, where: str
     require(shape is not None and len(shape) == 2 and shape[0] == wanted.pieces, said)
     assert shape is not None
     require(
-        shape[1] > 0 and shape[1] % FIELD_ALIGNMENT == 0,
-        f"{where} has pieces of {shape[1]} bytes, they should be multiples of {FIELD_ALIGNMENT}",
+        shape[1] > 0 and shape[1] % VIEW_ALIGNMENT == 0,
+        f"{where} has pieces of {shape[1]} bytes, they should be multiples of {VIEW_ALIGNMENT}",
     )
     return int(shape[1])
 

@@ -22,7 +22,7 @@ import torch
 from noria import kinds
 from noria.blocks import Block, Parameter, round_up
 from noria.errors import InputError
-from noria.pieces import FIELD_ALIGNMENT, Field, Matrix, Piece
+from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
 Fields = dict[str, torch.Tensor]
 
@@ -49,7 +49,7 @@ def _laid_out(fields: Sequence[Field], matrices: Sequence[Matrix]) -> Piece:
     offset = 0
     for one in fields:
         laid.append(Field(one.name, one.shape, one.dtype, offset))
-        offset += round_up(one.nbytes, FIELD_ALIGNMENT)
+        offset += round_up(one.nbytes, VIEW_ALIGNMENT)
     return Piece(offset, tuple(laid), tuple(matrices))
 
 
@@ -138,10 +138,10 @@ def check_fields(encoding: str, piece: Piece, dtype: str, settings: Mapping[str,
                 f"its field {one.name} is {one.dtype} {list(one.shape)}, {encoding} has it as"
                 f" {wanted.dtype} {list(wanted.shape)}{most_words}"
             )
-        if one.offset % FIELD_ALIGNMENT or one.offset < end or one.offset + one.nbytes > piece.nbytes:
+        if one.offset % VIEW_ALIGNMENT or one.offset < end or one.offset + one.nbytes > piece.nbytes:
             raise InputError(
                 f"its field {one.name} lies from byte {one.offset} to {one.offset + one.nbytes} of a piece"
                 f" of {piece.nbytes}, where the field before it ends at {end}: fields begin at multiples of"
-                f" {FIELD_ALIGNMENT}, one after another"
+                f" {VIEW_ALIGNMENT}, one after another"
             )
         end = one.offset + one.nbytes
