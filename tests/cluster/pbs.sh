@@ -58,15 +58,21 @@ pbs_array() {
     same_rows outputs/alone.h5 outputs/pbs-array.h5
 }
 
-# PBS sends nothing before the end: Noria asks qstat, stops in time, and the script has it run again.
+# PBS sends nothing before the end: Noria asks qstat, stops in time, and the script has it run again. If the run is whole within
+# that walltime, the machine is faster than when the run was measured, and it is tried again with half of it.
 pbs_rerun() {
-    noria run --help | grep -q -- --walltime || skip "noria run has no --walltime yet"
-    job=$(qsub -l select=1:ncpus=2:mpiprocs=2 -l walltime="00:00:$part_seconds" -v RUN="${many[*]} --output outputs/rerun.h5" \
-        jobs/pbs/single_node.pbs)
-    pbs_finish "$job" 600 "noria.o${job%.stand-in}"
-    echo "walltime $part_seconds s, started $(cat "$scratch/pbs/${job%.stand-in}/run_count") times"
-    [ "$(cat "$scratch/pbs/${job%.stand-in}/run_count")" -ge 2 ]
-    same_rows outputs/all.h5 outputs/rerun.h5
+    local try seconds=$part_seconds starts=1
+    for try in 1 2 3; do
+        job=$(qsub -l select=1:ncpus=2:mpiprocs=2 -l walltime="00:00:$seconds" -v RUN="${many[*]} --output outputs/rerun-$try.h5" \
+            jobs/pbs/single_node.pbs)
+        pbs_finish "$job" 600 "noria.o${job%.stand-in}"
+        starts=$(cat "$scratch/pbs/${job%.stand-in}/run_count")
+        echo "walltime $seconds s, started $starts times"
+        same_rows outputs/all.h5 "outputs/rerun-$try.h5"
+        [ "$starts" -eq 1 ] || return 0
+        seconds=$(((seconds + 1) / 2))
+    done
+    return 1
 }
 
 pbs_refuses() {
