@@ -3,15 +3,16 @@
 import random
 
 import torch
+import torch.nn.functional as F
 
 from noria.rows.pages import Pages
 from noria.step import PAGE_TOKENS, Run, Span
 
 
-def attention(spans, queries, key_cache, value_cache, scale, window) -> torch.Tensor:
-    """[T, H, D] float64 on the CPU."""
+def attention(spans, queries, key_cache, value_cache, scale, window, soft_cap=None, sinks=None) -> torch.Tensor:
+    """[T, H, Dv] float64 on the CPU. A sink is a key more, whose score no cap changes and whose value is zero."""
     queries, key_cache, value_cache = (tensor.double().cpu() for tensor in (queries, key_cache, value_cache))
-    attended = torch.full(queries.shape, torch.nan, dtype=torch.float64)
+    attended = torch.full((*queries.shape[:2], value_cache.shape[2]), torch.nan, dtype=torch.float64)
     group = queries.shape[1] // key_cache.shape[1]
     for span in spans:
         pages = [page for run in span.runs for page in range(run.start, run.start + run.count)]
@@ -21,8 +22,15 @@ def attention(spans, queries, key_cache, value_cache, scale, window) -> torch.Te
             seen = rows[max(0, stop - window) if window else 0 : stop]
             for head in range(queries.shape[1]):
                 keys, values = key_cache[seen, head // group], value_cache[seen, head // group]
-                weights = torch.softmax(keys @ queries[span.first + index, head] * scale, dim=0)
-                attended[span.first + index, head] = weights @ values
+                scores = keys @ queries[span.first + index, head] * scale
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                if sinks is not None:
+                    scores, values = (
+                        torch.cat([scores, sinks[head : head + 1].double().cpu()]),
+                        F.pad(values, (0, 0, 0, 1)),
+                    )
+                attended[span.first + index, head] = torch.softmax(scores, dim=0) @ values
     return attended
 
 
@@ -83,12 +91,15 @@ CASES = {
 }
 
 
-def tensors(spans, heads, kv_heads, head_dim, dtype, device="cpu", pages=22):
-    """Random queries (a strided view, as models give them) and caches; rows of the cache that no span holds are NaN."""
+def tensors(spans, heads, kv_heads, head_dim, dtype, device="cpu", pages=22, width=None):
+    """Random queries (a strided view, as models give them) and caches; rows of the cache that no span holds are NaN.
+
+    width: of a value, if it is not that of a key.
+    """
     generator = torch.Generator().manual_seed(0)
     num_tokens = sum(span.count for span in spans)
     queries = torch.randn(num_tokens, heads + 3, head_dim, generator=generator)
-    caches = torch.randn(2, pages * PAGE_TOKENS, kv_heads, head_dim, generator=generator)
+    caches = torch.randn(2, pages * PAGE_TOKENS, kv_heads, max(head_dim, width or 0), generator=generator)
     held = torch.zeros(pages * PAGE_TOKENS, dtype=torch.bool)
     for span in spans:
         places = [page for run in span.runs for page in range(run.start, run.start + run.count)]
@@ -96,4 +107,4 @@ def tensors(spans, heads, kv_heads, head_dim, dtype, device="cpu", pages=22):
             held[places[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS] = True
     caches[:, ~held] = torch.nan
     queries, caches = queries.to(device, dtype), caches.to(device, dtype)
-    return queries[:, :heads], caches[0], caches[1]
+    return queries[:, :heads], caches[0][..., :head_dim], caches[1][..., : width or head_dim]

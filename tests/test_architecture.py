@@ -56,6 +56,7 @@ ALLOWED = {
         "ring/",
         "engine/",
         "kernels/attend.py",
+        "kernels/scoring.py",
         "launch/cores.py",
         "launch/copies.py",
         "launch/here.py",

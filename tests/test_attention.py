@@ -7,7 +7,8 @@ import torch
 
 import dense
 from noria import attention, kinds
-from noria.attention import sdpa, varlen
+from noria.attention import _scores, sdpa, varlen
+from noria.kernels.scoring import Scoring
 from noria.step import Run, Span
 
 CPU = torch.device("cpu")
@@ -29,14 +30,14 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-def check(kind, case, heads, dtype, window=None, scale=0.3):
+def check(kind, case, heads, dtype, window=None, scale=0.3, soft_cap=None, sinks=None, width=None):
     spans = dense.CASES[case]
-    queries, keys, values = dense.tensors(spans, *heads, dtype)
+    queries, keys, values = dense.tensors(spans, *heads, dtype, width=width)
     plan = kind.prepare(spans, CPU)
-    found = kind.attention(plan, queries, keys, values, scale, window)
-    assert found.shape == queries.shape
+    found = kind.attention(plan, queries, keys, values, Scoring(scale, window, soft_cap, sinks))
+    assert found.shape == (*queries.shape[:2], width or heads[2])
     assert found.dtype == dtype
-    expected = dense.attention(spans, queries, keys, values, scale, window)
+    expected = dense.attention(spans, queries, keys, values, scale, window, soft_cap, sinks)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype])
 
 
@@ -52,7 +53,7 @@ def test_sdpa_is_dense_softmax_over_rows_of_mixed_lengths_in_a_full_cache(dtype)
     spans = dense.full_cache(num_pages=200, rounds=30)
     assert len(spans) > 10 and sum(len(span.runs) > 1 for span in spans) > 2
     queries, keys, values = dense.tensors(spans, 4, 2, 16, dtype, pages=200)
-    found = sdpa.attention(sdpa.prepare(spans, CPU), queries, keys, values, 0.3, None)
+    found = sdpa.attention(sdpa.prepare(spans, CPU), queries, keys, values, Scoring(0.3))
     expected = dense.attention(spans, queries, keys, values, 0.3, None)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype])
 
@@ -76,6 +77,39 @@ def test_a_window_shows_sdpa_the_last_tokens_alone(case, window, heads):
 def test_a_chunk_longer_than_one_mask_is_computed_in_parts(case, window, monkeypatch):
     monkeypatch.setattr(sdpa, "CHUNK_ROWS", 7)
     check(sdpa, case, (6, 2, 8), torch.float64, window)
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_sdpa_caps_scores_softly_and_lets_sinks_take_their_weight(case, heads, window):
+    sinks = torch.linspace(-2, 4, heads[0])
+    for soft_cap, its_sinks in ((1.5, None), (None, sinks), (1.5, sinks)):
+        check(sdpa, case, heads, torch.float64, window, 0.7, soft_cap, its_sinks)
+
+
+@pytest.mark.parametrize("case", ["prompts beside decoding rows", "everything at once"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_capped_scores_are_summed_in_float32_at_least(case, dtype):
+    check(sdpa, case, (6, 2, 8), dtype, 5, 0.7, 1.5, torch.linspace(-2, 4, 6))
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize("capped", [False, True])
+def test_values_may_be_narrower_or_wider_than_keys(case, width, capped):
+    more = {"soft_cap": 2.0, "sinks": torch.linspace(-1, 1, 6)} if capped else {}
+    for window, dtype in ((None, torch.float64), (7, torch.float64), (None, torch.bfloat16)):
+        check(sdpa, case, (6, 2, 16), dtype, window, width=width, **more)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("case", ["a whole prompt", "a chunk with a past", "decoding rows"])
+@pytest.mark.usefixtures("two_threads")
+def test_capped_scores_are_computed_in_parts_that_bound_their_memory(case, window, monkeypatch):
+    for most in (1, 6 * 50 * 7):
+        monkeypatch.setattr(_scores, "MOST_SCORES", most)
+        check(sdpa, case, (6, 2, 8), torch.float64, window, soft_cap=2.0, sinks=torch.linspace(-1, 1, 6))
 
 
 def flash_on_the_cpu(queries, keys, values, query_starts, key_starts, max_queries, max_length, *rest, **options):
@@ -159,7 +193,9 @@ def test_a_torch_without_the_kernel_computes_by_sdpa(monkeypatch):
 
 def test_a_microbatch_without_rows_is_no_call():
     assert varlen.prepare([], CPU) == ()
-    assert sdpa.attention(sdpa.prepare([], CPU), torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8), 1.0, None).shape == (
+    assert sdpa.attention(
+        sdpa.prepare([], CPU), torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8), Scoring(1.0)
+    ).shape == (
         0,
         4,
         8,

@@ -19,7 +19,7 @@ if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" o
 with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpreted
     patch.setenv("TRITON_INTERPRET", "1")
     import item_checks
-    from noria.kernels.attend import Scoring
+    from noria.kernels.scoring import Scoring
 
 from item_cases import Heads
 

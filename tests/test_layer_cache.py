@@ -130,11 +130,12 @@ def test_rotary_turns_queries_and_new_keys_on_the_way_into_the_cache():
     assert torch.equal(arrays["key"][rows], turned["key"])
 
 
-@pytest.mark.parametrize(("asked", "words"), [({"sinks": random(4)}, "sinks"), ({"soft_cap": 30.0}, "a soft cap")])
-def test_what_no_kind_of_attention_computes_is_refused_by_name(asked, words):
-    cache, _ = opened(key=random(22 * 16, 2, 8), value=random(22 * 16, 2, 8))
-    with pytest.raises(NotImplementedError, match=f"no kind of attention computes {words} yet"):
-        cache.attend(random(TOKENS, 4, 8), **asked)
+@pytest.mark.parametrize("asked", [{"sinks": random(4)}, {"soft_cap": 1.5}, {"sinks": random(4), "soft_cap": 0.5}])
+def test_sinks_and_a_soft_cap_of_a_layer_reach_its_scores(asked):
+    key, value, queries = random(22 * 16, 2, 8), random(22 * 16, 2, 8) + 1, random(TOKENS, 4, 8)
+    cache, _ = opened(key=key, value=value)
+    expected = dense.attention(SPANS, queries, key, value, 8**-0.5, 9, asked.get("soft_cap"), asked.get("sinks"))
+    torch.testing.assert_close(cache.attend(queries, window=9, **asked), expected, rtol=0, atol=1e-12)
 
 
 def test_layers_whose_keys_and_values_are_not_alike_attend_by_the_kind_that_does_everything(monkeypatch):

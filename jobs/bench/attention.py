@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from noria.kernels import attend, lists
-from noria.kernels.attend import Scoring, Tuned, Tuning
+from noria.kernels.attend import Tuned, Tuning
+from noria.kernels.scoring import Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, NONE, SECTION, WIDE_TILE, Packing, RaggedRows
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128

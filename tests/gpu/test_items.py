@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="needs triton")
 
 import item_checks
 from item_cases import Heads
-from noria.kernels.attend import Scoring, packing, usable
+from noria.kernels.attend import packing, usable
+from noria.kernels.scoring import Scoring
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

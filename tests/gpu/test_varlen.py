@@ -6,6 +6,7 @@ import torch
 import dense
 from noria import attention
 from noria.attention import sdpa, varlen
+from noria.kernels.scoring import Scoring
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,7 +32,7 @@ def test_it_is_dense_softmax_and_never_waits_for_the_device(kind, dtype, heads, 
         torch.cuda.set_sync_debug_mode("error")
         try:
             plan = kind.prepare(spans, device())
-            found = kind.attention(plan, queries, keys, values, heads[2] ** -0.5, window)
+            found = kind.attention(plan, queries, keys, values, Scoring(heads[2] ** -0.5, window))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
@@ -52,7 +53,7 @@ def test_rows_of_mixed_lengths_in_a_full_cache_are_dense_softmax(kind, dtype, se
     assert len(spans) > 15 and sum(len(span.runs) > 1 for span in spans) > 4
     with torch.inference_mode():
         queries, keys, values = dense.tensors(spans, 8, 2, 128, dtype, device(), pages=500)
-        found = kind.attention(kind.prepare(spans, device()), queries, keys, values, 128**-0.5, None)
+        found = kind.attention(kind.prepare(spans, device()), queries, keys, values, Scoring(128**-0.5))
     expected = dense.attention(spans, queries, keys, values, 128**-0.5, None)
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
 
@@ -62,6 +63,6 @@ def test_long_sequences_in_a_large_cache_are_read_at_their_own_rows(count):
     spans = dense.spans_of((count, 900, ((0, 60),)), (count, 1300, ((100, 90),)))
     with torch.inference_mode():
         queries, keys, values = dense.tensors(spans, 2, 1, 128, torch.bfloat16, device(), pages=200)
-        found = varlen.attention(varlen.prepare(spans, device()), queries, keys, values, 0.1, None)
+        found = varlen.attention(varlen.prepare(spans, device()), queries, keys, values, Scoring(0.1))
     expected = dense.attention(spans, queries, keys, values, 0.1, None)
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=3e-2)

@@ -1,7 +1,7 @@
 """Attention on views of the cache, a sequence at a time: every device, every dtype, any head dim.
 
 Decoding rows of equal length whose pages are evenly spaced (a batch admitted together) are one view; only a sequence in
-several runs of pages is copied together. Knows nothing of models and steps.
+several runs of pages is copied together. Soft caps and sinks go the plain way of _scores.py. Knows no models and steps.
 T tokens, H heads, Hkv key/value heads, G = H / Hkv queries that share a key, D head dim, Dv that of a value (D, but for
 values of another width), L keys of a sequence.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from noria.attention import pieces
+from noria.attention import _scores, pieces
+from noria.kernels.scoring import Scoring
 from noria.step import Span
 
 CHUNK_ROWS = 512  # queries that share one mask: bounds a mask to 512 x L bytes
@@ -66,8 +67,7 @@ def attention(
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    scale: float,
-    window: int | None,
+    scores: Scoring,
 ) -> torch.Tensor:
     """[T, H, Dv]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
 
@@ -79,16 +79,16 @@ def attention(
     queries = queries.view(*grouped, head_dim)
     for call in plan:
         span, rows = call.span, call.rows
-        if span.count == 1 and window is not None:
-            rows = _last(rows, window)
+        if span.count == 1 and scores.window is not None:
+            rows = _last(rows, scores.window)
         tokens = slice(span.first, span.first + span.count * call.num)
         if call.num > 1:
             keys, values = (_strided(cache, rows[0], call) for cache in (key_cache, value_cache))
-            _decode_together(queries[tokens], keys, values, scale, attended[tokens])
+            _decode_together(queries[tokens], keys, values, scores, attended[tokens])
             continue
         keys, values = _gather(key_cache, rows), _gather(value_cache, rows)
         function = _decode if span.count == 1 else _prefill
-        function(queries[tokens], keys, values, scale, window, attended[tokens])
+        function(queries[tokens], keys, values, scores, attended[tokens])
     return attended.view(num_tokens, num_heads, value_cache.shape[-1])
 
 
@@ -120,15 +120,15 @@ def _gather(cache: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def _decode_together(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, attended: torch.Tensor
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scoring, attended: torch.Tensor
 ) -> None:
     """One new token of each sequence. queries and attended [N, Hkv, G, D]; keys and values [N, Hkv, L, D]."""
-    if not _elementwise(queries):
-        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
+    if scores.plain and not _elementwise(queries):
+        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scores.scale))
         return
     for row in range(len(queries)):
         own = slice(row, row + 1)
-        _decode(queries[own], keys[row].transpose(0, 1), values[row].transpose(0, 1), scale, None, attended[own])
+        _decode(queries[own], keys[row].transpose(0, 1), values[row].transpose(0, 1), scores, attended[own])
 
 
 def _elementwise(queries: torch.Tensor) -> bool:
@@ -141,35 +141,30 @@ def _elementwise(queries: torch.Tensor) -> bool:
 
 
 def _decode(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    window: int | None,
-    attended: torch.Tensor,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scoring, attended: torch.Tensor
 ) -> None:
     """One new token: it sees all keys given. queries and attended [1, Hkv, G, D]; keys and values [L, Hkv, D]."""
-    if _elementwise(queries):
-        weights = torch.softmax((keys * (queries[0, :, 0] * scale)).sum(dim=-1), dim=0)
+    if not scores.plain:
+        _scores.attend(queries, keys, values, scores, attended)
+    elif _elementwise(queries):
+        weights = torch.softmax((keys * (queries[0, :, 0] * scores.scale)).sum(dim=-1), dim=0)
         torch.sum(values * weights[:, :, None], dim=0, out=attended[0, :, 0])
     elif queries.dtype in (torch.float32, torch.float64):
-        scores = torch.bmm(queries[0] * scale, keys.permute(1, 2, 0))
-        torch.bmm(torch.softmax(scores, dim=-1), values.transpose(0, 1), out=attended[0])
+        found = torch.bmm(queries[0] * scores.scale, keys.permute(1, 2, 0))
+        torch.bmm(torch.softmax(found, dim=-1), values.transpose(0, 1), out=attended[0])
     else:
         keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
+        attended.copy_(F.scaled_dot_product_attention(queries, keys, values, scale=scores.scale))
 
 
 def _prefill(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    window: int | None,
-    attended: torch.Tensor,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scoring, attended: torch.Tensor
 ) -> None:
     """The last tokens of a sequence, or all. queries and attended [count, Hkv, G, D]; keys and values [L, Hkv, D]."""
-    count, length = len(queries), len(keys)
+    if not scores.plain:
+        _scores.attend(queries, keys, values, scores, attended)
+        return
+    count, length, window, scale = len(queries), len(keys), scores.window, scores.scale
     group = (-1, queries.shape[2], -1, -1)
     keys, values = (tensor.transpose(0, 1)[:, None].expand(group) for tensor in (keys, values))
     queries, attended = queries.permute(1, 2, 0, 3), attended.permute(1, 2, 0, 3)
@@ -178,18 +173,9 @@ def _prefill(
         return
     for first in range(0, count, CHUNK_ROWS):
         last = min(first + CHUNK_ROWS, count)
-        stop = length - count + last
-        start = 0 if window is None else max(0, length - count + first - window + 1)
-        mask = _mask(last - first, stop - start, window, queries.device)
+        stop, start = length - count + last, _scores.first_seen(length - count + first, window)
+        mask = _scores.mask(last - first, stop - start, window, queries.device)
         part = F.scaled_dot_product_attention(
             queries[:, :, first:last], keys[:, :, start:stop], values[:, :, start:stop], attn_mask=mask, scale=scale
         )
         attended[:, :, first:last].copy_(part)
-
-
-def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[queries, keys] True where the last `num_queries` of `num_keys` tokens may look."""
-    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key = torch.arange(num_keys, device=device)
-    mask = key <= query
-    return mask if window is None else mask & (key > query - window)

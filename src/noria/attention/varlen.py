@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from noria.attention import pieces
+from noria.kernels.scoring import Scoring
 from noria.step import Span
 
 # The arguments that torch's kernel is given, in order and by name.
@@ -115,18 +116,20 @@ def attention(
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    scale: float,
-    window: int | None,
+    scores: Scoring,
 ) -> torch.Tensor:
     """[T, H, D]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
 
     queries [T, H, D]; caches [rows, Hkv, D] of one layer, in which the new tokens already lie.
+    Raises NotImplementedError for a soft cap or sinks.
     """
+    if not scores.plain:
+        raise NotImplementedError("varlen computes no soft caps and no sinks")
     if len(plan) == 1 and isinstance(plan[0].rows, slice):
-        return _compute(plan[0], queries, key_cache, value_cache, scale, window)
+        return _compute(plan[0], queries, key_cache, value_cache, scores)
     attended = queries.new_empty(queries.shape)
     for call in plan:
-        part = _compute(call, queries[call.rows], key_cache, value_cache, scale, window)
+        part = _compute(call, queries[call.rows], key_cache, value_cache, scores)
         attended[call.rows] = part
     return attended
 
@@ -136,11 +139,10 @@ def _compute(
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    scale: float,
-    window: int | None,
+    scores: Scoring,
 ) -> torch.Tensor:
     """One kernel. With fewer queries than keys its causal mask ends at the last key, as a chunk with a past needs."""
-    keys, values = key_cache, value_cache
+    keys, values, window = key_cache, value_cache, scores.window
     if call.gather is not None:
         keys, values = keys.index_select(0, call.gather), values.index_select(0, call.gather)
     return flash(
@@ -154,7 +156,7 @@ def _compute(
         0.0,
         call.max_queries > 1,
         False,
-        scale=scale,
+        scale=scores.scale,
         window_size_left=-1 if window is None else window - 1,
         window_size_right=-1 if window is None else 0,
         seqused_k=call.lengths,

@@ -8,6 +8,7 @@ import torch
 from noria.arrays import Array
 from noria.engine.batch import Microbatch
 from noria.engine.states import States
+from noria.kernels.scoring import Scoring
 from noria.models import _rotary
 
 
@@ -62,10 +63,6 @@ class LayerCache:
         **rows: torch.Tensor,
     ) -> torch.Tensor:
         """[T, H, Dv]: writes the new tokens' rows to their places, and attends."""
-        if sinks is not None or soft_cap is not None:
-            raise NotImplementedError(
-                f"no kind of attention computes {'sinks' if soft_cap is None else 'a soft cap'} yet"
-            )
         if rotary is not None:
             queries = _rotary.rotate(queries, *rotary)
             rows |= {name: _rotary.rotate(rows[name], *rotary) for name in [*rows][:1]}
@@ -78,8 +75,8 @@ class LayerCache:
         taken = arrays.get(next(names, ""), keys)
         if values is not None:
             taken = keys[..., :values] if isinstance(values, int) else self._array(values, self._of_tokens)
-        scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        return self._kind.attention(its.attention_plan, queries, keys, taken, scale, window)
+        scores = Scoring(queries.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap, sinks)
+        return self._kind.attention(its.attention_plan, queries, keys, taken, scores)
 
     def before(self, name: str) -> torch.Tensor:
         """[N, ...]: a copy of the rows' states, zeros for those that begin."""

@@ -12,21 +12,12 @@ import torch
 import triton
 
 from noria.kernels import items
+from noria.kernels.scoring import Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, WIDE_TILE, Launch, Merge, Packing, Work
 
 LOG2E = 1.4426950408889634
 WIDEST_HEAD = 256
 MOST_PARTIAL_NBYTES = 128 << 20  # of memory for sections that are computed apart
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What becomes of the products of queries and keys before they are exponents."""
-
-    scale: float
-    window: int | None = None  # how many keys a query sees, its own the last
-    soft_cap: float | None = None  # c: scores are c * tanh(score / c)
-    sinks: torch.Tensor | None = None  # [H] float32: the score of a key without a value, which no cap changes
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,7 @@ def _fitting(its: Tuning, tile: int, pads: tuple[int, int], device: torch.device
 
 def _in_powers_of_two(scores: Scoring, none: torch.Tensor) -> tuple[float, float, torch.Tensor]:
     """The factor of an exponent of 2, that of the capped tanh's, and sinks in the units that the first multiplies."""
-    if scores.soft_cap is None:
-        return scores.scale * LOG2E, 0.0, none if scores.sinks is None else scores.sinks / scores.scale
-    sinks = none if scores.sinks is None else scores.sinks / scores.soft_cap - 1.0
-    return scores.soft_cap * LOG2E, 2.0 * scores.scale / scores.soft_cap * LOG2E, sinks
+    cap = scores.soft_cap
+    unit, soften = (scores.scale, 0.0) if cap is None else (cap, 2.0 * scores.scale / cap * LOG2E)
+    sinks = none if scores.sinks is None else scores.sinks.float() / unit - (cap is not None)
+    return unit * LOG2E, soften, sinks

@@ -29,7 +29,8 @@ class Cache(Protocol):
         keys are the first array of tokens there. Values are the array beside them; `values` names another, or says how many
         of the first numbers of a key are the value. scale: of the scores (default: D ** -0.5). window: the tokens that a
         query sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
-        sinks, soft_cap: no kind of attention computes them yet. Raises NotImplementedError for these.
+        soft_cap: c, where scores are c * tanh(score / c) (Gemma 2, arXiv 2408.00118). sinks [H]: the score of a key
+        without a value, which takes weight from the others and is not capped (gpt-oss, arXiv 2508.10925).
         """
         ...
 
