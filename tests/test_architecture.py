@@ -43,7 +43,7 @@ READS_CONFIG = {"plan", "launch", "desk", "run", "commands"}
 ALLOWED = {
     "mpi4py": {"launch/mpi.py", "transports/mpi_device.py", "transports/mpi_host.py"},
     "h5py": {"tools/", "checkpoint/", "output/", "readers/hdf5.py"},
-    "triton": {"kernels/attend.py", "kernels/items.py"},  # imported where there is a GPU
+    "triton": {"kernels/attend.py", "kernels/items.py", "kernels/decode_"},  # imported where there is a GPU
     "torch": {
         "streams.py",
         "models/",
@@ -57,6 +57,7 @@ ALLOWED = {
         "engine/",
         "kernels/attend.py",
         "kernels/scoring.py",
+        "kernels/decode_",
         "launch/cores.py",
         "launch/copies.py",
         "launch/here.py",

@@ -9,6 +9,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
                                     hold, it stays within its fields and `into`
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
+    KERNEL                          if it has one: the file of kernels/ whose `decode` gives the same bits on CUDA
 
 `dtype` is that of the numbers where they are plain, `settings` what a file says of the encoding beside it (a group's
 size). Knows layouts and tensors; no file, no block's place.
@@ -21,6 +22,7 @@ import torch
 
 from noria import kinds
 from noria.blocks import Block, Parameter, round_up
+from noria.encodings import _kernels
 from noria.errors import InputError
 from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
@@ -81,15 +83,16 @@ def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.
     """Decodes pieces [P, bytes of a piece] into the tensors that the parameter is computed as, on their device.
 
     `into` holds tensors [P, outputs, inputs], or without P where the parameter has none, by the names of
-    parameter.computed.
+    parameter.computed. On a CUDA device a kernel does it where there is one, with the same bits.
     """
-    kind, row = kinds.load("encodings", parameter.encoding), dict.fromkeys(into, 0)
+    row = dict.fromkeys(into, 0)
     for number, matrix in enumerate(parameter.piece.matrices):
         name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
         whole = into[name] if len(parameter.shape) == 3 else into[name][None]
         target = whole.narrow(1, row[name], matrix.shape[0])
         fields = fields_of(parameter.piece, number, pieces)
-        kind.decode(fields, parameter.settings, target.transpose(1, 2) if matrix.transposed else target)
+        its_decode, _ = _kernels.decoder(parameter.encoding, target.device, target.dtype)
+        its_decode(fields, parameter.settings, target.transpose(1, 2) if matrix.transposed else target)
         row[name] += matrix.shape[0]
 
 

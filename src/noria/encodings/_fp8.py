@@ -1,0 +1,43 @@
+"""Numbers of 8 bits (e4m3: sign, 4 bits of exponent, 3 of mantissa, no infinities) with scales, what both kinds share.
+
+`codes` uint8 [outputs, inputs] are the bits of float8_e4m3fn; a number is its code times the scale of its block,
+multiplied in float32 (in float64 runs in float64) and rounded once.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from noria.encodings import _scales
+from noria.errors import require
+
+LARGEST = 448.0  # of e4m3
+NO_NUMBER = 127  # the code that stands for none, with either sign
+Block = tuple[int, int]  # outputs and inputs that share a scale
+
+
+def encode(numbers: torch.Tensor, block: Block, settings: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """The nearest codes under scales that make the largest number of each block the largest code."""
+    numbers = numbers.float()
+    require(bool(torch.isfinite(numbers).all()), "a number is infinite or none: e4m3 has finite ones alone")
+    stored = _scales.stored(_scales.largest(numbers, *block) / LARGEST, settings)
+    scales = _scales.spread(_scales.values(stored), numbers.shape, *block)
+    codes = (numbers / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return {"codes": codes.view(torch.uint8), "scales": stored}
+
+
+def decode(fields: Mapping[str, torch.Tensor], block: Block, into: torch.Tensor) -> None:
+    """Codes times scales; within what `fields` and `into` have, whatever they hold."""
+    codes, scales = fields["codes"].view(torch.float8_e4m3fn), _scales.values(fields["scales"])
+    wide = _scales.wide(into.dtype)
+    for piece, outputs, blocks in _scales.parts(into, block[0]):
+        numbers = codes[piece, outputs].to(wide)
+        of_blocks = scales[piece, blocks].to(wide)
+        into[piece, outputs] = numbers.mul_(_scales.spread(of_blocks, numbers.shape, *block))
+
+
+def check(fields: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError for scales or codes that are no numbers."""
+    _scales.check(fields["scales"])
+    nowhere = not bool((fields["codes"].bitwise_and(127) == NO_NUMBER).any())
+    require(nowhere, f"a code is {NO_NUMBER} or {NO_NUMBER + 128}, which stand for no number in e4m3")

@@ -1,0 +1,68 @@
+"""Decodes e4m3 codes under scales of blocks on a CUDA device (Triton), to the bits of encodings/_fp8.py.
+
+`e4m3` and `e8m0` are for other kernels too. Numbers are made of their bits, so that no GPU needs to know these dtypes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS, COLUMNS = 32, 128  # of a tile
+
+
+@triton.jit
+def e4m3(code):
+    """The float32 of codes in e4m3."""
+    magnitude = (code & 127).to(tl.int32)
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    small = magnitude.to(tl.float32) * 0.001953125  # 2 ** -9: those without an exponent
+    number = tl.where(magnitude < 8, small, normal)
+    number = tl.where(magnitude == 127, float("nan"), number)
+    return tl.where(code >= 128, -number, number)
+
+
+@triton.jit
+def e8m0(code):
+    """The float32 of scales in e8m0."""
+    code = code.to(tl.int32)
+    return tl.where(code == 0, 1 << 22, code << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_blocks(
+    codes, scales, into, outputs, inputs, piece_of_codes, piece_of_scales, scales_of_row,
+    piece, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, POWERS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a piece. Strides are in elements; codes and scales of a piece lie without gaps."""
+    number, tiles = tl.program_id(1).to(tl.int64), tl.cdiv(inputs, COLUMNS)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < outputs)[:, None] & (columns < inputs)[None, :]
+    code = tl.load(codes + number * piece_of_codes + rows[:, None] * inputs + columns[None, :], mask=inside, other=0)
+    of_rows = scales + number * piece_of_scales + (rows // BLOCK_ROWS) * scales_of_row
+    if BLOCK_COLUMNS % COLUMNS == 0:  # one block of inputs: a scale a row
+        at = of_rows + (tl.program_id(0) % tiles) * COLUMNS // BLOCK_COLUMNS
+        scale = tl.load(at, mask=rows < outputs, other=0)[:, None]
+    else:
+        scale = tl.load(of_rows[:, None] + (columns // BLOCK_COLUMNS)[None, :], mask=inside, other=0)
+    if POWERS:
+        scale = e8m0(scale)
+    target = into + number * piece + rows[:, None] * row + columns[None, :] * column
+    tl.store(target, (e4m3(code) * scale).to(into.dtype.element_ty), mask=inside)
+
+
+def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
+    """Codes [P, O, I] times the scales of their blocks, into [P, O, I] of any strides; on the current stream."""
+    codes, scales = fields["codes"], fields["scales"]
+    pieces, outputs, inputs = into.shape
+    # one scale a row: a block as wide as any number of tiles
+    rows, columns = settings.get("block_size", (1, -(-inputs // COLUMNS) * COLUMNS))
+    tiles = triton.cdiv(outputs, ROWS) * triton.cdiv(inputs, COLUMNS)
+    decode_blocks[(tiles, pieces)](
+        codes, scales, into, outputs, inputs, codes.stride(0), scales.stride(0), scales.shape[2],
+        *into.stride(), rows, columns, scales.dtype == torch.uint8, ROWS, COLUMNS, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Kernels that decode, in Triton's interpreter, against the encodings' own decode in torch: the same bits.
+
+Needs triton, which a CPU's torch does not bring, and a numpy that its interpreter knows (below 2.4 for triton 3.6). Where
+there is a GPU, gpu/test_decode_kernels.py runs the compiled kernels. The interpreter truncates to bfloat16.
+"""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("needs triton", allow_module_level=True)
+if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" or "noria.kernels.items" in sys.modules:
+    pytest.skip("Triton's interpreter does not run here", allow_module_level=True)
+
+import decode_cases
+from counts import some
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", some(decode_cases.CASES), ids=str)
+def test_a_kernel_gives_the_bits_of_its_encoding(case, dtype):
+    assert decode_cases.other_bits(case, torch.device("cpu"), dtype) == 0
