@@ -19,9 +19,9 @@ from noria.attention import sdpa
 from noria.blocks import lay_out, layer_name
 from noria.engine.parameters import stored, views
 from noria.errors import InputError
-from noria.models import _experts
+from noria.models import _experts, _routing
 from noria.models._linear import ACTIVATIONS, linear
-from noria.models._sources import Transposed
+from noria.models._sources import Slice, Transposed, turned
 from noria.step import PAGE_TOKENS, Run, Span
 
 # One of each family, for the tests that need not see every setting.
@@ -57,6 +57,13 @@ class Cache:
         return sdpa.attention(self.plan, queries, *self.caches, scale, window)
 
 
+def source_of(state, name):
+    """What a family's name of a source means."""
+    tensor = state[str(name)]
+    tensor = tensor[name.number] if isinstance(name, Slice) else tensor
+    return tensor.T if turned(name) else tensor
+
+
 class Whole:
     """A model on one device, without engine: its blocks gathered by `sources`, one cache per layer."""
 
@@ -81,7 +88,7 @@ class Whole:
         sources = self.model.sources(self.shape, name)
         assert list(sources) == list(shapes)
         for parameter, tensors in sources.items():
-            parts = [state[str(t)].T if isinstance(t, Transposed) else state[t] for t in tensors]
+            parts = [source_of(state, name) for name in tensors]
             rows = torch.cat(parts)
             shape = numbers[parameter].shape
             assert rows.shape[1:] == shape[-1:] or rows.ndim == 1
@@ -361,7 +368,10 @@ def mixture(hidden, chosen, weights, experts, transposed=True):
 def test_a_mixture_is_the_weighted_sum_over_each_token_s_experts_whichever_way_a_matrix_lies(count, transposed):
     experts, generator = experts_of(torch.float64)
     hidden = torch.randn(21, 16, generator=generator, dtype=torch.float64)
-    chosen, weights = _experts.choose(torch.randn(21, 6, generator=generator, dtype=torch.float64), count, True)
+    chosen, weights = _routing.choose(
+        _routing.Routing(count, "softmax", normalized=True),
+        torch.randn(21, 6, generator=generator, dtype=torch.float64),
+    )
     found = mixture(hidden, chosen, weights, experts, transposed)
     for token in range(21):
         expected = torch.zeros(16, dtype=torch.float64)
@@ -374,7 +384,9 @@ def test_a_mixture_is_the_weighted_sum_over_each_token_s_experts_whichever_way_a
 def test_a_token_s_mixture_does_not_depend_on_the_tokens_beside_it():
     experts, generator = experts_of(torch.float64)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64)
-    chosen, weights = _experts.choose(torch.randn(40, 6, generator=generator, dtype=torch.float64), 3, False)
+    chosen, weights = _routing.choose(
+        _routing.Routing(3, "softmax", normalized=False), torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    )
     whole = mixture(hidden, chosen, weights, experts)
     order = torch.randperm(40, generator=generator)
     shuffled = mixture(hidden[order], chosen[order], weights[order], experts)

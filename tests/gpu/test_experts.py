@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noria.models import _experts
+from noria.models import _experts, _routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,7 +30,9 @@ def case(num_tokens, count, num_experts, hidden, inner, dtype):
     generator = torch.Generator("cuda").manual_seed(num_tokens)
     draw = lambda *size: torch.randn(*size, generator=generator, device="cuda")  # noqa: E731
     experts = (draw(num_experts, 3 * inner, hidden) * hidden**-0.5).to(dtype)
-    chosen, weights = _experts.choose(draw(num_tokens, num_experts).to(dtype), count, True)
+    chosen, weights = _routing.choose(
+        _routing.Routing(count, "softmax", normalized=True), draw(num_tokens, num_experts).to(dtype)
+    )
     return draw(num_tokens, hidden).to(dtype), chosen, weights, experts
 
 
@@ -50,7 +52,7 @@ def test_the_host_does_not_wait_for_a_grouped_mixture():
     assert _experts._groups(tensors[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _experts.choose(tensors[0][:, :128], 8, True)
+        _routing.choose(_routing.Routing(8, "softmax", normalized=True), tensors[0][:, :128])
         mixture(*tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,10 +13,10 @@ import torch
 from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.hugging_face import Directory
-from noria.checkpoint.tensor_files import Reader, Tensor
+from noria.checkpoint.tensor_files import Reader, Tensor, slice_of
 from noria.errors import InputError, require
 from noria.model import ModelShape
-from noria.models._sources import Transposed
+from noria.models._sources import Slice, turned
 from noria.tools.text import plural
 
 # Tensors that old checkpoints carry and no model needs: they are computed.
@@ -63,10 +63,17 @@ def plan_of(directory: Directory, family: ModuleType, shape: ModelShape, tensors
                 f" that none of its files holds; {_instead(missing[0], tensors)}"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
-            sources = [TensorSource(found[name], isinstance(name, Transposed)) for name in wanted[parameter.name]]
+            sources = [_source(name, found[name], parameter.pieces) for name in wanted[parameter.name]]
             _check_sources(block, parameter, sources)
             plan[block, parameter.name] = sources
     return plan
+
+
+def _source(name: str, tensor: Tensor, pieces: int) -> TensorSource:
+    """What a family's name of a source means in its tensor; of a tensor that has not as many slices, all."""
+    if isinstance(name, Slice) and len(tensor.shape) == 3 and tensor.shape[0] == pieces:
+        tensor = slice_of(tensor, name.number)
+    return TensorSource(tensor, turned(name))
 
 
 def _instead(missing: str, tensors: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a shard. dtype: a name such as `bfloat16`, or the file's own word for one that is not converted."""
+    """One tensor of a shard. dtype: a name such as `bfloat16`, or the file's own word for one that is not converted.
+
+    offset: bytes, of safetensors from the beginning of the file, of torch's files from that of the tensor.
+    """
 
     name: str
     shard: Path
@@ -41,6 +44,12 @@ class Tensor:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+
+def slice_of(tensor: Tensor, number: int) -> Tensor:
+    """The matrix `number` of a tensor of three dimensions, as a tensor of its own."""
+    nbytes = prod(tensor.shape[1:]) * getattr(getattr(torch, tensor.dtype, None), "itemsize", 0)
+    return replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * nbytes)
 
 
 def list_tensors(path: Path) -> dict[str, Tensor]:
@@ -121,6 +130,8 @@ class Reader:
             self._tensors = {}  # before the next is opened: never two at a time
             self._path, self._tensors = tensor.shard, _load(tensor.shard)
         flat = self._tensors[tensor.name].reshape(-1)
+        first = tensor.offset // flat.element_size()
+        flat = flat[first : first + tensor.size]
         for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):
             yield chunk.clone()  # a view would keep the whole file mapped
 

@@ -4,7 +4,7 @@ A config.json is not trusted: sizes are bounded here, before anything is counted
 and no tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from noria.errors import InputError, require
@@ -23,6 +23,65 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+# What says nothing of the numbers that a model computes: how it is found, made, trained, sampled and shown.
+WITHOUT_EFFECT = frozenset(
+    "architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache"
+    " bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id initializer_range attention_dropout"
+    " hidden_dropout resid_pdrop embd_pdrop output_router_logits router_aux_loss_coef output_attentions"
+    " output_hidden_states return_dict id2label label2id problem_type finetuning_task task_specific_params pretraining_tp"
+    " tokenizer_class prefix _attn_implementation _attn_implementation_autoset _commit_hash unsloth_version unsloth_fixed"
+    " use_return_dict is_decoder tf_legacy_loss pruned_heads chunk_size_feed_forward max_length min_length do_sample"
+    " temperature top_k top_p num_return_sequences".split()
+)
+
+
+class Keys(Mapping[str, Any]):
+    """A config.json that knows which of its keys were read, so that none is passed over in silence."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config, self._read = config, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._config[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
+
+    def __len__(self) -> int:
+        return len(self._config)
+
+    def refuse_others(self, *without_effect: str) -> None:
+        """Raises InputError for a key that nobody read and that is not known to be without effect here."""
+        known = self._read | WITHOUT_EFFECT | {*without_effect}
+        others = [key for key in self if key not in known and self._config[key] is not None]
+        if others:
+            raise InputError(
+                f"config.json: {shown(others[0])[1:-1]} is {shown(self._config[others[0]])}: Noria does not know what it"
+                " asks for in this family; remove it if the model's numbers do not depend on it"
+            )
+
+
+def keys_of(config: Mapping[str, Any], defaults: Mapping[str, Any], synonyms: Mapping[str, str] | None = None) -> Keys:
+    """The keys of a config.json, under a family's own names of them, and what those mean that it leaves out."""
+    given = dict(config)
+    for other, key in (synonyms or {}).items():
+        if other in given and given.get(key, given[other]) == given[other]:
+            given[key] = given.pop(other)
+    return Keys({**defaults, **given})
+
+
+def layers_of(config: Mapping[str, Any], key: str, count: int, known: tuple[str, ...]) -> list[str] | None:
+    """A word for each of `count` layers, of the known ones; None where the key is missing. Raises InputError."""
+    found = config.get(key)
+    right = isinstance(found, list) and len(found) == count and all(word in known for word in found)
+    require(
+        found is None or right,
+        f"config.json: {key} is {shown(found)}: it must be a list of {count} of {', '.join(known)}",
+    )
+    return found
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:

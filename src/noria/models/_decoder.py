@@ -5,9 +5,9 @@ RMSNorms compute in float32 for half precisions. Functions of tensors: nothing o
 T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _experts, _rotary, _sources
 from noria.models._cache import Cache
+from noria.models._experts import Experts
 from noria.models._linear import linear
 from noria.pieces import Wanted
 
@@ -34,6 +35,7 @@ __all__ = [
     "sources",
 ]
 
+Attention: TypeAlias = Callable[..., torch.Tensor]  # as `attend`
 ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
 
 
@@ -41,7 +43,7 @@ ALIASES = (("model.", ""),)  # a checkpoint saved from the bare model
 class Variant:
     """What sets a family apart from Llama.
 
-    window: the tokens that a query of these layers sees, and the layers. experts: as _experts.settings gives them.
+    window: the tokens that a query of these layers sees, and the layers. experts: its mixture, if it has one.
     partly_rotated: whether `partial_rotary_factor` may be below 1.
     """
 
@@ -50,7 +52,7 @@ class Variant:
     mlp_bias: bool = False
     head_norms: bool = False
     window: tuple[int, Collection[int]] | None = None
-    experts: Mapping[str, Any] | None = None
+    experts: Experts | None = None
     partly_rotated: bool = False
 
 
@@ -82,12 +84,13 @@ def shape(family: str, config: Mapping[str, Any], variant: Variant) -> ModelShap
         vocab_size=read.integer(config, "vocab_size"),
         max_positions=_rotary.context(scaling, read.integer(config, "max_position_embeddings", 2048)),
         tied=read.flag(config, "tie_word_embeddings", False),
-        mixture_size=_experts.work_size(experts, hidden_size) if experts else 0,
-        experts_share=experts["chosen"] / experts["number"] if experts else 1.0,
+        mixture_size=experts.work_size(hidden_size) if experts else 0,
+        experts_share=experts.share if experts else 1.0,
         end_words=_rotary.end_words(scaling),
         details=details,
         cache=tuple(
-            keys_and_values(num_kv_heads, head_dim, _window(details, layer)) for layer in range(num_layers(config))
+            keys_and_values(num_kv_heads, head_dim, _window(variant.window, layer))
+            for layer in range(num_layers(config))
         ),
     )
 
@@ -104,9 +107,12 @@ def _details(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     }
 
 
-def _window(details: Mapping[str, Any], layer: int) -> int | None:
+def window(shape: ModelShape, layer: int) -> int | None:
     """The tokens that a query of a layer sees; None: all."""
-    window = details["window"]
+    return _window(shape.details["window"], layer)
+
+
+def _window(window: tuple[int, Collection[int]] | None, layer: int) -> int | None:
     return window[0] if window and layer in window[1] else None
 
 
@@ -126,7 +132,7 @@ def embed_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def has_experts(shape: ModelShape, layer: int) -> bool:
-    return shape.details["experts"] is not None and layer in shape.details["experts"]["layers"]
+    return shape.details["experts"] is not None and layer in shape.details["experts"].layers
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...] | Wanted]:
@@ -138,7 +144,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]
         wanted |= {"query_norm": (shape.head_dim,), "key_norm": (shape.head_dim,)}
     wanted |= {"out": (hidden, heads), "mlp_norm": (hidden,)}
     if has_experts(shape, layer):
-        wanted |= _experts.parameters(details["experts"]["number"], hidden, details["experts"]["inner"])
+        wanted |= _experts.parameters(details["experts"], hidden)
     else:
         wanted |= {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     parameters = {}
@@ -185,7 +191,7 @@ def sources(
     names = _sources.of_layer(prefix, plain, modules)
     if has_experts(shape, layer):
         folder, *matrices = experts
-        names["experts"] = _experts.sources(f"{prefix}.{folder}", shape.details["experts"]["number"], *matrices)
+        names["experts"] = _experts.sources(f"{prefix}.{folder}", shape.details["experts"].number, *matrices)
     return names
 
 
@@ -207,26 +213,36 @@ def layer(
     index: int,
     parameters: Mapping[str, torch.Tensor],
     hidden: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
+    positional: Any,
     cache: Cache,
+    attention: Attention | None = None,
 ) -> torch.Tensor:
-    """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
-    size, details = shape.hidden_size, shape.details
-    normed = F.rms_norm(hidden, (size,), parameters["attention_norm"], details["norm_eps"])
-    attended = _attention(shape, index, parameters, normed, positional, cache)
-    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
+    """[T, E] after layer `index`, from hidden states [T, E], which are left as they are.
 
-    normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], details["norm_eps"])
-    if "experts.down" in parameters:
-        scores = linear(normed, parameters["router"])
-        chosen, weights = _experts.choose(scores, details["experts"]["chosen"], details["experts"]["normalized"])
-        experts = parameters["experts.gate_up"], parameters["experts.down"]
-        return _experts.mixture(normed, chosen, weights, *experts).add_(hidden)
-    gate, up = linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")).chunk(2, dim=-1)
-    return linear(F.silu(gate).mul_(up), parameters["down"], parameters.get("down_bias")).add_(hidden)
+    attention: how a family attends whose queries and keys are made in another way.
+    """
+    normed = norm(shape, parameters["attention_norm"], hidden)
+    attended = (attention or attend)(shape, index, parameters, normed, positional, cache)
+    hidden = project_out(parameters, attended).add_(hidden)
+    return feed_forward(shape, parameters, norm(shape, parameters["mlp_norm"], hidden)).add_(hidden)
 
 
-def _attention(
+def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension."""
+    return F.rms_norm(hidden, weight.shape, weight, shape.details["norm_eps"])
+
+
+def split_heads(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, H, D], keys and values [T, Hkv, D] of normed hidden states [T, E], not yet turned."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
+    queries, keys, values = qkv.view(len(normed), -1, shape.head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    return queries, keys, values
+
+
+def attend(
     shape: ModelShape,
     index: int,
     parameters: Mapping[str, torch.Tensor],
@@ -234,23 +250,27 @@ def _attention(
     positional: tuple[torch.Tensor, torch.Tensor],
     cache: Cache,
 ) -> torch.Tensor:
-    """[T, H * D] from normed hidden states [T, E]."""
-    heads, kv_heads, details = shape.num_heads, shape.num_kv_heads, shape.details
-    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
-    qkv = qkv.view(len(normed), heads + 2 * kv_heads, shape.head_dim)
-    if details["head_norms"]:
-        size, eps = (shape.head_dim,), details["norm_eps"]
-        queries = F.rms_norm(qkv[:, :heads], size, parameters["query_norm"], eps)
-        keys = F.rms_norm(qkv[:, heads : heads + kv_heads], size, parameters["key_norm"], eps)
-        queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
-    else:
-        queries, keys = _rotary.rotate(qkv[:, : heads + kv_heads], *positional).split((heads, kv_heads), dim=1)
-    values = qkv[:, heads + kv_heads :]
-    attended = cache.attend(queries, key=keys, value=values, window=_window(details, index))
-    return attended.reshape(len(normed), heads * shape.head_dim)
+    """[T, H, D] from normed hidden states [T, E]."""
+    queries, keys, values = split_heads(shape, parameters, normed)
+    if shape.details["head_norms"]:
+        queries, keys = norm(shape, parameters["query_norm"], queries), norm(shape, parameters["key_norm"], keys)
+    queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
+    return cache.attend(queries, key=keys, value=values, window=window(shape, index))
+
+
+def project_out(parameters: Mapping[str, torch.Tensor], attended: torch.Tensor) -> torch.Tensor:
+    """[T, E] of what the heads attended to [T, H, D]."""
+    return linear(attended.reshape(len(attended), -1), parameters["out"], parameters.get("out_bias"))
+
+
+def feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
+    """[T, E] of normed hidden states [T, E]: a layer's mixture of experts, or its SwiGLU."""
+    if "experts.down" in parameters:
+        return _experts.compute(shape.details["experts"], parameters, normed)
+    inner = _experts.swiglu(linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")))
+    return linear(inner, parameters["down"], parameters.get("down_bias"))
 
 
 def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
-    normed = F.rms_norm(hidden, (shape.hidden_size,), parameters["norm"], shape.details["norm_eps"])
-    return linear(normed, parameters["lm_head"])
+    return linear(norm(shape, parameters["norm"], hidden), parameters["lm_head"])

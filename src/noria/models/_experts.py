@@ -1,44 +1,67 @@
-"""A mixture of experts: which experts a token goes to, and their SwiGLU products. Knows no family, rank or file.
+"""A mixture of experts: their parameters, and the products of the experts that a token goes to. Knows no family or file.
 
 An expert is one piece of the parameter `experts`: its gate, its up and its down matrix. Plain ones are [3 * I, E], the
 last matrix transposed, so that `h5dump -d experts -s` shows one; the products take each by a view, whichever way it lies.
-T tokens, C choices a token, X experts, E hidden, I intermediate.
+T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pairs of token and expert.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from noria.errors import require
-from noria.models import _config as read
-from noria.models._sources import Transposed
+from noria.models import _routing
+from noria.models._linear import linear
+from noria.models._routing import Routing
+from noria.models._sources import Slice, Transposed
 from noria.pieces import Matrix, Wanted
 
-MAX_EXPERTS = 4096
+Gated: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [..., I] of gates and ups [..., 2 * I]
 
 
-def settings(
-    config: Mapping[str, Any], key: str, number: int, chosen: int, inner: int, normalized: bool, layers: Collection[int]
-) -> dict[str, Any]:
-    """A family's experts as _decoder.shape takes them: how many (by `key`), and how many a token goes to."""
-    number = read.integer(config, key, number, MAX_EXPERTS)
-    chosen = read.integer(config, "num_experts_per_tok", chosen)
-    require(chosen <= number, f"config.json: num_experts_per_tok ({chosen}) is more than {key} ({number})")
-    return {"number": number, "chosen": chosen, "inner": inner, "normalized": normalized, "layers": layers}
+@dataclass(frozen=True)
+class Experts:
+    """A family's experts, as its config.json says.
+
+    number: X. inner: I. layers: those that have experts. shared: I of the expert that every token goes to beside its own,
+    0 if there is none; gated: whether it has a gate of its own. corrected: whether the choice has a correction. wide: whether
+    the router is float32 whatever the model's dtype.
+    """
+
+    number: int
+    inner: int
+    layers: Collection[int]
+    routing: Routing
+    shared: int = 0
+    gated: bool = False
+    corrected: bool = False
+    wide: bool = False
+
+    def work_size(self, hidden: int) -> int:
+        """Numbers that a token takes while its mixture is computed."""
+        return self.routing.chosen * (4 * hidden + 3 * self.inner) + 4 * self.number + 3 * self.shared
+
+    @property
+    def share(self) -> float:
+        """Of the experts, those that a token goes to."""
+        return self.routing.chosen / self.number
 
 
-def parameters(num_experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...] | Wanted]:
-    """The router and the experts as parameters of a layer; `experts` is computed as experts.gate_up and experts.down."""
+def parameters(experts: Experts, hidden: int) -> dict[str, tuple[int, ...] | Wanted]:
+    """What a layer has of its mixture, in stored order; `experts` is computed as experts.gate_up and experts.down."""
+    router, inner = (experts.number, hidden), experts.inner
     up = Matrix("gate_up", (inner, hidden))
     matrices = (up, up, Matrix("down", (hidden, inner), transposed=True))
-    return {"router": (num_experts, hidden), "experts": Wanted((num_experts, 3 * inner, hidden), matrices=matrices)}
-
-
-def work_size(experts: Mapping[str, Any], hidden: int) -> int:
-    """Numbers that a token takes while its mixture is computed."""
-    return experts["chosen"] * (4 * hidden + 3 * experts["inner"]) + 4 * experts["number"]
+    wanted: dict[str, tuple[int, ...] | Wanted] = {"router": Wanted(router, "float32") if experts.wide else router}
+    if experts.corrected:
+        wanted["correction"] = Wanted((experts.number,), "float32")
+    if experts.shared:
+        wanted |= {"shared_gate_up": (2 * experts.shared, hidden), "shared_down": (hidden, experts.shared)}
+    if experts.gated:
+        wanted["shared_gate"] = (1, hidden)
+    return wanted | {"experts": Wanted((experts.number, 3 * inner, hidden), matrices=matrices)}
 
 
 def sources(prefix: str, num_experts: int, gate: str, up: str, down: str) -> tuple[str, ...]:
@@ -54,46 +77,133 @@ def sources(prefix: str, num_experts: int, gate: str, up: str, down: str) -> tup
     )
 
 
-def choose(scores: torch.Tensor, count: int, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token [T, C] and their weights [T, C], from the router's scores [T, X].
+def sources_in_one(gate_up: str, down: str, num_experts: int, inputs_first: bool) -> tuple[str, ...]:
+    """The same where all experts are slices of two tensors, of gates and ups [X, 2 * I, E] and of downs [X, E, I].
 
-    Weights are softmax probabilities over all experts (float32 for half precisions), over their sum if normalized.
+    inputs_first: they are [X, E, 2 * I] and [X, I, E].
     """
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    weights, chosen = torch.softmax(wide, dim=-1).topk(count, dim=-1)
-    if normalized:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return chosen, weights.to(scores.dtype)
+    return tuple(
+        Slice(name, expert, turned)
+        for expert in range(num_experts)
+        for name, turned in ((gate_up, inputs_first), (down, not inputs_first))
+    )
+
+
+def compute(experts: Experts, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """[T, E]: the mixture of a layer with these parameters, with what the shared expert adds."""
+    scores = _routing.scores_of(hidden, parameters["router"])
+    chosen, weights = _routing.choose(experts.routing, scores, parameters.get("correction"))
+    mixed = mixture(hidden, chosen, weights, parameters["experts.gate_up"], parameters["experts.down"])
+    return mixed.add_(shared(parameters, hidden)) if experts.shared else mixed
+
+
+def shared(parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """[T, E] of the expert that all tokens go to, times the sigmoid of its gate if it has one."""
+    output = linear(swiglu(linear(hidden, parameters["shared_gate_up"])), parameters["shared_down"])
+    gate = parameters.get("shared_gate")
+    return output if gate is None else output.mul_(torch.sigmoid(linear(hidden, gate)))
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[..., I] of gates and ups [..., 2 * I], the gates first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of token and expert, sorted by expert, so that an expert is one product over all its tokens.
+
+    experts: [P] the pairs' experts. order: [P] their places among the choices [T, C]. ends: [X] the pairs of the experts
+    up to each. count: C.
+    """
+
+    experts: torch.Tensor
+    order: torch.Tensor
+    ends: torch.Tensor
+    count: int
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[P]"""
+        return self.order // self.count
+
+
+def pairs_of(chosen: torch.Tensor, num_experts: int) -> Pairs:
+    """Of the experts of each token [T, C]."""
+    experts, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=chosen.device), right=True)
+    return Pairs(experts, order, ends, chosen.shape[1])
 
 
 def mixture(
-    hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gated: Gated = swiglu,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides.
 
-    Pairs of token and expert are sorted by expert, so that an expert is one product over all its tokens; a token's sum
-    is over its choices in their order, whatever other tokens there are. On CUDA in bfloat16 one grouped product does
-    all experts and the host waits for nothing (H100, 128 experts of 2048 x 768, 8 a token: 0.7 ms for 512 tokens, where
-    one by one takes 14); elsewhere the host reads how many tokens each expert has: one wait a layer.
+    biases: [X, 2 * I] of gates and ups, [X, E] of downs. A token's sum is over its choices in their order, whatever other
+    tokens there are. On CUDA in bfloat16 one grouped product does all experts and the host waits for nothing (H100, 128
+    experts of 2048 x 768, 8 a token: 0.7 ms for 512 tokens, where one by one takes 14); elsewhere the host reads how many
+    tokens each expert has: one wait a layer.
     """
-    (num_tokens, count), num_experts = chosen.shape, len(gate_up)
-    sorted_experts, order = chosen.flatten().sort(stable=True)
-    ends = torch.searchsorted(sorted_experts, torch.arange(num_experts, device=chosen.device), right=True)
-    products = (_grouped if _groups(hidden) else _one_by_one)(hidden[order // count], ends, gate_up, down)
+    pairs = pairs_of(chosen, len(gate_up))
+    products = products_of(hidden[pairs.tokens], pairs, gate_up, down, gated, biases)
+    return (_by_choice(products, pairs) * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
+
+
+def mixture_of_weighted(
+    hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """[T, E]: the same, but that a weight multiplies what its expert is given and not what it returns (Llama 4)."""
+    pairs = pairs_of(chosen, len(gate_up))
+    rows = hidden[pairs.tokens] * weights.to(hidden.dtype).flatten()[pairs.order, None]
+    return _by_choice(products_of(rows, pairs, gate_up, down), pairs).sum(dim=1)
+
+
+def products_of(
+    rows: torch.Tensor,
+    pairs: Pairs,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gated: Gated = swiglu,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[P, E] of each pair's row [P, E]: what its expert returns."""
+    multiplied = _grouped(pairs.ends) if _groups(rows) else _one_by_one(pairs.ends)
+    inner = multiplied(rows, gate_up)
+    inner = gated(inner if biases is None else inner.add_(biases[0][pairs.experts]))
+    output = multiplied(inner, down)
+    return output if biases is None else output.add_(biases[1][pairs.experts])
+
+
+def _by_choice(products: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """[T, C, E]: the pairs' rows [P, E] in the order of the choices."""
     by_choice = torch.empty_like(products)
-    by_choice[order] = products
-    return (by_choice.view(num_tokens, count, hidden.shape[1]) * weights[:, :, None]).sum(dim=1)
+    by_choice[pairs.order] = products
+    return by_choice.view(-1, pairs.count, products.shape[1])
 
 
-def _one_by_one(rows: torch.Tensor, ends: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """[T * C, E] products of rows sorted by expert, of which expert x has those before ends[x]."""
-    products, first = torch.empty_like(rows), 0
-    for its_gate_up, its_down, last in zip(gate_up, down, ends.tolist(), strict=True):
-        if last > first:
-            gate, up = F.linear(rows[first:last], its_gate_up).chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), its_down.t(), out=products[first:last])
-        first = last
-    return products
+Multiplied: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows [P, inputs] by [X, outputs, inputs]
+
+
+def _one_by_one(ends: torch.Tensor) -> Multiplied:
+    bounds = ends.tolist()
+
+    def multiplied(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        products, first = rows.new_empty(len(rows), matrices.shape[1]), 0
+        for matrix, last in zip(matrices, bounds, strict=True):
+            if last > first:
+                torch.mm(rows[first:last], matrix.t(), out=products[first:last])
+            first = last
+        return products
+
+    return multiplied
 
 
 def _groups(hidden: torch.Tensor) -> bool:
@@ -102,7 +212,6 @@ def _groups(hidden: torch.Tensor) -> bool:
     return usable and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
 
 
-def _grouped(rows: torch.Tensor, ends: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _grouped(ends: torch.Tensor) -> Multiplied:
     ends = ends.to(torch.int32)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=ends)
+    return lambda rows, matrices: F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)

@@ -5,12 +5,20 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts
+from noria.models import _decoder, _routing
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._experts import Experts
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 # What a config.json that leaves them out means.
-DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 MODULES = _decoder.MODULES | {"router": ("block_sparse_moe.gate",)}
 EXPERTS = ("block_sparse_moe.experts", "w1", "w3", "w2")
 
@@ -19,8 +27,9 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     config = DEFAULTS | dict(config)
     layers = range(_decoder.num_layers(config))
-    inner = read.integer(config, "intermediate_size")
-    experts = _experts.settings(config, "num_local_experts", 8, 2, inner, True, layers)
+    number, chosen = _routing.counts(config, "num_local_experts")
+    routing = _routing.Routing(chosen, before="softmax", normalized=True)
+    experts = Experts(number, read.integer(config, "intermediate_size"), layers, routing)
     return _decoder.shape(
         "mixtral", config, _decoder.Variant(window=_decoder.window_of(config, layers), experts=experts)
     )

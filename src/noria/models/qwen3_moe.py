@@ -6,12 +6,20 @@ from typing import Any
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, qwen2
+from noria.models import _decoder, _routing, qwen2
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._experts import Experts
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 # What a config.json that leaves them out means.
-DEFAULTS = qwen2.DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
+DEFAULTS = qwen2.DEFAULTS | {
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+SYNONYMS = {"num_local_experts": "num_experts"}  # as transformers 5 writes it
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -19,17 +27,20 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 
     Raises InputError, naming the key, for what this family cannot compute.
     """
-    config = DEFAULTS | dict(config)
-    num_layers, step = _decoder.num_layers(config), read.integer(config, "decoder_sparse_step", 1)
-    dense: Any = config.get("mlp_only_layers") or []
-    known = isinstance(dense, list) and all(isinstance(number, int) for number in dense)
-    require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
-    layers = frozenset(range(step - 1, num_layers, step)) - frozenset(dense)
-    inner, normalized = read.integer(config, "moe_intermediate_size"), read.flag(config, "norm_topk_prob", False)
-    key = "num_local_experts" if "num_local_experts" in config and "num_experts" not in config else "num_experts"
-    experts = _experts.settings(config, key, 128, 8, inner, normalized, layers)  # transformers 5 writes the first
+    config = read.keys_of(config, DEFAULTS, SYNONYMS)
+    number, chosen = _routing.counts(config, "num_experts")
+    routing = _routing.Routing(chosen, before="softmax", normalized=read.flag(config, "norm_topk_prob", False))
+    experts = Experts(number, read.integer(config, "moe_intermediate_size"), sparse_layers(config), routing)
     windowed = read.flag(config, "use_sliding_window", False)
-    window = _decoder.window_of(config, range(num_layers)) if windowed else None
+    window = _decoder.window_of(config, range(_decoder.num_layers(config))) if windowed else None
     biases = read.flag(config, "attention_bias", False)
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts)
     return _decoder.shape("qwen3_moe", config, variant)
+
+
+def sparse_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """Every `decoder_sparse_step`-th layer, less `mlp_only_layers`. Raises InputError."""
+    step, dense = read.integer(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    known = isinstance(dense, list) and all(isinstance(number, int) for number in dense)
+    require(known, f"config.json: mlp_only_layers is {read.shown(dense)}: it must be a list of layers")
+    return frozenset(range(step - 1, _decoder.num_layers(config), step)) - frozenset(dense)

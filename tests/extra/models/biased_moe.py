@@ -1,10 +1,7 @@
 """A family for the tests: Qwen3-MoE whose router has a bias, in float32 whatever the model's dtype."""
 
-import torch.nn.functional as F
-
-from noria.models import _decoder, _experts, qwen3_moe
+from noria.models import _decoder, _experts, _routing, qwen3_moe
 from noria.models._decoder import *  # noqa: F403 - what it does not define itself
-from noria.models._linear import linear
 from noria.pieces import Wanted
 
 ARCHITECTURES = ("BiasedMoeForCausalLM",)
@@ -29,13 +26,12 @@ def sources(shape, block_name):
 
 
 def layer(shape, index, parameters, hidden, positional, cache):
-    size, details = shape.hidden_size, shape.details
-    normed = F.rms_norm(hidden, (size,), parameters["attention_norm"], details["norm_eps"])
-    attended = _decoder._attention(shape, index, parameters, normed, positional, cache)
-    hidden = linear(attended, parameters["out"], parameters.get("out_bias")).add_(hidden)
-    normed = F.rms_norm(hidden, (size,), parameters["mlp_norm"], details["norm_eps"])
+    normed = _decoder.norm(shape, parameters["attention_norm"], hidden)
+    attended = _decoder.attend(shape, index, parameters, normed, positional, cache)
+    hidden = _decoder.project_out(parameters, attended).add_(hidden)
+    normed = _decoder.norm(shape, parameters["mlp_norm"], hidden)
     bias = parameters["router_bias"]
-    scores = F.linear(normed.to(bias.dtype), parameters["router"].to(bias.dtype), bias)
-    chosen, weights = _experts.choose(scores, details["experts"]["chosen"], details["experts"]["normalized"])
+    scores = _routing.scores_of(normed, parameters["router"], bias)
+    chosen, weights = _routing.choose(shape.details["experts"].routing, scores)
     experts = parameters["experts.gate_up"], parameters["experts.down"]
-    return _experts.mixture(normed, chosen, weights.to(hidden.dtype), *experts).add_(hidden)
+    return _experts.mixture(normed, chosen, weights, *experts).add_(hidden)
