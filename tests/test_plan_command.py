@@ -36,10 +36,37 @@ def planned(folder, capsys):
 
 def test_a_plan_names_every_rank_and_what_binds_and_gives_lines_for_both_schedulers(planned):
     code, out, _ = planned()
-    assert code == 0 and "plan: rank 0: " in out and "plan: rank 1: " in out and "binds" in out
+    assert (
+        code == 0 and re.search("\nmemory      0     +memory .*\nmemory      1     +memory ", out) and "\nbinds " in out
+    )
+    assert "\nstages      2 virtual stages of 1 to 2 layers, one a rank and lap\n" in out and "\nnext best   " in out
     assert "12 of 3 prompt tokens and 24 new ones" in out and "one more    3 ranks: " in out
     assert "#SBATCH --ntasks-per-node=2\n" in out and "#SBATCH --mem=" in out and "gres" not in out
     assert "#PBS -l select=1:ncpus=16:mpiprocs=2:mem=" in out
+
+
+def test_a_plan_as_json_has_what_its_text_has(planned):
+    code, out, err = planned("--json")
+    told, (_, text, _) = json.loads(out), planned()
+    assert code == 0 and not err and out.count("\n") == 1
+    names = {
+        "plan",
+        "memory",
+        "binds",
+        "terms",
+        "predicted",
+        "rivals",
+        "what_if",
+        "machine",
+        "rows",
+        "model",
+        "job_script",
+    }
+    assert names <= set(told) and told["plan"]["num_ranks"] == 2 == len(told["memory"])
+    assert f"{told['predicted']['tokens_per_second']:,.0f} tok/s overall" in text and told["rows"]["rows"] == 12
+    assert f"\nbinds       {told['binds']} in " in text and set(told["terms"]) == {"prefill", "decode"}
+    assert all(line in text for line in told["job_script"]) and len(told["what_if"]) == 3
+    assert f"next best   {told['rivals'][0]['change']}: " in text and told["rivals"][0]["predicted"]["seconds"] > 0
 
 
 def test_a_plan_leaves_nothing_behind(planned, folder):
@@ -50,7 +77,7 @@ def test_a_plan_leaves_nothing_behind(planned, folder):
 
 def test_a_plan_obeys_the_flags_of_a_run(planned):
     _, out, _ = planned("--weights", "gpu=50,cpu=50", "--cache", "cpu=100", "--schedule", "sequential", "--laps", "1")
-    assert "sequential" in out and "(1 of 2 layers)" in out and "cache slots" in out
+    assert "sequential" in out and "  1 of 2  " in out and "cache slots" in out
     code, _, err = planned("--weights", "cpu=100", "--cpu-memory", "10KiB")
     assert code == 2 and "cpu tier needs" in err and "lower placement.weights.cpu (100) or raise" in err
 
@@ -128,7 +155,7 @@ def test_one_rank_more_than_there_are_layers_buys_nothing_and_says_so(planned):
 def test_a_plan_for_a_cpu_has_memory_and_one_of_each(planned):
     code, out, _ = planned("--device", "cpu", "--laps", "1", "--groups", "1", ranks=1)
     assert code == 0 and "plan: 1 rank, 1 lap, 1 group, steps of " in out
-    assert "plan: rank 0: layers 0-2; memory " in out and "gpu" not in out and "\ndevice " not in out
+    assert re.search("\nmemory      0 +memory .* 3 of 3 ", out) and "gpu" not in out and "\ndevice " not in out
 
 
 def test_a_plan_says_for_which_device_it_is_and_how_to_say_another(large):

@@ -4,7 +4,7 @@ Copies hide behind compute, so that a rank takes as long as its slowest resource
 A round takes as long as the slowest rank, or as one group's way round the ring if that is longer. Pure arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,12 +126,27 @@ def seconds(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: R
     combine = sum if plan.schedule == "sequential" else max
     slowest = max(ranks, key=lambda used: combine(used.values()))
     longest, binds = combine(slowest.values()), max(slowest, key=slowest.__getitem__)
+    ring = _ring_seconds(plan, shape, rates, turn, ranks)
+    return (ring, "ring") if ring > longest and plan.num_ranks > 1 else (longest, binds)
+
+
+def terms(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, turn: Round) -> dict[str, float]:
+    """Seconds of a round that keep each of RESOURCES busy, the most of any rank, and "ring": a group's way round it."""
+    ranks = [resources(plan, shape, blocks, rates, rank, turn) for rank in range(plan.num_ranks)]
+    most = {name: max(used[name] for used in ranks) for name in RESOURCES}
+    return most | {"ring": _ring_seconds(plan, shape, rates, turn, ranks)} if plan.num_ranks > 1 else most
+
+
+def _ring_seconds(
+    plan: Plan, shape: ModelShape, rates: Rates, turn: Round, ranks: Sequence[Mapping[str, float]]
+) -> float:
+    """Seconds of a group's way round the ring, or of all groups' messages over a hop, whose ranks are so busy."""
+    combine = sum if plan.schedule == "sequential" else max
     message = turn.tokens / plan.groups * max((bundle.token_nbytes for bundle in _sent(plan, shape)), default=0)
     hops = plan.num_ranks * plan.laps * (rates.hop_seconds + message / rates.hop) if plan.num_ranks > 1 else 0.0
     way = sum(combine(used.values()) for used in ranks) / plan.groups + hops
     sent = plan.groups * plan.laps * message / rates.hop if plan.num_ranks > 1 else 0.0
-    ring = max(way, sent)
-    return (ring, "ring") if ring > longest and plan.num_ranks > 1 else (longest, binds)
+    return max(way, sent)
 
 
 def resources(
@@ -183,14 +198,13 @@ def predict(
 ) -> dict[str, Any]:
     """What the plan should reach: rows in flight, seconds and tokens/s of prefill and decode, tokens/s overall, what binds."""
     rows = rows_in_flight(plan, workload)
-    in_group = rows / plan.groups
-    rounds = max(-(-in_group * workload.prompt_tokens // plan.step_tokens), 1)
-    filling = Round(rows * workload.prompt_tokens / rounds, rows / rounds, workload.prompt_tokens / 2, True)
+    filling, rounds = filling_of(plan, workload, rows)
     growing = decoding(rows, workload)
     prefill, decode = (seconds(plan, shape, blocks, rates, turn) for turn in (filling, growing))
     times = workload.num_rows / rows
     waves = -(-workload.num_rows // rows) if times < MANY else times  # few rows of one length end together
-    whole = times * rounds * prefill[0] + waves * max(workload.new_tokens - 1, 0) * decode[0]
+    prefills, decodes = times * rounds, waves * max(workload.new_tokens - 1, 0)
+    whole = prefills * prefill[0] + decodes * decode[0]
     return {
         "rows": rows,
         "longest_pages": workload.longest,
@@ -198,9 +212,25 @@ def predict(
         "decode": _phase(growing, decode),
         "tokens_per_second": workload.num_rows * workload.new_tokens / whole,
         "seconds": whole,
+        "rounds": {"prefill": prefills, "decode": decodes},
         "assumed": sorted(name for name in rates.assumed if plan.num_ranks > 1 or not name.startswith("hop")),
         "device": rates.device,
     }
+
+
+def explain(
+    plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, workload: Workload
+) -> dict[str, dict[str, float]]:
+    """The terms of a prefill and of a decode round, as `predict` counts them."""
+    rows = rows_in_flight(plan, workload)
+    rounds = {"prefill": filling_of(plan, workload, rows)[0], "decode": decoding(rows, workload)}
+    return {phase: terms(plan, shape, blocks, rates, turn) for phase, turn in rounds.items()}
+
+
+def filling_of(plan: Plan, workload: Workload, rows: float) -> tuple[Round, float]:
+    """A round that computes prompts of so many rows, and how many of them the rows take."""
+    rounds = max(-(-rows / plan.groups * workload.prompt_tokens // plan.step_tokens), 1)
+    return Round(rows * workload.prompt_tokens / rounds, rows / rounds, workload.prompt_tokens / 2, True), rounds
 
 
 def decoding(rows: float, workload: Workload) -> Round:

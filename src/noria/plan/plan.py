@@ -82,8 +82,8 @@ class Plan:
         ]
         return ", ".join(pieces if len(pieces) <= 6 else [*pieces[:3], "...", pieces[-1]])
 
-    def lines(self, predicted: bool = True) -> list[str]:
-        """The plan as people read it, with or without its prediction."""
+    def lines(self, predicted: bool = True, memory: bool = True) -> list[str]:
+        """The plan as people read it, with or without its prediction and a line for each rank's memory."""
         states = sum(self.of_pool("states").values())
         head = (
             f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
@@ -91,7 +91,7 @@ class Plan:
             f" {self.dtype}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens" + (f" and {states:,} states" if states else "")
         )
-        ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank))
+        ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
         return [head, *ranks, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
 
     def _too_small_lines(self) -> list[str]:
@@ -154,16 +154,16 @@ class Plan:
                 )
                 held = f"layers {self._layers(rank)}; " if tier == "gpu" else ""
                 lines.append(
-                    f"plan: rank {rank}: {held}{self._tier_words(tier)} {nbytes_words(sum(table.values()))}: {sizes}"
+                    f"plan: rank {rank}: {held}{self.tier_words(tier)} {nbytes_words(sum(table.values()))}: {sizes}"
                 )
         return lines
 
-    def _tier_words(self, tier: str) -> str:
+    def tier_words(self, tier: str) -> str:
         """A tier's name; of a machine without a GPU the device's memory is just memory."""
         return "memory" if tier == "gpu" and self.predicted.get("device") == "CPU" else tier
 
     def _memory_words(self, tier: str) -> str:
-        name = self._tier_words(tier)
+        name = self.tier_words(tier)
         return name if name == "memory" else f"{name} memory"
 
     def _blocks(self, rank: int, tier: str) -> str:

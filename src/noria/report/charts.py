@@ -6,7 +6,8 @@ from itertools import groupby
 from noria.plan.plan import rate_words
 from noria.report.counted import Lengths, Speed
 from noria.report.markup import safe
-from noria.report.measured import RankTime, seconds_words
+from noria.report.measured import RankTime
+from noria.tools.text import seconds_words
 
 WIDTH, HEIGHT = 1000, 200  # of a picture's own units; it is stretched to the page's width
 STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)

@@ -12,7 +12,7 @@ import numpy as np
 
 from noria.limits import HOST_NBYTES
 from noria.plan.plan import TOLERANCE, rate_words
-from noria.tools.text import nbytes_words
+from noria.tools.text import nbytes_words, seconds_words
 
 PHASES = ("prefill", "decode")
 MIN_ROUNDS = (
@@ -181,13 +181,3 @@ def moved(timings: Timings) -> list[LinkBytes]:
 
 def _most(timings: Timings, name: str) -> float | None:
     return float(timings[name].max()) if name in timings else None
-
-
-def seconds_words(seconds: float) -> str:
-    """`61.3 ms`, `2.31 s`, `12 min`, `3.5 h`."""
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.3g} s"

@@ -6,8 +6,8 @@ from noria.output.generations import Generation
 from noria.plan.plan import rate_words
 from noria.report.counted import Lengths, Speed
 from noria.report.facts import Facts
-from noria.report.measured import Term, seconds_words
-from noria.tools.text import nbytes_words, plural, printable
+from noria.report.measured import Term
+from noria.tools.text import nbytes_words, plural, printable, seconds_words
 
 BAR = 40  # characters of a full bar
 ROWS = 20  # of a picture

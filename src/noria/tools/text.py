@@ -71,6 +71,16 @@ def nbytes_words(nbytes: int) -> str:
     return f"{nbytes:.0f} B"
 
 
+def seconds_words(seconds: float) -> str:
+    """`61.3 ms`, `2.31 s`, `12 min`, `3.5 h`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def short(value: object) -> str:
     """A wrong value as an error message shows it."""
     text = repr(value[:50] if isinstance(value, str | list) else value)
