@@ -31,7 +31,7 @@ LEVELS = [
     {"tools", "kernels", "kinds"},
     {"sampling", "structured", "template_kwargs", "names"},
     {"models", "attention", "encodings", "tiers", "transports", "schedules", "readers"},
-    {"config"},
+    {"config", "job"},
     {"checkpoint", "output", "rows", "plan", "ring"},
     {"engine", "launch", "desk", "report"},
     {"run"},

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from noria.errors import InputError, require
+from noria.job import Job
 from noria.limits import DTYPES, MAX_GROUPS
 from noria.sampling import Sampling
 from noria.tools.keys import check_path, checked, key, nearest, types_of
 from noria.tools.toml import has_null, read_toml, toml_lines
-from noria.tools.values import check_shares, parse_nbytes, parse_shard, parse_walltime
+from noria.tools.values import check_shares, parse_nbytes
 
 MAX_RUN_FILE = 2**18  # bytes
-OPENAI = "openai:"  # before the name of an export: it is written as OpenAI's batch responses
 SCHEDULES = ("sequential", "single_batch", "multi_batch")
 
 
@@ -101,65 +101,6 @@ class Placement:
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name), f"placement.{name}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """How the job runs and ends."""
-
-    seal_seconds: float = key("seconds between two seals: finished rows are written to disk this often", 10.0)
-    walltime: str | int | None = key(
-        "time that this command may take, as [D-]HH:MM:SS, seconds or UNLIMITED: the run stops before it is over, seals its"
-        " rows and exits with 75; the same command continues (default: what SLURM or PBS say)",
-        text=True,
-    )
-    retry_errors: bool = key("generate rows with status error again; their prompts alone may be others now", False)
-    extend: bool = key("accept a longer file of prompts that begins with the old one, unchanged", False)
-    fail_on_errors: bool = key(
-        "exit with 65 if any row of the output is an error; without it only if all rows are", False
-    )
-    overwrite: bool = key("move an existing output aside and start again", False)
-    allow_gpu_sharing: bool = key("allow two ranks to use one GPU", False)
-    random_weights: str | None = key(
-        "a config.json: run a model of its shape with random weights, without a checkpoint"
-    )
-    shard: str | None = key(
-        "i/n: generate only every n-th row, starting at row i (1/4, 2/4, 3/4, 4/4: counted from 1, as in job arrays);"
-        " each shard is a job with its own output, and noria merge joins the outputs"
-    )
-    export: list[str] | None = key(
-        "file to export the output to when it is whole, as noria export does: .jsonl, .jsonl.gz, .csv or .parquet;"
-        " openai:FILE writes OpenAI's batch responses; the flag may be given several times, and in a run file it is a list"
-    )
-    trace: str | None = key("file for a trace of all ranks, for Perfetto: compute, copies, messages and waits (JSON)")
-    strict_keys: bool = key(
-        "a row with a sampling key of another program that Noria does not have is an error; without it such a key is"
-        " reported once and carried as a column",
-        False,
-    )
-    strict: bool = key(
-        "exit with 1, after the output is written, if the run differed from its plan: in memory, and with --machine in a"
-        " GPU's speed",
-        False,
-    )
-    machine: str | None = key(
-        "rates to plan with: a file of noria probe, or a card such as H100 (default: measured; where none were, assumed)"
-    )
-
-    def __post_init__(self) -> None:
-        require(self.seal_seconds >= 0, f"job.seal_seconds is {self.seal_seconds}: it must be 0 or more")
-        if self.shard is not None:
-            parse_shard(self.shard)
-        if self.walltime is not None:
-            parse_walltime(self.walltime)
-        for name in ("retry_errors", "extend"):
-            clash = self.overwrite and getattr(self, name)
-            require(not clash, f"job.overwrite and job.{name} contradict each other: give one of them")
-        names = self.export or []
-        wrong = next((name for name in names if not isinstance(name, str) or not name.removeprefix(OPENAI)), None)
-        require(wrong is None, f"job.export has {wrong!r}: it must be names of files")
-        for name in names:
-            check_path(name.removeprefix(OPENAI), "job.export")
 
 
 @dataclass(frozen=True)

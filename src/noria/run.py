@@ -8,7 +8,7 @@ from typing import Any
 
 from noria import transports
 from noria.communicator import Communicator
-from noria.config import Config, Job
+from noria.config import Config
 from noria.desk.desk import Desk
 from noria.desk.examination import Examined, examine, open_model
 from noria.desk.exports import write_exports
@@ -18,6 +18,7 @@ from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
 from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, Tracing
+from noria.job import Job
 from noria.launch import deadline, launcher, measuring, mpi, tracing
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from noria.config import OPENAI
 from noria.desk.exports import check_not_prompts
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
+from noria.job import OPENAI
 from noria.launch.signals import Signals
 from noria.output.export import FORMATS, ExportSettings, export
 from noria.output.following import Following, follow

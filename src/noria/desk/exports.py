@@ -10,10 +10,11 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from noria.config import OPENAI, Config
+from noria.config import Config
 from noria.desk.inputs import files_of_run, prompts_of
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
+from noria.job import OPENAI
 from noria.output.export import ExportSettings, check_target, export
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
