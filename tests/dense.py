@@ -61,6 +61,32 @@ def full_cache(num_pages, rounds, seed=0, most=400) -> list[Span]:
     return spans_of(*sequences)
 
 
+def in_blocks(spans):
+    """Spans like these whose runs, four times as long, hold whole blocks of keys."""
+    sequences = []
+    for span in spans:
+        length = span.length * 4 - 3
+        count = 1 if span.count == 1 else length if span.count == span.length else span.count * 3
+        sequences.append((count, length, tuple((4 * run.start, 4 * run.count) for run in span.runs)))
+    return spans_of(*sequences)
+
+
+def behind_beginnings(spans):
+    """Those of in_blocks that go on from beginnings which several have: 100 pages further on, [A] and [A, B] in turn."""
+    beginning = ((0, 8), (20, 4))
+    sequences = []
+    for place, span in enumerate(in_blocks(spans)):
+        shared = beginning[: place % 3]
+        length = span.length + sum(count for _, count in shared) * PAGE_TOKENS
+        runs = tuple((run.start + 100, run.count) for run in span.runs)
+        sequences.append((span.count, length, (*shared, *runs)))
+    return spans_of(*sequences)
+
+
+def most_pages(spans):
+    return max(run.start + run.count for span in spans for run in span.runs)
+
+
 # Microbatches that a kind of attention must compute: new tokens, length, and pages of every sequence.
 CASES = {
     "one decoding row": spans_of((1, 37, ((2, 3),))),

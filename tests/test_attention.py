@@ -1,14 +1,14 @@
-"""Every kind of attention against dense softmax; varlen with a kernel on the CPU that computes what flash promises."""
-
-import types
+"""Every kind of attention against dense softmax; items by a plain execution of its lists (extra/attention/listed.py)."""
 
 import pytest
 import torch
 
 import dense
+from extra_kinds import extra_kinds
 from noria import attention, kinds
-from noria.attention import _scores, sdpa, varlen
-from noria.kernels.scoring import Scoring
+from noria.attention import _scores, items, sdpa
+from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.work import Packing
 from noria.step import Run, Span
 
 CPU = torch.device("cpu")
@@ -112,47 +112,48 @@ def test_capped_scores_are_computed_in_parts_that_bound_their_memory(case, windo
         check(sdpa, case, (6, 2, 8), torch.float64, window, soft_cap=2.0, sinks=torch.linspace(-1, 1, 6))
 
 
-def flash_on_the_cpu(queries, keys, values, query_starts, key_starts, max_queries, max_length, *rest, **options):
-    """What torch's flash attention documents, a sequence at a time: causal and window end at the last key."""
-    _, causal, _ = rest
-    lengths, left, right = options["seqused_k"], options["window_size_left"], options["window_size_right"]
-    assert query_starts.dtype == key_starts.dtype == lengths.dtype == torch.int32
-    assert len(query_starts) == len(key_starts) == len(lengths) + 1
-    assert (left == -1) == (right == -1)
-    assert max_queries == int(query_starts.diff().max())
-    assert max_length == int(lengths.max())
-    attended = torch.full_like(queries, torch.nan)
-    group = queries.shape[1] // keys.shape[1]
-    for first, last, start, length in zip(
-        query_starts[:-1].tolist(), query_starts[1:].tolist(), key_starts[:-1].tolist(), lengths.tolist(), strict=True
-    ):
-        own, own_values = (t[start : start + length].repeat_interleave(group, dim=1) for t in (keys, values))
-        position = torch.arange(length - (last - first), length)[:, None]
-        key = torch.arange(length)
-        seen = (key <= position) if causal else torch.ones(last - first, length, dtype=torch.bool)
-        if left >= 0:
-            seen = seen & (key >= position - left) & (key <= position + right)
-        scores = torch.einsum("qhd,khd->hqk", queries[first:last], own) * options["scale"]
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        attended[first:last] = torch.einsum("hqk,khd->qhd", weights, own_values)
-    return (attended,)
+@pytest.fixture(scope="module")
+def listed():
+    with extra_kinds():
+        yield kinds.load("attention", "listed")
 
 
 @pytest.mark.parametrize("case", dense.CASES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("window", [None, 1, 5])
-def test_the_calls_of_varlen_cover_every_token_with_its_own_keys(case, heads, window, monkeypatch):
-    monkeypatch.setattr(varlen, "flash", flash_on_the_cpu)
-    check(varlen, case, heads, torch.float64, window)
+@pytest.mark.parametrize("heads", HEADS[1:])
+def test_lists_made_of_the_spans_cover_every_token_with_its_own_keys(listed, case, heads):
+    sinks = torch.linspace(-2, 4, heads[0])
+    for spans in (dense.in_blocks(dense.CASES[case]), dense.behind_beginnings(dense.CASES[case])):
+        for window, soft_cap, its_sinks in ((None, None, None), (5, None, None), (70, 1.5, sinks)):
+            queries, keys, values = dense.tensors(spans, *heads, torch.float64, pages=dense.most_pages(spans))
+            plan = listed.prepare(spans, CPU)
+            assert isinstance(plan, items.Lists)
+            found = listed.attention(plan, queries, keys, values, Scoring(0.3, window, soft_cap, its_sinks))
+            expected = dense.attention(spans, queries, keys, values, 0.3, window, soft_cap, its_sinks)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            assert list(plan.made) == [(HeadShape(*heads, heads[2]), window)]
 
 
-def test_varlen_reads_keys_in_place_unless_they_lie_in_several_pieces():
-    sorts = {case: [call.gather is None for call in varlen.prepare(spans, CPU)] for case, spans in dense.CASES.items()}
-    assert sorts["decoding rows"] == [True]
-    assert sorts["runs that touch, and pages not yet used"] == [True, True]
-    assert sorts["prompts beside decoding rows"] == [True, True]
-    assert sorts["pages in several runs"] == [False, False]
-    assert len(sorts["everything at once"]) == 4
+def test_rows_whose_first_runs_are_the_same_share_them_and_a_longer_beginning_goes_on_from_a_shorter():
+    short, long, other = Run(0, 8), Run(40, 4), Run(60, 4)
+    own = iter(range(100, 200, 4))
+    rows = [(1, 200, (short, long)), (1, 150, (short,)), (1, 70, (other,)), (3, 201, (short, long)), (1, 71, (other,))]
+    rows += [(40, 140, (short,)), (7, 7, ()), (1, 200, (short, other))]  # within it, alone, another after the same
+    spans = dense.spans_of(
+        *((count, length, [(r.start, r.count) for r in (*runs, Run(next(own), 4))]) for count, length, runs in rows)
+    )
+    ragged = items.prepare(spans, CPU).rows
+    assert ragged.prefixes.tolist() == [1, 0, 2, 1, 2, -1, -1, 3]
+    assert ragged.shared.tolist() == [128, 192, 64, 192] and ragged.parents.tolist() == [-1, 0, -1, 0]
+    assert ragged.run_positions.tolist() == [0, 128, 192, 0, 128, 0, 64, 0, 128, 192, 0, 64, 0, 128, 0, 0, 128, 192]
+    assert ragged.run_rows[:4].tolist() == [0, 640, 1600, 0] and ragged.run_keys[:3].tolist() == [128, 64, 64]
+
+
+def test_rows_with_a_run_that_begins_within_a_block_of_keys_are_computed_by_sdpa(listed):
+    spans = dense.CASES["pages in several runs"]
+    plan = listed.prepare(spans, CPU)
+    assert plan == sdpa.prepare(spans, CPU)
+    tensors = dense.tensors(spans, 4, 2, 8, torch.float64)
+    assert torch.equal(listed.attention(plan, *tensors, Scoring(0.3)), sdpa.attention(plan, *tensors, Scoring(0.3)))
 
 
 def test_sdpa_takes_decoding_rows_together_only_where_one_view_holds_their_keys():
@@ -162,60 +163,74 @@ def test_sdpa_takes_decoding_rows_together_only_where_one_view_holds_their_keys(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "kind"),
-    [
-        ("", "", varlen),
-        ("Tensor? alibi_slopes", "Tensor? other", varlen),
-        ("float? scale=None", "float? scale", varlen),
-        ("SymInt max_q, SymInt max_k", "SymInt max_k, SymInt max_q", sdpa),
-        ("bool return_debug_mask, *", "bool return_debug_mask, Tensor? sink, *", sdpa),
-        ("seqused_k", "used_k", sdpa),
-        ("Tensor? alibi_slopes=None", "Tensor alibi_slopes", sdpa),
-    ],
-)
-def test_a_torch_whose_kernel_takes_other_arguments_computes_by_sdpa(monkeypatch, old, new, kind):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True, raising=False)
-    schema = str(torch.ops.aten._flash_attention_forward.default._schema)
-    assert old in schema
-    changed = types.SimpleNamespace(_schema=torch._C.parse_schema(schema.replace(old, new) if old else schema))
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", types.SimpleNamespace(default=changed))
-    assert attention.choose(torch.device("cuda", 0), torch.bfloat16, 64) is kind
-
-
-def test_a_torch_without_the_kernel_computes_by_sdpa(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True, raising=False)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
-    assert attention.choose(torch.device("cuda", 0), torch.bfloat16, 64) is sdpa
-
-
-def test_a_microbatch_without_rows_is_no_call():
-    assert varlen.prepare([], CPU) == ()
-    assert sdpa.attention(
-        sdpa.prepare([], CPU), torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8), Scoring(1.0)
-    ).shape == (
-        0,
-        4,
-        8,
-    )
+def test_a_microbatch_without_rows_is_no_call(listed):
+    tensors = torch.empty(0, 4, 8), *torch.empty(2, 16, 2, 8)
+    for kind in (sdpa, listed):
+        assert kind.attention(kind.prepare([], CPU), *tensors, Scoring(1.0)).shape == (0, 4, 8)
 
 
 def test_every_kind_has_the_same_functions_and_the_order_names_all():
-    assert sorted(attention.ORDER) == kinds.names("attention")
+    assert {*attention.ORDER} == {*kinds.names("attention")} - {"listed"}
     for name in attention.ORDER:
         kind = kinds.load("attention", name)
-        assert all(callable(getattr(kind, function)) for function in ("prepare", "attention", "usable"))
+        assert all(callable(getattr(kind, function)) for function in ("prepare", "attention", "refuses"))
 
 
-def test_sdpa_computes_on_the_cpu_and_varlen_never_does():
-    for dtype in TOLERANCES:
-        assert attention.choose(CPU, dtype, 64) is sdpa
-    cuda = torch.device("cuda", 0)
-    assert not varlen.usable(cuda, torch.float32, 64)
-    assert not varlen.usable(cuda, torch.bfloat16, 20)
-    assert not varlen.usable(cuda, torch.bfloat16, 512)
+CUDA = torch.device("cuda", 0)
+LLAMA = HeadShape(32, 8, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "why"),
+    [
+        (CPU, torch.bfloat16, LLAMA, "not items: it needs a CUDA device, this is the CPU"),
+        (CUDA, torch.float32, LLAMA, "not items: it computes float16 and bfloat16, not float32"),
+        (CUDA, torch.float64, LLAMA, "not items: it computes float16 and bfloat16, not float64"),
+        (CUDA, torch.float16, HeadShape(32, 8, 100, 64), "in steps of 8, not 100 and 64"),
+        (CUDA, torch.float16, HeadShape(32, 8, 64, 264), "head sizes of 8 to 256 in steps of 8, not 64 and 264"),
+        (CUDA, torch.float16, HeadShape(129, 1, 64, 64), "it computes 128 heads to a key head, not 129"),
+    ],
+)
+def test_what_items_does_not_compute_is_computed_by_sdpa_and_it_is_said_why(device, dtype, heads, why):
+    kind, said = attention.choose(device, dtype, [heads])
+    assert kind is sdpa and why in said
+
+
+class Kernel:
+    """A stand-in for noria.kernels.attend, which needs triton: lists are executed plainly, or a compiler fails."""
+
+    def __init__(self, listed, fails=None, off=0.0):
+        self._listed, self._fails, self._off = listed, fails, off
+
+    def packing(self, device, heads, window):
+        return Packing(heads.group, heads.num_key_heads, 3, window=window)
+
+    def to_device(self, work, device):
+        return work
+
+    def attend(self, work, queries, keys, values, scores):
+        if self._fails:
+            raise self._fails
+        return self._listed.Execution(work, queries, keys, values, scores).run() + self._off
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        ({}, ""),
+        ({"off": 0.2}, "not items: it gives other results than sdpa"),
+        ({"off": torch.nan}, "not items: it gives other results than sdpa"),
+        (
+            {"fails": RuntimeError("Failed to find C compiler\nand more")},
+            "it cannot be built: Failed to find C compiler",
+        ),
+        ({"fails": PermissionError()}, "not items: it cannot be built: PermissionError"),
+    ],
+)
+def test_items_is_tried_before_it_is_taken(listed, monkeypatch, kernel, why):
+    stand_in = Kernel(listed, **kernel)
+    monkeypatch.setattr(items.kinds, "load", lambda *name: {("kernels", "attend"): stand_in}[name])
+    assert items._unbuilt.__wrapped__(CPU, torch.bfloat16, HeadShape(6, 2, 16, 24)) == why.removeprefix("not items: ")
 
 
 def test_pieces_join_runs_that_touch_and_leave_out_pages_beyond_the_length():

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import dense
-from noria import attention
+from noria import attention, kinds
 from noria.arrays import Array, keys_and_values
-from noria.attention import sdpa
+from noria.attention import items, sdpa
 from noria.engine import states
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
@@ -138,18 +138,21 @@ def test_sinks_and_a_soft_cap_of_a_layer_reach_its_scores(asked):
     torch.testing.assert_close(cache.attend(queries, window=9, **asked), expected, rtol=0, atol=1e-12)
 
 
-def test_layers_whose_keys_and_values_are_not_alike_attend_by_the_kind_that_does_everything(monkeypatch):
-    monkeypatch.setattr(attention.kinds.load("attention", "varlen"), "usable", lambda device, dtype, size: size <= 256)
+def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_everything(monkeypatch):
+    refuses = "it computes 256"
+    monkeypatch.setattr(items, "refuses", lambda device, dtype, heads: refuses if heads.dim > 256 else "")
     plain, wide, latent = keys_and_values(2, 64), keys_and_values(1, 512), (Array("latent", (64,)),)
-    for cache, kind in (
-        ((plain, plain, 0), "varlen"),
-        ((plain, (Array("state", (3, 3), "sequence"),)), "varlen"),
-        ((plain, wide), "sdpa"),
-        ((plain, latent), "sdpa"),
-        (((Array("key", (2, 64)), Array("value", (2, 32))),), "sdpa"),
-        (((Array("state", (3, 3), "sequence"),),), "sdpa"),
+    state = (Array("state", (3, 3), "sequence"),)
+    for cache, kind, why in (
+        ((plain, plain, 0), "items", ""),
+        ((plain, state), "items", ""),
+        (((Array("key", (2, 64)), Array("value", (2, 32))), plain), "items", ""),
+        ((plain, wide), "sdpa", f"not items: {refuses}"),
+        ((plain, latent), "sdpa", "values lie within keys"),
+        ((state,), "sdpa", "no layer attends"),
     ):
-        assert attention.fitting(CPU, torch.bfloat16, cache).__name__ == f"noria.attention.{kind}", cache
+        found, said = attention.fitting(CPU, torch.bfloat16, 4, cache)
+        assert (kinds.name_of(found), said) == (kind, why), cache
 
 
 def test_a_layer_finds_its_sequences_states_and_leaves_new_ones_only_when_it_has_returned():

@@ -20,7 +20,7 @@ import torch
 
 from noria.kernels import attend, lists
 from noria.kernels.attend import Tuned, Tuning
-from noria.kernels.scoring import Scoring
+from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, NONE, SECTION, WIDE_TILE, Packing, RaggedRows
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
@@ -193,7 +193,7 @@ def main() -> None:
         if given.sweep:
             sweep(case, at_least[by], its, part)
         else:
-            its_packing = attend.packing(device(), HEADS, KEY_HEADS, DIM, DIM)
+            its_packing = attend.packing(device(), HeadShape(HEADS, KEY_HEADS, DIM, DIM))
             ms, flash_ms = timed(items(case, its_packing, attend.tuning, *its)), flash(case, *its)
             against = {"flash_ms": round(flash_ms, 4), "times_flash": round(flash_ms / ms, 2)} if flash_ms else {}
             say(case=case.name, ms=round(ms, 4), share=round(at_least[by] / ms, 3), of=by, **against)

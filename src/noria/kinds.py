@@ -23,3 +23,8 @@ def load(package: str, name: str) -> ModuleType:
     if name not in known:
         raise InputError(f"{package}: no {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return importlib.import_module(f"noria.{package}.{name}")
+
+
+def name_of(kind: ModuleType) -> str:
+    """The name by which a kind is loaded."""
+    return kind.__name__.rpartition(".")[2]

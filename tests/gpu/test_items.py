@@ -5,10 +5,13 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+import dense
 import item_checks
 from item_cases import Heads
-from noria.kernels.attend import packing, usable
-from noria.kernels.scoring import Scoring
+from noria import attention
+from noria.attention import items, sdpa
+from noria.kernels.attend import packing
+from noria.kernels.scoring import HeadShape, Scoring
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,14 +62,35 @@ def test_a_row_has_the_same_bits_however_it_is_computed(heads, dtype, window, wi
     assert item_checks.other_bits(heads, dtype, device(), scores, LENGTH, widest=widest) == []
 
 
-def test_it_says_what_it_computes_and_packs_wide_heads_into_narrow_tiles():
-    assert usable(device(), torch.bfloat16, 32, 8, 128, 64)
-    for dtype, heads, dim in (
-        (torch.float32, 32, 128),
-        (torch.float16, 32, 84),
-        (torch.float16, 32, 264),
-        (torch.float16, 1032, 64),
+def test_wide_heads_are_packed_into_narrow_tiles():
+    assert packing(device(), HeadShape(32, 8, 128, 128)).widest == 128
+    assert packing(device(), HeadShape(8, 8, 256, 256)).widest == 64
+
+
+def test_it_is_chosen_for_half_precisions_and_sdpa_for_the_rest():
+    for dtype, heads, kind in (
+        (torch.bfloat16, HeadShape(32, 8, 128, 64), items),
+        (torch.float16, HeadShape(6, 6, 80, 80), items),
+        (torch.float32, HeadShape(32, 8, 128, 128), sdpa),
+        (torch.bfloat16, HeadShape(32, 8, 84, 84), sdpa),
     ):
-        assert not usable(device(), dtype, heads, 8, dim, 64)
-    assert not usable(torch.device("cpu"), torch.bfloat16, 32, 8, 128, 128)
-    assert packing(device(), 32, 8, 128, 128).widest == 128 and packing(device(), 8, 8, 256, 256).widest == 64
+        assert attention.choose(device(), dtype, [heads])[0] is kind
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+@pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 8), (32, 8, 128)])
+@pytest.mark.parametrize(("kind", "dtype"), [(items, torch.bfloat16), (items, torch.float16), (sdpa, torch.bfloat16)])
+def test_microbatches_of_every_kind_are_dense_softmax_and_never_wait_for_the_device(kind, dtype, heads, case):
+    sinks = torch.linspace(-2, 2, heads[0], device=device())
+    for spans in (dense.in_blocks(dense.CASES[case]), dense.behind_beginnings(dense.CASES[case])):
+        for window, soft_cap, its_sinks in ((None, None, None), (5, None, None), (70, 1.5, sinks)):
+            scores = Scoring(heads[2] ** -0.5, window, soft_cap, its_sinks)
+            with torch.inference_mode():
+                given = dense.tensors(spans, *heads, dtype, device(), pages=dense.most_pages(spans))
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    found = kind.attention(kind.prepare(spans, device()), *given, scores)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            expected = dense.attention(spans, *given, scores.scale, window, soft_cap, its_sinks)
+            torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=3e-2)

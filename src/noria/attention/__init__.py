@@ -10,24 +10,36 @@ import torch
 
 from noria import kinds
 from noria.arrays import Entry
+from noria.kernels.scoring import HeadShape
 from noria.step import PAGE_TOKENS, Span
 
-ORDER = ("varlen", "sdpa")  # the fastest first; the last one does everything
+ORDER = ("items", "sdpa")  # the fastest first; the last one does everything
 
 
-def choose(device: torch.device, dtype: torch.dtype, *head_dims: int) -> ModuleType:
-    """The fastest kind that computes all these head dims in this dtype on this device."""
-    modules = (kinds.load("attention", name) for name in ORDER)
-    return next(module for module in modules if all(module.usable(device, dtype, size) for size in head_dims))
+def choose(device: torch.device, dtype: torch.dtype, shapes: Iterable[HeadShape]) -> tuple[ModuleType, str]:
+    """The fastest kind that computes heads of all these shapes in this dtype on this device; why no faster one does."""
+    shapes, said = list(shapes), list[str]()
+    for name in ORDER:
+        kind = kinds.load("attention", name)
+        why = next(filter(None, (kind.refuses(device, dtype, shape) for shape in shapes)), "")
+        if not why:
+            return kind, "; ".join(said)
+        said.append(f"not {name}: {why}")
+    raise AssertionError(f"{ORDER[-1]} does not do everything: {said[-1]}")
 
 
-def fitting(device: torch.device, dtype: torch.dtype, cache: Iterable[Entry]) -> ModuleType:
-    """The fastest kind that attends to the arrays of all these layers in this dtype on this device."""
+def fitting(device: torch.device, dtype: torch.dtype, num_heads: int, cache: Iterable[Entry]) -> tuple[ModuleType, str]:
+    """The kind that attends to the arrays of all these layers, as `choose` gives it.
+
+    A layer with one array of tokens takes values from its keys; a fast kind would not know how wide.
+    """
     layers = [entry for entry in cache if not isinstance(entry, int)]
     rows = {tuple(array.row for array in arrays if array.per == "token") for arrays in layers} - {()}
-    if rows and all(len(pair) == 2 and pair[0] == pair[1] and len(pair[0]) == 2 for pair in rows):
-        return choose(device, dtype, *(keys[-1] for keys, _ in rows))
-    return kinds.load("attention", ORDER[-1])
+    if not rows:
+        return kinds.load("attention", ORDER[-1]), "no layer attends"
+    if any(len(pair) != 2 or {*map(len, pair)} != {2} for pair in rows):
+        return kinds.load("attention", ORDER[-1]), "values lie within keys"
+    return choose(device, dtype, {HeadShape(num_heads, keys[0], keys[1], values[1]) for keys, values in rows})
 
 
 def pieces(span: Span) -> tuple[tuple[int, int], ...]:

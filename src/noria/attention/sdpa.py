@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from noria.attention import _scores, pieces
-from noria.kernels.scoring import Scoring
+from noria.kernels.scoring import HeadShape, Scoring
 from noria.step import Span
 
 CHUNK_ROWS = 512  # queries that share one mask: bounds a mask to 512 x L bytes
@@ -34,8 +34,9 @@ class Call:
     stride: int = 0
 
 
-def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    return True
+def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> str:
+    """Nothing: it computes all."""
+    return ""
 
 
 def prepare(spans: list[Span], device: torch.device) -> tuple[Call, ...]:

@@ -12,11 +12,10 @@ import torch
 import triton
 
 from noria.kernels import items
-from noria.kernels.scoring import Scoring
+from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, WIDE_TILE, Launch, Merge, Packing, Work
 
 LOG2E = 1.4426950408889634
-WIDEST_HEAD = 256
 MOST_PARTIAL_NBYTES = 128 << 20  # of memory for sections that are computed apart
 
 
@@ -46,22 +45,12 @@ class DeviceWork:
     waves: tuple[tuple[tuple[tuple[Launch, torch.Tensor], ...], torch.Tensor], ...]
 
 
-def usable(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, dim: int, width: int) -> bool:
-    """Whether these heads are computed: half precisions from Ampere on, D and V of 8 to 256 in steps of 8."""
-    sizes = all(8 <= size <= WIDEST_HEAD and size % 8 == 0 for size in (dim, width))
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return sizes and heads <= WIDE_TILE * key_heads and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def packing(
-    device: torch.device, heads: int, key_heads: int, dim: int, width: int, window: int | None = None
-) -> Packing:
+def packing(device: torch.device, heads: HeadShape, window: int | None = None) -> Packing:
     """How this device's lists are packed. Wide heads leave no registers for wide tiles."""
-    group = heads // key_heads
-    widest = LEAST_TILE if max(dim, width) > 128 and group <= LEAST_TILE else WIDE_TILE
+    widest = LEAST_TILE if max(heads.dim, heads.width) > 128 and heads.group <= LEAST_TILE else WIDE_TILE
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return Packing(group, key_heads, programs, MOST_PARTIAL_NBYTES // partial_nbytes(1, heads, width), widest, window)
+    slots = MOST_PARTIAL_NBYTES // partial_nbytes(1, heads.num_heads, heads.width)
+    return Packing(heads.group, heads.num_key_heads, programs, slots, widest, window)
 
 
 def to_device(work: Work, device: torch.device) -> DeviceWork:
@@ -145,5 +134,5 @@ def _in_powers_of_two(scores: Scoring, none: torch.Tensor) -> tuple[float, float
     """The factor of an exponent of 2, that of the capped tanh's, and sinks in the units that the first multiplies."""
     cap = scores.soft_cap
     unit, soften = (scores.scale, 0.0) if cap is None else (cap, 2.0 * scores.scale / cap * LOG2E)
-    sinks = none if scores.sinks is None else scores.sinks.float() / unit - (cap is not None)
+    sinks = none if scores.sinks is None else scores.sinks.float() / unit - (0.0 if cap is None else 1.0)
     return unit * LOG2E, soften, sinks

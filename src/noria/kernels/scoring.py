@@ -1,11 +1,31 @@
-"""What becomes of the products of queries and keys before they are exponents: data for every kind of attention.
+"""What a layer asks of attention beside its tensors: the shape of its heads, and how keys are scored. Data for every kind.
 
-H heads.
+T tokens, H heads, Hkv key heads, D numbers of a key, Dv of a value.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The heads of a layer; `dim` and `width`: numbers of a key and of a value."""
+
+    num_heads: int
+    num_key_heads: int
+    dim: int
+    width: int
+
+    @classmethod
+    def of(cls, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> "HeadShape":
+        """Of queries [T, H, D] and caches [rows, Hkv, D] and [rows, Hkv, Dv]."""
+        return cls(queries.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.num_heads // self.num_key_heads
 
 
 @dataclass(frozen=True)

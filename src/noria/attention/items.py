@@ -1,0 +1,98 @@
+"""Attention over work items (kernels/): decode, chunks, prefill and shared beginnings by one kernel on CUDA devices.
+
+A plan is the rows of a microbatch; lists are made of it when the first layer of a shape and window asks for them, and
+serve all others. Knows nothing of models and steps.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from noria import kinds
+from noria.attention import sdpa
+from noria.attention._ragged import ragged, whole_blocks
+from noria.kernels import lists
+from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.work import WIDE_TILE, RaggedRows
+from noria.step import Run, Span
+
+DTYPES = (torch.float16, torch.bfloat16)
+WIDEST_HEAD = 256
+CAPABILITY = (8, 0)  # Ampere
+LARGEST_ERROR = 0.1  # of attended numbers of about 1 in half precisions: more is no rounding
+
+
+@dataclass
+class Lists:
+    """The rows of a microbatch, and what was made of them so far: by the shape of the heads and the window."""
+
+    rows: RaggedRows
+    device: torch.device
+    made: dict[tuple[HeadShape, int | None], Any] = field(default_factory=dict)
+
+
+def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> str:
+    """Why such heads are not computed here; empty where they are."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is the {device.type.upper()}"
+    if dtype not in DTYPES:
+        return f"it computes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if any(size % 8 or not 8 <= size <= WIDEST_HEAD for size in (heads.dim, heads.width)):
+        return f"it computes head sizes of 8 to {WIDEST_HEAD} in steps of 8, not {heads.dim} and {heads.width}"
+    if heads.group > WIDE_TILE:
+        return f"it computes {WIDE_TILE} heads to a key head, not {heads.group}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "it needs a GPU of compute capability 8.0"
+    return _unbuilt(device, dtype, heads)
+
+
+@lru_cache
+def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> str:
+    """Why the kernel of such heads cannot be built or is wrong; empty where it is right. It is tried once, on one row."""
+    spans = [Span(0, 3, 70, (Run(0, 8),))]
+    draw = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, heads.num_heads, heads.dim, generator=draw).to(device, dtype)
+    keys, values = (
+        torch.randn(128, heads.num_key_heads, size, generator=draw).to(device, dtype)
+        for size in (heads.dim, heads.width)
+    )
+    scores = Scoring(heads.dim**-0.5)
+    try:
+        found = attention(prepare(spans, device), queries, keys, values, scores)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
+        words = str(error).strip() or type(error).__name__
+        return f"it cannot be built: {words.splitlines()[0][:200]}"
+    expected = sdpa.attention(sdpa.prepare(spans, device), queries, keys, values, scores)
+    return "" if float((found - expected).abs().max()) < LARGEST_ERROR else "it gives other results than sdpa"
+
+
+def prepare(spans: list[Span], device: torch.device) -> Lists | tuple[sdpa.Call, ...]:
+    """The rows of a microbatch; the calls of sdpa where some row has a run that begins within a block of keys."""
+    rows = ragged(spans)
+    return Lists(rows, device) if whole_blocks(rows) else sdpa.prepare(spans, device)
+
+
+def attention(
+    plan: Lists | tuple[sdpa.Call, ...],
+    queries: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    scores: Scoring,
+) -> torch.Tensor:
+    """[T, H, Dv]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
+
+    queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
+    """
+    if isinstance(plan, tuple):
+        return sdpa.attention(plan, queries, key_cache, value_cache, scores)
+    kernel, heads = kinds.load("kernels", "attend"), HeadShape.of(queries, key_cache, value_cache)
+    if (heads, scores.window) not in plan.made:
+        packing = kernel.packing(plan.device, heads, scores.window)
+        plan.made[heads, scores.window] = kernel.to_device(lists.make(plan.rows, packing), plan.device)
+    its_lists = plan.made[heads, scores.window]
+    attended: torch.Tensor = kernel.attend(its_lists, queries, key_cache, value_cache, scores)
+    return attended
