@@ -350,8 +350,14 @@ def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (json.dumps(LLAMA | {"quantization": {"group_size": 64, "bits": 4}}), ["quantization (MLX)", "unquantized"]),
-        (json.dumps(LLAMA | {"compression_config": {"format": "dense"}}), ["compression_config (compressed-tensors)"]),
+        (
+            json.dumps(LLAMA | {"quantization": {"group_size": 64, "bits": 4}}),
+            ["quantization", "'MLX' (MLX's format)", "unquantized"],
+        ),
+        (
+            json.dumps(LLAMA | {"compression_config": {"format": "dense"}}),
+            ["compression_config", "'compressed-tensors'"],
+        ),
         ("{", ["config.json is not JSON"]),
         ("[1]", ["config.json holds a JSON list"]),
         ("[" * 100000, ["config.json is not JSON"]),
@@ -399,7 +405,7 @@ def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path):
 
 def test_quantized_numbers_are_refused(tmp_path):
     source = directory(tmp_path, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})
-    refused(source, tmp_path, "'model.norm.weight' is 'F8_E4M3'", "bfloat16")
+    refused(source, tmp_path, "'model.norm.weight' is 'float8_e4m3fn'", "bfloat16")
 
 
 def test_numbers_beyond_the_dtype_are_refused(tmp_path):

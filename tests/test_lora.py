@@ -332,7 +332,7 @@ ONE = "model.layers.0.self_attn.q_proj"
         ({f"{ONE}.lora_B.weight": torch.zeros(31, 4)}, ["B [31, 4]"]),
         ({f"{ONE}.lora_A.weight": torch.zeros(4)}, ["A [4]"]),
         ({f"{ONE}.lora_magnitude_vector": torch.zeros(32)}, ["lora_magnitude_vector", "does not have"]),
-        ({f"{ONE}.lora_A.weight": torch.zeros(4, 32, dtype=torch.int8)}, ["'I8'", "Noria reads"]),
+        ({f"{ONE}.lora_A.weight": torch.zeros(4, 32, dtype=torch.int8)}, ["'int8'", "Noria reads"]),
         ({"model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}, ["model.layers.9", "does not have"]),
         ({"score.weight": torch.zeros(2, 32)}, ["'score.weight', which the model does not have", "of another task"]),
         ({"lm_head.weight": torch.zeros(103, 32)}, ["[103, 32]", "[101, 32]", "the vocabulary was changed"]),

@@ -17,12 +17,15 @@ import torch
 from noria.blocks import Block, Parameter
 from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_block, model_shape, open_checkpoint
 from noria.checkpoint.encoding import Forms, PieceEncoder
+from noria.checkpoint.fields import FieldSources
 from noria.checkpoint.hugging_face import Directory, Folder
 from noria.checkpoint.lora import Adapter
+from noria.checkpoint.published import form_of
 from noria.checkpoint.sources import Plan, check_tied, left_over, plan_of, shared
+from noria.checkpoint.summary import forms_words
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
 from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkpoint
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.model import ModelShape
 from noria.tools import atomic
 from noria.tools.changes import looks_of, refuse_changed
@@ -33,17 +36,24 @@ from noria.tools.writing import making
 _TEXTS = ("config.json", "generation_config.json", *TOKENIZER_FILES)  # that are read beside the weights
 WIDER = {"float16": "bfloat16", "bfloat16": "float32", "float32": "float64"}  # dtypes of a larger range
 
+_QUANTIZED = (
+    "its weights are quantized already and are stored so: take the unquantized model for an adapter or an encoding"
+)
+
 Progress = Callable[[str, int, int], None]  # block, bytes done, bytes in all
+Chunks = Callable[[Block, Parameter], Iterator[memoryview]]  # the bytes of a parameter
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made: the layout, and notes for the user, one line each."""
+    """What was made: the layout, and notes for the user, one line each. forms: in what the numbers are stored, in words;
+    nothing where they are plain."""
 
     shape: ModelShape
     dtype: str
     nbytes: int
     notes: list[str]
+    forms: str = ""
 
 
 def convert(
@@ -89,21 +99,24 @@ def _convert(
     generation = directory.json("generation_config.json")
     tensors = directory.tensors()
     family, shape = model_shape(config, str(directory.path))
-    plan = plan_of(directory, family, shape, tensors)
+    fields = FieldSources(family, shape, form_of(directory, config, tensors))
+    require(not (fields and (forms or lora)), f"{directory.path}: {_QUANTIZED}")
+    plan = plan_of(directory, family, shape, tensors, fields)
     check_tied(plan, tensors, shape)
     dtype, notes = _choose_dtype(family, shape, plan, dtype)
-    notes += left_over(plan, tensors, shape)
+    notes += _left_over(plan, fields, tensors, shape)
     adapter = None if lora is None else Adapter(Path(lora), directory, family, shape, plan, tensors)
     reader = adapter.reader if adapter else Reader()
     plan = adapter.replaced(plan) if adapter else plan
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
     encoder = PieceEncoder(plan, forms, shape.tied, reader)
-    blocks = {name: encoder.lay_out(block, dtype) for name, block in blocks.items()}
+    blocks = {name: fields.lay_out(encoder.lay_out(block, dtype), dtype) for name, block in blocks.items()}
     more = (generation[0] if generation else "{}", directory.tokenizer(), str(adapter or ""))
     header = Header(shape.family, dtype, directory.name, config_text, *more)
     _check_space(target, file_nbytes(blocks, header))
     notes += _tokenizer_notes(header) + (adapter.notes if adapter else [])
-    source_of = _ParameterBytes(plan, encoder, reader, sum(block.nbytes for block in blocks.values()), progress)
+    encoded = fields.chunks if fields else encoder.chunks
+    source_of = _ParameterBytes(plan, encoded, reader, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
     with making(target, remedy), replacing(target, overwrite) as temporary:
         write_checkpoint(temporary, header, blocks, shared(plan), source_of.chunks)
@@ -112,7 +125,15 @@ def _convert(
         used = {tensor.shard for tensor in tensors.values()} | {directory.path / name for name in _TEXTS}
         used |= set(adapter.files) if adapter else set()
         refuse_changed({path: look for path, look in before.items() if path in used}, "converted")
-    return Converted(shape, dtype, target.stat().st_size, notes)
+    return Converted(shape, dtype, target.stat().st_size, notes, forms_words([*blocks.values()]))
+
+
+def _left_over(plan: Plan, fields: FieldSources, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
+    """Notes of the tensors that nothing is made of."""
+    used_by = {place: [source.tensor for source in sources] for place, sources in plan.items()} | fields.tensors
+    used = {tensor.name for its in used_by.values() for tensor in its}
+    aside, notes = fields.aside({name: tensor for name, tensor in tensors.items() if name not in used})
+    return notes + left_over(used_by, {name: its for name, its in tensors.items() if name not in aside}, shape)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -169,14 +190,14 @@ def _tokenizer_notes(header: Header) -> list[str]:
 class _ParameterBytes:
     """Gives the bytes of each parameter to the writer, cast, and tells how far it is."""
 
-    def __init__(self, plan: Plan, encoder: PieceEncoder, reader: Reader, total: int, progress: Progress | None):
-        self._plan, self._encoder, self._reader = plan, encoder, reader
+    def __init__(self, plan: Plan, encoded: Chunks, reader: Reader, total: int, progress: Progress | None):
+        self._plan, self._encoded, self._reader = plan, encoded, reader
         self._total, self._progress = total, progress
         self._buffer = torch.empty(CHUNK_NBYTES // 2, dtype=torch.float64)
         self._done = 0
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
-        for chunk in self._plain(block, parameter) if parameter.plain else self._encoder.chunks(block, parameter):
+        for chunk in self._plain(block, parameter) if parameter.plain else self._encoded(block, parameter):
             yield chunk
             self._done += chunk.nbytes
             if self._progress:

@@ -15,7 +15,8 @@ import xxhash
 
 from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
-from noria.errors import InputError
+from noria.checkpoint.published import KEYS
+from noria.errors import InputError, require
 
 # Numbers drawn per parameter; they repeat with this period, a prime, so that no two rows of a matrix are equal.
 PERIOD = 1_048_583
@@ -33,6 +34,8 @@ class RandomCheckpoint:
         self.config, self.dtype = config, dtype
         self.generation_config: dict[str, Any] = {}
         self.tokenizer: dict[str, bytes] = {}
+        quantized = [key for key in KEYS if config.get(key) is not None]
+        require(not quantized, f"random weights are plain: take {', '.join(quantized)} out of config.json")
         self._module, self.shape = model_shape(config, "random weights")
         self.family = self.shape.family
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}

@@ -3,7 +3,7 @@
 Which they are is the model family's to say. Reads no numbers but those of a head that may be the embedding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from os.path import commonpath
 from types import ModuleType
@@ -42,14 +42,24 @@ class TensorSource:
         return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
 
-Plan = dict[tuple[str, str], list[TensorSource]]  # the sources, along dimension 0, of (block, parameter)
+Place = tuple[str, str]  # block and parameter
+Plan = dict[Place, list[TensorSource]]  # the sources, along dimension 0
 
 
-def plan_of(directory: Directory, family: ModuleType, shape: ModelShape, tensors: dict[str, Tensor]) -> Plan:
-    """The tensors of every parameter. Raises InputError for the first block that lacks one or has a wrong shape."""
+def plan_of(
+    directory: Directory,
+    family: ModuleType,
+    shape: ModelShape,
+    tensors: dict[str, Tensor],
+    others: Container[Place] = (),
+) -> Plan:
+    """The tensors of every parameter but `others`.
+
+    Raises InputError for the first block that lacks one or has a wrong shape.
+    """
     plan: Plan = {}
     for block in block_names(shape):
-        wanted = family.sources(shape, block)
+        wanted = {name: its for name, its in family.sources(shape, block).items() if (block, name) not in others}
         looked = {name: find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
         if shape.tied and "lm_head.weight" in tensors:  # the embedding may be stored under the head's name alone
             tied = family.sources(shape, "embed")["tokens"]
@@ -63,6 +73,8 @@ def plan_of(directory: Directory, family: ModuleType, shape: ModelShape, tensors
                 f" that none of its files holds; {_instead(missing[0], tensors)}"
             )
         for parameter in model_block(family, shape, block, "float32").parameters:
+            if parameter.name not in wanted:
+                continue
             sources = [_source(name, found[name], parameter.pieces) for name in wanted[parameter.name]]
             _check_sources(block, parameter, sources)
             plan[block, parameter.name] = sources
@@ -90,8 +102,12 @@ def _instead(missing: str, tensors: Iterable[str]) -> str:
 
 def find(name: str, tensors: Mapping[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
     """The tensor of this name, or of one that older checkpoints give it."""
-    names = [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
-    return next((tensors[name] for name in names if name in tensors), None)
+    return next((tensors[its] for its in spellings(name, aliases) if its in tensors), None)
+
+
+def spellings(name: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
+    """A tensor's name, and those that older checkpoints give it."""
+    return [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
 
 
 def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]) -> None:
@@ -133,15 +149,18 @@ def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> Non
     )
 
 
-def left_over(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
-    """A note of the tensors that nothing is made of. Raises InputError for those that would change every number."""
-    used = {source.tensor.name for sources in plan.values() for source in sources}
+def left_over(used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tensor], shape: ModelShape) -> list[str]:
+    """A note of the tensors that nothing is made of. Raises InputError for those that would change every number.
+
+    `used_by`: those that each parameter is made of.
+    """
+    used = {tensor.name for its in used_by.values() for tensor in its}
     # a tied model's own lm_head is the embedding once more
     tied = {"lm_head.weight"} if shape.tied else set()
     left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
     if not left:
         return []
-    computed = tuple(_modules(plan))
+    computed = tuple(_modules(used_by))
     wrong = [name for name in left if name.startswith(computed) or "scale" in name or "lora_" in name]
     if wrong:
         raise InputError(
@@ -156,11 +175,11 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (" ..." if names[5:] else "")
 
 
-def _modules(plan: Plan) -> set[str]:
+def _modules(used_by: Mapping[Place, list[Tensor]]) -> set[str]:
     """What the names of all tensors of computed modules begin with: each layer, and each module beside the layers."""
     paths: dict[str, list[str]] = {}
-    for (block, _), sources in plan.items():
-        paths.setdefault(block, []).extend(source.tensor.name.replace(".", "/") for source in sources)
+    for (block, _), its in used_by.items():
+        paths.setdefault(block, []).extend(tensor.name.replace(".", "/") for tensor in its)
     layers = {commonpath(found) for block, found in paths.items() if "/" in block}
     others = {path.rpartition("/")[0] for block, found in paths.items() if "/" not in block for path in found}
     return {path.replace("/", ".") + "." for path in layers | others}

@@ -1,9 +1,9 @@
 """What a checkpoint holds, in words and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from noria.blocks import Block, Parameter, layer_name
+from noria.blocks import DTYPE_NBYTES, Block, Parameter, layer_name
 from noria.checkpoint.checkpoint import FORMAT, Checkpoint
 from noria.tools.text import nbytes_words, plural
 
@@ -40,6 +40,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "adapter": checkpoint.adapter,
         "family": checkpoint.family,
         "dtype": checkpoint.dtype,
+        "encodings": stored_forms(checkpoint.blocks.values()),
         "parameters": checkpoint.num_parameters,
         "nbytes": checkpoint.nbytes,
         "layers": shape.num_layers,
@@ -47,6 +48,29 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "positions": shape.max_positions,
         "hash": checkpoint.header_hash,
     }
+
+
+def stored_forms(blocks: Iterable[Block]) -> dict[str, dict[str, int]]:
+    """Numbers and bytes of all parameters, by the encoding that they are stored in, or the dtype of plain ones."""
+    found: dict[str, dict[str, int]] = {}
+    for parameter in (one for block in blocks for one in block.parameters):
+        its = found.setdefault(parameter.dtype if parameter.plain else parameter.encoding, {"numbers": 0, "nbytes": 0})
+        its["numbers"] += parameter.numbers
+        its["nbytes"] += parameter.nbytes
+    return found
+
+
+def forms_words(blocks: Sequence[Block]) -> str:
+    """`fp8_block 93.1 % (8.00 bits), bfloat16 6.9 %`, of the numbers; nothing where all parameters are plain."""
+    if not any(block.encoded for block in blocks):
+        return ""
+    found = stored_forms(blocks)
+    whole, plain = sum(its["numbers"] for its in found.values()), [*DTYPE_NBYTES]
+    return ", ".join(
+        f"{name} {100 * its['numbers'] / whole:.1f} %"
+        + ("" if name in plain else f" ({8 * its['nbytes'] / its['numbers']:.2f} bits)")
+        for name, its in sorted(found.items(), key=lambda pair: -pair[1]["numbers"])
+    )
 
 
 def _layers(layers: Sequence[Block], dtype: str) -> list[str]:

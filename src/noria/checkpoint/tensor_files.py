@@ -25,12 +25,26 @@ from noria.tools.container import read_full
 
 CHUNK_NBYTES = 4 << 20
 MAX_HEADER_NBYTES = 100_000_000  # as the format says
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# The dtypes of safetensors by the words that torch has for them, and the dtype that their bytes are read as: codes of 8
+# bits, which stand for numbers, are read as bytes.
+_WORDS = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+}
+_BYTES = ("float8_e4m3fn", "float8_e8m0fnu")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a shard. dtype: a name such as `bfloat16`, or the file's own word for one that is not converted.
+    """One tensor of a shard. dtype: torch's name, such as `bfloat16`, or the file's own word for one that is not read.
 
     offset: bytes, of safetensors from the beginning of the file, of torch's files from that of the tensor.
     """
@@ -45,10 +59,16 @@ class Tensor:
     def size(self) -> int:
         return prod(self.shape)
 
+    @property
+    def read_as(self) -> torch.dtype:
+        """The dtype that a Reader gives."""
+        return torch.uint8 if self.dtype in _BYTES else getattr(torch, self.dtype)
+
 
 def slice_of(tensor: Tensor, number: int) -> Tensor:
-    """The matrix `number` of a tensor of three dimensions, as a tensor of its own."""
-    nbytes = prod(tensor.shape[1:]) * getattr(getattr(torch, tensor.dtype, None), "itemsize", 0)
+    """The part `number` along the first dimension of a tensor, as a tensor of its own."""
+    known = tensor.dtype in _BYTES or hasattr(torch, tensor.dtype)  # what is not read has no slices
+    nbytes = prod(tensor.shape[1:]) * (tensor.read_as.itemsize if known else 0)
     return replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * nbytes)
 
 
@@ -93,11 +113,10 @@ def _tensor(name: str, path: Path, entry: dict[str, Any], data: int) -> Tensor:
     whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     if not isinstance(dtype, str) or not whole or begin > end:
         raise ValueError(f"{name}: {entry}")
-    if dtype not in _DTYPES:
-        return Tensor(name, path, dtype, tuple(shape), data + begin)
-    if end - begin != prod(shape) * _DTYPES[dtype].itemsize:
+    tensor = Tensor(name, path, _WORDS.get(dtype, dtype), tuple(shape), data + begin)
+    if dtype in _WORDS and end - begin != tensor.size * tensor.read_as.itemsize:
         raise ValueError(f"{name}: {dtype} {shape} does not take the bytes {begin} to {end}")
-    return Tensor(name, path, str(_DTYPES[dtype]).removeprefix("torch."), tuple(shape), data + begin)
+    return tensor
 
 
 class Reader:
@@ -116,8 +135,17 @@ class Reader:
         chunks = self._safetensors(tensor) if tensor.shard.suffix == ".safetensors" else self._torch(tensor)
         return _transposed(tensor, chunks) if transposed else chunks
 
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a tensor, in memory of its own."""
+        if tensor.shard.suffix != ".safetensors":
+            return torch.cat(list(self._torch(tensor)) or [torch.empty(0, dtype=tensor.read_as)]).view(tensor.shape)
+        content = torch.empty(tensor.size * tensor.read_as.itemsize, dtype=torch.uint8)
+        with tensor.shard.open("rb", buffering=0) as file:
+            read_full(file.fileno(), content.numpy().data, tensor.offset, tensor.shard)
+        return content.view(tensor.read_as).view(tensor.shape)
+
     def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        dtype = getattr(torch, tensor.dtype)
+        dtype = tensor.read_as
         nbytes = tensor.size * dtype.itemsize
         with tensor.shard.open("rb", buffering=0) as file:
             for begin in range(0, nbytes, CHUNK_NBYTES):
@@ -130,6 +158,7 @@ class Reader:
             self._tensors = {}  # before the next is opened: never two at a time
             self._path, self._tensors = tensor.shard, _load(tensor.shard)
         flat = self._tensors[tensor.name].reshape(-1)
+        flat = flat.view(torch.uint8) if tensor.dtype in _BYTES else flat
         first = tensor.offset // flat.element_size()
         flat = flat[first : first + tensor.size]
         for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     sys.stdout.write(
         f"{arguments.target}: {made.shape.family}, {made.shape.num_layers} layers, {made.dtype},"
+        f"{f' stored as {made.forms},' if made.forms else ''}"
         f" {made.nbytes / 2**30:.2f} GiB in {seconds:.1f} s ({made.nbytes / 1e9 / seconds:.2f} GB/s)\n"
     )
     return 0

@@ -11,8 +11,6 @@ from noria.errors import InputError, require
 
 MAX_SIZE = 2**31 - 1  # of any size: token ids and kernels count in 32 bits
 MAX_LAYERS = 10_000  # a layer's name has four digits
-# The keys that say that weights are quantized, and by whom where the value does not say it.
-QUANTIZED = {"quantization_config": "unknown", "quantization": "MLX", "compression_config": "compressed-tensors"}
 MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -137,15 +135,3 @@ def multiple(one: tuple[str, int], other: tuple[str, int]) -> None:
     (name, number), (divisor_name, divisor) = one, other
     if number % divisor:
         raise InputError(f"config.json: {name} ({number}) is not a multiple of {divisor_name} ({divisor})")
-
-
-def refuse_quantized(config: Mapping[str, Any]) -> None:
-    """Raises InputError for weights that are stored in another form than numbers of the model's dtype."""
-    for key, maker in QUANTIZED.items():
-        found = config.get(key)
-        if found is None:
-            continue
-        method = found.get("quant_method", maker) if isinstance(found, Mapping) else found
-        raise InputError(
-            f"config.json: {key} ({str(method)[:MAX_SHOWN]}) is not in this version of Noria: take the unquantized model"
-        )

@@ -58,7 +58,6 @@ class Variant:
 
 def shape(family: str, config: Mapping[str, Any], variant: Variant) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed."""
-    read.refuse_quantized(config)
     if config.get("hidden_act") != "swish":  # silu's other name
         read.only(config, "hidden_act", "silu", "Noria computes this family only with silu")
     hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")

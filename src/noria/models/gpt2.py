@@ -23,7 +23,6 @@ ALIASES = (("transformer.", ""),)  # the first published checkpoints
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    read.refuse_quantized(config)
     read.only(config, "add_cross_attention", False, "Noria computes GPT-2 only as a decoder")
     hidden_size, num_heads = read.integer(config, "n_embd", 768), read.integer(config, "n_head", 12)
     read.multiple(("n_embd", hidden_size), ("n_head", num_heads))

@@ -23,7 +23,6 @@ POSITION_OFFSET = 2  # row of the position table that belongs to position 0
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    read.refuse_quantized(config)
     hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
     read.multiple(("hidden_size", hidden_size), ("num_attention_heads", num_heads))
     before = read.flag(config, "do_layer_norm_before", True)

@@ -1,0 +1,186 @@
+"""Parameters that a directory has as fields of an encoding already: which they are, how they lie, and their bytes.
+
+What a matrix is made of is its format's to say (published/). Matrices are read whole, the next piece beside the present
+one's way to the file. Knows no format and no family's names.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import torch
+
+from noria import encodings, kinds
+from noria.blocks import Block, Parameter, lay_out
+from noria.checkpoint.checkpoint import block_names, model_block
+from noria.checkpoint.published import Form, notes
+from noria.checkpoint.published._tensors import Published
+from noria.checkpoint.sources import Place, spellings
+from noria.checkpoint.tensor_files import Reader, Tensor
+from noria.encodings import Fields
+from noria.errors import InputError, require
+from noria.model import ModelShape
+from noria.pieces import Encoded, Field, Matrix
+
+WEIGHT = ".weight"
+
+
+class FieldSources:
+    """The parameters of a model that its directory has in the fields of `form`; none without one.
+
+    Raises InputError for one of which only a part is in fields, or in different ones, or not in the shape that
+    config.json asks for.
+    """
+
+    def __init__(self, family: ModuleType, shape: ModelShape, form: Form | None):
+        self._form, self._reader = form, Reader()
+        self._found: dict[Place, list[Published]] = {}
+        for block in block_names(shape) if form else ():
+            wanted = family.sources(shape, block)
+            for parameter in model_block(family, shape, block, "float32").parameters:
+                found = [_matrix(name, form, family) for name in wanted[parameter.name]]
+                if any(found):
+                    where = f"{block}/{parameter.name}"
+                    whole = _of_one_form(where, wanted[parameter.name], found)
+                    _check_shapes(where, parameter, whole)
+                    gathered = block == "embed" or (shape.tied and parameter.name == "lm_head")
+                    require(
+                        not gathered,
+                        f"{whole[0].tensors[0].shard}: {whole[0].module!r} is quantized: rows of an embedding are gathered,"
+                        " from plain numbers; take the unquantized model",
+                    )
+                    self._found[block, parameter.name] = whole
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._found
+
+    @property
+    def tensors(self) -> dict[Place, list[Tensor]]:
+        """The tensors that the parameters are made of."""
+        return {place: [its for one in found for its in one.tensors] for place, found in self._found.items()}
+
+    def aside(self, tensors: Mapping[str, Tensor]) -> tuple[set[str], list[str]]:
+        """Names of tensors that nothing is made of, as they change no number, and notes on what they serve.
+
+        They serve the rounding of activations or of the cache, or are biases of zeros, which some programs write.
+        """
+        if self._form is None:
+            return set(), []
+        modules = {one.module for found in self._found.values() for one in found}
+        serving = {name for name in tensors if name.rpartition(".")[2] in self._form.ASIDE}
+        biases = {f"{module}.bias" for module in modules} & tensors.keys()
+        zeros = {name for name in biases if not any(chunk.any() for chunk in self._reader.chunks(tensors[name]))}
+        return serving | zeros, notes(self._form, serving)
+
+    def lay_out(self, block: Block, dtype: str) -> Block:
+        """The layout of a plain block with the parameters that are stored in fields."""
+        found = {
+            parameter.name: self._encoded(block, parameter, dtype)
+            for parameter in block.parameters
+            if (block.name, parameter.name) in self._found
+        }
+        wanted = {parameter.name: parameter.wanted for parameter in block.parameters}
+        return lay_out(block.name, wanted, dtype, found) if found else block
+
+    def _encoded(self, block: Block, parameter: Parameter, dtype: str) -> Encoded:
+        matrices = self._piece(block, parameter, 0)
+        encoding = matrices[0].encoding
+        settings = kinds.load("encodings", encoding).DEFAULTS | matrices[0].settings
+        names = [matrix.name for matrix in parameter.piece.matrices] if parameter.wanted.named else [""] * len(matrices)
+        laid = [Matrix(name, matrix.shape) for name, matrix in zip(names, matrices, strict=True)]
+        return Encoded(encoding, settings, encodings.capacity(encoding, laid, dtype, settings))
+
+    def _piece(self, block: Block, parameter: Parameter, number: int) -> Sequence[Published]:
+        """The matrices of a piece."""
+        found = self._found[block.name, parameter.name]
+        each = len(found) // parameter.pieces
+        return found[number * each : (number + 1) * each]
+
+    def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
+        """The bytes of a parameter, piece by piece. Raises InputError for fields that its encoding does not have."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._fields, block, parameter, 0)
+            for number in range(parameter.pieces):
+                fields = ahead.result()
+                if number + 1 < parameter.pieces:
+                    ahead = pool.submit(self._fields, block, parameter, number + 1)
+                yield from _bytes(parameter, fields)
+
+    def _fields(self, block: Block, parameter: Parameter, number: int) -> Fields:
+        """The fields of a piece, by their names in it."""
+        kind, piece = kinds.load("encodings", parameter.encoding), parameter.piece
+        fields: Fields = {}
+        for its, matrix in enumerate(self._piece(block, parameter, number)):
+            made = {name: value.contiguous() for name, value in matrix.fields(self._reader).items()}
+            one_piece = {name: value[None] for name, value in made.items()}
+            try:
+                kind.check(one_piece, matrix.shape, parameter.settings)
+            except InputError as error:
+                raise InputError(
+                    f"{matrix.tensors[0].shard}: {matrix.module!r}, stored as {parameter.encoding}: {error}: the directory is"
+                    " damaged, download it again"
+                ) from error
+            fields |= {piece.prefix(its) + name: value for name, value in made.items()}
+        return fields
+
+
+def _matrix(name: str, form: Form | None, family: ModuleType) -> Published | None:
+    """What the form has of the tensor with this name, or with one that older checkpoints give it."""
+    assert form is not None, name
+    if not name.endswith(WEIGHT):
+        return None
+    found = (form.matrix(its.removesuffix(WEIGHT)) for its in spellings(name, family.ALIASES))
+    return next((matrix for matrix in found if matrix), None)
+
+
+def _of_one_form(where: str, names: Sequence[str], found: Sequence[Published | None]) -> list[Published]:
+    """All of them. Raises InputError if one is missing, or in another form than the first."""
+    whole = [one for one in found if one]
+    first = whole[0]
+    for name, one in zip(names, found, strict=True):
+        words = one and f"{one.encoding} {dict(one.settings) or ''}".strip()
+        if one is None or (one.encoding, one.settings) != (first.encoding, first.settings):
+            raise InputError(
+                f"{first.tensors[0].shard}: {first.module!r} is stored as {first.encoding} {dict(first.settings) or ''},"
+                f" {name.removesuffix(WEIGHT)!r} {f'as {words}' if words else 'is not'}: both are parts of {where}, which"
+                " this version of Noria stores in one form; take the unquantized model"
+            )
+    return whole
+
+
+def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) -> None:
+    """Raises InputError for matrices that do not make the parameter."""
+    plain = parameter.piece.matrices * parameter.pieces
+    if parameter.wanted.named:
+        right = [matrix.shape for matrix in plain] == [one.shape for one in found]
+    else:
+        rows = sum(one.shape[0] for one in found)
+        right = all((rows, one.shape[1]) == parameter.shape for one in found)
+    if not right:
+        have = ", ".join(f"{one.module!r} {list(one.shape)}" for one in found[:6]) + (" and more" if found[6:] else "")
+        raise InputError(
+            f"{found[0].tensors[0].shard}: {have} cannot make {where} {list(parameter.shape)}, the shape that config.json"
+            " asks for: weights and config.json belong to different models"
+        )
+
+
+def _bytes(parameter: Parameter, fields: Fields) -> Iterator[memoryview]:
+    """The fields of a piece as they lie in it, zeros between them."""
+    end = 0
+    for one in parameter.piece.fields:
+        its = fields[one.name]
+        _check_field(one, its)
+        if one.offset > end:
+            yield memoryview(bytes(one.offset - end))
+        yield its.view(-1).view(torch.uint8).numpy().data
+        end = one.offset + one.nbytes
+    if parameter.piece.nbytes > end:
+        yield memoryview(bytes(parameter.piece.nbytes - end))
+
+
+def _check_field(one: Field, its: torch.Tensor) -> None:
+    right = its.dtype == getattr(torch, one.dtype) and tuple(its.shape) == one.shape
+    assert right, f"field {one.name} is {its.dtype} {list(its.shape)}, it is {one.dtype} {list(one.shape)}"

@@ -1,0 +1,88 @@
+"""The tensors of a directory as formats look them up, and what they make of a matrix.
+
+Every refusal names the file, the tensor, what it is and what it should be.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from noria.checkpoint.tensor_files import Reader, Tensor
+from noria.encodings import Fields
+from noria.errors import InputError, require
+
+PLAIN = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A matrix as a directory has it: in fields of an encoding.
+
+    shape: [outputs, inputs]. tensors: all that it is made of, its codes first. fields: reads them, whole.
+    """
+
+    module: str
+    encoding: str
+    settings: Mapping[str, Any]
+    shape: tuple[int, int]
+    tensors: tuple[Tensor, ...]
+    fields: Callable[[Reader], Fields]
+
+
+class Tensors:
+    """The tensors of a directory by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def get(self, module: str, ending: str) -> Tensor | None:
+        return self._tensors.get(f"{module}.{ending}")
+
+    def need(self, beside: Tensor, module: str, *endings: str) -> Tensor:
+        """The first of these tensors of a module that there is. Raises InputError if there is none."""
+        found = [tensor for ending in endings if (tensor := self.get(module, ending))]
+        if not found:
+            raise InputError(
+                f"{beside.shard}: {beside.name!r} is {beside.dtype} and no file holds its {' or '.join(endings)}: the"
+                " directory is not whole, download it again"
+            )
+        return found[0]
+
+
+def hold(tensor: Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> Tensor:
+    """The tensor. Raises InputError if it is of another dtype or shape; `why` says what asks for them."""
+    require(
+        tensor.dtype in dtypes and tensor.shape == shape,
+        f"{tensor.shard}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, it should be {' or '.join(dtypes)}"
+        f" {list(shape)}, {why}",
+    )
+    return tensor
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """[outputs, inputs] of a tensor. Raises InputError if it has other dimensions, or no numbers."""
+    require(
+        len(tensor.shape) == 2 and tensor.size > 0,
+        f"{tensor.shard}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: quantized weights are matrices",
+    )
+    return tensor.shape[0], tensor.shape[1]
+
+
+def as_float32(scales: torch.Tensor) -> torch.Tensor:
+    """Scales of a narrower dtype, exactly."""
+    return scales.to(torch.float32)
+
+
+def activations_of(settings: Mapping[str, Any]) -> str:
+    """How activations are rounded: `dynamic`, `static`, or nothing."""
+    return str(settings.get("activation_scheme") or "")[:80]
+
+
+def cache_of(settings: Mapping[str, Any]) -> str:
+    """How the cache is rounded, in a word."""
+    said = settings.get("kv_cache_scheme") or settings.get("kv_cache_quant_algo")
+    if isinstance(said, Mapping):
+        return f"{str(said.get('type', ''))[:20]}{str(said.get('num_bits', ''))[:20]}"
+    return str(said or "")[:80]
