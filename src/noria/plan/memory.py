@@ -9,10 +9,13 @@ from functools import cached_property
 
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.bundle import Bundle, borders_of, most_nbytes, turns, within
-from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, TIERS
+from noria.kernels.work import SECTION
+from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, PARTIAL_NBYTES, TIERS
 from noria.model import ModelShape
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
+
+MOST_PREFIXES = 4  # that a row is taken to have at most, one behind the other
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,24 @@ class Sizes:
         borders = self._borders_of(rank)
         work = on_device * most_nbytes(borders, self.step_tokens) + 8 * most_nbytes(borders, self.microbatch_tokens)
         work += self.microbatch_tokens * max(3 * widest, self.shape.mixture_size) * itemsize
+        work += attention_nbytes(self.shape, self.dtype, self.microbatch_tokens) * (self.device == "cuda")
         if rank == self.num_ranks - 1:
             work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
                 DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
             )
         return work
+
+
+def attention_nbytes(shape: ModelShape, dtype: str, tokens: int) -> int:
+    """Bytes of attention's partial results at most, where it goes by work items: a microbatch has so many tokens.
+
+    Of a token and head a sum, a maximum and a weight: for each section that is computed apart, twice for each prefix.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return 0
+    slot = shape.num_heads * (shape.widest_row + 2) * 4
+    slots = -(-shape.max_positions // SECTION) + 2 * MOST_PREFIXES
+    return min(2 * PARTIAL_NBYTES, tokens * slots * slot)
 
 
 def streamed(tiers: Mapping[str, str]) -> list[str]:
