@@ -44,6 +44,7 @@ CASES = [
         ],
         "fp8_channel": [{}, {"scale_dtype": "e8m0"}],
         "mxfp4": [{}],
+        "nvfp4": [{"tensor_scale": "multiplies"}, {"tensor_scale": "divides"}],
         "int4": INTEGERS,
         "int8": INTEGERS,
     }.items()

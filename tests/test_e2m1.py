@@ -1,12 +1,16 @@
 """Floats of 4 bits by groups, beside numpy that knows the formats' definitions alone, and what others make of the bytes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from counts import count
 from noria import kinds
+from noria.encodings import _e2m1
 from noria.errors import InputError
 
 
@@ -37,6 +41,17 @@ def decoded(encoding, fields, shape, dtype=torch.float64, **settings):
     kind.check({name: its[None] for name, its in fields.items()}, shape, kind.DEFAULTS | settings)
     kind.decode({name: its[None] for name, its in fields.items()}, kind.DEFAULTS | settings, into)
     return into[0]
+
+
+def published(case):
+    """What others made: data/README.md says how."""
+    tensors = load_file(Path(__file__).parent / "data/packed/packed.safetensors")
+    return {name.removeprefix(case + "."): its for name, its in tensors.items() if name.startswith(case + ".")}
+
+
+def test_codes_are_those_of_ml_dtypes():
+    its = published("e2m1")
+    assert torch.equal(_e2m1.nearest(its["numbers"]), its["codes"])
 
 
 def random_bytes(random, shape, most=256):
@@ -106,21 +121,96 @@ def test_numbers_of_every_magnitude_of_float32_are_encoded():
 
 
 HOSTILE = [
-    ("scales", 255, "1 of 4 scales are no numbers"),
-    ("codes", 16, "a code stands behind the last of 33 of its row"),
+    ("mxfp4", "scales", 255, "1 of 4 scales are no numbers"),
+    ("mxfp4", "codes", 16, "a code stands behind the last of 33 of its row"),
+    ("nvfp4", "codes", 16, "a code stands behind the last of 33 of its row"),
+    ("nvfp4", "scales", 127, "a scale is nan"),
+    ("nvfp4", "scales", 255, "a scale is nan"),
+    ("nvfp4", "tensor_scale", torch.nan, "the scale of a tensor is not a number above 0"),
+    ("nvfp4", "tensor_scale", torch.inf, "the scale of a tensor is not a number above 0"),
+    ("nvfp4", "tensor_scale", 0.0, "the scale of a tensor is not a number above 0"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "words"), HOSTILE)
-def test_fields_of_mxfp4_that_stand_for_no_numbers_are_refused(name, value, words):
-    kind = kinds.load("encodings", "mxfp4")
-    fields = {key: its[None] for key, its in kind.encode(torch.randn(2, 33), {}).items()}
-    kind.check(fields, (2, 33), {})
+@pytest.mark.parametrize(("encoding", "name", "value", "words"), HOSTILE)
+def test_fields_that_stand_for_no_numbers_are_refused(encoding, name, value, words):
+    kind = kinds.load("encodings", encoding)
+    fields = {key: its[None] for key, its in kind.encode(torch.randn(2, 33), kind.DEFAULTS).items()}
+    kind.check(fields, (2, 33), kind.DEFAULTS)
     fields[name].view(-1)[-1] = value
     with pytest.raises(InputError, match=words):
-        kind.check(fields, (2, 33), {})
+        kind.check(fields, (2, 33), kind.DEFAULTS)
 
 
-def test_mxfp4_has_no_settings():
-    with pytest.raises(InputError, match="mxfp4 has no setting 'group'"):
-        kinds.load("encodings", "mxfp4").fields((4, 64), "float32", {"group": 32})
+@pytest.mark.parametrize(
+    ("encoding", "settings", "words"),
+    [
+        ("mxfp4", {"group": 32}, "mxfp4 has no setting 'group'"),
+        ("nvfp4", {}, "nvfp4 needs the setting 'tensor_scale'"),
+        ("nvfp4", {"tensor_scale": "adds"}, "tensor_scale is 'adds', it must be one of"),
+    ],
+)
+def test_settings_that_they_do_not_have_are_refused(encoding, settings, words):
+    with pytest.raises(InputError, match=words):
+        kinds.load("encodings", encoding).fields((4, 64), "float32", settings)
+
+
+# ---- NVFP4
+
+
+def e4m3(code):
+    """What a code means: sign, 4 bits of exponent with a bias of 7, 3 of mantissa."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    value = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -value if code & 128 else value
+
+
+E4M3 = np.array([e4m3(code) for code in range(256)])
+
+
+@pytest.mark.parametrize("tensor_scale", ["multiplies", "divides"])
+@pytest.mark.parametrize("number", range(count(200)))
+def test_nvfp4_is_code_times_scale_of_group_and_tensor(number, tensor_scale):
+    random = np.random.default_rng(number)
+    shape = (int(random.integers(1, 30)), int(random.integers(1, 150)))
+    scales = random_bytes(random, (shape[0], -(-shape[1] // 16)), 127)
+    of_tensor = torch.tensor([random.random() * 10.0 ** random.integers(-6, 6)], dtype=torch.float32)
+    fields = {"codes": random_bytes(random, (shape[0], -(-shape[1] // 2))), "scales": scales, "tensor_scale": of_tensor}
+    if shape[1] % 2:
+        fields["codes"][:, -1] &= 15
+    for dtype, wide in ((torch.float64, np.float64), (torch.float32, np.float32), (torch.bfloat16, np.float32)):
+        its, other = E4M3[scales.numpy()].astype(wide), of_tensor.numpy().astype(wide)
+        together = its * other if tensor_scale == "multiplies" else its / other
+        wanted = torch.from_numpy(dense(fields["codes"].numpy(), together, shape[1], 16).astype(wide)).to(dtype)
+        assert torch.equal(decoded("nvfp4", fields, shape, dtype, tensor_scale=tensor_scale), wanted)
+
+
+def test_what_compressed_tensors_packs_as_nvfp4_is_decoded_as_it_does():
+    its = published("nvfp4")
+    fields = {"codes": its["weight_packed"], "scales": its["weight_scale"], "tensor_scale": its["weight_global_scale"]}
+    found = decoded("nvfp4", fields, (8, 96), torch.bfloat16, tensor_scale="divides")
+    assert torch.equal(found, its["weight"])
+
+
+@pytest.mark.parametrize("tensor_scale", ["multiplies", "divides"])
+@pytest.mark.parametrize("shape", [(40, 96), (5, 7), (3, 33), (1, 1)])
+def test_encoding_nvfp4_takes_the_nearest_codes_under_the_nearest_scales(shape, tensor_scale):
+    random = np.random.default_rng(3)
+    numbers = random.normal(size=shape) * 10.0 ** random.integers(-2, 2, (shape[0], 1))
+    numbers[0, : shape[1] // 2] = 0.0
+    settings = {"tensor_scale": tensor_scale}
+    fields = kinds.load("encodings", "nvfp4").encode(torch.from_numpy(numbers), settings)
+    found = decoded("nvfp4", fields, shape, **settings).numpy()
+    unit = max(np.abs(numbers).max(), 2.0**-100) / 6 / 448
+    for row in range(shape[0]):
+        for first in range(0, shape[1], 16):
+            its = numbers[row, first : first + 16]
+            scale = E4M3[:127][np.abs(E4M3[:127] - np.abs(its).max() / 6 / unit).argmin()] * unit
+            best = np.abs(CODES[None] * scale - its[:, None]).min(1)
+            assert (np.abs(found[row, first : first + 16] - its) <= best + 1e-5 * np.abs(its)).all()
+
+
+def test_a_matrix_of_zeros_stays_one():
+    for encoding in ("mxfp4", "nvfp4"):
+        kind = kinds.load("encodings", encoding)
+        assert not decoded(encoding, kind.encode(torch.zeros(3, 40), kind.DEFAULTS), (3, 40)).any()

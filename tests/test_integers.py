@@ -1,8 +1,11 @@
 """Whole numbers of 4 and 8 bits by groups, beside numpy that knows what their docstring says alone; searched clipping."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from counts import count
 from noria import encodings, kinds
@@ -125,6 +128,35 @@ def test_encoding_takes_the_nearest_codes_under_its_scales(encoding, symmetric, 
     assert not found[4].any()
 
 
+def as_published(encoding, published):
+    """The fields and settings of a weight that compressed-tensors packed: int32, the first code in the lowest bits."""
+    bits, outputs = {"int4": 4, "int8": 8}[encoding], len(published["weight"])
+    fields = {"codes": published["weight_packed"].view(torch.uint8), "scales": published["weight_scale"]}
+    group = 96 // published["weight_scale"].shape[1]
+    if "weight_zero_point" in published:  # packed along the outputs
+        words = published["weight_zero_point"].numpy().view(np.uint32)
+        rows = [words[row * bits // 32] >> row * bits % 32 & 2**bits - 1 for row in range(outputs)]
+        fields["zeros"] = torch.from_numpy(np.array(rows).astype(np.uint8))
+    if "weight_g_idx" in published:
+        fields["permutation"] = published["weight_g_idx"].argsort(stable=True).argsort().int()
+    has = {"symmetric": "zeros" not in fields, "permuted": "permutation" in fields}
+    return fields, settings_of(encoding, group_size=group if group < 96 else -1, scale_dtype="float32", **has)
+
+
+@pytest.mark.parametrize(
+    "case", ["int4.symmetric", "int4.zeros", "int4.channel", "int4.actorder", "int8.zeros", "int8.channel"]
+)
+def test_what_compressed_tensors_packs_is_expressed_and_decoded_as_it_does(case):
+    encoding, tensors = case[:4], load_file(Path(__file__).parent / "data/packed/packed.safetensors")
+    published = {name.removeprefix(case + "."): its for name, its in tensors.items() if name.startswith(case + ".")}
+    fields, settings = as_published(encoding, published)
+    kind, into = kinds.load("encodings", encoding), torch.empty(1, 8, 96)
+    fields = {name: its[None] for name, its in fields.items()}
+    kind.check(fields, (8, 96), settings)
+    kind.decode(fields, settings, into)
+    assert torch.equal(into[0], published["weight"])
+
+
 def squared_error(found, wanted):
     return float((found.double() - wanted.double()).square().sum())
 
@@ -232,7 +264,7 @@ def test_settings_that_they_do_not_have_are_refused(encoding, said, words):
         encodings.capacity(encoding, [Matrix("", (8, 20))], "float32", settings_of(encoding, **said))
 
 
-@pytest.mark.parametrize("encoding", [*KINDS, "mxfp4"])
+@pytest.mark.parametrize("encoding", [*KINDS, "mxfp4", "nvfp4"])
 def test_vectors_and_numbers_that_are_not_finite_are_refused(encoding):
     kind, settings = kinds.load("encodings", encoding), settings_of(encoding)
     with pytest.raises(InputError, match=r"encodes matrices, not what has the shape \[8\]"):

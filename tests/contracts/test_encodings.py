@@ -13,7 +13,7 @@ from noria.pieces import VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 with extra_kinds():
     KINDS = kinds.names("encodings")
 CODED = [name for name in KINDS if name != "plain"]
-MOST = {"plain": 0.0, "int4": 0.35, "mxfp4": 0.5}  # by which a number below 2 may change; of the others
+MOST = {"plain": 0.0, "int4": 0.35, "mxfp4": 0.5, "nvfp4": 0.35}  # by which a number below 2 may change; of the others
 ROUGHLY = 0.25
 SHAPES = [(1, 1), (3, 5), (16, 64), (7, 33)]
 
