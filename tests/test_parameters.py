@@ -27,6 +27,7 @@ from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import costs, planner, rates
 from noria.plan.costs import Workload
+from noria.plan.loads import load_of
 from noria.plan.problem import Machine, Problem
 from noria.run import run
 from noria.streams import CpuStreams
@@ -323,8 +324,8 @@ def test_the_cost_model_moves_the_bytes_of_fields_and_multiplies_numbers(folder)
             streamed = [name for name in blocks if name != "embed"]
             moved = costs.weights_nbytes(plan, blocks, 0)["link"]
             assert moved == plan.groups * sum(blocks[name].nbytes for name in streamed)
-            turn = costs.Round(8, 8, 20, False)
-            found[model] = costs.resources(plan, shape, blocks, rates.assumed("cuda"), 0, turn)
+            load = load_of(plan, shape, blocks, 0)
+            found[model] = costs.resources(plan, shape, load, rates.assumed("cuda"), costs.Round(8, 20))
     plain, encoded = found["wide"], found["wide-encoded"]
     assert encoded["matmul"] == plain["matmul"] and encoded["link"] < plain["link"]
 

@@ -50,6 +50,12 @@ class Parameter:
         return self.numbers * DTYPE_NBYTES[self.dtype]
 
     @property
+    def between_nbytes(self) -> int:
+        """Bytes that one token takes as inputs and outputs of its products."""
+        sizes = (sum(matrix.shape) for matrix in self.piece.matrices if len(matrix.shape) == 2)
+        return self.pieces * sum(sizes) * DTYPE_NBYTES[self.dtype]
+
+    @property
     def plain(self) -> bool:
         return self.encoding == PLAIN
 
@@ -110,6 +116,15 @@ class Block:
     @cached_property
     def expert_nbytes(self) -> int:
         return sum(parameter.computed_nbytes for parameter in self.parameters if parameter.pieces > 1)
+
+    @cached_property
+    def between_nbytes(self) -> int:
+        """Bytes that one token takes as inputs and outputs of all products, with every expert."""
+        return sum(parameter.between_nbytes for parameter in self.parameters)
+
+    @cached_property
+    def expert_between_nbytes(self) -> int:
+        return sum(parameter.between_nbytes for parameter in self.parameters if parameter.pieces > 1)
 
     @cached_property
     def encoded(self) -> tuple[Parameter, ...]:

@@ -51,8 +51,7 @@ def make(problem: Problem, known: rates.Rates | None = None) -> Plan:
     known = known or rates_of(problem.config, problem.machine.device, problem.num_ranks)
     plan = _choose(problem, known)
     check_disk(problem, plan)
-    of_plan = plan, problem.shape, problem.blocks, known, problem.workload
-    return replace(plan, predicted=costs.predict(*of_plan) | {"terms": costs.explain(*of_plan)})
+    return replace(plan, predicted=costs.predict(plan, problem.shape, problem.blocks, known, problem.workload))
 
 
 def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
