@@ -74,11 +74,13 @@ class Placement:
 
     weights: dict[str, Any] | None = key(
         "where layers and head are kept: shares in %, gpu=60,cpu=40, or sizes, which are filled in this order,"
-        " gpu=40GiB,cpu=60GiB,disk=1TiB (default: planned: first the GPU, then CPU memory, then disk)",
+        " gpu=40GiB,cpu=60GiB,disk=1TiB, or the blocks themselves, 'gpu=embed layers 0-3 head,cpu=layers 4-11'"
+        " (default: planned: first the GPU, then CPU memory, then disk)",
         text=True,
     )
     cache: dict[str, Any] | None = key(
-        "where the KV cache is kept: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB (default:"
+        "where the KV cache is kept: shares of the sequences in %, gpu=20,cpu=80, or sizes, gpu=10GiB,cpu=40GiB, or pages of 16"
+        " tokens, 'gpu=640 pages' (default:"
         " planned: on the GPU, and in CPU memory if that is faster)",
         text=True,
     )
@@ -97,7 +99,7 @@ class Placement:
     def __post_init__(self) -> None:
         for name in ("weights", "cache"):
             if getattr(self, name) is not None:
-                check_shares(f"placement.{name}", getattr(self, name))
+                check_shares(f"placement.{name}", getattr(self, name), of_blocks=name == "weights")
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name), f"placement.{name}")

@@ -1,12 +1,18 @@
 """The keys of [job]: how a job runs and ends. Knows nothing of the other sections."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from noria.errors import require
-from noria.tools.keys import check_path, key
+from noria.tools.keys import check_path, key, nearest
 from noria.tools.values import parse_shard, parse_walltime
 
 OPENAI = "openai:"  # before the name of an export: it is written as OpenAI's batch responses
+
+PLANNED = (  # what a plan comes to that no key says
+    *("ranks", "gpu_pages", "cpu_pages", "disk_pages", "weight_slots", "cache_slots", "cache_slot_pages"),
+    "tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Job:
         " GPU's speed",
         False,
     )
+    planned: dict[str, Any] | None = key(
+        "what noria plan --write planned, which writes this key: the run says in a line where its own plan is another"
+    )
     machine: str | None = key(
         "rates to plan with: a file of noria probe, or a card such as H100 (default: measured; where none were, assumed)"
     )
@@ -56,6 +65,10 @@ class Job:
         require(self.seal_seconds >= 0, f"job.seal_seconds is {self.seal_seconds}: it must be 0 or more")
         if self.shard is not None:
             parse_shard(self.shard)
+        for name, number in (self.planned or {}).items():
+            require(name in PLANNED, f"unknown name {name[:50]!r} in job.planned{nearest(name[:50], PLANNED)}")
+            right = isinstance(number, int | float) and not isinstance(number, bool)
+            require(right, f"job.planned.{name[:50]} is {str(number)[:50]!r}: it must be a number")
         if self.walltime is not None:
             parse_walltime(self.walltime)
         for name in ("retry_errors", "extend"):

@@ -21,6 +21,7 @@ _METAVARS = {
     **dict.fromkeys(("weights", "cache"), "TIER=SHARE,..."),
     **dict.fromkeys(("prompt_column", "id_column", "messages_column"), "NAME"),
     "logit_bias": "ID=NUMBER,...",
+    "planned": "NAME=NUMBER,...",
     "partition": "greedy|INT,...",
     "scratch": "DIR",
     "choice": "TEXT,...",

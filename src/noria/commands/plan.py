@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from noria.commands import flags
@@ -19,7 +20,7 @@ from noria.desk.examination import dtype_of, open_model
 from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.desk.machine import device_of, machine_lines, machine_of, rates_for
-from noria.errors import require
+from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Workload
@@ -30,6 +31,7 @@ from noria.plan.rates import Rates
 from noria.plan.rivals import Rival, rivals
 from noria.plan.script import clock, script_lines
 from noria.plan.what_if import Bought, bought
+from noria.plan.written import run_file
 from noria.rows.chat import encoder_of
 from noria.rows.prompt_files import PromptFiles, count
 from noria.rows.template import template_helper
@@ -45,11 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print one JSON object, for scripts: plan, memory, binds, terms, predicted, rivals, what_if; later versions only"
         " add keys",
     )
-    flags.add_arguments(parser, "--ranks INT [--json] ")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="RUN.toml",
+        help="write a run file with every planned key set: a run of it has this plan, and says where it has not; a file that"
+        " exists is not overwritten",
+    )
+    flags.add_arguments(parser, "--ranks INT [--json] [--write RUN.toml] ")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config, num_ranks = flags.load(arguments, "ranks", "json"), arguments.ranks
+    config, num_ranks = flags.load(arguments, "ranks", "json", "write"), arguments.ranks
     require(num_ranks >= 1, f"--ranks is {num_ranks}: it must be at least 1")
     files = prompts_of(config)
     num_rows = count(files)
@@ -63,13 +72,28 @@ def run(arguments: argparse.Namespace) -> int:
             for line in asked.lines():
                 _say(*line)
         plan = planner.make(problem, asked.known)
+        if arguments.write is not None:
+            _write(arguments.write, run_file(config, plan))
         others, more = rivals(problem, asked.known, plan), list(bought(problem, asked.known, plan))
     if arguments.json:
         _say("", json_text(asked.as_dict() | _as_dict(problem, plan, others, more)))
         return 0
     for line in _plan_lines(problem, plan, others, more):
         _say(*line)
+    if arguments.write is not None:
+        _say("written", f"{arguments.write}: mpirun -n {num_ranks} noria run {arguments.write}")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a new file. Raises InputError where one is there, or none can be made."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"--write {path}: the file exists: remove it, or name another") from None
+    except OSError as error:
+        raise InputError(f"--write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from noria.desk.examination import Examined
 from noria.desk.inputs import prompts_of
 from noria.model import OpenModel
 from noria.plan.plan import Plan
+from noria.plan.written import otherwise
 from noria.tools.provenance import provenance
 
 
@@ -16,6 +17,8 @@ def remarks(config: Config, device: str, num_rows: int, plan: Plan) -> Iterator[
     """The plan, and what the user may not have meant."""
     # Nobody can assume what a CPU does.
     yield from plan.lines(predicted=device == "cuda" or config.job.machine is not None)
+    if config.job.planned:
+        yield otherwise(config.job.planned, plan)
     if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
         yield "note: placement.stage does nothing: no weights are on disk"
     if not num_rows:

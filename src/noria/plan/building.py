@@ -13,7 +13,8 @@ from noria.plan.plan import Plan
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused
-from noria.plan.shares import Uncovered, budgets_of, by_budget, by_share, is_budget
+from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
+from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
@@ -129,6 +130,8 @@ def _fill(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots
 def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> dict[str, str]:
     """The tier of each of the rank's blocks."""
     names, shares = list(sizes.weight_tiers[rank]), candidate.weights
+    if shares is not None and is_listed(shares):
+        return by_list(names, shares)
     moved, embed = [name for name in names if name != "embed"], {}
     if shares is not None and not is_budget(shares):
         if "embed" in names:

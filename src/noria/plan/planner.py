@@ -18,7 +18,8 @@ from noria.plan.memory import Sizes
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Candidate, Problem
-from noria.plan.shares import budgets_of, is_budget
+from noria.plan.room import asked_pages
+from noria.plan.shares import check_list, is_budget
 
 GiB = 1024**3
 STREAMED_STEP_TOKENS = 16384  # a prefill step behind which a layer's load hides (a link of 55 GB/s, 800 TFLOP/s)
@@ -33,6 +34,7 @@ def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     # Where laps are open, the candidates for a plan say whether some number of them keeps tied layers together.
     ties = shape.tied_layers if pipeline.laps or not isinstance(pipeline.partition, str) else ()
     partition(shape.num_layers, num_ranks * laps, pipeline.partition, ties=ties, num_ranks=num_ranks)
+    check_list(config.placement.weights, shape.num_layers)
     if pipeline.blocking:
         check_blocking(num_ranks, pipeline.groups or num_ranks)
     step, micro = pipeline.step_tokens, pipeline.microbatch_tokens
@@ -196,8 +198,8 @@ def _reserving(problem: Problem, base: Candidate) -> Iterator[Candidate]:
     sizes = sizes_of(problem, replace(base, weights={"gpu": 100.0}))
     cap = problem.cap(base.groups)
     if base.cache is not None and is_budget(base.cache):
-        budgets = budgets_of(base.cache, "placement.cache")
-        yield replace(base, reserved={tier: min(_fitting(sizes, nbytes), cap) for tier, nbytes in budgets.items()})
+        asked = asked_pages(sizes, base.cache)
+        yield replace(base, reserved={tier: min(count, cap) for tier, count in asked.items()})
         return
     wanted = -(-problem.workload.num_rows // base.groups) * base.groups * problem.workload.pages
     for split in [base.cache] if base.cache else [{tier: 100.0} for tier in base.cache_tiers]:

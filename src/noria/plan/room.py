@@ -9,6 +9,7 @@ from noria.plan.problem import Candidate, Problem
 from noria.plan.shares import amounts, budgets_of, is_budget
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words
+from noria.tools.values import parse_pages
 
 
 def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
@@ -52,13 +53,23 @@ def _budgeted_pages(
     """Pages of sizes that the user gives: the first tiers are filled first."""
     ranks = range(problem.num_ranks)
     pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
-    for tier, nbytes in budgets_of({tier: budgets[tier] for tier in held}, "placement.cache").items():
-        pages[tier] = min(*(sizes.pages_in(nbytes, rank) for rank in ranks), left)
+    for tier, count in asked_pages(sizes, {tier: budgets[tier] for tier in held}).items():
+        pages[tier] = min(count, left)
         left -= pages[tier]
         _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
     largest = max(sizes.usual.nbytes(1, sizes.page(rank), sizes.state(rank)) for rank in ranks)
     require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {nbytes_words(largest)} on a rank")
     return pages
+
+
+def asked_pages(sizes: Sizes, budgets: Mapping[str, str]) -> dict[str, int]:
+    """The pages that placement.cache gives each tier, as a number of them or as bytes, on the rank where they are largest."""
+    pages = {tier: parse_pages(text) for tier, text in budgets.items()}
+    for tier, nbytes in budgets_of(
+        {tier: budgets[tier] for tier, count in pages.items() if count is None}, "placement.cache"
+    ).items():
+        pages[tier] = min(sizes.pages_in(nbytes, rank) for rank in range(sizes.num_ranks))
+    return {tier: count or 0 for tier, count in pages.items()}
 
 
 def _room(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:

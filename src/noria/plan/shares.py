@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from noria.blocks import layer_name
+from noria.errors import InputError, require
 from noria.limits import TIERS
-from noria.tools.values import parse_nbytes
+from noria.tools.listed import ENDS, blocks_in, is_listed, listed
+from noria.tools.text import plural
+from noria.tools.values import parse_nbytes, parse_pages
 
 
 class Uncovered(ValueError):
@@ -55,14 +59,38 @@ def by_budget(sizes: Sequence[int], budgets: Mapping[str, int]) -> list[str]:
     return _spread(sizes, filled)
 
 
+def by_list(names: Sequence[str], texts: Mapping[str, str]) -> dict[str, str]:
+    """The tier of each of these blocks, which `texts` list by tier. Raises InputError for those that they leave out."""
+    place = {block: tier for tier, text in texts.items() for block in blocks_in(text, f"placement.weights.{tier}")}
+    left = [name for name in names if name not in place]
+    require(not left, f"placement.weights lists blocks, but not {listed(left)}: list each block of the model once")
+    return {name: place[name] for name in names}
+
+
+def check_list(weights: Mapping[str, Any] | None, num_layers: int) -> None:
+    """Raises InputError where `placement.weights` lists layers that the model does not have."""
+    if weights is None or not is_listed(weights):
+        return
+    names = [block for tier, text in weights.items() for block in blocks_in(text, f"placement.weights.{tier}")]
+    known = {*ENDS, *map(layer_name, range(num_layers))}
+    if wrong := [name for name in names if name not in known]:
+        has = f"{plural(num_layers, 'layer')}, 0 to {num_layers - 1}"
+        raise InputError(f"placement.weights lists {listed(wrong)}, but the model has {has}")
+
+
 def budgets_of(shares: Mapping[str, str], name: str) -> dict[str, int]:
     """Bytes of each tier."""
     return {tier: parse_nbytes(size, f"{name}.{tier}") for tier, size in shares.items()}
 
 
 def amounts(shares: Mapping[str, Any], name: str) -> Mapping[str, float]:
-    """Shares in % or bytes, as numbers."""
-    return budgets_of(shares, name) if is_budget(shares) else shares
+    """Shares in %, bytes or pages, as numbers."""
+    if not is_budget(shares):
+        return shares
+    pages = {tier: parse_pages(text) for tier, text in shares.items()}
+    return {
+        tier: parse_nbytes(shares[tier], f"{name}.{tier}") if count is None else count for tier, count in pages.items()
+    }
 
 
 def _spread(sizes: Sequence[int], filled: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 from noria.errors import InputError, require
 from noria.limits import TIERS
 from noria.tools.keys import nearest
+from noria.tools.listed import check_listed, is_listed
 
 WHOLE = "1/1"  # the shard that is the whole run
 
@@ -68,15 +69,28 @@ def parse_nbytes(text: str, name: str) -> int:
     return nbytes
 
 
-def check_shares(name: str, shares: dict[str, Any]) -> None:
-    """Raises InputError unless these are shares in % with sum 100, or sizes, by tier."""
+def parse_pages(text: str) -> int | None:
+    """The number of pages that a text such as `1608 pages` gives instead of a size, None for a size."""
+    digits, _, word = text.strip().partition(" ")
+    return int(digits) if word == "pages" and digits.isascii() and digits.isdigit() and len(digits) < 16 else None
+
+
+def check_shares(name: str, shares: dict[str, Any], of_blocks: bool = False) -> None:
+    """Raises InputError unless these are shares in % with sum 100, or sizes, by tier.
+
+    `of_blocks`: they may list blocks; else they may give pages.
+    """
     require(shares, f'{name} is empty: give shares in %, such as gpu = 60, cpu = 40, or sizes, such as gpu = "40GiB"')
     for tier in shares:
         known = f"unknown tier {tier!r} in {name}{nearest(str(tier), TIERS)}; it is one of {', '.join(TIERS)}"
         require(tier in TIERS, known)
+    if of_blocks and is_listed(shares):
+        check_listed(shares, name)
+        return
     if all(isinstance(share, str) for share in shares.values()):
         for tier, size in shares.items():
-            parse_nbytes(size, f"{name}.{tier}")
+            if of_blocks or parse_pages(size) is None:
+                parse_nbytes(size, f"{name}.{tier}")
         return
     numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
     said = ", ".join(f"{tier} = {share!r}" for tier, share in shares.items())

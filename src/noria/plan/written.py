@@ -1,0 +1,77 @@
+"""A plan as keys of a run file, so that a run plans it again; and where a run's plan is not the one that was written."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from noria.config import Config
+from noria.plan.plan import Plan, rate_words
+from noria.tools.listed import listed
+
+SAME = 0.01  # of a speed: the rates of a machine that is measured again
+
+
+def planned_config(config: Config, plan: Plan) -> Config:
+    """The run with every key set that the plan has chosen, and with what else the plan came to."""
+    pipeline = replace(
+        config.pipeline,
+        laps=plan.laps,
+        groups=plan.groups,
+        step_tokens=plan.step_tokens,
+        microbatch_tokens=plan.microbatch_tokens,
+        partition=[last - first for first, last in plan.stages],
+        schedule=plan.schedule,
+    )
+    placement = replace(config.placement, weights=_weights(plan), cache=_cache(plan), activations=plan.activations)
+    job = replace(config.job, planned=numbers_of(plan))
+    return replace(config, pipeline=pipeline, placement=placement, job=job)
+
+
+def run_file(config: Config, plan: Plan) -> str:
+    """The run file of the plan, with a line above it that says what it is."""
+    speed, seconds = (plan.predicted[name] for name in ("tokens_per_second", "seconds"))
+    head = (
+        f"# Planned for {plan.num_ranks} ranks by noria plan: {rate_words(speed)} tokens/s, {seconds:,.0f} s predicted.\n"
+        f"# mpirun -n {plan.num_ranks} noria run THIS_FILE\n"
+    )
+    return head + planned_config(config, plan).to_toml()
+
+
+def _weights(plan: Plan) -> dict[str, Any]:
+    """The blocks of each tier, of all ranks."""
+    tiers = {name: tier for held in plan.weight_tiers for name, tier in held.items()}
+    if set(tiers.values()) == {"gpu"}:
+        return {"gpu": 100.0}
+    return {tier: listed(name for name, at in tiers.items() if at == tier) for tier in dict.fromkeys(tiers.values())}
+
+
+def _cache(plan: Plan) -> dict[str, Any]:
+    """The pages of each tier."""
+    return {tier: f"{pages} pages" for tier, pages in plan.of_pool("pages").items() if pages}
+
+
+def numbers_of(plan: Plan) -> dict[str, Any]:
+    """What a plan came to that no key of a run file says."""
+    pages = {f"{tier}_pages": count for tier, count in plan.of_pool("pages").items() if count}
+    slots = {
+        "weight_slots": plan.weight_slots,
+        "cache_slots": plan.cache_slots,
+        "cache_slot_pages": plan.cache_slot_pages,
+    }
+    return {
+        "ranks": plan.num_ranks,
+        **pages,
+        **{name: count for name, count in slots.items() if count},
+        "tokens_per_second": float(f"{plan.predicted['tokens_per_second']:.4g}"),
+    }
+
+
+def otherwise(planned: Mapping[str, Any], plan: Plan) -> str:
+    """A line that says where a run's plan is not what was planned for its run file, or that it is."""
+    found = numbers_of(plan)
+    differing = [
+        f"{name.replace('_', ' ')} {found.get(name, 0):,.10g} ({planned.get(name, 0):,.10g} planned)"
+        for name in dict.fromkeys((*planned, *found))
+        if abs(found.get(name, 0) - planned.get(name, 0)) > SAME * planned.get(name, 0) * (name == "tokens_per_second")
+    ]
+    return f"plan: not as noria plan wrote it: {', '.join(differing)}" if differing else "plan: as noria plan wrote it"
