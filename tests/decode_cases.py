@@ -12,6 +12,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (32, 128), (64, 256), (33, 129), (7, 600), (200, 40), (130, 260)]
 
 
+INTEGERS = [
+    {"symmetric": True},
+    {"symmetric": False},
+    {"group_size": 32, "permuted": True, "symmetric": True, "scale_dtype": "float16"},
+    {"group_size": 48, "permuted": True, "symmetric": False},
+    {"group_size": -1, "scale_dtype": "float32"},
+]
+
+
 @dataclass(frozen=True)
 class Case:
     """An encoding with settings beside its defaults, and the shape of a matrix; `turned`: its target is a transpose."""
@@ -34,6 +43,10 @@ CASES = [
             {"block_size": [64, 256]},
         ],
         "fp8_channel": [{}, {"scale_dtype": "e8m0"}],
+        "mxfp4": [{}],
+        "nvfp4": [{"tensor_scale": "multiplies"}, {"tensor_scale": "divides"}],
+        "int4": INTEGERS,
+        "int8": INTEGERS,
     }.items()
     for settings in its
     for shape in SHAPES

@@ -1,6 +1,7 @@
 """Predictions against arithmetic by hand, and against what was measured of the peers' limits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,8 @@ from noria import config
 from noria.blocks import lay_out, layer_name
 from noria.errors import InputError
 from noria.model import ModelShape
-from noria.plan import costs, planner, rates
+from noria.pieces import Matrix, Wanted
+from noria.plan import costs, loads, planner, rates
 from noria.plan.costs import Round, Workload
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine, Problem
@@ -47,7 +49,7 @@ def streamed(num_ranks, **flags):
 
 
 def test_streamed_weights_decode_as_fast_as_the_link():
-    found = streamed(1).predicted["decode"]
+    found = streamed(1, step_tokens=65536).predicted["decode"]
     assert found["round_seconds"] == pytest.approx(1.09, rel=0.02)
     assert found["tokens_per_second"] == pytest.approx(117, rel=0.02) and found["binds"] == "link"
 
@@ -95,7 +97,7 @@ def test_the_bytes_of_a_cache_in_cpu_memory_are_those_of_its_tokens():
     plan = plan_of(
         OPT_30B, 1, 144, Machine("cuda", 20 * GiB, 240 * GiB), cache={"cpu": 100.0}, weights={"gpu": 10.0, "cpu": 90.0}
     )
-    moved = costs.cache_nbytes(plan, OPT_30B[0], 0, Round(144, 144, 528, False))["cpu"]
+    moved = costs.cache_nbytes(plan, OPT_30B[0], 0, Round(144, 528))["cpu"]
     token = 48 * 2 * 7168 * 2
     assert moved == {"load": 144 * 528 * token, "store": 144 * token}
 
@@ -166,7 +168,7 @@ def test_a_model_that_does_not_fit_one_gpu_is_kept_there_as_far_as_it_goes_and_c
     plan = plan_of(OPT_175B, 2, 256, machine, ROWS)
     assert_fits(plan, machine)
     assert tiers_of(plan) == {"gpu", "cpu"} and plan.laps > 1 and plan.groups >= 2
-    assert all(costs.once(plan, rank, lap) for rank in range(2) for lap in range(plan.laps))
+    assert all(loads.once(plan, rank, lap) for rank in range(2) for lap in range(plan.laps))
 
 
 @pytest.mark.slow
@@ -223,10 +225,10 @@ def test_a_small_model_with_many_rows_stays_on_the_gpu():
 
 def test_hidden_states_in_host_memory_pass_the_link_between_layers_or_between_ranks():
     plan = plan_of(OPT_30B, 2, 128, activations="cpu", laps=2, groups=2, step_tokens=4096, microbatch_tokens=1024)
-    prefill, decode = Round(8192, 16, 256, True), Round(64, 64, 528, False)
-    assert costs.states_nbytes(plan, OPT_30B[0], 0, prefill) == (8192 * 7168 * 2 * 24,) * 2
-    assert plan.microbatches == 1 and costs.states_nbytes(plan, OPT_30B[0], 0, decode) == (64 * 7168 * 2 * 2,) * 2
-    assert costs.states_nbytes(streamed(2), OPT_30B[0], 0, prefill) == (0, 0)
+    prefill, decode = Round(0, 0, 8192, 16, 256), Round(64, 528)
+    assert loads.states_nbytes(plan, OPT_30B[0], 0, prefill) == (8192 * 7168 * 2 * 24,) * 2
+    assert plan.microbatches == 1 and loads.states_nbytes(plan, OPT_30B[0], 0, decode) == (64 * 7168 * 2 * 2,) * 2
+    assert loads.states_nbytes(streamed(2), OPT_30B[0], 0, prefill) == (0, 0)
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_are_computed_and_those_of_a_step_are_read():
@@ -238,6 +240,94 @@ def test_of_a_mixture_only_the_experts_of_a_token_are_computed_and_those_of_a_st
     for share in (1.0, 0.25):
         mixture = replace(shape, experts_share=share)
         plan = plan_of((mixture, blocks), 1, 64, load=Workload(64, 512, 32))
-        found[share] = costs.resources(plan, mixture, blocks, known, 0, Round(1, 1, 0, False))
+        found[share] = costs.resources(plan, mixture, loads.load_of(plan, mixture, blocks, 0), known, Round(1, 0))
     dense, sparse = found[1.0], found[0.25]
     assert sparse["device memory"] < 0.5 * dense["device memory"] and sparse["matmul"] < 0.5 * dense["matmul"]
+
+
+# Whole runs beside what was measured of them on H200s (jobs/bench/README.md), with the plans that they had.
+
+HERE = Machine("cuda", int(134.5e9), int(120.7e9))
+KNOWN = rates.read(Path(__file__).parent / "data" / "noria-rates-h200.toml")
+
+
+def llama(layers, hidden, heads, kv_heads, inner, vocab, experts=0):
+    """Shape and bfloat16 blocks of a Llama; of a mixture of which 8 experts have a token."""
+    share = 8 / experts if experts else 1.0
+    shape = ModelShape("llama", layers, hidden, heads, kv_heads, 128, vocab, 4096, False, experts_share=share)
+    layer = {"qkv": ((heads + 2 * kv_heads) * 128, hidden), "out": (hidden, heads * 128)}
+    up, down = Matrix("gate_up", (inner, hidden)), Matrix("down", (hidden, inner), transposed=True)
+    if experts:
+        layer |= {"router": (experts, hidden), "experts": Wanted((experts, 3 * inner, hidden), None, (up, up, down))}
+    else:
+        layer |= {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    names = {"embed": {"tokens": (vocab, hidden)}, "head": {"lm_head": (vocab, hidden)}}
+    names |= {layer_name(number): layer for number in range(layers)}
+    return shape, {name: lay_out(name, shapes, "bfloat16") for name, shapes in names.items()}
+
+
+LLAMA_8B = llama(32, 4096, 32, 8, 14336, 128256)
+QWEN3_30B = llama(48, 2048, 32, 4, 768, 151936, experts=128)
+CPU = {"weights": {"cpu": 100.0}}
+
+
+def predicted(made, num_ranks, load, dtype, machine=HERE, **flags):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+    return planner.make(Problem(run, *made, dtype, num_ranks, machine, load.num_rows, load), KNOWN).predicted
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "load", "flags", "prefill", "decode"),
+    [
+        (1, Workload(64, 512, 12), CPU | {"step_tokens": 65536}, 3.88, 1.082),
+        (1, Workload(128, 512, 32), CPU | {"step_tokens": 16384}, 16384 / 8795, 1.080),
+        (2, Workload(64, 512, 12), CPU, None, 0.554),
+        (1, Workload(128, 512, 32), CPU | {"step_tokens": 65536, "schedule": "sequential"}, None, 1.29),
+        (1, Workload(64, 512, 12), {"gpu_memory": "16GiB", "cache": {"cpu": 100.0}, "microbatches": 4}, None, 1.66),
+    ],
+)
+def test_rounds_of_opt_30b_take_what_they_took(num_ranks, load, flags, prefill, decode):
+    found = predicted(OPT_30B, num_ranks, load, "float16", **flags)
+    assert found["decode"]["round_seconds"] == pytest.approx(decode, rel=0.12)
+    assert prefill is None or found["prefill"]["round_seconds"] == pytest.approx(prefill, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("made", "num_ranks", "load", "flags", "speed"),
+    [
+        (LLAMA_8B, 1, Workload(1024, 512, 128), {"groups": 2}, 5500),  # 5,388 and 5,614
+        (LLAMA_8B, 1, Workload(256, 512, 128), {"groups": 2}, 4768),
+        (LLAMA_8B, 2, Workload(1024, 512, 128), {"groups": 3}, 9800),  # 9,530 to 10,078
+        (LLAMA_8B, 2, Workload(256, 512, 128), {"groups": 3}, 6686),
+        (LLAMA_8B, 1, Workload(512, 2200, 64), {"groups": 2}, 840),
+        (QWEN3_30B, 1, Workload(512, 512, 128), {"groups": 2}, 3617),
+    ],
+)
+def test_resident_runs_are_as_fast_as_they_were(made, num_ranks, load, flags, speed):
+    flags = flags | {"step_tokens": 4096, "weights": {"gpu": 100.0}}
+    assert predicted(made, num_ranks, load, "bfloat16", **flags)["tokens_per_second"] == pytest.approx(speed, rel=0.15)
+
+
+@pytest.mark.parametrize(("num_ranks", "seconds"), [(1, 1.0991), (2, 0.5595)])
+def test_a_streamed_mixture_decodes_as_fast_as_it_did(num_ranks, seconds):
+    found = predicted(QWEN3_30B, num_ranks, Workload(256, 512, 32), "bfloat16", **CPU)
+    assert found["decode"]["round_seconds"] == pytest.approx(seconds, rel=0.03)
+
+
+def test_each_term_of_both_phases_is_told_and_explains_the_round():
+    found = predicted(LLAMA_8B, 2, Workload(1024, 512, 128), "bfloat16")
+    for phase in ("prefill", "decode"):
+        terms, binds = found["terms"][phase], found[phase]["binds"]
+        assert set(terms) == {*costs.TERMS, "ring"} and binds in terms
+        assert terms.get(binds, 0) <= found[phase]["round_seconds"] * 1.001
+    total = sum(found["rounds"][phase] * found[phase]["round_seconds"] for phase in ("prefill", "decode"))
+    assert found["seconds"] == pytest.approx(total)
+
+
+def test_without_the_others_a_term_is_what_binds():
+    slow = {"link": {"host_to_device": 1e9, "both_directions": 1e9}, "matmul": {"matmul": {"float16": 1e12}, "matmul_rows": {}},
+            "launches": {"layer_seconds": 1.0}}  # fmt: skip
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | CPU)
+    problem = Problem(run, *OPT_30B, "float16", 1, HERE, 128, Workload(128, 512, 32))
+    for binds, changed in slow.items():
+        assert planner.make(problem, replace(KNOWN, **changed)).predicted["prefill"]["binds"] == binds

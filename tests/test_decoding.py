@@ -1,194 +1,107 @@
-"""Blocks that are decoded whole or a part at a time: the same numbers, no more memory than planned, no expert unasked."""
+"""What new tokens say after a prompt: prompt and text together are what transformers' tokenizer says of all tokens."""
 
-from dataclasses import replace
+import functools
+import tempfile
+from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from noria import encodings, kinds
-from noria.blocks import lay_out, layer_name
-from noria.engine.decoding import Decoder, Decoding, SomePieces
-from noria.engine.parameters import Undecoded, stored, views
-from noria.pieces import Encoded, Matrix, Wanted
-from noria.step import Run
-from test_models import CONFIGS, FAMILIES, Whole, random_model, tokens_of
+import tiny_tokenizers
+from counts import count
+from noria.rows.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")
-FP8 = "fp8_channel"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
+TEXTS = [
+    "the cat sat on the mat",
+    "def f(x):\n    return x",
+    "Größe 東京 naïve 🎉👩‍👩‍👧 café",
+    "it isn't 1234 , or !",
+    "  two  spaces ",
+]
 
 
-def encoded(block, computed):
-    """A plain block, whose tensors are given by name, with its matrices in FP8; and its bytes."""
-    settings, forms = kinds.load("encodings", FP8).DEFAULTS, {}
-    for one in block.parameters:
-        if len(one.shape) > 1 and one.name != "router":
-            named = one.wanted.named
-            matrices = [
-                replace(its, transposed=False) for its in (one.piece.matrices if named else [Matrix("", one.shape)])
-            ]
-            piece = encodings.capacity(FP8, matrices, one.dtype, settings)
-            forms[one.name] = Encoded(FP8, settings, piece)
-    made = lay_out(block.name, {one.name: one.wanted for one in block.parameters}, block.parameters[0].dtype, forms)
-    buffer = torch.zeros(made.nbytes, dtype=torch.uint8)
-    parts = stored(buffer, made)
-    for one in made.parameters:
-        if one.plain:
-            parts[one.name].copy_(computed[one.name])
-            continue
-        for number, piece in enumerate(parts[one.name]):
-            piece.copy_(
-                encodings.packed(
-                    one.piece, encodings.encode(FP8, one.piece.matrices, numbers_of(one, computed, number), settings)
-                )
-            )
-    return Undecoded(made, buffer)
+@functools.cache
+def both(kind, **more):
+    """Noria's tokenizer of this kind and transformers'."""
+    files = tiny_tokenizers.files_of(tiny_tokenizers.KINDS[kind](), **more)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return Tokenizer(files, {}, {}), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def numbers_of(parameter, computed, number):
-    """The matrices of one piece of a parameter."""
-    found, rows = [], dict.fromkeys(parameter.computed, 0)
-    for matrix in parameter.piece.matrices:
-        name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
-        whole = computed[name][number] if len(parameter.shape) == 3 else computed[name]
-        found.append(whole[rows[name] : rows[name] + matrix.shape[0]])
-        rows[name] += matrix.shape[0]
-    return found
+def check(kind, prompt, new, skip=True):
+    """prompt + text is the whole; where the border cuts a character, what the prompt says before it."""
+    ours, theirs = both(kind)
+    text = ours.writer(skip).continuation(prompt, new)
+    whole, known = (theirs.decode(ids, skip_special_tokens=skip) for ids in (prompt + new, prompt))
+    if whole.startswith(known):
+        assert known + text == whole
+    else:
+        beginnings = (theirs.decode(prompt[:end], skip_special_tokens=skip) for end in range(len(prompt) + 1))
+        assert whole.endswith(text) and whole[: len(whole) - len(text)] in {
+            beginning[: len(beginning) - cut] for beginning in beginnings for cut in (0, 1)
+        }
 
 
-def apart(held):
-    """What a model computes with, every tensor decoded into memory of its own."""
-    found, pieces = views(held.buffer, held.block), stored(held.buffer, held.block)
-    for one in held.block.encoded:
-        into = {name: torch.empty(shape, dtype=torch.float64) for name, shape in one.computed.items()}
-        encodings.decode(one, pieces[one.name], into)
-        found |= into
-    return found
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompt_and_text_are_the_whole_wherever_the_prompt_ends(kind, text):
+    ids = both(kind)[1](text).input_ids
+    for border in range(len(ids) + 1):
+        check(kind, ids[:border], ids[border:])
 
 
-@pytest.mark.parametrize("room", [0, 3000, 1 << 40])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_computes_the_same_whether_a_block_is_decoded_whole_or_in_parts(name, room):
-    whole = Whole(CONFIGS[name], random_model(name)[1], torch.float64)
-    blocks = []
-    for number, computed in enumerate(whole.layers):
-        shapes = whole.model.layer_parameters(whole.shape, number)
-        blocks.append(encoded(lay_out(layer_name(number), shapes, "float64"), computed))
-    part = [(tokens_of(3, 21), 0, (Run(0, 4),))]
-    whole.layers = [apart(held) for held in blocks]
-    expected = whole.logits(part)[0]
-    decoder = Decoder(max(held.block.decoding_room(room) for held in blocks), CPU)
-    whole.layers = [decoder.parameters(held.block.name, held) for held in blocks]
-    if room > 1 << 30:  # what a decoder gave is good until another block is asked for
-        for number, held in enumerate(blocks):
-            whole.layers[number] = _Asking(decoder, held)
-    assert torch.equal(whole.logits(part)[0], expected)
+def test_the_space_before_the_first_word_is_kept():
+    ours, _ = both("llama")
+    prompt, whole = ours.encode("the cat"), ours.encode("the cat sat")
+    assert whole[: len(prompt)] == prompt
+    new = whole[len(prompt) :]
+    assert ours.decode(new) == "sat" and ours.writer().continuation(prompt, new) == " sat"
+    prompt, whole = ours.encode("def f(x):"), ours.encode("def f(x):    return")
+    assert whole[: len(prompt)] == prompt
+    assert ours.writer().continuation(prompt, whole[len(prompt) :]) == "    return"
 
 
-class _Asking:
-    """Asks for its block when the first parameter is wanted, as a visit does."""
-
-    def __init__(self, decoder, held):
-        self._decoder, self._held = decoder, held
-
-    def __getattr__(self, name):
-        return getattr(self._decoder.parameters(self._held.block.name, self._held), name)
-
-    def __getitem__(self, name):
-        return self._decoder.parameters(self._held.block.name, self._held)[name]
-
-    def __contains__(self, name):
-        return name in self._decoder.parameters(self._held.block.name, self._held)
+def test_a_prompt_without_text_leaves_the_first_word_as_the_tokenizer_has_it():
+    ours, theirs = both("llama")
+    bos, new = ours.encode("")[0], ours.encode("the cat", add_special_tokens=False)
+    assert ours.writer().continuation([bos], new) == theirs.decode([bos, *new], skip_special_tokens=True) == "the cat"
+    assert ours.writer().continuation([], new) == "the cat"
 
 
-# ---- a mixture
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_character_that_begins_in_the_prompt_is_text_where_it_becomes_whole(kind):
+    ours, _ = both(kind)
+    ids = ours.encode("so 🧿 the", add_special_tokens=False)
+    assert ours.decode(ids[-1:]).strip() == "the"
+    for border in range(len(ids) - 3, len(ids) - 1):
+        assert ours.writer().continuation(ids[:border], ids[border:]) == "🧿 the"
 
 
-def mixture(pieces=6, inner=4, hidden=8):
-    """A block of random experts and a matrix beside them, and its tensors."""
-    up = Matrix("gate_up", (inner, hidden))
-    matrices = (up, up, Matrix("down", (hidden, inner)))
-    shapes = {
-        "norm": (hidden,),
-        "out": (2 * hidden, hidden),
-        "experts": Wanted((pieces, 3 * inner, hidden), matrices=matrices),
-    }
-    generator = torch.Generator().manual_seed(1)
-    computed = {
-        "norm": torch.ones(hidden, dtype=torch.float64),
-        "out": torch.randn(2 * hidden, hidden, generator=generator, dtype=torch.float64),
-        "experts.gate_up": torch.randn(pieces, 2 * inner, hidden, generator=generator, dtype=torch.float64),
-        "experts.down": torch.randn(pieces, hidden, inner, generator=generator, dtype=torch.float64),
-    }
-    return encoded(lay_out("layers/0000", shapes, "float64"), computed)
+def test_a_run_of_bytes_is_not_cut_however_long_it_is():
+    ours, _ = both("llama")
+    ids = ours.encode("🧿" * 40, add_special_tokens=False)
+    for border in range(len(ids) - 9, len(ids)):
+        check("llama", ids[:border], ids[border:])
+    broken = [ours._backend.token_to_id("<0x80>"), *ids]
+    check("llama", broken[:-9], broken[-9:])
 
 
-def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):
-    held, decoded = mixture(), []
-    decode = encodings.decode
-
-    def counted(parameter, pieces, into):
-        decoded.append((parameter.name, len(pieces)))
-        decode(parameter, pieces, into)
-
-    monkeypatch.setattr(encodings, "decode", counted)
-    parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
-    expected = apart(held)
-    decoded.clear()
-    gate_up, down = parameters["experts.gate_up"], parameters["experts.down"]
-    assert isinstance(gate_up, SomePieces) and len(gate_up) == 6 and not decoded
-    for wanted in ([1, 2, 5], [0], [0, 1, 2, 3, 4, 5]):
-        assert torch.equal(gate_up.of(wanted), expected["experts.gate_up"][wanted])
-        assert torch.equal(down.of(wanted), expected["experts.down"][wanted])
-    assert decoded == [("experts", 2), ("experts", 1), ("experts", 1), ("experts", 6)]
-    assert torch.equal(parameters["out"], expected["out"]) and "out" in parameters
-    assert {*parameters} == {"norm", "out", "experts.gate_up", "experts.down"} and len(parameters) == 4
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+@settings(max_examples=count(1000), deadline=None)
+@given(st.data())
+def test_any_tokens_are_written_as_all_of_them_together(kind, data):
+    size = both(kind)[0].vocab_size + 2
+    drawn = st.lists(st.integers(0, size - 1) | st.integers(0, 9), max_size=20)
+    check(kind, data.draw(drawn), data.draw(drawn), data.draw(st.booleans()))
 
 
-def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():
-    block = mixture().block
-    out, piece = (4096 * -(-its // 4096) for its in (16 * 8 * 8, 4096 + 8 * 4 * 8))  # gate_up takes a page, then down
-    assert block.decoding_room(0) == max(out, piece) == 8192
-    assert block.decoding_room(9000) == 9000
-    assert block.decoding_room(1 << 40) == block.decoded_nbytes
-
-
-@pytest.mark.parametrize("room", [0, 8192, 9000, 12288, 1 << 30])
-def test_as_many_pieces_are_decoded_at_once_as_find_room(room):
-    held = mixture(pieces=40, inner=16, hidden=16)
-    decoder = Decoder(held.block.decoding_room(room), CPU)
-    pieces = decoder.parameters("layers/0000", held)["experts.down"]
-    experts = held.block.encoded[-1]
-    most = pieces.most
-    end = experts.decoded(most)[-1]
-    assert end.offset + end.nbytes <= len(decoder.buffer)
-    more = experts.decoded(most + 1)[-1]
-    assert most == 40 or more.offset + more.nbytes > len(decoder.buffer)
-    assert pieces.of(range(most)).shape == (most, 16, 16)
-
-
-def test_what_fails_on_its_way_is_decoded_again(monkeypatch):
-    held, decode = mixture(), encodings.decode
-    decoder = Decoder(held.block.decoding_room(0), CPU)
-    parameters, expected = decoder.parameters("layers/0000", held), apart(held)["out"]
-    assert torch.equal(parameters["out"], expected)
-
-    def fails(*arguments):
-        decoder.buffer.fill_(7)
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(encodings, "decode", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        parameters["experts.down"].of([1])
-    monkeypatch.setattr(encodings, "decode", decode)
-    assert torch.equal(parameters["out"], expected)
-
-
-def test_a_decoding_has_room_for_all_where_nothing_else_is_said():
-    assert Decoding() == Decoding(1 << 62, residents=False)
+def test_only_the_last_few_tokens_of_a_prompt_are_decoded():
+    ours, _ = both("llama")
+    ids = ours.encode("the cat sat on the mat " * 100)
+    assert len(ours.writer().context(ids)) < 20
+    special = [1] * 50
+    assert ours.writer().context(ids + special)[-50:] == special and len(ours.writer().context(ids + special)) < 70

@@ -133,7 +133,7 @@ def put(name, value):
 
 ROWS = [{"name": "", "shape": [1, 32], "transposed": False}] * 64
 HOSTILE = {
-    "an encoding of later": (put("encoding", "later"), "is encoded as 'later': this Noria knows"),
+    "an encoding of later": (put("encoding", "fp9_block"), "is encoded as 'fp9_block': this Noria knows "),
     "plain": (put("encoding", "plain"), "is encoded as 'plain'"),
     "a path": (put("encoding", "../plain"), "is encoded as '../plain'"),
     "an encoding that is no text": (put("encoding", 3), "needs a text attribute 'encoding'"),

@@ -9,8 +9,11 @@ import item_cases
 import items_twin
 from counts import count
 from item_cases import ragged
+from noria import limits
 from noria.kernels import lists
 from noria.kernels.work import KEY_BLOCK, NONE, SECTION, Item, Packing
+from noria.model import ModelShape
+from noria.plan import memory
 
 PACKING = Packing(group=4, key_heads=2, programs=1)
 
@@ -102,8 +105,10 @@ def test_each_query_meets_each_key_that_it_sees_once_and_in_order(seed):
     choose = np.random.default_rng(seed)
     window = int(choose.choice([1, 5, 64, 700, 1500])) if choose.integers(3) == 0 else None
     rows = RandomRows(choose, window).rows()
-    work = lists.make(rows, random_packing(choose, window))
+    packing = random_packing(choose, window)
+    work = lists.make(rows, packing)
     assert items_twin.execute(work, items_twin.Keys(), window) == expected(rows, window)
+    assert work.slots <= 2 * packing.most_slots
     for _, launch, item in items_of(work):
         assert launch.tile in (64, 128) and item[Item.COUNT] > 0
         assert item[Item.STOP] <= item[Item.HIGHEST] + 1, "keys that no query of the tile sees"
@@ -205,6 +210,26 @@ def test_few_long_rows_are_split_by_sections_while_slots_suffice_and_many_are_no
     assert len(items_of(split)) == 4 * 5 and len(split.waves[0].merges) == 4 and split.slots == 20
     assert len(items_of(lists.make(rows, replace(PACKING, programs=2)))) == 4
     assert len(items_of(lists.make(rows, replace(PACKING, programs=400, most_slots=11)))) == 2 * 5 + 2
+
+
+def test_rows_share_a_beginning_while_slots_suffice():
+    rows = decoding([2000] * 40, 1984, [0] * 40, [1984])
+    times = reads(lists.make(rows, replace(PACKING, most_slots=2 * 30)), 1984)
+    assert (times == 1 + 10).all(), "once for thirty of them"
+
+
+@pytest.mark.parametrize("seed", range(count(200)))
+def test_the_plan_counts_what_partial_results_take(seed):
+    choose = np.random.default_rng(seed)
+    rows = RandomRows(choose, None).rows()
+    heads, longest = 8, int(rows.lengths.max())
+    shape = ModelShape("llama", 2, 64, heads, 2, 24, 100, longest, False)
+    counted = memory.attention_nbytes(shape, "bfloat16", int(rows.counts.sum()))
+    slot = heads * (24 + 2) * 4
+    for programs in (1, 1 << 20):
+        packing = Packing(heads // 2, 2, programs, limits.PARTIAL_NBYTES // slot)
+        assert lists.make(rows, packing).slots * slot <= counted
+    assert memory.attention_nbytes(shape, "float32", 64) == 0
 
 
 def test_keys_that_no_query_sees_are_left_out_with_a_window_and_may_be_gone():

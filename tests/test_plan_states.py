@@ -72,7 +72,7 @@ def test_a_microbatch_has_no_more_rows_than_their_states_may_take():
 
 
 def test_a_layer_that_keeps_states_is_not_counted_as_one_that_attends():
-    turn, machine = Round(64, 64, 1000, False), Machine("cuda", 100 * GiB, 100 * GiB, 512 * GiB)
+    turn, machine = Round(64, 1000), Machine("cuda", 100 * GiB, 100 * GiB, 512 * GiB)
     plan = make(HYBRID, machine=machine, cache={"cpu": 100.0}, load=Workload(64, 400, 100))
     moved = costs.cache_nbytes(plan, HYBRID, 0, turn)["cpu"]
     token, state = 3 * 2 * 4 * 64 * 2, 6 * 2**20

@@ -10,8 +10,10 @@ HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: librar
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time: 512 x 128k ids in float32 are 256 MiB
 DRAW_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
 DRAW_NBYTES = 4 * 8 * DRAW_ELEMENTS  # of their sorted and cumulated copies
+# Of attention's partial results: those of sections that are computed apart, and as much of shared beginnings.
+PARTIAL_NBYTES = 128 << 20
 ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory: no schedule has more cells under way
-DECODED_NUMBERS = 2**20  # of a parameter that torch decodes at a time: what is in between stays in a cache
+DECODED_NUMBERS = 2**22  # of a parameter that torch decodes at a time: 2 x 16 MiB of float32 in between
 LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay
 DISK_SLOTS = 4  # host buffers through which bytes go to and from a disk
 DISK_SLOT_NBYTES = 64 << 20

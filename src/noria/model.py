@@ -82,6 +82,12 @@ class ModelShape:
         return max((tokens * token + sequences * sequence for token, sequence in kinds), default=0)
 
     @cached_property
+    def widest_row(self) -> int:
+        """The most numbers of a key or value that a layer has of a token; 0 where none has any."""
+        arrays = (array for layer in range(self.num_layers) for array in self.arrays(layer))
+        return max((array.row[-1] for array in arrays if array.per == "token"), default=0)
+
+    @cached_property
     def _of_layer(self) -> dict[str, list[tuple[int, int]]]:
         """Of each layer in a run of each dtype: the bytes that a token leaves, and a sequence."""
         own = [self.arrays(layer) for layer in range(self.num_layers)]

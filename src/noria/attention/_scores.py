@@ -8,7 +8,7 @@ import torch
 
 from noria.kernels.scoring import Scoring
 
-MOST_SCORES = 1 << 24  # of a part's queries, heads and keys: 64 MiB in float32
+MOST_SCORES = 1 << 22  # of a part's queries, heads and keys: 16 MiB in float32
 
 
 def attend(

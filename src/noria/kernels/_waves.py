@@ -32,6 +32,7 @@ class State:
     totals: np.ndarray
     sections: np.ndarray
     slots: int  # that are taken
+    apart: int = 0  # of them, those of sections that are computed apart
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ def _slots(groups: Groups, tiles: _Tiles, packing: Packing, state: State) -> tup
         np.where(groups.start > beyond, np.append(known, 0)[groups.parent] + groups.first, NONE)
         for beyond, known in ((SECTION, state.totals), (0, state.sections))
     )
-    split, least, spread = _split(groups, tiles, packing)
+    split, least, spread = _split(groups, tiles, packing, state.apart)
     of_total = np.where(leaves & (groups.stop > SECTION), groups.count, 0)
     of_section = np.where(leaves & ~split, groups.count, 0)
-    sizes = of_total + of_section + np.where(split, spread * groups.count, 0)
+    apart = np.where(split, spread * groups.count, 0)
+    sizes = of_total + of_section + apart
     total = state.slots + np.cumsum(sizes) - sizes
     section, parts = total + of_total, total + of_total + of_section
     last = parts + ((groups.stop - 1) // SECTION - least) * groups.count
@@ -143,13 +145,14 @@ def _slots(groups: Groups, tiles: _Tiles, packing: Packing, state: State) -> tup
     totals[groups.node[leaves]] = (total_out - groups.first)[leaves]
     sections[groups.node[leaves]] = (section_out - groups.first)[leaves]
     slots = _PartialSlots(total_in, section_in, total_out, section_out, split, parts, least)
-    return slots, State(totals, sections, state.slots + int(sizes.sum()))
+    return slots, State(totals, sections, state.slots + int(sizes.sum()), state.apart + int(apart.sum()))
 
 
-def _split(groups: Groups, tiles: _Tiles, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(groups: Groups, tiles: _Tiles, packing: Packing, apart: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[G] whether a group's sections are computed apart, the first of them, and how many they are.
 
-    They are where a program would otherwise do more than its share of the wave, the longest first while slots suffice.
+    They are where a program would otherwise do more than its share of the wave, the longest first while slots suffice,
+    of which `apart` are taken.
     """
     if not len(groups.first):
         return np.zeros(0, bool), groups.first, groups.first
@@ -160,7 +163,7 @@ def _split(groups: Groups, tiles: _Tiles, packing: Packing) -> tuple[np.ndarray,
     split = longest > max(1.0, sections.sum() * packing.key_heads / packing.programs)
     by_length = np.argsort(-longest, kind="stable")
     taken = np.cumsum(np.where(split, spread * groups.count, 0)[by_length])
-    split[by_length] &= taken <= packing.most_slots
+    split[by_length] &= apart + taken <= packing.most_slots
     return split, least, spread
 
 

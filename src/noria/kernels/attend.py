@@ -14,9 +14,9 @@ import triton
 from noria.kernels import items
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, WIDE_TILE, Launch, Merge, Packing, Work
+from noria.limits import PARTIAL_NBYTES
 
 LOG2E = 1.4426950408889634
-MOST_PARTIAL_NBYTES = 128 << 20  # of memory for sections that are computed apart
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def packing(device: torch.device, heads: HeadShape, window: int | None = None) -
     """How this device's lists are packed. Wide heads leave no registers for wide tiles."""
     widest = LEAST_TILE if max(heads.dim, heads.width) > 128 and heads.group <= LEAST_TILE else WIDE_TILE
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    slots = MOST_PARTIAL_NBYTES // partial_nbytes(1, heads.num_heads, heads.width)
+    slots = PARTIAL_NBYTES // partial_nbytes(1, heads.num_heads, heads.width)
     return Packing(heads.group, heads.num_key_heads, programs, slots, widest, window)
 
 

@@ -13,7 +13,7 @@ from noria.kernels.work import KEY_BLOCK, LEAST_TILE, NONE, SECTION, Packing, Ra
 def make(rows: RaggedRows, packing: Packing) -> Work:
     """The lists of a step. Raises ValueError for runs or prefixes that a kernel could not follow to the bit."""
     _check(rows)
-    paths = _paths(rows, packing.group)
+    paths = _paths(rows, packing)
     order_of_rows = np.lexsort(paths.T[::-1]) if paths.shape[1] else np.arange(len(rows.counts))
     counts = rows.counts[order_of_rows]
     places = np.empty_like(counts)
@@ -67,15 +67,18 @@ def _pieces(rows: RaggedRows) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([rows.run_rows[run] + position - first[run], position, keys, left], axis=1), owner[run]
 
 
-def _paths(rows: RaggedRows, group: int) -> np.ndarray:
+def _paths(rows: RaggedRows, packing: Packing) -> np.ndarray:
     """[R, depth] the prefixes that a row shares in this step, the shortest first, then NONE.
 
-    A row whose queries fill a tile reads all its keys itself: it would gain nothing. So does the only row of a prefix.
+    A row whose queries fill a tile reads all its keys itself: it would gain nothing. So does the only row of a prefix,
+    and a row for which no slots are left: two a query and prefix.
     """
     paths = np.full((len(rows.counts), 0), NONE)
     if len(rows.shared):
         ancestors = _ancestors(rows.parents)
-        sharing = (rows.prefixes >= 0) & (rows.counts * group < LEAST_TILE)
+        sharing = (rows.prefixes >= 0) & (rows.counts * packing.group < LEAST_TILE)
+        depths = (ancestors >= 0).sum(axis=1)[rows.prefixes]
+        sharing &= np.cumsum(np.where(sharing, 2 * rows.counts * depths, 0)) <= packing.most_slots
         paths = np.where(sharing[:, None], ancestors[rows.prefixes], NONE)
         members = np.bincount(paths[paths >= 0], minlength=len(rows.shared))
         paths = np.where((paths >= 0) & (members[paths] > 1), paths, NONE)

@@ -75,7 +75,7 @@ class Packing:
     group: int  # query heads that share a key head
     key_heads: int
     programs: int  # that the device has in flight: rows whose sections are more than a program's share are split
-    most_slots: int = 1 << 14  # slots that splitting may take
+    most_slots: int = 1 << 14  # slots that sections computed apart may take, and as many that shared prefixes may
     widest: int = WIDE_TILE  # of the tiles
     window: int | None = None  # of all layers that use the lists, to leave out keys that no query sees
 

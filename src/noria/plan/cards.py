@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 # What an H200 was measured to reach of its own data sheet, so what another card is taken to reach of its: copies over
-# PCIe (55.5 of 64 GB/s; 50.8 each way at once), copies within its memory (4.3 of 4.8 TB/s), products (788 of 989 TFLOP/s
+# PCIe (55.5 of 64 GB/s; 50.8 each way at once), copies within its memory (4.3 of 4.8 TB/s), products (690 of 989 TFLOP/s
 # in bfloat16, 45 of 67 in float32, 60 of 67 in float64), messages over NVLink (280 of 450 GB/s), memory left to a rank.
-LINK, BOTH, MEMORY, HALF, SINGLE, DOUBLE, HOP, CAPACITY = 0.87, 0.79, 0.9, 0.8, 0.67, 0.9, 0.62, 0.95
+LINK, BOTH, MEMORY, HALF, SINGLE, DOUBLE, HOP, CAPACITY = 0.87, 0.79, 0.9, 0.7, 0.67, 0.9, 0.62, 0.95
 STAGED_HOP = 4.1e9  # bytes/s of messages through host memory, measured on two H200s: of cards without NVLink
 PCIE4, PCIE5 = 32e9, 64e9  # bytes/s each way, 16 lanes
 

@@ -9,22 +9,23 @@ from functools import cached_property
 
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.bundle import Bundle, borders_of, most_nbytes, turns, within
-from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, TIERS
+from noria.kernels.work import SECTION
+from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, PARTIAL_NBYTES, TIERS
 from noria.model import ModelShape
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
+MOST_PREFIXES = 4  # that a row is taken to have at most, one behind the other
+
 
 @dataclass(frozen=True)
 class Weighed:
-    """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of
-    those with encoded parameters with all of them decoded. `encoded`: these as the run has them; `changed`: those that are
-    cast to the run's dtype."""
+    """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of what
+    encoded ones are decoded into; `changed`: those that are cast to the run's dtype."""
 
     held: Mapping[str, int]
     stored: Mapping[str, int]
     decoded: Mapping[str, int]
-    encoded: Mapping[str, Block]
     changed: frozenset[str]
 
 
@@ -34,8 +35,7 @@ def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
     return Weighed(
         {name: block.nbytes for name, block in cast.items()},
         {name: block.nbytes for name, block in blocks.items()},
-        {name: block.plain(dtype).nbytes for name, block in cast.items() if block.encoded},
-        {name: block for name, block in cast.items() if block.encoded},
+        {name: block.decoded_nbytes for name, block in cast.items() if block.encoded},
         frozenset(name for name, block in blocks.items() if block.changes(dtype)),
     )
 
@@ -62,8 +62,6 @@ class Sizes:
     activations: str = "gpu"
     device: str = "cuda"
     staged: bool = False
-    decoding_room: int = 0
-    decoded: bool = False
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
@@ -90,9 +88,7 @@ class Sizes:
         return self.stages[rank :: self.num_ranks]
 
     def weights(self, rank: int, tier: str) -> int:
-        names = [name for name, at in self.weight_tiers[rank].items() if at == tier]
-        held = self.weighed.decoded if self.decoded and tier == "gpu" else {}
-        return sum(held.get(name, self.block(name)) for name in names)
+        return sum(self.block(name) for name, at in self.weight_tiers[rank].items() if at == tier)
 
     def slot(self, rank: int) -> int:
         """Bytes of a weight slot: the rank's largest streamed block."""
@@ -129,8 +125,6 @@ class Sizes:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
         if tier == "disk":
             return self.staged
-        if self.decoded and tier == "gpu" and name in self.weighed.encoded:
-            return True
         return (tier != "cpu" and self.device != "cpu") or name in self.weighed.changed
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -156,9 +150,8 @@ class Sizes:
 
     def _decoded(self, rank: int) -> int:
         """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
-        tiers, encoded = self.weight_tiers[rank], self.weighed.encoded
-        names = [name for name in tiers if name in encoded and not (self.decoded and tiers[name] == "gpu")]
-        return max((encoded[name].decoding_room(self.decoding_room) for name in names), default=0)
+        decoded = self.weighed.decoded
+        return max((decoded[name] for name in self.weight_tiers[rank] if name in decoded), default=0) if decoded else 0
 
     def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
@@ -186,11 +179,24 @@ class Sizes:
         borders = self._borders_of(rank)
         work = on_device * most_nbytes(borders, self.step_tokens) + 8 * most_nbytes(borders, self.microbatch_tokens)
         work += self.microbatch_tokens * max(3 * widest, self.shape.mixture_size) * itemsize
+        work += attention_nbytes(self.shape, self.dtype, self.microbatch_tokens) * (self.device == "cuda")
         if rank == self.num_ranks - 1:
             work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
                 DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
             )
         return work
+
+
+def attention_nbytes(shape: ModelShape, dtype: str, tokens: int) -> int:
+    """Bytes of attention's partial results at most, where it goes by work items: a microbatch has so many tokens.
+
+    Of a token and head a sum, a maximum and a weight: for each section that is computed apart, twice for each prefix.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return 0
+    slot = shape.num_heads * (shape.widest_row + 2) * 4
+    slots = -(-shape.max_positions // SECTION) + 2 * MOST_PREFIXES
+    return min(2 * PARTIAL_NBYTES, tokens * slots * slot)
 
 
 def streamed(tiers: Mapping[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ from noria.errors import InputError, require
 from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates
-from noria.plan.building import MICROBATCH_TOKENS, check_disk, sizes_of, variants
+from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
 from noria.plan.memory import Sizes
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
@@ -53,8 +53,7 @@ def make(problem: Problem, known: rates.Rates | None = None) -> Plan:
     known = known or rates_of(problem.config, problem.machine.device, problem.num_ranks)
     plan = _choose(problem, known)
     check_disk(problem, plan)
-    of_plan = plan, problem.shape, problem.blocks, known, problem.workload
-    return replace(plan, predicted=costs.predict(*of_plan) | {"terms": costs.explain(*of_plan)})
+    return replace(plan, predicted=costs.predict(plan, problem.shape, problem.blocks, known, problem.workload))
 
 
 def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:
@@ -101,15 +100,14 @@ def _built(
     refused: InputError | None = None
     for candidate in candidates:
         try:
-            plans = variants(problem, candidate)
+            plan = build(problem, candidate)
         except InputError as error:
             refused = error
             continue
-        if candidate.weights is None and not plans[0].weight_slots:
+        if candidate.weights is None and not plan.weight_slots:
             continue  # everything fits: another candidate has it so, with the groups for that
-        for plan in plans:
-            speed = costs.predict(plan, problem.shape, problem.blocks, known, problem.workload)["tokens_per_second"]
-            found.append((speed, plan))
+        speed = costs.predict(plan, problem.shape, problem.blocks, known, problem.workload)["tokens_per_second"]
+        found.append((speed, plan))
     roomy = [(speed, plan) for speed, plan in found if plan.holds(problem.workload.longest)]
     return roomy or found, refused
 

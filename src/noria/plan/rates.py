@@ -67,7 +67,7 @@ class Rates:
     device_capacity: float = 134e9
     host_capacity: float = 115e9
     matmul: dict[str, float] = field(
-        default_factory=lambda: {"float64": 60e12, "float32": 45e12, "bfloat16": 788e12, "float16": 788e12}
+        default_factory=lambda: {"float64": 60e12, "float32": 45e12, "bfloat16": 690e12, "float16": 670e12}
     )
     matmul_rows: dict[str, dict[int, float]] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()

@@ -1,0 +1,37 @@
+"""Whole numbers of 4 bits with a scale, and perhaps a zero, for a group of inputs: `_integers.py` says how they lie.
+
+Settings: group_size (a multiple of 16, or -1 for a whole row), symmetric (without zeros), permuted (groups of inputs in another
+order), scale_dtype. By default 4.375 bits: groups of 64 with zeros.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from noria.encodings import _integers
+
+BITS = 4
+VARIABLE: tuple[str, ...] = ()
+DEFAULTS: dict[str, Any] = {"group_size": 64, "symmetric": False, "permuted": False, "scale_dtype": "bfloat16"}
+KERNEL = "decode_int4"
+
+
+def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """`codes`, `scales`, `zeros` unless symmetric, `permutation` if permuted."""
+    return _integers.fields(BITS, shape, settings)
+
+
+def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """With searched clipping: the scale of a group is the one of several that leaves the least squared error."""
+    return _integers.encode(BITS, numbers, settings)
+
+
+def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
+    """(code - zero) x scale, rounded once."""
+    _integers.decode(BITS, fields, settings, into)
+
+
+def check(fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
+    """Scales are finite, zeros are 16 at most, a permutation has each input once."""
+    _integers.check(BITS, fields, shape, settings)

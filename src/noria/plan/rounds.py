@@ -1,0 +1,114 @@
+"""The rounds of a run: how many rows are generated, how many rounds their prompts and their new tokens take, what is in each.
+
+Knows no plan, no rank and no rate.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from noria.step import PAGE_TOKENS
+
+MANY = 4  # times as many rows as are in flight: from there on a slot that gets free is filled at once
+FILLS = (1 / 6, 1 / 2, 5 / 6)  # of the new tokens, that lie behind a row where a decode round is looked at
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
+
+    `total_pages`: what all rows reserve together, `longest_pages`: what the longest of them does, if somebody looked.
+    """
+
+    num_rows: int
+    prompt_tokens: float
+    new_tokens: float
+    total_pages: int | None = None
+    longest_pages: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Pages of the longest row that is known."""
+        return self.longest_pages or self.pages
+
+    @property
+    def pages(self) -> int:
+        """Pages that a row reserves."""
+        return max(-(-round(self.prompt_tokens + self.new_tokens) // PAGE_TOKENS), 1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of every group: rows that decode a token each, and chunks of prompts; the groups have equal parts of both.
+
+    `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
+    average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed.
+    """
+
+    rows: float
+    context: float
+    chunk_tokens: float = 0.0
+    chunk_rows: float = 0.0
+    chunk_context: float = 0.0
+    chunk_cached: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        return self.rows + self.chunk_tokens
+
+    @property
+    def all_rows(self) -> float:
+        """Rows that take part, each of which is sampled."""
+        return self.rows + self.chunk_rows
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a run: those with chunks of prompts, in which other rows decode, and those that decode alone."""
+
+    prefill_rounds: float
+    prefill: Round
+    decode_rounds: float
+    decode: Round
+    new_tokens: float
+
+    def fills(self) -> Iterator[Round]:
+        """The decode round at several fills of the cache, each for an equal part of the rounds."""
+        begin = self.decode.context - self.new_tokens / 2
+        return (replace(self.decode, context=begin + fill * self.new_tokens) for fill in FILLS)
+
+
+def decoding(rows: float, workload: Workload) -> Round:
+    """A decode round of so many rows, half of their new tokens behind them."""
+    return Round(rows, workload.prompt_tokens + workload.new_tokens / 2)
+
+
+def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int) -> Rounds:
+    """The rounds of all rows, at most so many of them at once, with so many tokens in a round and in a chunk of one row.
+
+    Rows whose prompts are computed in the first of several rounds decode in the others, and a slot that gets free has the
+    next row at once: where a wave's prompts take K rounds, (K - 1) / K of the rows decode in each of them, half as many in
+    the first wave, which fills the slots.
+    """
+    num_rows, prompt, after = workload.num_rows, workload.prompt_tokens, max(workload.new_tokens - 1, 0.0)
+    times = num_rows / most_rows
+    waves = -(-num_rows // most_rows) if times < MANY else times  # few rows of one length end together
+    rows = num_rows / waves
+    pieces = max(-(-prompt // chunk), 1.0)
+    filled = _rounds(most_rows, prompt, round_tokens, pieces)
+    rest = num_rows - most_rows * (num_rows // most_rows) if times < MANY else 0
+    prefills = waves * filled if not rest else (waves - 1) * filled + _rounds(rest, prompt, round_tokens, pieces)
+    each = prefills / waves
+    beside = min(each - 1, after)  # rounds of chunks in which a row of the first wave decodes, at most
+    riding = rows * (beside / 2 + (waves - 1) * beside)
+    alone = waves * max(after - beside, 0.0) + beside
+    left = max(waves * rows * after - riding, 0.0)
+    context = prompt + workload.new_tokens / 2
+    begun = rows * waves / prefills
+    cached = prompt * (pieces - 1) / (2 * pieces)
+    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, prompt / 2, cached)
+    return Rounds(prefills, filling, alone, Round(left / alone if alone else rows, context), workload.new_tokens)
+
+
+def _rounds(rows: float, prompt: float, round_tokens: int, pieces: float) -> float:
+    """Rounds in which so many rows are begun."""
+    return max(-(-rows * prompt // round_tokens), pieces, 1.0)

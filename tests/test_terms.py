@@ -1,0 +1,91 @@
+"""Each term of the cost model beside what was measured of it on one H200, with the rates that noria probe found there.
+
+Measured figures are those of jobs/bench/README.md; "steps" is its table of a step's parts.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from noria.plan import rates, terms
+
+H200 = rates.read(Path(__file__).parent / "data" / "noria-rates-h200.toml")
+LLAMA_8B = 32 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)  # numbers of its layers
+BETWEEN = 32 * 2 * ((6144 + 4096) + (4096 + 4096) + (28672 + 4096) + (4096 + 14336))  # bytes of a token
+
+
+def test_a_link_streams_all_layers_of_opt_30b_in_the_seconds_of_a_decode_round():
+    nbytes = 2 * (48 * 12 * 7168**2 + 50272 * 7168)
+    assert terms.link(nbytes, 0, H200) == pytest.approx(1.082, rel=0.02)  # "all weights in CPU memory, 64 rows"
+
+
+def test_two_directions_of_a_link_share_it_as_long_as_both_are_used():
+    assert terms.link(3e9, 1e9, H200) == pytest.approx(1e9 / 5.073e10 + 2e9 / 5.53e10)
+    assert terms.link(0, 1e9, H200) == pytest.approx(1e9 / 5.525e10)
+
+
+def test_a_disk_reads_the_layers_of_opt_6_7b_past_the_page_cache():
+    nbytes = 2 * 32 * 12 * 4096**2
+    assert terms.disk(nbytes, 0, H200) == pytest.approx(
+        nbytes / 1.97e9, rel=0.25
+    )  # "weights on disk": 1.40 just before
+    assert terms.disk(1e9, 1e9, H200) > terms.disk(1e9, 0, H200)
+
+
+def test_a_product_of_one_row_takes_what_reading_its_matrix_takes():
+    flops, nbytes = 2 * 8192**2, 2 * 8192**2
+    assert terms.device_memory(nbytes, H200) == pytest.approx(flops / H200.matmul_at("bfloat16", 1), rel=0.05)
+
+
+def test_products_of_a_prefill_step_take_what_they_took():
+    found = terms.matmul(2 * 16384 * LLAMA_8B, 16384, "bfloat16", H200)
+    assert found == pytest.approx(0.345, rel=0.12)  # steps: products alone 339 to 350 ms
+    opt_30b = 2 * 32768 * 48 * 12 * 7168**2
+    assert terms.matmul(opt_30b, 4096, "float16", H200) == pytest.approx(3.88, rel=0.15)  # the prefill of 64 rows
+
+
+@pytest.mark.parametrize(("rows", "tokens", "share"), [(1024, 576, 0.999 / 1.7), (64, 4096, 0.96 / 1.6)])
+def test_attention_of_decoding_rows_reads_the_cache_as_fast_as_the_flash_kernel(rows, tokens, share):
+    nbytes = rows * tokens * 2 * 8 * 128 * 2
+    assert terms.cache_reading(nbytes, H200) == pytest.approx(nbytes / (4.31e12 * share), rel=0.15)
+
+
+@pytest.mark.parametrize(("prompt", "share"), [(2048, 0.37 / 1.0), (8192, 0.44 / 1.05)])
+def test_attention_of_chunks_takes_a_share_of_a_products_rate_that_grows_with_their_length(prompt, share):
+    flops = 4 * 16384 * prompt / 2 * 32 * 128
+    assert terms.chunks(flops, prompt / 2, "bfloat16", H200) == pytest.approx(flops / (806e12 * share), rel=0.25)
+    assert terms.chunks(flops, 256, "bfloat16", H200) == pytest.approx(flops / 138e12, rel=0.15)  # steps: 32 x 512
+
+
+def test_kernels_between_products_take_the_rest_of_a_prefill_step():
+    attended = terms.chunks(4 * 16384 * 256 * 4096 * 32, 256, "bfloat16", H200)
+    rest = 0.430 - 0.345 - attended  # steps: 430 ms, products 345
+    assert terms.elementwise(16384 * BETWEEN, 0, H200) == pytest.approx(rest, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "milliseconds"), [(16, 0.37), (64, 0.51), (512, 0.58), (1024, 0.69), (8192, 2.5), (16384, 4.7)]
+)
+def test_a_layer_of_a_mixture_takes_what_it_took_in_a_graph(tokens, milliseconds):
+    expert, between = 3 * 768 * 2048, 2 * 8 * (2 * (768 + 2048) + (768 + 2048))
+    read = 2 * 128 * expert * (1 - (1 - 8 / 128) ** tokens)
+    products = max(terms.device_memory(read, H200), terms.matmul(2 * tokens * 8 * expert, tokens, "bfloat16", H200))
+    found = terms.MIXTURE_SECONDS + products + terms.elementwise(0, tokens * between, H200)
+    assert found == pytest.approx(milliseconds / 1000, rel=0.2)
+
+
+def test_the_host_takes_as_long_for_sixteen_rows_as_it_took():
+    assert terms.launches(32, 0, H200) == pytest.approx(10.6e-3, rel=0.1)  # steps: 16 rows, 32 layers
+    assert terms.launches(48, 48, H200) == pytest.approx(8.8 / 127 / 2, rel=0.1)  # Qwen3-30B-A3B: two groups decode
+
+
+def test_a_draw_from_probabilities_takes_what_it_took():
+    assert terms.sampling(1024 * 128256, H200) == pytest.approx(4.2e-3, rel=0.05)
+
+
+def test_rank_0_takes_what_a_round_of_the_engine_has_beside_its_kernels():
+    assert terms.host(1, 1024) == pytest.approx(80e-3 - 65.6e-3, rel=0.25)
+
+
+def test_a_message_of_256_mib_takes_what_one_alone_took():
+    assert terms.hop(2**28, H200) == pytest.approx(2**28 / 307e9, rel=0.15)
