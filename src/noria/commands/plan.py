@@ -50,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write",
         type=Path,
-        metavar="RUN.toml",
+        metavar="FILE",
         help="write a run file with every planned key set: a run of it has this plan, and says where it has not; a file that"
         " exists is not overwritten",
     )
-    flags.add_arguments(parser, "--ranks INT [--json] [--write RUN.toml] ")
+    flags.add_arguments(parser, "--ranks INT [--write FILE] ")
 
 
 def run(arguments: argparse.Namespace) -> int:
