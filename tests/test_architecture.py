@@ -58,6 +58,7 @@ ALLOWED = {
         "kernels/attend.py",
         "kernels/scoring.py",
         "kernels/decode_",
+        "launch/building.py",
         "launch/cores.py",
         "launch/copies.py",
         "launch/here.py",

@@ -192,7 +192,7 @@ LLAMA = HeadShape(32, 8, 128, 128)
     ],
 )
 def test_what_items_does_not_compute_is_computed_by_sdpa_and_it_is_said_why(device, dtype, heads, why):
-    kind, said = attention.choose(device, dtype, [heads])
+    kind, said = attention.choose(device, dtype, {heads: [None]})
     assert kind is sdpa and why in said
 
 
@@ -201,12 +201,16 @@ class Kernel:
 
     def __init__(self, listed, fails=None, off=0.0):
         self._listed, self._fails, self._off = listed, fails, off
+        self.built = []
 
     def packing(self, device, heads, window):
         return Packing(heads.group, heads.num_key_heads, 3, window=window)
 
     def to_device(self, work, device):
         return work
+
+    def build(self, device, dtype, heads, window):
+        self.built.append(window)
 
     def attend(self, work, queries, keys, values, scores):
         if self._fails:
@@ -230,7 +234,10 @@ class Kernel:
 def test_items_is_tried_before_it_is_taken(listed, monkeypatch, kernel, why):
     stand_in = Kernel(listed, **kernel)
     monkeypatch.setattr(items.kinds, "load", lambda *name: {("kernels", "attend"): stand_in}[name])
-    assert items._unbuilt.__wrapped__(CPU, torch.bfloat16, HeadShape(6, 2, 16, 24)) == why.removeprefix("not items: ")
+    heads = HeadShape(6, 2, 16, 24)
+    said = items._unbuilt.__wrapped__(CPU, torch.bfloat16, heads, frozenset([None, 7]))
+    assert said == why.removeprefix("not items: ")
+    assert {*stand_in.built} == (set() if "built" in why else {None, 7})
 
 
 def test_pieces_join_runs_that_touch_and_leave_out_pages_beyond_the_length():

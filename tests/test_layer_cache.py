@@ -11,6 +11,8 @@ from noria.attention import items, sdpa
 from noria.engine import states
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
+from noria.kernels.scoring import HeadShape
+from noria.model import ModelShape
 from noria.models import _rotary
 from noria.step import Step
 
@@ -139,20 +141,28 @@ def test_sinks_and_a_soft_cap_of_a_layer_reach_its_scores(asked):
 
 
 def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_everything(monkeypatch):
-    refuses = "it computes 256"
-    monkeypatch.setattr(items, "refuses", lambda device, dtype, heads: refuses if heads.dim > 256 else "")
+    refusal, asked = "it computes 256", []
+
+    def refuses(device, dtype, heads, windows):
+        asked.append((heads, windows))
+        return refusal if heads.dim > 256 else ""
+
+    monkeypatch.setattr(items, "refuses", refuses)
     plain, wide, latent = keys_and_values(2, 64), keys_and_values(1, 512), (Array("latent", (64,)),)
-    state = (Array("state", (3, 3), "sequence"),)
+    state, windowed = (Array("state", (3, 3), "sequence"),), keys_and_values(2, 64, 7)
     for cache, kind, why in (
         ((plain, plain, 0), "items", ""),
         ((plain, state), "items", ""),
         (((Array("key", (2, 64)), Array("value", (2, 32))), plain), "items", ""),
-        ((plain, wide), "sdpa", f"not items: {refuses}"),
+        ((plain, wide), "sdpa", f"not items: {refusal}"),
         ((plain, latent), "sdpa", "values lie within keys"),
         ((state,), "sdpa", "no layer attends"),
+        ((plain, windowed), "items", ""),
     ):
-        found, said = attention.fitting(CPU, torch.bfloat16, 4, cache)
+        shape = ModelShape("llama", len(cache), 64, 4, 2, 64, 100, 100, False, cache=cache)
+        found, said = attention.fitting(CPU, torch.bfloat16, shape)
         assert (kinds.name_of(found), said) == (kind, why), cache
+    assert asked[-1] == (HeadShape(4, 2, 64, 64), {None, 7})
 
 
 def test_a_layer_finds_its_sequences_states_and_leaves_new_ones_only_when_it_has_returned():

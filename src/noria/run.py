@@ -19,7 +19,7 @@ from noria.engine.executor import Executor, follow, lead
 from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, Tracing
 from noria.job import Job
-from noria.launch import deadline, launcher, measuring, mpi, tracing
+from noria.launch import building, deadline, launcher, measuring, mpi, tracing
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices
 from noria.launch.schedulers import job_ids
@@ -146,6 +146,8 @@ def _build(
     config: Config, here: ThisRank, plan: Plan, model: OpenModel, ring: AnyRing, meters: Meters, watchdog: Watchdog
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
+    watchdog.begin("building its kernels")
+    building.build_attention(config, here, model.shape, plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None
     watchdog.begin("loading its weights")

@@ -3,43 +3,49 @@
 A kind knows nothing of models, ranks or steps. This file chooses one and says where a span's keys lie.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
 
 from noria import kinds
-from noria.arrays import Entry
 from noria.kernels.scoring import HeadShape
+from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Span
 
 ORDER = ("items", "sdpa")  # the fastest first; the last one does everything
 
 
-def choose(device: torch.device, dtype: torch.dtype, shapes: Iterable[HeadShape]) -> tuple[ModuleType, str]:
-    """The fastest kind that computes heads of all these shapes in this dtype on this device; why no faster one does."""
-    shapes, said = list(shapes), list[str]()
+def fitting(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> tuple[ModuleType, str]:
+    """The fastest kind that attends in all layers of a model in this dtype on this device; and why no faster one does.
+
+    It is built, which takes seconds the first time. A layer with one array of tokens takes values from its keys; a fast
+    kind would not know how wide.
+    """
+    needs: dict[HeadShape, set[int | None]] = {}
+    for layer in range(shape.num_layers):
+        arrays = [array for array in shape.arrays(layer) if array.per == "token"]
+        if arrays and {2} != {len(arrays), *(len(array.row) for array in arrays)}:
+            return kinds.load("attention", ORDER[-1]), "values lie within keys"
+        if arrays:
+            (key_heads, dim), (_, width) = (array.row for array in arrays)
+            needs.setdefault(HeadShape(shape.num_heads, key_heads, dim, width), set()).add(arrays[0].window)
+    return choose(device, dtype, needs) if needs else (kinds.load("attention", ORDER[-1]), "no layer attends")
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, needs: Mapping[HeadShape, Iterable[int | None]]
+) -> tuple[ModuleType, str]:
+    """The fastest kind that computes heads of these shapes, each with these windows; and why no faster one does."""
+    said: list[str] = []
     for name in ORDER:
         kind = kinds.load("attention", name)
-        why = next(filter(None, (kind.refuses(device, dtype, shape) for shape in shapes)), "")
+        refusals = (kind.refuses(device, dtype, heads, frozenset(windows)) for heads, windows in needs.items())
+        why = next(filter(None, refusals), "")
         if not why:
             return kind, "; ".join(said)
         said.append(f"not {name}: {why}")
     raise AssertionError(f"{ORDER[-1]} does not do everything: {said[-1]}")
-
-
-def fitting(device: torch.device, dtype: torch.dtype, num_heads: int, cache: Iterable[Entry]) -> tuple[ModuleType, str]:
-    """The kind that attends to the arrays of all these layers, as `choose` gives it.
-
-    A layer with one array of tokens takes values from its keys; a fast kind would not know how wide.
-    """
-    layers = [entry for entry in cache if not isinstance(entry, int)]
-    rows = {tuple(array.row for array in arrays if array.per == "token") for arrays in layers} - {()}
-    if not rows:
-        return kinds.load("attention", ORDER[-1]), "no layer attends"
-    if any(len(pair) != 2 or {*map(len, pair)} != {2} for pair in rows):
-        return kinds.load("attention", ORDER[-1]), "values lie within keys"
-    return choose(device, dtype, {HeadShape(num_heads, keys[0], keys[1], values[1]) for keys, values in rows})
 
 
 def pieces(span: Span) -> tuple[tuple[int, int], ...]:

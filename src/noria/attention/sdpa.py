@@ -34,7 +34,7 @@ class Call:
     stride: int = 0
 
 
-def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> str:
+def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
     """Nothing: it computes all."""
     return ""
 

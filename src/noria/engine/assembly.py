@@ -84,9 +84,7 @@ def build(
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages, plan.state_rows)
     held = plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"]
     cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
-    kind, why = attention.fitting(streams.device, dtype, shape.num_heads, shape.cache)
-    if ring.place.rank == 0:
-        meters.say(f"attention {kinds.name_of(kind)}{': ' * bool(why)}{why}")
+    kind, _ = attention.fitting(streams.device, dtype, shape)
     network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
     batches, sampler = Batches(network, dtype, streams.device, tiers), Sampler(streams.device)

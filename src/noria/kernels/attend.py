@@ -3,6 +3,7 @@
 T queries, H heads, Hkv key heads, D head dim, V width of a value.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -13,7 +14,18 @@ import triton
 
 from noria.kernels import items
 from noria.kernels.scoring import HeadShape, Scoring
-from noria.kernels.work import KEY_BLOCK, LEAST_TILE, WIDE_TILE, Launch, Merge, Packing, Work
+from noria.kernels.work import (
+    KEY_BLOCK,
+    LEAST_TILE,
+    PIECE_COLUMNS,
+    WIDE_TILE,
+    Item,
+    Launch,
+    Merge,
+    Packing,
+    Wave,
+    Work,
+)
 from noria.limits import PARTIAL_NBYTES
 
 LOG2E = 1.4426950408889634
@@ -78,6 +90,21 @@ def tuning(launch: Launch, widest: int) -> Tuning:
     if widest > 128:
         return Tuning(8, 2, few, few)
     return Tuning(4, 3, True, True) if few else Tuning(8, 3, False, False)
+
+
+def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: int | None) -> None:
+    """Compiles what lists of such heads may launch, with no items: all but what soft caps and sinks need."""
+    tiles = {LEAST_TILE, packing(device, heads).widest}
+    none, no_merges = np.empty((0, len(Item)), np.int32), np.empty((0, len(Merge)), np.int32)
+    launches = tuple(
+        Launch(none, tile, *flags) for tile in tiles for flags in itertools.product((False, True), repeat=2)
+    )
+    lists = Work(none[:, 0], none[:, 0], none[:, :PIECE_COLUMNS], (Wave(launches, no_merges),), 0)
+    queries = torch.empty(1, heads.num_heads, heads.dim, dtype=dtype, device=device)
+    keys, values = (
+        torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in (heads.dim, heads.width)
+    )
+    attend(to_device(lists, device), queries, keys, values, Scoring(1.0, window))
 
 
 def attend(

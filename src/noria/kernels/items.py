@@ -191,7 +191,7 @@ def _sections(
 @triton.jit(do_not_specialize=["window", "state_rows"], do_not_specialize_on_alignment=LISTS)
 def attend_items(
     queries, keys, values, attended, order, positions, items, pieces, state, sinks, state_rows, scale, soften, window,
-    query_row: tl.constexpr, query_head: tl.constexpr, key_row: tl.constexpr, key_head: tl.constexpr,
+    query_row, query_head, key_row: tl.constexpr, key_head: tl.constexpr,
     value_row: tl.constexpr, value_head: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, VPAD: tl.constexpr, TILE: tl.constexpr,
     MANY: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,

@@ -140,9 +140,13 @@ def machine(config: Config, comm: Communicator, location: Location, device: torc
 
 def scratch_folder(config: Config) -> Path:
     """Where this rank puts what lives on disk for the run alone."""
+    return Path(named_scratch(config) or Path(config.output).absolute().parent)
+
+
+def named_scratch(config: Config) -> str | None:
+    """The scratch folder that the user, the scheduler or TMPDIR names."""
     variables = [*(name for one in SCHEDULERS for name in one.scratch), "TMPDIR"]
-    named = config.placement.scratch or next(filter(None, map(os.environ.get, variables)), None)
-    return Path(named or Path(config.output).absolute().parent)
+    return config.placement.scratch or next(filter(None, map(os.environ.get, variables)), None)
 
 
 def _share_of_disk(folder: Path, location: Location) -> int:

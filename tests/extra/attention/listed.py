@@ -16,7 +16,7 @@ PROGRAMS = 30  # so few that most rows are not split, and the longest are
 WIDEST = work.WIDE_TILE
 
 
-def refuses(device, dtype, heads):
+def refuses(device, dtype, heads, windows):
     return ""
 
 

@@ -1,0 +1,75 @@
+"""Kernels of our own, built where a run starts: one rank of each node first, into a folder that others find again.
+
+Knows kinds of attention and the ranks of a node; no rows and no layers.
+"""
+
+import os
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from noria import attention, kinds
+from noria.config import Config
+from noria.launch import launcher, mpi
+from noria.launch.here import ThisRank
+from noria.model import ModelShape
+
+CACHE = "TRITON_CACHE_DIR"  # where Triton keeps what it builds; its own default is below $HOME
+
+
+def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: str) -> None:
+    """Builds the kernels of the run's attention, and says which kind it is, why no faster one, and how long that took.
+
+    Collective: the other ranks of a node find what its first one built.
+    """
+    keeps = here.device.type == "cuda" and keep_kernels(config)
+    began, first = time.perf_counter(), here.location.local_rank == 0
+
+    def build() -> tuple[str, str]:
+        kind, why = attention.fitting(here.device, getattr(torch, dtype), shape)
+        return kinds.name_of(kind), why
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: built or build()))
+    took = f" ({time.perf_counter() - began:.1f} s; kept in {keeps})" if keeps and found[0][0] != "sdpa" else ""
+    for name, reason in dict.fromkeys(found):
+        rank = "" if len({*found}) == 1 else f"rank {found.index((name, reason))}: "
+        here.say(f"{rank}attention {name}{': ' * bool(reason)}{reason}{took}")
+
+
+def keep_kernels(config: Config) -> str:
+    """Where Triton keeps what it builds from now on, for this process: a folder of the user's choice stays."""
+    return os.environ.setdefault(CACHE, str(cache_folder(config)))
+
+
+def cache_folder(config: Config) -> Path:
+    """$NORIA_CACHE, else $XDG_CACHE_HOME/noria, else a folder of the user's own on the node's scratch, never $HOME.
+
+    The first that can be written to; the last one if none can, and Triton will say why not.
+    """
+    named = [(os.environ.get(name), below) for name, below in (("NORIA_CACHE", ""), ("XDG_CACHE_HOME", "noria"))]
+    for folder in [Path(name) / below / "triton" for name, below in named if name]:
+        if _can_be_written(folder):
+            return folder
+    own = Path(launcher.named_scratch(config) or tempfile.gettempdir()) / f"noria-triton-{os.getuid()}"
+    if not _can_be_written(own, mode=0o700) or _is_open_to_others(own):
+        own = Path(tempfile.mkdtemp(prefix="noria-triton-"))
+    return own
+
+
+def _can_be_written(folder: Path, mode: int = 0o777) -> bool:
+    try:
+        folder.mkdir(mode, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _is_open_to_others(folder: Path) -> bool:
+    """Whether somebody else may have put code there: a name in a shared folder can be taken by anybody."""
+    found = folder.lstat()
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return not private
