@@ -20,12 +20,13 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.random_weights import random_checkpoint
 from noria.engine.assembly import load, weights_of
+from noria.engine.decoding import Decoding, SomePieces
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
 from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
-from noria.plan import costs, planner, rates
+from noria.plan import building, costs, planner, rates
 from noria.plan.costs import Workload
 from noria.plan.loads import load_of
 from noria.plan.problem import Machine, Problem
@@ -230,19 +231,27 @@ def test_an_expert_is_one_run_of_bytes_in_a_tier(folder, model, tier):
 # ---- what a run holds
 
 
-def tensors_of(folder, model, dtype, tier="gpu"):
+def tensors_of(folder, model, dtype, tier="gpu", decoding=None):
     """What the model functions get of each layer, by its name and theirs."""
     with extra_kinds(), open_checkpoint(folder / f"{model}.h5") as checkpoint:
         names, streams = [layer_name(layer) for layer in range(5)], LateStreams(torch.device("cpu"))
-        placed = Loader(checkpoint, dict.fromkeys(names, tier), dtype, streams).load()
+        placed = Loader(checkpoint, dict.fromkeys(names, tier), dtype, streams, None, decoding).load()
         weights = weights_of(placed, [range(5)], 1, 2, streams, Traffic())
         weights.begin(0, 0, 0)
         found = {}
         for name in names:
-            found |= {f"{name}/{key}": value.clone() for key, value in weights.wait(name).items()}
+            found |= {f"{name}/{key}": all_of(value) for key, value in weights.wait(name).items()}
             weights.done(name)
         weights.close()
     return found
+
+
+def all_of(value):
+    """A copy of a tensor, or of all the pieces that are decoded a few at a time."""
+    if isinstance(value, SomePieces):
+        runs = [range(first, min(first + value.most, len(value))) for first in range(0, len(value), value.most)]
+        return torch.cat([value.of(run).clone() for run in runs])
+    return value.clone()
 
 
 @pytest.mark.parametrize(
@@ -260,12 +269,13 @@ def test_a_parameter_with_a_dtype_of_its_own_is_widened_and_never_narrowed(folde
                 assert torch.equal(value.double(), tensors[f"model.layers.{layer}.mlp.gate.bias"].double())
 
 
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0), Decoding(residents=True)], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
-def test_encoded_parameters_are_decoded_to_the_run_s_dtype_from_every_tier(folder, tier, dtype):
+def test_encoded_parameters_are_decoded_to_the_run_s_dtype_from_every_tier(folder, tier, dtype, decoding):
     model = "encoded" if dtype == "bfloat16" else "wide-encoded"
     dense = {name: torch.from_numpy(value) for name, value in decoded(folder / f"{model}.h5").items()}
-    found = tensors_of(folder, model, dtype, tier)
+    found = tensors_of(folder, model, dtype, tier, decoding)
     for layer in range(5):
         top, its = f"model.layers.{layer}", f"layers/{layer:04d}"
         qkv = torch.cat([dense[f"{top}.self_attn.{part}_proj.weight"] for part in "qkv"])
@@ -291,9 +301,14 @@ def test_fields_that_their_encoding_does_not_make_are_refused_from_every_tier(fo
         tensors_of(tmp_path, "bad", "float64", tier)
 
 
+@pytest.mark.parametrize("how", ["", "in parts", "decoded"])
 @pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}, {"gpu": 50, "disk": 50}])
 @pytest.mark.parametrize("model", ["wide", "wide-encoded"])
-def test_the_bytes_that_are_planned_for_weights_are_those_that_are_held(folder, model, weights):
+def test_the_bytes_that_are_planned_for_weights_are_those_that_are_held(folder, model, weights, how, monkeypatch):
+    if how != "decoded":
+        monkeypatch.setattr(planner, "variants", lambda *given: [building.build(*given)])
+    if how == "in parts":
+        monkeypatch.setattr(building, "DECODING_SHARE", 1 << 60)
     run_file = config.load(
         None, {"model": "m", "prompts": "p", "output": "o", "weights": weights, "laps": 1, "device": "cpu"}
     )
@@ -309,7 +324,12 @@ def test_the_bytes_that_are_planned_for_weights_are_those_that_are_held(folder, 
         assert held.nbytes == planned + in_place
         in_host = sum(tier.nbytes for tier in held._tiers.values() if isinstance(tier, Cpu))
         assert in_host == memory["cpu"].get("weights", 0)
-        assert ("decoded weights" in memory["gpu"]) == (model == "wide-encoded")
+        streams = any(tier != "gpu" for name, tier in plan.weight_tiers[0].items() if name.startswith("layers/"))
+        assert plan.decoded == (model == "wide-encoded" and how == "decoded" and "gpu" in weights)
+        encoded = model == "wide-encoded" and (streams or not plan.decoded)
+        assert ("decoded weights" in memory["gpu"]) == encoded
+        largest = max(block.decoded_nbytes for block in checkpoint.blocks.values())
+        assert not encoded or (memory["gpu"]["decoded weights"] < largest) == (how == "in parts")
         held.close()
 
 

@@ -14,7 +14,7 @@ from noria.engine.cycle import Cycle
 from noria.engine.loading import Loader
 from noria.engine.parameters import views
 from noria.engine.timing import Traffic
-from noria.engine.weights import Home, Weights
+from noria.engine.weights import Home, Placed, Weights
 from noria.limits import loaded_once
 from noria.streams import CpuStreams, Done
 from noria.tiers import Transfer
@@ -146,7 +146,7 @@ def test_loads_in_vain_are_at_most_the_slots_at_the_end_and_where_a_last_group_i
     resident = {name: {} for names in visits for name in names if name not in homes}
     traffic = Traffic()
     cycle = Cycle(streamed, groups, slots) if homes else None
-    weights = Weights(resident, homes, cycle, CpuStreams(CPU), traffic, ahead)
+    weights = Weights(Placed(resident, homes), cycle, CpuStreams(CPU), traffic, ahead)
     empty_share, used, passed_over = draw.choice([0.0, 0.1, 0.5, 0.9]), 0, 0
     for round in range(rounds):
         empty = [round == rounds - 1 or draw.random() < empty_share for _ in range(groups)]

@@ -4,8 +4,8 @@ A block (`embed`, `layers/0007`, `head`) is one contiguous run of bytes, the sam
 This file knows no torch, no file and no rank.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -71,6 +71,14 @@ class Parameter:
         first, inputs = self.shape[:-2], {matrix.name: matrix.shape[1:] for matrix in self.piece.matrices}
         return {f"{self.name}.{name}": (*first, number, *inputs[name]) for name, number in outputs.items()}
 
+    def decoded(self, pieces: int | None = None) -> tuple[Field, ...]:
+        """The tensors that so many of its pieces are decoded to (None: all), one behind the other."""
+        found: list[Field] = []
+        for name, shape in self.computed.items():
+            its = shape if pieces is None else (pieces, *shape[1:])
+            found.append(Field(name, its, self.dtype, round_up(end_of(found))))
+        return tuple(found)
+
     @property
     def wanted(self) -> Wanted:
         """What its family says of it."""
@@ -133,18 +141,22 @@ class Block:
 
     @cached_property
     def decoded(self) -> tuple[Field, ...]:
-        """The tensors that its encoded parameters are computed as, in the buffer that they are decoded into."""
+        """The tensors that its encoded parameters are computed as, one behind the other."""
         found: list[Field] = []
         for parameter in self.encoded:
-            for name, shape in parameter.computed.items():
-                offset = round_up(found[-1].offset + found[-1].nbytes) if found else 0
-                found.append(Field(name, shape, parameter.dtype, offset))
+            start = round_up(end_of(found))
+            found += [replace(one, offset=start + one.offset) for one in parameter.decoded()]
         return tuple(found)
 
     @property
     def decoded_nbytes(self) -> int:
-        """Bytes of that buffer."""
-        return round_up(self.decoded[-1].offset + self.decoded[-1].nbytes) if self.decoded else 0
+        """Bytes of these tensors."""
+        return round_up(end_of(self.decoded))
+
+    def decoding_room(self, most: int) -> int:
+        """Bytes that it is decoded through where there are `most`: all, or some at a time, a piece of a parameter at least."""
+        largest = max((round_up(end_of(one.decoded(1 if one.pieces > 1 else None))) for one in self.encoded), default=0)
+        return min(self.decoded_nbytes, max(most, largest))
 
     @cached_property
     def decoding_nbytes(self) -> int:
@@ -152,8 +164,17 @@ class Block:
         return self.decoded_nbytes + sum(parameter.nbytes for parameter in self.encoded)
 
     @cached_property
+    def decoding_expert_nbytes(self) -> int:
+        """Those of parameters in several pieces."""
+        return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1)
+
+    @cached_property
     def _casts(self) -> dict[str, tuple["Block", bool]]:
         return {}
+
+    def plain(self, dtype: str) -> "Block":
+        """The layout of the block in a run in `dtype` with none of its parameters encoded."""
+        return lay_out(self.name, {parameter.name: _turned(parameter.wanted) for parameter in self.parameters}, dtype)
 
     def cast(self, dtype: str) -> "Block":
         """The layout of the block as a run in `dtype` has it.
@@ -174,6 +195,11 @@ class Block:
             pairs = zip(self.parameters, made.parameters, strict=True)
             self._casts[dtype] = made, any(one.piece != other.piece for one, other in pairs)
         return self._casts[dtype]
+
+
+def end_of(fields: Sequence[Field]) -> int:
+    """Where the last of these fields ends; 0 without any."""
+    return fields[-1].offset + fields[-1].nbytes if fields else 0
 
 
 def round_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -214,6 +240,13 @@ def lay_out(
         parameters.append(laid)
         offset += round_up(laid.nbytes)
     return Block(name, tuple(parameters), offset)
+
+
+def _turned(wanted: Wanted) -> Wanted:
+    """What is stored plain has matrices of as many columns as its shape: the others lie transposed."""
+    columns = wanted.shape[-1]
+    matrices = [replace(one, transposed=len(one.shape) > 1 and one.shape[1] != columns) for one in wanted.matrices]
+    return replace(wanted, matrices=tuple(matrices) if wanted.named else ())
 
 
 def _plain(wanted: Wanted, dtype: str) -> Encoded:

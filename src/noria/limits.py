@@ -13,7 +13,7 @@ DRAW_NBYTES = 4 * 8 * DRAW_ELEMENTS  # of their sorted and cumulated copies
 # Of attention's partial results: those of sections that are computed apart, and as much of shared beginnings.
 PARTIAL_NBYTES = 128 << 20
 ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory: no schedule has more cells under way
-DECODED_NUMBERS = 2**22  # of a parameter that torch decodes at a time: 2 x 16 MiB of float32 in between
+DECODED_NUMBERS = 2**20  # of a parameter that torch decodes at a time: what is in between stays in a cache
 LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay
 DISK_SLOTS = 4  # host buffers through which bytes go to and from a disk
 DISK_SLOT_NBYTES = 64 << 20

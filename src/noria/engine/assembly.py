@@ -12,14 +12,15 @@ from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batches, Network
 from noria.engine.cycle import Cycle
+from noria.engine.decoding import Decoding
 from noria.engine.executor import Executor
 from noria.engine.kv_cache import KvCache, Staging, TierPages
-from noria.engine.loading import Loader, Placed
+from noria.engine.loading import Loader
 from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
-from noria.engine.weights import Weights
+from noria.engine.weights import Placed, Weights
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import ModelShape, OpenModel
 from noria.order import Place
@@ -53,7 +54,8 @@ def load(
     Raises InputError for a block that is damaged.
     """
     stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
-    placed = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch).load()
+    decoding = Decoding(plan.decoding_room, plan.decoded)
+    placed = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch, decoding).load()
     return weights_of(placed, stages, plan.groups, plan.weight_slots, streams, traffic, ahead)
 
 
@@ -71,7 +73,7 @@ def weights_of(
     visits[-1].append("head")  # of the last lap, where this rank has it
     streamed = [[name for name in names if name in placed.homes] for names in visits]
     cycle = Cycle(streamed, groups, num_slots) if placed.homes else None
-    return Weights(placed.resident, placed.homes, cycle, streams, traffic, ahead, placed.tiers)
+    return Weights(placed, cycle, streams, traffic, ahead)
 
 
 def build(

@@ -4,38 +4,32 @@ Knows files and tiers; nothing of steps.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from noria import encodings
+from noria.blocks import Block, Parameter
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, copied_regions
+from noria.engine.decoding import Decoding
 from noria.engine.parameters import TORCH_DTYPES, Parameters, Undecoded, place, stored, views
-from noria.engine.weights import Home
+from noria.engine.weights import Home, Placed
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import OpenModel
 from noria.streams import Streams
-from noria.tiers import Tier
 from noria.tiers.cpu import Cpu
 from noria.tiers.disk import Disk
 from noria.tools.pinned import HostMemory
 
-
-@dataclass(frozen=True)
-class Placed:
-    """A rank's blocks where its plan has them, as Weights takes them: those that stay, the homes of the others, and the tiers to
-    be closed besides the homes' own."""
-
-    resident: Mapping[str, Parameters | Undecoded]
-    homes: Mapping[str, Home]
-    tiers: tuple[Tier, ...] = ()
+DECODING_NBYTES = 256 << 20  # of pieces on the device, while blocks that stay there are decoded
 
 
 class Loader:
     """Reads the blocks that `tiers` names, each into its tier.
 
-    `scratch`: the folder that the disk tier's blocks are copied to first (None: they are read where they lie).
+    `scratch`: the folder that the disk tier's blocks are copied to first (None: they are read where they lie). `decoding`:
+    what becomes of encoded parameters.
     """
 
     def __init__(
@@ -45,10 +39,11 @@ class Loader:
         dtype: str,
         streams: Streams,
         scratch: Path | None = None,
+        decoding: Decoding | None = None,
     ):
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
-        self._dtype = dtype
-        self._targets = {name: checkpoint.blocks[name].cast(dtype) for name in tiers}
+        self._dtype, self._decoding = dtype, decoding or Decoding()
+        self._targets = {name: self._target(name) for name in tiers}
         self._resident: dict[str, Parameters | Undecoded] = {}
         self._homes: dict[str, Home] = {}
         self._regions: dict[str, torch.Tensor] = {}
@@ -71,7 +66,13 @@ class Loader:
         if memory is not None:
             memory.register()
         self._open_disk()
-        return Placed(self._resident, self._homes, () if memory is None else (memory,))
+        return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
+
+    def _target(self, name: str) -> Block:
+        """A block's layout where it is placed."""
+        block = self._checkpoint.blocks[name]
+        decoded = self._decoding.residents and self._tiers[name] == "gpu" and block.encoded
+        return block.plain(self._dtype) if decoded else block.cast(self._dtype)
 
     def _host_memory(self) -> Cpu | None:
         """The memory of the cpu tier, exactly as large as its blocks, with a place for each."""
@@ -119,16 +120,28 @@ class Loader:
         return (views(head.buffer, head.block) if isinstance(head, Undecoded) else head or {}).get("lm_head")
 
     def _is_cast(self, name: str) -> bool:
-        return self._checkpoint.blocks[name].changes(self._dtype)
+        block = self._checkpoint.blocks[name]
+        return block.changes(self._dtype) or len(block.encoded) != len(self._targets[name].encoded)
 
     def _cast(self, name: str, host: torch.Tensor, target: torch.Tensor) -> None:
         """Copies a block's bytes, parameter by parameter where they are cast. Complete when it returns."""
         if not self._is_cast(name):
             target.copy_(host)
             return
-        parameters = stored(target, self._targets[name])
-        for key, value in stored(host, self._checkpoint.blocks[name]).items():
-            parameters[key].copy_(value)
+        block, its = self._checkpoint.blocks[name], self._targets[name]
+        values, parameters, computed = stored(host, block), stored(target, its), views(target, its)
+        for parameter, placed in zip(block.parameters, its.parameters, strict=True):
+            if parameter.plain or not placed.plain:
+                parameters[parameter.name].copy_(values[parameter.name])
+            else:
+                self._decode(parameter, values[parameter.name], {key: computed[key] for key in parameter.computed})
+
+    def _decode(self, parameter: Parameter, pieces: torch.Tensor, into: Parameters) -> None:
+        """Decodes pieces in host memory on the device, a few at a time."""
+        count = max(DECODING_NBYTES // parameter.piece.nbytes, 1)
+        for first in range(0, parameter.pieces, count):
+            its = into if parameter.pieces == 1 else {key: value[first : first + count] for key, value in into.items()}
+            encodings.decode(parameter, pieces[first : first + count].to(self._streams.device), its)
 
     def _open_disk(self) -> None:
         names = [name for name, tier in self._tiers.items() if tier == "disk"]

@@ -1,14 +1,15 @@
 """A block's bytes as tensors: its parameters as they are stored, and as a model computes with them.
 
-Knows layouts and encodings, nothing of tiers or steps.
+Knows layouts, nothing of encodings, tiers or steps.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from noria import encodings
 from noria.blocks import Block, Parameter
+from noria.pieces import Field
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -27,30 +28,6 @@ class Undecoded:
     buffer: torch.Tensor
 
 
-class Decoder:
-    """The memory into which the encoded parameters of one block at a time are decoded, on the compute stream."""
-
-    def __init__(self, nbytes: int, device: torch.device):
-        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._name: str | None = None
-        self._decoded: Parameters = {}
-        self._checked: set[str] = set()
-
-    def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Parameters:
-        """What a model computes with; valid until another block is asked for.
-
-        `path`: the file from which the block came unseen: its fields are checked the first time. Raises InputError.
-        """
-        if path is not None and name not in self._checked:
-            encodings.check_block(held.block, held.buffer, path)
-            self._checked.add(name)
-        if name != self._name:
-            self._name = None  # until all is decoded: memory may fail on the way
-            self._decoded = _decode(held, self.buffer)
-            self._name = name
-        return views(held.buffer, held.block) | self._decoded
-
-
 def stored(buffer: torch.Tensor, block: Block) -> Parameters:
     """The block's parameters as they are stored, as views into `buffer` ([block.nbytes] uint8).
 
@@ -67,6 +44,14 @@ def stored(buffer: torch.Tensor, block: Block) -> Parameters:
     return found
 
 
+def named(buffer: torch.Tensor, fields: Iterable[Field]) -> Parameters:
+    """These fields, by name, as views into `buffer`."""
+    return {
+        one.name: buffer[one.offset : one.offset + one.nbytes].view(TORCH_DTYPES[one.dtype]).view(one.shape)
+        for one in fields
+    }
+
+
 def views(buffer: torch.Tensor, block: Block) -> Parameters:
     """What a model computes with of the plain parameters, as views into `buffer` ([block.nbytes] uint8)."""
     found: Parameters = {}
@@ -79,18 +64,6 @@ def views(buffer: torch.Tensor, block: Block) -> Parameters:
 def place(buffer: torch.Tensor, block: Block) -> Parameters | Undecoded:
     """A block in memory as it stays there: views, or what is decoded before each use."""
     return Undecoded(block, buffer) if block.encoded else views(buffer, block)
-
-
-def _decode(held: Undecoded, buffer: torch.Tensor) -> Parameters:
-    """The encoded parameters of the block, decoded into the buffer."""
-    pieces = stored(held.buffer, held.block)
-    found = {
-        one.name: buffer[one.offset : one.offset + one.nbytes].view(TORCH_DTYPES[one.dtype]).view(one.shape)
-        for one in held.block.decoded
-    }
-    for parameter in held.block.encoded:
-        encodings.decode(parameter, pieces[parameter.name], {name: found[name] for name in parameter.computed})
-    return found
 
 
 def _computed(numbers: torch.Tensor, parameter: Parameter) -> Parameters:

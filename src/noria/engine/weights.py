@@ -11,7 +11,8 @@ import torch
 
 from noria.blocks import Block
 from noria.engine.cycle import Cycle
-from noria.engine.parameters import Decoder, Parameters, Undecoded, views
+from noria.engine.decoding import Computed, Decoder, Decoding
+from noria.engine.parameters import Parameters, Undecoded, views
 from noria.engine.timing import Traffic
 from noria.streams import Event, Streams
 from noria.tiers import Tier, Transfer
@@ -49,26 +50,35 @@ class Coming:
     transfer: Transfer
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A rank's blocks where its plan has them: those that stay, the homes of the streamed ones, and the tiers to be closed
+    besides the homes' own. room: bytes in which encoded parameters are decoded, where they need so many."""
+
+    resident: Mapping[str, Parameters | Undecoded]
+    homes: Mapping[str, Home]
+    tiers: Sequence[Tier] = ()
+    room: int = Decoding().room
+
+
 class Weights:
     """`wait(name)` gives a block's parameters by name, `done(name)` lets its slot go.
 
-    `resident`: blocks that stay (the embedding may be in host memory). Encoded parameters are decoded when a block is waited
-    for, and what `wait` gives of them is good until another block is. `homes`: the streamed blocks, and
-    `cycle` their order (None without any). `ahead`: loads are sent before they are needed. `tiers`: those to be closed
-    besides the homes' own.
+    Blocks that stay are on the device (the embedding may be in host memory). Encoded parameters are decoded when a block is
+    waited for, or when they are asked for (decoding.py), and what `wait` gives of them is good until another block is.
+    `cycle`: the order of the streamed blocks (None without any). `ahead`: loads are sent before they are needed.
     """
 
     def __init__(
         self,
-        resident: Mapping[str, Parameters | Undecoded],
-        homes: Mapping[str, Home],
+        placed: Placed,
         cycle: Cycle | None,
         streams: Streams,
         traffic: Traffic | None = None,
         ahead: bool = True,
-        tiers: Sequence[Tier] = (),
     ):
-        self._tiers = {id(tier): tier for tier in (*tiers, *(home.tier for home in homes.values()))}
+        resident, homes = placed.resident, placed.homes
+        self._tiers = {id(tier): tier for tier in (*placed.tiers, *(home.tier for home in homes.values()))}
         self._resident = {name: block for name, block in resident.items() if not isinstance(block, Undecoded)}
         self._undecoded = {name: block for name, block in resident.items() if isinstance(block, Undecoded)}
         self._homes, self._streams, self._prefetches = dict(homes), streams, ahead
@@ -78,7 +88,7 @@ class Weights:
         buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(slots)]
         self._free = deque(map(WeightSlot, buffers))
         encoded = [held.block for held in self._undecoded.values()] + [home.block for home in homes.values()]
-        self._decoder = Decoder(max((block.decoded_nbytes for block in encoded), default=0), streams.device)
+        self._decoder = Decoder(max((block.decoding_room(placed.room) for block in encoded), default=0), streams.device)
         self._ahead: deque[Coming] = deque()
         self._held: dict[str, Coming] = {}
         self._at = (0, 0, 0)
@@ -120,7 +130,7 @@ class Weights:
             transfer = home.tier.load([(home.offset, slot.buffer[: home.block.nbytes])], after)
             self._ahead.append(Coming(name, slot, transfer))
 
-    def wait(self, name: str) -> Parameters:
+    def wait(self, name: str) -> Computed:
         """The parameters of a block, ready to be used on the compute stream."""
         if name in self._resident:
             return self._resident[name]

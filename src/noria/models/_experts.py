@@ -5,9 +5,9 @@ last matrix transposed, so that `h5dump -d experts -s` shows one; the products t
 T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pairs of token and expert.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ from noria.models._linear import linear
 from noria.models._routing import Routing
 from noria.models._sources import Slice, Transposed
 from noria.pieces import Matrix, Wanted
+
+
+class Some(Protocol):
+    """Matrices [X, outputs, inputs] of which at most `most` are there at a time: those that `of` is asked for, in order."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def most(self) -> int: ...
+
+    def of(self, wanted: Sequence[int]) -> torch.Tensor: ...
+
 
 Gated: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [..., I] of gates and ups [..., 2 * I]
 
@@ -140,8 +152,8 @@ def mixture(
     hidden: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Some,
+    down: torch.Tensor | Some,
     gated: Gated = swiglu,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -158,7 +170,11 @@ def mixture(
 
 
 def mixture_of_weighted(
-    hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor | Some,
+    down: torch.Tensor | Some,
 ) -> torch.Tensor:
     """[T, E]: the same, but that a weight multiplies what its expert is given and not what it returns (Llama 4)."""
     pairs = pairs_of(chosen, len(gate_up))
@@ -169,17 +185,42 @@ def mixture_of_weighted(
 def products_of(
     rows: torch.Tensor,
     pairs: Pairs,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Some,
+    down: torch.Tensor | Some,
     gated: Gated = swiglu,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[P, E] of each pair's row [P, E]: what its expert returns."""
+    """[P, E] of each pair's row [P, E]: what its expert returns. Matrices that are decoded a few at a time come as Some."""
+    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
+        assert not isinstance(gate_up, torch.Tensor) and not isinstance(down, torch.Tensor), (
+            "pieces are decoded together"
+        )
+        return _in_runs(rows, pairs, gate_up, down, gated, biases)
     multiplied = _grouped(pairs.ends) if _groups(rows) else _one_by_one(pairs.ends)
     inner = multiplied(rows, gate_up)
     inner = gated(inner if biases is None else inner.add_(biases[0][pairs.experts]))
     output = multiplied(inner, down)
     return output if biases is None else output.add_(biases[1][pairs.experts])
+
+
+def _in_runs(
+    rows: torch.Tensor,
+    pairs: Pairs,
+    gate_up: Some,
+    down: Some,
+    gated: Gated,
+    biases: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """products_of, run by run of the experts that have rows. The host waits to know which."""
+    bounds, products = [0, *pairs.ends.tolist()], torch.empty_like(rows)
+    wanted = [expert for expert in range(len(gate_up)) if bounds[expert + 1] > bounds[expert]]
+    for first in range(0, len(wanted), gate_up.most):
+        run = wanted[first : first + gate_up.most]
+        begin, end = bounds[run[0]], bounds[run[-1] + 1]
+        ends = torch.tensor([bounds[expert + 1] - begin for expert in run], device=rows.device)
+        its = Pairs(pairs.experts[begin:end], pairs.order[begin:end], ends, pairs.count)
+        products[begin:end] = products_of(rows[begin:end], its, gate_up.of(run), down.of(run), gated, biases)
+    return products
 
 
 def _by_choice(products: torch.Tensor, pairs: Pairs) -> torch.Tensor:

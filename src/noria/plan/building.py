@@ -20,6 +20,7 @@ from noria.tools.text import nbytes_words
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
 MICROBATCH_TOKENS = 4096
+DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
 
 
 def build(problem: Problem, candidate: Candidate) -> Plan:
@@ -47,7 +48,22 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         state_rows=sizes.state_rows,
         activations=sizes.activations,
         memory=sizes.tables(pages),
+        decoding_room=sizes.decoding_room,
+        decoded=sizes.decoded,
     )
+
+
+def variants(problem: Problem, candidate: Candidate) -> list[Plan]:
+    """The plan of one candidate, and before it the one whose resident blocks are decoded while they load, if some are encoded
+    and it fits: more memory, less time. Raises InputError if the first does not fit."""
+    plan, weights = build(problem, candidate), candidate.weights
+    resident = {name for tiers in plan.weight_tiers for name, tier in tiers.items() if tier == "gpu"}
+    if not resident & problem.weighed.encoded.keys() or (weights is not None and is_budget(weights)):
+        return [plan]  # what the user gives in bytes is of weights as they are stored
+    try:
+        return [build(problem, replace(candidate, decoded=True)), plan]
+    except InputError:
+        return [plan]
 
 
 def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
@@ -70,6 +86,8 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         device=problem.machine.device,
         staged=bool(config.placement.stage),
         usual=_usual(problem),
+        decoding_room=problem.limits["gpu"] // DECODING_SHARE,
+        decoded=candidate.decoded,
     )
     sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
     if candidate.elsewhere:

@@ -58,7 +58,10 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         )
         + passes * load.mixtures * terms.MIXTURE_SECONDS
         + terms.sampling(sampled * load.logits, rates),
-        "decoding": terms.device_memory(plan.groups * load.decoded, rates),
+        "decoding": terms.decoding(
+            plan.groups * load.decoded + passes * (load.decoded_again - (1 - touched) * load.expert_decoded_again),
+            rates,
+        ),
         "launches": terms.launches(passes * load.layers, passes * load.mixtures, rates),
         "host": terms.host(plan.groups, sampled),
     }

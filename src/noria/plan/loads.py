@@ -23,7 +23,8 @@ class Load:
     weights, from_disk: of streamed blocks that pass the link, and of those that come from disk. numbers, read, between: of
     all layers, and of their experts alone (`expert_`): multiplied, read by products, and a token's inputs and outputs of
     products. token, state: of the cache that the rank's layers have of a token and of a sequence. received, sent: what
-    travels of a token before and after the rank's visits, `inner_` between all its layers. logits: of a sampled row.
+    travels of a token before and after the rank's visits, `inner_` between all its layers. logits: of a sampled row. decoded:
+    what a visit reads and writes to decode parameters, `_again`: what every microbatch does, where blocks find no room.
     """
 
     layers: int
@@ -37,6 +38,8 @@ class Load:
     between: int
     expert_between: int
     decoded: int
+    decoded_again: int
+    expert_decoded_again: int
     weights: int
     from_disk: int
     token: int
@@ -83,7 +86,7 @@ def load_of(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rank: in
         sum(block.expert_nbytes for block in layers),
         sum(block.between_nbytes for block in layers),
         sum(block.expert_between_nbytes for block in layers),
-        sum(block.decoding_nbytes for block in layers) + (head.decoding_nbytes if head else 0),
+        *_decoded(plan, blocks, rank),
         moved["link"],
         moved["disk"],
         shape.cache_nbytes(its, plan.dtype),
@@ -91,6 +94,18 @@ def load_of(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rank: in
         shape.attended(its),
         *_travelling(plan, shape, its),
     )
+
+
+def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int]:
+    """Bytes that are read and written where the rank decodes blocks: whole ones once a visit, and others for each microbatch,
+    all their parameters and those in several pieces alone. Those that were decoded while they were loaded are not decoded."""
+    tiers = plan.weight_tiers[rank]
+    names = [name for name, tier in tiers.items() if name != "embed" and not (plan.decoded and tier == "gpu")]
+    encoded = [block for name in names if (block := blocks[name].cast(plan.dtype)).encoded]
+    parts = [block for block in encoded if block.decoded_nbytes > plan.decoding_room]
+    again = sum(block.decoding_nbytes for block in parts)
+    whole = sum(block.decoding_nbytes for block in encoded) - again
+    return whole, again, sum(block.decoding_expert_nbytes for block in parts)
 
 
 def _travelling(plan: Plan, shape: ModelShape, visits: list[range]) -> tuple[int, int, int, int]:

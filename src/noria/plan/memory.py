@@ -20,12 +20,14 @@ MOST_PREFIXES = 4  # that a row is taken to have at most, one behind the other
 
 @dataclass(frozen=True)
 class Weighed:
-    """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of what
-    encoded ones are decoded into; `changed`: those that are cast to the run's dtype."""
+    """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of
+    those with encoded parameters with all of them decoded. `encoded`: these as the run has them; `changed`: those that are
+    cast to the run's dtype."""
 
     held: Mapping[str, int]
     stored: Mapping[str, int]
     decoded: Mapping[str, int]
+    encoded: Mapping[str, Block]
     changed: frozenset[str]
 
 
@@ -35,7 +37,8 @@ def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
     return Weighed(
         {name: block.nbytes for name, block in cast.items()},
         {name: block.nbytes for name, block in blocks.items()},
-        {name: block.decoded_nbytes for name, block in cast.items() if block.encoded},
+        {name: block.plain(dtype).nbytes for name, block in cast.items() if block.encoded},
+        {name: block for name, block in cast.items() if block.encoded},
         frozenset(name for name, block in blocks.items() if block.changes(dtype)),
     )
 
@@ -62,6 +65,8 @@ class Sizes:
     activations: str = "gpu"
     device: str = "cuda"
     staged: bool = False
+    decoding_room: int = 0
+    decoded: bool = False
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
@@ -88,7 +93,9 @@ class Sizes:
         return self.stages[rank :: self.num_ranks]
 
     def weights(self, rank: int, tier: str) -> int:
-        return sum(self.block(name) for name, at in self.weight_tiers[rank].items() if at == tier)
+        names = [name for name, at in self.weight_tiers[rank].items() if at == tier]
+        held = self.weighed.decoded if self.decoded and tier == "gpu" else {}
+        return sum(held.get(name, self.block(name)) for name in names)
 
     def slot(self, rank: int) -> int:
         """Bytes of a weight slot: the rank's largest streamed block."""
@@ -125,6 +132,8 @@ class Sizes:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
         if tier == "disk":
             return self.staged
+        if self.decoded and tier == "gpu" and name in self.weighed.encoded:
+            return True
         return (tier != "cpu" and self.device != "cpu") or name in self.weighed.changed
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -150,8 +159,9 @@ class Sizes:
 
     def _decoded(self, rank: int) -> int:
         """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
-        decoded = self.weighed.decoded
-        return max((decoded[name] for name in self.weight_tiers[rank] if name in decoded), default=0) if decoded else 0
+        tiers, encoded = self.weight_tiers[rank], self.weighed.encoded
+        names = [name for name in tiers if name in encoded and not (self.decoded and tiers[name] == "gpu")]
+        return max((encoded[name].decoding_room(self.decoding_room) for name in names), default=0)
 
     def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""

@@ -27,7 +27,8 @@ class Plan:
     streamed blocks, each of the rank's largest one. pools: tier -> pool (pages, states) -> how many; ids: gpu first, then
     cpu, then disk. cache_slots buffers of cache_slot_pages pages and state_rows states stage one layer's arrays of a
     microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
-    memory: per rank and tier, bytes by purpose.
+    memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
+    used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load.
     """
 
     num_ranks: int
@@ -50,6 +51,8 @@ class Plan:
     activations: str
     memory: tuple[dict[str, Any], ...]
     predicted: dict[str, Any] = field(default_factory=dict)
+    decoding_room: int = 0
+    decoded: bool = False
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""

@@ -13,7 +13,7 @@ from noria.errors import InputError, require
 from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates
-from noria.plan.building import MICROBATCH_TOKENS, build, check_disk, sizes_of
+from noria.plan.building import MICROBATCH_TOKENS, check_disk, sizes_of, variants
 from noria.plan.memory import Sizes
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
@@ -100,14 +100,15 @@ def _built(
     refused: InputError | None = None
     for candidate in candidates:
         try:
-            plan = build(problem, candidate)
+            plans = variants(problem, candidate)
         except InputError as error:
             refused = error
             continue
-        if candidate.weights is None and not plan.weight_slots:
+        if candidate.weights is None and not plans[0].weight_slots:
             continue  # everything fits: another candidate has it so, with the groups for that
-        speed = costs.predict(plan, problem.shape, problem.blocks, known, problem.workload)["tokens_per_second"]
-        found.append((speed, plan))
+        for plan in plans:
+            speed = costs.predict(plan, problem.shape, problem.blocks, known, problem.workload)["tokens_per_second"]
+            found.append((speed, plan))
     roomy = [(speed, plan) for speed, plan in found if plan.holds(problem.workload.longest)]
     return roomy or found, refused
 

@@ -42,7 +42,7 @@ class Candidate:
 
     `weights`, `cache`: shares in % or sizes, by tier, as the user gives them. `weights` None: resident what the device
     holds beside `reserved` pages of the cache (by tier), then CPU memory, then disk. `cache` None: what the tiers in
-    `cache_tiers` hold, in their order.
+    `cache_tiers` hold, in their order. `decoded`: encoded blocks that stay on the device are decoded while they load.
     """
 
     laps: int
@@ -52,6 +52,7 @@ class Candidate:
     cache: Mapping[str, Any] | None
     reserved: Mapping[str, int] | None = None
     cache_tiers: tuple[str, ...] = ("gpu",)
+    decoded: bool = False
 
     @property
     def elsewhere(self) -> bool:

@@ -11,6 +11,8 @@ from noria.plan.rates import Rates
 MATMUL_SHARE = 0.87
 # A product of one row reads its matrix at 0.88 of a copy's rate.
 WEIGHTS_SHARE = 0.88
+# Decoding on a CPU: 0.8e9 numbers of FP8 a second on a core of an EPYC.
+CPU_DECODING_SHARE = 0.25
 # Attention of decoding rows by torch's flash kernel: 2.3 of 4.3 TB/s (1,024 rows x 576 tokens), 0.4 (16 x 576) to 0.6.
 CACHE_SHARE = 0.54
 # Attention of chunks by it: 0.37 of a product's rate for prompts of 2,048 tokens, 0.42 for 8,192, 138 TFLOP/s for 512.
@@ -45,6 +47,11 @@ def disk(read: float, written: float, rates: Rates) -> float:
 def device_memory(nbytes: float, rates: Rates) -> float:
     """Weights that products read, and what copies and decoding read and write."""
     return nbytes / (rates.device_memory * WEIGHTS_SHARE)
+
+
+def decoding(nbytes: float, rates: Rates) -> float:
+    """Encoded parameters that are read, and the numbers that are written."""
+    return device_memory(nbytes, rates) / (CPU_DECODING_SHARE if rates.device == "CPU" else 1)
 
 
 def matmul(flops: float, rows: float, dtype: str, rates: Rates) -> float:

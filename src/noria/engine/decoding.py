@@ -1,0 +1,151 @@
+"""Decodes encoded parameters before a layer computes with them, into memory that the plan counts.
+
+All on the compute stream: what is decoded takes the place of what was decoded before, behind all that computes with it.
+Knows layouts and encodings, nothing of tiers or steps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from noria import encodings
+from noria.blocks import Block, Parameter, end_of
+from noria.engine.parameters import Parameters, Undecoded, named, stored, views
+
+# What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces.
+Computed: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a plan says of encoded parameters: in how many bytes they are decoded (a piece of each finds room whatever it
+    says), and whether blocks that stay on the device are decoded once, while they load."""
+
+    room: int = 1 << 62
+    residents: bool = False
+
+
+class Decoder:
+    """The memory into which encoded parameters are decoded.
+
+    A block that finds room in it is decoded whole, once for all that ask for it one after another. Of a larger one a
+    parameter is decoded when it is asked for, and takes the place of the one before; of a parameter in several pieces
+    (experts) those that are asked for, as many at a time as find room. On a CPU pieces are never decoded unasked.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._now: tuple[object, ...] = ()  # what is decoded: the block's name, of a part of it what part
+        self._decoded: Parameters = {}
+        self._checked: set[str] = set()
+
+    def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Computed:
+        """What a model computes with; valid until another block is asked for.
+
+        `path`: the file from which the block came unseen: its fields are checked the first time. Raises InputError.
+        """
+        if path is not None and name not in self._checked:
+            encodings.check_block(held.block, held.buffer, path)
+            self._checked.add(name)
+        if not self._whole(held.block):
+            return _ByParameter(self, name, held)
+        if self._now != (name,):
+            self._now = ()  # until all is decoded: memory may fail on the way
+            self._decoded = named(self.buffer, held.block.decoded)
+            for parameter, pieces in _encoded(held):
+                encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
+            self._now = (name,)
+        return views(held.buffer, held.block) | self._decoded
+
+    def _whole(self, block: Block) -> bool:
+        unasked = self.buffer.device.type == "cpu" and any(parameter.pieces > 1 for parameter in block.encoded)
+        return block.decoded_nbytes <= len(self.buffer) and not unasked
+
+    def parameter(self, block: str, parameter: Parameter, pieces: torch.Tensor) -> Parameters:
+        """The tensors of one parameter, decoded from its pieces [P, bytes of a piece]."""
+        if self._now != (block, parameter.name):
+            self._now = ()
+            self._decoded = named(self.buffer, parameter.decoded())
+            encodings.decode(parameter, pieces, self._decoded)
+            self._now = block, parameter.name
+        return self._decoded
+
+    def run(self, block: str, parameter: Parameter, pieces: torch.Tensor, wanted: Sequence[int]) -> Parameters:
+        """The tensors [wanted, ...] of some of a parameter's pieces."""
+        if self._now != (block, parameter.name, *wanted):
+            self._now = ()
+            self._decoded = named(self.buffer, parameter.decoded(len(wanted)))
+            for place, first, count in _consecutive(wanted):
+                into = {name: its[place : place + count] for name, its in self._decoded.items()}
+                encodings.decode(parameter, pieces[first : first + count], into)
+            self._now = block, parameter.name, *wanted
+        return self._decoded
+
+    def most(self, parameter: Parameter) -> int:
+        """How many pieces of a parameter find room."""
+        most = max(len(self.buffer) // max(end_of(parameter.decoded(1)), 1), 1)
+        while most > 1 and end_of(parameter.decoded(most)) > len(self.buffer):
+            most -= 1
+        return min(most, parameter.pieces)
+
+
+class _ByParameter(Mapping[str, Any]):
+    """The parameters of a block, each decoded when it is asked for."""
+
+    def __init__(self, decoder: Decoder, name: str, held: Undecoded):
+        self._decoder, self._name, self._plain = decoder, name, views(held.buffer, held.block)
+        self._encoded = {key: (parameter, its) for parameter, its in _encoded(held) for key in parameter.computed}
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._plain:
+            return self._plain[name]
+        parameter, pieces = self._encoded[name]
+        if parameter.pieces > 1:
+            return SomePieces(self._decoder, self._name, name, parameter, pieces)
+        return self._decoder.parameter(self._name, parameter, pieces)[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own decodes it
+        return name in self._plain or name in self._encoded
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self._encoded
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self._encoded)
+
+
+class SomePieces:
+    """One of the tensors [pieces, ...] that a parameter in several pieces is computed as, of which some are decoded at a time."""
+
+    def __init__(self, decoder: Decoder, block: str, name: str, parameter: Parameter, pieces: torch.Tensor):
+        self._decoder, self._block, self._name, self._parameter, self._pieces = decoder, block, name, parameter, pieces
+
+    def __len__(self) -> int:
+        return self._parameter.pieces
+
+    @property
+    def most(self) -> int:
+        """How many pieces may be asked for at once."""
+        return self._decoder.most(self._parameter)
+
+    def of(self, wanted: Sequence[int]) -> torch.Tensor:
+        """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
+        return self._decoder.run(self._block, self._parameter, self._pieces, wanted)[self._name]
+
+
+def _encoded(held: Undecoded) -> list[tuple[Parameter, torch.Tensor]]:
+    """The encoded parameters of a block with their pieces as they are stored."""
+    pieces = stored(held.buffer, held.block)
+    return [(parameter, pieces[parameter.name]) for parameter in held.block.encoded]
+
+
+def _consecutive(wanted: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of consecutive numbers: where each begins in `wanted`, its first number, and how many it has."""
+    begin = 0
+    for place in range(1, len(wanted) + 1):
+        if place == len(wanted) or wanted[place] != wanted[place - 1] + 1:
+            yield begin, wanted[begin], place - begin
+            begin = place

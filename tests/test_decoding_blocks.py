@@ -1,0 +1,194 @@
+"""Blocks that are decoded whole or a part at a time: the same numbers, no more memory than planned, no expert unasked."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from noria import encodings, kinds
+from noria.blocks import lay_out, layer_name
+from noria.engine.decoding import Decoder, Decoding, SomePieces
+from noria.engine.parameters import Undecoded, stored, views
+from noria.pieces import Encoded, Matrix, Wanted
+from noria.step import Run
+from test_models import CONFIGS, FAMILIES, Whole, random_model, tokens_of
+
+CPU = torch.device("cpu")
+FP8 = "fp8_channel"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+
+
+def encoded(block, computed):
+    """A plain block, whose tensors are given by name, with its matrices in FP8; and its bytes."""
+    settings, forms = kinds.load("encodings", FP8).DEFAULTS, {}
+    for one in block.parameters:
+        if len(one.shape) > 1 and one.name != "router":
+            named = one.wanted.named
+            matrices = [
+                replace(its, transposed=False) for its in (one.piece.matrices if named else [Matrix("", one.shape)])
+            ]
+            piece = encodings.capacity(FP8, matrices, one.dtype, settings)
+            forms[one.name] = Encoded(FP8, settings, piece)
+    made = lay_out(block.name, {one.name: one.wanted for one in block.parameters}, block.parameters[0].dtype, forms)
+    buffer = torch.zeros(made.nbytes, dtype=torch.uint8)
+    parts = stored(buffer, made)
+    for one in made.parameters:
+        if one.plain:
+            parts[one.name].copy_(computed[one.name])
+            continue
+        for number, piece in enumerate(parts[one.name]):
+            piece.copy_(
+                encodings.packed(
+                    one.piece, encodings.encode(FP8, one.piece.matrices, numbers_of(one, computed, number), settings)
+                )
+            )
+    return Undecoded(made, buffer)
+
+
+def numbers_of(parameter, computed, number):
+    """The matrices of one piece of a parameter."""
+    found, rows = [], dict.fromkeys(parameter.computed, 0)
+    for matrix in parameter.piece.matrices:
+        name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
+        whole = computed[name][number] if len(parameter.shape) == 3 else computed[name]
+        found.append(whole[rows[name] : rows[name] + matrix.shape[0]])
+        rows[name] += matrix.shape[0]
+    return found
+
+
+def apart(held):
+    """What a model computes with, every tensor decoded into memory of its own."""
+    found, pieces = views(held.buffer, held.block), stored(held.buffer, held.block)
+    for one in held.block.encoded:
+        into = {name: torch.empty(shape, dtype=torch.float64) for name, shape in one.computed.items()}
+        encodings.decode(one, pieces[one.name], into)
+        found |= into
+    return found
+
+
+@pytest.mark.parametrize("room", [0, 3000, 1 << 40])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_the_same_whether_a_block_is_decoded_whole_or_in_parts(name, room):
+    whole = Whole(CONFIGS[name], random_model(name)[1], torch.float64)
+    blocks = []
+    for number, computed in enumerate(whole.layers):
+        shapes = whole.model.layer_parameters(whole.shape, number)
+        blocks.append(encoded(lay_out(layer_name(number), shapes, "float64"), computed))
+    part = [(tokens_of(3, 21), 0, (Run(0, 4),))]
+    whole.layers = [apart(held) for held in blocks]
+    expected = whole.logits(part)[0]
+    decoder = Decoder(max(held.block.decoding_room(room) for held in blocks), CPU)
+    whole.layers = [decoder.parameters(held.block.name, held) for held in blocks]
+    if room > 1 << 30:  # what a decoder gave is good until another block is asked for
+        for number, held in enumerate(blocks):
+            whole.layers[number] = _Asking(decoder, held)
+    assert torch.equal(whole.logits(part)[0], expected)
+
+
+class _Asking:
+    """Asks for its block when the first parameter is wanted, as a visit does."""
+
+    def __init__(self, decoder, held):
+        self._decoder, self._held = decoder, held
+
+    def __getattr__(self, name):
+        return getattr(self._decoder.parameters(self._held.block.name, self._held), name)
+
+    def __getitem__(self, name):
+        return self._decoder.parameters(self._held.block.name, self._held)[name]
+
+    def __contains__(self, name):
+        return name in self._decoder.parameters(self._held.block.name, self._held)
+
+
+# ---- a mixture
+
+
+def mixture(pieces=6, inner=4, hidden=8):
+    """A block of random experts and a matrix beside them, and its tensors."""
+    up = Matrix("gate_up", (inner, hidden))
+    matrices = (up, up, Matrix("down", (hidden, inner)))
+    shapes = {
+        "norm": (hidden,),
+        "out": (2 * hidden, hidden),
+        "experts": Wanted((pieces, 3 * inner, hidden), matrices=matrices),
+    }
+    generator = torch.Generator().manual_seed(1)
+    computed = {
+        "norm": torch.ones(hidden, dtype=torch.float64),
+        "out": torch.randn(2 * hidden, hidden, generator=generator, dtype=torch.float64),
+        "experts.gate_up": torch.randn(pieces, 2 * inner, hidden, generator=generator, dtype=torch.float64),
+        "experts.down": torch.randn(pieces, hidden, inner, generator=generator, dtype=torch.float64),
+    }
+    return encoded(lay_out("layers/0000", shapes, "float64"), computed)
+
+
+def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):
+    held, decoded = mixture(), []
+    decode = encodings.decode
+
+    def counted(parameter, pieces, into):
+        decoded.append((parameter.name, len(pieces)))
+        decode(parameter, pieces, into)
+
+    monkeypatch.setattr(encodings, "decode", counted)
+    parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
+    expected = apart(held)
+    decoded.clear()
+    gate_up, down = parameters["experts.gate_up"], parameters["experts.down"]
+    assert isinstance(gate_up, SomePieces) and len(gate_up) == 6 and not decoded
+    for wanted in ([1, 2, 5], [0], [0, 1, 2, 3, 4, 5]):
+        assert torch.equal(gate_up.of(wanted), expected["experts.gate_up"][wanted])
+        assert torch.equal(down.of(wanted), expected["experts.down"][wanted])
+    assert decoded == [("experts", 2), ("experts", 1), ("experts", 1), ("experts", 6)]
+    assert torch.equal(parameters["out"], expected["out"]) and "out" in parameters
+    assert {*parameters} == {"norm", "out", "experts.gate_up", "experts.down"} and len(parameters) == 4
+
+
+def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():
+    block = mixture().block
+    out, piece = (4096 * -(-its // 4096) for its in (16 * 8 * 8, 4096 + 8 * 4 * 8))  # gate_up takes a page, then down
+    assert block.decoding_room(0) == max(out, piece) == 8192
+    assert block.decoding_room(9000) == 9000
+    assert block.decoding_room(1 << 40) == block.decoded_nbytes
+
+
+@pytest.mark.parametrize("room", [0, 8192, 9000, 12288, 1 << 30])
+def test_as_many_pieces_are_decoded_at_once_as_find_room(room):
+    held = mixture(pieces=40, inner=16, hidden=16)
+    decoder = Decoder(held.block.decoding_room(room), CPU)
+    pieces = decoder.parameters("layers/0000", held)["experts.down"]
+    experts = held.block.encoded[-1]
+    most = pieces.most
+    end = experts.decoded(most)[-1]
+    assert end.offset + end.nbytes <= len(decoder.buffer)
+    more = experts.decoded(most + 1)[-1]
+    assert most == 40 or more.offset + more.nbytes > len(decoder.buffer)
+    assert pieces.of(range(most)).shape == (most, 16, 16)
+
+
+def test_what_fails_on_its_way_is_decoded_again(monkeypatch):
+    held, decode = mixture(), encodings.decode
+    decoder = Decoder(held.block.decoding_room(0), CPU)
+    parameters, expected = decoder.parameters("layers/0000", held), apart(held)["out"]
+    assert torch.equal(parameters["out"], expected)
+
+    def fails(*arguments):
+        decoder.buffer.fill_(7)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(encodings, "decode", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        parameters["experts.down"].of([1])
+    monkeypatch.setattr(encodings, "decode", decode)
+    assert torch.equal(parameters["out"], expected)
+
+
+def test_a_decoding_has_room_for_all_where_nothing_else_is_said():
+    assert Decoding() == Decoding(1 << 62, residents=False)
