@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noria.borders import cut
+from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
 from noria.rows.slots import Capacity
@@ -15,6 +16,7 @@ from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
 END = 7
+LIMIT = 300  # tokens of the context
 
 
 def prompt(row, length, **keys):
@@ -34,6 +36,10 @@ def expected(row, limit):
             return new
 
 
+def pages_of(runs):
+    return [page for run in runs for page in range(run.start, run.start + run.count)]
+
+
 class Engine:
     """Answers steps as ranks would, from the tokens that the steps alone carry, and checks what every step promises."""
 
@@ -45,12 +51,15 @@ class Engine:
             del self.slots[slot], self.seen[slot]
         for admitted in step.admitted:
             assert admitted.slot not in self.slots
-            held = {
-                page for runs in self.slots.values() for run in runs for page in range(run.start, run.start + run.count)
-            }
-            mine = {page for run in admitted.runs for page in range(run.start, run.start + run.count)}
-            assert not held & mine and max(mine) < self.limits.num_pages
-            self.slots[admitted.slot], self.seen[admitted.slot] = admitted.runs, []
+            self.seen[admitted.slot] = []
+        for one in (*step.admitted, *step.grown):
+            before = pages_of(self.slots.pop(one.slot, ()))
+            held = {page for runs in self.slots.values() for page in pages_of(runs)}
+            mine = pages_of(one.runs)
+            assert len(set(mine)) == len(mine) > len(before) and mine[: len(before)] == before
+            assert not held & set(mine) and max(mine) < self.limits.num_pages
+            assert all(run.count % RUN_PAGES == 0 for run in one.runs)
+            self.slots[one.slot] = one.runs
         assert step.num_tokens <= self.limits.step_tokens
         ends = np.concatenate([[0], np.cumsum(step.counts)]).astype(int)
         for first, last in zip(step.borders[:-1], step.borders[1:], strict=True):
@@ -88,21 +97,21 @@ def run(prompts, limits, answer=None):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
-    groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 160))
     limits = Capacity(
         groups,
-        data.draw(st.integers(5, 40)),
+        data.draw(st.integers(20, 80)),
         step_tokens,
         data.draw(st.integers(1, step_tokens)),
         data.draw(st.integers(1, 3)),
-        64,
+        LIMIT,
     )
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30)), max_size=25))
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 90)), max_size=25))
     prompts = [prompt(row, length, max_new_tokens=new) for row, (length, new) in enumerate(shapes)]
     finished, _ = run(prompts, limits)
     assert sorted(sequence.prompt.row for sequence in finished) == list(range(len(prompts)))
     for sequence in finished:
-        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, 64)
+        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, LIMIT)
 
 
 def test_groups_are_kept_equally_full_when_rows_are_few():
@@ -119,7 +128,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_decoding_rows():
 
 def test_a_slot_is_refilled_as_soon_as_its_row_ends():
     prompts = [prompt(row, 3, max_new_tokens=1 + row % 2, ignore_eos=True) for row in range(6)]
-    _, steps = run(prompts, Capacity(1, 2, 64, 64, 1, 32))
+    _, steps = run(prompts, Capacity(1, 8, 64, 64, 1, 32))
     busy = [len(step.slots) for step in steps if step.word is Word.RUN]
     assert busy == [2, 2, 2, 2, 1]
 
@@ -127,15 +136,15 @@ def test_a_slot_is_refilled_as_soon_as_its_row_ends():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (prompt(0, 64), "the prompt has 64 tokens, the model's context 64"),
-        (prompt(0, 40, max_new_tokens=24), "need 64 tokens of cache, there is room for 48"),
+        (prompt(0, 128), "the prompt has 128 tokens, the model's context 128"),
+        (prompt(0, 70, max_new_tokens=24), "need 128 tokens of cache, there is room for 64"),
         (prompt(0, 4, max_new_tokens="x"), "max_new_tokens is 'x'"),
         (Prompt(0, "0", "", None, {}, "", "line 1 is not JSON"), "line 1 is not JSON"),
     ],
 )
 def test_a_row_that_cannot_run_ends_with_its_reason_and_costs_no_other_row(row, said):
     others = [prompt(1, 3, max_new_tokens=2)]
-    finished, _ = run([row, *others], Capacity(1, 3, 16, 16, 1, 64))
+    finished, _ = run([row, *others], Capacity(1, 7, 16, 16, 1, 128))
     assert len(finished) == 2 and said in finished[0].error and finished[1].error == ""
 
 

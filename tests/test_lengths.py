@@ -34,7 +34,7 @@ def row(length, **keys):
 
 def test_the_lengths_are_those_of_the_rows(tmp_path):
     load = looked(tmp_path, [row(8), row(24, max_new_tokens=40)], n=2)
-    assert (load.num_rows, load.prompt_tokens, load.new_tokens, load.total_pages) == (4, 16, 24, 2 * (1 + 4))
+    assert (load.num_rows, load.prompt_tokens, load.new_tokens, load.total_pages) == (4, 16, 24, 2 * (4 + 4))
 
 
 def test_a_row_reserves_no_more_than_the_models_context(tmp_path):
@@ -43,13 +43,13 @@ def test_a_row_reserves_no_more_than_the_models_context(tmp_path):
 
 def test_rows_that_cannot_run_are_left_out(tmp_path):
     load = looked(tmp_path, [row(8), row(65), {"token_ids": [1000]}, {"prompt": "no tokenizer"}])
-    assert (load.num_rows, load.total_pages) == (1, 1)
+    assert (load.num_rows, load.total_pages) == (1, 4)
 
 
 def test_of_many_rows_only_the_first_are_read_and_the_others_get_a_margin(tmp_path):
     load = looked(tmp_path, [row(8)] * (4 * LOOKED_AT))
     assert (load.num_rows, load.prompt_tokens) == (4 * LOOKED_AT, 8)
-    assert load.total_pages == round(4 * LOOKED_AT * 1.1)
+    assert load.total_pages == round(4 * 4 * LOOKED_AT * 1.1)
 
 
 def test_a_shard_counts_its_own_rows(tmp_path):

@@ -1,5 +1,6 @@
 """The pages of the KV cache against a model that knows only sets of pages."""
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -52,6 +53,16 @@ class AgainstSets(RuleBasedStateMachine):
         assert len(runs) == (count > 0) if count <= longest_free_run(free) else len(runs) > 1
         self.holders.update(pages_of(runs))
         self.held.append(runs)
+
+    @rule(data=st.data(), most=st.integers(0, 6))
+    def extend(self, data, most):
+        if self.held and (runs := data.draw(st.sampled_from(self.held))):
+            last, free = runs[-1], self.free()
+            wanted = list(itertools.takewhile(free.__contains__, range(last.start + last.count, NUM_PAGES)))[:most]
+            longer = self.pages.extend(last, most)
+            assert (longer.start, longer.count) == (last.start, last.count + len(wanted))
+            self.holders.update(wanted)
+            self.held.append(tuple(Run(page, 1) for page in wanted))
 
     @rule(data=st.data())
     def share(self, data):

@@ -108,7 +108,7 @@ def test_a_model_larger_than_two_gpus_finds_a_plan_in_the_dtype_of_its_config(la
 def test_weights_do_not_crowd_the_cache_out_of_cpu_memory(large, ranks):
     code, out = large(ranks, "--gpu-memory", "16GiB", "--stage")
     rows = int(re.search(r"(\d+) rows at once", out)[1])
-    assert code == 0 and rows >= 40 * ranks, "one row at a time would take weeks"
+    assert code == 0 and rows >= 30 * ranks, "one row at a time would take weeks"
     assert re.search(r"moved       rank 0: \d+\.\d\d GB of cache from cpu to the GPU a round, \d+\.\d MB back", out)
 
 

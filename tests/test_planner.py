@@ -263,7 +263,7 @@ def test_a_user_may_ask_for_more_of_a_gpu_than_a_run_takes_by_itself():
 def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the_remedy():
     for cache in ({"gpu": "10MiB"}, {"disk": "10MiB"}):
         with pytest.raises(
-            InputError, match=r"room for \d+ tokens in a tier, a usual row of this run needs 2016: give pl"
+            InputError, match=r"room for \d+ tokens in a tier, a usual row of this run needs 2048: give pl"
         ):
             make(1, BIG, rows=4, cache=cache, max_new_tokens=1500)
     with pytest.raises(InputError, match=r"gpu tier needs .* raise placement\.gpu_memory"):

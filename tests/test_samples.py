@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
 from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
@@ -16,7 +17,8 @@ from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
 END = 7
-BUDGETS = st.tuples(st.integers(1, 20), st.integers(1, 20))  # of a step and of a microbatch, in tokens
+LIMIT = 300  # tokens of the context
+BUDGETS = st.tuples(st.integers(1, 80), st.integers(1, 80))  # of a step and of a microbatch, in tokens
 
 
 def prompt(row, length, **keys):
@@ -47,7 +49,8 @@ class Engine:
     def answer(self, step):
         for slot in step.released:
             del self.places[slot]
-        for admitted in step.admitted:
+        for admitted in (*step.admitted, *step.grown):
+            assert all(run.count % RUN_PAGES == 0 for run in admitted.runs)
             pages = [page for run in admitted.runs for page in range(run.start, run.start + run.count)]
             assert len(set(pages)) == len(pages) and max(pages) < self.limits.num_pages
             self.places[admitted.slot] = np.concatenate([np.arange(PAGE_TOKENS) + page * PAGE_TOKENS for page in pages])
@@ -87,9 +90,8 @@ def run(prompts, limits, done=frozenset(), answer=None):
             under_way[group] = (step, result) if step.num_tokens else None
         if Word.STOP in words:
             assert words == {Word.STOP}
-            assert sum(pages.num_free for pages in admission._slots.pages) == limits.num_pages, (
-                "pages that nobody gave back"
-            )
+            for pages in admission._slots.pages:
+                assert pages.num_free == pages.num_pages, "pages that nobody gave back"
             return finished, admission, engine
     raise AssertionError("the run does not end")
 
@@ -98,10 +100,10 @@ def run(prompts, limits, done=frozenset(), answer=None):
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets(data):
-    groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    groups, step_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 160))
     microbatch_tokens, least = data.draw(st.integers(1, step_tokens)), data.draw(st.integers(1, 3))
-    limits = Capacity(groups, data.draw(st.integers(5, 30)), step_tokens, microbatch_tokens, least, 64)
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 30), st.integers(1, 6)), max_size=12))
+    limits = Capacity(groups, data.draw(st.integers(20, 100)), step_tokens, microbatch_tokens, least, LIMIT)
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 60), st.integers(1, 6)), max_size=12))
     prompts = [prompt(row, length, max_new_tokens=new, n=n) for row, (length, new, n) in enumerate(shapes)]
     every = [(one.row, sample) for one in prompts for sample in range(one.sampling["n"])]
     done = data.draw(st.sets(st.sampled_from(every))) if every else set()
@@ -109,48 +111,50 @@ def test_every_sample_of_every_row_ends_once_with_its_own_tokens_whatever_the_gr
     assert sorted((sequence.prompt.row, sequence.sample) for sequence in finished) == sorted(set(every) - done)
     assert list(admission.samples) == [one.sampling["n"] for one in prompts] and admission.num_rows == len(every)
     for sequence in finished:
-        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, sequence.sample, 64)
+        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, sequence.sample, LIMIT)
 
 
-@pytest.mark.parametrize(("length", "again"), [(40, 8), (48, 16), (49, 1), (16, 16), (5, 5), (33, 1)])
+@pytest.mark.parametrize(("length", "again"), [(160, 32), (192, 64), (193, 1), (64, 64), (20, 20), (129, 1)])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_a_prompt_is_computed_once_but_for_its_last_page(length, again, groups):
-    finished, admission, engine = run([prompt(0, length, max_new_tokens=9, n=5)], Capacity(groups, 100, 64, 64, 1, 64))
+def test_a_prompt_is_computed_once_but_for_its_last_block(length, again, groups):
+    finished, admission, engine = run(
+        [prompt(0, length, max_new_tokens=9, n=5)], Capacity(groups, 400, 64, 64, 1, LIMIT)
+    )
     assert engine.num_prompt_tokens == length + 4 * again == admission.counted.prompt_tokens
     assert len(finished) == 5 and len({tuple(sequence.token_ids) for sequence in finished}) > 1
 
 
 def test_samples_share_the_pages_that_would_not_hold_them_all():
-    # 5 pages of prompt and one for new tokens, six times: 36 pages, and with shared ones 11.
+    # 5 blocks of prompt and one for new tokens, six times: 36 blocks, and with shared ones 11.
     steps = []
-    limits = Capacity(1, 11, 64, 64, 1, 96)
+    limits = Capacity(1, 11 * RUN_PAGES, 64, 64, 1, 384)
     engine = Engine(limits)
 
     def answer(step):
         steps.append(len(step.slots))
         return engine.answer(step)
 
-    finished, _, _ = run([prompt(0, 81, max_new_tokens=14, n=6, ignore_eos=True)], limits, answer=answer)
+    finished, _, _ = run([prompt(0, 321, max_new_tokens=60, n=6, ignore_eos=True)], limits, answer=answer)
     assert len(finished) == 6 and max(steps) == 6
 
 
-@pytest.mark.parametrize("num_pages", [6, 9, 10, 11, 14])
-def test_families_that_hold_nearly_all_pages_never_wait_for_each_other_for_ever(num_pages):
-    limits = Capacity(2, num_pages, 64, 64, 1, 96)
-    prompts = [prompt(row, 65, max_new_tokens=[1, 20, 1, 3][row], n=3, ignore_eos=True) for row in range(4)]
+@pytest.mark.parametrize("num_blocks", [6, 9, 10, 11, 14])
+def test_families_that_hold_nearly_all_pages_never_wait_for_each_other_for_ever(num_blocks):
+    limits = Capacity(2, num_blocks * RUN_PAGES, 64, 64, 1, 384)
+    prompts = [prompt(row, 257, max_new_tokens=[1, 80, 1, 12][row], n=3, ignore_eos=True) for row in range(4)]
     finished, _, _ = run(prompts, limits)
     assert len(finished) == 12
 
 
 def test_a_family_is_spread_over_the_groups():
-    limits, slots = Capacity(4, 100, 64, 64, 1, 64), {}
+    limits, slots = Capacity(4, 400, 80, 80, 1, LIMIT), {}
     engine = Engine(limits)
 
     def answer(step):
         slots[step.group] = max(slots.get(step.group, 0), len(step.slots))
         return engine.answer(step)
 
-    run([prompt(0, 20, max_new_tokens=20, n=8, ignore_eos=True)], limits, answer=answer)
+    run([prompt(0, 80, max_new_tokens=20, n=8, ignore_eos=True)], limits, answer=answer)
     assert sorted(slots.values()) == [2, 2, 2, 2]
 
 
@@ -207,9 +211,9 @@ class Scores(Engine):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_token_of_a_prompt_is_scored_once_after_the_one_before_it(data):
-    limits = Capacity(data.draw(st.integers(1, 3)), 30, *data.draw(BUDGETS), 1, 64)
+    limits = Capacity(data.draw(st.integers(1, 3)), 120, *data.draw(BUDGETS), 1, LIMIT)
     shapes = data.draw(
-        st.lists(st.tuples(st.integers(1, 50), st.sampled_from(["alone", "and more", "no"])), max_size=8)
+        st.lists(st.tuples(st.integers(1, 200), st.sampled_from(["alone", "and more", "no"])), max_size=8)
     )
     kinds = {
         "alone": {"max_new_tokens": 0, "logprobs": 0},

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import test_samples
 from noria.borders import cut
+from noria.limits import RUN_PAGES
 from noria.rows.slots import Capacity
 from noria.step import NO_STATE, PAGE_TOKENS
-from test_samples import expected, prompt
+from test_samples import LIMIT, expected, prompt
 
 
 class Engine(test_samples.Engine):
@@ -60,27 +61,27 @@ def run(prompts, limits):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_row_reads_what_its_own_tokens_left_whatever_is_short(data):
-    groups, step_tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
-    tiers = tuple(data.draw(st.lists(st.integers(5, 20), min_size=1, max_size=3)))
-    limits = Capacity(groups, sum(tiers), step_tokens, data.draw(st.integers(1, step_tokens)), 1, 64)
+    groups, step_tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 160))
+    tiers = tuple(data.draw(st.lists(st.integers(20, 80), min_size=1, max_size=3)))
+    limits = Capacity(groups, sum(tiers), step_tokens, data.draw(st.integers(1, step_tokens)), 1, LIMIT)
     states = tuple(data.draw(st.integers(2, 6)) for _ in tiers)
     limits = replace(
-        limits, tier_pages=tiers, slot_pages=5, tier_states=states, state_rows=data.draw(st.integers(1, 4))
+        limits, tier_pages=tiers, slot_pages=20, tier_states=states, state_rows=data.draw(st.integers(1, 4))
     )
-    shapes = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 14), st.integers(1, 5)), max_size=10))
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(1, 5)), max_size=10))
     prompts = [prompt(row, length, max_new_tokens=new, n=n) for row, (length, new, n) in enumerate(shapes)]
     finished, _ = run(prompts, limits)
     assert len(finished) == sum(n for *_, n in shapes)
     for sequence in finished:
-        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, sequence.sample, 64)
+        assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, sequence.sample, LIMIT)
 
 
-@pytest.mark.parametrize(("length", "reads"), [(40, 3), (33, 3), (17, 3), (16, 0), (5, 0)])
-@pytest.mark.parametrize("step_tokens", [64, 7])
+@pytest.mark.parametrize(("length", "reads"), [(160, 3), (129, 3), (65, 3), (64, 0), (20, 0)])
+@pytest.mark.parametrize("step_tokens", [200, 17])
 def test_a_shared_beginning_is_one_state_that_its_leader_leaves_and_all_samples_begin_from(length, reads, step_tokens):
-    limits = Capacity(1, 100, step_tokens, step_tokens, 1, 64, tier_states=(9,), state_rows=9)
+    limits = Capacity(1, 100, step_tokens, step_tokens, 1, LIMIT, tier_states=(9,), state_rows=9)
     finished, engine = run([prompt(0, length, max_new_tokens=6, n=3, ignore_eos=True)], limits)
-    border = (length - 1) // PAGE_TOKENS * PAGE_TOKENS
+    border = (length - 1) // (RUN_PAGES * PAGE_TOKENS) * RUN_PAGES * PAGE_TOKENS
     shared = [id for position, id in engine.reads if position == border and id != NO_STATE]
     assert len(shared) == reads and len(set(shared)) <= 1
     again = length - border
@@ -88,17 +89,17 @@ def test_a_shared_beginning_is_one_state_that_its_leader_leaves_and_all_samples_
 
 
 def test_rows_beyond_the_states_wait_and_two_states_suffice_for_all():
-    limits = Capacity(2, 100, 64, 64, 1, 64, tier_states=(2,), state_rows=2)
-    finished, engine = run([prompt(row, 20, max_new_tokens=4, n=3) for row in range(4)], limits)
+    limits = Capacity(2, 100, 64, 64, 1, LIMIT, tier_states=(2,), state_rows=2)
+    finished, engine = run([prompt(row, 80, max_new_tokens=4, n=3) for row in range(4)], limits)
     assert len(finished) == 12 and set(engine.states) == {0, 1}
 
 
 def test_a_family_without_states_is_told_of_none():
     steps = []
-    limits = Capacity(1, 20, 64, 64, 1, 64)
+    limits = Capacity(1, 20, 64, 64, 1, LIMIT)
     engine = test_samples.Engine(limits)
     test_samples.run(
-        [prompt(0, 40, max_new_tokens=4, n=2)], limits, answer=lambda s: steps.append(s) or engine.answer(s)
+        [prompt(0, 160, max_new_tokens=4, n=2)], limits, answer=lambda s: steps.append(s) or engine.answer(s)
     )
     assert all(not len(step.reads) and not len(step.writes) and not len(step.kept) for step in steps)
 

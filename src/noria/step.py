@@ -12,10 +12,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from noria.limits import RUN_PAGES
+
 PAGE_TOKENS = 16  # tokens in one page of the KV cache
 NO_STATE = -1  # what a row reads that begins: zeros
 NO_TOKEN = -1  # in a result: nothing could be sampled, because the model's logits are not finite
 NONE_LEFT = -2  # the same, because the row's own settings leave no token
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that are reserved for so many tokens: a multiple of RUN_PAGES."""
+    return -(-tokens // (RUN_PAGES * PAGE_TOKENS)) * RUN_PAGES
 
 
 class Word(IntEnum):
@@ -40,6 +47,14 @@ class Admitted:
     slot: int
     runs: tuple[Run, ...]
     sampling: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A sequence that outgrew its pages: all that it has now."""
+
+    slot: int
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,8 @@ class Step:
     score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
     reads, writes: [R] the state that each row begins from (NO_STATE: zeros) and the one that it leaves; kept: [R] after how
     many of its new tokens. Empty where the family has no arrays per sequence.
-    Changes of slots (`released` first, then `admitted`) apply before the step, in the order in which headers arrive.
+    Changes of slots (`released` first, then `admitted`, then `grown`) apply before the step, in the order in which headers
+    arrive.
     masked: what some of its samples may be follows in a message of its own (masks.py).
     """
 
@@ -110,6 +126,7 @@ class Step:
     writes: np.ndarray = _no(np.int32)
     kept: np.ndarray = _no(np.int32)
     masked: bool = False
+    grown: tuple[Grown, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +143,8 @@ class Step:
             "group": self.group,
             "word": int(self.word),
             "released": self.released,
-            "admitted": [[a.slot, [[r.start, r.count] for r in a.runs], a.sampling] for a in self.admitted],
+            "admitted": [[a.slot, _numbers(a.runs), a.sampling] for a in self.admitted],
+            "grown": [[one.slot, _numbers(one.runs)] for one in self.grown],
             "sizes": [len(getattr(self, name)) for name, _ in _ARRAYS],
             "masked": self.masked,
         }
@@ -139,15 +157,22 @@ class Step:
         """The step of a header that `encode` made."""
         end = 8 + int.from_bytes(header[:8], "little")
         words = json.loads(header[8:end])
-        admitted = tuple(
-            Admitted(slot, tuple(Run(*run) for run in runs), sampling) for slot, runs, sampling in words["admitted"]
-        )
+        admitted = tuple(Admitted(slot, _runs(runs), sampling) for slot, runs, sampling in words["admitted"])
+        grown = tuple(Grown(slot, _runs(runs)) for slot, runs in words["grown"])
         arrays = {}
         for (name, dtype), size in zip(_ARRAYS, words["sizes"], strict=True):
             arrays[name] = np.frombuffer(header, dtype, size, end)
             end += arrays[name].nbytes
         word, released, masked = Word(words["word"]), tuple(words["released"]), bool(words["masked"])
-        return cls(words["round"], words["group"], word, released, admitted, **arrays, masked=masked)
+        return cls(words["round"], words["group"], word, released, admitted, **arrays, masked=masked, grown=grown)
+
+
+def _numbers(runs: Iterable[Run]) -> list[list[int]]:
+    return [[run.start, run.count] for run in runs]
+
+
+def _runs(numbers: Iterable[list[int]]) -> tuple[Run, ...]:
+    return tuple(Run(*run) for run in numbers)
 
 
 _RESULT = (

@@ -9,7 +9,7 @@ from noria.rows.chat import Encoder
 from noria.rows.prompt_files import PromptFiles
 from noria.rows.prompts import open_prompts
 from noria.rows.waiting import kept_tokens, of_row
-from noria.step import PAGE_TOKENS
+from noria.step import pages_for
 from noria.tools.values import shard_rows
 
 LOOKED_AT = 256  # rows: enough for a mean, and read at once
@@ -37,7 +37,7 @@ def look(config: Config, files: PromptFiles, max_positions: int, num_rows: int, 
         added = min(sampling.most_new_tokens, max_positions - length)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n
-        its_pages = -(-(length + added) // PAGE_TOKENS)
+        its_pages = pages_for(length + added)
         pages, longest = pages + sampling.n * its_pages, max(longest, its_pages)
     if not samples:
         return Workload(max(len(rows), 1) * config.sampling.n, max_positions / 2, max_positions / 2)

@@ -74,6 +74,8 @@ class PageTable:
             del self._runs[slot]
         for admitted in step.admitted:
             self._runs[admitted.slot] = admitted.runs
+        for grown in step.grown:
+            self._runs[grown.slot] = grown.runs
 
     def spans(self, step: Step, first_row: int, last_row: int) -> list[Span]:
         """The rows `first_row .. last_row` of a step as attention sees them, counted from the first one's first token."""

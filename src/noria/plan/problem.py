@@ -12,7 +12,7 @@ from noria.model import ModelShape
 from noria.plan.costs import Workload
 from noria.plan.memory import Weighed, head_in_layers, weigh
 from noria.plan.placement import partition
-from noria.step import PAGE_TOKENS
+from noria.step import pages_for
 from noria.tools.text import nbytes_words
 from noria.tools.values import parse_nbytes
 
@@ -95,7 +95,7 @@ class Problem:
 
     @property
     def longest(self) -> int:
-        return -(-self.shape.max_positions // PAGE_TOKENS)
+        return pages_for(self.shape.max_positions)
 
     def stages(self, laps: int) -> list[range]:
         """The layers of each virtual stage with so many laps. Raises InputError where they cannot be cut so."""

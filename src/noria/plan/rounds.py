@@ -6,7 +6,7 @@ Knows no plan, no rank and no rate.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from noria.step import PAGE_TOKENS
+from noria.step import pages_for
 
 MANY = 4  # times as many rows as are in flight: from there on a slot that gets free is filled at once
 FILLS = (1 / 6, 1 / 2, 5 / 6)  # of the new tokens, that lie behind a row where a decode round is looked at
@@ -33,7 +33,7 @@ class Workload:
     @property
     def pages(self) -> int:
         """Pages that a row reserves."""
-        return max(-(-round(self.prompt_tokens + self.new_tokens) // PAGE_TOKENS), 1)
+        return pages_for(max(round(self.prompt_tokens + self.new_tokens), 1))
 
 
 @dataclass(frozen=True)

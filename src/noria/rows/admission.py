@@ -10,14 +10,14 @@ import numpy as np
 
 from noria.errors import InputError
 from noria.masks import Pending
-from noria.rows.composing import compose
+from noria.rows.composing import Changes, compose
 from noria.rows.ends import finish_reason
 from noria.rows.guides import Making
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.slots import Capacity, Slots
 from noria.rows.waiting import Source, WaitingQueue
 from noria.sampling import RULES, Sampling
-from noria.step import NO_TOKEN, NONE_LEFT, Admitted, Result, Step, Word
+from noria.step import NO_TOKEN, NONE_LEFT, Admitted, Grown, Result, Step, Word
 
 # Keys that may leave a row no token.
 EXCLUDING = (
@@ -60,6 +60,7 @@ class Admission:
         self.counted = Counted()
         self._stopping = False
         self._over = False
+        self._num_admitted = 0
         self._masks: dict[int, Pending] = {}
 
     @property
@@ -79,21 +80,27 @@ class Admission:
     @property
     def done(self) -> bool:
         """No sequence is in flight and none waits."""
-        return self.num_active == 0 and (self._stopping or self._queue.first() is None)
+        return self.num_active == 0 and not self._may_admit
 
     @property
     def exhausted(self) -> bool:
         """No sequence is in flight, none waits, and no prompt is left that could run."""
         return self.num_active == 0 and self._queue.first() is None
 
+    @property
+    def _may_admit(self) -> bool:
+        """Whether a sequence waits that is to be admitted: where the run stops, one that was in flight alone."""
+        return self._queue.has_returned or (not self._stopping and self._queue.first() is not None)
+
     def admit_no_more(self) -> None:
-        """Sequences in flight go on to their ends; those that wait are left for another job."""
+        """Sequences in flight, and those that returned from there, go on to their ends; others are left for another job."""
         self._stopping = True
 
     def stop(self) -> list[Sequence]:
         """Admits nothing more and drops what is in flight. Returns the unfinished sequences with their tokens so far."""
         self._stopping = True
-        unfinished = [sequence for active in self._slots.active for sequence in active.values()]
+        unfinished = self._queue.withdraw()
+        unfinished += [sequence for active in self._slots.active for sequence in active.values()]
         for group, active in enumerate(self._slots.active):
             for sequence in list(active.values()):
                 self._slots.leave(group, sequence)
@@ -108,7 +115,7 @@ class Admission:
             self._over = self.done
         if self._over:
             return Step(round, group, Word.STOP)
-        budget = self._capacity.step_tokens
+        grown, budget = self._grow(group), self._capacity.step_tokens
         active = self._slots.active[group].values()
         rows = [(sequence, 1) for sequence in active if sequence.num_tokens - sequence.cached == 1]
         budget -= len(rows)
@@ -117,13 +124,26 @@ class Admission:
                 rows.append((sequence, self._take_chunk(sequence, budget)))
                 budget -= rows[-1][1]
         admitted = []
-        while budget > 0 and not self._stopping and (new := self._admit(group)):
+        while budget > 0 and self._may_admit and (new := self._admit(group)):
             admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
             rows.append((new, self._take_chunk(new, budget)))
             budget -= rows[-1][1]
         rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
         released = self._slots.released(group)
-        return self._with_masks(compose(round, group, released, tuple(admitted), rows, self._capacity))
+        changes = Changes(released, tuple(admitted), grown)
+        return self._with_masks(compose(round, group, changes, rows, self._capacity))
+
+    def _grow(self, group: int) -> tuple[Grown, ...]:
+        """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""
+        active = self._slots.active[group]
+        outgrown = [sequence for sequence in active.values() if sequence.num_tokens > sequence.room]
+        for sequence in outgrown:
+            while sequence.slot in active and not self._slots.grow(group, sequence):
+                youngest = self._slots.youngest(group, sequence)
+                self._slots.leave(group, youngest)
+                youngest.give_back()
+                self._queue.give_back(youngest)
+        return tuple(Grown(one.slot, one.runs) for one in outgrown if one.slot in active)
 
     def _with_masks(self, step: Step) -> Step:
         """The step, whose masks are being made from now on where some of its samples are constrained."""
@@ -212,6 +232,8 @@ class Admission:
 
     def _end(self, group: int, sequence: Sequence) -> None:
         self._slots.leave(group, sequence)
+        if not sequence.error:
+            self._slots.ended(sequence)
         self._finished(sequence)
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> int:
@@ -230,6 +252,8 @@ class Admission:
         if sequence is None or not self._slots.take(group, sequence, self._queue.num_left):
             return None
         self._queue.take()
+        if sequence.order < 0:
+            sequence.order, self._num_admitted = self._num_admitted, self._num_admitted + 1
         if sequence.samples is not None:
             self._slots.hold(sequence, sequence.samples)
         return sequence

@@ -1,5 +1,6 @@
 """A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
 
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from noria.borders import cut
 from noria.rows.sequence import Sequence
-from noria.step import PAGE_TOKENS, Admitted, Step, Word
+from noria.step import PAGE_TOKENS, Admitted, Grown, Step, Word
 
 
 class Cuts(Protocol):
@@ -26,11 +27,19 @@ class Cuts(Protocol):
     def state_rows(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Of slots, before a step."""
+
+    released: tuple[int, ...] = ()
+    admitted: tuple[Admitted, ...] = ()
+    grown: tuple[Grown, ...] = ()
+
+
 def compose(
     round: int,
     group: int,
-    released: tuple[int, ...],
-    admitted: tuple[Admitted, ...],
+    changes: Changes,
     rows: list[tuple[Sequence, int]],
     limits: Cuts,
 ) -> Step:
@@ -59,8 +68,8 @@ def compose(
         round,
         group,
         Word.RUN,
-        released,
-        admitted,
+        changes.released,
+        changes.admitted,
         np.array([sequence.slot for sequence, _ in rows], np.int32),
         np.array(counts, np.int32),
         np.array(positions, np.int32),
@@ -74,6 +83,7 @@ def compose(
         reads=np.array([reads for reads, _ in states], np.int32),
         writes=np.array([writes for _, writes in states], np.int32),
         kept=np.array(counts if states else [], np.int32),
+        grown=changes.grown,
     )
 
 

@@ -55,6 +55,17 @@ class Pages:
             count -= run.count
         return tuple(runs)
 
+    def extend(self, run: Run, most: int) -> Run:
+        """The run with up to `most` of the free pages behind it, which get one holder each."""
+        start = run.start + run.count
+        size = self._count_at.get(start, 0)
+        if count := min(size, most):
+            self._remove(start, size)
+            if size > count:
+                self._add(start + count, size - count)
+            self._holders[start - self._first : start - self._first + count] = 1
+        return Run(run.start, run.count + count)
+
     def share(self, runs: Iterable[Run]) -> None:
         """One more holder for every page of these runs, which must be held already."""
         for run in runs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from noria.limits import RUN_PAGES
 from noria.rows.ends import StopTexts
 from noria.rows.guides import Guide, steers
 from noria.rows.prompts import Prompt
@@ -42,7 +43,10 @@ class Sequence:
     cached: int = 0
     slot: int = -1
     runs: tuple[Run, ...] = ()
+    room: int = 0  # tokens that these pages hold
     num_own_pages: int = 0
+    order: int = -1  # in which sequences were admitted first: the youngest is the last one
+    returned: bool = False  # to the line, because pages were short: it reserves all that it may need from then on
     state: int = NO_STATE  # its own, where the family has arrays per sequence
     reads: int = NO_STATE  # what its next step begins from
     tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
@@ -59,6 +63,16 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    def hold(self, runs: tuple[Run, ...]) -> None:
+        """These are its pages from now on."""
+        self.runs, self.room = runs, sum(run.count for run in runs) * PAGE_TOKENS
+
+    def give_back(self) -> None:
+        """It is out of flight, with nothing but its tokens: it reserves all that it may need when it is admitted again."""
+        self.returned = True
+        self.cached, self.num_own_pages, self.state, self.reads = 0, 0, NO_STATE, NO_STATE
+        self.hold(())
 
     @property
     def scores(self) -> bool:
@@ -111,8 +125,8 @@ class Samples:
 
 
 def num_whole_pages(sequence: Sequence) -> int:
-    """How many pages the prompt fills, without the one that holds its last token."""
-    return (len(sequence.prompt_token_ids) - 1) // PAGE_TOKENS
+    """How many pages the prompt fills, in whole multiples of RUN_PAGES, without those that hold its last token."""
+    return (len(sequence.prompt_token_ids) - 1) // (RUN_PAGES * PAGE_TOKENS) * RUN_PAGES
 
 
 def whole_pages(sequence: Sequence) -> tuple[Run, ...]:

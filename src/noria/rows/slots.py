@@ -4,15 +4,11 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import accumulate
 
+from noria.limits import RUN_PAGES
 from noria.rows.pages import Pages
+from noria.rows.reservations import Reservations
 from noria.rows.sequence import Samples, Sequence, num_whole_pages, whole_pages
-from noria.rows.waiting import num_pages, num_pages_soon
-from noria.step import NO_STATE, PAGE_TOKENS, Run
-
-# A row in several runs of pages has its keys and values copied together in every layer of every step: while less of a
-# tier than this is free, the first in line waits for a run that holds its prompt and the first half of what it may
-# generate. Few rows need more: waiting for all of it would keep more pages idle.
-WHOLE_RUNS_BELOW = 0.15
+from noria.step import NO_STATE, PAGE_TOKENS, Run, pages_for
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,12 @@ class Capacity:
     @property
     def most_pages(self) -> int:
         """Pages that one sequence can have."""
-        device, *others = self.tiers
-        return max(device, *(min(pages, self.slot_pages) for pages in others)) if others else device
+        return max(self.pages_of_row(tier) for tier in range(len(self.tiers)))
+
+    def pages_of_row(self, tier: int) -> int:
+        """Pages that one sequence can have in this tier."""
+        pages = min(self.tiers[tier], self.slot_pages) if tier else self.tiers[tier]
+        return in_runs(pages)
 
 
 class Slots:
@@ -56,8 +56,9 @@ class Slots:
 
     def __init__(self, capacity: Capacity):
         self._capacity = capacity
-        self.pages = _pools(capacity.tiers)
+        self.pages = _pools(capacity.tiers, RUN_PAGES)
         self.states = _pools(capacity.tier_states)
+        self.reservations = Reservations(capacity.max_positions)
         self.active: list[dict[int, Sequence]] = [{} for _ in range(capacity.groups)]
         self._free = [deque(_slots_of(group, capacity.step_tokens)) for group in range(capacity.groups)]
         self._pages_of_group = [[0] * len(self.pages) for _ in range(capacity.groups)]
@@ -76,22 +77,23 @@ class Slots:
         active, groups = self.active[group], self._capacity.groups
         if not self._free[group] or len(active) >= -(-(self.num_active + num_left) // groups):
             return False
-        samples, limit = sequence.samples, self._capacity.max_positions
+        samples = sequence.samples
         leader = sequence if samples is None else samples.leader
         shared = () if samples is None or leader is sequence else samples.shared
         num_shared = sum(run.count for run in shared)
-        count, soon = num_pages(sequence, limit) - num_shared, num_pages_soon(sequence, limit) - num_shared
+        count = pages_for(self.reservations.first(sequence)) - num_shared
+        most = pages_for(self.reservations.most(sequence))
         tiers = range(len(self.pages)) if leader is sequence else [leader.tier]
         states = self._num_states(sequence)
-        needed = count, soon, num_shared, states
-        tier = next((tier for tier in tiers if self._has_room(group, tier, *needed)), None)
+        tier = next((tier for tier in tiers if self._has_room(group, tier, count, most, states)), None)
         if tier is None or (runs := self.pages[tier].reserve(count)) is None:
             return False
         self.pages[tier].share(shared)
         if states:
             self._take_states(group, tier, sequence, states)
         sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].popleft(), count, tier
-        sequence.runs, sequence.cached = (*shared, *runs), num_shared * PAGE_TOKENS
+        sequence.hold((*shared, *runs))
+        sequence.cached = num_shared * PAGE_TOKENS
         self._pages_of_group[group][tier] += count
         active[sequence.slot] = sequence
         return True
@@ -119,22 +121,32 @@ class Slots:
         elif samples is not None:
             sequence.reads = samples.state
 
-    def _has_room(self, group: int, tier: int, count: int, soon: int, num_shared: int, states: int) -> bool:
-        """Whether a sequence of this group may take `count` pages of a tier, of which it fills `soon` first, and its states: the
+    def _has_room(self, group: int, tier: int, count: int, most: int, states: int) -> bool:
+        """Whether a sequence of this group, which has `most` pages at last, may take `count` of a tier now, and its states: the
         group's equal share, or all if it is empty."""
         pages = self.pages[tier]
         if states and not self._has_states(group, tier, states):
             return False
-        if tier and count + num_shared > self._capacity.slot_pages:
+        if most > self._capacity.pages_of_row(tier):
             return False
         share = max(pages.num_pages // self._capacity.groups, 1)
         fair = not self.active[group] or self._pages_of_group[group][tier] + count <= share
-        return fair and count <= pages.num_free and not self._waits_for_a_run(pages, soon)
+        return fair and count <= pages.num_free
 
-    def _waits_for_a_run(self, pages: Pages, soon: int) -> bool:
-        """Whether no free run holds so many pages, and one may later: pages are short, and sequences in flight free some."""
-        short = pages.num_free < WHOLE_RUNS_BELOW * pages.num_pages
-        return short and pages.longest < soon and self.num_active > 0
+    def grow(self, group: int, sequence: Sequence) -> bool:
+        """More pages for a sequence that needs them: behind those that it has, else another run of them; if any are free."""
+        pages, last = self.pages[sequence.tier], sequence.runs[-1]
+        more = pages_for(self.reservations.grown(sequence)) - sequence.room // PAGE_TOKENS
+        longer = pages.extend(last, more)
+        if longer.count > last.count:
+            sequence.hold((*sequence.runs[:-1], longer))
+            taken = longer.count - last.count
+        else:
+            taken = min(more, pages.longest)
+            sequence.hold((*sequence.runs, *(pages.reserve(taken) or ())))
+        sequence.num_own_pages += taken
+        self._pages_of_group[group][sequence.tier] += taken
+        return taken > 0
 
     def hold(self, sequence: Sequence, samples: Samples) -> None:
         """The samples of a prompt hold its pages from their leader's admission to that of the last one.
@@ -153,6 +165,16 @@ class Slots:
                 self.states[sequence.tier].release((Run(samples.state, 1),))
                 samples.state = NO_STATE
 
+    def youngest(self, group: int, beside: Sequence) -> Sequence:
+        """Of the group's sequences in this one's tier, itself among them, the one that was admitted last."""
+        same = (one for one in self.active[group].values() if one.tier == beside.tier)
+        return max((one for one in same if one is beside or one.samples is None), key=lambda one: one.order)
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence that left has ended: what it has needed tells what others will."""
+        running = (len(one.token_ids) for active in self.active for one in active.values())
+        self.reservations.ended(len(sequence.token_ids), running)
+
     def leave(self, group: int, sequence: Sequence) -> None:
         """The sequence gives back its slot and its pages."""
         del self.active[group][sequence.slot]
@@ -170,9 +192,15 @@ class Slots:
         return slots
 
 
-def _pools(counts: tuple[int, ...]) -> list[Pages]:
-    """Of each tier its ids, which go on from one tier to the next."""
-    return [Pages(count, first) for count, first in zip(counts, accumulate(counts, initial=0), strict=False)]
+def in_runs(pages: int) -> int:
+    """Those of so many pages that make whole multiples of RUN_PAGES."""
+    return pages // RUN_PAGES * RUN_PAGES
+
+
+def _pools(counts: tuple[int, ...], unit: int = 1) -> list[Pages]:
+    """Of each tier its ids, which go on from one tier to the next; as many as make multiples of `unit`."""
+    firsts = accumulate(counts, initial=0)
+    return [Pages(count // unit * unit, first) for count, first in zip(counts, firsts, strict=False)]
 
 
 def _slots_of(group: int, per_group: int) -> range:

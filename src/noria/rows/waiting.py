@@ -4,6 +4,7 @@ Knows neither slots nor pages.
 """
 
 from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from noria.rows.reasoning import stops_of
 from noria.rows.sequence import Samples, Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
-from noria.step import PAGE_TOKENS
+from noria.step import PAGE_TOKENS, pages_for
 
 
 class Room(Protocol):
@@ -58,7 +59,8 @@ class Source:
 
 
 class WaitingQueue:
-    """Sequences in the order of their prompts; samples whose prompt is computed go first.
+    """Sequences in the order of their prompts; those that returned to the line, and then samples whose prompt is computed, go
+    first.
 
     Where the source has a tokenizer stop texts are found; one that is a special token is that token, because texts do not
     show it. `rules` are those of output/agreement.py. `samples`: of each prompt read so far, in order, how many rows it
@@ -75,6 +77,7 @@ class WaitingQueue:
         self.guides = Guides(tokenizer, limits.vocab_size, sampling)
         self._read: Sequence | None = None
         self._ready: deque[Samples] = deque()
+        self._returned: list[Sequence] = []
         self._num_waiting = 0
         self.samples, self.num_rows = array("i"), 0
 
@@ -85,6 +88,8 @@ class WaitingQueue:
 
     def first(self) -> Sequence | None:
         """The sequence that waits first. Prompts that cannot run are finished here, with their error."""
+        if self._returned:
+            return self._returned[0]
         if self._ready:
             return self._ready[0].waiting[0]
         while self._read is None:
@@ -98,6 +103,9 @@ class WaitingQueue:
     def take(self) -> None:
         """The first leaves the queue."""
         self._num_waiting -= 1
+        if self._returned:
+            self._returned.pop(0)
+            return
         if not self._ready:
             self._read = None
             return
@@ -105,6 +113,21 @@ class WaitingQueue:
         samples.waiting.pop(0)
         if not samples.waiting:
             self._ready.popleft()
+
+    def give_back(self, sequence: Sequence) -> None:
+        """A sequence that was in flight returns to the line with its tokens."""
+        insort(self._returned, sequence, key=lambda one: one.order)
+        self._num_waiting += 1
+
+    def withdraw(self) -> list[Sequence]:
+        """The sequences that returned leave the queue."""
+        taken, self._returned = self._returned, []
+        self._num_waiting -= len(taken)
+        return taken
+
+    @property
+    def has_returned(self) -> bool:
+        return bool(self._returned)
 
     def computed(self, samples: Samples) -> None:
         """The prompt of these samples is in the cache: the others may begin."""
@@ -270,11 +293,4 @@ def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
 def num_pages(sequence: Sequence, max_positions: int) -> int:
     """Pages for the prompt and all tokens that may follow."""
     tokens = len(sequence.prompt_token_ids) + sequence.sampling.most_new_tokens
-    return -(-min(tokens, max_positions) // PAGE_TOKENS)
-
-
-def num_pages_soon(sequence: Sequence, max_positions: int) -> int:
-    """Pages for the prompt and the first half of the tokens that may follow: most rows end before they need the others."""
-    length = len(sequence.prompt_token_ids)
-    most = min(length + sequence.sampling.most_new_tokens, max_positions)
-    return -(-(length + max(most - length, 0) // 2) // PAGE_TOKENS)
+    return pages_for(min(tokens, max_positions))

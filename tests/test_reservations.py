@@ -1,0 +1,222 @@
+"""Rows reserve what most rows have needed; those that need more grow, or return to the line and lose nothing."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import noria.rows.reservations as reservations
+import test_admission
+from noria.kernels.work import KEY_BLOCK
+from noria.limits import RUN_PAGES
+from noria.rows.admission import Admission
+from noria.rows.prompts import Prompt
+from noria.rows.reservations import Reservations, needed
+from noria.rows.sequence import Sequence
+from noria.rows.slots import Capacity
+from noria.rows.waiting import Source
+from noria.sampling import Sampling
+from noria.step import PAGE_TOKENS, Result, Run, pages_for
+from test_admission import END, expected, prompt
+
+OTHER = 9
+ROW = RUN_PAGES * PAGE_TOKENS  # tokens of the least run
+
+
+def test_a_run_of_pages_holds_whole_key_blocks():
+    assert ROW == KEY_BLOCK
+    assert [pages_for(tokens) for tokens in (0, 1, ROW, ROW + 1)] == [0, RUN_PAGES, RUN_PAGES, 2 * RUN_PAGES]
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Rows are judged by the first ones that end."""
+    monkeypatch.setattr(reservations, "ENOUGH", 2)
+    monkeypatch.setattr(reservations, "GROWTH_TOKENS", ROW)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_rows_that_grow_or_return_to_the_line_end_with_the_same_tokens(data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reservations, "ENOUGH", data.draw(st.integers(1, 4)))
+        patch.setattr(reservations, "GROWTH_TOKENS", ROW * data.draw(st.integers(1, 2)))
+        patch.setattr(reservations, "QUANTILE", data.draw(st.sampled_from([0.1, 0.5, 0.9])))
+        groups, step_tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(30, 200))
+        limits = Capacity(
+            groups, data.draw(st.integers(20, 60)), step_tokens, data.draw(st.integers(1, step_tokens)), 1, 300
+        )
+        shapes = data.draw(
+            st.lists(st.tuples(st.integers(1, 150), st.sampled_from([1, 3, 200])), min_size=4, max_size=16)
+        )
+        prompts = [
+            prompt(row, length, max_new_tokens=new, ignore_eos=row % 3 == 0) for row, (length, new) in enumerate(shapes)
+        ]
+        finished, _ = test_admission.run(prompts, limits)
+    assert sorted(sequence.prompt.row for sequence in finished) == list(range(len(prompts)))
+    for sequence in finished:
+        assert sequence.error == "" and sequence.token_ids == whole(sequence.prompt)
+
+
+def whole(row):
+    if not row.sampling["ignore_eos"]:
+        return expected(row, 300)
+    tokens, most = list(row.token_ids), min(row.sampling["max_new_tokens"], 300 - len(row.token_ids))
+    while len(tokens) < len(row.token_ids) + most:
+        tokens.append(test_admission.next_token(tokens))
+    return tokens[len(row.token_ids) :]
+
+
+def admitted_to(limits, rows, **keys):
+    source = Source(iter(rows), len(rows), lambda p: p.token_ids, lambda row: None)
+    return Admission(source, Sampling(**keys), frozenset({END}), limits)
+
+
+def go_on(admission, round, ends=()):
+    """The step of a round, answered: rows in slots that are among `ends` end."""
+    step = admission.compose(round, 0)
+    tokens = [END if slot in ends else OTHER for slot in step.sample_slots.tolist()]
+    admission.apply(step, Result(np.array(tokens, np.int64)))
+    return step
+
+
+def rows_of(*lengths, **keys):
+    return [prompt(row, length, **keys) for row, length in enumerate(lengths)]
+
+
+def test_a_row_grows_in_place_where_the_next_pages_are_free_and_else_by_a_second_run(soon):
+    """Two short rows end; of the next two, which reserve 64 + 64 tokens each, the last can grow where it lies."""
+    limits = Capacity(1, 8 * RUN_PAGES, 1000, 1000, 1, 512)
+    admission = admitted_to(limits, rows_of(2, 2, 60, 60), max_new_tokens=300)
+    step = go_on(admission, 0)
+    assert [len(one.runs) for one in step.admitted] == [1], "all of 302 tokens is 5 of 8 runs"
+    go_on(admission, 1, ends=[step.admitted[0].slot])
+    step = go_on(admission, 2)
+    go_on(admission, 3, ends=[step.admitted[0].slot])
+    step = go_on(admission, 4)
+    assert [one.runs for one in step.admitted] == [(Run(0, 8),), (Run(8, 8),)]
+    grown = {}
+    for round in range(5, 200):
+        step = go_on(admission, round)
+        grown |= {one.slot: one.runs for one in step.grown}
+        if len(grown) == 2:
+            break
+    first, last = grown.values()
+    assert first == (Run(0, 8), Run(16, 4)) and last == (Run(8, 8), Run(20, 4))
+
+
+def test_where_no_page_is_free_the_youngest_row_returns_with_its_tokens_and_then_reserves_all(soon):
+    limits, finished = Capacity(1, 6 * RUN_PAGES, 1000, 1000, 1, 512), []
+    source = Source(iter(rows_of(2, 2, 60, 60, 60)), 5, lambda p: p.token_ids, finished.append)
+    admission = Admission(source, Sampling(max_new_tokens=130), frozenset({END}), limits)
+    for round in range(4):
+        step = go_on(admission, round, ends=[0, 1])
+    assert len(finished) == 2
+    round, tokens = 4, {}
+    while not step.released or round < 6:
+        step, round = go_on(admission, round), round + 1
+        tokens |= dict(zip(step.slots.tolist(), (step.positions + step.counts).tolist(), strict=True))
+    assert len(step.grown) == 2 and admission.num_active == 2, "three rows of two runs each fill the cache"
+    youngest = admission._queue.first()
+    assert youngest.prompt.row == 4 and len(youngest.token_ids) == 69 and youngest.returned
+    while not step.admitted:
+        step, round = go_on(admission, round), round + 1
+    assert pages_of(step.admitted[0].runs) == pages_for(60 + 130)
+    assert step.counts[step.slots.tolist().index(step.admitted[0].slot)] == 60 + 69
+
+
+def pages_of(runs):
+    return sum(run.count for run in runs)
+
+
+def test_rows_that_returned_go_on_where_the_run_admits_no_more_and_are_sealed_where_it_stops(soon):
+    for stopped in (False, True):
+        finished = []
+        source = Source(iter(rows_of(2, 2, 60, 60, 60, 60)), 6, lambda p: p.token_ids, finished.append)
+        admission = Admission(
+            source, Sampling(max_new_tokens=150), frozenset({END}), Capacity(1, 24, 1000, 1000, 1, 512)
+        )
+        round = 0
+        while not admission._queue.has_returned:
+            go_on(admission, round, ends=[0, 1] if round < 4 else [])
+            round += 1
+        if stopped:
+            assert sorted(one.prompt.row for one in admission.stop() if one.token_ids) == [2, 3, 4]
+            assert admission.done
+            continue
+        admission.admit_no_more()
+        while not admission.done:
+            go_on(admission, round)
+            round += 1
+        assert sorted(one.prompt.row for one in finished) == [0, 1, 2, 3, 4] and not admission.exhausted
+
+
+def by_hand(ended, running, quantile):
+    """Kaplan and Meier's estimate, a length at a time."""
+    share = 1.0
+    for length in sorted(set(ended)):
+        at_risk = sum(one >= length for one in [*ended, *running])
+        share *= 1 - ended.count(length) / at_risk
+        if share <= 1 - quantile + 1e-12:
+            return length
+    return math.ceil(max(*ended, *running, 1) * math.log(1 - quantile) / math.log(share))
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    st.lists(st.integers(0, 40), max_size=40),
+    st.sampled_from([0.5, 0.9, 0.95]),
+)
+def test_rows_that_still_run_count_as_at_least_their_present_length(ended, running, quantile):
+    found = needed(np.array(ended), np.array(running, np.int64), quantile)
+    assert found == by_hand(ended, running, quantile)
+    if not running:
+        assert found == sorted(ended)[int(np.ceil(len(ended) * quantile - 1e-9)) - 1]
+
+
+def test_a_row_reserves_all_until_enough_rows_have_ended_and_never_more_than_it_may_generate():
+    one = Reservations(4096)
+    row = Sequence(Prompt(0, "", "", [5] * 100, {}, "", None), Sampling(max_new_tokens=1000), [5] * 100)
+    for _ in range(reservations.ENOUGH - 1):
+        one.ended(50, [])
+    assert one.first(row) == 1100
+    one.ended(50, [])
+    assert one.usual == 50 and one.first(row) == 100 + reservations.GROWTH_TOKENS
+    for _ in range(reservations.ENOUGH):
+        one.ended(500, [])
+    assert one.first(row) == 600
+    row.returned = True
+    assert one.first(row) == 1100
+
+
+def simulated(limit, rounds, follows):
+    """Mean rows in flight in the second half of the rounds: prompts of 128, ends at random at 300 on average."""
+    draw = np.random.default_rng(3)
+    prompts = (Prompt(row, str(row), "", [5] * 128, {}, "", None) for row in range(1 << 20))
+    limits = Capacity(2, 24_000, 8192, 8192, 1, 8192, 128_000)
+    source = Source(prompts, 1 << 20, lambda p: p.token_ids, lambda row: None)
+    admission = Admission(source, Sampling(max_new_tokens=limit), frozenset({END}), limits)
+    steps, counted, returned = [None] * 2, [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        if not follows:
+            patch.setattr(reservations, "ENOUGH", 1 << 30)
+        for round in range(rounds):
+            for group in range(2):
+                if steps[group] is not None:
+                    ends = draw.random(len(steps[group].sample_slots)) < 1 / 300
+                    admission.apply(steps[group], Result(np.where(ends, END, OTHER)))
+                steps[group] = admission.compose(round, group)
+                returned += len(admission._queue._returned)
+            counted.append(admission.num_active)
+    return np.mean(counted[rounds // 2 :]), returned
+
+
+@pytest.mark.slow
+def test_three_times_as_many_rows_are_in_flight_where_rows_end_long_before_their_limit():
+    rows, returned = simulated(4096, 900, True)
+    at_limit, _ = simulated(4096, 60, False)
+    print(f"{rows:.0f} rows in flight instead of {at_limit:.0f}, {returned} returned to the line")
+    assert rows >= 3 * at_limit
