@@ -29,3 +29,8 @@ def interpreter(monkeypatch):
 @pytest.mark.parametrize("case", some(decode_cases.CASES), ids=str)
 def test_a_kernel_gives_the_bits_of_its_encoding(case, dtype):
     assert decode_cases.other_bits(case, torch.device("cpu"), dtype) == 0
+
+
+@pytest.mark.parametrize("case", [case for case in decode_cases.CASES if case.encoding == "exponent"], ids=str)
+def test_bits_of_bfloat16_are_written_as_they_are(case):
+    assert decode_cases.other_bits(case, torch.device("cpu"), torch.bfloat16) == 0

@@ -13,8 +13,16 @@ from noria.pieces import VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 with extra_kinds():
     KINDS = kinds.names("encodings")
 CODED = [name for name in KINDS if name != "plain"]
-MOST = {"plain": 0.0, "int4": 0.35, "mxfp4": 0.5, "nvfp4": 0.35}  # by which a number below 2 may change; of the others
+MOST = {
+    "plain": 0.0,
+    "exponent": 0.0,
+    "int4": 0.35,
+    "mxfp4": 0.5,
+    "nvfp4": 0.35,
+}  # by which a number below 2 may change; of the others
 ROUGHLY = 0.25
+DTYPES = {"exponent": "bfloat16"}  # of the numbers; of the others
+ANY = "float32"
 SHAPES = [(1, 1), (3, 5), (16, 64), (7, 33)]
 
 
@@ -26,14 +34,14 @@ def extra():
 
 def parameter_of(encoding, matrices, pieces):
     """An encoded parameter of these matrices, and random numbers for each piece."""
-    settings = kinds.load("encodings", encoding).DEFAULTS
-    piece = encodings.capacity(encoding, matrices, "float32", settings)
+    settings, dtype = kinds.load("encodings", encoding).DEFAULTS, DTYPES.get(encoding, ANY)
+    piece = encodings.capacity(encoding, matrices, dtype, settings)
     rows = sum(matrix.stored[0] for matrix in matrices)
     wanted = Wanted((pieces, rows, matrices[0].stored[1]), matrices=tuple(matrices))
-    block = lay_out("any", {"it": wanted}, "float32", {"it": Encoded(encoding, settings, piece)})
+    block = lay_out("any", {"it": wanted}, dtype, {"it": Encoded(encoding, settings, piece)})
     generator = torch.Generator().manual_seed(rows)
     numbers = [[torch.rand(matrix.shape, generator=generator) * 4 - 2 for matrix in matrices] for _ in range(pieces)]
-    return block.parameters[0], numbers
+    return block.parameters[0], [[its.to(getattr(torch, dtype)) for its in piece] for piece in numbers]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -78,9 +86,9 @@ def changed(piece, field, /, **changes):
 
 @pytest.mark.parametrize("encoding", CODED)
 def test_fields_that_are_not_the_encoding_s_are_refused_in_words(encoding):
-    settings = kinds.load("encodings", encoding).DEFAULTS
-    piece = encodings.capacity(encoding, [Matrix("", (8, 20))], "float32", settings)
-    encodings.check_fields(encoding, piece, "float32", settings)
+    settings, dtype = kinds.load("encodings", encoding).DEFAULTS, DTYPES.get(encoding, ANY)
+    piece = encodings.capacity(encoding, [Matrix("", (8, 20))], dtype, settings)
+    encodings.check_fields(encoding, piece, dtype, settings)
     first, last = piece.fields[0], piece.fields[-1]
     wrong = [
         (changed(piece, first.name, dtype="float64"), f"its field {first.name} is float64"),
@@ -97,7 +105,7 @@ def test_fields_that_are_not_the_encoding_s_are_refused_in_words(encoding):
     ]
     for told, words in wrong:
         with pytest.raises(InputError, match=words) as error:
-            encodings.check_fields(encoding, told, "float32", settings)
+            encodings.check_fields(encoding, told, dtype, settings)
         assert "\n" not in str(error.value)
 
 
