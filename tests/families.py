@@ -1,5 +1,6 @@
 """A tiny random model of every family, made and saved by transformers itself. Knows nothing of Noria."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -125,19 +126,28 @@ CONFIGS = {
 }
 
 
-def random_model(config: dict, seed: int = 0) -> torch.nn.Module:
-    """A model of transformers in float32; everything random, norms and biases too."""
+def empty_model(config: dict) -> torch.nn.Module:
+    """A model of transformers, as it is made."""
     import transformers
 
     settings = {key: value for key, value in config.items() if key != "architectures" and value is not None}
     # null is a choice where the default is another
-    settings |= {key: None for key in ("sliding_window",) if key in config and config[key] is None}
-    hugging_face = transformers.AutoConfig.for_model(**settings)
+    settings |= {
+        key: None for key in ("sliding_window", "final_logit_softcapping") if key in config and config[key] is None
+    }
+    hugging_face = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
     hugging_face._attn_implementation = hugging_face._experts_implementation = "eager"  # float64 too
-    model = getattr(transformers, config["architectures"][0])(hugging_face).eval().float()
+    return getattr(transformers, config["architectures"][0])(hugging_face).eval()
+
+
+def random_model(config: dict, seed: int = 0) -> torch.nn.Module:
+    """A model of transformers in float32; everything random, norms and biases too."""
+    model = empty_model(config).float()
     generator = torch.Generator().manual_seed(seed)
+    stored = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]  # corrections
     with torch.inference_mode():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *buffers]:
             noise = torch.randn(parameter.shape, generator=generator) * 0.2
             norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
             parameter.copy_(noise + 1 if norm else noise)

@@ -12,18 +12,16 @@ import torch
 from transformers.activations import ACT2FN
 
 import families
+import mixtures
 import reference
 from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE, SLIDING
 from noria import models
-from noria.attention import sdpa
-from noria.blocks import lay_out, layer_name
-from noria.engine.parameters import stored, views
 from noria.errors import InputError
-from noria.kernels.scoring import Scoring
 from noria.models import _experts, _routing
 from noria.models._linear import ACTIVATIONS, linear
-from noria.models._sources import Slice, Transposed, turned
-from noria.step import PAGE_TOKENS, Run, Span
+from noria.models._sources import Transposed
+from noria.step import Run
+from whole import Whole, tokens_of
 
 # One of each family, for the tests that need not see every setting.
 FAMILIES = [name for name in CONFIGS if name == CONFIGS[name]["model_type"]]
@@ -43,84 +41,6 @@ def random_model(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         model = families.save(CONFIGS[name], Path(folder))
         with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as file:
             return model, {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
-
-
-class Cache:
-    """Keys and values of one layer, and the calls of attention over them."""
-
-    def __init__(self, plan, rows, key_cache, value_cache):
-        self.plan, self.rows, self.caches = plan, rows, (key_cache, value_cache)
-
-    def attend(self, queries, *, key, value, scale=None, window=None):
-        for array, new in zip(self.caches, (key, value), strict=True):
-            array[self.rows] = new
-        scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        return sdpa.attention(self.plan, queries, *self.caches, Scoring(scale, window))
-
-
-def source_of(state, name):
-    """What a family's name of a source means."""
-    tensor = state[str(name)]
-    tensor = tensor[name.number] if isinstance(name, Slice) else tensor
-    return tensor.T if turned(name) else tensor
-
-
-class Whole:
-    """A model on one device, without engine: its blocks gathered by `sources`, one cache per layer."""
-
-    def __init__(self, config, state, dtype, num_pages=64):
-        self.model = models.for_config(config)
-        self.shape = self.model.shape(config)
-        self.dtype = dtype
-        self.embed = self.block(state, "embed", self.model.embed_parameters(self.shape))
-        self.head = self.block(state, "head", self.model.head_parameters(self.shape))
-        self.layers = [
-            self.block(state, layer_name(layer), self.model.layer_parameters(self.shape, layer))
-            for layer in range(self.shape.num_layers)
-        ]
-        size = (2, self.shape.num_layers, num_pages * PAGE_TOKENS, self.shape.num_kv_heads, self.shape.head_dim)
-        self.cache = torch.full(size, torch.nan, dtype=dtype)
-
-    def block(self, state, name, shapes):
-        """The block's computed tensors, of the tensors that make it."""
-        layout = lay_out(name, shapes, str(self.dtype).removeprefix("torch."))
-        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        numbers = stored(buffer, layout)
-        sources = self.model.sources(self.shape, name)
-        assert list(sources) == list(shapes)
-        for parameter, tensors in sources.items():
-            parts = [source_of(state, name) for name in tensors]
-            rows = torch.cat(parts)
-            shape = numbers[parameter].shape
-            assert rows.shape[1:] == shape[-1:] or rows.ndim == 1
-            numbers[parameter].copy_(rows.reshape(shape))
-        return views(buffer, layout)
-
-    def logits(self, parts: list[tuple[list[int], int, tuple[Run, ...]]]) -> list[torch.Tensor]:
-        """One forward call. `parts`: new tokens, position of the first, pages of each sequence. Logits of each part."""
-        spans, rows, first = [], [], 0
-        for tokens, start, runs in parts:
-            spans.append(Span(first, len(tokens), start + len(tokens), runs))
-            pages = [page for run in runs for page in range(run.start, run.start + run.count)]
-            positions = range(start, start + len(tokens))
-            rows += [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in positions]
-            first += len(tokens)
-        token_ids = torch.tensor([token for tokens, _, _ in parts for token in tokens])
-        positions = torch.cat([torch.arange(start, start + len(tokens)) for tokens, start, _ in parts])
-        positional = self.model.positional(self.shape, positions, self.dtype)
-        plan = sdpa.prepare(spans, torch.device("cpu"))
-        hidden = self.model.embed(self.shape, self.embed, token_ids, positions)
-        for index, (parameters, *arrays) in enumerate(zip(self.layers, *self.cache, strict=True)):
-            before = hidden.clone()
-            after = self.model.layer(self.shape, index, parameters, hidden, positional, Cache(plan, rows, *arrays))
-            assert torch.equal(before, hidden), "a layer must not write into its input"
-            hidden = after
-        logits = self.model.head(self.shape, self.head, hidden)
-        return list(logits.split([len(tokens) for tokens, _, _ in parts]))
-
-
-def tokens_of(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 97, count).tolist()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -306,7 +226,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(config):
     with pytest.raises(InputError) as error:
         models.for_config(config)
     known = str(error.value).partition("known: ")[2].split(", ")
-    assert sorted(known) == sorted({CONFIGS[name]["architectures"][0] for name in FAMILIES})
+    assert sorted(known) == sorted({one["architectures"][0] for one in (CONFIGS | mixtures.CONFIGS).values()})
     assert all(architecture in str(error.value) for architecture in config.get("architectures", []))
 
 

@@ -11,7 +11,8 @@ from noria import kinds
 from noria.errors import InputError, require
 from noria.models._config import MAX_SHOWN, shown
 
-SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # of the first conversions of Llama
+# Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
+SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
 
 
 def for_config(config: Mapping[str, Any]) -> ModuleType:

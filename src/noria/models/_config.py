@@ -30,6 +30,7 @@ WITHOUT_EFFECT = frozenset(
     " hidden_dropout resid_pdrop embd_pdrop output_router_logits router_aux_loss_coef output_attentions"
     " output_hidden_states return_dict id2label label2id problem_type finetuning_task task_specific_params pretraining_tp"
     " tokenizer_class prefix _attn_implementation _attn_implementation_autoset _commit_hash unsloth_version unsloth_fixed"
+    " quantization_config compression_config quantization"  # checkpoint/published/ reads them
     " use_return_dict is_decoder tf_legacy_loss pruned_heads chunk_size_feed_forward max_length min_length do_sample"
     " temperature top_k top_p num_return_sequences".split()
 )
@@ -50,6 +51,12 @@ class Keys(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._config)
+
+    def having(self, **values: object) -> "Keys":
+        """The same with other values of these keys; what is read of either counts for both."""
+        made = Keys({**self._config, **values})
+        made._read = self._read
+        return made
 
     def refuse_others(self, *without_effect: str) -> None:
         """Raises InputError for a key that nobody read and that is not known to be without effect here."""

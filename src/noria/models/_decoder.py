@@ -5,8 +5,9 @@ RMSNorms compute in float32 for half precisions. Functions of tensors: nothing o
 T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,10 +17,11 @@ from noria.arrays import keys_and_values
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _experts, _rotary, _sources
+from noria.models import _experts, _heads, _rotary, _sources
 from noria.models._cache import Cache
 from noria.models._experts import Experts
 from noria.models._linear import linear
+from noria.models._sources import Itself
 from noria.pieces import Wanted
 
 # What a family takes as it is, by `from noria.models._decoder import *`: what it defines itself replaces it.
@@ -119,6 +121,13 @@ def num_layers(config: Mapping[str, Any]) -> int:
     return read.integer(config, "num_hidden_layers", most=read.MAX_LAYERS)
 
 
+def sparse_layers(config: Mapping[str, Any], first: int) -> Collection[int]:
+    """The layers with experts: those that `mlp_layer_types` calls sparse, all from `first` on if it says nothing."""
+    count = num_layers(config)
+    types = read.layers_of(config, "mlp_layer_types", count, ("dense", "sparse"))
+    return range(first, count) if types is None else frozenset(n for n, kind in enumerate(types) if kind == "sparse")
+
+
 def window_of(config: Mapping[str, Any], layers: Collection[int]) -> tuple[int, Collection[int]] | None:
     """The window in `sliding_window`, on these layers; None if there is none."""
     if config.get("sliding_window") is None:
@@ -166,31 +175,39 @@ MODULES = {
     "out": ("self_attn.o_proj",),
     "mlp_norm": ("post_attention_layernorm",),
     "router": ("mlp.gate",),
+    "correction": (Itself("mlp.gate.e_score_correction_bias"),),
+    "shared_gate_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "shared_down": ("mlp.shared_experts.down_proj",),
+    "shared_gate": ("mlp.shared_expert_gate",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-EXPERTS = ("mlp.experts", "gate_proj", "up_proj", "down_proj")
+EXPERTS = partial(_experts.sources, "mlp.experts", "gate_proj", "up_proj", "down_proj")
 
 
 def sources(
     shape: ModelShape,
     block_name: str,
     modules: Mapping[str, tuple[str, ...]] = MODULES,
-    experts: tuple[str, ...] = EXPERTS,
+    experts: Callable[[str, int], tuple[str, ...]] = EXPERTS,
+    parameters: Callable[[ModelShape, int], Iterable[str]] = layer_parameters,
 ) -> dict[str, tuple[str, ...]]:
-    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py)."""
+    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py).
+
+    modules: of a layer, below its prefix; experts: gives those of so many experts below it; parameters: of a layer.
+    """
     tokens = "model.embed_tokens.weight"
     if block_name == "embed":
         return {"tokens": (tokens,)}
     if block_name == "head":
         return {"norm": ("model.norm.weight",), "lm_head": (tokens if shape.tied else "lm_head.weight",)}
     layer = int(block_name.removeprefix("layers/"))
-    prefix, parameters = f"model.layers.{layer}", list(layer_parameters(shape, layer))
-    plain = [name for name in parameters if name != "experts"]
-    names = _sources.of_layer(prefix, plain, modules)
-    if has_experts(shape, layer):
-        folder, *matrices = experts
-        names["experts"] = _experts.sources(f"{prefix}.{folder}", shape.details["experts"].number, *matrices)
+    prefix, names = f"model.layers.{layer}", {}
+    for name in parameters(shape, layer):
+        if name == "experts":
+            names[name] = experts(prefix, shape.details["experts"].number)
+        else:
+            names |= _sources.of_layer(prefix, [name], modules)
     return names
 
 
@@ -220,25 +237,10 @@ def layer(
 
     attention: how a family attends whose queries and keys are made in another way.
     """
-    normed = norm(shape, parameters["attention_norm"], hidden)
+    normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     attended = (attention or attend)(shape, index, parameters, normed, positional, cache)
-    hidden = project_out(parameters, attended).add_(hidden)
-    return feed_forward(shape, parameters, norm(shape, parameters["mlp_norm"], hidden)).add_(hidden)
-
-
-def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension."""
-    return F.rms_norm(hidden, weight.shape, weight, shape.details["norm_eps"])
-
-
-def split_heads(
-    shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [T, H, D], keys and values [T, Hkv, D] of normed hidden states [T, E], not yet turned."""
-    heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
-    queries, keys, values = qkv.view(len(normed), -1, shape.head_dim).split((heads, kv_heads, kv_heads), dim=1)
-    return queries, keys, values
+    hidden = _heads.project_out(parameters, attended).add_(hidden)
+    return feed_forward(shape, parameters, _heads.norm(shape, parameters["mlp_norm"], hidden)).add_(hidden)
 
 
 def attend(
@@ -250,16 +252,11 @@ def attend(
     cache: Cache,
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]."""
-    queries, keys, values = split_heads(shape, parameters, normed)
+    queries, keys, values = _heads.split(shape, parameters, normed)
     if shape.details["head_norms"]:
-        queries, keys = norm(shape, parameters["query_norm"], queries), norm(shape, parameters["key_norm"], keys)
+        queries, keys = _heads.norm_each(shape, parameters, queries, keys)
     queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
     return cache.attend(queries, key=keys, value=values, window=window(shape, index))
-
-
-def project_out(parameters: Mapping[str, torch.Tensor], attended: torch.Tensor) -> torch.Tensor:
-    """[T, E] of what the heads attended to [T, H, D]."""
-    return linear(attended.reshape(len(attended), -1), parameters["out"], parameters.get("out_bias"))
 
 
 def feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
@@ -272,4 +269,4 @@ def feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], norm
 
 def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
-    return linear(norm(shape, parameters["norm"], hidden), parameters["lm_head"])
+    return linear(_heads.norm(shape, parameters["norm"], hidden), parameters["lm_head"])

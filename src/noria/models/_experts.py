@@ -7,11 +7,12 @@ T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pair
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from noria.models import _config as read
 from noria.models import _routing
 from noria.models._linear import linear
 from noria.models._routing import Routing
@@ -39,7 +40,7 @@ class Experts:
 
     number: X. inner: I. layers: those that have experts. shared: I of the expert that every token goes to beside its own,
     0 if there is none; gated: whether it has a gate of its own. corrected: whether the choice has a correction. wide: whether
-    the router is float32 whatever the model's dtype.
+    the router is float32 whatever the model's dtype. fused: whether checkpoints have an expert's gate and up as one matrix.
     """
 
     number: int
@@ -50,6 +51,7 @@ class Experts:
     gated: bool = False
     corrected: bool = False
     wide: bool = False
+    fused: bool = False
 
     def work_size(self, hidden: int) -> int:
         """Numbers that a token takes while its mixture is computed."""
@@ -61,11 +63,19 @@ class Experts:
         return self.routing.chosen / self.number
 
 
+def corrected(config: Mapping[str, Any], key: str, layers: Collection[int], shared: int = 0) -> Experts:
+    """Experts routed as DeepSeek-V3's are, X by its key, beside `shared` that all tokens go to. Raises InputError."""
+    number, chosen = _routing.counts(config, key)
+    routing, inner = _routing.corrected_sigmoid(config, number, chosen), read.integer(config, "moe_intermediate_size")
+    return Experts(number, inner, layers, routing, shared * inner, corrected=True, wide=True)
+
+
 def parameters(experts: Experts, hidden: int) -> dict[str, tuple[int, ...] | Wanted]:
     """What a layer has of its mixture, in stored order; `experts` is computed as experts.gate_up and experts.down."""
     router, inner = (experts.number, hidden), experts.inner
     up = Matrix("gate_up", (inner, hidden))
-    matrices = (up, up, Matrix("down", (hidden, inner), transposed=True))
+    ups = (Matrix("gate_up", (2 * inner, hidden)),) if experts.fused else (up, up)
+    matrices = (*ups, Matrix("down", (hidden, inner), transposed=True))
     wanted: dict[str, tuple[int, ...] | Wanted] = {"router": Wanted(router, "float32") if experts.wide else router}
     if experts.corrected:
         wanted["correction"] = Wanted((experts.number,), "float32")
@@ -76,27 +86,27 @@ def parameters(experts: Experts, hidden: int) -> dict[str, tuple[int, ...] | Wan
     return wanted | {"experts": Wanted((experts.number, 3 * inner, hidden), matrices=matrices)}
 
 
-def sources(prefix: str, num_experts: int, gate: str, up: str, down: str) -> tuple[str, ...]:
-    """The tensors of the experts that lie under `prefix`, by the modules' names."""
+def sources(folder: str, gate: str, up: str, down: str, prefix: str, number: int) -> tuple[str, ...]:
+    """The tensors of so many experts in `folder` below a layer's prefix, by the names of an expert's modules."""
     return tuple(
         name
-        for expert in range(num_experts)
+        for expert in range(number)
         for name in (
-            f"{prefix}.{expert}.{gate}.weight",
-            f"{prefix}.{expert}.{up}.weight",
-            Transposed(f"{prefix}.{expert}.{down}.weight"),
+            f"{prefix}.{folder}.{expert}.{gate}.weight",
+            f"{prefix}.{folder}.{expert}.{up}.weight",
+            Transposed(f"{prefix}.{folder}.{expert}.{down}.weight"),
         )
     )
 
 
-def sources_in_one(gate_up: str, down: str, num_experts: int, inputs_first: bool) -> tuple[str, ...]:
+def sources_in_one(gate_up: str, down: str, inputs_first: bool, prefix: str, number: int) -> tuple[str, ...]:
     """The same where all experts are slices of two tensors, of gates and ups [X, 2 * I, E] and of downs [X, E, I].
 
     inputs_first: they are [X, E, 2 * I] and [X, I, E].
     """
     return tuple(
-        Slice(name, expert, turned)
-        for expert in range(num_experts)
+        Slice(f"{prefix}.{name}", expert, turned)
+        for expert in range(number)
         for name, turned in ((gate_up, inputs_first), (down, not inputs_first))
     )
 

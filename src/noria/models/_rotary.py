@@ -4,7 +4,7 @@ Functions of tensors: nothing of a family, of ranks or of files. T tokens, N hea
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from noria.errors import InputError, require
 from noria.models import _config as read
 
 Scaling: TypeAlias = tuple[Any, ...]  # () or a type and its numbers, hashable: see _frequencies
+Turn: TypeAlias = tuple[float, Scaling, int]  # theta, scaling, R
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -134,6 +135,23 @@ def rotated_size(config: Mapping[str, Any], head_dim: int, part: bool) -> int:
     return size
 
 
+def by_kind(config: Mapping[str, Any], kinds: Iterable[str], head_dim: int) -> dict[str, Turn | None]:
+    """Theta, scaling and R of each kind of layer, of which `rope_parameters` has an object each; None where it is null.
+
+    Raises InputError.
+    """
+    found: dict[str, Turn | None] = {}
+    parameters: Any = config.get("rope_parameters")
+    for kind in sorted({*kinds}):
+        known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind), Mapping | None)
+        require(known, f"config.json: rope_parameters is {read.shown(parameters)}: it must have an object {kind}")
+        its = {"rope_parameters": parameters[kind]} | {
+            key: config.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")
+        }
+        found[kind] = parameters[kind] and (*settings(its), rotated_size(its, head_dim, True))
+    return found
+
+
 def tables(
     theta: float, scaling: Scaling, size: int, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +202,13 @@ def _frequencies(theta: float, size: int, scaling: Scaling, dtype: torch.dtype, 
     return frequencies.to(device)
 
 
+def tables_by(
+    turns: Iterable[Turn | None], positions: torch.Tensor, dtype: torch.dtype
+) -> dict[Turn, tuple[torch.Tensor, torch.Tensor]]:
+    """The tables of each of these turns, by it."""
+    return {turn: tables(*turn, positions, dtype) for turn in {*turns} if turn}
+
+
 def rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Heads [T, N, D] turned by their positions: the first half of R pairs with the second, as in transformers."""
     size = cosines.shape[-1]
@@ -192,3 +217,14 @@ def rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> t
     turned[..., :half].addcmul_(heads[..., half:size], sines, value=-1)
     turned[..., half:].addcmul_(heads[..., :half], sines)
     return turned if size == heads.shape[-1] else torch.cat((turned, heads[..., size:]), dim=-1)
+
+
+def rotate_pairs(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Heads [T, N, R] turned by their positions, where each number of even index pairs with the one behind it.
+
+    In the dtype of the cosines and sines (of `tables`), which may be wider than that of the heads.
+    """
+    even, odd = heads[..., 0::2], heads[..., 1::2]
+    cosines = cosines[..., : sines.shape[-1]]
+    turned = torch.stack((even * cosines - odd * sines, odd * cosines + even * sines), dim=-1)
+    return turned.flatten(-2).to(heads.dtype)

@@ -25,7 +25,7 @@ class Routing:
     chosen: C. before: what is made of all scores before the choice, `softmax`, `sigmoid` or nothing. after: what is made of
     the chosen scores, the same. normalized: whether weights are divided by their sum, or by `least` if that is more. groups,
     kept, best: of G groups of neighbours a token's experts are in `kept`, those whose `best` best scores have the largest
-    sum. scaling: of the weights.
+    sum. scaling: of the weights. soft_cap: what scores are bent to stay within, by a tanh; 0: nothing.
     """
 
     chosen: int
@@ -37,6 +37,7 @@ class Routing:
     kept: int = 1
     best: int = 2
     scaling: float = 1.0
+    soft_cap: float = 0.0
 
 
 def counts(config: Mapping[str, Any], key: str, chosen_key: str = "num_experts_per_tok") -> tuple[int, int]:
@@ -83,7 +84,10 @@ def choose(
 
     correction [X]: what counts for the choice beside the score, and not in the weight.
     """
-    scores = _squashed(routing.before, scores.to(_wide(scores.dtype)))
+    scores = scores.to(_wide(scores.dtype))
+    if routing.soft_cap:
+        scores = torch.tanh(scores / routing.soft_cap) * routing.soft_cap
+    scores = _squashed(routing.before, scores)
     ranks = scores if correction is None else scores + correction.to(scores.dtype)
     if routing.groups > 1:
         ranks = _within_groups(routing, ranks)

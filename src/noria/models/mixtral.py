@@ -1,11 +1,12 @@
 """Mixtral: Mistral with a mixture of experts in every layer; as transformers' modeling_mixtral computes it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _routing
+from noria.models import _decoder, _experts, _routing
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
 
@@ -20,7 +21,7 @@ DEFAULTS = {
     "num_experts_per_tok": 2,
 }
 MODULES = _decoder.MODULES | {"router": ("block_sparse_moe.gate",)}
-EXPERTS = ("block_sparse_moe.experts", "w1", "w3", "w2")
+EXPERTS = partial(_experts.sources, "block_sparse_moe.experts", "w1", "w3", "w2")
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:

@@ -1,6 +1,6 @@
 """A family for the tests: Qwen3-MoE whose router has a bias, in float32 whatever the model's dtype."""
 
-from noria.models import _decoder, _experts, _routing, qwen3_moe
+from noria.models import _decoder, _experts, _heads, _routing, qwen3_moe
 from noria.models._decoder import *  # noqa: F403 - what it does not define itself
 from noria.pieces import Wanted
 
@@ -26,10 +26,10 @@ def sources(shape, block_name):
 
 
 def layer(shape, index, parameters, hidden, positional, cache):
-    normed = _decoder.norm(shape, parameters["attention_norm"], hidden)
+    normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     attended = _decoder.attend(shape, index, parameters, normed, positional, cache)
-    hidden = _decoder.project_out(parameters, attended).add_(hidden)
-    normed = _decoder.norm(shape, parameters["mlp_norm"], hidden)
+    hidden = _heads.project_out(parameters, attended).add_(hidden)
+    normed = _heads.norm(shape, parameters["mlp_norm"], hidden)
     bias = parameters["router_bias"]
     scores = _routing.scores_of(normed, parameters["router"], bias)
     chosen, weights = _routing.choose(shape.details["experts"].routing, scores)

@@ -1,0 +1,60 @@
+"""A layer's heads: its norm, queries, keys and values of it, norms of heads, and the product behind attention.
+
+Functions of tensors: nothing of ranks, streams or files. T tokens, H heads, Hkv key/value heads, D head dim, Dv that of a
+value, E hidden.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from noria.model import ModelShape
+from noria.models._linear import linear
+
+
+def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension."""
+    return F.rms_norm(hidden, weight.shape, weight, shape.details["norm_eps"])
+
+
+def split(
+    shape: ModelShape,
+    parameters: Mapping[str, torch.Tensor],
+    normed: torch.Tensor,
+    heads: tuple[int, int] | None = None,
+    value_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, H, D], keys [T, Hkv, D] and values [T, Hkv, Dv] of normed hidden states [T, E], not yet turned.
+
+    heads: H and Hkv of a layer, and value_dim: Dv, if they are not the model's.
+    """
+    (queries, keys), size = heads or (shape.num_heads, shape.num_kv_heads), shape.head_dim
+    widths = queries * size, keys * size, keys * (value_dim or size)
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).split(widths, dim=-1)
+    counts = queries, keys, keys
+    made = [part.unflatten(-1, (count, -1)) for part, count in zip(qkv, counts, strict=True)]
+    return made[0], made[1], made[2]
+
+
+def norm_each(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys after a norm of each head."""
+    return norm(shape, parameters["query_norm"], queries), norm(shape, parameters["key_norm"], keys)
+
+
+def norm_across(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys after norms over the numbers of all heads of a token."""
+    normed = (
+        norm(shape, parameters[name], heads.flatten(1)).view_as(heads)
+        for name, heads in (("query_norm", queries), ("key_norm", keys))
+    )
+    return next(normed), next(normed)
+
+
+def project_out(parameters: Mapping[str, torch.Tensor], attended: torch.Tensor) -> torch.Tensor:
+    """[T, E] of what the heads attended to [T, H, D]."""
+    return linear(attended.reshape(len(attended), -1), parameters["out"], parameters.get("out_bias"))

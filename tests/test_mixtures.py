@@ -1,0 +1,50 @@
+"""Mixtures of experts against transformers in float64, its own casts to float32 raised (wide.py), and in float32."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import safetensors
+import torch
+
+import families
+import wide
+from mixtures import CONFIGS
+from noria.step import Run
+from whole import Whole, tokens_of
+
+TOLERANCE = 1e-8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+
+
+@cache
+def made(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of transformers, and its tensors under the names with which checkpoints are published."""
+    with TemporaryDirectory() as folder:
+        model = families.save(CONFIGS[name], Path(folder))
+        with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as file:
+            return model, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name):
+    config, token_ids = CONFIGS[name], tokens_of(1, 60)
+    model, state = made(name)
+    exact = wide.logits(wide.wide_model(config, model), token_ids)
+    assert exact.std() > 0.3
+    whole = [(token_ids, 0, (Run(3, 4),))]
+    found = Whole(config, state, torch.float64).logits(whole)[0]
+    error = (found - exact).abs().max()
+    print(f"{name}: {error:.1e}")
+    assert error <= TOLERANCE
+    narrow = Whole(config, state, torch.float32).logits(whole)[0]
+    theirs = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    error, their_error = ((logits.double() - exact).abs().max() for logits in (narrow, theirs))
+    assert error <= max(2 * their_error, 1e-5)
