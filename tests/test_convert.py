@@ -356,7 +356,7 @@ def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but
         ),
         (
             json.dumps(LLAMA | {"compression_config": {"format": "dense"}}),
-            ["compression_config", "'compressed-tensors'"],
+            ["compression_config", "config_groups is None"],
         ),
         ("{", ["config.json is not JSON"]),
         ("[1]", ["config.json holds a JSON list"]),
@@ -364,7 +364,7 @@ def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but
         ('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}', ["BloomForCausalLM", "LlamaForCausalLM"]),
         (json.dumps(LLAMA | {"hidden_size": "32"}), ["hidden_size", "'32'"]),
         (json.dumps(LLAMA | {"architectures": 3}), ["config.json", "hf", "architectures is 3: it must be a list"]),
-        (json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}), ["gptq"]),
+        (json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}), ["bits is None", "GPTQ"]),
         (
             json.dumps(LLAMA | {"num_hidden_layers": 9999}),
             ["lacks 'model.layers.3.", "and more", "layers/0003 of llama"],

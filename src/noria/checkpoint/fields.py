@@ -20,6 +20,7 @@ from noria.checkpoint.tensor_files import Reader, Tensor
 from noria.encodings import Fields
 from noria.errors import InputError, require
 from noria.model import ModelShape
+from noria.models._sources import Slice
 from noria.pieces import Encoded, Field, Matrix
 
 WEIGHT = ".weight"
@@ -130,9 +131,10 @@ class FieldSources:
 def _matrix(name: str, form: Form | None, family: ModuleType) -> Published | None:
     """What the form has of the tensor with this name, or with one that older checkpoints give it."""
     assert form is not None, name
-    if not name.endswith(WEIGHT):
+    number = name.number if isinstance(name, Slice) else None
+    if number is None and not name.endswith(WEIGHT):
         return None
-    found = (form.matrix(its.removesuffix(WEIGHT)) for its in spellings(name, family.ALIASES))
+    found = (form.matrix(its.removesuffix(WEIGHT), number) for its in spellings(str(name), family.ALIASES))
     return next((matrix for matrix in found if matrix), None)
 
 

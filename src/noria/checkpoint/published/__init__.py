@@ -7,7 +7,8 @@ A file has
 
 and the class
 
-    matrix(module) -> Published | None      how a module's matrix is stored; None: as plain numbers, or not at all
+    matrix(module, number) -> Published | None      how a module's matrix is stored; None: as plain numbers, or not at all;
+                                            `number`: of a tensor of many matrices, this one
     words                                   what it is: `fp8 in blocks of 128 x 128`
     activations, cache                      how it rounds activations and the cache, in a word; empty: it does not
     ASIDE                                   the last words of the names of tensors that serve that
@@ -49,7 +50,7 @@ class Form(Protocol):
     activations: str
     cache: str
 
-    def matrix(self, module: str) -> Published | None: ...
+    def matrix(self, module: str, number: int | None = None) -> Published | None: ...
 
 
 def form_of(directory: Directory, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Form | None:

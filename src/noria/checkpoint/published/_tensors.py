@@ -3,11 +3,9 @@
 Every refusal names the file, the tensor, what it is and what it should be.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from noria.checkpoint.tensor_files import Reader, Tensor
 from noria.encodings import Fields
@@ -30,6 +28,10 @@ class Published:
     tensors: tuple[Tensor, ...]
     fields: Callable[[Reader], Fields]
 
+    def using(self, *others: Tensor) -> "Published":
+        """The same, made of these tensors too."""
+        return replace(self, tensors=self.tensors + others)
+
 
 class Tensors:
     """The tensors of a directory by name."""
@@ -37,15 +39,18 @@ class Tensors:
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
 
-    def get(self, module: str, ending: str) -> Tensor | None:
-        return self._tensors.get(f"{module}.{ending}")
+    def named(self, name: str) -> Tensor | None:
+        return self._tensors.get(name)
 
-    def need(self, beside: Tensor, module: str, *endings: str) -> Tensor:
-        """The first of these tensors of a module that there is. Raises InputError if there is none."""
-        found = [tensor for ending in endings if (tensor := self.get(module, ending))]
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def need(self, beside: Tensor, *names: str) -> Tensor:
+        """The first of these that there is. Raises InputError if there is none; `beside`: the tensor that asks for it."""
+        found = [tensor for name in names if (tensor := self.named(name))]
         if not found:
             raise InputError(
-                f"{beside.shard}: {beside.name!r} is {beside.dtype} and no file holds its {' or '.join(endings)}: the"
+                f"{beside.shard}: {beside.name!r} is {beside.dtype} and no file holds {' or '.join(map(repr, names))}: the"
                 " directory is not whole, download it again"
             )
         return found[0]
@@ -68,11 +73,6 @@ def matrix_shape(tensor: Tensor) -> tuple[int, int]:
         f"{tensor.shard}: {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}: quantized weights are matrices",
     )
     return tensor.shape[0], tensor.shape[1]
-
-
-def as_float32(scales: torch.Tensor) -> torch.Tensor:
-    """Scales of a narrower dtype, exactly."""
-    return scales.to(torch.float32)
 
 
 def activations_of(settings: Mapping[str, Any]) -> str:
