@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from noria import kinds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+AROUND = 7.0  # what lies around a target
 SHAPES = [(1, 1), (3, 5), (32, 128), (64, 256), (33, 129), (7, 600), (200, 40), (130, 260)]
 
 
@@ -66,27 +67,80 @@ def some_fields(case: Case, number: int) -> dict[str, torch.Tensor]:
 
 
 def other_bits(case: Case, device: torch.device, dtype: torch.dtype) -> int:
-    """How many numbers come out otherwise from the kernel on the device than from torch on the CPU.
+    """How many numbers come out otherwise from the kernel on the device than from torch on the CPU."""
+    return differences(case, all_fields(case), device, dtype)
+
+
+def differences(case: Case, made: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> int:
+    """The same of any fields [P, ...]."""
+    by_torch = decoded(case, made, kinds.load("encodings", case.encoding).decode, torch.device("cpu"), dtype)
+    by_kernel = decoded(case, made, kernel(case.encoding), device, dtype)
+    if case.encoding == "exponent" and dtype == torch.bfloat16:  # each nan by itself
+        return int((by_torch.view(torch.int16) != by_kernel.view(torch.int16)).sum())
+    return int(((by_torch != by_kernel) & ~(by_torch.isnan() & by_kernel.isnan())).sum())
+
+
+def changed_around(case: Case, made: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> int:
+    """How many numbers beside its target the kernel changes."""
+    found = decoded(case, made, kernel(case.encoding), device, dtype)
+    found = found.transpose(1, 2) if case.turned else found
+    return int((found[:, [0, -1]] != AROUND).sum())
+
+
+def decoded(
+    case: Case, made: dict[str, torch.Tensor], its_decode: Any, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """What a decode makes, and what lies around it.
 
     Fields have gaps between their pieces, as in a block, and the target is a part of a larger tensor that must stay as it is.
     """
-    kind = kinds.load("encodings", case.encoding)
-    settings, (outputs, inputs) = kind.DEFAULTS | case.settings, case.shape
-    made = [some_fields(case, number) for number in range(case.pieces)]
-    fields = {}
-    for name in made[0]:
-        whole = pad_sequence([its[name] for its in made], batch_first=True)  # the number of escapes differs
-        room = torch.zeros(case.pieces, whole[0].numel() + 16, dtype=whole.dtype)
+    kind, fields = kinds.load("encodings", case.encoding), {}
+    for name, whole in made.items():
+        room = torch.zeros(case.pieces, whole[0].numel() + 16, dtype=whole.dtype, device=device)
         fields[name] = room[:, : whole[0].numel()].unflatten(1, whole.shape[1:])
         fields[name].copy_(whole)
-    found = []
-    for its_decode, its_device in ((kind.decode, "cpu"), (kernel(case.encoding), device)):
-        size = (inputs, outputs + 2) if case.turned else (outputs + 2, inputs)
-        around = torch.full((case.pieces, *size), 7.0, dtype=dtype, device=its_device)
-        target = around[:, :, 1:-1].transpose(1, 2) if case.turned else around[:, 1:-1]
-        its_decode({name: its.to(its_device) for name, its in fields.items()}, settings, target)
-        found.append(around.cpu())
-    return int((found[0] != found[1]).sum())
+    outputs, inputs = case.shape
+    size = (inputs, outputs + 2) if case.turned else (outputs + 2, inputs)
+    around = torch.full((case.pieces, *size), AROUND, dtype=dtype, device=device)
+    target = around[:, :, 1:-1].transpose(1, 2) if case.turned else around[:, 1:-1]
+    its_decode(fields, kind.DEFAULTS | case.settings, target)
+    return around.cpu()
+
+
+def extremes() -> list[tuple[Case, dict[str, torch.Tensor]]]:
+    """Every number of bfloat16, and every code under every scale: those that are no normal numbers too."""
+    order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    numbers = order.to(torch.int16).view(torch.bfloat16).view(256, 256)
+    its = {"exponent": kinds.load("encodings", "exponent").encode(numbers, {})}
+    scales, codes = torch.arange(255, dtype=torch.uint8)[:, None], torch.arange(0, 256, 17, dtype=torch.uint8)
+    its["mxfp4"] = {"codes": codes.repeat(255, 1), "scales": scales}
+    its["nvfp4"] = {"codes": codes.repeat(255, 1), "scales": scales.repeat(1, 2), "tensor_scale": torch.tensor([3e-3])}
+    shapes = {"exponent": (256, 256), "mxfp4": (255, 32), "nvfp4": (255, 32)}
+    return [
+        (Case(encoding, shapes[encoding], pieces=1), {name: one[None] for name, one in fields.items()})
+        for encoding, fields in its.items()
+    ]
+
+
+def hostile() -> list[tuple[Case, dict[str, torch.Tensor]]]:
+    """Fields of any bytes."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for case in CASES:
+        if case.shape == (33, 129):
+            made = all_fields(case)
+            for one in made.values():
+                whole = torch.randint(
+                    0, 256, (one.numel() * one.element_size(),), generator=generator, dtype=torch.uint8
+                )
+                one.copy_(whole.view(one.dtype).view(one.shape))
+            found.append((case, made))
+    return found
+
+
+def all_fields(case: Case) -> dict[str, torch.Tensor]:
+    """Fields of random numbers, of all pieces; the number of escapes differs."""
+    made = [some_fields(case, number) for number in range(case.pieces)]
+    return {name: pad_sequence([its[name] for its in made], batch_first=True) for name in made[0]}
 
 
 def kernel(encoding: str):

@@ -34,3 +34,14 @@ def test_a_kernel_gives_the_bits_of_its_encoding(case, dtype):
 @pytest.mark.parametrize("case", [case for case in decode_cases.CASES if case.encoding == "exponent"], ids=str)
 def test_bits_of_bfloat16_are_written_as_they_are(case):
     assert decode_cases.other_bits(case, torch.device("cpu"), torch.bfloat16) == 0
+
+
+def test_numbers_and_scales_of_every_magnitude_are_decoded():
+    for case, fields in decode_cases.extremes():
+        dtype = torch.bfloat16 if case.encoding == "exponent" else torch.float32
+        assert decode_cases.differences(case, fields, torch.device("cpu"), dtype) == 0, case
+
+
+def test_fields_of_any_bytes_are_decoded_within_their_memory():
+    for case, fields in some(decode_cases.hostile()):
+        assert decode_cases.changed_around(case, fields, torch.device("cpu"), torch.float32) == 0, case

@@ -19,3 +19,15 @@ def test_a_kernel_gives_the_bits_of_its_encoding(dtype):
 def test_kernels_are_built_here(dtype):
     for encoding in {case.encoding for case in decode_cases.CASES}:
         assert _kernels.decoder(encoding, torch.device("cuda:0"), dtype)[1] == ""
+
+
+@pytest.mark.parametrize("dtype", decode_cases.DTYPES)
+def test_numbers_and_scales_of_every_magnitude_are_decoded(dtype):
+    for case, fields in decode_cases.extremes():
+        assert decode_cases.differences(case, fields, torch.device("cuda"), dtype) == 0, case
+
+
+@pytest.mark.parametrize("dtype", decode_cases.DTYPES)
+def test_fields_of_any_bytes_are_decoded_within_their_memory(dtype):
+    for case, fields in decode_cases.hostile():
+        assert decode_cases.changed_around(case, fields, torch.device("cuda"), dtype) == 0, case
