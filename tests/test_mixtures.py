@@ -33,6 +33,22 @@ def made(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
             return model, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
+def in_chunks(whole, token_ids, atol, exact):
+    """Two rows of the same tokens, in chunks of their own beside each other, pages in several runs."""
+    rows = {"one": (Run(20, 1), Run(22, 2), Run(5, 2)), "other": (Run(9, 2), Run(30, 3))}
+    steps = [
+        [("one", 0, 17), ("other", 0, 5)],
+        [("other", 5, 41), ("one", 17, 50)],
+        [("one", 50, 51), ("other", 41, 42)],
+        [("other", 42, 43), ("one", 51, 60)],
+        [("other", 43, 60)],
+    ]
+    for step in steps:
+        found = whole.logits([(token_ids[first:last], first, rows[row]) for row, first, last in step])
+        for (_, first, last), logits in zip(step, found, strict=True):
+            torch.testing.assert_close(logits.double(), exact[first:last], rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name):
     config, token_ids = CONFIGS[name], tokens_of(1, 60)
@@ -40,11 +56,12 @@ def test_logits_are_those_of_transformers(name):
     exact = wide.logits(wide.wide_model(config, model), token_ids)
     assert exact.std() > 0.3
     whole = [(token_ids, 0, (Run(3, 4),))]
-    found = Whole(config, state, torch.float64).logits(whole)[0]
-    error = (found - exact).abs().max()
+    model64 = Whole(config, state, torch.float64)
+    error = (model64.logits(whole)[0] - exact).abs().max()
     print(f"{name}: {error:.1e}")
     assert error <= TOLERANCE
-    narrow = Whole(config, state, torch.float32).logits(whole)[0]
+    in_chunks(model64, token_ids, TOLERANCE, exact)
+    narrow = Whole(config, state, torch.float32).logits(whole)[0]  # transformers as it is, beside it
     theirs = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     error, their_error = ((logits.double() - exact).abs().max() for logits in (narrow, theirs))
     assert error <= max(2 * their_error, 1e-5)
