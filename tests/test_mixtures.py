@@ -1,5 +1,6 @@
 """Mixtures of experts against transformers in float64, its own casts to float32 raised (wide.py), and in float32."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,11 @@ import torch
 
 import families
 import wide
-from mixtures import CONFIGS
+from mixtures import CONFIGS, GLM4_MOE
+from noria import models
+from noria.blocks import lay_out
+from noria.errors import InputError
+from noria.models._refused import OBSTACLES
 from noria.step import Run
 from whole import Whole, tokens_of
 
@@ -65,3 +70,96 @@ def test_logits_are_those_of_transformers(name):
     theirs = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     error, their_error = ((logits.double() - exact).abs().max() for logits in (narrow, theirs))
     assert error <= max(2 * their_error, 1e-5)
+
+
+def shape_of(name, **keys):
+    config = CONFIGS[name] | keys
+    return models.for_config(config).shape(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("gpt_oss", {"layer_types": ["sliding_attention"] * 2}, "layer_types is ['sliding_attention', 'sliding_attention']"),
+        ("gpt_oss", {"layer_types": ["linear_attention"] * 3}, "it must be a list of 3 of full_attention, sliding_attention"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0: it must be a number above 0"),
+        ("gpt_oss", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gpt_oss", {"experts_per_token": 4}, "experts_per_token is 4"),
+        ("glm4_moe", {"n_group": 3}, "the number of experts (8) is not a multiple of n_group (3)"),
+        ("glm4_moe", {"index_topk": 2048}, "index_topk is 2048: Noria does not know what it asks for in this family"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func is 'softmax': Noria computes this family only with 'sigmoid'"),
+        ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list is [1, 0, 1]: every layer must be of type 1"),
+        ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size is 64"),
+        ("hy_v3", {"mlp_bias": True}, "mlp_bias is True"),
+        ("hy_v3", {"mlp_layer_types": ["dense", "sparse", "moe"]}, "it must be a list of 3 of dense, sparse"),
+        ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 1]}, "hybrid_layer_pattern is [0, 1]: it must be 3 times 0 or 1"),
+        ("mimo_v2_flash", {"swa_head_dim": 32}, "swa_head_dim is 32: it must be head_dim, 24"),
+        ("mimo_v2_flash", {"add_full_attention_sink_bias": True}, "add_full_attention_sink_bias is True"),
+        ("mimo_v2_flash", {"swa_num_key_value_heads": 3}, "num_attention_heads (4) is not a multiple of swa_num_key_value_heads (3)"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias is True"),
+        ("qwen2_moe", {"mlp_only_layers": "all"}, "mlp_only_layers is 'all'"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3: Noria computes this family only with 2"),
+        ("llama4_text", {"moe_layers": [0, 3]}, "moe_layers is [0, 3]: it must be a list of layers"),
+        ("llama4_text", {"no_rope_layers": [2, 0, 1]}, "no_rope_layers is [2, 0, 1]"),
+        ("beam", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is {'rope_theta': 10000.0}: it must have an object full_attention"),
+        ("laguna", {"gating": "per-token"}, "gating is 'per-token'"),
+        ("laguna", {"num_attention_heads_per_layer": [4, 5, 4]}, "num_attention_heads_per_layer (5) is not a multiple"),
+        ("laguna", {"moe_apply_router_weight_on_input": True}, "moe_apply_router_weight_on_input is True"),
+        ("exaone_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("olmoe", {"rope_scaling": {"rope_type": "default", "beta": 0.1}}, "beta of rope_scaling is 0.1"),
+        ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0"),
+    ],
+)  # fmt: skip
+def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):
+    with pytest.raises(InputError) as error:
+        shape_of(name, **keys)
+    assert words in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name == CONFIGS[name]["model_type"]])
+def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
+    assert shape_of(name, unheard_of=None) == shape_of(name)
+    with pytest.raises(InputError, match=r"config.json: unheard_of is \[1\]: Noria does not know"):
+        shape_of(name, unheard_of=[1])
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_families_that_are_known_and_not_computed_are_refused_with_their_obstacle(name):
+    with pytest.raises(InputError) as error:
+        models.for_config({"model_type": name, "architectures": ["X"]})
+    assert f"{name!r} is not in this version of Noria: {OBSTACLES[name]}" in str(error.value)
+
+
+def test_llama_4_ends_where_its_first_chunk_does():
+    shape = shape_of("llama4_text", max_position_embeddings=10_485_760, attention_chunk_size=8192)
+    assert shape.max_positions == 8192 and "chunks of 8192 tokens" in shape.end_words
+    assert shape_of("llama4_text", attention_chunk_size=None).max_positions == 128
+
+
+def test_layers_that_differ_have_caches_of_their_own():
+    rows = [[array.row for array in entry] for entry in shape_of("mimo_v2_flash").cache]
+    assert rows == [[(2, 24), (2, 10)], [(4, 24), (4, 10)], [(4, 24), (4, 10)]]
+    assert [entry[0].window for entry in shape_of("mimo_v2_flash").cache] == [None, 9, 9]
+    assert [entry[1].window for entry in shape_of("gpt_oss").cache] == [9, None, 9]
+
+
+def test_corrections_and_routers_stay_float32_in_a_half_precision():
+    shape = shape_of("glm4_moe")
+    wanted = models.for_config(GLM4_MOE).layer_parameters(shape, 1)
+    layout = {one.name: one.dtype for one in lay_out("layers/0001", wanted, "bfloat16").parameters}
+    assert (layout["router"], layout["correction"], layout["experts"]) == ("float32", "float32", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe", "phimoe"])
+def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
+    config, token_ids = CONFIGS[name], tokens_of(7, 60)
+    model, state = made(name)
+    half = copy.deepcopy(model).bfloat16()
+    rounded = {key: tensor.bfloat16() for key, tensor in state.items()}
+    exact = wide.logits(wide.wide_model(config, half), token_ids)
+    theirs = half(torch.tensor([token_ids]), use_cache=False).logits[0]
+    found = Whole(config, rounded, torch.bfloat16).logits([(token_ids, 0, (Run(0, 4),))])[0]
+    # the mean: a token whose expert is another one in a half precision differs by more
+    error, their_error = ((logits.double() - exact).abs().mean() for logits in (found, theirs))
+    assert found.dtype == torch.bfloat16 and 0 < error <= 1.3 * their_error

@@ -215,7 +215,7 @@ def test_the_family_is_found_by_model_type_or_by_architecture(name):
     "config",
     [
         {},
-        {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {"model_type": "opt", "architectures": ["LlamaForCausalLM"]},
         {"model_type": "_decoder"},

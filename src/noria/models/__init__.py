@@ -10,6 +10,7 @@ from typing import Any
 from noria import kinds
 from noria.errors import InputError, require
 from noria.models._config import MAX_SHOWN, shown
+from noria.models._refused import OBSTACLES
 
 # Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
 SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
@@ -30,6 +31,11 @@ def for_config(config: Mapping[str, Any]) -> ModuleType:
         right_type = model_type == name if model_type else bool(architectures)
         if right_type and all(architecture in family.ARCHITECTURES for architecture in architectures):
             return family
+    obstacle = OBSTACLES.get(model_type) if isinstance(model_type, str) else None
+    if obstacle:
+        raise InputError(
+            f"config.json: model_type {shown(model_type)} is not in this version of Noria: {obstacle}, which it does not compute"
+        )
     known = ", ".join(architecture for family in families.values() for architecture in family.ARCHITECTURES)
     wanted = ", ".join(architectures)[:MAX_SHOWN] or "no architectures"
     raise InputError(f"config.json: no model family for {wanted} (model_type {shown(model_type)}); known: {known}")

@@ -15,6 +15,12 @@ from noria.models import _config as read
 
 Scaling: TypeAlias = tuple[Any, ...]  # () or a type and its numbers, hashable: see _frequencies
 Turn: TypeAlias = tuple[float, Scaling, int]  # theta, scaling, R
+# Of a rope's object: what is read, and what says the same once more or belongs to contexts and images that are not computed.
+KEYS = frozenset(
+    "rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings attention_factor beta_fast"
+    " beta_slow mscale mscale_all_dim truncate short_factor low_freq_factor high_freq_factor"
+    " long_factor short_mscale long_mscale finetuned mrope_section mrope_interleaved".split()
+)
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -115,6 +121,11 @@ def end_words(scaling: Scaling) -> str:
 def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(parameters, Mapping), f"config.json: rope_scaling is {read.shown(parameters)}: no object")
+    for key, value in parameters.items():
+        require(
+            key in KEYS or value is None,
+            f"config.json: {read.shown(key)[1:-1]} of rope_scaling is {read.shown(value)}: Noria does not know what it asks for",
+        )
     return parameters
 
 
@@ -143,7 +154,7 @@ def by_kind(config: Mapping[str, Any], kinds: Iterable[str], head_dim: int) -> d
     found: dict[str, Turn | None] = {}
     parameters: Any = config.get("rope_parameters")
     for kind in sorted({*kinds}):
-        known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind), Mapping | None)
+        known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind, 0), Mapping | None)
         require(known, f"config.json: rope_parameters is {read.shown(parameters)}: it must have an object {kind}")
         its = {"rope_parameters": parameters[kind]} | {
             key: config.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")
