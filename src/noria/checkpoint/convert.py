@@ -16,7 +16,7 @@ import torch
 
 from noria.blocks import Block, Parameter
 from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_block, model_shape, open_checkpoint
-from noria.checkpoint.encoding import Forms, PieceEncoder
+from noria.checkpoint.encoding import Choose, Forms, PieceEncoder, chosen_by_name
 from noria.checkpoint.fields import FieldSources
 from noria.checkpoint.hugging_face import Directory, Folder
 from noria.checkpoint.lora import Adapter
@@ -62,12 +62,12 @@ def convert(
     dtype: str = "auto",
     progress: Progress | None = None,
     overwrite: bool = False,
-    forms: Forms | None = None,
+    forms: Forms | Choose | None = None,
     lora: str | Path | None = None,
 ) -> Converted:
     """Converts the model in directory `source` into the checkpoint `target`, with the adapter in directory `lora` merged.
 
-    dtype auto is the source's own. `forms`: the parameters that are not stored plain, by name. Raises InputError for
+    dtype auto is the source's own. `forms`: how parameters are stored that are not plain. Raises InputError for
     anything about the source or the target that is not right, before the target is touched, and while another process
     makes it; the target appears whole or not at all.
     """
@@ -86,7 +86,7 @@ def _convert(
     dtype: str,
     progress: Progress | None,
     overwrite: bool,
-    forms: Forms,
+    forms: Forms | Choose,
     lora: str | Path | None,
 ) -> Converted:
     _check_target(target, overwrite)  # again: the holder before may have made it
@@ -109,7 +109,7 @@ def _convert(
     reader = adapter.reader if adapter else Reader()
     plan = adapter.replaced(plan) if adapter else plan
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
-    encoder = PieceEncoder(plan, forms, shape.tied, reader)
+    encoder = PieceEncoder(plan, forms if callable(forms) else chosen_by_name(forms), shape.tied, reader)
     blocks = {name: fields.lay_out(encoder.lay_out(block, dtype), dtype) for name, block in blocks.items()}
     more = (generation[0] if generation else "{}", directory.tokenizer(), str(adapter or ""))
     header = Header(shape.family, dtype, directory.name, config_text, *more)

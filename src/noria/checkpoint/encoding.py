@@ -3,9 +3,12 @@
 Knows tensors' files and encodings; which parameters are encoded, and how, is the caller's to say.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from math import inf
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,57 +16,66 @@ from noria import encodings, kinds
 from noria.blocks import Block, Parameter, lay_out
 from noria.checkpoint.sources import Plan, TensorSource
 from noria.checkpoint.tensor_files import Reader
-from noria.errors import require
-from noria.pieces import Encoded, Matrix, Piece
+from noria.errors import InputError, require
+from noria.pieces import Encoded, Matrix
 
-Forms = Mapping[str, tuple[str, Mapping[str, Any]]]  # a parameter's encoding and its settings, by its name
+Form: TypeAlias = tuple[str, Mapping[str, Any]]  # an encoding and its settings
+Forms: TypeAlias = Mapping[str, Form]  # by a parameter's name
+Choose: TypeAlias = Callable[[str, Parameter], Form | None]  # of a parameter in a block; None: it stays plain
+
+
+def chosen_by_name(forms: Forms) -> Choose:
+    """Every parameter of these names, whatever its block."""
+    return lambda block, parameter: forms.get(parameter.name)
 
 
 class PieceEncoder:
-    """Lays out and encodes the parameters that `forms` names, wherever there are some, made of the tensors in `plan`.
+    """Lays out and encodes the parameters for which `choose` has an encoding, made of the tensors in `plan`.
 
     An embedding stays plain, and so does the head that is one.
     """
 
-    def __init__(self, plan: Plan, forms: Forms, tied: bool, reader: Reader):
-        self._plan, self._forms, self._tied, self._reader = plan, forms, tied, reader
-        # Of each source of a piece, whether it is [inputs, outputs].
-        self._turned: dict[tuple[str, str], list[bool]] = {}
+    def __init__(self, plan: Plan, choose: Choose, tied: bool, reader: Reader):
+        self._plan, self._choose, self._tied, self._reader = plan, choose, tied, reader
+        self._plain: dict[
+            tuple[str, str], Sequence[Matrix]
+        ] = {}  # how the matrices of a parameter lie where it is plain
 
     def lay_out(self, block: Block, dtype: str) -> Block:
         """The layout of a plain block with its encoded parameters. One whose numbers find no room there stays plain."""
         found: dict[str, Encoded] = {}
         for parameter in block.parameters:
             gathered = block.name == "embed" or (self._tied and parameter.name == "lm_head")
-            if parameter.name in self._forms and not gathered:
-                form = self._form(block, parameter, dtype)
+            chosen = None if gathered else self._choose(block.name, parameter)
+            if chosen is not None:
+                form = self._form(block, parameter, dtype, *chosen)
                 found |= {} if form is None else {parameter.name: form}
         wanted = {parameter.name: parameter.wanted for parameter in block.parameters}
         return lay_out(block.name, wanted, dtype, found) if found else block
 
-    def _form(self, block: Block, parameter: Parameter, dtype: str) -> Encoded | None:
-        encoding, said = self._forms[parameter.name]
+    def _form(
+        self, block: Block, parameter: Parameter, dtype: str, encoding: str, said: Mapping[str, Any]
+    ) -> Encoded | None:
         kind = kinds.load("encodings", encoding)
         settings = kind.DEFAULTS | said
-        sources, plain = self._sources(block, parameter, 0), parameter.piece.matrices
-        turned = [matrix.transposed for matrix in plain] if parameter.wanted.named else [False] * len(sources)
-        self._turned[block.name, parameter.name] = [
-            source.transposed != turn for source, turn in zip(sources, turned, strict=True)
-        ]
-        piece = encodings.capacity(encoding, self._matrices(block, parameter), dtype, settings)
+        self._plain[block.name, parameter.name] = parameter.piece.matrices
+        try:
+            piece = encodings.capacity(encoding, self._matrices(block, parameter), dtype, settings)
+        except InputError as error:
+            raise InputError(f"{block.name}/{parameter.name}: {error}") from error
         room = {one.name: one.shape[0] for one in piece.fields if one.name.rpartition(".")[2] in kind.VARIABLE}
         if not room:
             return Encoded(encoding, settings, piece)
         lengths = dict.fromkeys(room, 0)  # the most of all pieces: they are of one size
         for number in range(parameter.pieces):
-            fields = self._encode(block, parameter, encoding, settings, piece, number)
+            fields = self._encode(block, parameter, Encoded(encoding, settings, piece), number)
             lengths = {name: max(length, len(fields[name])) for name, length in lengths.items()}
         if any(lengths[name] > room[name] for name in room):
             return None
         return Encoded(encoding, settings, encodings.fitted(piece, lengths))
 
     def _matrices(self, block: Block, parameter: Parameter) -> list[Matrix]:
-        """The matrices of a piece, each one tensor's, stored [outputs, inputs]."""
+        """The matrices of a piece, stored [outputs, inputs]; each one tensor's, where the family does not name them."""
         if parameter.wanted.named:
             return [replace(matrix, transposed=False) for matrix in parameter.piece.matrices]
         return [Matrix("", source.shape) for source in self._sources(block, parameter, 0)]
@@ -74,26 +86,47 @@ class PieceEncoder:
         return sources[piece * each : (piece + 1) * each]
 
     def _encode(
-        self, block: Block, parameter: Parameter, encoding: str, settings: Mapping[str, Any], piece: Piece, number: int
+        self, block: Block, parameter: Parameter, form: Encoded, number: int, pool: Executor | None = None
     ) -> encodings.Fields:
         """The fields of one piece."""
-        numbers = []
-        for source, turned in zip(
-            self._sources(block, parameter, number), self._turned[block.name, parameter.name], strict=True
-        ):
-            chunks = [chunk.clone() for chunk in self._reader.chunks(source.tensor)]
-            whole = torch.cat(chunks).view(source.tensor.shape)
-            numbers.append(whole.t() if turned else whole)
+        numbers = [self._whole(source) for source in self._sources(block, parameter, number)]
+        if parameter.wanted.named:
+            plain = self._plain[block.name, parameter.name]
+            parts = torch.cat(numbers).split([matrix.stored[0] for matrix in plain])
+            numbers = [its.t() if matrix.transposed else its for its, matrix in zip(parts, plain, strict=True)]
         shapes = [tuple(its.shape) for its in numbers]
         require(
-            shapes == [matrix.shape for matrix in piece.matrices],
+            shapes == [matrix.shape for matrix in form.piece.matrices],
             f"{block.name}/{parameter.name} cannot be made of tensors {shapes}: weights and config.json belong to"
             " different models",
         )
-        return encodings.encode(encoding, piece.matrices, numbers, settings)
+        try:
+            _check_range(numbers, parameter.dtype)
+            return encodings.encode(form.encoding, form.piece.matrices, numbers, form.settings, pool)
+        except InputError as error:
+            names = ", ".join(source.tensor.name for source in self._sources(block, parameter, number)[:3])
+            raise InputError(f"{block.name}/{parameter.name}, of {names}: {error}") from error
+
+    def _whole(self, source: TensorSource) -> torch.Tensor:
+        """All numbers of a source."""
+        chunks = [chunk.clone() for chunk in self._reader.chunks(source.tensor, source.transposed)]
+        return torch.cat(chunks).view(source.shape)
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
         """The bytes of an encoded parameter, piece by piece."""
-        for number in range(parameter.pieces):
-            fields = self._encode(block, parameter, parameter.encoding, parameter.settings, parameter.piece, number)
-            yield encodings.packed(parameter.piece, fields).numpy().data
+        form = parameter.encoded
+        assert form is not None, parameter
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for number in range(parameter.pieces):
+                fields = self._encode(block, parameter, form, number, pool)
+                yield encodings.packed(parameter.piece, fields).numpy().data
+
+
+def _check_range(numbers: Sequence[torch.Tensor], dtype: str) -> None:
+    """Raises InputError for a number that is decoded to infinity."""
+    if dtype == "float16":
+        largest, limit = max(its.abs().max().item() for its in numbers), torch.finfo(torch.float16).max
+        require(
+            not limit < largest < inf,
+            f"it holds {largest:.4g}, float16 ends at {limit:.4g}: convert with --dtype bfloat16",
+        )

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.hugging_face import Directory
+from noria.checkpoint.quantization import GROUP_SIZES, WORDS, Quantization, quantization
 from noria.desk.examination import doubts
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.limits import DTYPES
 from noria.rows.chat import Chat
 from noria.rows.template import template_helper
@@ -35,16 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora", type=Path, metavar="ADAPTER_DIR", help="merge this LoRA adapter of peft into the model's weights"
     )
+    parser.add_argument(
+        "--quantization",
+        choices=tuple(WORDS),
+        help="store the matrices of layers in fewer bits: FP8 with a scale for 128 x 128 of them or for an output, or whole"
+        " numbers of 8 or 4 bits with a scale for a group of inputs",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        metavar="32|64|128",
+        help="inputs of a group, of int8 and int4 (64)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
 
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
+    choose = _quantization(arguments)
     _check_tokenizer(arguments.source)
     report = _Bar() if sys.stderr.isatty() else _Lines()
     try:
         asked = arguments.source, arguments.target, arguments.dtype
-        made = convert(*asked, report, arguments.overwrite, lora=arguments.lora)
+        made = convert(*asked, report, arguments.overwrite, choose, arguments.lora)
     finally:
         report.close()
     for note in made.notes + _doubts(arguments.target):
@@ -56,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         f" {made.nbytes / 2**30:.2f} GiB in {seconds:.1f} s ({made.nbytes / 1e9 / seconds:.2f} GB/s)\n"
     )
     return 0
+
+
+def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+    """How the user wants parameters stored."""
+    word, size = arguments.quantization, arguments.group_size
+    require(word is not None or size is None, f"--group-size {size} without --quantization: give both, or neither")
+    return None if word is None else quantization(word, size)
 
 
 def _check_tokenizer(source: Path) -> None:

@@ -6,6 +6,8 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     VARIABLE                        names of the fields that may be shorter along their first dimension
     DEFAULTS                        settings that are not said
     encode(numbers, settings) -> {name: tensor}                 of the CPU; variable fields as long as they need
+    rows(settings) -> int           if it has it: so many outputs (or a multiple) are encoded like a matrix of their own, and
+                                    fields are those of all, one after another; 0: there are none
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
                                     hold, it stays within its fields and `into`
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
@@ -16,6 +18,8 @@ size). Knows layouts and tensors; no file, no block's place.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from noria.errors import InputError
 from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
 Fields = dict[str, torch.Tensor]
+ENCODED_NUMBERS = 2**21  # that a thread encodes at a time
 
 
 def capacity(encoding: str, matrices: Sequence[Matrix], dtype: str, settings: Mapping[str, Any]) -> Piece:
@@ -56,15 +61,30 @@ def _laid_out(fields: Sequence[Field], matrices: Sequence[Matrix]) -> Piece:
 
 
 def encode(
-    encoding: str, matrices: Sequence[Matrix], numbers: Sequence[torch.Tensor], settings: Mapping[str, Any]
+    encoding: str,
+    matrices: Sequence[Matrix],
+    numbers: Sequence[torch.Tensor],
+    settings: Mapping[str, Any],
+    pool: Executor | None = None,
 ) -> Fields:
-    """The fields of a piece by name, of the numbers [outputs, inputs] of each of its matrices."""
+    """The fields of a piece by name, of the numbers [outputs, inputs] of each of its matrices; by threads where there is a
+    pool."""
     kind, layout = kinds.load("encodings", encoding), Piece(0, (), tuple(matrices))
     found: Fields = {}
     for number, (matrix, its) in enumerate(zip(matrices, numbers, strict=True)):
         stored = its.t() if matrix.transposed else its
-        found |= {layout.prefix(number) + name: value for name, value in kind.encode(stored, settings).items()}
+        found |= {layout.prefix(number) + name: value for name, value in _encoded(kind, stored, settings, pool).items()}
     return found
+
+
+def _encoded(kind: ModuleType, numbers: torch.Tensor, settings: Mapping[str, Any], pool: Executor | None) -> Fields:
+    """The fields of a matrix, whose outputs are encoded some by some where that changes nothing."""
+    rows: int = kind.rows(settings) if hasattr(kind, "rows") else 0
+    if pool is None or not rows or not numbers.numel():
+        return kind.encode(numbers, settings)
+    some = numbers.split(max(ENCODED_NUMBERS // numbers.shape[1] // rows, 1) * rows)
+    made = list(pool.map(lambda its: kind.encode(its, settings), some))
+    return {name: torch.cat([its[name] for its in made]) for name in made[0]}
 
 
 def packed(piece: Piece, fields: Fields) -> torch.Tensor:

@@ -38,6 +38,11 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     return _fp8.encode(numbers, block(tuple(numbers.shape), settings), settings)
 
 
+def rows(settings: Mapping[str, Any]) -> int:
+    """Whole blocks."""
+    return block((0, 0), settings)[0]
+
+
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
     """Codes times the scales of their blocks."""
     _fp8.decode(fields, block(tuple(into.shape[1:]), settings), into)

@@ -32,6 +32,11 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     return _fp8.encode(numbers, block(tuple(numbers.shape), settings), settings)
 
 
+def rows(settings: Mapping[str, Any]) -> int:
+    """Each output has its own scale."""
+    return 1
+
+
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
     """Codes times the scales of their outputs."""
     _fp8.decode(fields, block(tuple(into.shape[1:]), settings), into)

@@ -27,6 +27,11 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     return _integers.encode(BITS, numbers, settings)
 
 
+def rows(settings: Mapping[str, Any]) -> int:
+    """Each output has its own scales; all share a permutation."""
+    return 0 if settings["permuted"] else 1
+
+
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
     """(code - zero) x scale, rounded once."""
     _integers.decode(BITS, fields, settings, into)

@@ -41,6 +41,11 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     return {"codes": torch.cat(codes), "scales": torch.cat(scales)}
 
 
+def rows(settings: Mapping[str, Any]) -> int:
+    """Each output has its own scales."""
+    return 1
+
+
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
     """Code times scale, rounded once."""
     dtype = _scales.wide(into.dtype)

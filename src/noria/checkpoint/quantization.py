@@ -1,0 +1,65 @@
+"""Noria's own quantization: which parameters of a model are stored in fewer bits, and how, by the word that a user gives.
+
+Matrices of layers are; embedding, head, norms, routers, biases and what has a dtype of its own are left as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from noria import encodings, kinds
+from noria.blocks import Block, Parameter, lay_out
+from noria.errors import InputError, require
+from noria.pieces import Encoded, Matrix
+
+WORDS = {"fp8": "fp8_block", "fp8_channel": "fp8_channel", "int8": "int8", "int4": "int4"}
+GROUPED = ("int8", "int4")  # that have groups of inputs
+GROUP_SIZES = (32, 64, 128)
+SENSITIVE = ("router", "shared_gate", "correction")  # parameters of layers: a wrong choice costs more than its bytes
+LEAST = 8  # outputs and inputs of a matrix that is a product's
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """An encoding with settings beside its defaults, for all parameters that take one."""
+
+    encoding: str
+    settings: Mapping[str, Any]
+
+    def __call__(self, block: str, parameter: Parameter) -> tuple[str, Mapping[str, Any]] | None:
+        """How a parameter is stored; None: as it is."""
+        return (self.encoding, self.settings) if takes(block, parameter) else None
+
+    def lay_out(self, block: Block, dtype: str) -> Block:
+        """A plain block with its parameters encoded, each piece of them as one matrix or as those that its family names."""
+        settings, forms = kinds.load("encodings", self.encoding).DEFAULTS | self.settings, {}
+        for parameter in block.parameters:
+            if takes(block.name, parameter):
+                named = [Matrix(its.name, its.shape) for its in parameter.piece.matrices if its.name]
+                try:
+                    piece = encodings.capacity(self.encoding, named or [Matrix("", parameter.shape)], dtype, settings)
+                except InputError as error:
+                    raise InputError(f"{block.name}/{parameter.name}: {error}") from error
+                forms[parameter.name] = Encoded(self.encoding, settings, piece)
+        return lay_out(block.name, {one.name: one.wanted for one in block.parameters}, dtype, forms) if forms else block
+
+
+def quantization(word: str, group_size: int | None = None) -> Quantization:
+    """What the user asks for. Raises InputError for a group size where there are no groups."""
+    require(
+        group_size is None or word in GROUPED,
+        f"--group-size {group_size} with --quantization {word}, which has no groups of inputs: leave it out, or take"
+        f" {' or '.join(GROUPED)}",
+    )
+    return Quantization(WORDS[word], {} if group_size is None else {"group_size": group_size})
+
+
+def takes(block: str, parameter: Parameter) -> bool:
+    """Whether a parameter is stored in fewer bits: matrices of layers are, but for the sensitive ones."""
+    left = not block.startswith("layers/") or parameter.own_dtype is not None or parameter.name in SENSITIVE
+    matrices = (
+        parameter.shape
+        if not parameter.wanted.named
+        else [size for its in parameter.piece.matrices for size in its.shape]
+    )
+    return not left and len(parameter.shape) > 1 and min(matrices) >= LEAST
