@@ -1,6 +1,7 @@
 """Published quantized models: logits against the dense model of the unpacked weights; directories that lie, by their message."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +10,19 @@ import torch
 import quantized
 import reference
 from counts import full
-from noria import encodings
+from noria import encodings, kinds
 from noria.__main__ import main
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.checkpoint.hugging_face import Directory
+from noria.checkpoint.published import form_of
+from noria.checkpoint.tensor_files import Reader
 from noria.engine.parameters import stored, views
 from noria.errors import InputError
 from noria.step import Run
-from quantized import FORMS, FP8, MODELS
-from test_models import Whole, tokens_of
+from quantized import AWQ, FLOAT4, FLOAT8, FORMS, FP8, GPTQ, INT4, INT8, MODELS, compressed
+from whole import Whole, tokens_of
 
 torch.set_num_threads(1)
 
@@ -72,6 +76,85 @@ def test_logits_are_those_of_the_dense_model_of_the_unpacked_weights(tmp_path, f
     assert {name for name, _ in encoded} == matrices
     assert all(f"{encoding} " in made.forms for _, encoding in encoded)
     assert_logits(tmp_path / "model.h5", config, weights)
+
+
+# What config.json says of the makers' own tensors in data/quantized (made by make.py there) and data/packed.
+SMALL = FP8 | {"weight_block_size": [16, 32]}
+MADE = {
+    "fp8": SMALL,
+    "fp8, e8m0": SMALL,
+    "compressed, float channel": compressed("float-quantized", strategy="channel", **FLOAT8),
+    "compressed, float tensor": compressed("float-quantized", strategy="tensor", **FLOAT8),
+    "compressed, float block": compressed("float-quantized", strategy="block", block_structure=[16, 32], **FLOAT8),
+    "compressed, bytes": compressed("int-quantized", strategy="channel", **INT8),
+    "compressed, bytes with zeros": compressed("int-quantized", strategy="channel", symmetric=False, **INT8),
+    "compressed, mxfp4": compressed("mxfp4-pack-quantized", strategy="group", group_size=32, **FLOAT4),
+    "gptq": GPTQ,
+    "gptq, zeros": GPTQ | {"sym": False},
+    "gptq, zeros as they are": GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"},
+    "gptq, ordered": GPTQ | {"desc_act": True},
+    "gptq, 8 bits": GPTQ | {"bits": 8, "sym": False, "desc_act": True},
+    "awq": AWQ,
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "gpt_oss": {"quant_method": "mxfp4"},
+}
+GROUPS = {"strategy": "group", "group_size": 32}
+PACKED = {
+    "int4.symmetric": compressed("pack-quantized", **GROUPS, **INT4),
+    "int4.zeros": compressed("pack-quantized", **GROUPS, symmetric=False, **INT4),
+    "int4.channel": compressed("pack-quantized", strategy="channel", **INT4),
+    "int4.actorder": compressed("pack-quantized", **GROUPS, symmetric=False, actorder="group", **INT4),
+    "int8.zeros": compressed("pack-quantized", **GROUPS, symmetric=False, **INT8),
+    "int8.channel": compressed("pack-quantized", strategy="channel", **INT8),
+    "nvfp4": compressed("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **FLOAT4),
+}
+DATA = Path(__file__).parent / "data"
+
+
+def decoded(folder, settings, tensors, number=None):
+    """The module `it` of these tensors, as the form that the settings name reads it: float64 [outputs, inputs]."""
+    quantized.save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    directory = Directory(folder)
+    form = form_of(directory, {"quantization_config": settings}, directory.tensors())
+    matrix = form.matrix("it", number)
+    kind, fields = kinds.load("encodings", matrix.encoding), matrix.fields(Reader())
+    its = kind.DEFAULTS | matrix.settings
+    assert {name: tuple(value.shape) for name, value in fields.items()} == {
+        name: shape for name, (shape, _) in kind.fields(matrix.shape, "float64", its).items()
+    }
+    pieces = {name: value.contiguous()[None] for name, value in fields.items()}
+    kind.check(pieces, matrix.shape, its)
+    into = torch.full((1, *matrix.shape), torch.nan, dtype=torch.float64)
+    kind.decode(pieces, its, into)
+    return into[0]
+
+
+def assert_near(found, theirs):
+    """Equal but for the rounding of their products, of two factors or three."""
+    rtol = 3e-7 if theirs.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found, theirs.double(), rtol=rtol, atol=0)
+    assert theirs.count_nonzero() > theirs.numel() / 2
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_what_the_makers_programs_pack_is_decoded_to_what_they_unpack(tmp_path, case):
+    made = quantized.load_file(DATA / "quantized" / "quantized.safetensors")
+    tensors = {name.removeprefix(f"{case}: "): its for name, its in made.items() if name.startswith(f"{case}: ")}
+    theirs = tensors.pop("weight of it")
+    for number in range(2) if case == "gpt_oss" else [None]:
+        found = decoded(tmp_path, MADE[case], tensors, number)
+        assert_near(found, theirs if number is None else theirs[number])
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_what_compressed_tensors_packs_is_decoded_to_what_it_unpacks(tmp_path, case):
+    made = quantized.load_file(DATA / "packed" / "packed.safetensors")
+    tensors = {f"it{name.removeprefix(case)}": its for name, its in made.items() if name.startswith(f"{case}.")}
+    theirs = tensors.pop("it.weight")
+    if case == "nvfp4":
+        tensors["it.weight_scale"] = tensors["it.weight_scale"].view(torch.float8_e4m3fn)
+    assert_near(decoded(tmp_path, PACKED[case], tensors), theirs)
 
 
 def llama(folder, settings=FP8, pack=None, plain=(), **changes):

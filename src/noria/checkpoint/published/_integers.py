@@ -89,7 +89,7 @@ def permutation(group_of_input: torch.Tensor, index: Tensor, size: int, inputs: 
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:
     """Codes of 4 bits in words int32 [R, W], the lowest bits first: uint8 [R, 8 * W]."""
-    content = words.contiguous().view(torch.uint8)
+    content = _content(words)
     return torch.stack((content & 15, content >> 4), -1).flatten(-2)
 
 
@@ -101,9 +101,14 @@ def halves(codes: torch.Tensor) -> torch.Tensor:
 
 def bytes_of(words: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     """Words int32 [R, W] of codes along the inputs, the lowest bits first, as bytes of so many inputs."""
-    return words.contiguous().view(torch.uint8)[:, : -(-inputs * bits // 8)]
+    return _content(words)[:, : -(-inputs * bits // 8)]
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes in words int32 [R, W], the lowest bits first, a byte each."""
-    return nibbles(words) if bits == 4 else words.contiguous().view(torch.uint8)
+    return nibbles(words) if bits == 4 else _content(words)
+
+
+def _content(words: torch.Tensor) -> torch.Tensor:
+    """The bytes of words int32 [R, W]: uint8 [R, 4 * W]. Flat in between, as a column of one row has any stride."""
+    return words.contiguous().view(-1).view(torch.uint8).view(len(words), -1)
