@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from noria import transports
 from noria.communicator import Communicator
 from noria.config import Config
@@ -16,7 +18,8 @@ from noria.desk.how import how_made, remarks
 from noria.desk.inputs import files_of_run
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Executor, follow, lead
-from noria.engine.timing import Meters, Timing, Traffic, figures
+from noria.engine.gauge import Gauge
+from noria.engine.timing import MIN_SECONDS, Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, Tracing
 from noria.job import Job
 from noria.launch import building, deadline, launcher, measuring, mpi, tracing
@@ -33,6 +36,9 @@ from noria.plan import planner
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
+from noria.report.busy import end_lines
+from noria.report.measured import terms
+from noria.report.terms import PHASES
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
 from noria.rows.template import template_helper
@@ -104,14 +110,14 @@ def _generate(
             here.say("no row is left to generate: the output is written without loading the model")
         else:
             travels = transports.open_transport(transport, comm, here.device, config.pipeline.blocking)
-            ring = open_the_ring(plan, model.shape, meters.trace.transport(travels), here.rank, here.streams)
+            ring = open_the_ring(plan, model.shape, meters.transport(travels), here.rank, here.streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda rank, seconds: watchdog.miss(rank, hosts[rank], plan.stage_words(rank), seconds), SILENCE)
             executor = _build(config, here, plan, model, ring, meters, watchdog)
             watchdog.begin(executor.doing)
             timing = _execute(here, executor, ring, meters.trace, desk, stopping)
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
-        timings = comm.allgather(asdict(timing) | meters.traffic.columns() | launcher.peak_memory(here.device))
+        timings = comm.allgather(asdict(timing) | meters.columns() | launcher.peak_memory(here.device))
         if desk is not None:
             ran = mpi.described() | {"devices": devices, "start": started}
             _end(desk, config, plan, rates, how_made(config, work, plan, model, ran), timings)
@@ -139,7 +145,8 @@ def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tup
 
 def _meters(config: Config, here: ThisRank, plan: Plan) -> Meters:
     title = f"rank {here.rank}: {here.name}, {plan.stage_words(here.rank)}"
-    return Meters(Traffic(), Trace(here.rank, title, here.streams) if config.job.trace else OFF, here.log)
+    trace = Trace(here.rank, title, here.streams) if config.job.trace else OFF
+    return Meters(Traffic(), trace, here.log, Gauge(here.streams))
 
 
 def _build(
@@ -188,11 +195,20 @@ def _end(
     store_rates(config.output, rates.to_toml())
 
 
+def _compared(plan: Plan, timings: list[dict[str, Any]]) -> list[str]:
+    """Each term of the plan beside its measurement, where the run took long enough to say something."""
+    columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
+    if sum(columns[f"{phase}_seconds"].max() for phase in PHASES) < MIN_SECONDS:
+        return []
+    return list(end_lines(terms(plan.as_dict(), columns, None)))
+
+
 def _say_otherwise(here: ThisRank, plan: Plan, timings: list[dict[str, Any]], job: Job) -> list[str]:
-    """Says where the run differed from its plan; returns what of that `strict` counts.
+    """Says what was planned and measured, and where the run differed from its plan; returns what of that `strict` counts.
 
     Of its speed it says so only if the plan's rates were measured, on a GPU; `strict` counts that if they are of a file.
     """
+    here.say(*_compared(plan, timings))
     predicted = plan.predicted
     known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
     otherwise = plan.compare(figures(timings, speeds=known))

@@ -17,6 +17,17 @@ Mark: TypeAlias = int | torch.cuda.Event  # a point in time: CpuStreams' marks a
 Observe: TypeAlias = Callable[[str, str, dict[str, Any], int, Mark, Mark], None]
 
 
+class Watching(Protocol):
+    """Who is told how long copies, and what else there is, take in the rounds that it `watches`."""
+
+    @property
+    def watches(self) -> bool: ...
+
+    def copied(self, lane: str, begin: Mark, end: Mark) -> None: ...
+
+    def took(self, name: str, seconds: float) -> None: ...
+
+
 class Event(Protocol):
     """A point of a stream: what was queued before it has completed, or has not."""
 
@@ -30,6 +41,7 @@ class Streams(Protocol):
 
     device: torch.device
     observe: Observe | None
+    watch: Watching | None
 
     def event(self) -> Event: ...
 
@@ -47,6 +59,10 @@ class Streams(Protocol):
 
     def nanoseconds(self, start: Mark, mark: Mark) -> int: ...
 
+    def passed(self, mark: Mark) -> bool: ...
+
+    def took(self, name: str, seconds: float) -> None: ...
+
     def anchor(self) -> tuple[Mark, int]: ...
 
 
@@ -57,6 +73,7 @@ class Observed:
     """
 
     observe: Observe | None = None
+    watch: Watching | None = None
     _labels: dict[int, tuple[str, dict[str, object]]] | None = None
 
     def mark(self) -> Mark:
@@ -70,16 +87,27 @@ class Observed:
                 self._labels = {}
             self._labels[buffer.untyped_storage().data_ptr()] = name, args
 
+    def took(self, name: str, seconds: float) -> None:
+        """Something that no stream does took so long; any thread may say so."""
+        if self.watch is not None:
+            self.watch.took(name, seconds)
+
     def _begin(self) -> Mark | None:
-        return self.mark() if self.observe is not None else None
+        watched = self.watch is not None and self.watch.watches
+        return self.mark() if watched or self.observe is not None else None
 
     def _end(self, lane: str, pairs: list[tuple[torch.Tensor, torch.Tensor]], begin: Mark | None) -> None:
         """The copies of `pairs` are queued; called on their stream."""
-        if begin is None or self.observe is None or not pairs:
+        if begin is None or not pairs:
+            return
+        end = self.mark()
+        if self.watch is not None:
+            self.watch.copied(lane, begin, end)
+        if self.observe is None:
             return
         buffer = pairs[0][0 if lane == "load" else 1].untyped_storage().data_ptr()
         name, args = (self._labels or {}).get(buffer, (lane, {}))
-        self.observe(lane, name, args, sum(source.nbytes for _, source in pairs), begin, self.mark())
+        self.observe(lane, name, args, sum(source.nbytes for _, source in pairs), begin, end)
 
 
 class Done:
@@ -137,6 +165,10 @@ class CpuStreams(Observed):
         """From one mark to another."""
         assert isinstance(start, int) and isinstance(mark, int), "marks of another device"
         return mark - start
+
+    def passed(self, mark: Mark) -> bool:
+        """Whether the stream has come to the mark: then nothing waits for its time."""
+        return True
 
     def anchor(self) -> tuple[int, int]:
         """A mark, and when it was on the host's clock (time.perf_counter_ns)."""
@@ -203,6 +235,10 @@ class CudaStreams(Observed):
         begin.synchronize()
         end.synchronize()
         return round(begin.elapsed_time(end) * 1e6)
+
+    def passed(self, mark: Mark) -> bool:
+        """Whether the stream has come to the mark: then nothing waits for its time."""
+        return _own(mark).query()
 
     def anchor(self) -> tuple[torch.cuda.Event, int]:
         """A mark, and when it was on the host's clock (time.perf_counter_ns). Waits: it is for before the first step."""

@@ -27,11 +27,15 @@ def _is_prefill(steps: Sequence[Step]) -> bool:
     return any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
 
 
+def _phase(steps: Sequence[Step]) -> str:
+    return "prefill" if _is_prefill(steps) else "decode"
+
+
 class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
     def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, meters: Meters):
-        self._traffic, self._trace = meters.traffic, meters.trace
+        self._traffic, self._trace, self._gauge = meters.traffic, meters.trace, meters.gauge
         self._stage, self._stages = stage, stages
         self._ring, self._place = ring, ring.place
         self.timing = Timing()
@@ -66,6 +70,7 @@ class Executor:
                         self._visit(steps[group], group, lap, layers)
             composed = [batch.step for batch in steps.values()]
             self._traffic.end_round(_is_prefill(composed))
+            self._gauge.end_round(_phase(composed) if any(step.num_tokens for step in composed) else "")
             if all(step.word is Word.STOP for step in composed):
                 self._time_round(round, composed, began)
                 break
@@ -75,9 +80,9 @@ class Executor:
 
     def _time_round(self, round: int, steps: list[Step], began: float) -> float:
         """Books a round that began at `began` and is over now. Returns now."""
-        ended, tokens, prefill = time.perf_counter(), sum(step.num_tokens for step in steps), _is_prefill(steps)
-        self.timing.end_round(prefill, tokens, ended - began)
-        name = ("prefill" if prefill else "decode") if tokens else "no tokens"
+        ended, tokens = time.perf_counter(), sum(step.num_tokens for step in steps)
+        self.timing.end_round(_is_prefill(steps), tokens, ended - began)
+        name = _phase(steps) if tokens else "no tokens"
         self._trace.host("steps", name, began, ended, round=round, tokens=tokens)
         return ended
 
@@ -102,7 +107,9 @@ class Executor:
 
     def _next(self, next_step: "NextStep", round: int, group: int) -> Step:
         self._doing = "composing a step, or sealing rows,"
+        began, waited = time.perf_counter(), self.timing.waited
         step = next_step(round, group, self._wait)
+        self._gauge.took("host", time.perf_counter() - began - (self.timing.waited - waited))
         self._doing = "computing"
         return step
 
@@ -113,6 +120,7 @@ class Executor:
         self._doing = done_before
         ended = time.perf_counter()
         self.timing.waited += ended - before
+        self._gauge.took("waited", ended - before)
         self._trace.host("waits", doing, before, ended)
         return value
 

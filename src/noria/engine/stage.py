@@ -64,7 +64,7 @@ class Stage:
         self._batches, self._sampler = batches, sampler
         self._weights, self._cache, self._activations = moved.weights, moved.cache, moved.activations
         self._schedule, self._streams, self._device = schedule.schedule, streams, streams.device
-        self._trace, self._say = meters.trace, meters.say
+        self._trace, self._gauge, self._say = meters.trace, meters.gauge, meters.say
         self._at = (0, 0, 0)  # the round, lap and group of the visit
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._logits_rows = LOGITS_ROWS
@@ -162,7 +162,7 @@ class Stage:
         parameters, its = self._weights.wait(blocks.layer_name(layer)), batch.microbatches[microbatch]
         arrays = self._cache.tensors(layer, microbatch, its.staged)
         cache = LayerCache(self._attention, its, arrays, *self._layers.entry(layer))
-        begin = self._trace.mark()
+        begin, mark, began = self._trace.mark(), self._gauge.mark(), time.perf_counter()
         try:
             after = self._layers.layer(layer, parameters, part, its, cache)
         except (RuntimeError, MemoryError) as error:
@@ -178,6 +178,8 @@ class Stage:
                 raise
             return None
         cache.commit()  # outside of what is tried again: it is done once
+        self._gauge.took("launches", time.perf_counter() - began)
+        self._gauge.computed(mark)
         self._trace.compute("layer", begin, *self._at, layer, microbatch)
         return after
 
@@ -251,8 +253,9 @@ class Stage:
 
     def _head(self, hidden: Arrays, rows: torch.Tensor) -> torch.Tensor:
         """Logits [_, V] of these rows of hidden."""
-        parameters, begin = self._weights.wait("head"), self._trace.mark()
+        parameters, begin, mark = self._weights.wait("head"), self._trace.mark(), self._gauge.mark()
         logits = self._layers.head(parameters, tuple(array[rows] for array in hidden))
+        self._gauge.computed(mark)
         self._trace.compute("head", begin, *self._at)
         return logits
 

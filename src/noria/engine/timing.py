@@ -5,10 +5,12 @@ A round with any chunk of a prompt is prefill; that is known when its last step 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from noria.engine.gauge import Gauging, Unwatched
 from noria.engine.trace import Tracing
+from noria.transports import Transport
 
 LINKS = ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_rank")
 MIN_ROUNDS = 3  # of a phase, before its speed is compared with the plan's
@@ -91,3 +93,12 @@ class Meters:
     traffic: Traffic
     trace: Tracing
     say: Callable[[str], None]
+    gauge: Gauging = field(default_factory=Unwatched)
+
+    def transport(self, transport: Transport | None) -> Transport | None:
+        """The transport, with its messages timed and traced."""
+        return self.trace.transport(self.gauge.transport(transport))
+
+    def columns(self) -> dict[str, float]:
+        """One number a column, for the output's `timing`. After the last step."""
+        return {**self.traffic.columns(), **self.gauge.columns()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from noria.report.measured import number
+from noria.report.terms import number
 
 BINS = 24  # at most
 MAX_POINTS = 480  # of the jobs together

@@ -16,7 +16,8 @@ from noria.output.segments import segment_lines
 from noria.output.summary import Summary, seconds_of, summary_of
 from noria.output.unfinished import is_unfinished, summary_of_unfinished
 from noria.report.counted import Lengths, Speed, lengths_of, speeds_of
-from noria.report.measured import LinkBytes, RankTime, Term, moved, number, rank_times, terms
+from noria.report.measured import LinkBytes, RankTime, moved, rank_times, terms
+from noria.report.terms import Term, number
 from noria.tools.provenance import now
 from noria.tools.text import plural
 
@@ -79,7 +80,9 @@ def facts_of(path: Path) -> Facts:
             summary.run_file,
             _planned(plan),
             # Of shards that were joined the ranks had a plan each.
-            [] if "shards" in rows.attrs else terms(plan, timings, int(number(last, "tokens") or 0)),
+            []
+            if "shards" in rows.attrs
+            else terms(plan, timings, int(number(last, "tokens") or 0), len(segments) == 1),
             _assumed(plan),
             ranks[:MAX_RANKS],
             len(ranks),

@@ -3,18 +3,18 @@
 A stored plan and its timings may hold anything: a term is told where both are numbers. Pure arithmetic.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from noria.limits import HOST_NBYTES
-from noria.plan.plan import TOLERANCE, rate_words
+from noria.plan.plan import rate_words
+from noria.report.busy import busy
+from noria.report.terms import PHASES, Term, Timings, number, term
 from noria.tools.text import nbytes_words, seconds_words
 
-PHASES = ("prefill", "decode")
 MIN_ROUNDS = (
     3  # of a phase, before its speed says anything: its first round waits for what is loaded ahead in the others
 )
@@ -25,25 +25,6 @@ LINKS = {
     "host_to_disk": "CPU memory to disk",
     "rank_to_rank": "rank to rank",
 }
-Timings = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Term:
-    """A prediction and its measurement, in words; `difference` as a share of the prediction. `note`: what binds it, if the
-    plan says so."""
-
-    name: str
-    planned: str
-    measured: str
-    difference: float
-    note: str = ""
-    is_limit: bool = False  # what is planned is the most there may be
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the run differed from the plan, by more than a prediction may (plan.TOLERANCE) or beyond a limit."""
-        return self.difference > 0 if self.is_limit else abs(self.difference) > TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -73,35 +54,38 @@ class LinkBytes:
     rate: float
 
 
-def number(tree: object, *path: str) -> float | None:
-    """The finite number at this place of a table of tables, None where there is none."""
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    known = isinstance(tree, int | float) and not isinstance(tree, bool) and abs(tree) < 1e30 and math.isfinite(tree)
-    return float(tree) if known else None  # type: ignore[arg-type]  # `known` says so
-
-
-def terms(plan: Mapping[str, Any], timings: Timings, tokens: int) -> list[Term]:
-    """Every prediction of the plan that was measured; `tokens`: what the last job generated."""
+def terms(plan: Mapping[str, Any], timings: Timings, tokens: int | None, whole: bool = False) -> list[Term]:
+    """Every prediction of the plan that was measured; `tokens`: what the last job generated; `whole`: it did all of the run."""
     predicted = plan.get("predicted", {})
-    found = [
-        _term("whole run, tokens/s", number(predicted, "tokens_per_second"), _overall(timings, tokens), rate_words)
-    ]
+    found = [term("whole run, tokens/s", number(predicted, "tokens_per_second"), _overall(timings, tokens), rate_words)]
     for phase in PHASES:
         of_phase = predicted.get(phase) if isinstance(predicted, Mapping) else None
         binds = of_phase.get("binds") if isinstance(of_phase, Mapping) else None
         note = f"bound by {binds}" if isinstance(binds, str) else ""
         speed, seconds, at_once = _phase(timings, phase)
-        found.append(_term(f"{phase}, tokens/s", number(of_phase, "tokens_per_second"), speed, rate_words, note))
-        found.append(_term(f"{phase}, a round", number(of_phase, "round_seconds"), seconds, seconds_words))
+        found.append(term(f"{phase}, tokens/s", number(of_phase, "tokens_per_second"), speed, rate_words, note))
+        found.append(term(f"{phase}, a round", number(of_phase, "round_seconds"), seconds, seconds_words))
+        if whole:
+            found.append(
+                term(
+                    f"{phase}, all rounds", _whole(predicted, phase), _most(timings, f"{phase}_seconds"), seconds_words
+                )
+            )
+        found += busy(plan, timings, phase)
         if phase == "decode":
-            found.append(_term("rows at once", number(predicted, "rows"), at_once, lambda rows: f"{rows:,.0f}"))
+            found.append(term("rows at once", number(predicted, "rows"), at_once, lambda rows: f"{rows:,.0f}"))
     return [one for one in found if one is not None] + _memory(plan, timings)
 
 
-def _overall(timings: Timings, tokens: int) -> float | None:
+def _whole(predicted: object, phase: str) -> float | None:
+    """Seconds of all rounds of a phase."""
+    rounds, seconds = number(predicted, "rounds", phase), number(predicted, phase, "round_seconds")
+    return rounds * seconds if rounds and seconds else None
+
+
+def _overall(timings: Timings, tokens: int | None) -> float | None:
     seconds = _most(timings, "seconds")
-    return tokens / seconds if seconds else None
+    return tokens / seconds if seconds and tokens is not None else None
 
 
 def _phase(timings: Timings, phase: str) -> tuple[float | None, float | None, float | None]:
@@ -142,14 +126,6 @@ def _memory(plan: Mapping[str, Any], timings: Timings) -> list[Term]:
 def _sum(table: object, tier: str) -> float:
     of_tier = table.get(tier) if isinstance(table, Mapping) else None
     return sum(number(of_tier, name) or 0.0 for name in of_tier) if isinstance(of_tier, Mapping) else 0.0
-
-
-def _term(
-    name: str, planned: float | None, measured: float | None, words: Callable[[float], str], note: str = ""
-) -> Term | None:
-    if not planned or measured is None:
-        return None
-    return Term(name, words(planned), words(measured), measured / planned - 1, note)
 
 
 def rank_times(timings: Timings, devices: object) -> list[RankTime]:

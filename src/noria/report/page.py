@@ -10,8 +10,9 @@ from noria.report.charts import bars, lengths_chart, ranks_chart, speeds_chart
 from noria.report.counted import Lengths
 from noria.report.facts import Errors, Facts
 from noria.report.markup import block, details, safe, table
-from noria.report.measured import LinkBytes, Term
+from noria.report.measured import LinkBytes
 from noria.report.style import STYLE
+from noria.report.terms import Term
 from noria.tools.text import nbytes_words, plural
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

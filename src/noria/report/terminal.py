@@ -6,7 +6,7 @@ from noria.output.generations import Generation
 from noria.plan.plan import rate_words
 from noria.report.counted import Lengths, Speed
 from noria.report.facts import Facts
-from noria.report.measured import Term
+from noria.report.terms import Term
 from noria.tools.text import nbytes_words, plural, printable, seconds_words
 
 BAR = 40  # characters of a full bar

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from noria.limits import DISK_SLOT_NBYTES, DISK_SLOTS, DISK_THREADS
 from noria.streams import Event, Streams
 from noria.tiers import Events, Pieces, Transfer, total_nbytes
 from noria.tiers._regions import Check, Chunk, Region, Regions, Stretch, covers, exact, in_tasks, read, write
+from noria.tools.busy import Busy
 from noria.tools.pinned import HostMemory
 
 
@@ -65,6 +67,7 @@ class Disk:
     ):
         """Raises OSError if the slots cannot be page-locked."""
         self._regions, self._streams = Regions(regions), streams
+        self._busy = Busy(partial(streams.took, "disk"))
         self.nbytes = self._regions.nbytes
         self.nbytes_read = self.nbytes_written = 0
         self._slot_nbytes = max(round_up(slot_nbytes), 2 * ALIGNMENT)
@@ -183,7 +186,8 @@ class Disk:
         def run(task: list[Chunk]) -> None:
             try:
                 if passage.error is None:
-                    work(task)
+                    with self._busy:
+                        work(task)
             except BaseException as error:  # noqa: BLE001 - who waits for the transfer must hear of it
                 self._fail(passage, error)
             with passage.lock:
