@@ -44,6 +44,19 @@ def test_top_p_zero_is_the_most_likely_token(tmp_path):
     assert "top_p is -0.5" in prompt.error
 
 
+def test_the_effort_of_a_request_is_a_key_of_its_template(tmp_path):
+    (prompt,) = prompts_of(tmp_path, chat(reasoning_effort="high", chat_template_kwargs={"a": 1}))
+    assert (prompt.error, prompt.sampling["chat_template_kwargs"]) == (None, {"a": 1, "reasoning_effort": "high"})
+    (prompt,) = prompts_of(tmp_path, chat(reasoning_effort=None))
+    assert (prompt.error, prompt.sampling) == (None, {})
+    (prompt,) = prompts_of(tmp_path, chat(reasoning_effort=3))
+    assert "body.reasoning_effort is 3: it must be a word" in prompt.error
+    (prompt,) = prompts_of(tmp_path, chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}))
+    assert "are given, with other values" in prompt.error
+    (prompt,) = prompts_of(tmp_path, line("a", {"prompt": "hi", "reasoning_effort": "low"}))
+    assert "body.reasoning_effort is for /v1/chat/completions" in prompt.error
+
+
 def test_every_seed_of_64_bits_is_a_seed_and_nearby_ones_are_different(tmp_path):
     seeds = [-1, -2, -1.0, -(2**63), 0, 2**63 - 1]
     found = [prompt.sampling["seed"] for prompt in prompts_of(tmp_path, *(chat(seed, seed=seed) for seed in seeds[:2]))]

@@ -11,6 +11,7 @@ from typing import Any
 
 from noria.errors import InputError, require
 from noria.model import OpenModel
+from noria.rows import harmony
 from noria.rows.chat import template_sources
 from noria.rows.guides import Guides
 from noria.rows.reasoning import markers_of
@@ -20,7 +21,6 @@ from noria.structured import MAX_NBYTES, check_structured, from_run
 from noria.tools.text import printable
 
 MARKERS = "sampling.reasoning_markers"
-_HARMONY = "<|channel|>"  # channels in the place of markers: those of a family of its own
 
 
 def settled(sampling: Sampling, checkpoint: OpenModel, tokenizer: Tokenizer, begun: Mapping[str, Any]) -> Sampling:
@@ -34,8 +34,9 @@ def settled(sampling: Sampling, checkpoint: OpenModel, tokenizer: Tokenizer, beg
     markers = sampling.markers
     if sampling.reasoning_markers is None and (not begun or MARKERS in begun):
         sources = template_sources(checkpoint.tokenizer).values()
-        harmony = any(_HARMONY in source for source in sources)
-        markers = [] if harmony else markers_of(sources, tokenizer.added_ids)
+        markers = markers_of(sources, tokenizer.added_ids)
+        if any(harmony.CHANNEL in source for source in sources):
+            markers = harmony.MARKERS if harmony.is_spoken(tokenizer.added_ids) else []
     return replace(
         sampling,
         structured_outputs=constraint,

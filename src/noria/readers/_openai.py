@@ -23,7 +23,7 @@ _THEIRS = {
     "prediction",
     "echo",
 }
-_THEIRS |= {"suffix", "best_of", "reasoning_effort", "verbosity", "web_search_options"}
+_THEIRS |= {"suffix", "best_of", "verbosity", "web_search_options"}
 # They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
 _LEFT_OUT = (
@@ -37,7 +37,8 @@ _LEFT_OUT = (
 )
 # Names of the keys of a row: beside the body they are columns of the user's own.
 _RESERVED = {*OWN, *BESIDE, "chat", "custom_id", "prompt_index"}
-_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities", "response_format"}
+EFFORT = "reasoning_effort"  # which templates read
+_KNOWN = {"messages", "prompt", "logprobs", "top_logprobs", "modalities", "response_format", EFFORT}
 _KNOWN |= {*SYNONYMS, *_OURS, *BESIDE, *_CARRIED, *_LEFT_OUT}
 
 
@@ -66,13 +67,21 @@ def requested_rows(record: dict[str, Any]) -> list[dict[str, Any] | BadRow]:
     row = _in_our_ranges(row)
     if url == CHAT:
         beside = {name: body[name] for name in BESIDE if name in body}
-        return [Request(row | {"messages": _messages(body.get("messages"))} | beside)]
+        return [Request(row | _effort(body) | {"messages": _messages(body.get("messages"))} | beside)]
     row = {"chat": False} | row
     prompts = _prompts(body.get("prompt"))
     if len(prompts) == 1:
         return [Request(row | prompts[0])]
     several = [{"id": id_of(id, index), "custom_id": id, "prompt_index": index} for index in range(len(prompts))]
     return [Request(row | which | prompt) for which, prompt in zip(several, prompts, strict=True)]
+
+
+def _effort(body: dict[str, Any]) -> dict[str, Any]:
+    """The effort that a request asks for, as a key of its template."""
+    kwargs = body.get("chat_template_kwargs")
+    if body.get(EFFORT) is None or not isinstance(kwargs, dict | None):
+        return {}
+    return {"chat_template_kwargs": {**(kwargs or {}), EFFORT: body[EFFORT]}}
 
 
 def id_of(custom_id: object, index: int) -> object:
@@ -168,9 +177,14 @@ def _error(record: dict[str, Any], url: object) -> str | None:
 
 def _beside_error(body: dict[str, Any], url: object) -> str | None:
     """What is wrong with what a template reads beside the messages."""
-    for name in (*BESIDE, "chat_template_kwargs"):
+    for name in (*BESIDE, "chat_template_kwargs", EFFORT):
         if url == COMPLETIONS and name in body and asks(name, body[name]):
             return f"body.{name} is for {CHAT}: a completion has no chat template"
+    effort, kwargs = body.get(EFFORT), body.get("chat_template_kwargs")
+    if not isinstance(effort, str | None):
+        return f"body.{EFFORT} is {json.dumps(effort)[:60]}: it must be a word, such as low, medium or high"
+    if effort is not None and isinstance(kwargs, dict) and kwargs.get(EFFORT, effort) != effort:
+        return f"body.{EFFORT} and body.chat_template_kwargs.{EFFORT} are given, with other values: give one"
     for name in ("tools", "documents"):
         if not isinstance(body.get(name) or [], list):
             return f"body.{name} is {json.dumps(body[name])[:60]}: it must be a list of objects"

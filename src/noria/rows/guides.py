@@ -13,7 +13,9 @@ import numpy as np
 
 from noria.errors import InputError
 from noria.masks import ANY, Masks
+from noria.rows import harmony
 from noria.rows.constraints import Constraints
+from noria.rows.harmony import Channels
 from noria.rows.reasoning import Markers, Phase, Reasoning
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import Sampling
@@ -35,7 +37,7 @@ class Want:
 class Guide:
     """Steers one row. `matcher`: of its answer; `ends`: tokens that end a row."""
 
-    def __init__(self, reasoning: Reasoning | None, matcher: Any, ends: Sequence[int]):
+    def __init__(self, reasoning: Reasoning | Channels | None, matcher: Any, ends: Sequence[int]):
         self.reasoning, self.matcher, self._ends = reasoning, matcher, ends
         self.error = ""
 
@@ -94,7 +96,14 @@ class Guides:
         self.constraints = Constraints(tokenizer, vocab_size)
         self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
         self.steering = False  # whether any row so far may be masked
-        self._markers = Markers(sampling.markers, self._tokenizer) if sampling.markers and self._tokenizer else None
+        self._markers = self._marked(sampling.markers)
+
+    def _marked(self, texts: Sequence[str]) -> Markers | harmony.Words | None:
+        if not texts or self._tokenizer is None:
+            return None
+        if [*texts] == harmony.MARKERS and harmony.is_spoken(self._tokenizer.added_ids):
+            return harmony.Words(self._tokenizer)
+        return Markers(texts, self._tokenizer)
 
     def check(self, sampling: Sampling, prompt_token_ids: Sequence[int] = ()) -> None:
         """Raises InputError for settings that cannot be honoured, and for a prompt that cannot be read for its markers."""
@@ -106,13 +115,17 @@ class Guides:
             self.constraints.matcher(sampling.structured_outputs or {})
         self.reasoning(sampling, prompt_token_ids, False)
 
-    def reasoning(self, sampling: Sampling, prompt_token_ids: Sequence[int], continued: bool) -> Reasoning | None:
+    def reasoning(
+        self, sampling: Sampling, prompt_token_ids: Sequence[int], continued: bool
+    ) -> Reasoning | Channels | None:
         """That of a row; None where nothing is kept apart."""
         if self._markers is None:
             return None
+        if isinstance(self._markers, harmony.Words):
+            return Channels(self._markers, sampling, prompt_token_ids)
         return Reasoning(self._markers, sampling, prompt_token_ids, self._markers.opened(prompt_token_ids, continued))
 
-    def guide(self, sampling: Sampling, reasoning: Reasoning | None) -> Guide | None:
+    def guide(self, sampling: Sampling, reasoning: Reasoning | Channels | None) -> Guide | None:
         """What steers a row; None where nothing does. Raises InputError."""
         if reasoning is None and not _asks(sampling):
             return None

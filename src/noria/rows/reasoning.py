@@ -7,6 +7,7 @@ markers that come later are text. Knows no template and no device.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
 from noria.rows.ends import StopTexts
 from noria.rows.tokenizer import Tokenizer
@@ -171,8 +172,14 @@ class Reasoning:
         return self._ending.find(token_ids) is not None
 
 
+class Thinking(Protocol):
+    """What stop texts ask of a row's thinking: tokens before its answer, None while it has not begun."""
+
+    answer: int | None
+
+
 def stops_of(
-    sampling: Sampling, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], reasoning: Reasoning | None
+    sampling: Sampling, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], reasoning: "Thinking | None"
 ) -> "StopTexts | AnswerStops":
     """What finds the stop texts of a row: in all that it says, or, where it may think, in its answer."""
     writer = tokenizer.writer(sampling.skip_special_tokens)
@@ -190,7 +197,7 @@ class AnswerStops:
     """Stop texts that are looked for in the answer alone: `make(before)` finds them behind these generated tokens. Places
     count in the answer's text."""
 
-    def __init__(self, reasoning: Reasoning, make: Callable[[Sequence[int]], StopTexts]):
+    def __init__(self, reasoning: "Thinking", make: Callable[[Sequence[int]], StopTexts]):
         self._reasoning, self._make = reasoning, make
         self._found: StopTexts | None = None
 
