@@ -1,4 +1,4 @@
-"""Encodes parameters on their way into a checkpoint, a piece at a time: whole matrices are in memory meanwhile.
+"""Encodes parameters on their way into a checkpoint, and checks those of one, a piece at a time.
 
 Knows tensors' files and encodings; which parameters are encoded, and how, is the caller's to say.
 """
@@ -14,10 +14,12 @@ import torch
 
 from noria import encodings, kinds
 from noria.blocks import Block, Parameter, lay_out
+from noria.checkpoint.checkpoint import Checkpoint
 from noria.checkpoint.sources import Plan, TensorSource
 from noria.checkpoint.tensor_files import Reader
 from noria.errors import InputError, require
 from noria.pieces import Encoded, Matrix
+from noria.tools.container import read_full
 
 Form: TypeAlias = tuple[str, Mapping[str, Any]]  # an encoding and its settings
 Forms: TypeAlias = Mapping[str, Form]  # by a parameter's name
@@ -130,3 +132,18 @@ def _check_range(numbers: Sequence[torch.Tensor], dtype: str) -> None:
             not limit < largest < inf,
             f"it holds {largest:.4g}, float16 ends at {limit:.4g}: convert with --dtype bfloat16",
         )
+
+
+def check_encoded(checkpoint: Checkpoint, name: str) -> None:
+    """Raises InputError, naming file and parameter, for fields of a block that its encodings do not make: read piece by piece."""
+    for parameter in checkpoint.blocks[name].encoded:
+        for piece in range(parameter.pieces):
+            where = checkpoint.piece(name, parameter.name, piece)
+            content = torch.empty(where.nbytes, dtype=torch.uint8)
+            read_full(where.fd, content.numpy().data, where.offset, where.path)
+            try:
+                encodings.check(parameter, content[None])
+            except InputError as error:
+                raise InputError(
+                    f"{where.path}: '{name}/{parameter.name}', encoded as {parameter.encoding}: {error}"
+                ) from error

@@ -32,7 +32,7 @@ class Quantization:
 
     def lay_out(self, block: Block, dtype: str) -> Block:
         """A plain block with its parameters encoded, each piece of them as one matrix or as those that its family names."""
-        settings, forms = kinds.load("encodings", self.encoding).DEFAULTS | self.settings, {}
+        settings, forms = kinds.load("encodings", self.encoding).DEFAULTS | self.settings, dict[str, Encoded]()
         for parameter in block.parameters:
             if takes(block.name, parameter):
                 named = [Matrix(its.name, its.shape) for its in parameter.piece.matrices if its.name]

@@ -5,7 +5,7 @@ For trying a shape, a placement or a machine. Has the interface of checkpoint.Ch
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 import xxhash
 
+from noria import kinds
 from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
-from noria.checkpoint.published import KEYS
-from noria.errors import InputError, require
+from noria.checkpoint.said import said_by
+from noria.errors import InputError
+from noria.pieces import Field, Matrix
 
 # Numbers drawn per parameter; they repeat with this period, a prime, so that no two rows of a matrix are equal.
 PERIOD = 1_048_583
@@ -25,7 +27,8 @@ MAX_THREADS = 16
 
 
 class RandomCheckpoint:
-    """Blocks of random weights. Norms are 1; biases and matrices are normal with the config's own width."""
+    """Blocks of random weights. Norms are 1; biases and matrices are normal with the config's own width, those of layers
+    encoded as its `quantization_config` says."""
 
     def __init__(self, config: dict[str, Any], dtype: str):
         if dtype not in DTYPE_NBYTES:
@@ -34,11 +37,11 @@ class RandomCheckpoint:
         self.config, self.dtype = config, dtype
         self.generation_config: dict[str, Any] = {}
         self.tokenizer: dict[str, bytes] = {}
-        quantized = [key for key in KEYS if config.get(key) is not None]
-        require(not quantized, f"random weights are plain: take {', '.join(quantized)} out of config.json")
         self._module, self.shape = model_shape(config, "random weights")
-        self.family = self.shape.family
+        self.family, quantization = self.shape.family, said_by(config)
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
+        if quantization is not None:
+            self.blocks = {name: quantization.lay_out(block, dtype) for name, block in self.blocks.items()}
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
         self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
         width = config.get("initializer_range", config.get("init_std", 0.02))
@@ -57,8 +60,11 @@ class RandomCheckpoint:
                 end = parameter.offset + parameter.nbytes
                 # the tensors' names are the seed: a tied embedding has one name and so one content
                 seed = xxhash.xxh3_64_intdigest("+".join(sources[parameter.name]).encode())
-                numbers = pool.submit(self._numbers, parameter, seed)
-                periods.append((bytes_[parameter.offset : end], numbers))
+                if parameter.plain:
+                    numbers = pool.submit(self._numbers, parameter, seed)
+                    periods.append((bytes_[parameter.offset : end], numbers))
+                else:
+                    periods += self._encoded(parameter, seed, bytes_[parameter.offset : end], pool)
             bytes_[end:] = 0
             copies = []
             for target, numbers in periods:
@@ -78,8 +84,37 @@ class RandomCheckpoint:
             numbers = torch.from_numpy(draw).mul_(self._width)
         return numbers.to(getattr(torch, parameter.dtype)).view(torch.uint8).numpy()
 
+    def _encoded(
+        self, parameter: Parameter, seed: int, target: np.ndarray, pool: ThreadPoolExecutor
+    ) -> list[tuple[np.ndarray, Future[np.ndarray]]]:
+        """Each field of each piece, with one period of its bytes: of some outputs of a matrix, as they are encoded."""
+        target[:] = 0
+        pieces, found = target.reshape(parameter.pieces, parameter.piece.nbytes), []
+        for number, matrix in enumerate(parameter.piece.matrices):
+            some = pool.submit(self._some_encoded, parameter, matrix, seed + number)
+            for name, field in parameter.piece.fields_of(number).items():
+                period = pool.submit(_period, some, name, field)
+                found += [(piece[field.offset : field.offset + field.nbytes], period) for piece in pieces]
+        return found
+
+    def _some_encoded(self, parameter: Parameter, matrix: Matrix, seed: int) -> dict[str, torch.Tensor]:
+        """The fields of some outputs of a matrix; those of all are repetitions."""
+        kind = kinds.load("encodings", parameter.encoding)
+        outputs, inputs = matrix.shape
+        rows = max(kind.rows(parameter.settings) if hasattr(kind, "rows") else 1, 1)
+        some = min(-(-max(PERIOD // inputs, 1) // rows) * rows, outputs)
+        draw = np.random.Generator(np.random.Philox(seed)).standard_normal((some, inputs), np.float32)
+        fields: dict[str, torch.Tensor] = kind.encode(torch.from_numpy(draw).mul_(self._width), parameter.settings)
+        return fields
+
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _period(some: Future[dict[str, torch.Tensor]], name: str, field: Field) -> np.ndarray:
+    """The bytes of a field of some outputs, at most those of all."""
+    content = some.result()[name].contiguous().view(-1).view(torch.uint8).numpy()
+    return content[: field.nbytes]
 
 
 def _tile(target: np.ndarray, period: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint holds, in words and as JSON."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family,
         "dtype": checkpoint.dtype,
         "encodings": stored_forms(checkpoint.blocks.values()),
+        "stored": stored_parameters(checkpoint.blocks.values()),
         "parameters": checkpoint.num_parameters,
         "nbytes": checkpoint.nbytes,
         "layers": shape.num_layers,
@@ -58,6 +60,29 @@ def stored_forms(blocks: Iterable[Block]) -> dict[str, dict[str, int]]:
         its["numbers"] += parameter.numbers
         its["nbytes"] += parameter.nbytes
     return found
+
+
+def stored_parameters(blocks: Iterable[Block]) -> list[dict[str, Any]]:
+    """How each kind of parameter is stored: a row for those of one name, in layers or not, that are stored alike."""
+    found: dict[tuple[str, str, str, str], list[Parameter]] = {}
+    for block in blocks:
+        for one in block.parameters:
+            kind = block.name.partition("/")[0], one.name, one.encoding, json.dumps([one.dtype, dict(one.settings)])
+            found.setdefault(kind, []).append(one)
+    return [
+        {
+            "block": block,
+            "name": name,
+            "encoding": encoding,
+            "dtype": its[0].dtype,
+            "settings": dict(its[0].settings),
+            "parameters": len(its),
+            "numbers": sum(one.numbers for one in its),
+            "nbytes": sum(one.nbytes for one in its),
+            "bits": round(8 * sum(one.nbytes for one in its) / sum(one.numbers for one in its), 3),
+        }
+        for (block, name, encoding, _), its in found.items()
+    ]
 
 
 def forms_words(blocks: Sequence[Block]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.checkpoint import checkpoint
+from noria.checkpoint.encoding import check_encoded
 from noria.checkpoint.summary import as_dict, describe
 from noria.commands import flags
 from noria.commands.parser import Parser
@@ -19,7 +20,9 @@ from noria.tools.text import json_text, nbytes_words, plural, printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE.h5", help="checkpoint or output, finished or not")
-    parser.add_argument("--verify", action="store_true", help="read the whole file and check every checksum")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the whole file and check every checksum, code and scale"
+    )
     parser.add_argument("--all", action="store_true", help="show everything that the file records, measured times too")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, for scripts; later versions only add keys"
@@ -82,6 +85,7 @@ def _verify(file: checkpoint.Checkpoint, say: bool) -> None:
     for name in file.blocks:
         try:
             file.verify_block(name)
+            check_encoded(file, name)
         except InputError as error:
             damaged.append(name)
             _write([str(error)] * say)
@@ -90,6 +94,7 @@ def _verify(file: checkpoint.Checkpoint, say: bool) -> None:
             f"{file.path}: {len(damaged)} of {plural(len(file.blocks), 'block')} damaged: {', '.join(damaged)}"
         )
     words = f"{plural(len(file.blocks), 'block')}, {nbytes_words(file.nbytes)}: every checksum is right"
+    words += ", and so is every code and scale" * any(block.encoded for block in file.blocks.values())
     _write([f"verified    {words}"] * say)
 
 
