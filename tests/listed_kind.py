@@ -5,7 +5,6 @@ from unittest.mock import patch
 
 from extra_kinds import extra_kinds
 from noria import attention, kinds
-from noria.attention import _ragged
 from noria.kernels import _waves, lists
 
 SMALL = {"KEY_BLOCK": 16, "SECTION": 32, "LEAST_TILE": 4, "WIDEST": 8}  # a page; two blocks; in rows of a tile
@@ -19,7 +18,7 @@ def listed_kind(programs=30):
     """
     with extra_kinds(), contextlib.ExitStack() as held:
         listed, executed = kinds.load("attention", "listed"), []
-        for module in (_ragged, lists, _waves, listed):
+        for module in (lists, _waves, listed):
             for name in SMALL.keys() & vars(module).keys():
                 held.enter_context(patch.object(module, name, SMALL[name]))
         held.enter_context(patch.object(listed, "PROGRAMS", programs))

@@ -8,8 +8,9 @@ from extra_kinds import extra_kinds
 from noria import attention, kinds
 from noria.attention import _scores, items, sdpa
 from noria.kernels.scoring import HeadShape, Scoring
-from noria.kernels.work import Packing
-from noria.step import Run, Span
+from noria.kernels.work import KEY_BLOCK, Packing
+from noria.limits import RUN_PAGES
+from noria.step import PAGE_TOKENS, Run, Span
 
 CPU = torch.device("cpu")
 HEADS = [(4, 4, 16), (6, 2, 8), (4, 1, 20)]
@@ -126,7 +127,6 @@ def test_lists_made_of_the_spans_cover_every_token_with_its_own_keys(listed, cas
         for window, soft_cap, its_sinks in ((None, None, None), (5, None, None), (70, 1.5, sinks)):
             queries, keys, values = dense.tensors(spans, *heads, torch.float64, pages=dense.most_pages(spans))
             plan = listed.prepare(spans, CPU)
-            assert isinstance(plan, items.Lists)
             found = listed.attention(plan, queries, keys, values, Scoring(0.3, window, soft_cap, its_sinks))
             expected = dense.attention(spans, queries, keys, values, 0.3, window, soft_cap, its_sinks)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -148,12 +148,13 @@ def test_rows_whose_first_runs_are_the_same_share_them_and_a_longer_beginning_go
     assert ragged.run_rows[:4].tolist() == [0, 640, 1600, 0] and ragged.run_keys[:3].tolist() == [128, 64, 64]
 
 
-def test_rows_with_a_run_that_begins_within_a_block_of_keys_are_computed_by_sdpa(listed):
-    spans = dense.CASES["pages in several runs"]
-    plan = listed.prepare(spans, CPU)
-    assert plan == sdpa.prepare(spans, CPU)
-    tensors = dense.tensors(spans, 4, 2, 8, torch.float64)
-    assert torch.equal(listed.attention(plan, *tensors, Scoring(0.3)), sdpa.attention(plan, *tensors, Scoring(0.3)))
+def test_a_run_that_begins_within_a_block_of_keys_is_refused_and_pages_are_given_otherwise(listed):
+    plan = listed.prepare(dense.CASES["pages in several runs"], CPU)
+    with pytest.raises(ValueError, match="at a multiple of 64"):
+        listed.attention(
+            plan, *dense.tensors(dense.CASES["pages in several runs"], 4, 2, 8, torch.float64), Scoring(0.3)
+        )
+    assert RUN_PAGES * PAGE_TOKENS % KEY_BLOCK == 0
 
 
 def test_sdpa_takes_decoding_rows_together_only_where_one_view_holds_their_keys():

@@ -5,7 +5,7 @@ Arrays of numpy: knows pages, no tensors and no kinds.
 
 import numpy as np
 
-from noria.kernels.work import KEY_BLOCK, NONE, RaggedRows
+from noria.kernels.work import NONE, RaggedRows
 from noria.step import PAGE_TOKENS, Span
 
 
@@ -20,11 +20,6 @@ def ragged(spans: list[Span]) -> RaggedRows:
     before = _starts(run_keys)[:-1]
     run_positions = before - np.repeat(before[offsets[:-1]] if len(runs) else before, np.diff(offsets))
     return RaggedRows(counts, lengths, offsets, run_rows, run_positions, run_keys, *_prefixes(spans))
-
-
-def whole_blocks(rows: RaggedRows) -> bool:
-    """Whether every run begins at a multiple of the key block, as the kernel needs it."""
-    return not (rows.run_positions % KEY_BLOCK).any()
 
 
 def _prefixes(spans: list[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 
 from noria import kinds
 from noria.attention import sdpa
-from noria.attention._ragged import ragged, whole_blocks
+from noria.attention._ragged import ragged
 from noria.kernels import lists
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import WIDE_TILE, RaggedRows
@@ -76,14 +76,13 @@ def _largest_error(device: torch.device, dtype: torch.dtype, heads: HeadShape) -
     return float((found - sdpa.attention(sdpa.prepare(spans, device), queries, keys, values, scores)).abs().max())
 
 
-def prepare(spans: list[Span], device: torch.device) -> Lists | tuple[sdpa.Call, ...]:
-    """The rows of a microbatch; the calls of sdpa where some row has a run that begins within a block of keys."""
-    rows = ragged(spans)
-    return Lists(rows, device) if whole_blocks(rows) else sdpa.prepare(spans, device)
+def prepare(spans: list[Span], device: torch.device) -> Lists:
+    """The rows of a microbatch, whose runs of pages are whole blocks of keys (limits.RUN_PAGES)."""
+    return Lists(ragged(spans), device)
 
 
 def attention(
-    plan: Lists | tuple[sdpa.Call, ...],
+    plan: Lists,
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -93,8 +92,6 @@ def attention(
 
     queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
     """
-    if isinstance(plan, tuple):
-        return sdpa.attention(plan, queries, key_cache, value_cache, scores)
     kernel, heads = kinds.load("kernels", "attend"), HeadShape.of(queries, key_cache, value_cache)
     if (heads, scores.window) not in plan.made:
         packing = kernel.packing(plan.device, heads, scores.window)

@@ -6,7 +6,7 @@ T queries, H heads, Hkv key heads, G = H / Hkv, V width of a value; n queries of
 
 import torch
 
-from noria.attention import items, sdpa
+from noria.attention import items
 from noria.kernels import lists, work
 from noria.kernels.scoring import HeadShape
 from noria.kernels.work import NONE, SECTION, Item, Merge, Packing
@@ -24,8 +24,6 @@ prepare = items.prepare
 
 
 def attention(plan, queries, key_cache, value_cache, scores):
-    if isinstance(plan, tuple):
-        return sdpa.attention(plan, queries, key_cache, value_cache, scores)
     heads = HeadShape.of(queries, key_cache, value_cache)
     name = heads, scores.window
     if name not in plan.made:
