@@ -61,6 +61,7 @@ ALLOWED = {
         "launch/building.py",
         "launch/cores.py",
         "launch/copies.py",
+        "launch/exact.py",
         "launch/here.py",
         "launch/launcher.py",
         "launch/node.py",

@@ -53,7 +53,7 @@ def test_rings_give_the_references_tokens(folder):
 @pytest.mark.slow
 def test_samples_of_a_prompt_read_its_pages_once_and_get_the_tokens_that_sdpa_gives(folder):
     row = {"token_ids": [7, *range(20, 94)], "temperature": 0.9, "seed": 5, "n": 5, "max_new_tokens": 7}
-    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "samples.jsonl").write_text((json.dumps(row) + "\n") * 4)
     alone(folder, "samples", "samples.jsonl")
     with listed_kind() as executed:
         alone(folder, "listed-samples", "samples.jsonl")

@@ -144,7 +144,7 @@ def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, dev
     """[T, V] of one prompt through the model's own functions."""
     shape, model = checkpoint.shape, models.for_config(checkpoint.config)
     num_pages = -(-len(ids) // PAGE_TOKENS)
-    kind = attention.fitting(device, dtype, shape.cache)
+    kind, _ = attention.fitting(device, dtype, shape)
     cache = KvCache(
         shape, list(range(shape.num_layers)), (num_pages, 1), str(dtype).removeprefix("torch."), streams_of(device)
     )

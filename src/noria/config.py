@@ -48,6 +48,11 @@ class Pipeline:
         "auto",
         ("auto", "mpi_device", "mpi_host"),
     )
+    exact_bits: bool = key(
+        "on GPUs in bfloat16 and float16, compute a row to the same bits whatever rows are beside it: products are never"
+        " split along their inputs",
+        True,
+    )
     blocking: bool = key("use blocking sends and receives, as in textbooks; needs 2 <= groups <= ranks", False)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ from noria.engine.gauge import Gauge
 from noria.engine.timing import MIN_SECONDS, Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace, Tracing
 from noria.job import Job
-from noria.launch import building, deadline, launcher, measuring, mpi, tracing
+from noria.launch import deadline, launcher, measuring, mpi, tracing
+from noria.launch.exact import exact_bits
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices
 from noria.launch.schedulers import job_ids
@@ -94,6 +95,7 @@ def _generate(
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
     segment = segment_of(job_ids(), hosts, devices, sys.argv, started) | {"rates": rates.to_toml()}
     opened = mpi.on_every_rank(comm, lambda: open_model(config, work.dtype))
+    ran: dict[str, Any] = mpi.described() | {"devices": devices, "start": started}
     with contextlib.closing(opened) as model, contextlib.ExitStack() as on_error:
         seen = config.model, model.nbytes, model.header_hash, work.identity.header["checkpoint"]
         mpi.on_every_rank(comm, lambda: here.check_same(*seen))
@@ -113,13 +115,14 @@ def _generate(
             ring = open_the_ring(plan, model.shape, meters.transport(travels), here.rank, here.streams)
             on_error.callback(ring.abandon)
             ring.watch(lambda rank, seconds: watchdog.miss(rank, hosts[rank], plan.stage_words(rank), seconds), SILENCE)
-            executor = _build(config, here, plan, model, ring, meters, watchdog)
-            watchdog.begin(executor.doing)
-            timing = _execute(here, executor, ring, meters.trace, desk, stopping)
+            watchdog.begin("building its kernels")
+            with exact_bits(config, here, model, plan.dtype) as exact:
+                executor = _build(config, here, plan, model, ring, meters, watchdog)
+                timing = _execute(here, executor, ring, meters.trace, desk, stopping, watchdog)
+            ran |= exact
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = comm.allgather(asdict(timing) | meters.columns() | launcher.peak_memory(here.device))
         if desk is not None:
-            ran = mpi.described() | {"devices": devices, "start": started}
             _end(desk, config, plan, rates, how_made(config, work, plan, model, ran), timings)
         watchdog.record_by(None)
         if config.job.trace is not None:
@@ -153,8 +156,6 @@ def _build(
     config: Config, here: ThisRank, plan: Plan, model: OpenModel, ring: AnyRing, meters: Meters, watchdog: Watchdog
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
-    watchdog.begin("building its kernels")
-    building.build_attention(config, here, model.shape, plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None
     watchdog.begin("loading its weights")
@@ -167,9 +168,16 @@ def _build(
 
 
 def _execute(
-    here: ThisRank, executor: Executor, ring: AnyRing, trace: Tracing, desk: Desk | None, stopping: Stopping | None
+    here: ThisRank,
+    executor: Executor,
+    ring: AnyRing,
+    trace: Tracing,
+    desk: Desk | None,
+    stopping: Stopping | None,
+    watchdog: Watchdog,
 ) -> Timing:
     """Every step of the job, begun together. `desk` and `stopping` are rank 0's: a signal finds who seals its rows."""
+    watchdog.begin(executor.doing)
     if trace is not OFF:
         tracing.start(here, trace)
     here.comm.Barrier()

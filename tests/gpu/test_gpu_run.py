@@ -193,7 +193,7 @@ def logits_of(checkpoint, dtype, rows):
     device, shape = torch.device("cuda", 0), checkpoint.shape
     layers = list(range(shape.num_layers))
     names = ["embed", *map(layer_name, layers), "head"]
-    kind = attention.fitting(device, TORCH_DTYPES[dtype], shape.cache)
+    kind, _ = attention.fitting(device, TORCH_DTYPES[dtype], shape)
     model = kinds.load("models", shape.family)
     streams = streams_of(device)
     placed = Loader(checkpoint, dict.fromkeys(names, "gpu"), dtype, streams).load()

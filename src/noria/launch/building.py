@@ -20,10 +20,11 @@ from noria.model import ModelShape
 CACHE = "TRITON_CACHE_DIR"  # where Triton keeps what it builds; its own default is below $HOME
 
 
-def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: str) -> None:
-    """Builds the kernels of the run's attention, and says which kind it is, why no faster one, and how long that took.
+def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: str) -> str:
+    """Builds the kernels of the run's attention; says which kind it is, why no faster one, and how long that took.
 
-    Collective: the other ranks of a node find what its first one built.
+    Returns the kind that all ranks have, or the slowest of theirs. Collective: the other ranks of a node find what its first
+    one built.
     """
     keeps = here.device.type == "cuda" and keep_kernels(config)
     began, first = time.perf_counter(), here.location.local_rank == 0
@@ -38,6 +39,7 @@ def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: st
     for name, reason in dict.fromkeys(found):
         rank = "" if len({*found}) == 1 else f"rank {found.index((name, reason))}: "
         here.say(f"{rank}attention {name}{': ' * bool(reason)}{reason}{took}")
+    return max((name for name, _ in found), key=attention.ORDER.index)
 
 
 def keep_kernels(config: Config) -> str:

@@ -1,0 +1,110 @@
+"""The same bits in any batch, on a GPU in half precisions: products that add along their inputs in one order.
+
+Torch's own settings choose these products (cuBLASLt, no split of the inputs); a check at the start is a guard, not a proof.
+O outputs, I inputs of a product.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from noria.blocks import Block
+from noria.config import Config
+from noria.launch.building import build_attention
+from noria.launch.here import ThisRank
+from noria.limits import LOGITS_ROWS
+from noria.model import OpenModel
+
+Product: TypeAlias = tuple[int, int, bool, int]  # outputs, inputs, whether it has a bias, the most rows that it gets
+Linear: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+REDUCTIONS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+FEW, SOME, MANY = 1, 100, 2048  # rows of a product that are compared: they get kernels of their own
+YES = "yes"
+
+
+@contextlib.contextmanager
+def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> Iterator[dict[str, str]]:
+    """Makes what is computed inside independent of what stands beside it in a batch, where the device can, and builds attention.
+
+    Yields the attribute that says so, `yes` or `no: ` and why; none on a CPU and in full precisions. Collective.
+    """
+    name, kind = build_attention(config, here, model.shape, dtype), getattr(torch, dtype)
+    with contextlib.ExitStack() as held:
+        if here.device.type != "cuda" or kind not in REDUCTIONS:
+            yield {}
+            return
+        why = ""
+        if not config.pipeline.exact_bits:
+            why = "--no-exact-bits"
+        elif name != "items":
+            why = f"attention {name}"
+        elif not held.enter_context(products_in_one_order(kind)):
+            why = f"torch {torch.__version__} cannot keep products from being split"
+        else:
+            why = differing(products(model.blocks), here.device, kind)
+            torch.cuda.empty_cache()  # of what was compared
+        said = here.comm.allgather(why)
+        rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))
+        if why and config.pipeline.exact_bits:
+            here.say(f"note: tokens of a row may depend on the rows beside it, by rounding (rank {rank}: {why})")
+        yield {"exact_bits": f"no: {why}" if why else YES}
+
+
+@contextlib.contextmanager
+def products_in_one_order(dtype: torch.dtype) -> Iterator[bool]:
+    """Inside, torch's products on CUDA are cuBLASLt's, never split along their inputs. Yields whether this torch can."""
+    matmul: Any = torch.backends.cuda.matmul
+    setting, library = REDUCTIONS[dtype], torch.backends.cuda.preferred_blas_library()
+    before = getattr(matmul, setting), getattr(matmul, f"{setting}_split_k", None)
+    try:
+        if before[1] is not None:
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+    except RuntimeError:  # built without it
+        before = before[0], None
+    if before[1] is None:
+        yield False
+        return
+    setattr(matmul, setting, (False, False))
+    try:
+        yield True
+    finally:
+        setattr(matmul, setting, before)
+        torch.backends.cuda.preferred_blas_library(library)
+
+
+def products(blocks: Mapping[str, Block]) -> list[Product]:
+    """The different products of a model's layers and head, but those of experts and those in a dtype of their own."""
+    found: dict[Product, None] = {}
+    for name, block in blocks.items():
+        names = {parameter.name for parameter in block.parameters}
+        for parameter in block.parameters if name != "embed" else ():
+            if parameter.own_dtype is not None:
+                continue
+            for tensor, shape in parameter.computed.items():
+                if len(shape) == 2:
+                    most = LOGITS_ROWS if name == "head" else MANY
+                    found[shape[0], shape[1], f"{tensor}_bias" in names, most] = None
+    return list(found)
+
+
+def differing(its: Iterable[Product], device: torch.device, dtype: torch.dtype, linear: Linear = F.linear) -> str:
+    """In words the first of these products whose rows have other bits with fewer rows beside them; empty if none has."""
+    draw = torch.Generator(device).manual_seed(0)
+    for outputs, inputs, has_bias, most in its:
+        try:
+            weight, hidden = (torch.empty(size, inputs, dtype=dtype, device=device) for size in (outputs, most))
+            bias = torch.empty(outputs, dtype=dtype, device=device).normal_(generator=draw) if has_bias else None
+            weight.normal_(std=inputs**-0.5, generator=draw)
+            whole = linear(hidden.normal_(generator=draw), weight, bias)
+            same = all(torch.equal(linear(hidden[:rows], weight, bias), whole[:rows]) for rows in (FEW, SOME))
+        except torch.OutOfMemoryError:
+            return f"no memory to check the product of {outputs:,} x {inputs:,}"
+        if not same:
+            return f"the product of {outputs:,} x {inputs:,}{' with its bias' * has_bias} depends on the number of rows"
+    return ""
