@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from noria.desk.examination import Examined, examine, open_model
 from noria.desk.exports import write_exports
 from noria.desk.how import how_made, remarks
 from noria.desk.inputs import files_of_run
+from noria.desk.step_sizes import Sized, adapting
 from noria.engine.assembly import build, load, open_the_ring
-from noria.engine.executor import Executor, follow, lead
+from noria.engine.executor import Composer, Executor, follow, lead
 from noria.engine.gauge import Gauge
 from noria.engine.timing import MIN_SECONDS, Meters, Timing, Traffic, figures
-from noria.engine.trace import OFF, Trace, Tracing
+from noria.engine.trace import OFF, Trace
 from noria.job import Job
 from noria.launch import deadline, launcher, measuring, mpi, tracing
 from noria.launch.exact import exact_bits
@@ -118,7 +120,7 @@ def _generate(
             watchdog.begin("building its kernels")
             with exact_bits(config, here, model, plan.dtype) as exact:
                 executor = _build(config, here, plan, model, ring, meters, watchdog)
-                timing = _execute(here, executor, ring, meters.trace, desk, stopping, watchdog)
+                timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
             ran |= exact
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = comm.allgather(asdict(timing) | meters.columns() | launcher.peak_memory(here.device))
@@ -171,20 +173,23 @@ def _execute(
     here: ThisRank,
     executor: Executor,
     ring: AnyRing,
-    trace: Tracing,
     desk: Desk | None,
     stopping: Stopping | None,
     watchdog: Watchdog,
+    sizes: Callable[[Sized], Composer],
 ) -> Timing:
-    """Every step of the job, begun together. `desk` and `stopping` are rank 0's: a signal finds who seals its rows."""
+    """Every step of the job, begun together. `desk` and `stopping` are rank 0's: a signal finds who seals its rows.
+
+    `sizes` makes the admission's steps adapt.
+    """
     watchdog.begin(executor.doing)
-    if trace is not OFF:
-        tracing.start(here, trace)
+    if executor.trace is not OFF:
+        tracing.start(here, executor.trace)
     here.comm.Barrier()
     if desk is None or stopping is None:
         return executor.run(follow(ring))
     stopping.serve(desk)
-    timing = executor.run(lead(ring, desk.admission, ring.place.groups, desk.tick, desk.lock))
+    timing = executor.run(lead(ring, sizes(desk.admission), ring.place.groups, desk.tick, desk.lock))
     if desk.complete:
         stopping.merge()
     return timing

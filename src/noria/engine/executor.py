@@ -35,7 +35,7 @@ class Executor:
     """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
 
     def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, meters: Meters):
-        self._traffic, self._trace, self._gauge = meters.traffic, meters.trace, meters.gauge
+        self._traffic, self.trace, self._gauge = meters.traffic, meters.trace, meters.gauge
         self._stage, self._stages = stage, stages
         self._ring, self._place = ring, ring.place
         self.timing = Timing()
@@ -83,15 +83,15 @@ class Executor:
         ended, tokens = time.perf_counter(), sum(step.num_tokens for step in steps)
         self.timing.end_round(_is_prefill(steps), tokens, ended - began)
         name = _phase(steps) if tokens else "no tokens"
-        self._trace.host("steps", name, began, ended, round=round, tokens=tokens)
+        self.trace.host("steps", name, began, ended, round=round, tokens=tokens)
         return ended
 
     def _visit(self, batch: Batch, group: int, lap: int, layers: range) -> None:
         """One group's way through one virtual stage."""
         if self._place.embeds(lap):
-            begin = self._trace.mark()
+            begin = self.trace.mark()
             hidden = self._stage.embed(batch)
-            self._trace.compute("embed", begin, batch.step.round, lap, group)
+            self.trace.compute("embed", begin, batch.step.round, lap, group)
         else:
             num_tokens = batch.step.num_tokens
             hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
@@ -121,7 +121,7 @@ class Executor:
         ended = time.perf_counter()
         self.timing.waited += ended - before
         self._gauge.took("waited", ended - before)
-        self._trace.host("waits", doing, before, ended)
+        self.trace.host("waits", doing, before, ended)
         return value
 
 

@@ -57,6 +57,7 @@ class Admission:
         self._queue, self._finished = WaitingQueue(source, sampling, capacity, rules), source.finished
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
+        self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room
         self.counted = Counted()
         self._stopping = False
         self._over = False
@@ -115,7 +116,7 @@ class Admission:
             self._over = self.done
         if self._over:
             return Step(round, group, Word.STOP)
-        grown, budget = self._grow(group), self._capacity.step_tokens
+        grown, budget = self._grow(group), self.step_tokens
         active = self._slots.active[group].values()
         rows = [(sequence, 1) for sequence in active if sequence.num_tokens - sequence.cached == 1]
         budget -= len(rows)
