@@ -201,6 +201,17 @@ def test_a_plan_for_other_ranks_than_were_measured_says_so(planned, cache):
     assert "machine     warning: measured with " in out and ", planned for 1: what ranks share is another" in out
 
 
+def test_a_plan_for_other_ranks_than_were_measured_is_predicted_by_a_dry_run_of_messages(planned, cache):
+    (path,) = cache.glob("*a100*")
+    _, out, _ = planned("--device", "cuda", "--machine", path)
+    assert "\nring        predicted by a dry run of the messages of 2 ranks, with measured terms: prefill " in out
+    _, out, _ = planned("--device", "cuda", "--machine", path, "--json")
+    told = json.loads(out)["predicted"]
+    assert set(told["rehearsed"]) == {"prefill", "decode"} and told["rehearsed"]["decode"] > 0
+    (path,) = cache.glob("*h200*")
+    assert "dry run" not in planned("--device", "cuda", "--machine", path)[1]
+
+
 def test_where_nothing_was_measured_the_rates_of_a_card_are_assumed(planned, tmp_path, monkeypatch):
     monkeypatch.setenv("NORIA_CACHE", str(tmp_path))
     _, out, _ = planned("--machine", "L40S", "--device", "auto")

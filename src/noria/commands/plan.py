@@ -24,10 +24,11 @@ from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.plan import costs, planner
 from noria.plan.costs import Workload
-from noria.plan.explained import binding_words, memory_lines, plan_as_dict, stage_words, term_lines
+from noria.plan.explained import binding_words, memory_lines, plan_as_dict, rehearsed_words, stage_words, term_lines
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
+from noria.plan.rehearsal import rehearsed
 from noria.plan.rivals import Rival, rivals
 from noria.plan.script import clock, script_lines
 from noria.plan.what_if import Bought, bought
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.write is not None:
             _write(arguments.write, run_file(config, plan))
         others, more = rivals(problem, asked.known, plan), list(bought(problem, asked.known, plan))
+        if asked.of_other_ranks:
+            plan = rehearsed(problem, plan, asked.known)
     if arguments.json:
         _say("", json_text(asked.as_dict() | _as_dict(problem, plan, others, more)))
         return 0
@@ -104,6 +107,12 @@ class Planned:
     known: Rates
     source: str
     dtype: str  # of the checkpoint
+
+    @property
+    def of_other_ranks(self) -> bool:
+        """Whether the rates were measured with another number of ranks than is planned for, of which there are several."""
+        measured = self.known.node.ranks * self.known.node.hosts
+        return bool(self.source) and 0 != measured != self.problem.num_ranks > 1
 
     def lines(self) -> Iterator[tuple[str, str]]:
         config, shape, workload = self.problem.config, self.problem.shape, self.problem.workload
@@ -161,6 +170,8 @@ def _plan_lines(problem: Problem, plan: Plan, others: list[Rival], more: list[Bo
     yield from (("memory", line) for line in memory_lines(plan, problem.limits))
     yield from (("terms", line) for line in term_lines(plan))
     yield from (("moved", line) for line in _moved(plan, problem))
+    if "rehearsed" in plan.predicted:
+        yield "ring", rehearsed_words(plan)
     yield "binds", binding_words(plan)
     yield "next best", others[0].words() if others else "no other plan fits what is asked"
     yield from ((one.name, one.words()) for one in more)

@@ -48,6 +48,17 @@ def stage_words(plan: Plan) -> str:
     return f"{plural(len(plan.stages), 'virtual stage')} of {layers}, one a rank and lap"
 
 
+def rehearsed_words(plan: Plan) -> str:
+    """What a dry run of messages made of the terms: of the plan of ranks that nobody measured."""
+    said = (
+        f"{phase} {seconds_words(plan.predicted[phase]['round_seconds'])} a round"
+        f" ({seconds_words(plan.predicted['rehearsed'][phase])} by the terms alone)"
+        for phase in PHASES
+    )
+    words = f"a dry run of the messages of {plural(plan.num_ranks, 'rank')}, with measured terms"
+    return f"predicted by {words}: {', '.join(said)}"
+
+
 def term_lines(plan: Plan) -> Iterator[str]:
     """The terms as a table: seconds of a round that keep each resource of the busiest rank busy, and the rounds."""
     terms = plan.predicted["terms"]
