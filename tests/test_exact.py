@@ -1,5 +1,7 @@
 """Products that keep their bits: torch's settings, which products a model has, and the check of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,7 +137,7 @@ def on_cuda(monkeypatch, library):
     return call
 
 
-def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_cuda, capsys):
+def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_cuda, capsys, monkeypatch):
     attributes, split_k, said = on_cuda(capsys)
     assert attributes == {"exact_bits": "yes"} and not split_k and not said
     attributes, split_k, said = on_cuda(capsys, found="the product of 5 x 5 differs")
@@ -148,6 +150,8 @@ def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_
     attributes, split_k, said = on_cuda(capsys, attention="sdpa")
     assert attributes == {"exact_bits": "no: attention sdpa"} and "rank 0: attention sdpa" in said
     assert on_cuda(capsys, dtype="float32")[0] == {}
+    monkeypatch.setattr(Opened, "shape", replace(SHAPE, mixture_size=5))
+    assert on_cuda(capsys)[0] == {"exact_bits": "no: the products of a mixture's experts"}
 
 
 def test_a_torch_that_cannot_is_named(on_cuda, capsys, monkeypatch):

@@ -44,6 +44,8 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             why = "--no-exact-bits"
         elif name != "items":
             why = f"attention {name}"
+        elif model.shape.mixture_size:
+            why = "the products of a mixture's experts"
         elif not held.enter_context(products_in_one_order(kind)):
             why = f"torch {torch.__version__} cannot keep products from being split"
         else:
