@@ -488,3 +488,18 @@ def test_the_checkpoint_is_that_of_what_peft_merges(tmp_path, name):
     untouched = values_of(tmp_path / "plain.h5")
     assert any(not torch.equal(found[one], untouched[one]) for one in found)
     assert np.isfinite(max(values.abs().max().item() for values in found.values()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.lora_B.weight", "model.norm.weight"])
+def test_an_adapter_with_numbers_that_are_not_finite_is_refused_by_its_tensors_name(tmp_path, name, value):
+    model = state(LLAMA)
+    write_directory(tmp_path / "hf", LLAMA, model)
+    saved = {f"{PREFIX}model.norm.weight": torch.ones_like(model["model.norm.weight"])}
+    adapter(tmp_path / "lora", model, CONFIG | {"modules_to_save": ["norm"]}, more=saved)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    tensors[PREFIX + name].view(-1)[1] = value
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=re.escape(f"'{PREFIX}{name}' has numbers that are not finite")):
+        convert(tmp_path / "hf", tmp_path / "model.h5", lora=tmp_path / "lora")
+    assert not (tmp_path / "model.h5").exists()

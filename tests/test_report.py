@@ -220,14 +220,15 @@ def test_the_terminal_has_every_section(run, capsys):
 
 
 def test_an_unfinished_output_is_told_as_far_as_it_is(tmp_path, capsys):
-    parts = Parts(tmp_path / "run.h5", {"sampling.max_new_tokens": 8})
-    parts.begin(SEGMENT | {"of": 9})
+    parts = Parts(tmp_path / "run.h5", {"sampling.max_new_tokens": 8, "prompts": "xxh3-128 of 40 bytes"})
+    parts.begin(SEGMENT | {"of": 9, "prompts": ["/data/a.jsonl", "/data/b.jsonl"]})
     parts.computed(40, 30)
     fill(parts, [make_row(row) for row in range(5)])
     fill(parts, [make_row(6, status="todo", num_tokens=3), make_row(7, status="error")])
     facts = facts_of(tmp_path / "run.h5")
     assert "not finished" in facts.state and facts.ended == {"stop": 3, "length": 2, "error": 1}
     assert len(facts.generations) == 5 and facts.errors[0].count == 1 and not facts.terms and not facts.ranks
+    assert dict(facts.ran)["prompts"] == "/data/a.jsonl, /data/b.jsonl"
     assert facts.speeds and dict(facts.ran)["rows"].startswith("5 done, 1 error, 3 left")
     assert main(["report", str(tmp_path / "run.h5")]) == 0 and "not finished" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "run.h5"), "--html", str(tmp_path / "run.html")]) == 0

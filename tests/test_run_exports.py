@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 import small_run
+from noria import config
 from noria.__main__ import main
 from noria.desk import exports as module
 from noria.output.export import export
@@ -174,3 +175,40 @@ def test_log_probabilities_of_a_run_have_the_texts_of_its_model(folder):
     (line,) = (folder / "out.jsonl").read_text().splitlines()
     choice = json.loads(line)["response"]["body"]["choices"][0]
     assert choice["logprobs"]["tokens"][0].startswith("token_id:"), "this model has no tokenizer"
+
+
+@pytest.mark.parametrize(("name", "shard", "said"), [
+    ("vllm:x.jsonl", None, "job.export vllm:x.jsonl: there is no format 'vllm' (known: openai:FILE); a file of that name is ./vllm:x.jsonl"),
+    ("openai:vllm:x.jsonl", None, "there is no format 'vllm'"),
+    ("http://host/x.jsonl", None, "there is no format 'http'"),
+    ("run.jsonl", "2/4", "job.export run.jsonl is not of shard 2/4 alone, each of the 4 would write it: name a file with the shard's number, such as run.2.jsonl"),
+    ("openai:run-12.jsonl", "2/4", "is not of shard 2/4 alone"),
+])  # fmt: skip
+def test_an_export_with_an_unknown_format_or_of_all_shards_is_refused(folder, capsys, name, shard, said):
+    run("--export", name, *(["--shard", shard] if shard else []), code=2)
+    assert said in capsys.readouterr().err and not (folder / "run.h5.parts").exists()
+
+
+def test_paths_with_a_colon_and_a_shards_own_name_are_taken(folder):
+    (folder / "day:1").mkdir()
+    for name, shard in (
+        ("./vllm:x.jsonl", "1/1"),
+        ("day:1/x.jsonl", "1/1"),
+        ("12:30.jsonl", "1/1"),
+        ("run.02.jsonl", "2/4"),
+    ):
+        loaded = config.load(
+            None,
+            {"model": "model.h5", "prompts": "prompts.jsonl", "output": "run.h5", "export": [name], "shard": shard},
+        )
+        module.check_exports(loaded)
+
+
+def test_two_shards_write_an_export_each(folder):
+    for shard in (1, 2):
+        words = ["--output", f"run.{shard}.h5", "--shard", f"{shard}/2", "--export", f"rows.{shard}.jsonl"]
+        run(*words)
+    ids = [
+        json.loads(line)["id"] for shard in (1, 2) for line in (folder / f"rows.{shard}.jsonl").read_text().splitlines()
+    ]
+    assert sorted(ids) == sorted(f"row {row}" for row in range(12))

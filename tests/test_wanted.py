@@ -72,6 +72,8 @@ def test_ids_that_a_whole_output_lacks_are_refused_and_told_of_one_that_is_not_f
     [
         ("no", None, "there is no such file"),
         ("ids", b"\xff\n", "invalid start byte"),
+        ("ids", b"", "it lists no id, so no row would be exported: leave --ids out"),
+        ("ids.jsonl", b"\n\r\n", "it lists no id"),
         ("ids.jsonl", b'{"id": "a"}\n{"name": 1}\n', "line 2: it must be an object with an id"),
         ("ids.jsonl", b'{"id": true}', "line 1: it must be an object with an id"),
         ("ids.jsonl", b"row-1", "line 1: it must be an object with an id"),
@@ -94,3 +96,20 @@ def test_the_list_of_ids_is_not_written_over(output, tmp_path, capsys):
     export(output, "--ids", tmp_path / "out.jsonl", code=2)
     assert "holds the ids, which would be lost" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == '{"id": "row-1"}\n'
+
+
+def test_a_follower_of_ids_of_which_a_whole_output_has_none_fails_and_one_of_some_does_not(output, tmp_path, capsys):
+    (tmp_path / "ids").write_text("no-1\nno-2\n")
+    command = ["export", str(output), str(tmp_path / "out.jsonl"), "--follow", "--ids", str(tmp_path / "ids")]
+    assert main(command) == 2 and "is whole: 2 ids of 2 not found: 'no-1', 'no-2'" in capsys.readouterr().err
+    (tmp_path / "ids").write_text("no-1\nrow-2\n")
+    assert main(command) == 0 and "1 id of 2 not found: 'no-1'" in capsys.readouterr().err
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["row-2"]
+
+
+def test_a_file_named_as_a_format_that_there_is_not_is_refused(output, capsys):
+    assert main(["export", str(output), "vllm:x.jsonl"]) == 2
+    assert (
+        "there is no format 'vllm' (known: openai:FILE); a file of that name is ./vllm:x.jsonl"
+        in capsys.readouterr().err
+    )

@@ -115,6 +115,7 @@ class Adapter:
                 f"{tensor.shard}: {name[:100]!r} is {list(tensor.shape)}, {own.name!r} of the model {list(own.shape)}: the"
                 " vocabulary was changed in training; give the model with its new vocabulary",
             )
+            _refuse_not_finite(tensor)
             if not (self._model.is_tied(own) and _same(own, tensor)):
                 self._model.refuse_tied(own, tensor)
                 saved[own.name] = tensor
@@ -152,6 +153,8 @@ class Adapter:
             f"{a.shard}: {name} has A {list(a.shape)} and B {list(b.shape)}, of rank {module.rank}: they do not fit"
             f" {own.name!r} {list(own.shape)}: the adapter is of another model, or its {CONFIG} of another adapter",
         )
+        for factor in (a, b):
+            _refuse_not_finite(factor)
         return own.name, Change(a, b, module.scale, transposed)
 
     def _check_saved(self, config: LoraConfig) -> None:
@@ -234,6 +237,16 @@ def _merged(chunks: Iterable[torch.Tensor], change: Change, tensor: Tensor, tran
         begin = done - first * columns
         yield added[begin : begin + len(chunk)].add_(chunk)
         done += len(chunk)
+
+
+def _refuse_not_finite(tensor: Tensor) -> None:
+    """Raises InputError for a tensor of the adapter with NaN or infinity, which the merged model would have everywhere."""
+    for chunk in Reader().chunks(tensor):
+        require(
+            bool(torch.isfinite(chunk).all()),
+            f"{tensor.shard}: {tensor.name[:120]!r} has numbers that are not finite (NaN or infinity): the adapter's training"
+            " failed, or it is damaged",
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

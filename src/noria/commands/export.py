@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from noria.desk.exports import check_not_prompts
+from noria.desk.exports import check_not_prompts, check_prefix
 from noria.desk.token_texts import NO_MODEL, token_texts
 from noria.errors import InputError, require
 from noria.job import OPENAI
@@ -109,6 +109,7 @@ def _follow(output: Path, file: Path, wanted: WantedRows) -> int:
         following = Following(output, growing, wanted, looker, to_stderr, check, stopped)
         whole = follow(following, lambda: not stopped(LOOK_SECONDS))
     if missing := wanted.missing():
+        require(not whole or had or wanted.found_any, f"{output} is whole: {missing}")
         to_stderr(f"{output}: {missing}")
     before = f", {had:,} were there" if had else ""
     end = f"{output} is whole" if whole else f"{output} is not whole yet: the same command goes on"
@@ -121,6 +122,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.file.startswith(OPENAI):
         own = arguments.file.removeprefix(OPENAI) or "FILE"
         raise InputError(f"{arguments.file} is a name for noria run --export: give --format openai and the file {own}")
+    check_prefix(arguments.file, arguments.file)
     if arguments.model is not None and arguments.format != "openai":
         raise InputError("--model is for --format openai: rows have token ids, which need no checkpoint")
     if arguments.errors is not None and arguments.format != "openai":

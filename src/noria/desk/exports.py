@@ -6,6 +6,7 @@ An export that fails then costs itself alone: the output stays as it is.
 import contextlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from noria.output.segments import read_segments, segments_of
 from noria.rows.prompt_files import content_hash, content_key
 from noria.tools.looking import Looker
 from noria.tools.text import plural, printable
+from noria.tools.values import WHOLE, parse_shard
 
 
 def exports_of(config: Config) -> Iterator[tuple[Path, str]]:
@@ -34,6 +36,9 @@ def check_exports(config: Config) -> None:
     """Raises InputError for an export that could not be written, or not without the loss of another file of the run."""
     ours = [*files_of_run(config), config.job.trace, config.job.machine, config.job.random_weights]
     taken = {os.path.realpath(file): f"a file of this run ({file})" for file in ours if file}
+    for name in config.job.export or []:
+        check_prefix(name.removeprefix(OPENAI), f"job.export {name}")
+    _check_shard(config)
     for path, format in exports_of(config):
         found = "is a link: name the file itself" if path.is_symlink() else _found(path, taken)
         if os.path.realpath(path.parent) == os.path.realpath(parts_folder(config.output)):
@@ -44,6 +49,27 @@ def check_exports(config: Config) -> None:
         except InputError as error:
             raise InputError(f"job.export {error}") from error
         taken[os.path.realpath(path)] = "another export of this run"
+
+
+def check_prefix(name: str, what: str) -> None:
+    """Raises InputError for a name such as vllm:FILE, which is meant as a format that there is not; not for a path."""
+    prefix, colon, _ = name.partition(":")
+    unknown = colon and re.fullmatch(r"[A-Za-z]\w*", prefix) and not ("/" in name and Path(name).parent.is_dir())
+    require(
+        not unknown, f"{what}: there is no format {prefix!r} (known: {OPENAI}FILE); a file of that name is ./{name}"
+    )
+
+
+def _check_shard(config: Config) -> None:
+    """Raises InputError for an export that has no shard's number in its name: the other shards would write the same file."""
+    i, n = parse_shard(config.job.shard or WHOLE)
+    for path, _ in exports_of(config) if n > 1 else ():
+        own = any(int(number) == i for number in re.findall(r"\d+", str(path)))
+        require(
+            own,
+            f"job.export {path} is not of shard {i}/{n} alone, each of the {n} would write it: name a file with the shard's"
+            f" number, such as {path.with_name(f'{path.stem}.{i}{path.suffix}')}, or export what noria merge makes of them",
+        )
 
 
 def _found(path: Path, taken: dict[str, str]) -> str | None:

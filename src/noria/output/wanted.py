@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.output.schema import Generation
 from noria.tools.text import plural, storable
 
@@ -36,6 +36,11 @@ class WantedRows:
         found = [one for one in (row.id, _request(row)) if one in self.ids]
         self.ids.update(dict.fromkeys(found, True))
         return bool(found)
+
+    @property
+    def found_any(self) -> bool:
+        """Whether a row had one of the ids."""
+        return any((self.ids or {}).values())
 
     def missing(self) -> str | None:
         """Words for the ids that no row had."""
@@ -68,7 +73,9 @@ def read_ids(path: Path) -> dict[str, bool]:
         raise InputError(f"ids {path}: " + ("it is not a regular file" if path.exists() else "there is no such file"))
     listed = ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1))
     find = _id_of_object if path.suffix == ".jsonl" else lambda _, line: line
-    return {storable(find(f"{path}, line {number}", line)): False for number, line in listed if line}
+    ids = {storable(find(f"{path}, line {number}", line)): False for number, line in listed if line}
+    require(ids, f"ids {path}: it lists no id, so no row would be exported: leave --ids out for all rows")
+    return ids
 
 
 def _id_of_object(where: str, line: str) -> str:

@@ -110,7 +110,9 @@ def _ran(summary: Summary, attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     last = summary.segments[-1] if summary.segments else {}
     versions = _table(attrs.get("versions"))
     found = [(line[:12].strip(), line[12:].strip()) for line in summary.counted()]
-    found += [(name, _setting(summary.run_file, name)) for name in ("model", "prompts", "dtype")]
+    found.append(("model", _setting(summary.run_file, "model")))
+    found.append(("prompts", _setting(summary.run_file, "prompts") if "run_file" in attrs else _prompts(last)))
+    found.append(("dtype", _setting(summary.run_file, "dtype")))
     found.append(("devices", _devices(last.get("devices"))))
     found.append(
         ("time", f"{attrs.get('start') or last.get('start', '')} to {attrs.get('end') or last.get('end', '')}")
@@ -119,6 +121,11 @@ def _ran(summary: Summary, attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = [f"{name} {version}" for name, version in versions.items() if name in ("noria", "python", "torch", "hdf5")]
     found += [("versions", ", ".join(known)), ("MPI", str(versions.get("mpi", "")).partition("\n")[0])]
     return [(name, words) for name, words in found if words and words != " to "]
+
+
+def _prompts(segment: Mapping[str, Any]) -> str:
+    """The files of prompts of a job: an output that is not finished has no run file, and only the digest of its prompts."""
+    return ", ".join(str(path) for path in _list(segment.get("prompts"))[:64])
 
 
 def _setting(run_file: list[str], name: str) -> str:
