@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+import families
+import mixtures
 import quantized
 import reference
-from counts import full
+import wide
+from counts import full, some
 from noria import encodings, kinds
 from noria.__main__ import main
 from noria.blocks import layer_name
-from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.checkpoint import model_shape, open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.checkpoint.fields import FieldSources
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.published import form_of
 from noria.checkpoint.tensor_files import Reader
@@ -161,6 +165,34 @@ def llama(folder, settings=FP8, pack=None, plain=(), **changes):
     return quantized.write(folder, MODELS["llama"], settings, pack or quantized.fp8_block(), plain, **changes)
 
 
+@pytest.mark.slow
+def test_the_experts_of_gpt_oss_are_sliced_from_tensors_of_all_and_give_transformers_logits(tmp_path):
+    config = mixtures.GPT_OSS | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    model = families.save(config, tmp_path / "hf")
+    tensors = quantized.load_file(tmp_path / "hf" / "model.safetensors")
+    state = model.state_dict()
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        outputs_first = tensors.pop(name).double().numpy().transpose(0, 2, 1)
+        codes, exponents, found = zip(*map(quantized.mxfp4_codes, outputs_first), strict=True)
+        blocks = torch.from_numpy(quantized.pairs(np.stack(codes)))
+        tensors[f"{name}_blocks"] = blocks.unflatten(2, (-1, 16))
+        tensors[f"{name}_scales"] = torch.from_numpy(np.stack(exponents).copy())
+        state[name] = torch.from_numpy(np.stack(found)).transpose(1, 2).float()
+    model.load_state_dict(state)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    quantized.save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    assert encoded_of(tmp_path / "model.h5") == {("experts", "mxfp4")}
+    token_ids = tokens_of(3, 20)
+    with torch.inference_mode():
+        exact = wide.logits(wide.wide_model(config, model), token_ids)
+        found = Converted(tmp_path / "model.h5").logits([(token_ids, 0, (Run(3, 2),))])[0]
+    assert exact.std() > 0.3
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-8)
+
+
 def test_what_the_directory_has_in_full_precision_stays_so_layer_by_layer(tmp_path):
     plain = ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
     weights = llama(tmp_path / "hf", FP8 | {"modules_to_not_convert": ["lm_head", *plain]}, plain=plain)
@@ -262,6 +294,167 @@ LIES = {
 }
 
 
+# Of other forms: the form, tensors that are changed, and what is said.
+GROUPED, ORDERED = "compressed-tensors, 4 bits by groups with zeros", "compressed-tensors, 4 bits by ordered groups"
+MORE_LIES = {
+    "gptq without scales": ("gptq", {f"{Q}.scales": None}, [f"'{Q}.qweight' is int32 and no file holds '{Q}.scales'"]),
+    "gptq without zeros": ("gptq", {f"{Q}.qzeros": None}, [f"no file holds '{Q}.qzeros'"]),
+    "gptq of other groups": (
+        "gptq",
+        {f"{Q}.scales": torch.ones(4, 64, dtype=torch.float16)},
+        [f"'{Q}.scales' is float16 [4, 64], it should be", "[2, 64], of gptq of 4 bits by groups of 32, [64, 64]"],
+    ),
+    "gptq with a scale that is inf": (
+        "gptq",
+        {f"{Q}.scales": torch.full((2, 64), torch.inf, dtype=torch.float16)},
+        [repr(Q), "a scale is inf or nan", "damaged"],
+    ),
+    "gptq that says that it is symmetric and is not": (
+        "gptq",
+        {f"{Q}.qzeros": torch.zeros(2, 8, dtype=torch.int32)},
+        [f"'{Q}.qzeros' has 128 zeros that are not 8", "symmetric"],
+    ),
+    "gptq in an order that it does not say": (
+        "gptq",
+        {f"{Q}.g_idx": torch.arange(64, dtype=torch.int32) % 2},
+        [f"'{Q}.g_idx' does not name groups of 32 inputs in order, though desc_act is false"],
+    ),
+    "gptq with groups of unlike sizes": (
+        "gptq in the order of activations",
+        {f"{Q}.g_idx": torch.zeros(64, dtype=torch.int32)},
+        [f"'{Q}.g_idx' does not name 2 groups of 32 inputs each"],
+    ),
+    "gptq with groups below 0": (
+        "gptq in the order of activations",
+        {f"{Q}.g_idx": torch.arange(64, dtype=torch.int32) - 1},
+        [f"'{Q}.g_idx' does not name 2 groups"],
+    ),
+    "gptq without the order that it says": (
+        "gptq in the order of activations",
+        {f"{Q}.g_idx": None},
+        [f"desc_act is true, and '{Q}.g_idx' is missing"],
+    ),
+    "gptq with an order of other inputs": (
+        "gptq",
+        {f"{Q}.g_idx": torch.zeros(32, dtype=torch.int32)},
+        [f"'{Q}.g_idx' is int32 [32], it should be int32 or int64 [64]"],
+    ),
+    "gptq of another size": (
+        "gptq",
+        {f"{Q}.qweight": torch.zeros(4, 64, dtype=torch.int32)},
+        [f"'{Q}.scales' is float16 [2, 64], it should be", "[1, 64]"],
+    ),
+    "gptq in longer words": ("gptq", {f"{Q}.qweight": torch.zeros(8, 64, dtype=torch.int64)}, ["is int64 [8, 64]"]),
+    "gptq beside plain weights": (
+        "gptq",
+        {f"{Q}.weight": torch.zeros(64, 64)},
+        [f"'{Q}.qweight' stands beside '{Q}.weight': which is right?"],
+    ),
+    "gptq with a bias that the family has not": ("gptq", {f"{Q}.bias": torch.ones(64)}, [f"'{Q}.bias'", "leave out 1"]),
+    "awq without zeros": ("awq", {f"{Q}.qzeros": None}, [f"no file holds '{Q}.qzeros'"]),
+    "awq of other groups": (
+        "awq",
+        {f"{Q}.qzeros": torch.zeros(1, 8, dtype=torch.int32)},
+        [f"'{Q}.qzeros' is int32 [1, 8], it should be int32 [2, 8]"],
+    ),
+    "awq with a scale that is nan": (
+        "awq",
+        {f"{Q}.scales": torch.full((2, 64), torch.nan, dtype=torch.float16)},
+        [repr(Q), "a scale is inf or nan"],
+    ),
+    "packed without scales": (GROUPED, {f"{Q}.weight_scale": None}, [f"no file holds '{Q}.weight_scale'"]),
+    "packed without its shape": (GROUPED, {f"{Q}.weight_shape": None}, [f"no file holds '{Q}.weight_shape'"]),
+    "packed without zeros": (GROUPED, {f"{Q}.weight_zero_point": None}, ["is missing", "group_0 is not symmetric"]),
+    "packed with another shape": (
+        GROUPED,
+        {f"{Q}.weight_shape": torch.tensor([64, 96])},
+        [f"'{Q}.weight_packed' is int32 [64, 8], it should be int32 [64, 12], for 4 bits of [64, 96]"],
+    ),
+    "packed with a shape below 0": (GROUPED, {f"{Q}.weight_shape": torch.tensor([64, -64])}, ["says [64, -64]"]),
+    "packed with a shape of three": (GROUPED, {f"{Q}.weight_shape": torch.tensor([1, 64, 64])}, ["two whole numbers"]),
+    "packed in other groups": (
+        GROUPED,
+        {f"{Q}.weight_scale": torch.ones(64, 2)},
+        [f"'{Q}.weight_scale' is float32 [64, 2], it should be", "[64, 4], for 4 bits int by group (16) of [64, 64]"],
+    ),
+    "packed with zeros of other groups": (
+        GROUPED,
+        {f"{Q}.weight_zero_point": torch.zeros(8, 3, dtype=torch.int32)},
+        [f"'{Q}.weight_zero_point' is int32 [8, 3], it should be int32 [8, 4]"],
+    ),
+    "packed in an order of unlike groups": (
+        ORDERED,
+        {f"{Q}.weight_g_idx": torch.zeros(64, dtype=torch.int32)},
+        [f"'{Q}.weight_g_idx' does not name 2 groups"],
+    ),
+    "packed in an order that only one has": (
+        "compressed-tensors, 4 bits by groups",
+        {f"{Q}.weight_g_idx": torch.arange(64, dtype=torch.int32) // 32},
+        [f"{Q!r} is stored as int4", "'permuted': True", "k_proj' as int4", "layers/0001/qkv"],
+    ),
+    "packed codes that the config ignores": (
+        "compressed-tensors, 4 bits by groups",
+        {
+            "lm_head.weight": None,
+            "lm_head.weight_packed": torch.zeros(97, 8, dtype=torch.int32),
+            "lm_head.weight_scale": torch.ones(97, 2),
+            "lm_head.weight_shape": torch.tensor([97, 64]),
+        },
+        ["'lm_head.weight_packed' is int32 of a module that config.json names in ignore"],
+    ),
+    "bytes with scales of groups": (
+        "compressed-tensors, bytes by channel",
+        {f"{Q}.weight_scale": torch.ones(64, 2)},
+        [f"'{Q}.weight_scale' is [64, 2]: one scale is needed, or 64"],
+    ),
+    "floats that are bytes": (
+        "compressed-tensors, floats by channel",
+        {f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8)},
+        [f"'{Q}.weight' is int8 [64, 64], it should be float8_e4m3fn [64, 64], for 8 bits float by channel"],
+    ),
+    "nvfp4 without the scale of the tensor": (
+        "compressed-tensors, nvfp4",
+        {f"{Q}.weight_global_scale": None},
+        [f"no file holds '{Q}.weight_global_scale'"],
+    ),
+    "nvfp4 whose scale of the tensor is 0": (
+        "compressed-tensors, nvfp4",
+        {f"{Q}.weight_global_scale": torch.zeros(1)},
+        [repr(Q), "the scale of a tensor is not a number above 0"],
+    ),
+    "nvfp4 with scales of other groups": (
+        "modelopt nvfp4",
+        {f"{Q}.weight_scale": torch.ones(64, 2).to(torch.float8_e4m3fn)},
+        [f"'{Q}.weight_scale' is float8_e4m3fn [64, 2], it should be float8_e4m3fn [64, 4], one for 16 inputs"],
+    ),
+    "nvfp4 with a scale that is nan": (
+        "modelopt nvfp4",
+        {f"{Q}.weight_scale": torch.full((64, 4), 127, dtype=torch.uint8).view(torch.float8_e4m3fn)},
+        [repr(Q), "a scale is nan"],
+    ),
+    "nvfp4 that changes activations": (
+        "modelopt nvfp4",
+        {f"{Q}.pre_quant_scale": torch.ones(64)},
+        [f"'{Q}.pre_quant_scale'", "leave out 1"],
+    ),
+    "modelopt of another dtype": (
+        "modelopt fp8",
+        {f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8)},
+        [f"'{Q}.weight' is 'int8', modelopt (FP8) has uint8"],
+    ),
+    "mxfp4 with a scale that is nan": (
+        "compressed-tensors, mxfp4",
+        {f"{Q}.weight_scale": torch.full((64, 2), 255, dtype=torch.uint8)},
+        [repr(Q), "scales are no numbers"],
+    ),
+    "fp4 of an odd number of groups": (
+        "fp8 in blocks, experts in fp4",
+        {"model.layers.0.mlp.down_proj.weight": torch.zeros(64, 72, dtype=torch.int8)},
+        ["down_proj.weight' [64, 72] has 144 inputs, no multiple of 32"],
+    ),
+}
+
+
 def refused(folder, words, **keys):
     with pytest.raises(InputError) as error:
         convert(folder / "hf", folder / "model.h5", **keys)
@@ -273,6 +466,13 @@ def refused(folder, words, **keys):
 def test_a_directory_that_lies_about_itself_is_refused(tmp_path, lie):
     changes, words = LIES[lie]
     llama(tmp_path / "hf", **changes)
+    refused(tmp_path, words)
+
+
+@pytest.mark.parametrize("lie", MORE_LIES)
+def test_a_directory_of_another_form_that_lies_is_refused(tmp_path, lie):
+    form, changes, words = MORE_LIES[lie]
+    llama(tmp_path / "hf", *FORMS[form], **changes)
     refused(tmp_path, words)
 
 
@@ -295,6 +495,32 @@ SETTINGS = [
     ({"bits": 4}, ["'unknown'"]),
     ([4], ["quantization_config is [4]: it must be an object"]),
     ("x" * 10**6, ["quantization_config is 'xxx"]),
+    (GPTQ | {"bits": 3}, ["bits is 3: Noria reads GPTQ of 4 and 8 bits"]),
+    (GPTQ | {"bits": True}, ["bits is True"]),
+    (GPTQ | {"group_size": 24}, ["group_size is 24"]),
+    (GPTQ | {"checkpoint_format": "marlin"}, ["checkpoint_format is 'marlin': Noria reads gptq and gptq_v2"]),
+    (GPTQ | {"checkpoint_format": ["gptq"]}, ["checkpoint_format is ['gptq']"]),
+    (GPTQ | {"is_marlin_format": True}, ["'marlin'"]),
+    (GPTQ | {"pack_dtype": "int16"}, ["pack_dtype is 'int16'"]),
+    (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, ["dynamic gives '+:.*down.*' settings of its own"]),
+    (AWQ | {"bits": 8}, ["bits is 8: Noria reads AWQ of 4 bits"]),
+    (AWQ | {"version": "gemv"}, ["version is 'gemv'"]),
+    (compressed("marlin-24", **GROUPS, **INT4), ["format is 'marlin-24'"]),
+    (compressed("mxfp8-quantized", **GROUPS, **FLOAT8), ["(MXFP8)"]),
+    (compressed("pack-quantized", **GROUPS, **INT4) | {"transform_config": {"R1": {}}}, ["transform_config is {'R1'"]),
+    (
+        compressed("pack-quantized", **GROUPS, **INT4) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        ["sparsity_config is {'format': 'sparse-24-bitmask'}"],
+    ),
+    (compressed("pack-quantized", **GROUPS, **INT4) | {"config_groups": []}, ["config_groups is []"]),
+    (
+        compressed("pack-quantized", **GROUPS, **INT4) | {"config_groups": {"W4A16": ["Linear"]}},
+        ["config_groups.W4A16"],
+    ),
+    (compressed("pack-quantized", **GROUPS, num_bits=[4]), ["[4] bits of type 'int'"]),
+    ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, ["quant_algo is 'W4A16_AWQ'"]),
+    ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, ["quant_algo is 'MXFP8'"]),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, ["group_size is 32"]),
 ]
 
 
@@ -308,3 +534,118 @@ def test_a_quantized_model_takes_no_adapter_and_no_other_encoding(tmp_path):
     llama(tmp_path / "hf")
     refused(tmp_path, ["quantized already"], lora=tmp_path / "hf")
     refused(tmp_path, ["quantized already"], forms={"qkv": ("fp8_channel", {})})
+
+
+# Groups of compressed-tensors that codes of 4 bits cannot be of.
+WRONG_GROUPS = [
+    (compressed("pack-quantized", strategy="group", group_size=24, **INT4), ["group_0: group_size is 24"]),
+    (compressed("pack-quantized", strategy="block", group_size=32, **INT4), ["4 bits int by block"]),
+    (
+        compressed("pack-quantized", strategy="group", group_size=32, num_bits=3, type="int"),
+        ["3 bits int by group (32)"],
+    ),
+    (compressed("pack-quantized", strategy="group", group_size=64, **FLOAT4), ["4 bits float by group (64)"]),
+    (compressed("pack-quantized", strategy="group", group_size=32, **FLOAT8), ["MXFP8 is not in this version"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG_GROUPS)
+def test_groups_that_are_not_read_are_refused_by_what_they_are(tmp_path, settings, words):
+    llama(tmp_path / "hf", settings, quantized.packed(4, 32, True))
+    refused(tmp_path, words)
+
+
+def of_groups(**groups):
+    settings = compressed("mixed-precision", **GROUPS, **INT4)
+    weights = {"eights": INT8 | {"strategy": "channel"}, "fours": INT4 | GROUPS}
+    said = {name: {"targets": targets, "weights": weights[name]} for name, targets in groups.items()}
+    return settings | {"config_groups": said}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        of_groups(eights=["re:.*self_attn.*"], fours=["re:model\\.layers\\.\\d+\\.mlp\\..*"]),
+        of_groups(fours=["Linear"], eights=["re:.*self_attn.*"]),
+        of_groups(
+            fours=["re:.*"],
+            eights=[f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"],
+        )
+        | {"ignore": ["re:.*embed.*", "re:lm_head"]},
+    ],
+)
+def test_modules_are_of_the_group_that_names_them_most_exactly(tmp_path, settings):
+    pack = quantized.both(quantized.packed(4, 32, True), quantized.eight_bits(), lambda module: "self_attn" in module)
+    weights = llama(tmp_path / "hf", settings, pack)
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    assert encoded_of(tmp_path / "model.h5") == {
+        ("qkv", "int8"),
+        ("out", "int8"),
+        ("gate_up", "int4"),
+        ("down", "int4"),
+    }
+    assert_logits(tmp_path / "model.h5", MODELS["llama"], weights)
+
+
+@pytest.mark.slow
+def test_patterns_that_come_to_no_end_are_refused(tmp_path):
+    llama(
+        tmp_path / "hf",
+        of_groups(fours=["Linear"], eights=["re:(.*)*" + "(.*)*" * 20 + "!"]),
+        quantized.packed(4, 32, True),
+    )
+    refused(tmp_path, ["quantization_config: its patterns of modules cannot be used"])
+
+
+def test_zeros_that_are_nowhere_but_in_the_middle_are_what_symmetric_means(tmp_path):
+    settings, pack = FORMS["compressed-tensors, 4 bits by groups"]
+    zeros = quantized.words(np.full((64, 2), 8), 4, 0)
+    weights = llama(tmp_path / "hf", settings, pack, **{f"{Q}.weight_zero_point": zeros})
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    assert_logits(tmp_path / "model.h5", MODELS["llama"], weights)
+    zeros[0, 0] += 1
+    llama(tmp_path / "hf", settings, pack, **{f"{Q}.weight_zero_point": zeros})
+    (tmp_path / "model.h5").unlink()
+    refused(tmp_path, [f"'{Q}.weight_zero_point' has 1 zeros that are not 8"])
+
+
+def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path):
+    _, pack = FORMS["modelopt nvfp4"]
+    weights = llama(tmp_path / "hf", None, pack)
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf" / "hf_quant_config.json").write_text(json.dumps(said))
+    notes = convert(tmp_path / "hf", tmp_path / "model.h5", "float64").notes
+    assert any("cache's scheme (FP8)" in note for note in notes)
+    assert_logits(tmp_path / "model.h5", MODELS["llama"], weights)
+
+
+FORMS_IN_ORDER = list(FORMS)
+VALUES = [None, True, 0, -1, 3.5, "x", "x" * 300, [], [1, "a"], {}, {"a": {"b": []}}, 10**30]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_config_of_nonsense_is_refused_in_one_line_or_means_nothing(tmp_path, form):
+    settings, pack = FORMS[form]
+    quantized.write(tmp_path / "hf", MODELS["llama"] | {"num_hidden_layers": 1}, settings, pack)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    cases = [(where, value) for where in places(settings) for value in VALUES]
+    for where, value in some(cases if full() else cases[FORMS_IN_ORDER.index(form) :]):
+        said = json.loads(json.dumps(config))
+        its = said["quantization_config"]
+        for key in where[:-1]:
+            its = its[key]
+        its[where[-1]] = value
+        directory = Directory(tmp_path / "hf")
+        try:
+            family, shape = model_shape(said, "it")
+            FieldSources(family, shape, form_of(directory, said, directory.tensors()))
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500, (where, value)
+
+
+def places(tree, above=()):
+    """The paths of all values of nested objects."""
+    for key, value in tree.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from places(value, (*above, key))

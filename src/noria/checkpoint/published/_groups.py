@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from noria.checkpoint.published._patterns import REGEX, answer
+from noria.checkpoint.group_patterns import REGEX, answer
 from noria.errors import InputError, require
 from noria.models._config import shown
 from noria.tools.helper import Failed, Helper
@@ -120,7 +120,7 @@ def _matched(patterns: list[str], modules: Sequence[str]) -> dict[str, list[int]
         return dict(zip(modules, answer({"patterns": patterns, "modules": modules}), strict=True))
     found: dict[str, list[int]] = {}
     rest = iter(modules)
-    with Helper("noria.checkpoint.published._patterns", _LIMITS) as helper:
+    with Helper("noria.checkpoint.group_patterns", _LIMITS) as helper:
         while some := list(islice(rest, _MODULES)):
             try:
                 answers = helper.ask({"patterns": patterns, "modules": some})
