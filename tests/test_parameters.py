@@ -22,7 +22,8 @@ from noria.checkpoint.random_weights import random_checkpoint
 from noria.engine.assembly import load, weights_of
 from noria.engine.decoding import Decoding, SomePieces
 from noria.engine.loading import Loader
-from noria.engine.timing import Traffic
+from noria.engine.timing import Meters, Traffic
+from noria.engine.trace import OFF
 from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
@@ -316,7 +317,7 @@ def test_the_bytes_that_are_planned_for_weights_are_those_that_are_held(folder, 
         machine = Machine("cpu", 1 << 30, 1 << 30)
         problem = Problem(run_file, checkpoint.shape, checkpoint.blocks, "float64", 1, machine, 6, Workload(6, 10, 6))
         plan = planner.make(problem)
-        held = load(plan, checkpoint, 0, CpuStreams(torch.device("cpu")), Traffic(), None)
+        held = load(plan, checkpoint, 0, CpuStreams(torch.device("cpu")), Meters(Traffic(), OFF, print), None)
         memory = plan.memory[0]
         of_weights = ("weights", "weight slots", "decoded weights")
         planned = sum(memory["gpu"].get(purpose, 0) for purpose in of_weights)

@@ -10,7 +10,8 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from noria.pieces import PLAIN, Encoded, Field, Matrix, Piece, Wanted
+from noria.limits import CODED, CODED_BITS, CODED_NUMBERS
+from noria.pieces import PLAIN, VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
 DTYPE_NBYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # what numbers are computed in
@@ -58,6 +59,14 @@ class Parameter:
     @property
     def plain(self) -> bool:
         return self.encoding == PLAIN
+
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether it is coded where its block is coded without loss: large matrices of bfloat16 that lie as they are
+        computed, so that products read the same memory in the same order."""
+        lies = not any(matrix.transposed for matrix in self.piece.matrices)
+        large = len(self.shape) > 1 and self.numbers >= CODED_NUMBERS * self.pieces
+        return self.plain and self.dtype == "bfloat16" and lies and large
 
     @property
     def computed(self) -> dict[str, tuple[int, ...]]:
@@ -167,6 +176,17 @@ class Block:
     def decoding_expert_nbytes(self) -> int:
         """Those of parameters in several pieces."""
         return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1)
+
+    @cached_property
+    def coded(self) -> "Block":
+        """The layout that is expected of the block, as a run has it, coded without loss; itself where nothing is coded."""
+        held = {parameter.name: one for parameter in self.parameters if (one := parameter.encoded)}
+        for parameter in (one for one in self.parameters if one.may_be_coded):
+            nbytes = round_up(int(parameter.numbers // parameter.pieces * CODED_BITS / 8), VIEW_ALIGNMENT)
+            held[parameter.name] = Encoded(CODED, {}, Piece(nbytes, (), parameter.piece.matrices))
+        if not any(one.may_be_coded for one in self.parameters):
+            return self
+        return lay_out(self.name, {parameter.name: parameter.wanted for parameter in self.parameters}, "bfloat16", held)
 
     @cached_property
     def _casts(self) -> dict[str, tuple["Block", bool]]:

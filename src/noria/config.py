@@ -99,6 +99,12 @@ class Placement:
         "folder on a local disk of the node, for a cache on disk and for stage; the run removes its files from it (default:"
         " $SLURM_TMPDIR; else $TMPDIR, else the output's folder)"
     )
+    compress_weights: str = key(
+        "code bfloat16 weights that stream from CPU memory to a GPU without loss while they load: where the plan gains by"
+        " it and the load takes at most a tenth longer, or not at all",
+        "auto",
+        ("auto", "off"),
+    )
     stage: bool = key("copy the weights of the disk tier to scratch once, and read them there", False)
 
     def __post_init__(self) -> None:

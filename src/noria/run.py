@@ -163,7 +163,7 @@ def _build(
     watchdog.begin("loading its weights")
     weights = mpi.on_every_rank(
         here.comm,
-        lambda: load(plan, model, here.rank, here.streams, meters.traffic, staged),
+        lambda: load(plan, model, here.rank, here.streams, meters, staged),
         lambda said: watchdog.end(said, 2),
     )
     return build(plan, model.shape, weights, ring, here.streams, meters, scratch)

@@ -18,6 +18,7 @@ from noria.checkpoint.checkpoint import Checkpoint
 from noria.checkpoint.sources import Plan, TensorSource
 from noria.checkpoint.tensor_files import Reader
 from noria.errors import InputError, require
+from noria.limits import CODED
 from noria.pieces import Encoded, Matrix
 from noria.tools.container import read_full
 
@@ -92,6 +93,8 @@ class PieceEncoder:
     ) -> encodings.Fields:
         """The fields of one piece."""
         numbers = [self._whole(source) for source in self._sources(block, parameter, number)]
+        if form.encoding == CODED:  # without loss: of the numbers as they would be plain
+            numbers = [its.to(torch.bfloat16) for its in numbers]
         if parameter.wanted.named:
             plain = self._plain[block.name, parameter.name]
             parts = torch.cat(numbers).split([matrix.stored[0] for matrix in plain])

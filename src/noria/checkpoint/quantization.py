@@ -10,6 +10,7 @@ from typing import Any
 from noria import encodings, kinds
 from noria.blocks import Block, Parameter, lay_out
 from noria.errors import InputError, require
+from noria.limits import CODED, CODED_NUMBERS
 from noria.pieces import Encoded, Matrix
 
 WORDS = {"fp8": "fp8_block", "fp8_channel": "fp8_channel", "int8": "int8", "int4": "int4"}
@@ -52,6 +53,12 @@ def quantization(word: str, group_size: int | None = None) -> Quantization:
         f" {' or '.join(GROUPED)}",
     )
     return Quantization(WORDS[word], {} if group_size is None else {"group_size": group_size})
+
+
+def compressed(block: str, parameter: Parameter) -> tuple[str, Mapping[str, Any]] | None:
+    """How large matrices of bfloat16 are stored in fewer bits without loss, those of the head too; None: as they are."""
+    large = len(parameter.shape) > 1 and parameter.numbers >= CODED_NUMBERS * parameter.pieces
+    return (CODED, {}) if large and block != "embed" and parameter.own_dtype is None else None
 
 
 def takes(block: str, parameter: Parameter) -> bool:

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.checkpoint.encoding import Choose
 from noria.checkpoint.hugging_face import Directory
-from noria.checkpoint.quantization import GROUP_SIZES, WORDS, Quantization, quantization
+from noria.checkpoint.quantization import GROUP_SIZES, WORDS, compressed, quantization
 from noria.desk.examination import doubts
 from noria.errors import InputError, require
-from noria.limits import DTYPES
+from noria.limits import CODED, DTYPES
 from noria.rows.chat import Chat
 from noria.rows.template import template_helper
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="32|64|128",
         help="inputs of a group, of int8 and int4 (64)",
     )
+    parser.add_argument(
+        "--compress-weights",
+        choices=(CODED,),
+        help="store large matrices of bfloat16 without loss in 11.3 bits a number: exponents as distances from each other",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
 
 
@@ -73,11 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+def _quantization(arguments: argparse.Namespace) -> Choose | None:
     """How the user wants parameters stored."""
-    word, size = arguments.quantization, arguments.group_size
+    word, size, lossless = arguments.quantization, arguments.group_size, arguments.compress_weights
+    require(
+        word is None or lossless is None,
+        f"--quantization {word} with --compress-weights {lossless}: a matrix is stored in one way, give one of them",
+    )
     require(word is not None or size is None, f"--group-size {size} without --quantization: give both, or neither")
-    return None if word is None else quantization(word, size)
+    if word is not None:
+        return quantization(word, size)
+    return None if lossless is None else compressed
 
 
 def _check_tokenizer(source: Path) -> None:

@@ -5,7 +5,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     fields(shape, dtype, settings) -> {name: (shape, dtype)}    the fields that hold it, at most: its capacity
     VARIABLE                        names of the fields that may be shorter along their first dimension
     DEFAULTS                        settings that are not said
-    encode(numbers, settings) -> {name: tensor}                 of the CPU; variable fields as long as they need
+    encode(numbers, settings) -> {name: tensor}                 on their device; variable fields as long as they need
     rows(settings) -> int           if it has it: so many outputs (or a multiple) are encoded like a matrix of their own, and
                                     fields are those of all, one after another; 0: there are none
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
@@ -88,8 +88,8 @@ def _encoded(kind: ModuleType, numbers: torch.Tensor, settings: Mapping[str, Any
 
 
 def packed(piece: Piece, fields: Fields) -> torch.Tensor:
-    """The bytes of a piece: uint8 [nbytes], zeros where its fields leave room."""
-    whole = torch.zeros(piece.nbytes, dtype=torch.uint8)
+    """The bytes of a piece on its fields' device: uint8 [nbytes], zeros where they leave room."""
+    whole = torch.zeros(piece.nbytes, dtype=torch.uint8, device=next(iter(fields.values())).device)
     for one in piece.fields:
         its, room = fields[one.name], one.shape
         right = its.dtype == getattr(torch, one.dtype) and its.shape[1:] == room[1:] and len(its) <= room[0]

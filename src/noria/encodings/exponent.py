@@ -19,6 +19,7 @@ from noria.limits import DECODED_NUMBERS
 
 RANGE, CHUNK = 256, 4096  # numbers of a base, and of a start
 ESCAPE = 7
+ENCODED_NUMBERS = {"cuda": 1 << 24}  # at once: launches take longer than their work with fewer
 ROOM = 8  # numbers for which there is one escape
 VARIABLE: tuple[str, ...] = ("escapes",)
 DEFAULTS: dict[str, Any] = {}
@@ -29,7 +30,7 @@ _GATHER = 0x0102040810204080  # times bytes of which each is 0 or 1: the highest
 
 def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     """`low`, `planes`, `bases`, `starts` and `escapes`. Raises InputError where numbers are not bfloat16."""
-    require(dtype == "bfloat16", f"exponent stores numbers of bfloat16, not {dtype}")
+    require(dtype == "bfloat16", f"exponent stores numbers of bfloat16, not {dtype}: leave them plain")
     require(not settings, f"exponent has no settings, not {sorted(settings)[:3]}")
     numbers = prod(shape)
     return {
@@ -46,7 +47,8 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     whole = numbers.to(torch.bfloat16)
     same = whole.dtype == numbers.dtype or torch.equal(whole.to(numbers.dtype), numbers)
     require(same, f"exponent stores numbers of bfloat16: {numbers.dtype} has some that it has not")
-    made: list[dict[str, torch.Tensor]] = [_encoded(some) for some in whole.flatten().split(DECODED_NUMBERS // 4)]
+    at_once = ENCODED_NUMBERS.get(whole.device.type, DECODED_NUMBERS)
+    made = [_encoded(some) for some in whole.flatten().split(at_once)]
     found = {name: torch.cat([its[name] for its in made], dim=-1) for name in made[0]}
     counts = found.pop("counts")
     return found | {"starts": (counts.cumsum(0) - counts).int()}
@@ -75,8 +77,8 @@ def _encoded(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _bases(exponents: torch.Tensor, numbers: int) -> torch.Tensor:
     """Of exponents uint8 [R, 256], so many and then zeros, the largest of the 7 neighbouring ones that most of a row have. [R]"""
-    ones = torch.ones(1, dtype=torch.int16).expand(exponents.shape)
-    counts = torch.zeros(len(exponents), 256, dtype=torch.int16).scatter_add_(1, exponents.long(), ones)
+    ones = exponents.new_ones(1, dtype=torch.int16).expand(exponents.shape)
+    counts = exponents.new_zeros(len(exponents), 256, dtype=torch.int16).scatter_add_(1, exponents.long(), ones)
     counts[-1, 0] -= exponents.numel() - numbers
     sums = counts.cumsum(1, dtype=torch.int16)
     sums[:, ESCAPE:] -= sums[:, :-ESCAPE].clone()

@@ -47,16 +47,16 @@ def open_the_ring(plan: Plan, shape: ModelShape, transport: Transport | None, ra
 
 
 def load(
-    plan: Plan, checkpoint: OpenModel, rank: int, streams: Streams, traffic: Traffic, scratch: Path | None
+    plan: Plan, checkpoint: OpenModel, rank: int, streams: Streams, meters: Meters, scratch: Path | None
 ) -> Weights:
     """This rank's weights, where the plan has them; those on disk go to `scratch` first, if it is given.
 
     Raises InputError for a block that is damaged.
     """
     stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
-    decoding = Decoding(plan.decoding_room, plan.decoded)
-    placed = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch, decoding).load()
-    return weights_of(placed, stages, plan.groups, plan.weight_slots, streams, traffic, ahead)
+    decoding = Decoding(plan.decoding_room, plan.decoded, plan.coded)
+    loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch, decoding, meters.say)
+    return weights_of(loader.load(), stages, plan.groups, plan.weight_slots, streams, meters.traffic, ahead)
 
 
 def weights_of(

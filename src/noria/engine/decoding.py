@@ -21,10 +21,12 @@ Computed: TypeAlias = Mapping[str, Any]
 @dataclass(frozen=True)
 class Decoding:
     """What a plan says of encoded parameters: in how many bytes they are decoded (a piece of each finds room whatever it
-    says), and whether blocks that stay on the device are decoded once, while they load."""
+    says), whether blocks that stay on the device are decoded once, while they load, and whether those that stream from CPU
+    memory are coded without loss meanwhile."""
 
     room: int = 1 << 62
     residents: bool = False
+    coded: bool = False
 
 
 class Decoder:

@@ -3,7 +3,9 @@
 Knows files and tiers; nothing of steps.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from noria import encodings
 from noria.blocks import Block, Parameter
 from noria.checkpoint.read_ahead import read_ahead
 from noria.checkpoint.scratch import checkpoint_regions, copied_regions
+from noria.engine.coding import Coder
 from noria.engine.decoding import Decoding
 from noria.engine.parameters import TORCH_DTYPES, Parameters, Undecoded, place, stored, views
 from noria.engine.weights import Home, Placed
@@ -29,7 +32,7 @@ class Loader:
     """Reads the blocks that `tiers` names, each into its tier.
 
     `scratch`: the folder that the disk tier's blocks are copied to first (None: they are read where they lie). `decoding`:
-    what becomes of encoded parameters.
+    what becomes of encoded parameters. `say` is told what people should read in the log.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Loader:
         streams: Streams,
         scratch: Path | None = None,
         decoding: Decoding | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ):
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
         self._dtype, self._decoding = dtype, decoding or Decoding()
+        self._coder = Coder(streams.device, say) if self._decoding.coded and dtype == "bfloat16" else None
         self._targets = {name: self._target(name) for name in tiers}
         self._resident: dict[str, Parameters | Undecoded] = {}
         self._homes: dict[str, Home] = {}
@@ -54,12 +59,17 @@ class Loader:
         Raises InputError for a block that is damaged, or a scratch folder without room.
         """
         memory = self._host_memory()
-        straight = {name: region for name, region in self._regions.items() if not self._is_cast(name)}
+        straight = {
+            name: region for name, region in self._regions.items() if not (self._is_cast(name) or self._is_coded(name))
+        }
         straight |= self._on_this_device()
         names = sorted((name for name, tier in self._tiers.items() if tier != "disk"), key=lambda name: name == "embed")
-        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device):
+        for name, host in self._read(names, straight):
             if self._tiers[name] == "gpu" and name not in self._resident:
                 self._put_on_device(name, host)
+            elif self._coder and self._is_coded(name):
+                layout = self._coder.put(self._targets[name], host, self._regions[name])
+                self._homes[name] = replace(self._homes[name], block=layout)
             elif name in self._regions and self._is_cast(name):
                 self._cast(name, host, self._regions[name])
             loaded(self._checkpoint.blocks[name].nbytes)
@@ -67,6 +77,21 @@ class Loader:
             memory.register()
         self._open_disk()
         return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
+
+    def _read(self, names: list[str], straight: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The blocks in host memory, one after another."""
+        began = time.perf_counter()
+        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device):
+            if self._coder:
+                self._coder.was_read(len(host), time.perf_counter() - began)
+            yield name, host
+
+    def _is_coded(self, name: str) -> bool:
+        """Whether a block may be coded on its way into CPU memory."""
+        target = self._targets[name]
+        return (
+            self._coder is not None and name in self._homes and not self._is_cast(name) and target.coded is not target
+        )
 
     def _target(self, name: str) -> Block:
         """A block's layout where it is placed."""

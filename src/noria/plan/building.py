@@ -1,6 +1,7 @@
 """One candidate for a plan: what it puts where, in numbers, or why it does not fit. Knows nothing of how candidates are found."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from noria.blocks import dtype_of
@@ -50,20 +51,38 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         memory=sizes.tables(pages),
         decoding_room=sizes.decoding_room,
         decoded=sizes.decoded,
+        coded=sizes.coded,
     )
 
 
 def variants(problem: Problem, candidate: Candidate) -> list[Plan]:
-    """The plan of one candidate, and before it the one whose resident blocks are decoded while they load, if some are encoded
-    and it fits: more memory, less time. Raises InputError if the first does not fit."""
+    """The plan of one candidate, and those that take more memory and less time: before it the one whose resident blocks are
+    decoded while they load, if some are encoded, behind both those whose streamed blocks are coded without loss meanwhile.
+
+    Raises InputError if the first does not fit.
+    """
     plan, weights = build(problem, candidate), candidate.weights
-    resident = {name for tiers in plan.weight_tiers for name, tier in tiers.items() if tier == "gpu"}
-    if not resident & problem.weighed.encoded.keys() or (weights is not None and is_budget(weights)):
-        return [plan]  # what the user gives in bytes is of weights as they are stored
-    try:
-        return [build(problem, replace(candidate, decoded=True)), plan]
-    except InputError:
-        return [plan]
+    tiers = [its for held in plan.weight_tiers for its in held.items()]
+    resident, from_memory = ({name for name, tier in tiers if tier == its} for its in ("gpu", "cpu"))
+    found, others = [plan], [candidate]
+    if resident & problem.weighed.encoded.keys() and not (weights is not None and is_budget(weights)):
+        # what the user gives in bytes is of weights as they are stored
+        found, others = (
+            _fitting(problem, [replace(candidate, decoded=True)]) + found,
+            [replace(candidate, decoded=True), candidate],
+        )
+    if problem.may_code and plan.weight_slots and from_memory & problem.weighed.coded.keys():
+        found += _fitting(problem, [replace(one, coded=True) for one in others])
+    return found
+
+
+def _fitting(problem: Problem, candidates: list[Candidate]) -> list[Plan]:
+    """The plans of those that fit."""
+    found = []
+    for candidate in candidates:
+        with suppress(InputError):
+            found.append(build(problem, candidate))
+    return found
 
 
 def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
@@ -88,6 +107,7 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         usual=_usual(problem),
         decoding_room=problem.limits["gpu"] // DECODING_SHARE,
         decoded=candidate.decoded,
+        coded=candidate.coded,
     )
     sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
     if candidate.elsewhere:

@@ -63,7 +63,7 @@ def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[s
         names = _streamed_of(plan, rank, lap)
         times = 1 if loaded_once(len(names), plan.groups, plan.weight_slots) else plan.groups
         for name in names:
-            nbytes = times * blocks[name].cast(plan.dtype).nbytes
+            nbytes = times * _held(plan, blocks[name], tiers[name]).nbytes
             moved["link"] += nbytes
             moved["disk"] += nbytes * (tiers[name] == "disk")
     return moved
@@ -101,11 +101,17 @@ def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, i
     all their parameters and those in several pieces alone. Those that were decoded while they were loaded are not decoded."""
     tiers = plan.weight_tiers[rank]
     names = [name for name, tier in tiers.items() if name != "embed" and not (plan.decoded and tier == "gpu")]
-    encoded = [block for name in names if (block := blocks[name].cast(plan.dtype)).encoded]
+    encoded = [block for name in names if (block := _held(plan, blocks[name], tiers[name])).encoded]
     parts = [block for block in encoded if block.decoded_nbytes > plan.decoding_room]
     again = sum(block.decoding_nbytes for block in parts)
     whole = sum(block.decoding_nbytes for block in encoded) - again
     return whole, again, sum(block.decoding_expert_nbytes for block in parts)
+
+
+def _held(plan: Plan, block: Block, tier: str) -> Block:
+    """The layout of a block in a tier."""
+    cast = block.cast(plan.dtype)
+    return cast.coded if plan.coded and tier == "cpu" and not block.changes(plan.dtype) else cast
 
 
 def _travelling(plan: Plan, shape: ModelShape, visits: list[range]) -> tuple[int, int, int, int]:

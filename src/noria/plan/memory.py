@@ -22,13 +22,14 @@ MOST_PREFIXES = 4  # that a row is taken to have at most, one behind the other
 class Weighed:
     """Bytes of a model's blocks by name, counted once for all candidates: as the run has them, as they are stored, and of
     those with encoded parameters with all of them decoded. `encoded`: these as the run has them; `changed`: those that are
-    cast to the run's dtype."""
+    cast to the run's dtype; `coded`: those that can be coded without loss on their way into CPU memory, as they would be."""
 
     held: Mapping[str, int]
     stored: Mapping[str, int]
     decoded: Mapping[str, int]
     encoded: Mapping[str, Block]
     changed: frozenset[str]
+    coded: Mapping[str, Block]
 
 
 def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
@@ -39,7 +40,12 @@ def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
         {name: block.nbytes for name, block in blocks.items()},
         {name: block.plain(dtype).nbytes for name, block in cast.items() if block.encoded},
         {name: block for name, block in cast.items() if block.encoded},
-        frozenset(name for name, block in blocks.items() if block.changes(dtype)),
+        (changed := frozenset(name for name, block in blocks.items() if block.changes(dtype))),
+        {
+            name: block.coded
+            for name, block in cast.items()
+            if name != "embed" and name not in changed and block.coded is not block
+        },
     )
 
 
@@ -67,6 +73,7 @@ class Sizes:
     staged: bool = False
     decoding_room: int = 0
     decoded: bool = False
+    coded: bool = False
 
     def block(self, name: str) -> int:
         """Bytes of a block in the run's dtype."""
@@ -134,6 +141,8 @@ class Sizes:
             return self.staged
         if self.decoded and tier == "gpu" and name in self.weighed.encoded:
             return True
+        if tier == "cpu" and self.coded and name in self.weighed.coded:
+            return True
         return (tier != "cpu" and self.device != "cpu") or name in self.weighed.changed
 
     def table(self, rank: int, cache_pages: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -161,7 +170,12 @@ class Sizes:
         """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
         tiers, encoded = self.weight_tiers[rank], self.weighed.encoded
         names = [name for name in tiers if name in encoded and not (self.decoded and tiers[name] == "gpu")]
-        return max((encoded[name].decoding_room(self.decoding_room) for name in names), default=0)
+        blocks = [encoded[name] for name in names]
+        if self.coded:
+            blocks += [
+                self.weighed.coded[name] for name in tiers if tiers[name] == "cpu" and name in self.weighed.coded
+            ]
+        return max((block.decoding_room(self.decoding_room) for block in blocks), default=0)
 
     def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""

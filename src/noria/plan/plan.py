@@ -28,7 +28,8 @@ class Plan:
     cpu, then disk. cache_slots buffers of cache_slot_pages pages and state_rows states stage one layer's arrays of a
     microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
     memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
-    used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load.
+    used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
+    that stream from CPU memory are coded without loss while they load.
     """
 
     num_ranks: int
@@ -53,6 +54,7 @@ class Plan:
     predicted: dict[str, Any] = field(default_factory=dict)
     decoding_room: int = 0
     decoded: bool = False
+    coded: bool = False
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""
@@ -95,7 +97,9 @@ class Plan:
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens" + (f" and {states:,} states" if states else "")
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
-        return [head, *ranks, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
+        said = "plan: weights that stream from CPU memory are coded without loss while they load (--compress-weights off: not)"
+        coded = [said] if self.coded else []
+        return [head, *ranks, *coded, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
 
     def _too_small_lines(self) -> list[str]:
         """A warning where rows that are known find no room."""

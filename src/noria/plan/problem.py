@@ -43,6 +43,7 @@ class Candidate:
     `weights`, `cache`: shares in % or sizes, by tier, as the user gives them. `weights` None: resident what the device
     holds beside `reserved` pages of the cache (by tier), then CPU memory, then disk. `cache` None: what the tiers in
     `cache_tiers` hold, in their order. `decoded`: encoded blocks that stay on the device are decoded while they load.
+    `coded`: those that stream from CPU memory are coded without loss meanwhile.
     """
 
     laps: int
@@ -53,6 +54,7 @@ class Candidate:
     reserved: Mapping[str, int] | None = None
     cache_tiers: tuple[str, ...] = ("gpu",)
     decoded: bool = False
+    coded: bool = False
 
     @property
     def elsewhere(self) -> bool:
@@ -152,6 +154,12 @@ class Problem:
         """Whether weights can be read from disk: as a checkpoint stores them that is there, or will be."""
         placement, job = self.config.placement, self.config.job
         return self.as_stored and (job.random_weights is None or placement.stage)
+
+    @property
+    def may_code(self) -> bool:
+        """Whether blocks may be coded without loss while they load."""
+        wanted = self.config.placement.compress_weights != "off"
+        return wanted and self.machine.device == "cuda" and bool(self.weighed.coded)
 
     @property
     def as_stored(self) -> bool:

@@ -1,0 +1,153 @@
+"""Blocks that stream from CPU memory, coded without loss while they load: the numbers, every bit, in fewer bytes over the link."""
+
+import pytest
+import torch
+
+import tiny_models
+from late_streams import LateStreams
+from noria import blocks, encodings
+from noria.blocks import layer_name
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.checkpoint.convert import convert
+from noria.encodings import exponent
+from noria.engine import coding
+from noria.engine.assembly import weights_of
+from noria.engine.decoding import Decoding
+from noria.engine.loading import Loader
+from noria.engine.timing import Traffic
+
+CPU = torch.device("cpu")
+CONFIG = tiny_models.LLAMA | {"hidden_size": 128, "intermediate_size": 200}
+NAMES = [layer_name(layer) for layer in range(CONFIG["num_hidden_layers"])] + ["head"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(blocks, "CODED_NUMBERS", 1000)
+    monkeypatch.setattr(coding, "LONGER", 1e9)  # however slow this machine is
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coding")
+    tensors = tiny_models.state(CONFIG, torch.bfloat16)
+    tensors["model.layers.1.self_attn.o_proj.weight"].view(torch.int16).random_()  # too many escapes
+    tensors["model.layers.2.mlp.down_proj.weight"].view(torch.int16)[0, :8] = torch.arange(
+        0x7F80, 0x7F88
+    ).short()  # inf, nans
+    return convert_of(folder, tensors)
+
+
+def convert_of(folder, tensors):
+    convert(tiny_models.write_directory(folder / "hf", CONFIG, tensors), folder / "model.h5")
+    return folder / "model.h5"
+
+
+def streamed(path, decoding, dtype="bfloat16", tiers=None, say=lambda line: None):
+    """Bits of all that two rounds compute with, layouts of the streamed blocks, and the bytes that passed the link."""
+    found, traffic, streams = {}, Traffic(), LateStreams(CPU)
+    with open_checkpoint(path) as checkpoint:
+        tiers = dict.fromkeys(NAMES, "cpu") | {"embed": "cpu"} | (tiers or {})
+        placed = Loader(checkpoint, tiers, dtype, streams, None, decoding, say).load()
+        weights = weights_of(placed, [range(len(NAMES) - 1)], 1, 2, streams, traffic)
+        for round in range(2):
+            weights.begin(round, 0, 0)
+            for name in NAMES:
+                its = {f"{round}/{name}/{key}": value.clone() for key, value in weights.wait(name).items()}
+                found |= {key: value.view(torch.int16) if dtype == "bfloat16" else value for key, value in its.items()}
+                weights.done(name)
+        traffic.end_round(prefill=False)
+        found |= {f"embed/{key}": value.clone() for key, value in weights.wait("embed").items()}
+        weights.close()
+    return found, {name: home.block for name, home in placed.homes.items()}, traffic.decode["host_to_gpu"]
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    return all(torch.equal(value, wanted[key]) for key, value in found.items())
+
+
+def test_coded_blocks_are_the_same_numbers_in_fewer_bytes(model):
+    plain, layouts, moved = streamed(model, Decoding())
+    found, coded, less = streamed(model, Decoding(coded=True))
+    assert same(found, plain)
+    names = {name: [one.name for one in block.encoded] for name, block in coded.items()}
+    assert names["layers/0000"] == ["qkv", "out", "gate_up", "down"] and names["head"] == ["lm_head"]
+    assert names["layers/0001"] == ["qkv", "gate_up", "down"] and names["layers/0002"] == names["layers/0000"]
+    assert all(coded[name].nbytes < layouts[name].nbytes for name in NAMES)
+    assert 0.68 < less / moved < 0.85
+    for block in coded.values():
+        assert all(one.encoding == "exponent" for one in block.encoded)
+
+
+def test_parameters_are_decoded_one_by_one_where_a_block_finds_no_room(model):
+    plain, _, _ = streamed(model, Decoding())
+    found, _, _ = streamed(model, Decoding(room=1, coded=True))
+    assert same(found, plain)
+
+
+def test_only_what_streams_from_cpu_memory_in_bfloat16_is_coded(model):
+    tiers = {"layers/0000": "gpu", "layers/0001": "disk"}
+    found, layouts, _ = streamed(model, Decoding(coded=True), tiers=tiers)
+    assert same(found, streamed(model, Decoding(), tiers=tiers)[0])
+    assert not layouts["layers/0001"].encoded and layouts["layers/0002"].encoded and layouts.keys() == set(NAMES[1:])
+    wide, layouts, _ = streamed(model, Decoding(coded=True), dtype="float32")
+    assert not any(block.encoded for block in layouts.values())
+    assert torch.equal(wide["0/head/lm_head"].bfloat16().view(torch.int16), found["0/head/lm_head"])
+
+
+def test_a_block_that_takes_no_less_is_left_as_it_is(model):
+    with open_checkpoint(model) as checkpoint:
+        block = checkpoint.blocks["layers/0000"]
+    content = torch.randint(0, 256, (block.nbytes,), dtype=torch.uint8)
+    assert coding.coded(block, content) is None
+
+
+def test_what_does_not_come_back_stays_plain(model, monkeypatch):
+    def wrong(fields, settings, into):
+        right(fields, settings, into)
+        into.view(-1)[-1] = 1.0
+
+    right = exponent.decode
+    plain, _, moved = streamed(model, Decoding())
+    monkeypatch.setattr(exponent, "decode", wrong)
+    found, layouts, all_of_it = streamed(model, Decoding(coded=True))
+    assert same(found, plain) and moved == all_of_it and not any(block.encoded for block in layouts.values())
+
+
+def test_coding_that_fails_leaves_the_rest_plain_with_one_line(model, monkeypatch):
+    def failing(encoding, matrices, numbers, settings):
+        calls.append(encoding)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("no memory\nat all")
+        return right(encoding, matrices, numbers, settings)
+
+    calls, said, right = [], [], encodings.encode
+    monkeypatch.setattr(encodings, "encode", failing)
+    found, layouts, _ = streamed(model, Decoding(coded=True), say=said.append)
+    assert same(found, streamed(model, Decoding())[0])
+    assert layouts["layers/0000"].encoded and not layouts["layers/0001"].encoded and not layouts["head"].encoded
+    assert len(said) == 1 and "failed (no memory); noria convert --compress-weights exponent does it once" in said[0]
+
+
+@pytest.mark.parametrize(("seconds", "stops"), [(0.5, False), (1.05, False), (1.2, True)])
+def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, seconds, stops):
+    monkeypatch.setattr(coding, "LONGER", 1.1)
+    said = []
+    coder = coding.Coder(CPU, said.append)
+    coder.was_read(10**9, 1.0)
+    coder.was_read(10**9, 0.0)  # it had come meanwhile
+    coder._count(10**9, 99.0)  # kernels were built
+    coder._count(10**9, seconds)
+    assert coder._stopped == stops and len(said) == stops
+    if stops:
+        assert "takes longer (0.8 GB/s) than reading (1.0 GB/s); noria convert" in said[0]
+
+
+def test_expected_layouts_are_near_those_that_are_made(model):
+    _, layouts, _ = streamed(model, Decoding(coded=True))
+    with open_checkpoint(model) as checkpoint:
+        expected = checkpoint.blocks["layers/0000"].coded
+    made = layouts["layers/0000"]
+    assert [one.name for one in expected.encoded] == [one.name for one in made.encoded]
+    assert made.nbytes <= expected.nbytes <= 1.05 * made.nbytes and expected.decoded == made.decoded
