@@ -92,6 +92,15 @@ def encode_rate(encoding: str, settings: dict[str, Any], numbers: torch.Tensor) 
     return round(numbers.nbytes / (time.process_time() - began) / 1e6)
 
 
+def device_rate(numbers: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """GB of bfloat16 that the device codes by `exponent` a second, as a run does while it loads."""
+    if device.type == "cpu":
+        return {}
+    its = numbers.to(device).repeat(16, 1)
+    took = seconds(lambda: kinds.load("encodings", "exponent").encode(its, {}), device, repeats=3)
+    return {"encode_on_device_gb_s": round(its.nbytes / took / 1e9, 1)}
+
+
 def decode_rates(
     encoding: str, settings: dict[str, Any], device: torch.device, numbers: int, copy: float
 ) -> dict[str, Any]:
@@ -122,6 +131,7 @@ def decode_rates(
 def measure(encoding: str, said: dict[str, Any], device: torch.device, numbers: int, copy: float) -> None:
     settings, (normal, student) = kinds.load("encodings", encoding).DEFAULTS | said, weights()
     rates = decode_rates(encoding, settings, device, numbers, copy)
+    rates |= device_rate(normal, device) if encoding == "exponent" else {}
     errors = {
         name: error(decoded(encoding, settings, its), its) for name, its in (("normal", normal), ("student", student))
     }
