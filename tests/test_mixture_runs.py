@@ -8,15 +8,22 @@ import json
 import mixtures_worker
 import numpy as np
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import families
 import wide
 import world
 from counts import full
 from mixtures import CONFIGS
+from noria import config as config_file
 from noria.__main__ import main
+from noria.checkpoint.checkpoint import open_checkpoint
+from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.run import run
 
 # One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches.
 KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash"]
@@ -90,3 +97,36 @@ def test_every_token_round_rings_and_tiers_is_the_likeliest_by_transformers(fold
     for name, model in models.items():
         for case in mixtures_worker.cases():
             check(model, folder / name / f"{case}.h5")
+
+
+def in_mxfp4(source, model):
+    """The directory with experts in MXFP4, of random codes and scales, as gpt-oss is published; the model gets the numbers."""
+    random, path = np.random.default_rng(1), source / "model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in [one for one in tensors if one.endswith("_proj") and ".experts." in one]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.from_numpy(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8))
+        scales = torch.from_numpy(random.integers(122, 125, (experts, outputs, inputs // 32), np.uint8))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        model.get_parameter(name).copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(tensors, path)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (source / "config.json").write_text(json.dumps(config))
+
+
+def test_gpt_oss_in_mxfp4_keeps_its_codes_and_gives_the_numbers_that_transformers_unpacks(folder):
+    source, config = folder / "gpt_oss-mxfp4", deep(CONFIGS["gpt_oss"])
+    with torch.inference_mode():
+        model = families.save(config, source / "hf")
+        in_mxfp4(source / "hf", model)
+        model = wide.wide_model(config, model)
+    assert main(["convert", str(source / "hf"), str(source / "model.h5")]) == 0
+    with open_checkpoint(source / "model.h5") as checkpoint:
+        experts = next(one for one in checkpoint.blocks["layers/0003"].parameters if one.name == "experts")
+    assert experts.encoding == "mxfp4" and experts.piece.nbytes < 3 * 32 * 32 * 0.6
+    files = {"model": "gpt_oss-mxfp4/model.h5", "prompts": "prompts.jsonl", "output": "gpt_oss-mxfp4/run.h5"}
+    flags = {key: str(folder / file) for key, file in files.items()}
+    assert run(config_file.load(folder / "run.toml", flags | mixtures_worker.TIERS | {"laps": 2}), Solo()) == 0
+    check(model, folder / "gpt_oss-mxfp4/run.h5")
