@@ -142,7 +142,7 @@ def compare_logits(arguments, checkpoint_path: Path, prompts, references) -> tup
 
 def logits(checkpoint, weights: Weights, ids: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[T, V] of one prompt through the model's own functions."""
-    shape, model = checkpoint.shape, models.for_config(checkpoint.config)
+    shape, model = checkpoint.shape, models.for_config(models.text_of(checkpoint.config))
     num_pages = -(-len(ids) // PAGE_TOKENS)
     kind, _ = attention.fitting(device, dtype, shape)
     cache = KvCache(

@@ -62,8 +62,9 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 def model_shape(config: dict[str, Any], where: str) -> tuple[ModuleType, ModelShape]:
     """The model family's module and the sizes in `config` (of a config.json). Raises InputError naming `where`."""
     try:
-        family = models.for_config(config)
-        return family, family.shape(config)
+        text = models.text_of(config)
+        family = models.for_config(text)
+        return family, family.shape(text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:

@@ -116,6 +116,10 @@ class Adapter:
                 " vocabulary was changed in training; give the model with its new vocabulary",
             )
             _refuse_not_finite(tensor)
+            require(
+                len(own.shape) < 3,
+                f"{tensor.shard}: {name[:100]!r} is all experts of a layer in one tensor, which is not merged: merge it by peft",
+            )
             if not (self._model.is_tied(own) and _same(own, tensor)):
                 self._model.refuse_tied(own, tensor)
                 saved[own.name] = tensor

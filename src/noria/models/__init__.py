@@ -15,6 +15,22 @@ from noria.models._refused import OBSTACLES
 # Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
 SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
 
+# Models around the text model of a family: text with images. Their config.json has the family's as text_config.
+WRAPPERS = {"llama4": "llama4_text"}
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a wrapper's text model; of any other model its own. Raises InputError."""
+    family = WRAPPERS.get(str(config.get("model_type")))
+    if family is None:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise InputError(
+            f"config.json: text_config is {shown(text)}: it must be an object, the text model's config.json"
+        )
+    return {**text, "model_type": family, "architectures": None}
+
 
 def for_config(config: Mapping[str, Any]) -> ModuleType:
     """The family that computes a model with this config.json.

@@ -144,7 +144,7 @@ def _feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], nor
 
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return F.silu(gate).mul_(up).to(gate_up.dtype)
 
 
 def head(  # type: ignore[no-redef]  # its own

@@ -19,9 +19,10 @@ DEFAULTS = {
     "moe_intermediate_size": 1280,
     "n_routed_experts": 128,
     "num_experts_per_tok": 8,
+    "intermediate_size": 1,  # of dense layers, of which there are none
 }
 SYNONYMS = {"num_local_experts": "n_routed_experts"}
-DENSE = ("intermediate_size", "first_k_dense_replace", "num_nextn_predict_layers", "use_qk_norm")  # of no layer here
+DENSE = ("first_k_dense_replace", "num_nextn_predict_layers", "use_qk_norm")  # of no layer here
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
