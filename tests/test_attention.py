@@ -234,7 +234,7 @@ class Kernel:
 )
 def test_items_is_tried_before_it_is_taken(listed, monkeypatch, kernel, why):
     stand_in = Kernel(listed, **kernel)
-    monkeypatch.setattr(items.kinds, "load", lambda *name: {("kernels", "attend"): stand_in}[name])
+    monkeypatch.setattr(items, "_kernel", lambda: stand_in)
     heads = HeadShape(6, 2, 16, 24)
     said = items._unbuilt.__wrapped__(CPU, torch.bfloat16, heads, frozenset([None, 7]))
     assert said == why.removeprefix("not items: ")

@@ -35,6 +35,16 @@ def test_the_products_of_a_model_are_its_matrices_each_shape_once_with_its_bias(
     assert exact.products(Opened.blocks) == [(128, 64, True, 2048), (64, 64, False, 2048), (100, 64, False, 512)]
 
 
+def test_the_norms_of_a_model_are_compared_too(monkeypatch):
+    assert exact.norms(Opened.blocks) == [("rms_norm", 64)]
+    its = [("layer_norm", 32), ("rms_norm", 64)]
+    assert exact.norms_differing(its, CPU, torch.float16) == ""
+    norm = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda hidden, *given: norm(hidden, *given) * (1 + 0.01 * (len(hidden) == 1)))
+    said = "torch's rms_norm of 64 depends on the number of rows"
+    assert exact.norms_differing(its, CPU, torch.float16) == said
+
+
 @pytest.fixture
 def library(monkeypatch):
     """The preferred library, as a torch with CUDA lets one choose it."""
@@ -127,6 +137,7 @@ def on_cuda(monkeypatch, library):
     def call(capsys, attention="items", found="", dtype="bfloat16", **keys):
         monkeypatch.setattr(exact, "build_attention", lambda *given: attention)
         monkeypatch.setattr(exact, "differing", lambda *given: found)
+        monkeypatch.setattr(exact, "norms_differing", lambda *given: "")
         streams = streams_of(CPU)
         streams.device = torch.device("cuda", 0)
         here = ThisRank(Solo(), Location("host", 0, 1), streams)

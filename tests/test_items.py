@@ -19,9 +19,13 @@ if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" o
 with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpreted
     patch.setenv("TRITON_INTERPRET", "1")
     import item_checks
-    from noria.kernels.scoring import Scoring
+    from noria.kernels import attend
 
+import dense
 from item_cases import Heads
+from noria.attention import items
+from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.work import Packing
 
 CPU = torch.device("cpu")
 
@@ -63,3 +67,30 @@ def test_it_is_dense_softmax_for_rows_of_every_kind_in_one_step(heads, programs)
 def test_a_row_has_the_same_bits_however_it_is_computed(scores):
     heads = Heads(1, 1, 16, 16)
     assert item_checks.other_bits(heads, torch.float16, CPU, scores, 1160, programs=(1, 1 << 20), ones=ONES) == []
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    def packing(device, heads, window=None):
+        return Packing(heads.group, heads.num_key_heads, 3, window=window)
+
+    monkeypatch.setattr(attend, "packing", packing)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("case", ["prompts beside decoding rows", "everything at once"])
+def test_the_kind_attends_to_microbatches_as_softmax_does(case):
+    heads, sinks = (6, 2, 8), torch.linspace(-2, 4, 6)
+    for spans in (dense.in_blocks(dense.CASES[case]), dense.behind_beginnings(dense.CASES[case])):
+        for window, soft_cap, its_sinks in ((None, None, None), (70, 1.5, sinks.bfloat16())):
+            given = dense.tensors(spans, *heads, torch.float32, pages=dense.most_pages(spans), width=16)
+            found = items.attention(items.prepare(spans, CPU), *given, Scoring(0.3, window, soft_cap, its_sinks))
+            expected = dense.attention(spans, *given, 0.3, window, soft_cap, its_sinks)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_programs")
+def test_the_kind_builds_what_it_launches_and_finds_it_right():
+    assert items._unbuilt.__wrapped__(CPU, torch.float16, HeadShape(6, 2, 8, 16), frozenset([None, 7])) == ""

@@ -6,6 +6,7 @@ serve all others. Knows nothing of models and steps.
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows
     try:
         largest = _largest_error(device, dtype, heads)
         for window in windows:
-            kinds.load("kernels", "attend").build(device, dtype, heads, window)
+            _kernel().build(device, dtype, heads, window)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
@@ -92,10 +93,16 @@ def attention(
 
     queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
     """
-    kernel, heads = kinds.load("kernels", "attend"), HeadShape.of(queries, key_cache, value_cache)
+    kernel, heads = _kernel(), HeadShape.of(queries, key_cache, value_cache)
     if (heads, scores.window) not in plan.made:
         packing = kernel.packing(plan.device, heads, scores.window)
         plan.made[heads, scores.window] = kernel.to_device(lists.make(plan.rows, packing), plan.device)
     its_lists = plan.made[heads, scores.window]
     attended: torch.Tensor = kernel.attend(its_lists, queries, key_cache, value_cache, scores)
     return attended
+
+
+@lru_cache
+def _kernel() -> ModuleType:
+    """What launches the kernel: it needs triton, which is there where there is a GPU."""
+    return kinds.load("kernels", "attend")

@@ -50,6 +50,7 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             why = f"torch {torch.__version__} cannot keep products from being split"
         else:
             why = differing(products(model.blocks), here.device, kind)
+            why = why or norms_differing(norms(model.blocks), here.device, kind)
             torch.cuda.empty_cache()  # of what was compared
         said = here.comm.allgather(why)
         rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))
@@ -109,4 +110,29 @@ def differing(its: Iterable[Product], device: torch.device, dtype: torch.dtype, 
             return f"no memory to check the product of {outputs:,} x {inputs:,}"
         if not same:
             return f"the product of {outputs:,} x {inputs:,}{' with its bias' * has_bias} depends on the number of rows"
+    return ""
+
+
+def norms(blocks: Mapping[str, Block]) -> list[tuple[str, int]]:
+    """The different norms of a model: of layers where they have a bias, else root mean squares; and their size."""
+    found: dict[tuple[str, int], None] = {}
+    for block in blocks.values():
+        names = {parameter.name for parameter in block.parameters}
+        for parameter in block.parameters:
+            if "norm" in parameter.name and len(parameter.shape) == 1 and not parameter.name.endswith("_bias"):
+                kind = "layer_norm" if f"{parameter.name}_bias" in names else "rms_norm"
+                found[kind, parameter.shape[0]] = None
+    return list(found)
+
+
+def norms_differing(its: Iterable[tuple[str, int]], device: torch.device, dtype: torch.dtype) -> str:
+    """In words the first of these norms whose rows have other bits with fewer rows beside them; empty if none has."""
+    draw = torch.Generator(device).manual_seed(0)
+    for name, size in its:
+        weight, hidden = (torch.empty(*rows, size, dtype=dtype, device=device) for rows in ((), (MANY,)))
+        given = (size,), weight.normal_(generator=draw)
+        function = getattr(F, name)
+        whole = function(hidden.normal_(generator=draw), *given)
+        if not all(torch.equal(function(hidden[:rows], *given), whole[:rows]) for rows in (FEW, SOME)):
+            return f"torch's {name} of {size:,} depends on the number of rows"
     return ""
