@@ -1,11 +1,13 @@
 """Blocks that stream from CPU memory, coded without loss while they load: the numbers, every bit, in fewer bytes over the link."""
 
+import json
+
 import pytest
 import torch
 
 import tiny_models
 from late_streams import LateStreams
-from noria import blocks, encodings
+from noria import blocks, config, encodings
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
@@ -15,6 +17,11 @@ from noria.engine.assembly import weights_of
 from noria.engine.decoding import Decoding
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
+from noria.launch.mpi import Solo
+from noria.output.generations import open_generations
+from noria.plan import building, planner
+from noria.plan.problem import Problem
+from noria.run import run
 
 CPU = torch.device("cpu")
 CONFIG = tiny_models.LLAMA | {"hidden_size": 128, "intermediate_size": 200}
@@ -136,12 +143,33 @@ def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, 
     said = []
     coder = coding.Coder(CPU, said.append)
     coder.was_read(10**9, 1.0)
-    coder.was_read(10**9, 0.0)  # it had come meanwhile
     coder._count(10**9, 99.0)  # kernels were built
     coder._count(10**9, seconds)
     assert coder._stopped == stops and len(said) == stops
     if stops:
         assert "takes longer (0.8 GB/s) than reading (1.0 GB/s); noria convert" in said[0]
+
+
+@pytest.mark.slow
+def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_path, monkeypatch, capsys):
+    """As a GPU would be planned: here on the CPU, which no plan has so."""
+    monkeypatch.setattr(Problem, "may_code", property(lambda its: its.config.placement.compress_weights != "off"))
+    monkeypatch.setattr(planner, "variants", lambda *given: building.variants(*given)[-1:])
+    tensors = {name: its * 0.1 for name, its in tiny_models.state(CONFIG, torch.bfloat16).items()}
+    path = convert_of(tmp_path, tensors)
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"token_ids": [5 + row, 9, 17]}) for row in range(3)))
+    found = []
+    for asked in ("off", "auto"):
+        keys = {"model": path, "prompts": tmp_path / "p.jsonl", "output": tmp_path / f"{asked}.h5"}
+        flags = {"device": "cpu", "dtype": "bfloat16", "max_new_tokens": 6, "weights": {"cpu": 100}}
+        flags |= {"compress_weights": asked}
+        run(config.load(None, {key: str(its) for key, its in keys.items()} | flags), Solo())
+        with open_generations(keys["output"]) as file:
+            tokens = [row.token_ids.tolist() for row in file.rows()]
+        said = "coded without loss while they load" in capsys.readouterr().err
+        found.append((said, tokens))
+    assert [said for said, _ in found] == [False, True] and found[0][1] == found[1][1]
+    assert [len(row) for row in found[0][1]] == [6, 6, 6]
 
 
 def test_expected_layouts_are_near_those_that_are_made(model):

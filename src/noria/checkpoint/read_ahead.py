@@ -3,8 +3,9 @@
 Knows checkpoints and host memory; nothing of devices' layouts, dtypes or tiers.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,14 @@ def read_ahead(
     threads: int = NUM_THREADS,
     into: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | None = None,
+    heard: Callable[[int, float], None] = lambda nbytes, seconds: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, host bytes: uint8 [block's nbytes]) in the order of `names`, each checked at its first load.
 
     The bytes are valid until the next iteration: a copy from them must be complete by then. A block in `into` is read
     straight into that memory and stays there; the others pass through buffers, page-locked if a CUDA `device` is given.
-    Past the page cache where the file system allows. Raises InputError or OSError, naming the file or block.
+    `heard`: how long the first block was read, while nothing waited for the caller. Past the page cache where the file
+    system allows. Raises InputError or OSError, naming the file or block.
     """
     names, into = list(names), into or {}
     sizes = {name: checkpoint.blocks[name].nbytes for name in names}
@@ -52,6 +55,7 @@ def read_ahead(
     source = _FileSource(checkpoint) if isinstance(checkpoint, Checkpoint) else _MadeSource(checkpoint)
     waiting = deque(names)
     coming: deque[_Reading] = deque()
+    began = time.perf_counter()
     pool = ThreadPoolExecutor(threads, "read")
     try:
         while waiting or coming:
@@ -64,6 +68,8 @@ def read_ahead(
             block = coming.popleft()
             for read in block.reads:
                 read.result()
+            if block.name == names[0]:
+                heard(block.memory.numel(), time.perf_counter() - began)
             source.check(block.name, block.memory)
             yield block.name, block.memory
             if block.buffer is not None:

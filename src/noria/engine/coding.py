@@ -22,12 +22,12 @@ class Coder:
 
     def __init__(self, device: torch.device, say: Callable[[str], None]):
         self._device, self._say, self._stopped = device, say, False
-        self._read: tuple[int, float] | None = None  # bytes and seconds of the first block
+        self._read: tuple[int, float] | None = None  # bytes, and seconds in which they were read
         self._coded, self._seconds = 0, 0.0
 
     def was_read(self, nbytes: int, seconds: float) -> None:
-        """Somebody waited so long for a block: for the first one, before which nothing was read."""
-        self._read = self._read or (nbytes, seconds)
+        """A block was read in so many seconds, while nothing waited for its coding."""
+        self._read = nbytes, seconds
 
     def put(self, block: Block, host: torch.Tensor, target: torch.Tensor) -> Block:
         """Copies a plain block [nbytes] into memory of as many bytes, coded if it may be; its layout there."""

@@ -3,8 +3,7 @@
 Knows files and tiers; nothing of steps.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +63,8 @@ class Loader:
         }
         straight |= self._on_this_device()
         names = sorted((name for name, tier in self._tiers.items() if tier != "disk"), key=lambda name: name == "embed")
-        for name, host in self._read(names, straight):
+        heard = self._coder.was_read if self._coder else lambda nbytes, seconds: None
+        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device, heard=heard):
             if self._tiers[name] == "gpu" and name not in self._resident:
                 self._put_on_device(name, host)
             elif self._coder and self._is_coded(name):
@@ -77,14 +77,6 @@ class Loader:
             memory.register()
         self._open_disk()
         return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
-
-    def _read(self, names: list[str], straight: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The blocks in host memory, one after another."""
-        began = time.perf_counter()
-        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device):
-            if self._coder:
-                self._coder.was_read(len(host), time.perf_counter() - began)
-            yield name, host
 
     def _is_coded(self, name: str) -> bool:
         """Whether a block may be coded on its way into CPU memory."""

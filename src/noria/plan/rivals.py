@@ -61,6 +61,8 @@ def _others(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
     if placement.cache is None:
         for tier in _except_tiers(plan):
             yield f"the cache in {tier} alone", replace(config, placement=replace(placement, cache={tier: 100.0}))
+    if plan.coded:
+        yield "weights that stream as they are", replace(config, placement=replace(placement, compress_weights="off"))
     if placement.weights is None and plan.weight_slots:
         yield "all weights in gpu", replace(config, placement=replace(placement, weights={"gpu": 100.0}))
 

@@ -22,7 +22,13 @@ def planned_config(config: Config, plan: Plan) -> Config:
         partition=[last - first for first, last in plan.stages],
         schedule=plan.schedule,
     )
-    placement = replace(config.placement, weights=_weights(plan), cache=_cache(plan), activations=plan.activations)
+    placement = replace(
+        config.placement,
+        weights=_weights(plan),
+        cache=_cache(plan),
+        activations=plan.activations,
+        compress_weights="auto" if plan.coded else "off",
+    )
     job = replace(config.job, planned=numbers_of(plan))
     return replace(config, pipeline=pipeline, placement=placement, job=job)
 
