@@ -1,5 +1,6 @@
 import itertools
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 from noria.borders import cut
 from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
+from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.slots import Capacity
-from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
@@ -76,7 +77,7 @@ class Engine:
 def run(prompts, limits, answer=None):
     finished = []
     source = Source(prompts, len(prompts), lambda p: p.token_ids, finished.append)
-    admission = Admission(source, Sampling(), frozenset({END}), limits)
+    admission = Admission(source, Sampling(), frozenset({END}), replace(limits, sharing=False))
     engine, under_way, steps = Engine(limits), [None] * limits.groups, []
     for round in range(10_000):
         words = set()

@@ -22,10 +22,10 @@ from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
+from noria.rows.making import bad_words, kept_tokens
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import bad_words, kept_tokens
 from noria.sampling import Sampling
 from noria.step import Admitted, Step
 

@@ -12,9 +12,9 @@ from noria.output.generations import open_generations
 from noria.output.parts import parts_folder
 from noria.output.segments import read_segments, segment_lines, segments_of
 from noria.rows.admission import Admission
+from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.slots import Capacity
-from noria.rows.waiting import Source
 from noria.sampling import Sampling
 
 SEGMENT = {

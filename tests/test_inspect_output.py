@@ -57,7 +57,11 @@ def counted(path):
         of_status, of_reason = (h5py.check_enum_dtype(one.dtype) for one in (status, reason))
         return {
             "rows": {name: int((status[:] == of_status[name]).sum()) for name in ("todo", "done", "error")},
-            "tokens": {"prompt": len(file["prompt_tokens"]), "generated": len(file["tokens"])},
+            "tokens": {
+                "prompt": len(file["prompt_tokens"]),
+                "generated": len(file["tokens"]),
+                "cached": int(file["cached_tokens"][:].sum()) if "cached_tokens" in file else 0,
+            },
             "finish_reasons": {name: int((reason[:] == of_reason[name]).sum()) for name in ("stop", "length", "error")},
         }
 

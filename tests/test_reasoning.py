@@ -20,11 +20,11 @@ from noria.masks import ANY
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
 from noria.rows.admission import Admission
+from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.reasoning import markers_of
 from noria.rows.slots import Capacity
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import Result, Word
 

@@ -26,6 +26,7 @@ class Sequence:
     prompt_logprobs: np.ndarray | None = None
     text_end: int | None = None
     guide: None = None
+    cached_tokens: int = 0
 
 
 class Letters:

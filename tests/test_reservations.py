@@ -12,11 +12,11 @@ import test_admission
 from noria.kernels.work import KEY_BLOCK
 from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
+from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.reservations import Reservations, needed
 from noria.rows.sequence import Sequence
 from noria.rows.slots import Capacity
-from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import PAGE_TOKENS, Result, Run, pages_for
 from test_admission import END, expected, prompt

@@ -13,7 +13,7 @@ from mpirun import describe, mpirun
 from noria.__main__ import main
 from noria.engine.stage import Stage
 from noria.output.parts import Parts, part_files, parts_folder
-from noria.rows.waiting import WaitingQueue
+from noria.rows.making import Maker
 
 WORKER = Path(__file__).parent / "mpi" / "failing_worker.py"
 SECONDS = 15
@@ -96,9 +96,9 @@ def test_a_run_that_broke_goes_on_with_what_is_left(folder, monkeypatch):
     lengths = interrupted(folder, "resumed.h5", monkeypatch, 10)
     before = sealed_rows(folder, "resumed.h5")
     assert 0 < len(before) < small_run.NUM_ROWS
-    admitted, sequence = [], WaitingQueue._sequence
+    admitted, sequence = [], Maker._sequence
     note = lambda self, prompt, *more: admitted.append(prompt.row) or sequence(self, prompt, *more)  # noqa: E731
-    monkeypatch.setattr(WaitingQueue, "_sequence", note)
+    monkeypatch.setattr(Maker, "_sequence", note)
     assert main(small_run.command(folder, "resumed.h5", *lengths)) == 0
     assert sorted(admitted) == sorted(set(range(small_run.NUM_ROWS)) - before)
     assert main(small_run.command(folder, "whole.h5", *lengths)) == 0

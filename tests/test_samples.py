@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
+from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.randomness import uniform
 from noria.rows.slots import Capacity
-from noria.rows.waiting import Source
 from noria.sampling import Sampling
 from noria.step import NO_TOKEN, PAGE_TOKENS, Result, Word
 
@@ -90,8 +90,12 @@ def run(prompts, limits, done=frozenset(), answer=None):
             under_way[group] = (step, result) if step.num_tokens else None
         if Word.STOP in words:
             assert words == {Word.STOP}
-            for pages in admission._slots.pages:
-                assert pages.num_free == pages.num_pages, "pages that nobody gave back"
+            slots = admission._slots
+            for pages, kept in zip(slots.pages, slots.prefixes.num_pages, strict=True):
+                assert pages.num_free + kept == pages.num_pages, "pages that nobody gave back"
+                assert all(
+                    slots.prefixes.make_room(tier, pages.num_pages, 0, True) for tier, pages in enumerate(slots.pages)
+                )
             return finished, admission, engine
     raise AssertionError("the run does not end")
 

@@ -9,13 +9,15 @@ def cut(
     microbatch_tokens: int,
     least: int,
     pages: Sequence[int] | None = None,
+    shared: Sequence[int] = (),
     most_pages: int = 0,
     most_rows: int = 0,
 ) -> list[int]:
     """Borders [K+1] that cut rows of these token counts into microbatches of at most `microbatch_tokens` tokens.
 
-    With `pages`, of each row, a microbatch has at most `most_pages` too, and `most_rows` rows (0: any number). At least
-    `least` microbatches where there are as many rows; a row is never cut.
+    With `pages`, of each row, of which it has `shared` in common with the row before, a microbatch has at most `most_pages`
+    different ones too, and `most_rows` rows (0: any number). At least `least` microbatches where there are as many rows; a
+    row is never cut.
     """
     if not counts:
         return [0]
@@ -23,12 +25,13 @@ def cut(
     borders, tokens, held = [0], 0, 0
     for row, count in enumerate(counts):
         rows_left, cuts_left = len(counts) - row, least - len(borders)
-        own = pages[row] if pages else 0
-        full = tokens + count > target or held + own > most_pages or 0 < most_rows <= row - borders[-1]
+        more = pages[row] - shared[row] if pages else 0
+        full = tokens + count > target or held + more > most_pages or 0 < most_rows <= row - borders[-1]
         if row > borders[-1] and (full or rows_left <= cuts_left):
             borders.append(row)
             tokens, held = 0, 0
-        tokens, held = tokens + count, held + own
+        more = pages[row] if pages and row == borders[-1] else more
+        tokens, held = tokens + count, held + more
     return [*borders, len(counts)]
 
 

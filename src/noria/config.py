@@ -54,6 +54,10 @@ class Pipeline:
         True,
     )
     blocking: bool = key("use blocking sends and receives, as in textbooks; needs 2 <= groups <= ranks", False)
+    prefix_sharing: bool = key(
+        "rows whose token ids begin alike compute that beginning once and share its cache, n samples of a prompt too",
+        True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("laps", "groups", "microbatches", "step_tokens", "microbatch_tokens"):

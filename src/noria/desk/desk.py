@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from noria.config import Config
+from noria.desk.capacity import capacity_of
 from noria.desk.earlier import Begun, agree, make_room, now
 from noria.desk.examination import Examined
 from noria.desk.exports import paths_of_prompts, write_exports
@@ -22,8 +23,7 @@ from noria.desk.old_rules import texts_again
 from noria.desk.pace import Pace
 from noria.desk.records import generation
 from noria.errors import Changed, InputError
-from noria.limits import TIERS
-from noria.model import ModelShape, OpenModel
+from noria.model import OpenModel
 from noria.output.agreement import ANEW
 from noria.output.compact import Compactor
 from noria.output.merge import merge
@@ -34,11 +34,10 @@ from noria.plan.planner import Plan
 from noria.rows import sequence as sequences
 from noria.rows.admission import Admission
 from noria.rows.chat import Encoder, encoder_of
+from noria.rows.making import Source
 from noria.rows.prompt_files import Watch
 from noria.rows.prompts import Prompt, noted, open_prompts
-from noria.rows.slots import Capacity
 from noria.rows.tokenizer import tokenizer_of
-from noria.rows.waiting import Source
 from noria.sampling import OLD_RULES
 from noria.tools.helper import Helper
 from noria.tools.log import log
@@ -82,8 +81,7 @@ class Desk:
         self._files, self._watch, self._all_read = examined.files, Watch(examined.files), False
         self._helper, self._mended = helper, examined.mended
         self.sampling = examined.identity.sampling
-        # A prompt is computed once for all its samples.
-        self._lengths = examined.load.prompt_tokens / self.sampling.n, examined.load.new_tokens
+        self._lengths = examined.load.prompt_tokens, examined.load.new_tokens
         self._num_prompts, self._rows = examined.num_rows, shard_rows(config.job.shard, examined.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
@@ -127,7 +125,7 @@ class Desk:
             begun.take_up,
             done,
         )
-        capacity = _capacity(plan, self._checkpoint.shape)
+        capacity = capacity_of(plan, self._checkpoint.shape, config.pipeline.prefix_sharing)
         ends, rules = self._tokenizer.end_token_ids, self._identity.rules
         self.admission = Admission(source, self.sampling, ends, capacity, rules)
         parts.begin({**segment, "of": num_rows, "prompts": paths_of_prompts(config)})
@@ -200,9 +198,10 @@ class Desk:
             expected = self.admission.num_rows + unread * self.sampling.n
             self._progress.expect(expected)
             self._parts.expect(expected)
-            self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens)
+            shared = counted.cached_tokens
+            self._progress.add(tokens=counted.tokens, prompt_tokens=counted.prompt_tokens, cached_tokens=shared)
             self._parts.computed(counted.prompt_tokens, counted.tokens)
-            counted.tokens = counted.prompt_tokens = 0
+            counted.tokens = counted.prompt_tokens = counted.cached_tokens = 0
             self._look_at_the_time()
         if self._parts.is_due(self._config.job.seal_seconds):
             self._nudge()
@@ -281,20 +280,3 @@ class Desk:
         date = datetime.fromisoformat(self._parts.header.get("chat.date") or now())
         say = partial(log, 0, num_ranks)
         return encoder_of(self._checkpoint, self._tokenizer, self.sampling, date, say, self._helper)
-
-
-def _capacity(plan: Plan, shape: ModelShape) -> Capacity:
-    return Capacity(
-        plan.groups,
-        plan.num_pages,
-        plan.step_tokens,
-        plan.microbatch_tokens,
-        plan.microbatches,
-        shape.max_positions,
-        shape.vocab_size,
-        tuple(plan.pools[tier]["pages"] for tier in TIERS),
-        plan.cache_slot_pages,
-        shape.end_words,
-        tuple(plan.pools[tier]["states"] for tier in TIERS),
-        plan.state_rows,
-    )

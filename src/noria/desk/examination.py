@@ -30,11 +30,11 @@ from noria.output.target import probe_output
 from noria.plan import planner
 from noria.plan.costs import Workload
 from noria.rows.chat import Chat, Encoder, encoder_of
+from noria.rows.making import unknown_ids
 from noria.rows.model_sampling import told
 from noria.rows.prompt_files import PromptFiles, content_hash, counts, hashed, prompt_files
 from noria.rows.prompts import open_prompts
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
-from noria.rows.waiting import unknown_ids
 from noria.sampling import OLD_RULES, Sampling
 from noria.tools.helper import Helper
 from noria.tools.text import plural

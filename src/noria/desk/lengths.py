@@ -6,9 +6,9 @@ from noria.config import Config
 from noria.errors import InputError
 from noria.plan.costs import Workload
 from noria.rows.chat import Encoder
+from noria.rows.making import kept_tokens, of_row
 from noria.rows.prompt_files import PromptFiles
 from noria.rows.prompts import open_prompts
-from noria.rows.waiting import kept_tokens, of_row
 from noria.step import pages_for
 from noria.tools.values import shard_rows
 

@@ -18,9 +18,9 @@ from noria.errors import InputError, require
 from noria.output.agreement import differing
 from noria.output.generations import Generation
 from noria.output.sealed import Part, parts_folder, scan, scan_one
+from noria.rows.making import of_row
 from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt, open_prompts
-from noria.rows.waiting import of_row
 from noria.sampling import OLD_RULES, Sampling
 from noria.tools.text import plural, printable, storable
 from noria.tools.values import shard_rows

@@ -15,10 +15,10 @@ from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.generations import Generation
 from noria.output.target import begun_with
+from noria.rows.making import of_row
 from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt, open_prompts
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import of_row
 from noria.sampling import OLD_RULES, Sampling
 from noria.tools.values import shard_rows
 

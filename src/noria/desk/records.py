@@ -45,6 +45,7 @@ def generation(sequence: sequences.Sequence, tokenizer: Tokenizer, dtype: type =
         prompt_token_ids=np.array(sequence.prompt_token_ids, np.int32),
         error=error,
         extra=_extra(sequence),
+        cached_tokens=sequence.cached_tokens,
         **thought,
         **_scores(sequence, dtype),
     )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from noria.output.outcome import Reasons
+from noria.rows.making import Maker, Source
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.rows.tokenizer import Tokenizer
-from noria.rows.waiting import Source, WaitingQueue
 from noria.sampling import Sampling
 
 SHOWN = 10  # bad rows that are told one by one
@@ -67,11 +67,11 @@ def examine(
             found.wrong.append((sequence.prompt.row, sequence.prompt.id, sequence.error))
 
     mine = (prompt for prompt in prompts if prompt.row in rows)
-    queue = WaitingQueue(Source(mine, len(rows), encode, wrong, tokenizer), sampling, limits)
-    while (sequence := queue.first()) is not None:
-        queue.take()
-        _add(found, sequence, limits)
-    found.num_rows = len(queue.samples)
+    maker = Maker(Source(mine, len(rows), encode, wrong, tokenizer), sampling, limits)
+    for prompt in mine:
+        for sequence in maker.of(prompt)[:1]:
+            _add(found, sequence, limits)
+    found.num_rows = len(maker.samples)
     return found
 
 
@@ -90,8 +90,8 @@ def all_wrong(
             reasons.add(sequence.prompt.id, sequence.error)
 
     first = islice(prompts, LOOKED_AT)
-    queue = WaitingQueue(Source(first, LOOKED_AT, encode, wrong, tokenizer), sampling, limits)
-    return reasons if queue.first() is None and reasons.counts else None
+    maker = Maker(Source(first, LOOKED_AT, encode, wrong, tokenizer), sampling, limits)
+    return None if any(map(maker.of, first)) or not reasons.counts else reasons
 
 
 def _add(found: Findings, sequence: Sequence, limits: ModelLimits) -> None:

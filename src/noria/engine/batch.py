@@ -5,7 +5,8 @@ T tokens, S samples, P scores.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TypeAlias
@@ -148,30 +149,45 @@ def to_staging(spans: list[Span], elsewhere: Sequence[TierPages]) -> Placed:
     held = next((held for held in reversed(elsewhere) if first >= held.first), None)
     if held is None:
         return spans, None
-    moved: list[Span] = []
-    loads: list[tuple[int, int, int]] = []
-    stores: list[tuple[int, int, int]] = []
-    page = 0
-    for span in spans:
-        tier_rows = cache_rows([replace(span, first=0, count=span.length)]) - held.first * PAGE_TOKENS
-        assert tier_rows[0] >= 0 and tier_rows[-1] < held.num_pages * PAGE_TOKENS, span
-        pages = -(-span.length // PAGE_TOKENS)
-        old = span.length - span.count
-        loads += _consecutive(tier_rows[:old], page * PAGE_TOKENS)
-        stores += _consecutive(tier_rows[old:], page * PAGE_TOKENS + old)
-        moved.append(replace(span, runs=(Run(page, pages),)))
-        page += pages
-    return moved, Staged(held, page, {"token": tuple(loads)}, {"token": tuple(stores)})
+    slot, times = _Slot(held), Counter(run for span in spans for run in span.runs)
+    shared: dict[Run, Run] = {}
+    moved = [replace(span, runs=slot.place(span, times, shared)) for span in spans]
+    return moved, Staged(held, slot.num_pages, {"token": tuple(slot.loads)}, {"token": tuple(slot.stores)})
 
 
-def _consecutive(tier_rows: np.ndarray, first: int) -> list[tuple[int, int, int]]:
-    """Consecutive rows of a tier as (first there, first in the staging slot, how many)."""
-    if not len(tier_rows):
-        return []
-    borders = np.flatnonzero(np.diff(tier_rows) != 1) + 1
-    starts = [0, *borders.tolist()]
-    ends = [*borders.tolist(), len(tier_rows)]
-    return [(int(tier_rows[a]), first + a, b - a) for a, b in zip(starts, ends, strict=True)]
+class _Slot:
+    """What a staging slot is filled with, page after page."""
+
+    def __init__(self, held: TierPages):
+        self._held, self.num_pages = held, 0
+        self.loads: list[tuple[int, int, int]] = []
+        self.stores: list[tuple[int, int, int]] = []
+
+    def place(self, span: Span, times: Mapping[Run, int], shared: dict[Run, Run]) -> tuple[Run, ...]:
+        """Where a span's pages are in the slot: runs that several spans begin with are there once, all others are one run."""
+        runs, own, before = list[Run](), Run(0, 0), 0
+        for run in span.runs:
+            tokens = min(run.count * PAGE_TOKENS, span.length - before)
+            if tokens <= 0:
+                break
+            placed = shared.get(run) or self._add(run, span.length - span.count - before, tokens)
+            if times[run] > 1:
+                runs.append(shared.setdefault(run, placed))
+            else:
+                own = Run(own.start if own.count else placed.start, own.count + placed.count)
+            before += run.count * PAGE_TOKENS
+        return (*runs, own) if own.count else tuple(runs)
+
+    def _add(self, run: Run, old: int, tokens: int) -> Run:
+        """The first tokens of a run of pages, of which `old` are there already and the others are computed."""
+        held, old = self._held, min(max(old, 0), tokens)
+        assert held.first <= run.start and run.start + run.count <= held.first + held.num_pages, run
+        there, here = (run.start - held.first) * PAGE_TOKENS, self.num_pages * PAGE_TOKENS
+        self.loads += [(there, here, old)] if old else []
+        self.stores += [(there + old, here + old, tokens - old)] if tokens > old else []
+        placed = Run(self.num_pages, -(-tokens // PAGE_TOKENS))
+        self.num_pages += placed.count
+        return placed
 
 
 def cache_rows(spans: list[Span]) -> np.ndarray:

@@ -227,6 +227,7 @@ def _hidden(generation: Generation) -> dict[str, Any]:
     known = {"row": generation.row, "prompt_token_ids": generation.prompt_token_ids.tolist()}
     if generation.reasoning is not None:
         known |= {"reasoning": generation.reasoning, "num_reasoning_tokens": generation.reasoning_tokens}
+    known["num_cached_tokens"] = generation.cached_tokens
     return dict.fromkeys(HIDDEN) | known
 
 

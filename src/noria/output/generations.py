@@ -19,6 +19,7 @@ from noria.output.schema import (
     FINISH_REASON,
     FORMAT,
     NO_ID,
+    NOT_KNOWN,
     STATUS,
     STRINGS,
     VERSION,
@@ -123,7 +124,7 @@ def _generations(values: dict[str, np.ndarray], places: Iterable[int]) -> Iterat
     """The rows at these places of a block's values."""
     ends, prompt_ends = (values[name] - values[name][0] for name in OFFSETS)
     scores = {name: values[name] for name in ("logprobs", *WIDE) if name in values}
-    prompt_logprobs, thought = values.get("prompt_logprobs"), values.get("reasoning")
+    prompt_logprobs, thought, cached = (values.get(name) for name in ("prompt_logprobs", "reasoning", "cached_tokens"))
     for index in places:
         span = slice(ends[index], ends[index + 1])
         prompt_span = slice(prompt_ends[index], prompt_ends[index + 1])
@@ -137,6 +138,7 @@ def _generations(values: dict[str, np.ndarray], places: Iterable[int]) -> Iterat
             prompt_logprobs=None if prompt_logprobs is None else _some(prompt_logprobs[prompt_span]),
             reasoning=None if thought is None else thought[index].decode(errors="replace"),
             reasoning_tokens=0 if thought is None else int(values["reasoning_tokens"][index]),
+            cached_tokens=None if cached is None or cached[index] == NOT_KNOWN else int(cached[index]),
             **_scores_of_row({name: array[span] for name, array in scores.items()}),
             **{name: values[name][index].decode(errors="replace") for name in STRINGS},
         )
@@ -160,7 +162,7 @@ def _scores(datasets: Mapping[str, h5py.Dataset]) -> Scores:
     """Which optional columns these datasets are."""
     dtypes = [datasets[name].dtype.name for name in ("logprobs", "prompt_logprobs") if name in datasets]
     top = datasets["top_ids"].shape[1] if "top_ids" in datasets else 0
-    which = [name in datasets for name in ("logprobs", "prompt_logprobs", "reasoning")]
+    which = [name in datasets for name in ("logprobs", "prompt_logprobs", "reasoning", "cached_tokens")]
     return Scores(dtypes[0] if dtypes else None, which[0], top, *which[1:])
 
 
@@ -232,7 +234,7 @@ def _checked_columns(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
     sizes: dict[str, int] = {}
     datasets: dict[str, h5py.Dataset] = {}
     optional: dict[str, h5py.Dataset] = {}
-    for name in ("logprobs", "prompt_logprobs", "reasoning", *WIDE):
+    for name in ("logprobs", "prompt_logprobs", "reasoning", "cached_tokens", *WIDE):
         if isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset):
             optional[name] = file[name]
             require(optional[name].ndim == 1 + (name in WIDE), f"{name} has {optional[name].ndim} dimensions")

@@ -70,7 +70,7 @@ class Outcome:
 
     def __init__(self, header: Mapping[str, Any]):
         self.num_rows = self.num_errors = self.num_cut = 0
-        self.num_prompt_tokens = self.num_tokens = 0
+        self.num_prompt_tokens = self.num_tokens = self.num_cached = 0
         self.finish_reasons = dict.fromkeys(FINISH_REASON, 0)  # "none": of rows that stopped half-way
         self.examples: list[Generation] = []
         self.reasons = Reasons()
@@ -86,6 +86,8 @@ class Outcome:
         self.num_rows += len(positions)
         self.num_tokens += int(lengths[positions].sum())
         self.num_prompt_tokens += int(prompt_lengths[positions].sum())
+        if file.scores.cached:
+            self.num_cached += int(file.column("cached_tokens")[positions].clip(min=0).sum())
         for name, count in zip(FINISH_REASON, np.bincount(reason, minlength=len(FINISH_REASON)), strict=True):
             self.finish_reasons[name] += int(count)
         cut = (reason == FINISH_REASON.index("length")) & (lengths[positions] == self._most)

@@ -23,6 +23,7 @@ FINISH_REASON = ("none", "stop", "length", "error")
 STRINGS = ("id", "prompt", "text", "error", "extra")
 WIDE = ("top_ids", "top_logprobs")  # [tokens, top]
 NO_ID = -1  # in top_ids: the row asked for fewer
+NOT_KNOWN = -1  # in cached_tokens: an earlier version wrote the row
 
 # A row's optional values -> what they are as many as, and what stands in the file for a row without them.
 _SCORES = {
@@ -54,6 +55,7 @@ class Generation:
     prompt_logprobs: np.ndarray | None = None  # [prompt tokens], the first NaN
     reasoning: str | None = None  # None: it is not kept apart from the text
     reasoning_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompt, shared with other rows and so not computed; None: not known
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -73,13 +75,14 @@ def own_columns(extra: str) -> dict[str, Any]:
 class Scores:
     """Which of the optional columns a file holds. Log-probabilities: their type ("float32", "float64"; None: none at all),
     those of the tokens chosen, those of the `top` most likely ones (0: none), those of the prompts. `reasoning`: what was
-    thought, apart from the text."""
+    thought, apart from the text. `cached`: how many tokens of prompts were shared."""
 
     dtype: str | None = None
     chosen: bool = False
     top: int = 0
     prompt: bool = False
     reasoning: bool = False
+    cached: bool = False
 
     def __str__(self) -> str:
         kinds = ["of tokens"] * self.chosen + [f"top {self.top}"] * (self.top > 0) + ["of prompts"] * self.prompt
@@ -122,6 +125,8 @@ def schema(scores: Scores) -> dict[str, tuple[np.dtype, str]]:
     if scores.reasoning:
         columns["reasoning"] = (text, "row")
         columns["reasoning_tokens"] = (np.dtype("<i4"), "row")
+    if scores.cached:
+        columns["cached_tokens"] = (np.dtype("<i4"), "row")
     return columns
 
 
@@ -136,6 +141,7 @@ def scores_of(generations: Sequence[Generation]) -> Scores:
         max((one.top_ids.shape[1] for one in rows if one.top_ids is not None), default=0),
         any(one.prompt_logprobs is not None for one in rows),
         any(one.reasoning is not None for one in generations),
+        any(one.cached_tokens is not None for one in generations),
     )
 
 
@@ -149,6 +155,7 @@ def scores_together(files: Iterable[Scores]) -> Scores:
         max((scores.top for scores in files), default=0),
         any(scores.prompt for scores in files),
         any(scores.reasoning for scores in files),
+        any(scores.cached for scores in files),
     )
 
 
@@ -179,6 +186,9 @@ class RowWriter:
         }
         if self.scores.reasoning:
             numbers["reasoning_tokens"] = [one.reasoning_tokens for one in generations]
+        if self.scores.cached:
+            known = (one.cached_tokens for one in generations)
+            numbers["cached_tokens"] = [NOT_KNOWN if count is None else count for count in known]
         values = {name: np.asarray(column, self.columns[name][0]) for name, column in numbers.items()}
         for name in (*STRINGS, *(("reasoning",) if self.scores.reasoning else ())):
             values[name] = np.empty(len(generations), object)

@@ -55,7 +55,11 @@ class Summary:
             "running": self.running,
             "rows": {"todo": self.num_todo, "done": self.num_done, "error": outcome.num_errors},
             "errors": outcome.reasons.as_list(),
-            "tokens": {"prompt": outcome.num_prompt_tokens, "generated": outcome.num_tokens},
+            "tokens": {
+                "prompt": outcome.num_prompt_tokens,
+                "generated": outcome.num_tokens,
+                "cached": outcome.num_cached,
+            },
             "finish_reasons": reasons,
             "segments": self.segments,
         }
@@ -81,9 +85,10 @@ class Summary:
         if self.num_todo is None or self.num_todo:
             rows += f", {'others' if self.num_todo is None else f'{self.num_todo:,}'} left"
             rows += f" ({plural(self.num_half_way, 'row')} half-way)" if self.num_half_way else ""
+        shared = f" ({outcome.num_cached:,} shared)" if outcome.num_cached else ""
         return [
             _named("rows", rows),
-            _named("tokens", f"{outcome.num_prompt_tokens:,} of prompts, {outcome.num_tokens:,} generated"),
+            _named("tokens", f"{outcome.num_prompt_tokens:,} of prompts{shared}, {outcome.num_tokens:,} generated"),
             _named("ended", f"{ended['stop']:,} at a stop, {ended['length']:,} at their limit of tokens"),
             _named("work", _work(self.segments)),
         ]

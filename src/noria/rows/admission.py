@@ -10,12 +10,14 @@ import numpy as np
 
 from noria.errors import InputError
 from noria.masks import Pending
+from noria.rows.beginnings import Lead
 from noria.rows.composing import Changes, compose
 from noria.rows.ends import finish_reason
 from noria.rows.guides import Making
+from noria.rows.making import Maker, Source
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.slots import Capacity, Slots
-from noria.rows.waiting import Source, WaitingQueue
+from noria.rows.waiting import WaitingQueue
 from noria.sampling import RULES, Sampling
 from noria.step import NO_TOKEN, NONE_LEFT, Admitted, Grown, Result, Step, Word
 
@@ -38,6 +40,7 @@ class Counted:
 
     tokens: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of prompts: shared, and so not computed
 
 
 class Admission:
@@ -54,7 +57,8 @@ class Admission:
         capacity: Capacity,
         rules: int = RULES,
     ):
-        self._queue, self._finished = WaitingQueue(source, sampling, capacity, rules), source.finished
+        self._maker, self._finished = Maker(source, sampling, capacity, rules), source.finished
+        self._queue = WaitingQueue(source, self._maker, capacity.sharing)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
         self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room
@@ -62,17 +66,18 @@ class Admission:
         self._stopping = False
         self._over = False
         self._num_admitted = 0
+        self._leading: list[Sequence] = []  # those that compute something for others
         self._masks: dict[int, Pending] = {}
 
     @property
     def samples(self) -> "array[int]":
         """Of each prompt read so far, in order, how many rows the output has of it."""
-        return self._queue.samples
+        return self._maker.samples
 
     @property
     def num_rows(self) -> int:
         """How many rows the output has of the prompts read so far."""
-        return self._queue.num_rows
+        return self._maker.num_rows
 
     @property
     def num_active(self) -> int:
@@ -104,7 +109,7 @@ class Admission:
         unfinished += [sequence for active in self._slots.active for sequence in active.values()]
         for group, active in enumerate(self._slots.active):
             for sequence in list(active.values()):
-                self._slots.leave(group, sequence)
+                self._leave(group, sequence)
         return unfinished
 
     def compose(self, round: int, group: int) -> Step:
@@ -125,14 +130,18 @@ class Admission:
                 rows.append((sequence, self._take_chunk(sequence, budget)))
                 budget -= rows[-1][1]
         admitted = []
-        while budget > 0 and self._may_admit and (new := self._admit(group)):
+        while budget > 0 and (new := self._admit(group)):
             admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
             rows.append((new, self._take_chunk(new, budget)))
             budget -= rows[-1][1]
-        rows.sort(key=lambda row: row[0].tier)  # a microbatch's pages are in one tier
+        rows.sort(
+            key=lambda row: row[0].place
+        )  # a microbatch's pages are in one tier, and rows of one beginning in one microbatch
         released = self._slots.released(group)
         changes = Changes(released, tuple(admitted), grown)
-        return self._with_masks(compose(round, group, changes, rows, self._capacity))
+        step = compose(round, group, changes, rows, self._capacity)
+        self._led()
+        return self._with_masks(step)
 
     def _grow(self, group: int) -> tuple[Grown, ...]:
         """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""
@@ -141,7 +150,7 @@ class Admission:
         for sequence in outgrown:
             while sequence.slot in active and not self._slots.grow(group, sequence):
                 youngest = self._slots.youngest(group, sequence)
-                self._slots.leave(group, youngest)
+                self._leave(group, youngest)
                 youngest.give_back()
                 self._queue.give_back(youngest)
         return tuple(Grown(one.slot, one.runs) for one in outgrown if one.slot in active)
@@ -149,13 +158,13 @@ class Admission:
     def _with_masks(self, step: Step) -> Step:
         """The step, whose masks are being made from now on where some of its samples are constrained."""
         wants, active = {}, self._slots.active[step.group]
-        for place, slot in enumerate(step.sample_slots.tolist() if self._queue.guides.steering else ()):
+        for place, slot in enumerate(step.sample_slots.tolist() if self._maker.guides.steering else ()):
             guide = active[slot].guide
             if guide is not None and (want := guide.want(len(active[slot].token_ids))):
                 wants[place] = guide, want
         if not wants:
             return step
-        self._masks[step.group] = Making(wants, self._queue.guides.constraints, self._capacity.vocab_size)
+        self._masks[step.group] = Making(wants, self._maker.guides.constraints, self._capacity.vocab_size)
         return replace(step, masked=True)
 
     def masks(self, group: int) -> Pending:
@@ -172,8 +181,6 @@ class Admission:
             sequence = active.get(slot)
             if sequence is None:
                 continue  # dropped by stop() while its step was under way
-            if sequence.samples is not None:
-                self._prompt_computed(sequence)
             if token_id == NO_TOKEN:
                 sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
             elif token_id == NONE_LEFT:
@@ -225,14 +232,25 @@ class Admission:
                 if np.isnan(values).any():
                     sequence.error = f"logits are not finite in the prompt, before token {position + end - start}"
 
-    def _prompt_computed(self, sequence: Sequence) -> None:
-        """After the first answer to the leader of its samples every rank has the prompt's pages: the others may share them."""
-        samples, sequence.samples = sequence.samples, None
-        if samples is not None and samples.leader is sequence and samples.waiting:
-            self._queue.computed(samples)
+    def _leave(self, group: int, sequence: Sequence) -> None:
+        """The sequence is out of flight; those that waited for what it computes are in line again."""
+        self._slots.leave(group, sequence)
+        if sequence.lead is not None:
+            self._leading.remove(sequence)
+            self._queue.unpark(sequence.lead)
+
+    def _led(self) -> None:
+        """What is computed for others in the step just composed is there for all later ones."""
+        for sequence in list(self._leading):
+            lead = sequence.lead
+            if lead is not None and sequence.cached >= lead.end:
+                sequence.lead = None
+                self._leading.remove(sequence)
+                self._slots.prefixes.done(lead)
+                self._queue.unpark(lead)
 
     def _end(self, group: int, sequence: Sequence) -> None:
-        self._slots.leave(group, sequence)
+        self._leave(group, sequence)
         if not sequence.error:
             self._slots.ended(sequence)
         self._finished(sequence)
@@ -248,16 +266,28 @@ class Admission:
         return count
 
     def _admit(self, group: int) -> Sequence | None:
-        """Gives the first waiting sequence a slot and pages of this group, if there is room."""
-        sequence = self._queue.first()
-        if sequence is None or not self._slots.take(group, sequence, self._queue.num_left):
-            return None
-        self._queue.take()
+        """Gives the first waiting sequence a slot and pages of this group, if there is room. Those step aside whose beginning is
+        being computed."""
+        while self._may_admit and (sequence := self._queue.first()) is not None:
+            found = self._slots.take(group, sequence, self._queue.num_left)
+            if isinstance(found, Lead):
+                self._queue.park(found)
+            elif found:
+                self._queue.take()
+                self._begun(sequence)
+                return sequence
+            else:
+                break
+        return None
+
+    def _begun(self, sequence: Sequence) -> None:
+        """A sequence is in flight."""
         if sequence.order < 0:
-            sequence.order, self._num_admitted = self._num_admitted, self._num_admitted + 1
-        if sequence.samples is not None:
-            self._slots.hold(sequence, sequence.samples)
-        return sequence
+            sequence.order, sequence.cached_tokens = self._num_admitted, sequence.cached
+            self._num_admitted += 1
+        self.counted.cached_tokens += sequence.cached
+        if sequence.lead is not None:
+            self._leading.append(sequence)
 
 
 def _none_left(sequence: Sequence) -> str:

@@ -1,7 +1,7 @@
 """A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise, takewhile
 from typing import Protocol
 
 import numpy as np
@@ -93,10 +93,18 @@ def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits: Cut
     borders = [0]
     for tier, group in groupby(range(len(rows)), key=lambda row: rows[row][0].tier):
         first, *_ = members = list(group)
-        pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members] if tier else None
-        its = [counts[row] for row in members]
+        its, pages, shared = [counts[row] for row in members], None, list[int]()
+        if tier:
+            pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members]
+            pairs = pairwise(rows[row][0] for row in members)
+            shared = [0, *(_in_common(*pair) for pair in pairs)]
         most = limits.slot_pages, limits.state_rows
-        borders += [
-            first + border for border in cut(its, limits.microbatch_tokens, limits.microbatches, pages, *most)[1:]
-        ]
+        found = cut(its, limits.microbatch_tokens, limits.microbatches, pages, shared, *most)
+        borders += [first + border for border in found[1:]]
     return borders
+
+
+def _in_common(one: Sequence, other: Sequence) -> int:
+    """Pages of the runs that two rows share: both begin with them."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one.runs, other.runs, strict=False))
+    return sum(run.count for run, _ in pairs)

@@ -1,4 +1,4 @@
-"""A sequence in flight, the samples that share a prompt, and what the last rank must know of a row.
+"""A sequence, in line or in flight, and what the last rank must know of a row.
 
 Knows token ids and pages; nothing of slots' order, budgets or devices.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from noria.limits import RUN_PAGES
+from noria.rows.beginnings import Lead, PromptBlock
 from noria.rows.ends import StopTexts
 from noria.rows.guides import Guide, steers
 from noria.rows.prompts import Prompt
@@ -50,7 +50,13 @@ class Sequence:
     state: int = NO_STATE  # its own, where the family has arrays per sequence
     reads: int = NO_STATE  # what its next step begins from
     tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
-    samples: "Samples | None" = None
+    blocks: list[PromptBlock] = field(
+        default_factory=list
+    )  # of its prompt, while it is in line: those that it may share
+    beginning: PromptBlock | None = None  # the last block that it shares, while it is in flight
+    lead: Lead | None = None  # what it computes for others too
+    place: tuple[int, ...] = ()  # among the rows of a step: tier, shared runs of pages
+    cached_tokens: int = 0  # of its prompt, which were computed before it was admitted
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     prompt_logprobs: np.ndarray | None = None
@@ -72,25 +78,25 @@ class Sequence:
         """It is out of flight, with nothing but its tokens: it reserves all that it may need when it is admitted again."""
         self.returned = True
         self.cached, self.num_own_pages, self.state, self.reads = 0, 0, NO_STATE, NO_STATE
+        self.beginning = self.lead = None
         self.hold(())
 
     @property
     def scores(self) -> bool:
-        """The prompt's log-probabilities are this sequence's to fetch: once for all samples of a prompt."""
-        return self.prompt_logprobs is not None and (self.samples is None or self.samples.leader is self)
+        """It fetches the prompt's log-probabilities, and so computes all of it."""
+        return self.prompt_logprobs is not None
 
     @property
     def to_border(self) -> int:
-        """Tokens up to the end of what it computes for other samples too, where it leaves a state for them; 0: no more."""
-        if self.samples is None or self.samples.leader is not self or self.samples.state == NO_STATE:
-            return 0
-        return max(sum(run.count for run in self.samples.shared) * PAGE_TOKENS - self.cached, 0)
+        """Tokens up to the next place where it leaves a state for others; 0: there is none."""
+        stops = self.lead.stops if self.lead is not None else ()
+        return next((end - self.cached for end, _ in stops if end > self.cached), 0)
 
     def next_states(self, count: int) -> tuple[int, int]:
         """The states that its next step reads and writes, which computes `count` tokens; the one after reads what it wrote."""
         reads, writes = self.reads, self.state
-        if self.samples is not None and count == self.to_border:
-            writes = self.samples.state
+        if self.lead is not None and count == self.to_border:
+            writes = dict(self.lead.stops)[self.cached + count]
         self.reads = writes
         return reads, writes
 
@@ -107,36 +113,6 @@ class Sequence:
             return 0.0
         row = self.prompt.row if self.drawn_as is None else self.drawn_as
         return uniform(self.sampling.seed or 0, row, self.sample, len(self.token_ids))
-
-
-@dataclass(eq=False)
-class Samples:
-    """The samples of one prompt. The leader computes it; the others wait until it has, and share its whole pages.
-
-    The page that the prompt fills in part is not shared: what it holds, a token at least, each sample computes anew.
-    `shared` are held by all of them together as long as one waits; so is `state`, which the leader leaves at their end,
-    where the family has arrays per sequence: all begin from it, and nobody writes it again.
-    """
-
-    leader: Sequence
-    waiting: list[Sequence]
-    shared: tuple[Run, ...] = ()
-    state: int = NO_STATE
-
-
-def num_whole_pages(sequence: Sequence) -> int:
-    """How many pages the prompt fills, in whole multiples of RUN_PAGES, without those that hold its last token."""
-    return (len(sequence.prompt_token_ids) - 1) // (RUN_PAGES * PAGE_TOKENS) * RUN_PAGES
-
-
-def whole_pages(sequence: Sequence) -> tuple[Run, ...]:
-    """The pages that the prompt fills, without the one that holds its last token."""
-    count, runs = num_whole_pages(sequence), []
-    for run in sequence.runs:
-        if count:
-            runs.append(Run(run.start, min(run.count, count)))
-            count -= runs[-1].count
-    return tuple(runs)
 
 
 def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[str, Any]:

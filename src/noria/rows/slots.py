@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from noria.limits import RUN_PAGES
+from noria.rows.beginnings import BLOCK_TOKENS, Lead
 from noria.rows.pages import Pages
+from noria.rows.prefixes import Prefixes, Share
 from noria.rows.reservations import Reservations
-from noria.rows.sequence import Samples, Sequence, num_whole_pages, whole_pages
+from noria.rows.sequence import Sequence
 from noria.step import NO_STATE, PAGE_TOKENS, Run, pages_for
 
 
@@ -18,6 +20,7 @@ class Capacity:
     `tier_pages`: how many of the pages each tier has, the device's first (empty: all are the device's). A sequence has its
     pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has. tier_states: the states of each
     tier, where the family has arrays per sequence; then a microbatch has at most `state_rows` rows (else 0).
+    sharing: rows that begin alike share the pages of that.
     """
 
     groups: int
@@ -32,6 +35,7 @@ class Capacity:
     end_words: str = ""
     tier_states: tuple[int, ...] = ()
     state_rows: int = 0
+    sharing: bool = True
 
     @property
     def tiers(self) -> tuple[int, ...]:
@@ -58,6 +62,7 @@ class Slots:
         self._capacity = capacity
         self.pages = _pools(capacity.tiers, RUN_PAGES)
         self.states = _pools(capacity.tier_states)
+        self.prefixes = Prefixes(self.pages, self.states if capacity.state_rows else [])
         self.reservations = Reservations(capacity.max_positions)
         self.active: list[dict[int, Sequence]] = [{} for _ in range(capacity.groups)]
         self._free = [deque(_slots_of(group, capacity.step_tokens)) for group in range(capacity.groups)]
@@ -69,74 +74,84 @@ class Slots:
     def num_active(self) -> int:
         return sum(len(active) for active in self.active)
 
-    def take(self, group: int, sequence: Sequence, num_left: int) -> bool:
+    def take(self, group: int, sequence: Sequence, num_left: int) -> bool | Lead:
         """Gives a sequence a slot and pages of this group if there is room: the group's equal share of both.
 
-        num_left: sequences that are not in flight yet, this one among them.
+        num_left: sequences that are not in flight yet, this one among them. Where what it shares is still being computed:
+        nothing, and by whom.
         """
         active, groups = self.active[group], self._capacity.groups
         if not self._free[group] or len(active) >= -(-(self.num_active + num_left) // groups):
             return False
-        samples = sequence.samples
-        leader = sequence if samples is None else samples.leader
-        shared = () if samples is None or leader is sequence else samples.shared
-        num_shared = sum(run.count for run in shared)
-        count = pages_for(self.reservations.first(sequence)) - num_shared
-        most = pages_for(self.reservations.most(sequence))
-        tiers = range(len(self.pages)) if leader is sequence else [leader.tier]
-        states = self._num_states(sequence)
-        tier = next((tier for tier in tiers if self._has_room(group, tier, count, most, states)), None)
-        if tier is None or (runs := self.pages[tier].reserve(count)) is None:
+        found = (self._take_in(group, tier, sequence) for tier in range(len(self.pages)))
+        return next((one for one in found if one), False)
+
+    def _take_in(self, group: int, tier: int, sequence: Sequence) -> bool | Lead:
+        """The same in one tier."""
+        share = self.prefixes.share_of(sequence.blocks, tier)
+        if not self.prefixes.make_room(tier, 0, self._num_states(share), wanted=False):
+            share = self.prefixes.share_of(sequence.blocks, tier, leads=False)
+        count = pages_for(self.reservations.first(sequence)) - share.known * RUN_PAGES
+        own = count - share.new * RUN_PAGES
+        if not self._may_have(group, tier, sequence, own):
             return False
-        self.pages[tier].share(shared)
-        if states:
-            self._take_states(group, tier, sequence, states)
-        sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].popleft(), count, tier
-        sequence.hold((*shared, *runs))
-        sequence.cached = num_shared * PAGE_TOKENS
-        self._pages_of_group[group][tier] += count
-        active[sequence.slot] = sequence
+        self.prefixes.hold(share)
+        room = self.prefixes.make_room(tier, count, self._num_states(share), not self._is_used(tier))
+        if not room or share.pending:
+            self.prefixes.drop(share.known_last, tier)
+            return share.pending if room and share.pending else False
+        self._place(group, sequence, share, own)
         return True
 
-    def _num_states(self, sequence: Sequence) -> int:
-        """States that a sequence takes: its own, and as leader that of a beginning which it shares."""
-        if not self._capacity.state_rows:
-            return 0
-        samples = sequence.samples
-        return 2 if samples is not None and samples.leader is sequence and num_whole_pages(sequence) else 1
+    def _place(self, group: int, sequence: Sequence, share: Share, own: int) -> None:
+        """The sequence gets its slot, what it shares, and pages and a state of its own."""
+        tier, pages = share.tier, self.pages[share.tier]
+        state, *states = self._take_states(group, tier, self._num_states(share))
+        if share.new:
+            sequence.lead = self.prefixes.lead(share, pages.reserve(share.new * RUN_PAGES) or (), states)
+        shared = self.prefixes.runs(share)
+        pages.share(shared)
+        sequence.hold((*shared, *(pages.reserve(own) or ())))
+        sequence.cached, sequence.beginning = share.known * BLOCK_TOKENS, share.last
+        sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].popleft(), own, tier
+        sequence.place = (tier, *(run.start for run in shared))
+        sequence.state, sequence.reads = state, share.state
+        self._pages_of_group[group][tier] += own
+        self.active[group][sequence.slot] = sequence
 
-    def _has_states(self, group: int, tier: int, count: int) -> bool:
-        """Whether a sequence of this group may take `count` states of a tier: an equal share, or all if the group is empty."""
-        states, own = self.states[tier], self._states_of_group[group][tier]
-        fair = not self.active[group] or own + count <= max(states.num_pages // self._capacity.groups, 1)
-        return fair and count <= states.num_free
+    def _num_states(self, share: Share) -> int:
+        """States that a sequence takes: its own, and those that it leaves for others."""
+        return 1 + len(share.ends) if self._capacity.state_rows else 0
 
-    def _take_states(self, group: int, tier: int, sequence: Sequence, count: int) -> None:
-        """Gives a sequence its state; one that begins with others' pages reads what their leader left, a leader gets that."""
-        runs, samples = self.states[tier].reserve(count) or (), sequence.samples
-        sequence.state, *shared = [id for run in runs for id in range(run.start, run.start + run.count)]
+    def _take_states(self, group: int, tier: int, count: int) -> list[int]:
+        if not count:
+            return [NO_STATE]
         self._states_of_group[group][tier] += 1
-        if samples is not None and samples.leader is sequence:
-            samples.state = shared[0] if shared else NO_STATE
-        elif samples is not None:
-            sequence.reads = samples.state
+        runs = self.states[tier].reserve(count) or ()
+        return [id for run in runs for id in range(run.start, run.start + run.count)]
 
-    def _has_room(self, group: int, tier: int, count: int, most: int, states: int) -> bool:
-        """Whether a sequence of this group, which has `most` pages at last, may take `count` of a tier now, and its states: the
-        group's equal share, or all if it is empty."""
-        pages = self.pages[tier]
-        if states and not self._has_states(group, tier, states):
+    def _is_used(self, tier: int) -> bool:
+        """Whether any sequence in flight has its pages there."""
+        return any(of_tier[tier] for of_tier in self._pages_of_group)
+
+    def _may_have(self, group: int, tier: int, sequence: Sequence, own: int) -> bool:
+        """Whether a sequence of this group may take so many pages of its own in a tier, and a state: the group's equal share, or
+        all if it is empty; and whether it has room there at last."""
+        if pages_for(self.reservations.most(sequence)) > self._capacity.pages_of_row(tier):
             return False
-        if most > self._capacity.pages_of_row(tier):
-            return False
-        share = max(pages.num_pages // self._capacity.groups, 1)
-        fair = not self.active[group] or self._pages_of_group[group][tier] + count <= share
-        return fair and count <= pages.num_free
+        fair = self._pages_of_group[group][tier] + own <= self._share_of(self.pages[tier])
+        if self._capacity.state_rows:
+            fair &= self._states_of_group[group][tier] < self._share_of(self.states[tier])
+        return fair or not self.active[group]
+
+    def _share_of(self, pool: Pages) -> int:
+        return max(pool.num_pages // self._capacity.groups, 1)
 
     def grow(self, group: int, sequence: Sequence) -> bool:
         """More pages for a sequence that needs them: behind those that it has, else another run of them; if any are free."""
         pages, last = self.pages[sequence.tier], sequence.runs[-1]
         more = pages_for(self.reservations.grown(sequence)) - sequence.room // PAGE_TOKENS
+        self.prefixes.make_room(sequence.tier, RUN_PAGES, 0, wanted=False)
         longer = pages.extend(last, more)
         if longer.count > last.count:
             sequence.hold((*sequence.runs[:-1], longer))
@@ -148,27 +163,10 @@ class Slots:
         self._pages_of_group[group][sequence.tier] += taken
         return taken > 0
 
-    def hold(self, sequence: Sequence, samples: Samples) -> None:
-        """The samples of a prompt hold its pages from their leader's admission to that of the last one.
-
-        That never keeps the first in line waiting for ever: while the samples of a computed prompt wait, no other
-        leader is admitted. So all prompts of which samples wait had their leaders in flight at once, each with pages
-        for itself.
-        """
-        if samples.leader is sequence:
-            samples.shared = whole_pages(sequence)
-            self.pages[sequence.tier].share(samples.shared)
-        elif not samples.waiting:
-            self.pages[sequence.tier].release(samples.shared)
-            samples.shared = ()
-            if samples.state != NO_STATE:  # read in the step that is being composed, before any row writes it
-                self.states[sequence.tier].release((Run(samples.state, 1),))
-                samples.state = NO_STATE
-
     def youngest(self, group: int, beside: Sequence) -> Sequence:
         """Of the group's sequences in this one's tier, itself among them, the one that was admitted last."""
         same = (one for one in self.active[group].values() if one.tier == beside.tier)
-        return max((one for one in same if one is beside or one.samples is None), key=lambda one: one.order)
+        return max(same, key=lambda one: one.order)
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence that left has ended: what it has needed tells what others will."""
@@ -176,9 +174,12 @@ class Slots:
         self.reservations.ended(len(sequence.token_ids), running)
 
     def leave(self, group: int, sequence: Sequence) -> None:
-        """The sequence gives back its slot and its pages."""
+        """The sequence gives back its slot and its pages; what it should have computed for others, and has not, is gone."""
         del self.active[group][sequence.slot]
         self.pages[sequence.tier].release(sequence.runs)
+        self.prefixes.drop(sequence.beginning, sequence.tier)
+        if sequence.lead is not None:
+            self.prefixes.abandon(sequence.lead)
         self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
         if sequence.state != NO_STATE:
             self.states[sequence.tier].release((Run(sequence.state, 1),))

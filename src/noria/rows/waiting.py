@@ -1,296 +1,131 @@
-"""The queue of sequences that wait: prompts as they are read, made into sequences, those that cannot run left out.
+"""The line of sequences that wait: prompts are read ahead, so that rows which begin alike follow one another.
 
 Knows neither slots nor pages.
 """
 
-from array import array
+import heapq
 from bisect import insort
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TypeAlias
 
-import numpy as np
+from noria.rows.beginnings import WINDOW, Beginnings, Lead, order_of
+from noria.rows.making import Maker, Source
+from noria.rows.sequence import Sequence
 
-from noria.errors import InputError, require
-from noria.rows.ends import with_special_stops
-from noria.rows.guides import Guides
-from noria.rows.prompts import Prompt
-from noria.rows.reasoning import stops_of
-from noria.rows.sequence import Samples, Sequence
-from noria.rows.tokenizer import Tokenizer
-from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
-from noria.step import PAGE_TOKENS, pages_for
+READ_FIRST = 64  # prompts, before the first row is admitted
+READ_MORE = 4  # with each row that is admitted: until WINDOW rows are in line, or as many tokens
+WINDOW_TOKENS = 2**21
 
-
-class Room(Protocol):
-    """What a sequence is held against: rows.slots.Capacity, or desk.validation.ModelLimits where there are no ranks."""
-
-    @property
-    def max_positions(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def most_pages(self) -> int: ...
-
-    @property
-    def end_words(self) -> str: ...  # why the context ends there, where the model's config.json says so
-
-
-@dataclass(frozen=True)
-class Source:
-    """The prompts of a run, what makes sequences of them, and who is told of them.
-
-    num_prompts: how many of the prompts have samples that are not `done`; finished: called with every sequence that
-    ended, whatever its end; tokenizer: reads texts, with `encode` and without (None: the checkpoint has none); begun:
-    gives a new sequence the tokens that an earlier job generated for it; done: the (row, sample) that an earlier job
-    finished.
-    """
-
-    prompts: Iterable[Prompt]
-    num_prompts: int
-    encode: Callable[[Prompt], list[int]]
-    finished: Callable[[Sequence], None]
-    tokenizer: Tokenizer | None = None
-    begun: Callable[[Sequence], None] = lambda sequence: None
-    done: Container[tuple[int, int]] = frozenset()
+Entry: TypeAlias = tuple[tuple[int, ...], int, Sequence]  # its order, how many came before it
 
 
 class WaitingQueue:
-    """Sequences in the order of their prompts; those that returned to the line, and then samples whose prompt is computed, go
-    first.
+    """Sequences in line. Those that returned there go first. The others are in the order of their prompts, unless rows that begin
+    alike are `sharing` that: such a row follows the first one of them. Those whose beginning is being computed step aside."""
 
-    Where the source has a tokenizer stop texts are found; one that is a special token is that token, because texts do not
-    show it. `rules` are those of output/agreement.py. `samples`: of each prompt read so far, in order, how many rows it
-    has (an error too: one for each sample); `num_rows` their sum.
-    """
-
-    def __init__(self, source: Source, sampling: Sampling, limits: Room, rules: int = RULES):
-        self._source, self._sampling, self._limits, self._rules = source, sampling, limits, rules
-        self._prompts, self._num_unread = iter(source.prompts), source.num_prompts
-        self._plain = [of_row({}, request, sampling, rules) for request in (False, True)]  # rows without own keys
-        tokenizer = source.tokenizer
-        self._tokenizer = tokenizer if tokenizer and tokenizer.vocab_size else None
-        self._special_ids = tokenizer.special_ids if tokenizer else {}
-        self.guides = Guides(tokenizer, limits.vocab_size, sampling)
-        self._read: Sequence | None = None
-        self._ready: deque[Samples] = deque()
+    def __init__(self, source: Source, maker: Maker, sharing: bool = True):
+        self._maker, self._sharing = maker, sharing
+        self._prompts = iter(source.prompts)
+        self._beginnings = Beginnings()
+        self._line: list[Entry] = []
+        self._parked: dict[Lead, list[Sequence]] = {}
         self._returned: list[Sequence] = []
-        self._num_waiting = 0
-        self.samples, self.num_rows = array("i"), 0
+        self._num_waiting = self._num_tokens = self._num_entered = 0
+        self._to_read = READ_FIRST
+        self._failure: Exception | None = None  # of reading: raised when all that was read before it is generated
 
     @property
     def num_left(self) -> int:
         """Sequences that wait or are still in the prompts, as far as that can be known."""
-        return self._num_unread * self._sampling.n + self._num_waiting
-
-    def first(self) -> Sequence | None:
-        """The sequence that waits first. Prompts that cannot run are finished here, with their error."""
-        if self._returned:
-            return self._returned[0]
-        if self._ready:
-            return self._ready[0].waiting[0]
-        while self._read is None:
-            prompt = next(self._prompts, None)
-            if prompt is None:
-                return None
-            self._read = self._leader(prompt)
-            self._num_waiting += self._read is not None
-        return self._read
-
-    def take(self) -> None:
-        """The first leaves the queue."""
-        self._num_waiting -= 1
-        if self._returned:
-            self._returned.pop(0)
-            return
-        if not self._ready:
-            self._read = None
-            return
-        samples = self._ready[0]
-        samples.waiting.pop(0)
-        if not samples.waiting:
-            self._ready.popleft()
-
-    def give_back(self, sequence: Sequence) -> None:
-        """A sequence that was in flight returns to the line with its tokens."""
-        insort(self._returned, sequence, key=lambda one: one.order)
-        self._num_waiting += 1
-
-    def withdraw(self) -> list[Sequence]:
-        """The sequences that returned leave the queue."""
-        taken, self._returned = self._returned, []
-        self._num_waiting -= len(taken)
-        return taken
+        return self._maker.num_unread + self._num_waiting
 
     @property
     def has_returned(self) -> bool:
+        """Whether the first is one that was in flight."""
         return bool(self._returned)
 
-    def computed(self, samples: Samples) -> None:
-        """The prompt of these samples is in the cache: the others may begin."""
-        self._ready.append(samples)
+    def first(self) -> Sequence | None:
+        """The sequence that waits first. Prompts that cannot run are finished here, with their error. None: all others that were
+        read stand aside, or the last one has left; if reading failed, its error is raised then."""
+        if self._returned:
+            return self._returned[0]
+        while self._reads_on() and self._read():
+            pass
+        if not self._line and not self._parked and self._failure is not None:
+            raise self._failure
+        return self._line[0][-1] if self._line else None
 
-    def _leader(self, prompt: Prompt) -> Sequence | None:
-        """The first sample of a prompt that is to be generated, with the others beside it; None without any."""
-        sampling, error = self._settings(prompt)
-        self.samples.append(sampling.n)
-        self.num_rows += sampling.n
-        numbers = [sample for sample in range(sampling.n) if (prompt.row, sample) not in self._source.done]
-        if not numbers:
-            return None
-        self._num_unread = max(0, self._num_unread - 1)
-        first = self._sequence(prompt, sampling, error)
-        sequences = [self._sample(first, sample) for sample in numbers]
-        if first.error:
-            for sequence in sequences:
-                self._source.finished(sequence)
-            return None
-        leader, *others = sequences
-        if others:
-            leader.samples = Samples(leader, others)
-            for sequence in others:
-                sequence.samples = leader.samples
-            self._num_waiting += len(others)
-        return leader
-
-    def _settings(self, prompt: Prompt) -> tuple[Sampling, str]:
-        """How the prompt is sampled (the run's way, if its own keys are wrong) and what is wrong with it."""
-        if prompt.error:
-            return self._sampling, prompt.error
-        sampling = self._sampling
-        try:
-            own, request = prompt.sampling, prompt.request
-            sampling = of_row(own, request, self._sampling, self._rules) if own else self._plain[request]
-            return with_special_stops(sampling.check(), self._special_ids), ""
-        except ValueError as error:
-            return sampling, str(error)
-
-    def _sample(self, first: Sequence, sample: int) -> Sequence:
-        """Another sequence like the first one of a prompt."""
-        sampling = first.sampling
-        drawn_as = 0 if self._rules > OLD_RULES and "seed" in first.prompt.sampling else None
-        sequence = Sequence(first.prompt, sampling, first.prompt_token_ids, sample, drawn_as, error=first.error)
-        sequence.num_cut, sequence.bad_words = first.num_cut, first.bad_words
-        if sequence.error:
-            return sequence
-        if sampling.scores_prompt:
-            if first.prompt_logprobs is None:
-                first.prompt_logprobs = np.full(len(first.prompt_token_ids), np.nan)
-            sequence.prompt_logprobs = first.prompt_logprobs
-        self._source.begun(sequence)
-        self._steer(sequence)
-        return sequence
-
-    def _steer(self, sequence: Sequence) -> None:
-        """Gives a sequence what looks at its tokens, told of those that it has. Tokens of an earlier job that a constraint
-        does not take (by another version of its library) are generated anew."""
-        sampling, prompt = sequence.sampling, sequence.prompt_token_ids
-        reasoning = self.guides.reasoning(sampling, prompt, bool(sequence.prompt.beside.get("continue_final_message")))
-        if sampling.stop_texts:
-            assert self._tokenizer is not None, "stop texts without a tokenizer are the row's error"
-            sequence.stop_texts = stops_of(sampling, self._tokenizer, prompt, reasoning)
-        sequence.guide = self.guides.guide(sampling, reasoning)
-        if sequence.guide is not None and not sequence.guide.told(sequence.token_ids):
-            sequence.token_ids, sequence.logprobs, sequence.top = [], [], []
-            self._steer(sequence)
-
-    def _sequence(self, prompt: Prompt, sampling: Sampling, error: str) -> Sequence:
-        """A sequence of the prompt, or why it cannot run."""
-        sequence = Sequence(prompt, sampling, [], error=error)
-        if error:
-            return sequence
-        try:
-            ids = self._source.encode(prompt)
-            keep = kept_tokens(sampling, self._limits.max_positions)
-            sequence.prompt_token_ids = ids if keep is None else ids[-keep:]
-            sequence.num_cut = len(ids) - len(sequence.prompt_token_ids)
-            sequence.bad_words = bad_words(sampling, self._tokenizer, self._limits.vocab_size)
-            self.guides.check(sampling, sequence.prompt_token_ids)
-        except ValueError as wrong:
-            sequence.error = str(wrong)
+    def take(self) -> None:
+        """The first leaves the line."""
+        if self._returned:
+            sequence = self._returned.pop(0)
         else:
-            sequence.error = self._too_long(sequence) or unknown_ids(sampling, self._limits.vocab_size) or ""
-            if sampling.stop_texts and self._tokenizer is None:
-                sequence.error = "stop: the checkpoint has no tokenizer to read texts with: give stop_token_ids"
-        return sequence
+            sequence = heapq.heappop(self._line)[-1]
+            self._maker.steer(sequence)
+            self._to_read += READ_MORE
+        self._num_waiting -= 1
+        self._num_tokens -= len(sequence.prompt_token_ids)
+        self._beginnings.leave(sequence.blocks)
+        sequence.blocks = []
 
-    def _too_long(self, sequence: Sequence) -> str | None:
-        length, limit = len(sequence.prompt_token_ids), self._limits.max_positions
-        pages = num_pages(sequence, limit)
-        if length + (sequence.sampling.most_new_tokens > 0) > limit:
-            why = f" ({self._limits.end_words})" if self._limits.end_words else ""
-            return f"the prompt has {length} tokens, the model's context {limit}{why}: shorten it"
-        if pages > self._limits.most_pages:
-            room = self._limits.most_pages * PAGE_TOKENS
-            return (
-                f"prompt and max_new_tokens need {pages * PAGE_TOKENS} tokens of cache, there is room for {room}:"
-                " lower max_new_tokens, or give the cache more room (placement.cache, or the memory of its tier)"
-            )
-        return None
+    def park(self, lead: Lead) -> None:
+        """The first stands aside until what it shares is computed."""
+        sequence = self._returned.pop(0) if self._returned else heapq.heappop(self._line)[-1]
+        self._parked.setdefault(lead, []).append(sequence)
 
+    def unpark(self, lead: Lead) -> None:
+        """Those that stood aside for this are in line again."""
+        for sequence in self._parked.pop(lead, ()):
+            self._put(sequence)
 
-def kept_tokens(sampling: Sampling, max_positions: int) -> int | None:
-    """How many of a prompt's last tokens are kept at most; None: all. Raises InputError where the context leaves none.
+    def give_back(self, sequence: Sequence) -> None:
+        """A sequence that was in flight returns to the line with its tokens."""
+        self._enter([sequence])
 
-    A request that says no max_new_tokens leaves room for as many as a row that says none.
-    """
-    if sampling.truncate_prompt_tokens != -1:
-        return sampling.truncate_prompt_tokens
-    most = sampling.most_new_tokens
-    most = int(OPEN["max_new_tokens"]) if most == OPEN_IN_REQUESTS["max_new_tokens"] else most
-    require(
-        most < max_positions,
-        f"truncate_prompt_tokens is -1, and max_new_tokens ({most}) leaves nothing of the model's context of"
-        f" {max_positions} for the prompt: lower max_new_tokens",
-    )
-    return max_positions - most
+    def withdraw(self) -> list[Sequence]:
+        """The sequences that returned leave the line."""
+        parked = [one for sequences in self._parked.values() for one in sequences if one.returned]
+        taken, self._returned = [*self._returned, *parked], []
+        self._parked = {lead: [one for one in some if not one.returned] for lead, some in self._parked.items()}
+        self._num_waiting -= len(taken)
+        return taken
 
+    def _reads_on(self) -> bool:
+        if not self._line and not self._parked:
+            return True
+        return self._sharing and self._to_read > 0 and self._num_waiting < WINDOW and self._num_tokens < WINDOW_TOKENS
 
-def bad_words(sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """The token ids of each of the row's bad words: alone, after a space, and at the beginning of a line, where they differ.
+    def _read(self) -> bool:
+        """Puts the rows of the next prompt in line. Whether there was one."""
+        if self._failure is not None:
+            return False
+        try:
+            prompt = next(self._prompts, None)
+            if prompt is None:
+                return False
+            sequences = self._maker.of(prompt)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rows before it are generated first
+            self._failure = error
+            return False
+        if sequences:
+            self._enter(sequences)
+            self._to_read -= 1
+        return True
 
-    vLLM takes the second only where it has as many tokens as the first, so that a word which is one token after a space
-    and several alone is generated there; it lacks the third, which tokenizers that begin every text with a space write
-    otherwise. Spaces that a word begins with say nothing, as there. Raises InputError for a text without tokens.
-    """
-    found: list[list[int]] = []
-    for text in sampling.bad_texts:
-        if tokenizer is None or not tokenizer.vocab_size:
-            raise InputError("bad_words: the checkpoint has no tokenizer to read texts with: give logit_bias")
-        word = text.lstrip(" ") or text
-        alone, spaced, line, begun = (
-            tokenizer.encode(one, add_special_tokens=False) for one in (word, f" {word}", "\n", f"\n{word}")
-        )
-        require(alone, f"bad_words has {text!r}: the tokenizer makes no tokens of it")
-        begun = begun[len(line) :] if begun[: len(line)] == line else []
-        found += [ids for ids in (alone, spaced, begun) if ids]
-    # Ids that the model lacks are never generated.
-    return [ids for place, ids in enumerate(found) if ids not in found[:place] and max(ids) < vocab_size]
+    def _enter(self, sequences: list[Sequence]) -> None:
+        first = sequences[0]
+        shares = self._sharing and first.prompt_logprobs is None  # whoever wants those of its prompt computes it
+        ids = first.prompt_token_ids
+        blocks = self._beginnings.enter(ids, first.prompt.row, len(sequences)) if shares else []
+        for sequence in sequences:
+            sequence.blocks = blocks
+            self._put(sequence)
+        self._num_waiting += len(sequences)
+        self._num_tokens += len(sequences) * len(ids)
 
-
-def of_row(own: Mapping[str, Any], request: bool, sampling: Sampling, rules: int = RULES) -> Sampling:
-    """How a row is sampled: by its own keys, else the run's (which have the model's), else by the defaults of its kind.
-
-    `request`: it is a line of OpenAI's batch format. Raises InputError for a wrong value.
-    """
-    return sampling.override(own, OPEN_IN_REQUESTS if request and rules > OLD_RULES else {})
-
-
-def unknown_ids(sampling: Sampling, vocab_size: int) -> str | None:
-    """What is said if a key names a token that the model does not have."""
-    named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": map(int, sampling.logit_bias or ())}
-    named["allowed_token_ids"] = sampling.allowed_token_ids
-    for name, ids in named.items():
-        for token_id in ids or ():
-            if token_id >= vocab_size:
-                return f"{name} has {token_id}: the model's vocabulary has {vocab_size} token ids, from 0"
-    return None
-
-
-def num_pages(sequence: Sequence, max_positions: int) -> int:
-    """Pages for the prompt and all tokens that may follow."""
-    tokens = len(sequence.prompt_token_ids) + sequence.sampling.most_new_tokens
-    return pages_for(min(tokens, max_positions))
+    def _put(self, sequence: Sequence) -> None:
+        if sequence.returned:
+            insort(self._returned, sequence, key=lambda one: one.order)
+            return
+        order = order_of(sequence.blocks, sequence.prompt.row, sequence.sample)
+        self._num_entered += 1
+        heapq.heappush(self._line, (order, self._num_entered, sequence))

@@ -36,7 +36,7 @@ class Progress:
         self.lengths, self.finished_tokens = lengths, 0
         self.stream, self.clock = stream or _terminal() or sys.stderr, clock
         self.num_rows, self.num_before = num_rows, num_finished
-        self.rows = self.errors = self.tokens = self.prompt_tokens = 0
+        self.rows = self.errors = self.tokens = self.prompt_tokens = self.cached_tokens = 0
         self.started = clock()
         self.next_line = self.started + FIRST_LINE
         self.bar = None
@@ -61,18 +61,25 @@ class Progress:
             self.bar.total = num_rows
 
     def add(
-        self, rows: int = 0, tokens: int = 0, prompt_tokens: int = 0, errors: int = 0, finished_tokens: int = 0
+        self,
+        rows: int = 0,
+        tokens: int = 0,
+        prompt_tokens: int = 0,
+        errors: int = 0,
+        finished_tokens: int = 0,
+        cached_tokens: int = 0,
     ) -> None:
         """Counts what came since the last call, and shows it when it is time to. Cheap.
 
         `errors` are among `rows`, which have `finished_tokens` new tokens in all; `tokens` are generated, `prompt_tokens`
-        computed, whether their rows are finished or not.
+        computed and `cached_tokens` of prompts shared instead, whether their rows are finished or not.
         """
         self.rows += rows
         self.finished_tokens += finished_tokens
         self.errors += errors
         self.tokens += tokens
         self.prompt_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
         if self.bar is not None:
             counts = f"{_short(self.prompt_tokens)} prompt, {_short(self.tokens)} new"
             speed = f"{self._speed(self.tokens):,.0f} tok/s"
@@ -90,7 +97,11 @@ class Progress:
 
     def _counts(self) -> str:
         prompts = f"{plural(self.prompt_tokens, 'prompt token')} ({self._speed(self.prompt_tokens):,.0f} tok/s)"
-        return f"{prompts}, {self.tokens:,} generated ({self._speed(self.tokens):,.0f} tok/s)"
+        return f"{prompts}{self._shared()}, {self.tokens:,} generated ({self._speed(self.tokens):,.0f} tok/s)"
+
+    def _shared(self) -> str:
+        """` and 1,984 shared`: tokens of prompts that need not be computed, if there are any."""
+        return f" and {self.cached_tokens:,} shared" if self.cached_tokens else ""
 
     def _left(self) -> list[str]:
         """`about 2 min left`: the work that is left by the speed so far; nothing before there is any."""
@@ -103,8 +114,8 @@ class Progress:
                 # those in flight too, as the mean of exponential times does where some are cut off.
                 new = max(self.finished_tokens, min(self.tokens, self.rows * new)) / self.rows
             # Of rows in flight a part is done: what was computed beyond the finished rows' share.
-            started = max(0.0, self.prompt_tokens + self.tokens - self.rows * (prompt + new))
-            done = float(self.prompt_tokens + self.tokens)
+            done = float(self.prompt_tokens + self.cached_tokens + self.tokens)
+            started = max(0.0, done - self.rows * (prompt + new))
             left = max(rows_left * (prompt + new) - started, float(rows_left))
         return [f"about {duration(self.seconds / done * left)} left"] if done else []
 
@@ -120,7 +131,8 @@ class Progress:
         rows = f"{plural(self.rows - self.errors, 'row')} done, {self.errors:,} with errors"
         if self.num_before:
             rows += f", {self.num_before:,} finished before"
-        tokens = f"{plural(self.prompt_tokens, 'prompt token')}, {plural(self.tokens, 'generated token')}"
+        prompts = f"{plural(self.prompt_tokens, 'prompt token')}{self._shared()}"
+        tokens = f"{prompts}, {plural(self.tokens, 'generated token')}"
         lines = [f"{rows}; {tokens} in {self.seconds:,.1f} s: {self._speed(self.tokens):,.0f} tok/s"]
         if finished < self.num_rows:
             left = plural(self.num_rows - finished, "row")
