@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from noria import config
-from noria.plan import planner, rates
+from noria.plan import planner, rates, what_if
 from noria.plan.costs import Workload
 from noria.plan.explained import PHASES, binding_words, memory_lines, plan_as_dict, term_lines
 from noria.plan.planner import GiB
@@ -108,6 +108,16 @@ def test_more_of_the_machine_is_planned_as_if_it_were_there():
     assert "64 GiB more host memory, 2 ranks share them" in more["more memory"].words()
     assert more["faster disk"].words() == "a disk 2 x as fast: nothing (no plan of this run uses the disk)"
     assert more["faster disk"].as_dict()["times"] == 1
+
+
+def test_the_ranks_of_a_host_share_what_it_has_more(monkeypatch):
+    monkeypatch.setattr(what_if, "MORE_HOST_NBYTES", GiB)
+    asked = {"cache": {"cpu": 100.0}, "laps": 1, "groups": 2, "step_tokens": 512}
+    problem = problem_of(machine=Machine("cuda", 4 * GiB, GiB), rows=3000, **asked)
+    plan = planner.make(problem, H200)
+    (more,) = (one for one in bought(problem, H200, plan) if one.name == "more memory")
+    larger = planner.make(replace(problem, machine=Machine("cuda", 4 * GiB, GiB + GiB // 2)), H200)
+    assert more.plan == larger and larger.num_pages > plan.num_pages
 
 
 def test_a_disk_twice_as_fast_halves_what_it_binds():

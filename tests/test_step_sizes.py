@@ -86,6 +86,7 @@ def test_few_rounds_or_short_ones_or_such_of_decode_say_nothing():
     assert adapted(Prompts(rate(1e9)), 1000) == ([], MOST)  # a second of full rounds never comes
     assert adapted(Prompts(rate(500), left=2 * MOST), 1000) == ([], MOST)
     assert adapted(Prompts(rate(100), decoding=40, left=0), 1000) == ([], MOST)
+    assert adapted(Prompts(rate(500), decoding=40, left=4 * (MOST - 40)), 1000) == ([], MOST)  # two rounds, then decode
 
 
 def test_a_step_is_not_made_smaller_than_twice_its_decoding_rows():

@@ -57,6 +57,10 @@ def test_a_written_run_file_plans_to_the_same_plan(tmp_path, num_ranks, machine,
     (tmp_path / "run.toml").write_text(run_file(run, plan))
     again = config.load(tmp_path / "run.toml")
     assert planner.make(problem_of(again, num_ranks, machine, rows), H200) == plan
+    keys = [again.placement.weights, again.placement.cache, again.placement.activations, again.job.planned]
+    for name in ("laps", "groups", "microbatches", "step_tokens", "microbatch_tokens", "partition", "schedule"):
+        keys.append(getattr(again.pipeline, name))
+    assert None not in keys and isinstance(again.pipeline.partition, list), "every planned key is set"
     assert again == planned_config(run, plan) and otherwise(again.job.planned, plan) == "plan: as noria plan wrote it"
 
 

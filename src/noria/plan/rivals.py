@@ -44,8 +44,9 @@ def rivals(problem: Problem, known: Rates, plan: Plan) -> list[Rival]:
 
 
 def _others(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
-    """(words, run) for each choice that the user left open, taken otherwise."""
+    """(words, run) for each choice that the user left open, taken otherwise; laps and groups stay where they are not it."""
     pipeline, placement = config.pipeline, config.placement
+    cut = replace(pipeline, laps=pipeline.laps or plan.laps, groups=pipeline.groups or plan.groups)
     num_ranks, longest = plan.num_ranks, max(len(layers) for layers in plan.ranges())
     if pipeline.laps is None and isinstance(pipeline.partition, str):
         for laps in _except(plan.laps, 1, plan.laps // 2, 2 * plan.laps, plan.laps * longest):
@@ -57,14 +58,16 @@ def _others(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
         for tokens in _except(plan.step_tokens, plan.step_tokens // 2, 2 * plan.step_tokens):
             if tokens >= (pipeline.microbatch_tokens or 1):
                 words = f"steps of {plural(tokens, 'token')}"
-                yield words, replace(config, pipeline=replace(pipeline, step_tokens=tokens))
+                yield words, replace(config, pipeline=replace(cut, step_tokens=tokens))
     if placement.cache is None:
         for tier in _except_tiers(plan):
-            yield f"the cache in {tier} alone", replace(config, placement=replace(placement, cache={tier: 100.0}))
+            moved = replace(placement, cache={tier: 100.0})
+            yield f"the cache in {tier} alone", replace(config, pipeline=cut, placement=moved)
     if plan.coded:
         yield "weights that stream as they are", replace(config, placement=replace(placement, compress_weights="off"))
     if placement.weights is None and plan.weight_slots:
-        yield "all weights in gpu", replace(config, placement=replace(placement, weights={"gpu": 100.0}))
+        resident = replace(placement, weights={"gpu": 100.0})
+        yield "all weights in gpu", replace(config, pipeline=cut, placement=resident)
 
 
 def _except(taken: int, *values: int) -> list[int]:
