@@ -10,10 +10,13 @@ import pytest
 
 import small_run
 from counts import count
-from noria import config
+from noria import config, kinds
 from noria.__main__ import main
+from noria.blocks import lay_out
+from noria.encodings import capacity
 from noria.errors import InputError
 from noria.output.generations import open_generations
+from noria.pieces import Encoded, Matrix
 from noria.plan import planner, rates
 from noria.plan.costs import Workload
 from noria.plan.planner import GiB
@@ -21,6 +24,7 @@ from noria.plan.problem import Machine, Problem
 from noria.plan.written import otherwise, planned_config, run_file
 from noria.tools.listed import blocks_in, listed
 from test_costs import opt
+from test_plan_coding import problem_of as coding_problem
 from test_plan_states import HYBRID, RECURRENT
 from test_plan_states import make as plan_with_states
 
@@ -75,6 +79,43 @@ def test_states_are_planned_again_too(tmp_path, shape, cache):
         tree = tomllib.loads((tmp_path / "run.toml").read_text())
         keys = {name: value for section in ("pipeline", "placement") for name, value in tree[section].items()}
         assert plan_with_states(shape, 2, load=load, **keys) == plan
+
+
+@pytest.mark.parametrize("flags", [
+    {"weights": {"cpu": 100.0}}, {"weights": {"cpu": 100.0}, "compress_weights": "off"}, {"memory": 12 * GiB}, {"memory": 60 * GiB},
+])  # fmt: skip
+def test_weights_that_are_coded_while_they_load_are_planned_so_again(flags):
+    problem = coding_problem(**flags)
+    plan = planner.make(problem, H200)
+    assert plan.coded == ("weights" in flags and "compress_weights" not in flags) or "memory" in flags
+    assert planner.make(replace(problem, config=planned_config(problem.config, plan)), H200) == plan
+
+
+def in_fp8(block):
+    """The plain block with its matrices in FP8."""
+    settings = kinds.load("encodings", "fp8_block").DEFAULTS
+    forms = {
+        one.name: Encoded("fp8_block", settings, capacity("fp8_block", [Matrix("", one.shape)], one.dtype, settings))
+        for one in block.parameters
+        if len(one.shape) > 1
+    }
+    return lay_out(block.name, {one.name: one.wanted for one in block.parameters}, block.parameters[0].dtype, forms)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"weights": {"gpu": "100MiB", "cpu": "20GiB"}}, {"weights": {"gpu": 50.0, "cpu": 50.0}}]
+)
+def test_encoded_weights_are_decoded_at_the_same_time_again(flags):
+    shape, blocks = SMALL
+    encoded = {name: in_fp8(block) if name.startswith("layers/") else block for name, block in blocks.items()}
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+    for memory in (8 * GiB, 1.45 * GiB):
+        problem = Problem(
+            run, shape, encoded, "float16", 1, Machine("cuda", int(memory), 8 * GiB), 64, Workload(64, 300, 40)
+        )
+        plan = planner.make(problem, H200)
+        assert plan.decoded or flags or memory < 8 * GiB, "where there is room"
+        assert planner.make(replace(problem, config=planned_config(run, plan)), H200) == plan
 
 
 def test_random_plans_are_written_and_planned_again():

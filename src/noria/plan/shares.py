@@ -20,8 +20,8 @@ class Uncovered(ValueError):
 
 
 def is_budget(shares: Mapping[str, Any]) -> bool:
-    """Whether the key gives sizes, not shares in %."""
-    return any(isinstance(share, str) for share in shares.values())
+    """Whether the key gives sizes, not shares in % nor lists of blocks."""
+    return any(isinstance(share, str) for share in shares.values()) and not is_listed(shares)
 
 
 def by_share(sizes: Sequence[int], shares: Mapping[str, float]) -> list[str]:

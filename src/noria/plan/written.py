@@ -22,12 +22,13 @@ def planned_config(config: Config, plan: Plan) -> Config:
         partition=[last - first for first, last in plan.stages],
         schedule=plan.schedule,
     )
+    asked = config.placement
     placement = replace(
-        config.placement,
-        weights=_weights(plan),
+        asked,
+        weights=asked.weights or _weights(plan),  # what the user gives is cut up in the same way again
         cache=_cache(plan),
         activations=plan.activations,
-        compress_weights="auto" if plan.coded else "off",
+        compress_weights=asked.compress_weights if plan.coded else "off",
     )
     job = replace(config.job, planned=numbers_of(plan))
     return replace(config, pipeline=pipeline, placement=placement, job=job)
