@@ -7,6 +7,7 @@ from typing import Any
 from noria.config import Config
 from noria.plan.plan import Plan, rate_words
 from noria.tools.listed import listed
+from noria.tools.text import plural
 
 SAME = 0.01  # of a speed: the rates of a machine that is measured again
 
@@ -38,7 +39,8 @@ def run_file(config: Config, plan: Plan) -> str:
     """The run file of the plan, with a line above it that says what it is."""
     speed, seconds = (plan.predicted[name] for name in ("tokens_per_second", "seconds"))
     head = (
-        f"# Planned for {plan.num_ranks} ranks by noria plan: {rate_words(speed)} tokens/s, {seconds:,.0f} s predicted.\n"
+        f"# Planned for {plural(plan.num_ranks, 'rank')} by noria plan: {rate_words(speed)} tokens/s, {seconds:,.0f} s"
+        " predicted.\n"
         f"# mpirun -n {plan.num_ranks} noria run THIS_FILE\n"
     )
     return head + planned_config(config, plan).to_toml()
