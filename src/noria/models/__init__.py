@@ -35,7 +35,7 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def for_config(config: Mapping[str, Any]) -> ModuleType:
     """The family that computes a model with this config.json.
 
-    Found by `model_type`, or by `architectures` where that is missing. Raises InputError, with the known architectures,
+    Found by `model_type`, or by `architectures` where that is missing. Raises InputError, with the known families,
     for a model that no family computes.
     """
     families = {name: kinds.load("models", name) for name in kinds.names("models")}
@@ -52,6 +52,6 @@ def for_config(config: Mapping[str, Any]) -> ModuleType:
         raise InputError(
             f"config.json: model_type {shown(model_type)} is not in this version of Noria: {obstacle}, which it does not compute"
         )
-    known = ", ".join(architecture for family in families.values() for architecture in family.ARCHITECTURES)
+    known = ", ".join(families)
     wanted = ", ".join(architectures)[:MAX_SHOWN] or "no architectures"
     raise InputError(f"config.json: no model family for {wanted} (model_type {shown(model_type)}); known: {known}")
