@@ -102,6 +102,15 @@ def test_a_budget_that_was_closing_goes_on_closing(cut):
         assert found[len(begun) : len(begun) + len(closing)] == closing
 
 
+def test_a_budget_that_ends_in_a_header_closes_the_message_behind_it():
+    begun, closing = ids_of(TOKENIZER, THINK + "and" + NEXT + THINK), ids_of(TOKENIZER, NEXT + FINAL)
+    budget = len(ids_of(TOKENIZER, "and")) + 2
+    said = THINK + "and" + NEXT + THINK + "two it is^"
+    (row,) = run(ASK, said, thinking_token_budget=budget)
+    assert row.token_ids.tolist() == [*begun, *closing, *ids_of(TOKENIZER, "two it is^")]
+    assert (row.reasoning, row.text) == ("and", "two it is")
+
+
 def test_stop_texts_and_structure_begin_with_the_answer():
     said = THINK + "No. I stop." + NEXT + FINAL + "Yes. No. Never^"
     (row,) = run(ASK, said, stop=["No", "stop"])

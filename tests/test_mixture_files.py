@@ -65,6 +65,7 @@ def same(one, other):
                 assert (file[name][()] == twin[name][()]).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "llama4_text"])
 def test_experts_in_one_tensor_are_read_of_torchs_files_as_of_safetensors(name, tmp_path, capsys):
     families.save(CONFIGS[name], tmp_path / "hf")
@@ -81,6 +82,7 @@ def test_experts_in_one_tensor_are_read_of_torchs_files_as_of_safetensors(name, 
     assert whole in said and "weights and config.json belong to different models" in said
 
 
+@pytest.mark.slow
 def test_the_text_part_of_llama_4_is_converted_and_its_vision_left_out_with_a_line(tmp_path, capsys):
     families.save(CONFIGS["llama4_text"], tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "text.h5")]) == 0

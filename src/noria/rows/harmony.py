@@ -178,7 +178,7 @@ class Channels:
             elif one.body is not None:
                 written = self._written(one.body, self._body(one, token_ids), token_ids).strip()
                 (thought if _thinks(one) else said).append(written)
-        return "\n".join(thought), "\n".join(said).lstrip()
+        return "\n".join(filter(None, thought)), "\n".join(filter(None, said)).lstrip()
 
     def _messages(self, token_ids: Sequence[int]) -> list[ChannelMessage]:
         """Those up to the answer, whose body is all that follows."""
