@@ -202,7 +202,7 @@ def test_timings_of_any_kind_are_told_or_left_out(damage):
 
 def test_a_run_stores_what_kept_it_busy_and_ends_with_its_terms(tmp_path, capsys, monkeypatch):
     small_run.write_files(tmp_path)
-    monkeypatch.setattr(program, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(program, "TOLD_SECONDS", 0.0)
     flags = ["--weights", "gpu=50,cpu=50", "--step-tokens", "8", "--laps", "1"]
     assert main(small_run.command(tmp_path, "out.h5", *flags)) == 0
     said = capsys.readouterr().err

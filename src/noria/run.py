@@ -21,7 +21,7 @@ from noria.desk.step_sizes import Sized, adapting
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Composer, Executor, follow, lead
 from noria.engine.gauge import Gauge
-from noria.engine.timing import MIN_SECONDS, Meters, Timing, Traffic, figures
+from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace
 from noria.job import Job
 from noria.launch import deadline, launcher, measuring, mpi, tracing
@@ -48,6 +48,9 @@ from noria.rows.template import template_helper
 from noria.tools.helper import Helper
 from noria.tools.provenance import now, segment_of
 
+TOLD_SECONDS = (
+    5.0  # of prefill and decode together, before a run ends with each term of its plan: noria report shows them all
+)
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that differed from its plan
 
 
@@ -211,7 +214,7 @@ def _end(
 def _compared(plan: Plan, timings: list[dict[str, Any]]) -> list[str]:
     """Each term of the plan beside its measurement, where the run took long enough to say something."""
     columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
-    if sum(columns[f"{phase}_seconds"].max() for phase in PHASES) < MIN_SECONDS:
+    if sum(columns[f"{phase}_seconds"].max() for phase in PHASES) < TOLD_SECONDS:
         return []
     return list(end_lines(terms(plan.as_dict(), columns, None)))
 

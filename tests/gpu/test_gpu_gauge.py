@@ -47,7 +47,7 @@ def test_marks_measure_what_the_host_measures_around_them():
 def test_a_streaming_run_shows_its_link_at_work(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B))
     (tmp_path / "p.jsonl").write_text((json.dumps({"token_ids": [5] * 64}) + "\n") * 64)
-    flags = ["--weights", "cpu=100", "--compress-weights", "off", "--max-new-tokens", "64", "--ignore-eos"]
+    flags = ["--weights", "cpu=100", "--compress-weights", "off", "--max-new-tokens", "256", "--ignore-eos"]
     files = ["--random-weights", "config.json", "--prompts", "p.jsonl", "--output", "o.h5"]
     files = [str(tmp_path / word) if "." in word else word for word in files]
     done = world.command(1, ["run", *files, *flags], timeout=240)
