@@ -157,15 +157,20 @@ class Block:
             found += [replace(one, offset=start + one.offset) for one in parameter.decoded()]
         return tuple(found)
 
-    @property
+    @cached_property
     def decoded_nbytes(self) -> int:
         """Bytes of these tensors."""
         return round_up(end_of(self.decoded))
 
     def decoding_room(self, most: int) -> int:
         """Bytes that it is decoded through where there are `most`: all, or some at a time, a piece of a parameter at least."""
-        largest = max((round_up(end_of(one.decoded(1 if one.pieces > 1 else None))) for one in self.encoded), default=0)
-        return min(self.decoded_nbytes, max(most, largest))
+        return min(self.decoded_nbytes, max(most, self._largest_part))
+
+    @cached_property
+    def _largest_part(self) -> int:
+        """Bytes of the largest parameter, or piece of one, that is decoded at a time."""
+        ends = (end_of(one.decoded(1 if one.pieces > 1 else None)) for one in self.encoded)
+        return round_up(max(ends, default=0))
 
     @cached_property
     def decoding_nbytes(self) -> int:

@@ -14,6 +14,7 @@ from noria.limits import CODED, CODED_NUMBERS
 from noria.pieces import Encoded, Matrix
 
 WORDS = {"fp8": "fp8_block", "fp8_channel": "fp8_channel", "int8": "int8", "int4": "int4"}
+SIZES = ("fp8", "int8", "int4")  # those of different bits
 GROUPED = ("int8", "int4")  # that have groups of inputs
 GROUP_SIZES = (32, 64, 128)
 SENSITIVE = ("router", "shared_gate", "correction")  # parameters of layers: a wrong choice costs more than its bytes
@@ -59,6 +60,21 @@ def compressed(block: str, parameter: Parameter) -> tuple[str, Mapping[str, Any]
     """How large matrices of bfloat16 are stored in fewer bits without loss, those of the head too; None: as they are."""
     large = len(parameter.shape) > 1 and parameter.numbers >= CODED_NUMBERS * parameter.pieces
     return (CODED, {}) if large and block != "embed" and parameter.own_dtype is None else None
+
+
+def forms_of(blocks: Mapping[str, Block], dtype: str) -> dict[str, dict[str, Block]]:
+    """What a model of these blocks could be converted to: its blocks in each form, by the word for it.
+
+    None if some are encoded already: the numbers that they were made of are gone. What takes as many bytes as another form
+    is left out (fp8_channel).
+    """
+    if any(block.encoded for block in blocks.values()):
+        return {}
+    found = {}
+    for word in SIZES:
+        form = quantization(word)
+        found[word] = {name: form.lay_out(block, dtype) for name, block in blocks.items()}
+    return found
 
 
 def takes(block: str, parameter: Parameter) -> bool:

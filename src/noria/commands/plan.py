@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from noria.checkpoint.quantization import forms_of
 from noria.commands import flags
 from noria.config import Config
 from noria.desk.examination import dtype_of, open_model
@@ -31,6 +32,7 @@ from noria.plan.rates import Rates
 from noria.plan.rehearsal import rehearsed
 from noria.plan.rivals import Rival, rivals
 from noria.plan.script import clock, script_lines
+from noria.plan.stored import stored_as
 from noria.plan.what_if import Bought, bought
 from noria.plan.written import run_file
 from noria.rows.chat import encoder_of
@@ -39,14 +41,16 @@ from noria.rows.template import template_helper
 from noria.rows.tokenizer import tokenizer_of
 from noria.tools.text import json_text, plural, printable
 
+CONVERTED = "converted"  # what the plan would be with weights in fewer bits: noria convert --quantization
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, metavar="INT", help="number of ranks, one for each GPU")
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object, for scripts: plan, memory, binds, terms, predicted, rivals, what_if; later versions only"
-        " add keys",
+        help="print one JSON object, for scripts: plan, memory, binds, terms, predicted, rivals, what_if, converted; later"
+        " versions only add keys",
     )
     parser.add_argument(
         "--write",
@@ -72,16 +76,25 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             for line in asked.lines():
                 _say(*line)
-        plan = planner.make(problem, asked.known)
+        forms = forms_of(checkpoint.blocks, checkpoint.dtype)
+        try:
+            plan = planner.make(problem, asked.known)
+        except InputError:  # in fewer bits it may fit
+            for one in stored_as(problem, asked.known, None, {} if arguments.json else forms):
+                if one.plan is not None:
+                    _say(CONVERTED, one.words())
+            raise
         if arguments.write is not None:
             _write(arguments.write, run_file(config, plan))
         others, more = rivals(problem, asked.known, plan), list(bought(problem, asked.known, plan))
         if asked.of_other_ranks:
             plan = rehearsed(problem, plan, asked.known)
+        fewer = stored_as(problem, asked.known, plan, forms)
     if arguments.json:
-        _say("", json_text(asked.as_dict() | _as_dict(problem, plan, others, more)))
+        told = _as_dict(problem, plan, others, more) | {"converted": [one.as_dict() for one in fewer]}
+        _say("", json_text(asked.as_dict() | told))
         return 0
-    for line in _plan_lines(problem, plan, others, more):
+    for line in [*_plan_lines(problem, plan, others, more), *((CONVERTED, one.words()) for one in fewer)]:
         _say(*line)
     if arguments.write is not None:
         _say("written", f"{arguments.write}: mpirun -n {num_ranks} noria run {arguments.write}")

@@ -65,8 +65,9 @@ def variants(problem: Problem, candidate: Candidate) -> list[Plan]:
     tiers = [its for held in plan.weight_tiers for its in held.items()]
     resident, from_memory = ({name for name, tier in tiers if tier == its} for its in ("gpu", "cpu"))
     found, others = [plan], [candidate]
-    if resident & problem.weighed.encoded.keys() and not (weights is not None and is_budget(weights)):
-        # what the user gives in bytes is of weights as they are stored
+    filled = weights is None and plan.weight_slots  # what streams leaves no room to be decoded
+    stored = weights is not None and is_budget(weights)  # what the user gives in bytes is of weights as they are stored
+    if resident & problem.weighed.encoded.keys() and not (filled or stored):
         found, others = (
             _fitting(problem, [replace(candidate, decoded=True)]) + found,
             [replace(candidate, decoded=True), candidate],
