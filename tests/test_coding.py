@@ -8,17 +8,19 @@ import torch
 import tiny_models
 from late_streams import LateStreams
 from noria import blocks, config, encodings
-from noria.blocks import layer_name
+from noria.blocks import lay_out, layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.encodings import exponent
 from noria.engine import coding
 from noria.engine.assembly import weights_of
-from noria.engine.decoding import Decoding
+from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.loading import Loader
+from noria.engine.parameters import Undecoded, views
 from noria.engine.timing import Traffic
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.pieces import Matrix, Wanted
 from noria.plan import building, planner
 from noria.plan.problem import Problem
 from noria.run import run
@@ -101,6 +103,27 @@ def test_only_what_streams_from_cpu_memory_in_bfloat16_is_coded(model):
     wide, layouts, _ = streamed(model, Decoding(coded=True), dtype="float32")
     assert not any(block.encoded for block in layouts.values())
     assert torch.equal(wide["0/head/lm_head"].bfloat16().view(torch.int16), found["0/head/lm_head"])
+
+
+@pytest.mark.parametrize("room", [1 << 30, 1])
+def test_experts_are_coded_too_and_lie_as_plain_ones_do(room):
+    """Their down projections lie [inputs, outputs]."""
+    matrices = (Matrix("up", (96, 64)), Matrix("up", (96, 64)), Matrix("down", (64, 80), transposed=True))
+    experts, other = Wanted((3, 272, 64), matrices=matrices), Wanted((3, 96, 64))
+    block = lay_out("layers/0000", {"qkv": (128, 64), "experts": experts, "others": other}, "bfloat16")
+    content = (torch.randn(block.nbytes // 2, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
+    layout, made = coding.coded(block, content.view(torch.uint8))
+    assert [one.name for one in layout.encoded] == ["qkv", "experts", "others"] and layout.nbytes < 0.8 * block.nbytes
+    plain = views(content.view(torch.uint8), block)
+    found = Decoder(layout.decoding_room(room), torch.device("cpu")).parameters("it", Undecoded(layout, made))
+    assert found.keys() == plain.keys() == {"qkv", "experts.up", "experts.down", "others"}
+    for name, wanted in plain.items():
+        its = found[name]
+        for piece in range(3) if isinstance(its, SomePieces) else []:
+            one = its.of([piece])
+            assert torch.equal(one[0], wanted[piece]) and one[0].stride() == wanted[piece].stride(), name
+        if isinstance(its, torch.Tensor):
+            assert torch.equal(its, wanted) and its.stride()[-2:] == wanted.stride()[-2:], name
 
 
 def test_a_block_that_takes_no_less_is_left_as_it_is(model):

@@ -85,7 +85,7 @@ def test_a_plan_where_the_link_does_not_bind_stays_plain():
     assert coded["tokens_per_second"] <= plan.predicted["tokens_per_second"]
 
 
-def test_small_parameters_and_those_that_lie_transposed_are_left_plain():
+def test_small_parameters_are_left_plain():
     block = problem_of().blocks["layers/0000"]
     assert [one.name for one in block.coded.encoded] == ["qkv", "out", "gate_up", "down"]
     assert block.coded.nbytes / block.nbytes == pytest.approx(11.4 / 16, abs=0.01)

@@ -62,11 +62,9 @@ class Parameter:
 
     @property
     def may_be_coded(self) -> bool:
-        """Whether it is coded where its block is coded without loss: large matrices of bfloat16 that lie as they are
-        computed, so that products read the same memory in the same order."""
-        lies = not any(matrix.transposed for matrix in self.piece.matrices)
+        """Whether it is coded where its block is coded without loss: large matrices of bfloat16."""
         large = len(self.shape) > 1 and self.numbers >= CODED_NUMBERS * self.pieces
-        return self.plain and self.dtype == "bfloat16" and lies and large
+        return self.plain and self.dtype == "bfloat16" and large
 
     @property
     def computed(self) -> dict[str, tuple[int, ...]]:
@@ -81,11 +79,13 @@ class Parameter:
         return {f"{self.name}.{name}": (*first, number, *inputs[name]) for name, number in outputs.items()}
 
     def decoded(self, pieces: int | None = None) -> tuple[Field, ...]:
-        """The tensors that so many of its pieces are decoded to (None: all), one behind the other."""
+        """The tensors that so many of its pieces are decoded to (None: all), one behind the other; they lie as plain ones do,
+        so that products read the same memory in the same order."""
+        turned = {f"{self.name}.{its.name}" for its in _turned(self.wanted).matrices if its.transposed}
         found: list[Field] = []
         for name, shape in self.computed.items():
             its = shape if pieces is None else (pieces, *shape[1:])
-            found.append(Field(name, its, self.dtype, round_up(end_of(found))))
+            found.append(Field(name, its, self.dtype, round_up(end_of(found)), name in turned))
         return tuple(found)
 
     @property

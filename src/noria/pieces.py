@@ -16,12 +16,13 @@ PLAIN = "plain"  # the encoding that stores numbers as they are
 
 @dataclass(frozen=True)
 class Field:
-    """An array of a piece, `offset` bytes from the start of the piece on."""
+    """An array of a piece, `offset` bytes from the start of the piece on; turned: the last dimension but one lies innermost."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int = 0
+    turned: bool = False
 
     @property
     def nbytes(self) -> int:

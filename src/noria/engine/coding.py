@@ -12,7 +12,7 @@ from noria import encodings
 from noria.blocks import Block, Parameter, lay_out
 from noria.engine.parameters import named, stored, views
 from noria.limits import CODED
-from noria.pieces import Encoded, Piece
+from noria.pieces import Encoded
 
 LONGER = 1.1  # times as long as it takes to read, that coding may take: a load becomes a tenth longer at most
 
@@ -91,17 +91,18 @@ def coded(block: Block, content: torch.Tensor) -> tuple[Block, torch.Tensor] | N
 def _coded(parameter: Parameter, numbers: torch.Tensor) -> tuple[Encoded, torch.Tensor] | None:
     """How a plain parameter is coded, and its pieces [P, bytes of a piece]; None if there are too many escapes."""
     matrices = parameter.piece.matrices
-    sizes, pieces = (
-        [matrix.shape[0] for matrix in matrices],
-        numbers if parameter.pieces > 1 else numbers.view(1, *parameter.shape[-2:]),
-    )
-    made = [encodings.encode(CODED, matrices, piece.split(sizes), {}) for piece in pieces]
+    pieces = numbers if parameter.pieces > 1 else numbers.view(1, *parameter.shape[-2:])
+    made = []
+    for piece in pieces:
+        parts = piece.split([matrix.stored[0] for matrix in matrices])
+        its = [part.t() if matrix.transposed else part for part, matrix in zip(parts, matrices, strict=True)]
+        made.append(encodings.encode(CODED, matrices, its, {}))
     room = encodings.capacity(CODED, matrices, "bfloat16", {})
     lengths = {one.name: max(len(fields[one.name]) for fields in made) for one in room.fields}
     if any(lengths[one.name] > one.shape[0] for one in room.fields):
         return None
-    piece: Piece = encodings.fitted(room, lengths)
-    return Encoded(CODED, {}, piece), torch.stack([encodings.packed(piece, fields) for fields in made])
+    fitted = encodings.fitted(room, lengths)
+    return Encoded(CODED, {}, fitted), torch.stack([encodings.packed(fitted, fields) for fields in made])
 
 
 def _comes_back(parameter: Parameter, form: Encoded, pieces: torch.Tensor, plain: dict[str, torch.Tensor]) -> bool:

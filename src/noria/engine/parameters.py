@@ -46,10 +46,12 @@ def stored(buffer: torch.Tensor, block: Block) -> Parameters:
 
 def named(buffer: torch.Tensor, fields: Iterable[Field]) -> Parameters:
     """These fields, by name, as views into `buffer`."""
-    return {
-        one.name: buffer[one.offset : one.offset + one.nbytes].view(TORCH_DTYPES[one.dtype]).view(one.shape)
-        for one in fields
-    }
+    found = {}
+    for one in fields:
+        its = buffer[one.offset : one.offset + one.nbytes].view(TORCH_DTYPES[one.dtype])
+        lies = (*one.shape[:-2], one.shape[-1], one.shape[-2]) if one.turned else one.shape
+        found[one.name] = its.view(lies).transpose(-1, -2) if one.turned else its.view(lies)
+    return found
 
 
 def views(buffer: torch.Tensor, block: Block) -> Parameters:
