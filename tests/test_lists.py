@@ -218,6 +218,14 @@ def test_rows_share_a_beginning_while_slots_suffice():
     assert (times == 1 + 10).all(), "once for thirty of them"
 
 
+def test_runs_that_rows_have_for_themselves_take_no_slots():
+    runs = [[(2048 * row, 1024), (2048 * row + 1024, 1024)] for row in range(40)] + [[(0, 1024), (99968, 1024)]]
+    prefixes, shared = [*range(40), 0], [1024] * 40
+    rows = ragged([1] * 41, [1500] * 41, runs, prefixes, shared, [NONE] * 40)
+    times = reads(lists.make(rows, replace(PACKING, most_slots=4)), 1024)
+    assert (times == 40).all(), "once by the two that share it"
+
+
 @pytest.mark.parametrize("seed", range(count(200)))
 def test_the_plan_counts_what_partial_results_take(seed):
     choose = np.random.default_rng(seed)

@@ -99,7 +99,8 @@ def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: in
     launches = tuple(
         Launch(none, tile, *flags) for tile in tiles for flags in itertools.product((False, True), repeat=2)
     )
-    lists = Work(none[:, 0], none[:, 0], none[:, :PIECE_COLUMNS], (Wave(launches, no_merges),), 0)
+    one = np.zeros((1, PIECE_COLUMNS), np.int32)  # so that the lists lie somewhere
+    lists = Work(one[:, 0], one[:, 0], one, (Wave(launches, no_merges),), 0)
     queries = torch.empty(1, heads.num_heads, heads.dim, dtype=dtype, device=device)
     keys, values = (
         torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in (heads.dim, heads.width)
@@ -125,9 +126,10 @@ def attend(
     state = torch.empty(
         1 + partial_nbytes(lists.work.slots, heads, width) // 4, dtype=torch.float32, device=queries.device
     )
-    scale, soften, sinks = _in_powers_of_two(scores, state)
+    soften, of_scores = _in_powers_of_two(scores)
+    sinks = state if scores.sinks is None else scores.sinks
     pads = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
-    of_state = state, sinks, lists.work.slots * heads, scale
+    of_state = state, sinks, lists.work.slots * heads, *of_scores
     options = scores.window is not None, scores.soft_cap is not None, scores.sinks is not None
     for launches, merges in lists.waves:
         for launch, its_items in launches:
@@ -157,9 +159,9 @@ def _fitting(its: Tuning, tile: int, pads: tuple[int, int], device: torch.device
     return replace(its, stages=max(1, min(its.stages, stages)))
 
 
-def _in_powers_of_two(scores: Scoring, none: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-    """The factor of an exponent of 2, that of the capped tanh's, and sinks in the units that the first multiplies."""
+def _in_powers_of_two(scores: Scoring) -> tuple[float, tuple[float, float, float]]:
+    """The factor of the capped tanh's exponent of 2; that of the scores', and what makes scores of sinks: factor, shift."""
+    if scores.soft_cap is None:
+        return 0.0, (scores.scale * LOG2E, 1.0 / scores.scale, 0.0)
     cap = scores.soft_cap
-    unit, soften = (scores.scale, 0.0) if cap is None else (cap, 2.0 * scores.scale / cap * LOG2E)
-    sinks = none if scores.sinks is None else scores.sinks.float() / unit - (0.0 if cap is None else 1.0)
-    return unit * LOG2E, soften, sinks
+    return 2.0 * scores.scale / cap * LOG2E, (cap * LOG2E, 1.0 / cap, 1.0)

@@ -30,10 +30,10 @@ def _fold(sums, maximum, weight, its_sums, its_maximum, its_weight, scale):
 
 
 @triton.jit
-def _finish(sums, maximum, weight, sinks, head, valid, scale, SINKS: tl.constexpr):
-    """The attended values; a sink is a key without a value that enters here."""
+def _finish(sums, maximum, weight, sinks, head, valid, scale, per_unit, shift, SINKS: tl.constexpr):
+    """The attended values; a sink is a key without a value that enters here, in the units of scores."""
     if SINKS:
-        sink = tl.load(sinks + head, mask=valid, other=0.0)
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * per_unit - shift
         top = tl.maximum(maximum, sink)
         old = tl.exp2((maximum - top) * scale)
         weight = tl.fma(weight, old, tl.exp2((sink - top) * scale))
@@ -190,8 +190,8 @@ def _sections(
 
 @triton.jit(do_not_specialize=["window", "state_rows"], do_not_specialize_on_alignment=LISTS)
 def attend_items(
-    queries, keys, values, attended, order, positions, items, pieces, state, sinks, state_rows, scale, soften, window,
-    query_row, query_head, key_row: tl.constexpr, key_head: tl.constexpr,
+    queries, keys, values, attended, order, positions, items, pieces, state, sinks, state_rows, scale, per_unit, shift, soften,
+    window, query_row, query_head, key_row: tl.constexpr, key_head: tl.constexpr,
     value_row: tl.constexpr, value_head: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, VPAD: tl.constexpr, TILE: tl.constexpr,
     MANY: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
@@ -228,14 +228,16 @@ def attend_items(
         )  # fmt: skip
         if PARTIAL:
             _store(state, state_rows, to, ahead, head, valid, sums, maximum, weight, HEADS, V)
-    result = _finish(sums, maximum, weight, sinks, head, valid, scale, SINKS).to(attended.dtype.element_ty)
+    result = _finish(sums, maximum, weight, sinks, head, valid, scale, per_unit, shift, SINKS).to(
+        attended.dtype.element_ty
+    )
     attended_at = attended + (token * HEADS + head) * V
     tl.store(attended_at[:, None] + v[None, :], result, mask=(valid & (to < 0))[:, None] & (v < V)[None, :])
 
 
 @triton.jit(do_not_specialize=["state_rows"], do_not_specialize_on_alignment=LISTS)
 def merge_parts(
-    merges, order, attended, state, sinks, state_rows, scale,
+    merges, order, attended, state, sinks, state_rows, scale, per_unit, shift,
     HEADS: tl.constexpr, V: tl.constexpr, VPAD: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One query and head a program: what came before, then the sections that were computed apart, in order."""
@@ -252,6 +254,8 @@ def merge_parts(
         part, its_maximum, its_weight = _load(state, state_rows, slot, ahead, head, valid, HEADS, V, VPAD, True)
         sums, maximum, weight = _fold(sums, maximum, weight, part, its_maximum, its_weight, scale)
     _store(state, state_rows, to, ahead, head, valid, sums, maximum, weight, HEADS, V)
-    result = _finish(sums, maximum, weight, sinks, head, valid, scale, SINKS).to(attended.dtype.element_ty)
+    result = _finish(sums, maximum, weight, sinks, head, valid, scale, per_unit, shift, SINKS).to(
+        attended.dtype.element_ty
+    )
     attended_at = attended + (tl.load(order + tl.load(merge + PLACE)).to(tl.int64) * HEADS + head) * V
     tl.store(attended_at[:, None] + v[None, :], result, mask=(valid & (to < 0))[:, None] & (v < V)[None, :])

@@ -77,11 +77,11 @@ def _paths(rows: RaggedRows, packing: Packing) -> np.ndarray:
     if len(rows.shared):
         ancestors = _ancestors(rows.parents)
         sharing = (rows.prefixes >= 0) & (rows.counts * packing.group < LEAST_TILE)
-        depths = (ancestors >= 0).sum(axis=1)[rows.prefixes]
-        sharing &= np.cumsum(np.where(sharing, 2 * rows.counts * depths, 0)) <= packing.most_slots
         paths = np.where(sharing[:, None], ancestors[rows.prefixes], NONE)
         members = np.bincount(paths[paths >= 0], minlength=len(rows.shared))
         paths = np.where((paths >= 0) & (members[paths] > 1), paths, NONE)
+        slots = np.cumsum(2 * rows.counts * (paths >= 0).sum(axis=1))
+        paths = np.where((slots <= packing.most_slots)[:, None], paths, NONE)
     return paths[:, (paths >= 0).any(axis=0)]
 
 
