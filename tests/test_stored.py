@@ -38,7 +38,8 @@ def test_each_form_has_its_bits_and_a_streamed_model_gains_what_its_bytes_say():
     assert list(found) == list(SIZES)
     for word, bits in (("fp8", 8), ("int8", 8.25), ("int4", 4.375)):
         assert bits < found[word].bits < bits + 1.5, word  # embedding and head stay in bfloat16
-        assert found[word].plan is not None and 0.8 * 16 / bits < found[word].as_dict()["times"]
+        # beside bfloat16 whose streamed blocks are coded without loss, in 11.3 bits
+        assert found[word].plan is not None and 0.8 * 11.3 / bits < found[word].as_dict()["times"]
         assert f"{word}: " in found[word].words() and " x" in found[word].words()
     assert found["int4"].plan.decoded is False  # what is resident stays as it is stored
 
