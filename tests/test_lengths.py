@@ -20,12 +20,12 @@ class Model:
     generation_config: dict = field(default_factory=dict)
 
 
-def looked(tmp_path, rows, **flags):
+def looked(tmp_path, rows, max_positions=64, **flags):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = config.load(None, {"model": "m", "prompts": str(path), "output": "o", "max_new_tokens": 8, **flags})
     encode = encoder_of(Model(), tokenizer_of(Model()), run.sampling, datetime.now(), print)
-    return look(run, PromptFiles((str(path),)), Model().shape.max_positions, len(rows), encode)
+    return look(run, PromptFiles((str(path),)), max_positions, len(rows), encode)
 
 
 def row(length, **keys):
@@ -50,6 +50,14 @@ def test_of_many_rows_only_the_first_are_read_and_the_others_get_a_margin(tmp_pa
     load = looked(tmp_path, [row(8)] * (4 * LOOKED_AT))
     assert (load.num_rows, load.prompt_tokens) == (4 * LOOKED_AT, 8)
     assert load.total_pages == round(4 * 4 * LOOKED_AT * 1.1)
+
+
+def test_what_prompts_have_in_common_is_counted_once(tmp_path):
+    """Of 200 tokens 192 can be shared: by all rows but the first, and of this one by its second sample."""
+    alike = [row(200, n=2), row(200), {"token_ids": [2] * 70}, row(100, prompt_logprobs=True)]
+    wide = {"max_positions": 400}
+    assert looked(tmp_path, alike, **wide).shared_tokens == (192 + 192) / 5
+    assert looked(tmp_path, alike, prefix_sharing=False, **wide).shared_tokens == 0
 
 
 def test_a_shard_counts_its_own_rows(tmp_path):

@@ -47,6 +47,13 @@ def test_a_prompt_longer_than_a_chunk_takes_as_many_rounds_as_it_has_pieces_and_
     assert rounds_of(Workload(1, 1000, 5), 1, 8192, 1000).prefill.chunk_cached == 0
 
 
+def test_what_prompts_share_is_looked_at_and_not_computed():
+    found, own = (rounds_of(Workload(64, 1000, 20, shared_tokens=shared), 64, 4096, 4096) for shared in (900, 0))
+    assert found.prefill_rounds * found.prefill.chunk_tokens == pytest.approx(64 * 100)
+    assert found.prefill.chunk_context == 900 + 100 / 2 and found.decode.context == own.decode.context == 1010
+    assert found.prefill_rounds < own.prefill_rounds / 5
+
+
 def test_fills_of_a_decode_round_lie_between_a_prompt_and_all_of_a_row():
     found = rounds_of(Workload(8, 100, 60), 8, 4096, 4096)
     assert [turn.context for turn in found.fills()] == [110, 130, 150]

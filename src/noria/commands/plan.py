@@ -137,7 +137,8 @@ class Planned:
         yield (
             "rows",
             f"{workload.num_rows:,} of {workload.prompt_tokens:,.0f} prompt tokens and"
-            f" {workload.new_tokens:,.0f} new ones on average",
+            f" {workload.new_tokens:,.0f} new ones on average"
+            + (f"; of a prompt {workload.shared_tokens:,.0f} tokens are shared" if workload.shared_tokens else ""),
         )
         for line in machine_lines(config, self.known, self.source, self.problem.num_ranks):
             yield "machine", line
@@ -154,6 +155,7 @@ class Planned:
             "rows": {
                 "rows": workload.num_rows,
                 "prompt_tokens": workload.prompt_tokens,
+                "shared_tokens": workload.shared_tokens,
                 "new_tokens": workload.new_tokens,
             },
             "machine": {

@@ -5,6 +5,7 @@ from itertools import islice
 from noria.config import Config
 from noria.errors import InputError
 from noria.plan.costs import Workload
+from noria.rows.beginnings import BLOCK_TOKENS, Beginnings, PromptBlock
 from noria.rows.chat import Encoder
 from noria.rows.making import kept_tokens, of_row
 from noria.rows.prompt_files import PromptFiles
@@ -22,19 +23,23 @@ def look(config: Config, files: PromptFiles, max_positions: int, num_rows: int, 
     Rows that cannot run are left out; without any, the longest that the model takes is assumed.
     """
     rows = shard_rows(config.job.shard, num_rows)
-    prompts, new, pages, samples, looked, longest = 0, 0, 0, 0, 0, 0
+    prompts, new, pages, samples, looked, longest, shared = 0, 0, 0, 0, 0, 0, 0
+    beginnings = Beginnings()
     for prompt in islice((one for one in open_prompts(files) if one.row in rows), LOOKED_AT):
         looked += 1
         try:
-            length = len(encode(prompt)) if prompt.error is None else 0
+            ids = encode(prompt) if prompt.error is None else []
             sampling = of_row(prompt.sampling, prompt.request, config.sampling)
             keep = kept_tokens(sampling, max_positions)
         except InputError:
             continue
-        length = length if keep is None else min(length, keep)
+        ids = ids if keep is None else ids[-keep:]
+        length = len(ids)
         if not 0 < length <= max_positions:
             continue
         added = min(sampling.most_new_tokens, max_positions - length)
+        if config.pipeline.prefix_sharing and not sampling.scores_prompt:
+            shared += _shared(beginnings.enter(ids, prompt.row, sampling.n), sampling.n)
         samples += sampling.n
         prompts, new = prompts + length * sampling.n, new + added * sampling.n
         its_pages = pages_for(length + added)
@@ -44,4 +49,10 @@ def look(config: Config, files: PromptFiles, max_positions: int, num_rows: int, 
     whole = looked == len(rows)
     num_samples = samples if whole else max(round(len(rows) * samples / looked), 1)
     total = pages if whole else round(pages / samples * num_samples * MARGIN)
-    return Workload(num_samples, prompts / samples, max(new / samples, 1.0), total, longest)
+    return Workload(num_samples, prompts / samples, max(new / samples, 1.0), total, longest, shared / samples)
+
+
+def _shared(blocks: list[PromptBlock], samples: int) -> int:
+    """Tokens that the samples of a prompt need not compute: what rows before it have, and what its first sample has."""
+    before = sum(block.waiting > samples for block in blocks)
+    return BLOCK_TOKENS * (before + (samples - 1) * len(blocks))

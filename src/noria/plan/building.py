@@ -193,9 +193,10 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
 
 
 def _usual(problem: Problem) -> Usual:
-    """What the rows of a usual prompt hold: with n > 1 a state of their shared beginning beside their own."""
+    """What the rows of a usual prompt hold: a state of a shared beginning beside their own, where there is one."""
     n, pages = problem.config.sampling.n, problem.workload.pages
-    return Usual(n * pages, (n + (n > 1)) * problem.shape.has_states)
+    shared = n > 1 or problem.workload.shared_tokens > 0
+    return Usual(n * pages, (n + shared) * problem.shape.has_states)
 
 
 def _state_rows(problem: Problem, sizes: Sizes) -> int:

@@ -146,7 +146,7 @@ def planned_rounds(plan: Plan, workload: Workload) -> Rounds:
 
 def rows_in_flight(plan: Plan, workload: Workload) -> int:
     """Rows that are generated at once: what the cache holds, at least one."""
-    held = sum(pages // workload.pages for pages in plan.of_pool("pages").values())
+    held = sum(pages // workload.own_pages for pages in plan.of_pool("pages").values())
     return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 

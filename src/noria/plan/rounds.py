@@ -17,6 +17,7 @@ class Workload:
     """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
 
     `total_pages`: what all rows reserve together, `longest_pages`: what the longest of them does, if somebody looked.
+    `shared_tokens`: of a prompt, that another row has computed.
     """
 
     num_rows: int
@@ -24,6 +25,12 @@ class Workload:
     new_tokens: float
     total_pages: int | None = None
     longest_pages: int | None = None
+    shared_tokens: float = 0.0
+
+    @property
+    def computed_tokens(self) -> float:
+        """Tokens of a prompt that are computed for it."""
+        return self.prompt_tokens - self.shared_tokens
 
     @property
     def longest(self) -> int:
@@ -34,6 +41,11 @@ class Workload:
     def pages(self) -> int:
         """Pages that a row reserves."""
         return pages_for(max(round(self.prompt_tokens + self.new_tokens), 1))
+
+    @property
+    def own_pages(self) -> int:
+        """Those of them that it shares with no other row."""
+        return pages_for(max(round(self.computed_tokens + self.new_tokens), 1))
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int)
     next row at once: where a wave's prompts take K rounds, (K - 1) / K of the rows decode in each of them, half as many in
     the first wave, which fills the slots.
     """
-    num_rows, prompt, after = workload.num_rows, workload.prompt_tokens, max(workload.new_tokens - 1, 0.0)
+    num_rows, prompt, after = workload.num_rows, workload.computed_tokens, max(workload.new_tokens - 1, 0.0)
     times = num_rows / most_rows
     waves = -(-num_rows // most_rows) if times < MANY else times  # few rows of one length end together
     rows = num_rows / waves
@@ -102,10 +114,11 @@ def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int)
     riding = rows * (beside / 2 + (waves - 1) * beside)
     alone = waves * max(after - beside, 0.0) + beside
     left = max(waves * rows * after - riding, 0.0)
-    context = prompt + workload.new_tokens / 2
+    context = workload.prompt_tokens + workload.new_tokens / 2
     begun = rows * waves / prefills
-    cached = prompt * (pieces - 1) / (2 * pieces)
-    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, prompt / 2, cached)
+    shared = workload.shared_tokens
+    cached = shared + prompt * (pieces - 1) / (2 * pieces)
+    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached)
     return Rounds(prefills, filling, alone, Round(left / alone if alone else rows, context), workload.new_tokens)
 
 

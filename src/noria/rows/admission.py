@@ -146,7 +146,7 @@ class Admission:
     def _grow(self, group: int) -> tuple[Grown, ...]:
         """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""
         active = self._slots.active[group]
-        outgrown = [sequence for sequence in active.values() if sequence.num_tokens > sequence.room]
+        outgrown = [sequence for sequence in active.values() if sequence.cached >= sequence.room]
         for sequence in outgrown:
             while sequence.slot in active and not self._slots.grow(group, sequence):
                 youngest = self._slots.youngest(group, sequence)
