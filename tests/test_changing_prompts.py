@@ -19,6 +19,7 @@ from noria.output.parts import part_files, parts_folder
 NUM_ROWS = 60
 PAD = "x" * 30_000  # some blocks of the file are read long after the first rows are sealed
 MORE = ["--prompts", "p.jsonl", "--max-new-tokens", "3", "--step-tokens", "16", "--seal-seconds", "0"]
+MORE += ["--no-prefix-sharing"]  # no prompt is read before it is needed
 
 
 def lines(word):
