@@ -1,6 +1,7 @@
 """Blocks that stream from CPU memory, coded without loss while they load: the numbers, every bit, in fewer bytes over the link."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from noria.engine.timing import Traffic
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.pieces import Matrix, Wanted
-from noria.plan import building, planner
+from noria.plan import search
 from noria.plan.problem import Problem
 from noria.run import run
 
@@ -177,7 +178,7 @@ def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, 
 def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_path, monkeypatch, capsys):
     """As a GPU would be planned: here on the CPU, which no plan has so."""
     monkeypatch.setattr(Problem, "may_code", property(lambda its: its.config.placement.compress_weights != "off"))
-    monkeypatch.setattr(planner, "variants", lambda *given: building.variants(*given)[-1:])
+    monkeypatch.setattr(search, "_coded_best", lambda tried, here: replace(here, coded=True))
     tensors = {name: its * 0.1 for name, its in tiny_models.state(CONFIG, torch.bfloat16).items()}
     path = convert_of(tmp_path, tensors)
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"token_ids": [5 + row, 9, 17]}) for row in range(3)))

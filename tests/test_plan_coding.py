@@ -10,7 +10,7 @@ from noria.model import ModelShape
 from noria.plan import building, costs, planner, rates
 from noria.plan.costs import Workload
 from noria.plan.planner import GiB
-from noria.plan.problem import Machine, Problem
+from noria.plan.problem import Candidate, Machine, Problem
 
 SHAPE = ModelShape("llama", 8, 4096, 32, 8, 128, 32000, 2048, False)
 LAYER = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "norm": (4096,)}
@@ -60,11 +60,8 @@ def test_never_on_the_cpu_itself():
 
 
 def test_the_plan_counts_what_they_are_decoded_into_and_buffers_that_they_pass():
-    problem = problem_of(**CPU)
-    plain, coded = (
-        building.build(problem, planner.Candidate(1, 1, 2048, {"cpu": 100.0}, {"gpu": 100.0}, coded=its))
-        for its in (False, True)
-    )
+    problem = problem_of(cache={"gpu": 100.0}, **CPU)
+    plain, coded = (building.build(problem, Candidate(1, 1, 4, 2048, 64, coded=its)) for its in (False, True))
     layer, block = lay_out("l", LAYER, "bfloat16"), problem.blocks["layers/0000"]
     gpu, other = (plan.memory[0]["gpu"] for plan in (coded, plain))
     assert gpu["decoded weights"] == block.coded.decoding_room(coded.decoding_room) and "decoded weights" not in other
@@ -81,7 +78,7 @@ def test_a_plan_where_the_link_does_not_bind_stays_plain():
     )
     plan = planner.make(problem, fast)
     assert not plan.coded
-    coded = costs.predict(replace(plan, coded=True), SHAPE, problem.blocks, fast, problem.workload)
+    coded = costs.predict(replace(plan, coded=True), problem.cut(plan.laps), fast, problem.workload)
     assert coded["tokens_per_second"] <= plan.predicted["tokens_per_second"]
 
 

@@ -3,6 +3,7 @@
 Measured figures are those of jobs/bench/README.md; "steps" is its table of a step's parts.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,4 +89,5 @@ def test_rank_0_takes_what_a_round_of_the_engine_has_beside_its_kernels():
 
 
 def test_a_message_of_256_mib_takes_what_one_alone_took():
-    assert terms.hop(2**28, H200) == pytest.approx(2**28 / 307e9, rel=0.15)
+    plain = replace(H200, hop=391e9)  # "GPU-aware MPI": plain Send and Recv, several under way
+    assert terms.hop(2**28, plain) == pytest.approx(2**28 / 307e9, rel=0.05)

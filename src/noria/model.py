@@ -75,11 +75,10 @@ class ModelShape:
         """Numbers that a query head of each of these layers multiplies for each token that it looks at."""
         return _between(self._attended, layers)
 
-    def largest_cache(self, layers: Iterable[range], dtype: str, tokens: int, sequences: int) -> int:
-        """Bytes that so many tokens and sequences leave in the one of these layers where they are most."""
+    def cache_rows(self, layers: Iterable[range], dtype: str) -> frozenset[tuple[int, int]]:
+        """The different bytes that a token, and a sequence, leave in one of these layers."""
         of_layer = self._of_layer[dtype]
-        kinds = set().union(*(of_layer[span.start : span.stop] for span in layers))
-        return max((tokens * token + sequences * sequence for token, sequence in kinds), default=0)
+        return frozenset[tuple[int, int]]().union(*(of_layer[span.start : span.stop] for span in layers))
 
     @cached_property
     def widest_row(self) -> int:

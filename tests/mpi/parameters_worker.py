@@ -9,7 +9,7 @@ from worker import generate, share
 from extra_kinds import extra_kinds
 from late_streams import LateStreams
 from noria import streams
-from noria.plan import building, planner
+from noria.plan import building, search
 
 WEIGHTS = {
     "gpu": {"gpu": 100},
@@ -31,7 +31,7 @@ def in_parts(laps):
     held = contextlib.ExitStack()
     if laps == 2:
         held.enter_context(patch.object(building, "DECODING_SHARE", 1 << 60))
-        held.enter_context(patch.object(planner, "variants", lambda *given: [building.build(*given)]))
+        held.enter_context(patch.object(search, "_coded_best", lambda tried, here: here))
     return held
 
 

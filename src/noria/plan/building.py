@@ -1,177 +1,167 @@
 """One candidate for a plan: what it puts where, in numbers, or why it does not fit. Knows nothing of how candidates are found."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from noria.blocks import dtype_of
-from noria.config import Config
 from noria.errors import InputError, require
 from noria.limits import DISK_NBYTES, TIERS
-from noria.plan.memory import Sizes, streamed
-from noria.plan.placement import blocks_of
+from noria.plan.memory import Sizes
 from noria.plan.plan import Plan
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
-from noria.plan.room import cache_pages, refused
+from noria.plan.room import cache_pages, refused, reserved
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
 from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
-MICROBATCH_TOKENS = 4096
 DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
 
 
 def build(problem: Problem, candidate: Candidate) -> Plan:
     """The plan of one candidate. Raises InputError if it does not fit."""
-    pipeline, schedule = problem.config.pipeline, _schedule(problem.config, candidate)
-    sizes = sizes_of(problem, candidate)
+    cut, sizes = problem.cut(candidate.laps), sizes_of(problem, candidate)
     pages = cache_pages(problem, sizes, candidate)
+    tables, ranks = sizes.tables(pages), range(problem.num_ranks)
     return Plan(
         num_ranks=problem.num_ranks,
         laps=candidate.laps,
         groups=candidate.groups,
-        microbatches=pipeline.microbatches,
+        microbatches=problem.config.pipeline.microbatches,
         step_tokens=sizes.step_tokens,
         microbatch_tokens=sizes.microbatch_tokens,
         dtype=problem.dtype,
         num_pages=sum(pages.values()),
-        stages=tuple((stage.start, stage.stop) for stage in sizes.stages),
-        blocking=pipeline.blocking,
-        schedule=schedule,
-        weight_tiers=sizes.weight_tiers,
+        stages=tuple((stage.start, stage.stop) for stage in cut.stages),
+        blocking=problem.config.pipeline.blocking,
+        schedule=_schedule(problem, candidate),
+        weight_tiers=tuple(map(sizes.tiers_of, ranks)),
         weight_slots=sizes.weight_slots,
         pools=sizes.usual.pools(pages),
         cache_slots=sizes.cache_slots,
         cache_slot_pages=sizes.cache_slot_pages,
         state_rows=sizes.state_rows,
         activations=sizes.activations,
-        memory=sizes.tables(pages),
+        memory=tuple({tier: dict(items) for tier, items in tables[cut.alike[rank]].items()} for rank in ranks),
         decoding_room=sizes.decoding_room,
         decoded=sizes.decoded,
         coded=sizes.coded,
     )
 
 
-def variants(problem: Problem, candidate: Candidate) -> list[Plan]:
-    """The plan of one candidate, and those that take more memory and less time: before it the one whose resident blocks are
-    decoded while they load, if some are encoded, behind both those whose streamed blocks are coded without loss meanwhile.
-
-    Raises InputError if the first does not fit.
-    """
-    plan, weights = build(problem, candidate), candidate.weights
-    tiers = [its for held in plan.weight_tiers for its in held.items()]
-    resident, from_memory = ({name for name, tier in tiers if tier == its} for its in ("gpu", "cpu"))
-    found, others = [plan], [candidate]
-    filled = weights is None and plan.weight_slots  # what streams leaves no room to be decoded
-    stored = weights is not None and is_budget(weights)  # what the user gives in bytes is of weights as they are stored
-    if resident & problem.weighed.encoded.keys() and not (filled or stored):
-        found, others = (
-            _fitting(problem, [replace(candidate, decoded=True)]) + found,
-            [replace(candidate, decoded=True), candidate],
-        )
-    if problem.may_code and plan.weight_slots and from_memory & problem.weighed.coded.keys():
-        found += _fitting(problem, [replace(one, coded=True) for one in others])
-    return found
-
-
-def _fitting(problem: Problem, candidates: list[Candidate]) -> list[Plan]:
-    """The plans of those that fit."""
-    found = []
-    for candidate in candidates:
-        with suppress(InputError):
-            found.append(build(problem, candidate))
-    return found
-
-
 def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     """A candidate's buffers and the tiers of its blocks. Raises InputError if the blocks find no room."""
-    config, shape = problem.config, problem.shape
-    slots = 1 if _schedule(config, candidate) == "sequential" else SLOTS
-    stages = problem.stages(candidate.laps)
+    slots, cut = 1 if _schedule(problem, candidate) == "sequential" else SLOTS, problem.cut(candidate.laps)
+    step_tokens = problem.step_tokens(candidate)
     sizes = Sizes(
-        shape,
-        problem.blocks,
+        cut,
         problem.weighed,
-        problem.dtype,
-        problem.num_ranks,
-        stages,
         candidate.groups,
-        candidate.step_tokens,
-        min(config.pipeline.microbatch_tokens or MICROBATCH_TOKENS, candidate.step_tokens),
-        tuple(dict.fromkeys(blocks_of(rank, problem.num_ranks, stages), "") for rank in range(problem.num_ranks)),
-        activations=config.placement.activations or "gpu",
+        step_tokens,
+        min(candidate.microbatch_tokens, step_tokens),
+        {rank: ("",) * len(cut.share(rank).names) for rank in cut.counts},
+        activations=candidate.activations,
         device=problem.machine.device,
-        staged=bool(config.placement.stage),
+        staged=bool(problem.config.placement.stage),
         usual=_usual(problem),
         decoding_room=problem.limits["gpu"] // DECODING_SHARE,
         decoded=candidate.decoded,
         coded=candidate.coded,
     )
     sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
-    if candidate.elsewhere:
+    if problem.elsewhere(candidate):
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(problem, sizes, slots))
-    held = tuple(_weight_tiers(problem, sizes, candidate, rank, slots) for rank in range(problem.num_ranks))
-    return replace(sizes, weight_tiers=held, weight_slots=slots if any(map(streamed, held)) else 0)
+    held = {rank: _weight_tiers(problem, sizes, candidate, rank, slots) for rank in cut.counts}
+    placed = [*chain(*(zip(cut.share(rank).names, tiers, strict=True) for rank, tiers in held.items()))]
+    streams = any(tier != "gpu" for name, tier in placed if name != "embed")
+    decoded = candidate.decoded and not (
+        streams and problem.config.placement.weights is None
+    )  # it would take their room
+    decoded = decoded and any(tier == "gpu" for name, tier in placed if name in problem.weighed.encoded)
+    coded = candidate.coded and problem.may_code
+    coded = coded and any(tier == "cpu" for name, tier in placed if name in problem.weighed.coded)
+    return replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
 
 
-def _schedule(config: Config, candidate: Candidate) -> str:
-    if config.pipeline.schedule:
-        return config.pipeline.schedule
-    return "multi_batch" if candidate.elsewhere or config.placement.activations == "cpu" else "single_batch"
+def _schedule(problem: Problem, candidate: Candidate) -> str:
+    """The one that overlaps most: with nothing to stage, one microbatch after another loses nothing."""
+    asked, staged = problem.config.pipeline.schedule, problem.elsewhere(candidate) or candidate.activations == "cpu"
+    return asked or ("multi_batch" if staged else "single_batch")
 
 
-def _fill(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> dict[str, int]:
-    """Bytes of each tier for the rank's blocks: beside the reserved pages, the buffers and work space.
+def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> list[str]:
+    """The tier of each of the rank's blocks, in the order of visits. Raises InputError if they find no room."""
+    names, shares = sizes.cut.share(rank).names, problem.config.placement.weights
+    if shares is None:
+        return _filled(problem, sizes, candidate, rank, slots)
+    if is_listed(shares):
+        return list(by_list(names, shares).values())
+    if is_budget(shares):
+        return _budgeted(problem, sizes, rank, [budgets_of(shares, "placement.weights")], problem.nbytes)
+    moved = [problem.nbytes[name] for name in names if name != "embed"]
+    embed = ["gpu" if shares.get("gpu") else "cpu"] * ("embed" in names)
+    return embed + by_share(moved, shares)
 
-    Raises InputError where these alone are too much.
+
+def _filled(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> list[str]:
+    """On the device what it holds beside the reserved pages, the buffers and work space; then CPU memory, then disk.
+
+    The buffers of loading count in CPU memory where a block passes them. Raises InputError where the others are too much.
     """
-    names = sizes.weight_tiers[rank]
-    total = sum(problem.nbytes[name] for name in names)
+    names, limits = sizes.cut.share(rank).names, problem.limits
+    on_device = {**problem.nbytes, **(problem.weighed.decoded if sizes.decoded else {})}
     for tier, items in sizes.table(rank, {}).items():
-        if tier != "disk" and sum(items.values()) > problem.limits[tier]:
+        if tier != "disk" and sum(items.values()) > limits[tier]:
             raise refused(problem, rank, tier, items)
-    table = sizes.table(rank, candidate.reserved or {})
-    used = {tier: sum(table[tier].values()) for tier in TIERS}
-    free = {tier: max(problem.limits[tier] - used[tier], 0) for tier in TIERS}
+    pages = reserved(problem, sizes, candidate)
+    table = sizes.table(rank, pages)
+    loading = table["cpu"].pop("loading", 0)
+    free = {tier: max(limits[tier] - sum(table[tier].values()), 0) for tier in TIERS}
     if problem.machine.device == "cpu":  # one memory: nothing is won by moving blocks inside it
-        free["gpu"] = max(min(free["gpu"], problem.machine.memory_nbytes - used["gpu"] - used["cpu"]), 0)
-        free["cpu"] = 0
-    if total <= free["gpu"]:
-        return {"gpu": total}
+        used = sum(sum(table[tier].values()) for tier in ("gpu", "cpu")) + loading
+        free |= {"gpu": max(min(free["gpu"], problem.machine.memory_nbytes - used), 0), "cpu": 0}
+    if sum(on_device[name] for name in names) <= free["gpu"]:
+        return ["gpu"] * len(names)
     largest = max((problem.nbytes[name] for name in names if name != "embed"), default=0)
-    free["gpu"] = max(free["gpu"] - slots * largest, 0)
-    if total <= free["gpu"] + free["cpu"] - largest or not problem.disk_allowed:
-        return {"gpu": free["gpu"], "cpu": free["cpu"]}
-    return {"gpu": free["gpu"], "cpu": max(free["cpu"] - DISK_NBYTES, 0), "disk": 1 << 62}
+    beside = max(free["gpu"] - slots * largest, 0)
+    budgets = [{"gpu": beside, "cpu": max(free["cpu"] - less, 0)} for less in dict.fromkeys((0, loading))]
+    if problem.disk_allowed:
+        less = loading + DISK_NBYTES
+        budgets.append({"gpu": beside, "cpu": max(free["cpu"] - less, 0), "disk": 1 << 62})
+
+    def fits(tiers: list[str]) -> bool:
+        table = replace(sizes, weight_tiers={rank: tiers}).table(rank, pages)
+        return sum(table["cpu"].values()) <= limits["cpu"]
+
+    return _budgeted(problem, sizes, rank, budgets, on_device, fits)
 
 
-def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> dict[str, str]:
-    """The tier of each of the rank's blocks."""
-    names, shares = list(sizes.weight_tiers[rank]), candidate.weights
-    if shares is not None and is_listed(shares):
-        return by_list(names, shares)
-    moved, embed = [name for name in names if name != "embed"], {}
-    if shares is not None and not is_budget(shares):
+def _budgeted(
+    problem: Problem,
+    sizes: Sizes,
+    rank: int,
+    budgets: Sequence[Mapping[str, int]],
+    nbytes: Mapping[str, int],
+    fits: Callable[[list[str]], bool] = lambda tiers: True,
+) -> list[str]:
+    """The tiers of the rank's blocks by the first of these budgets that holds all. Raises InputError if none does."""
+    names, refusal = sizes.cut.share(rank).names, InputError("")
+    for budget in budgets:
+        left, embed = dict(budget), []
         if "embed" in names:
-            embed = {"embed": "gpu" if shares.get("gpu") else "cpu"}
-        chosen = by_share([problem.nbytes[name] for name in moved], shares)
-        return embed | dict(zip(moved, chosen, strict=True))
-    budgets = (
-        _fill(problem, sizes, candidate, rank, slots) if shares is None else budgets_of(shares, "placement.weights")
-    )
-    if "embed" in names:
-        held = "gpu" if problem.nbytes["embed"] <= budgets.get("gpu", 0) else "cpu"
-        embed = {"embed": held}
-        if held in budgets:
-            budgets[held] = max(budgets.get(held, 0) - problem.nbytes["embed"], 0)
-    try:
-        chosen = by_budget([problem.nbytes[name] for name in moved], budgets)
-    except Uncovered as error:
-        raise _uncovered(problem, rank, budgets, error) from error
-    return embed | dict(zip(moved, chosen, strict=True))
+            embed = ["gpu" if nbytes["embed"] <= left.get("gpu", 0) else "cpu"]
+            left |= {tier: max(left[tier] - nbytes["embed"], 0) for tier in embed if tier in left}
+        try:
+            tiers = embed + by_budget([nbytes[name] for name in names if name != "embed"], left)
+        except Uncovered as error:
+            refusal = _uncovered(problem, rank, left, error)
+            continue
+        if budget is budgets[-1] or fits(tiers):
+            return tiers
+    raise refusal
 
 
 def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: Uncovered) -> InputError:
@@ -201,7 +191,7 @@ def _usual(problem: Problem) -> Usual:
 
 def _state_rows(problem: Problem, sizes: Sizes) -> int:
     """Rows of a microbatch, whose states in a layer take a 64th of the device; 0 where the family has none."""
-    state = sizes.layer_nbytes(sizes.stages, 0, 1)
+    state = sizes.layer_nbytes(0, 1)
     if not state:
         return 0
     room = problem.limits["gpu"] // 64 // state
@@ -210,7 +200,7 @@ def _state_rows(problem: Problem, sizes: Sizes) -> int:
 
 def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
     """Pages of a staging buffer: the longest sequence at least, else SLOT_NBYTES or what a 16th of the device holds."""
-    page = sizes.layer_nbytes(sizes.stages, 1, 0)
+    page = sizes.layer_nbytes(1, 0)
     room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // max(page, 1)
     return min(max(problem.longest, room), max(problem.cap(sizes.groups), problem.longest))
 

@@ -5,13 +5,13 @@ host; else their sum. A round takes as long as the slowest rank, or as one group
 Pure arithmetic.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from noria.blocks import Block
 from noria.model import ModelShape
 from noria.plan import terms
+from noria.plan.cut import Cut
 from noria.plan.loads import (
     Load,
     cache_moved,
@@ -19,7 +19,7 @@ from noria.plan.loads import (
     loads,
     microbatches,
     ring_nbytes,
-    sent_nbytes,
+    states_nbytes,
     weights_nbytes,
 )
 from noria.plan.plan import Plan
@@ -33,36 +33,31 @@ TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 
 def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> dict[str, float]:
     """Seconds of a round by term, of a rank that has this to do."""
-    cuts = microbatches(plan, turn)
-    passes, share = plan.groups * cuts, shape.experts_share
+    work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, turn)
+    passes, sampled = plan.groups * cuts, turn.all_rows
     tokens = max(turn.tokens / passes, 1)
     touched = 1 - (1 - share) ** tokens  # of the experts, by any token of a microbatch
-    cache = cache_moved(plan, load.token, load.state, turn)
-    loaded = load.weights + turn.tokens * (load.inner_received if cuts > 1 else load.received)
-    loaded += sum(tier["load"] for tier in cache.values())
-    stored = turn.tokens * (load.inner_sent if cuts > 1 else load.sent) + sum(tier["store"] for tier in cache.values())
-    read = passes * (load.read - (1 - touched) * load.expert_read)
-    flops = 2 * turn.tokens * (load.numbers - (1 - share) * load.expert_numbers)
-    seen = turn.rows * turn.context * load.token + 2 * turn.all_rows * load.state  # states are read and written
-    looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * load.attended
-    dtype, sampled = plan.dtype, turn.all_rows
+    cache, (received, sent) = cache_moved(plan, work.token, work.state, turn), states_nbytes(load, cuts, turn)
+    loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
+    stored = sent + sum(tier["store"] for tier in cache.values())
+    read = passes * (work.read - (1 - touched) * work.expert_read)
+    flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
+    seen = turn.rows * turn.context * work.token + 2 * sampled * work.state  # states are read and written
+    looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
+    again = load.decoded_again - (1 - touched) * load.expert_decoded_again
+    between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
     return {
         "link": terms.link(loaded, stored, rates),
         "disk": terms.disk(load.from_disk + cache["disk"]["load"], cache["disk"]["store"], rates),
         "device memory": terms.device_memory(read + loaded + stored, rates),
         "matmul": terms.matmul(flops, tokens, dtype, rates)
-        + terms.matmul(2 * sampled * load.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
+        + terms.matmul(2 * sampled * work.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
         "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, turn.chunk_context, dtype, rates),
-        "other kernels": terms.elementwise(
-            turn.tokens * (load.between - load.expert_between), turn.tokens * share * load.expert_between, rates
-        )
-        + passes * load.mixtures * terms.MIXTURE_SECONDS
-        + terms.sampling(sampled * load.logits, rates),
-        "decoding": terms.decoding(
-            plan.groups * load.decoded + passes * (load.decoded_again - (1 - touched) * load.expert_decoded_again),
-            rates,
-        ),
-        "launches": terms.launches(passes * load.layers, passes * load.mixtures, rates),
+        "other kernels": terms.elementwise(between, chosen, rates)
+        + passes * work.mixtures * terms.MIXTURE_SECONDS
+        + terms.sampling(sampled * work.logits, rates),
+        "decoding": terms.decoding(plan.groups * load.decoded + passes * again, rates),
+        "launches": terms.launches(passes * work.layers, passes * work.mixtures, rates),
         "host": terms.host(plan.groups, sampled),
     }
 
@@ -95,34 +90,30 @@ class Took:
     terms: Mapping[str, float]
 
 
-def seconds(plan: Plan, shape: ModelShape, ranks: Mapping[Load, int], rates: Rates, turn: Round) -> Took:
+def seconds(plan: Plan, cut: Cut, ranks: Mapping[Load, int], rates: Rates, turn: Round) -> Took:
     """What a round takes, on ranks that have this to do."""
-    used = {load: resources(plan, shape, load, rates, turn) for load in ranks}
+    used = {load: resources(plan, cut.shape, load, rates, turn) for load in ranks}
     each = {load: rank_seconds(plan, one) for load, one in used.items()}
     longest, binds = max(each.values())
     most = {name: max(one[name] for one in used.values()) for name in TERMS}
-    if plan.num_ranks == 1:
+    if cut.num_ranks == 1:
         return Took(longest, binds, most)
-    message = terms.hop(turn.tokens / plan.groups * max(sent_nbytes(plan, shape)), rates)
-    hops = plan.num_ranks * plan.laps * message
-    way = sum(count * each[load][0] for load, count in ranks.items()) / plan.groups + hops
-    ring = max(way, plan.groups * plan.laps * (message - rates.hop_seconds))
+    message = terms.hop(turn.tokens / plan.groups * max(cut.sent), rates)
+    hops = cut.num_ranks * plan.laps * message
+    turn_over = most["host"] * (plan.groups > 1)  # rank 0's, between a group's result and its next step
+    way = (sum(count * each[load][0] for load, count in ranks.items()) + turn_over) / plan.groups + hops
+    ring = max(way, plan.laps * turn.tokens * max(cut.sent) / rates.hop)
     return Took(max(ring, longest), "ring" if ring > longest else binds, most | {"ring": ring})
 
 
-def predict(
-    plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rates: Rates, workload: Workload
-) -> dict[str, Any]:
+def predict(plan: Plan, cut: Cut, rates: Rates, workload: Workload) -> dict[str, Any]:
     """What the plan should reach: rows in flight, seconds and tokens/s of prefill and decode, tokens/s overall, what binds.
 
     `terms`: seconds of a round by term in each phase, on the rank where it is longest. `rounds`: of each phase in the run.
     """
-    rows, ranks = rows_in_flight(plan, workload), loads(plan, shape, blocks)
-    rounds = planned_rounds(plan, workload)
-    prefill = seconds(plan, shape, ranks, rates, rounds.prefill)
-    fills = [seconds(plan, shape, ranks, rates, turn) for turn in rounds.fills()]
-    mean = {name: sum(one.terms[name] for one in fills) / len(fills) for name in fills[0].terms}
-    decode = Took(sum(one.seconds for one in fills) / len(fills), fills[len(fills) // 2].binds, mean)
+    rows, ranks, rounds = rows_in_flight(plan, workload), loads(plan, cut), planned_rounds(plan, workload)
+    prefill = seconds(plan, cut, ranks, rates, rounds.prefill)
+    decode = mean([seconds(plan, cut, ranks, rates, turn) for turn in rounds.fills()])
     whole = rounds.prefill_rounds * prefill.seconds + rounds.decode_rounds * decode.seconds
     return {
         "rows": rows,
@@ -138,10 +129,18 @@ def predict(
     }
 
 
+def mean(rounds: Sequence[Took]) -> Took:
+    """Of several rounds; what binds the one in the middle."""
+    terms = {name: sum(one.terms[name] for one in rounds) / len(rounds) for name in rounds[0].terms}
+    return Took(sum(one.seconds for one in rounds) / len(rounds), rounds[len(rounds) // 2].binds, terms)
+
+
 def planned_rounds(plan: Plan, workload: Workload) -> Rounds:
-    """The rounds of a plan's run."""
-    most = rows_in_flight(plan, workload)
-    return rounds_of(workload, most, plan.groups * plan.step_tokens, min(plan.step_tokens, plan.microbatch_tokens))
+    """The rounds of a plan's run; until the first group has come to the last rank, the ring fills, a part of a round."""
+    most, chunk = rows_in_flight(plan, workload), min(plan.step_tokens, plan.microbatch_tokens)
+    rounds = rounds_of(workload, most, plan.groups * plan.step_tokens, chunk)
+    filling = (plan.num_ranks - 1) / (plan.groups * plan.laps)
+    return replace(rounds, prefill_rounds=rounds.prefill_rounds + filling)
 
 
 def rows_in_flight(plan: Plan, workload: Workload) -> int:

@@ -3,14 +3,14 @@
 Pure arithmetic.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from noria.blocks import Block, layer_name
-from noria.bundle import borders_of, token_nbytes
+from noria.bundle import borders_of
 from noria.limits import loaded_once
 from noria.model import ModelShape
+from noria.plan.cut import Cut, Tasks
 from noria.plan.plan import Plan
 from noria.plan.rounds import Round
 from noria.step import PAGE_TOKENS
@@ -18,37 +18,20 @@ from noria.step import PAGE_TOKENS
 
 @dataclass(frozen=True)
 class Load:
-    """What a rank has to do in every round, whatever is in it: bytes unless the name says numbers. Equal ranks have equal ones.
+    """What a rank has to do in every round, whatever is in it.
 
-    weights, from_disk: of streamed blocks that pass the link, and of those that come from disk. numbers, read, between: of
-    all layers, and of their experts alone (`expert_`): multiplied, read by products, and a token's inputs and outputs of
-    products. token, state: of the cache that the rank's layers have of a token and of a sequence. received, sent: what
-    travels of a token before and after the rank's visits, `inner_` between all its layers. logits: of a sampled row. decoded:
-    what a visit reads and writes to decode parameters, `_again`: what every microbatch does, where blocks find no room.
+    weights, from_disk: bytes of streamed blocks that pass the link, and of those that come from disk. travelling: bytes of a
+    token that are received and sent over the link at visits, and between all layers. decoded: what a visit reads and writes to
+    decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts.
     """
 
-    layers: int
-    mixtures: int
-    numbers: int
-    expert_numbers: int
-    head_numbers: int
-    logits: int
-    read: int
-    expert_read: int
-    between: int
-    expert_between: int
-    decoded: int
-    decoded_again: int
-    expert_decoded_again: int
+    work: Tasks
     weights: int
     from_disk: int
-    token: int
-    state: int
-    attended: int
-    received: int
-    sent: int
-    inner_received: int
-    inner_sent: int
+    travelling: tuple[int, int, int, int]
+    decoded: int = 0
+    decoded_again: int = 0
+    expert_decoded_again: int = 0
 
 
 def once(plan: Plan, rank: int, lap: int) -> bool:
@@ -69,31 +52,11 @@ def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[s
     return moved
 
 
-def load_of(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block], rank: int) -> Load:
+def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     """What a rank has to do."""
-    held = {name: blocks[name].cast(plan.dtype) for name in plan.weight_tiers[rank] if name != "embed"}
-    head = held.pop("head", None)
-    layers, its = held.values(), _layers_of(plan, rank)
-    moved = weights_nbytes(plan, blocks, rank)
-    return Load(
-        len(held),
-        sum(block.expert_numbers > 0 for block in layers),
-        sum(block.numbers for block in layers),
-        sum(block.expert_numbers for block in layers),
-        head.numbers if head else 0,
-        shape.vocab_size if head else 0,
-        sum(block.computed_nbytes for block in layers) + (head.computed_nbytes if head else 0),
-        sum(block.expert_nbytes for block in layers),
-        sum(block.between_nbytes for block in layers),
-        sum(block.expert_between_nbytes for block in layers),
-        *_decoded(plan, blocks, rank),
-        moved["link"],
-        moved["disk"],
-        shape.cache_nbytes(its, plan.dtype),
-        shape.cache_nbytes(its, plan.dtype, "sequence"),
-        shape.attended(its),
-        *_travelling(plan, shape, its),
-    )
+    share, moved = cut.share(rank), weights_nbytes(plan, cut.blocks, rank)
+    travelling = share.travelling if plan.activations == "cpu" else (0, 0, 0, 0)
+    return Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, cut.blocks, rank))
 
 
 def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int]:
@@ -114,36 +77,15 @@ def _held(plan: Plan, block: Block, tier: str) -> Block:
     return cast.coded if plan.coded and tier == "cpu" and not block.changes(plan.dtype) else cast
 
 
-def _travelling(plan: Plan, shape: ModelShape, visits: list[range]) -> tuple[int, int, int, int]:
-    """Bytes of a token that are received and sent at visits, and between all layers; none where they stay on the device."""
-    if plan.activations == "gpu":
-        return 0, 0, 0, 0
-    borders = borders_of(shape, plan.dtype)
-    layers = [range(layer, layer + 1) for visit in visits for layer in visit]
-    sums = [
-        token_nbytes([borders[place] for place in places])
-        for spans in (visits, layers)
-        for places in ([span.start for span in spans], [span.stop for span in spans])
-    ]
-    return sums[0], sums[1], sums[2], sums[3]
-
-
-def loads(plan: Plan, shape: ModelShape, blocks: Mapping[str, Block]) -> Counter[Load]:
+def loads(plan: Plan, cut: Cut) -> dict[Load, int]:
     """What each rank has to do -> how many ranks have it."""
-    return Counter(load_of(plan, shape, blocks, rank) for rank in range(plan.num_ranks))
+    return {load_of(plan, cut, rank): count for rank, count in cut.counts.items()}
 
 
 def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
     """Bytes of what travels that so many tokens send round the ring: all hops but the last one, which brings token ids."""
-    return tokens * sum(sent_nbytes(plan, shape))
-
-
-def sent_nbytes(plan: Plan, shape: ModelShape) -> list[int]:
-    """Bytes of a token in each hop of the ring; of one rank none."""
-    if plan.num_ranks == 1:
-        return []
     borders = borders_of(shape, plan.dtype)
-    return [borders[first].token_nbytes for first, _ in plan.stages[1:]]
+    return tokens * sum(borders[first].token_nbytes for first, _ in plan.stages[1:] if plan.num_ranks > 1)
 
 
 def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
@@ -165,14 +107,13 @@ def cache_moved(plan: Plan, token: int, state: int, turn: Round) -> dict[str, di
     return moved
 
 
-def states_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> tuple[float, float]:
+def states_nbytes(load: Load, cuts: float, turn: Round) -> tuple[float, float]:
     """Bytes of what travels a round that the rank loads from host memory, and that it stores there.
 
     A step of several microbatches leaves the device between all layers, one of a single microbatch between ranks alone.
     """
-    received, sent, inner_received, inner_sent = _travelling(plan, shape, _layers_of(plan, rank))
-    inner = microbatches(plan, turn) > 1
-    return turn.tokens * (inner_received if inner else received), turn.tokens * (inner_sent if inner else sent)
+    received, sent = load.travelling[2:] if cuts > 1 else load.travelling[:2]
+    return turn.tokens * received, turn.tokens * sent
 
 
 def microbatches(plan: Plan, turn: Round) -> float:

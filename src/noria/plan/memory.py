@@ -3,15 +3,16 @@
 Arithmetic on sizes alone: no torch, no MPI, no GPU.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from noria.blocks import DTYPE_NBYTES, Block
-from noria.bundle import Bundle, borders_of, most_nbytes, turns, within
+from noria.bundle import most_nbytes, turns
 from noria.kernels.work import SECTION
 from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, PARTIAL_NBYTES, TIERS
 from noria.model import ModelShape
+from noria.plan.cut import Cut
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
@@ -50,19 +51,29 @@ def weigh(blocks: Mapping[str, Block], dtype: str) -> Weighed:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A model cut into stages on ranks, its blocks in tiers, and the steps that pass through them."""
+class Occupied:
+    """What a rank has in tiers: bytes of its blocks by tier, of its largest streamed block, of the buffers of loading, and of
+    the buffer into which encoded parameters are decoded, one block after another."""
 
-    shape: ModelShape
-    blocks: Mapping[str, Block]
+    by_tier: Mapping[str, int]
+    slot: int
+    loading: int
+    decoding: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model cut into stages on ranks, its blocks in tiers, and the steps that pass through them.
+
+    weight_tiers: of the first rank of each kind (`cut.alike`), the tier of each of its blocks in the order of visits.
+    """
+
+    cut: Cut
     weighed: Weighed
-    dtype: str
-    num_ranks: int
-    stages: list[range]
     groups: int
     step_tokens: int
     microbatch_tokens: int
-    weight_tiers: tuple[dict[str, str], ...]
+    weight_tiers: Mapping[int, Sequence[str]]
     weight_slots: int = 0
     cache_slots: int = 0
     cache_slot_pages: int = 0
@@ -75,65 +86,67 @@ class Sizes:
     decoded: bool = False
     coded: bool = False
 
-    def block(self, name: str) -> int:
-        """Bytes of a block in the run's dtype."""
-        return self.weighed.held[name]
-
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
-        return PAGE_TOKENS * self.shape.cache_nbytes(self._stages_of(rank), self.dtype)
+        return PAGE_TOKENS * self.cut.share(rank).work.token
 
     def state(self, rank: int) -> int:
         """Bytes of one state in all layers of the rank."""
-        return self.shape.cache_nbytes(self._stages_of(rank), self.dtype, "sequence")
+        return self.cut.share(rank).work.state
 
     def pages_in(self, nbytes: int, rank: int) -> int:
         """Pages that have room in so many bytes of the rank, with the states of as many rows."""
         return self.usual.fitting(nbytes, self.page(rank), self.state(rank))
 
-    def layer_nbytes(self, layers: Iterable[range], pages: int, states: int) -> int:
-        """Bytes of so many pages and states in the one of these layers where they are most."""
-        return self.shape.largest_cache(layers, self.dtype, pages * PAGE_TOKENS, states)
+    def layer_nbytes(self, pages: int, states: int, rank: int | None = None) -> int:
+        """Bytes of so many pages and states in the layer where they are most, of all layers or of a rank's."""
+        rows = self.cut.cache_rows if rank is None else self.cut.share(rank).cache_rows
+        return max((pages * PAGE_TOKENS * token + states * sequence for token, sequence in rows), default=0)
 
-    def _stages_of(self, rank: int) -> list[range]:
-        """The rank's layers, a range a lap."""
-        return self.stages[rank :: self.num_ranks]
-
-    def weights(self, rank: int, tier: str) -> int:
-        names = [name for name, at in self.weight_tiers[rank].items() if at == tier]
-        held = self.weighed.decoded if self.decoded and tier == "gpu" else {}
-        return sum(held.get(name, self.block(name)) for name in names)
-
-    def slot(self, rank: int) -> int:
-        """Bytes of a weight slot: the rank's largest streamed block."""
-        return max(map(self.block, streamed(self.weight_tiers[rank])), default=0)
+    def tiers_of(self, rank: int) -> dict[str, str]:
+        """Each of the rank's blocks -> its tier."""
+        return dict(zip(self.cut.names(rank), self.weight_tiers[self.cut.alike[rank]], strict=True))
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
-        items = {"weights": self.weights(rank, tier)}
-        layers = self._stages_of(rank)
-        slots = self.cache_slots * self.layer_nbytes(layers, self.cache_slot_pages, self.state_rows)
+        held, borders = self._held(rank), self.cut.share(rank).borders
+        items = {"weights": held.by_tier[tier]}
         if tier == "gpu":
-            items["weight slots"] = self.weight_slots * self.slot(rank)
-            items["decoded weights"] = self._decoded(rank)
-            items["cache slots"] = slots
+            items["weight slots"] = self.weight_slots * held.slot
+            items["decoded weights"] = held.decoding
+            items["cache slots"] = self.cache_slots * self.layer_nbytes(self.cache_slot_pages, self.state_rows, rank)
             items["messages"] = self._messages(rank) if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
-            items["activation slots"] = slots * most_nbytes(self._borders_of(rank), self.microbatch_tokens)
-            states = self.layer_nbytes(layers, 0, self.state_rows)
+            items["activation slots"] = slots * most_nbytes(borders, self.microbatch_tokens)
+            states = self.layer_nbytes(0, self.state_rows, rank)
             items["work space"] = self._work_space(rank) + 3 * states  # before, after, and what a layer makes of them
         elif tier == "cpu":
-            items["disk slots"] = DISK_NBYTES * ("disk" in self.weight_tiers[rank].values())
+            items["disk slots"] = DISK_NBYTES * (held.by_tier["disk"] > 0)
             items["messages"] = self._messages(rank) if self.activations == "cpu" else 0
             steps = 2 * (self.activations == "cpu")
-            items["activations"] = steps * most_nbytes(self._borders_of(rank), self.step_tokens)
+            items["activations"] = steps * most_nbytes(borders, self.step_tokens)
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
-    def loading(self, rank: int) -> int:
-        """Bytes of the buffers through which the rank's blocks pass before the run begins."""
-        stored = self.weighed.stored
-        passing = [stored[name] for name, tier in self.weight_tiers[rank].items() if self._passes(name, tier)]
-        return min(len(passing), LOADING_BUFFERS) * max(passing, default=0)
+    def _held(self, rank: int) -> Occupied:
+        return self._all_held[self.cut.alike[rank]]
+
+    @cached_property
+    def _all_held(self) -> dict[int, Occupied]:
+        return {rank: self._count(rank) for rank in self.weight_tiers}
+
+    def _count(self, rank: int) -> Occupied:
+        by_tier, slot, passing, decoding = dict.fromkeys(("", *TIERS), 0), 0, [], 0
+        for name, tier in zip(self.cut.share(rank).names, self.weight_tiers[rank], strict=True):
+            encoded, whole = self.weighed.encoded.get(name), self.decoded and tier == "gpu"
+            coded = self.weighed.coded.get(name) if self.coded and tier == "cpu" else None
+            by_tier[tier] += self.weighed.decoded[name] if encoded and whole else self.weighed.held[name]
+            if tier not in ("", "gpu") and name != "embed":
+                slot = max(slot, self.weighed.held[name])
+            if self._passes(name, tier):
+                passing.append(self.weighed.stored[name])
+            for block in (encoded if not whole else None, coded):
+                decoding = max(decoding, block.decoding_room(self.decoding_room) if block else 0)
+        return Occupied(by_tier, slot, min(len(passing), LOADING_BUFFERS) * max(passing, default=0), decoding)
 
     def _passes(self, name: str, tier: str) -> bool:
         """Whether a block is read into a buffer first: on its way to the device, to scratch, or into another dtype."""
@@ -156,57 +169,40 @@ class Sizes:
                 table[tier]["cache"] = self.usual.nbytes(pages, self.page(rank), self.state(rank))
         host = table["cpu"]
         later = sum(host.get(purpose, 0) for purpose in ("disk slots", "activations", "cache"))
-        if (loading := self.loading(rank)) > later:
+        if (loading := self._held(rank).loading) > later:
             host["loading"] = loading - later
         if cache_pages.get("disk"):  # a microbatch goes through host memory on its way
             host["disk slots"] = host.get("disk slots", 0) + DISK_NBYTES
         return table
 
-    def tables(self, cache_pages: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], ...]:
-        """The table of every rank."""
-        return tuple(self.table(rank, cache_pages) for rank in range(self.num_ranks))
-
-    def _decoded(self, rank: int) -> int:
-        """Bytes of the buffer into which encoded parameters are decoded, one block after another."""
-        tiers, encoded = self.weight_tiers[rank], self.weighed.encoded
-        names = [name for name in tiers if name in encoded and not (self.decoded and tiers[name] == "gpu")]
-        blocks = [encoded[name] for name in names]
-        if self.coded:
-            blocks += [
-                self.weighed.coded[name] for name in tiers if tiers[name] == "cpu" and name in self.weighed.coded
-            ]
-        return max((block.decoding_room(self.decoding_room) for block in blocks), default=0)
+    def tables(self, cache_pages: Mapping[str, int]) -> dict[int, dict[str, dict[str, int]]]:
+        """The table of the first rank of each kind."""
+        return {rank: self.table(rank, cache_pages) for rank in self.cut.counts}
 
     def _messages(self, rank: int) -> int:
         """A receive and a send buffer per group; one rank alone keeps a group's hidden states between laps."""
-        stages, borders = self._stages_of(rank), self._borders
-        received, sent = [borders[stage.start] for stage in stages], [borders[stage.stop] for stage in stages]
-        if self.num_ranks > 1:
-            return self.groups * (most_nbytes(received, self.step_tokens) + most_nbytes(sent, self.step_tokens))
-        kept = sent[:-1]
-        return self.groups * turns(self.activations == "cpu", kept) * most_nbytes(kept, self.step_tokens)
-
-    @cached_property
-    def _borders(self) -> list[Bundle]:
-        return borders_of(self.shape, self.dtype)
-
-    def _borders_of(self, rank: int) -> list[Bundle]:
-        """What travels at the borders of the rank's layers."""
-        return within(self._borders, self._stages_of(rank))
+        share = self.cut.share(rank)
+        if self.cut.num_ranks > 1:
+            both = most_nbytes(share.received, self.step_tokens) + most_nbytes(share.sent, self.step_tokens)
+            return self.groups * both
+        return self.groups * turns(self.activations == "cpu", share.kept) * most_nbytes(share.kept, self.step_tokens)
 
     def _work_space(self, rank: int) -> int:
-        itemsize = DTYPE_NBYTES[self.dtype]
-        layers = [self.blocks[name] for name in self.weight_tiers[rank] if name.startswith("layers/")]
-        widest = max(block.widest for block in layers)
+        shape, dtype, share, is_last = (
+            self.cut.shape,
+            self.cut.dtype,
+            self.cut.share(rank),
+            rank == self.cut.num_ranks - 1,
+        )
+        itemsize, micro = DTYPE_NBYTES[dtype], self.microbatch_tokens
         # In CPU memory: all but the rows that the head needs, which are those of a whole step where prompts are scored.
-        on_device = 2 if self.activations == "gpu" else 2 * (rank == self.num_ranks - 1)
-        borders = self._borders_of(rank)
-        work = on_device * most_nbytes(borders, self.step_tokens) + 8 * most_nbytes(borders, self.microbatch_tokens)
-        work += self.microbatch_tokens * max(3 * widest, self.shape.mixture_size) * itemsize
-        work += attention_nbytes(self.shape, self.dtype, self.microbatch_tokens) * (self.device == "cuda")
-        if rank == self.num_ranks - 1:
-            work += LOGITS_ROWS * self.shape.vocab_size * (itemsize + 4) + min(
-                DRAW_NBYTES, 64 * LOGITS_ROWS * self.shape.vocab_size
+        on_device = 2 if self.activations == "gpu" else 2 * is_last
+        work = on_device * most_nbytes(share.borders, self.step_tokens) + 8 * most_nbytes(share.borders, micro)
+        work += micro * max(3 * share.widest, shape.mixture_size) * itemsize
+        work += attention_nbytes(shape, dtype, micro) * (self.device == "cuda")
+        if is_last:
+            work += LOGITS_ROWS * shape.vocab_size * (itemsize + 4) + min(
+                DRAW_NBYTES, 64 * LOGITS_ROWS * shape.vocab_size
             )
         return work
 
@@ -221,11 +217,6 @@ def attention_nbytes(shape: ModelShape, dtype: str, tokens: int) -> int:
     slot = shape.num_heads * (shape.widest_row + 2) * 4
     slots = -(-shape.max_positions // SECTION) + 2 * MOST_PREFIXES
     return min(2 * PARTIAL_NBYTES, tokens * slots * slot)
-
-
-def streamed(tiers: Mapping[str, str]) -> list[str]:
-    """The blocks that pass through weight slots, in the order of visits. The embedding is never one of them."""
-    return [name for name, tier in tiers.items() if tier != "gpu" and name != "embed"]
 
 
 def head_in_layers(blocks: Mapping[str, Block]) -> tuple[float, float]:

@@ -3,20 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from noria.blocks import Block
+from noria.blocks import Block, layer_name
 from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
-from noria.plan.costs import Workload
+from noria.plan.cut import Cut
 from noria.plan.memory import Weighed, head_in_layers, weigh
 from noria.plan.placement import partition
+from noria.plan.rounds import Workload
 from noria.step import pages_for
+from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 from noria.tools.values import parse_nbytes
 
 PROMPT_TOKENS = 512  # of a row, where nobody looked
+LEAST_STEP_TOKENS, CPU_STEP_TOKENS = 256, 512
+STEP_TOKENS = 2**16  # at most: a run is stopped between steps
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one candidate fixes before memory is counted.
+    """The numbers that a plan is made of, before memory is counted. What the user gave of them is in the run's keys.
 
-    `weights`, `cache`: shares in % or sizes, by tier, as the user gives them. `weights` None: resident what the device
-    holds beside `reserved` pages of the cache (by tier), then CPU memory, then disk. `cache` None: what the tiers in
-    `cache_tiers` hold, in their order. `decoded`: encoded blocks that stay on the device are decoded while they load.
-    `coded`: those that stream from CPU memory are coded without loss meanwhile.
+    prefill_rounds: in which the prompts of all rows that are generated at once are computed. rows: these rows; on_device:
+    the part of their pages on the device, the others are in CPU memory. What the device has left holds blocks; decoded:
+    encoded ones are decoded while they load; coded: those that stream from CPU memory are coded without loss meanwhile.
     """
 
     laps: int
     groups: int
-    step_tokens: int
-    weights: Mapping[str, Any] | None
-    cache: Mapping[str, Any] | None
-    reserved: Mapping[str, int] | None = None
-    cache_tiers: tuple[str, ...] = ("gpu",)
+    prefill_rounds: int
+    microbatch_tokens: int
+    rows: int
+    on_device: float = 1.0
+    activations: str = "gpu"
     decoded: bool = False
     coded: bool = False
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether some of the cache lives in another tier than the device."""
-        held = self.cache_tiers if self.cache is None else [tier for tier, share in self.cache.items() if share]
-        return any(tier != "gpu" for tier in held)
 
 
 @dataclass(frozen=True)
@@ -95,28 +91,61 @@ class Problem:
             return most
         return min(most, max(self.workload.total_pages + groups * self.workload.pages, self.longest))
 
+    def pages(self, rows: int, groups: int) -> int:
+        """Pages for so many rows at once; for at least one that is as long as the context."""
+        usual = -(-rows // groups) * groups * self.workload.pages
+        return min(max(usual, self.longest), self.cap(groups))
+
+    def step_tokens(self, candidate: Candidate) -> int:
+        """Tokens of a step in which a group's rows have whole prompts, and find room when they decode."""
+        asked, least = self.config.pipeline.step_tokens, self.config.pipeline.microbatch_tokens or 1
+        if asked or self.machine.device == "cpu":
+            return asked or max(CPU_STEP_TOKENS, least)
+        in_group, prompt = -(-candidate.rows // candidate.groups), max(round(self.workload.prompt_tokens), 1)
+        tokens = max(-(-in_group * prompt // candidate.prefill_rounds), in_group)
+        tokens = -(-tokens // prompt) * prompt if tokens > prompt else tokens
+        return max(min(tokens, STEP_TOKENS), LEAST_STEP_TOKENS, least)
+
+    def elsewhere(self, candidate: Candidate) -> bool:
+        """Whether some of the cache lives in another tier than the device."""
+        asked = self.config.placement.cache
+        if asked is None:
+            return candidate.on_device < 1
+        return any(tier != "gpu" for tier, share in asked.items() if share)
+
     @property
     def longest(self) -> int:
         return pages_for(self.shape.max_positions)
 
-    def stages(self, laps: int) -> list[range]:
-        """The layers of each virtual stage with so many laps. Raises InputError where they cannot be cut so."""
-        if laps not in self._stages:
+    def cut(self, laps: int) -> Cut:
+        """The model cut into virtual stages with so many laps. Raises InputError where it cannot be cut so."""
+        if laps not in self._cuts:
             shape, how = self.shape, self.config.pipeline.partition
-            self._stages[laps] = partition(
-                shape.num_layers,
-                self.num_ranks * laps,
-                how,
-                head_in_layers(self.blocks),
-                shape.tied_layers,
-                self.num_ranks,
-            )
-        return self._stages[laps]
+            extra, ties = head_in_layers(self.blocks), shape.tied_layers
+            stages = partition(shape.num_layers, self.num_ranks * laps, how, extra, ties, self.num_ranks)
+            kinds = self._layer_kinds
+            self._cuts[laps] = Cut(shape, self.blocks, kinds, self.dtype, self.num_ranks, tuple(stages))
+        return self._cuts[laps]
 
     @cached_property
-    def _stages(self) -> dict[int, list[range]]:
+    def _cuts(self) -> dict[int, Cut]:
         """By laps: many candidates have the same."""
         return {}
+
+    @cached_property
+    def _layer_kinds(self) -> tuple[int, ...]:
+        """A number for each layer: layers of one number have as many bytes and numbers of everything that is counted."""
+        if is_listed(self.config.placement.weights or {}):
+            return tuple(range(self.shape.num_layers))  # each has a tier of its own
+        kinds: dict[object, int] = {}
+        shape, weighed, found = self.shape, self.weighed, []
+        for layer, name in enumerate(map(layer_name, range(shape.num_layers))):
+            block, beside = self.blocks[name], shape.bundle[layer : layer + 2]
+            counted = weighed.held[name], weighed.stored[name], weighed.decoded.get(name), name in weighed.changed
+            numbers = block.numbers, block.expert_numbers, block.between_nbytes, block.computed_nbytes, block.widest
+            own = shape.arrays(layer), shape.arrays(shape.reads(layer)), beside
+            found.append(kinds.setdefault((counted, numbers, own), len(kinds)))
+        return tuple(found)
 
     @cached_property
     def weighed(self) -> Weighed:

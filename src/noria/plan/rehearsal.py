@@ -9,7 +9,7 @@ from typing import Any
 
 from noria.order import HEADER, HIDDEN, RESULT, Action, Message, Place, blocking_order, ring_order
 from noria.plan import costs, terms
-from noria.plan.loads import load_of, sent_nbytes
+from noria.plan.loads import load_of
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
@@ -108,11 +108,11 @@ def rehearsed(problem: Problem, plan: Plan, known: Rates) -> Plan:
 
 
 def _round_seconds(problem: Problem, plan: Plan, known: Rates, turn: Round) -> float:
-    visits = []
+    visits, cut = [], problem.cut(plan.laps)
     for rank in range(plan.num_ranks):
-        used = costs.resources(plan, problem.shape, load_of(plan, problem.shape, problem.blocks, rank), known, turn)
+        used = costs.resources(plan, problem.shape, load_of(plan, cut, rank), known, turn)
         visits.append(costs.rank_seconds(plan, used)[0] / (plan.groups * plan.laps))
-    hop = terms.hop(turn.tokens / plan.groups * max(sent_nbytes(plan, problem.shape)), known)
+    hop = terms.hop(turn.tokens / plan.groups * max(cut.sent), known)
     return Rehearsal(plan, visits, hop, known.hop_seconds).round_seconds()
 
 

@@ -14,11 +14,12 @@ from noria.tools.values import parse_pages
 
 def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
     """Pages in each tier, the same on all ranks. Raises InputError where a tier holds too few, or none a usual row."""
-    room, least = _room(problem, sizes, candidate), min(problem.workload.pages, problem.cap(sizes.groups))
+    room, least = _room(problem, sizes), min(problem.workload.pages, problem.cap(sizes.groups))
     pages = _pages(problem, sizes, candidate, room)
     if max(pages.values()) < least:  # all pages of a row are in one tier
-        if candidate.cache is None:
-            _require_room(problem, sizes, candidate.cache_tiers[0], least, room[candidate.cache_tiers[0]])
+        if problem.config.placement.cache is None:
+            tier = "gpu" if candidate.on_device else "cpu"
+            _require_room(problem, sizes, tier, least, room[tier])
         raise InputError(
             f"the cache has room for {max(pages.values()) * PAGE_TOKENS} tokens in a tier, a usual row of this run needs"
             f" {least * PAGE_TOKENS}: give placement.cache more, or lower sampling.max_new_tokens"
@@ -26,21 +27,33 @@ def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[st
     return pages
 
 
+def reserved(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
+    """Pages in each tier for which blocks leave room."""
+    asked, cap = problem.config.placement.cache, problem.cap(candidate.groups)
+    if asked is not None and is_budget(asked):
+        return {tier: min(count, cap) for tier, count in asked_pages(sizes, asked).items()}
+    split = {tier: share / 100 for tier, share in (asked or {}).items()}
+    split = split or {"gpu": candidate.on_device, "cpu": 1 - candidate.on_device}
+    pages = problem.pages(candidate.rows, candidate.groups)
+    return {tier: round(pages * share) for tier, share in split.items()}
+
+
 def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[str, int]) -> dict[str, int]:
     """Pages in each tier, of which `room` says what it can hold."""
-    if candidate.cache is None:
-        pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
-        for tier in candidate.cache_tiers:
-            pages[tier] = max(min(room[tier], left), 0)
-            left -= pages[tier]
-        return pages
-    held = [tier for tier in TIERS if candidate.cache.get(tier)]
-    if is_budget(candidate.cache):
-        return _budgeted_pages(problem, sizes, candidate.cache, held, room)
+    asked, cap = problem.config.placement.cache, problem.cap(sizes.groups)
+    if asked is None:  # where all rows are in the cache at once, it may hold longer ones too
+        elsewhere = problem.elsewhere(candidate)
+        whole = candidate.rows >= problem.workload.num_rows or not elsewhere
+        most = cap if whole else problem.pages(candidate.rows, candidate.groups)
+        on_device = max(min(room["gpu"], most), 0)  # more than was reserved, where there is room left
+        return {"gpu": on_device, "cpu": max(min(room["cpu"], most - on_device), 0) * elsewhere, "disk": 0}
+    held = [tier for tier in TIERS if asked.get(tier)]
+    if is_budget(asked):
+        return _budgeted_pages(problem, sizes, asked, held, room)
     for tier in held:
         _require_room(problem, sizes, tier, 1, room[tier])
-    share = {tier: candidate.cache[tier] / 100 for tier in held}
-    total = max(min([problem.cap(sizes.groups), *(int(room[tier] / share[tier]) for tier in held)]), 1)
+    share = {tier: asked[tier] / 100 for tier in held}
+    total = max(min([cap, *(int(room[tier] / share[tier]) for tier in held)]), 1)
     counts = {tier: int(total * share[tier] + 1e-9) for tier in held}
     widest = max(held, key=lambda tier: room[tier] - counts[tier])
     counts[widest] += min(total - sum(counts.values()), room[widest] - counts[widest])
@@ -51,7 +64,7 @@ def _budgeted_pages(
     problem: Problem, sizes: Sizes, budgets: Mapping[str, str], held: list[str], room: Mapping[str, int]
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
-    ranks = range(problem.num_ranks)
+    ranks = sizes.cut.counts
     pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
     for tier, count in asked_pages(sizes, {tier: budgets[tier] for tier in held}).items():
         pages[tier] = min(count, left)
@@ -65,18 +78,17 @@ def _budgeted_pages(
 def asked_pages(sizes: Sizes, budgets: Mapping[str, str]) -> dict[str, int]:
     """The pages that placement.cache gives each tier, as a number of them or as bytes, on the rank where they are largest."""
     pages = {tier: parse_pages(text) for tier, text in budgets.items()}
-    for tier, nbytes in budgets_of(
-        {tier: budgets[tier] for tier, count in pages.items() if count is None}, "placement.cache"
-    ).items():
-        pages[tier] = min(sizes.pages_in(nbytes, rank) for rank in range(sizes.num_ranks))
+    in_bytes = {tier: budgets[tier] for tier, count in pages.items() if count is None}
+    for tier, nbytes in budgets_of(in_bytes, "placement.cache").items():
+        pages[tier] = min(sizes.pages_in(nbytes, rank) for rank in sizes.cut.counts)
     return {tier: count or 0 for tier, count in pages.items()}
 
 
-def _room(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
+def _room(problem: Problem, sizes: Sizes) -> dict[str, int]:
     """Pages that every rank can hold in each tier beside what else it has there. Raises InputError for what does not fit."""
     limits, room = problem.limits, dict.fromkeys(TIERS, 1 << 62)
-    has_disk_cache = bool((candidate.cache or {}).get("disk"))
-    for rank, table in enumerate(sizes.tables({"disk": 1} if has_disk_cache else {})):
+    asked = problem.config.placement.cache or {}
+    for rank, table in sizes.tables({"disk": 1} if asked.get("disk") else {}).items():
         table["disk"].pop("cache", None)
         used = {tier: sum(table[tier].values()) for tier in TIERS}
         if not problem.config.placement.stage:
@@ -90,23 +102,18 @@ def _room(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int
                 raise refused(problem, rank, tier, table[tier])
             later = table[tier].get("loading", 0)  # the cache is made where the buffers of loading were
             room[tier] = min(room[tier], sizes.pages_in(free[tier] + later, rank))
-    if (
-        problem.machine.device == "cpu"
-        and candidate.cache
-        and candidate.cache.get("gpu")
-        and candidate.cache.get("cpu")
-    ):
-        asked = amounts(candidate.cache, "placement.cache")
+    if problem.machine.device == "cpu" and asked.get("gpu") and asked.get("cpu"):
+        shares = amounts(asked, "placement.cache")
         for tier in ("gpu", "cpu"):
-            room[tier] = int(room[tier] * asked[tier] / (asked["gpu"] + asked["cpu"]))
+            room[tier] = int(room[tier] * shares[tier] / (shares["gpu"] + shares["cpu"]))
     return room
 
 
 def _require_room(problem: Problem, sizes: Sizes, tier: str, pages: int, room: int, asked: str = "") -> None:
     if pages <= room:
         return
-    tables = [table[tier] for table in sizes.tables({tier: pages})]
-    rank = max(range(problem.num_ranks), key=lambda rank: sum(tables[rank].values()))
+    tables = {rank: table[tier] for rank, table in sizes.tables({tier: pages}).items()}
+    rank = max(tables, key=lambda rank: sum(tables[rank].values()))
     raise refused(problem, rank, tier, tables[rank], asked)
 
 

@@ -11,8 +11,6 @@ from noria.plan.rates import Rates
 MATMUL_SHARE = 0.87
 # A product of one row reads its matrix at 0.88 of a copy's rate.
 WEIGHTS_SHARE = 0.88
-# Decoding on a CPU: 0.8e9 numbers of FP8 a second on a core of an EPYC.
-CPU_DECODING_SHARE = 0.25
 # Attention of decoding rows by torch's flash kernel: 2.3 of 4.3 TB/s (1,024 rows x 576 tokens), 0.4 (16 x 576) to 0.6.
 CACHE_SHARE = 0.54
 # Attention of chunks by it: 0.37 of a product's rate for prompts of 2,048 tokens, 0.42 for 8,192, 138 TFLOP/s for 512.
@@ -30,6 +28,11 @@ LOGIT_NBYTES = 136
 # Rank 0 takes a step's results and composes the next: about 4 us a row on one core, twice that for what goes to the device.
 # With a single group it also waits until it sees that a result is there.
 STEP_SECONDS, ROW_SECONDS, WAIT_SECONDS = 0.3e-3, 1e-5, 0.7e-3
+
+HAND_OVER_SECONDS = 0.15e-3  # to the communication thread, and until it polls: 0.1 to 0.2 ms a message
+
+# Decoding on a CPU: 0.8e9 numbers of FP8 a second on a core of an EPYC.
+CPU_DECODING_SHARE = 0.25
 
 
 def link(loaded: float, stored: float, rates: Rates) -> float:
@@ -90,4 +93,4 @@ def host(groups: int, rows: float) -> float:
 
 def hop(nbytes: float, rates: Rates) -> float:
     """A message from rank to rank."""
-    return rates.hop_seconds + nbytes / rates.hop
+    return rates.hop_seconds + HAND_OVER_SECONDS + nbytes / rates.hop

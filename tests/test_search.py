@@ -1,0 +1,117 @@
+"""No plan that a user could ask for is faster than the planner's own, by the cost model: random ones, and those made better."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from counts import full
+from noria import config
+from noria.errors import InputError
+from noria.plan import planner, rates
+from noria.plan.planner import GiB
+from noria.plan.problem import Machine, Problem
+from noria.plan.rounds import Workload
+from test_costs import LLAMA_8B, OPT_30B, QWEN3_30B, llama, opt
+
+LLAMA_70B = llama(80, 8192, 64, 8, 28672, 128256)
+OPT_175B = opt(96, 12288, 96)
+DENSE_700B = opt(105, 24576, 192)
+MIXTURE_235B = llama(94, 4096, 64, 4, 1536, 151936, experts=128)
+MIXTURE_700B = llama(61, 7168, 64, 8, 2048, 129280, experts=256)
+LLAMA_SMALL = llama(32, 3072, 24, 8, 8192, 128256)
+
+# model, ranks, GiB of each GPU, GiB of host memory of each rank, rows of so many tokens and new ones, measured rates
+CASES = {
+    "7B, all on one GPU": (LLAMA_8B, 1, 80, 64, (256, 512, 128), {}),
+    "7B, cache-bound": (LLAMA_8B, 1, 24, 120, (4000, 1500, 500), {}),
+    "7B on a small GPU": (LLAMA_8B, 1, 16, 64, (500, 512, 64), {"host_to_device": 13e9, "device_to_host": 13e9}),
+    "7B on two small GPUs": (LLAMA_8B, 2, 16, 64, (2000, 256, 256), {}),
+    "3B, many short rows": (LLAMA_SMALL, 1, 40, 64, (100_000, 64, 16), {}),
+    "30B, one GPU and all rows": (OPT_30B, 1, 139, 120, (128, 512, 32), {}),
+    "30B, link-bound": (OPT_30B, 1, 24, 220, (144, 512, 32), {}),
+    "30B, long answers": (OPT_30B, 1, 40, 220, (200, 64, 1000), {}),
+    "30B on four GPUs": (OPT_30B, 4, 24, 60, (300, 512, 128), {}),
+    "30B of experts, resident": (QWEN3_30B, 1, 139, 120, (512, 512, 128), {}),
+    "30B of experts on a small GPU": (QWEN3_30B, 1, 24, 120, (256, 512, 32), {}),
+    "70B on one GPU": (LLAMA_70B, 1, 80, 220, (500, 512, 128), {}),
+    "70B on two GPUs": (LLAMA_70B, 2, 80, 115, (1000, 1000, 200), {}),
+    "70B on eight GPUs": (LLAMA_70B, 8, 40, 60, (2000, 512, 256), {}),
+    "175B on two GPUs": (OPT_175B, 2, 72, 128, (64, 256, 6), {}),
+    "175B on four GPUs": (OPT_175B, 4, 80, 120, (256, 512, 32), {}),
+    "175B on sixteen GPUs": (OPT_175B, 16, 40, 60, (1000, 512, 64), {}),
+    "235B of experts on four GPUs": (MIXTURE_235B, 4, 80, 120, (400, 512, 64), {}),
+    "700B of experts on sixteen GPUs": (MIXTURE_700B, 16, 80, 120, (2000, 512, 128), {}),
+    "700B on sixteen GPUs": (DENSE_700B, 16, 80, 120, (500, 512, 32), {}),
+}
+
+
+def problem_of(case, **flags):
+    made, num_ranks, on_device, on_host, load, _ = CASES[case]
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+    machine, dtype = Machine("cuda", on_device * GiB, on_host * GiB), made[1]["head"].parameters[0].dtype
+    return Problem(run, *made, dtype, num_ranks, machine, load[0], Workload(*load))
+
+
+def rates_of(case):
+    return replace(rates.Rates(), **CASES[case][5])
+
+
+def speed(case, flags):
+    try:
+        return planner.make(problem_of(case, **flags), rates_of(case)).predicted["tokens_per_second"]
+    except InputError:
+        return 0.0
+
+
+def split(draw):
+    """A share of the device, the rest in CPU memory."""
+    share = draw.choice([0, 100, draw.randrange(101)])
+    return {tier: float(part) for tier, part in (("gpu", share), ("cpu", 100 - share)) if part}
+
+
+def values_of(case, draw):
+    """A value for each key, as a user might give it."""
+    made, num_ranks, on_device, on_host, _, _ = CASES[case]
+    step = int(2 ** draw.uniform(8, 16))
+    budget = {"gpu": f"{draw.uniform(0.1, on_device):.2f}GiB", "cpu": f"{draw.uniform(0.1, on_host):.2f}GiB"}
+    sizes = {"gpu": f"{draw.uniform(0.1, on_device):.2f}GiB", "cpu": f"{on_host}GiB"}
+    return {
+        "laps": draw.randint(1, max(made[0].num_layers // num_ranks, 1)) if num_ranks > 1 else 1,
+        "groups": draw.randint(num_ranks, 3 * num_ranks + 1),
+        "step_tokens": step,
+        "microbatch_tokens": max(int(step * 2 ** -draw.uniform(0, 5)), 1),
+        "microbatches": draw.choice([1, 1, 2, 4]),
+        "weights": draw.choice([split(draw), sizes]),
+        "cache": draw.choice([split(draw), budget]),
+        "activations": draw.choice(["gpu", "cpu"]),
+        "schedule": draw.choice(["single_batch", "multi_batch"]),
+        "gpu_memory": f"{on_device * draw.uniform(0.8, 1):.1f}GiB",
+    }
+
+
+def rival(case, draw):
+    """Some of the keys."""
+    chance = draw.choice([0.15, 0.4, 0.8])
+    return {name: value for name, value in values_of(case, draw).items() if draw.random() < chance}
+
+
+def made_better(case, flags, found, draw, rounds):
+    """The speed of the best plan that is found by changing a key at a time, or leaving it out."""
+    for _ in range(rounds):
+        for name, value in values_of(case, draw).items():
+            for other in (flags | {name: value}, {key: had for key, had in flags.items() if key != name}):
+                if (reached := speed(case, other)) > found:
+                    flags, found = other, reached
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_no_plan_that_a_user_could_ask_for_is_faster(case):
+    count, best, rounds = (500, 10, 3) if full() else (6, 0, 0)
+    draw, own = random.Random(case), speed(case, {})
+    tried = [(speed(case, flags), flags) for flags in (rival(case, draw) for _ in range(count))]
+    tried.sort(key=lambda one: -one[0])
+    found = [tried[0][0], *(made_better(case, flags, reached, draw, rounds) for reached, flags in tried[:best])]
+    assert own > 0 and max(found) <= 1.02 * own, (max(found) / own, tried[0])
