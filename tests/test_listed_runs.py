@@ -50,13 +50,24 @@ def test_rings_give_the_references_tokens(folder):
     compare(folder, map(listed_worker.name, listed_worker.CASES))
 
 
+SAMPLED = {"temperature": 0.9, "seed": 5, "max_new_tokens": 7}
+BEGINNING = [7, *range(20, 93)]
+SHARING = {
+    "samples": [{"token_ids": BEGINNING, "n": 4, **SAMPLED}] * 3,
+    "prompts": [{"token_ids": [*BEGINNING, *range(row % 5)], **SAMPLED, "seed": row} for row in range(8)],
+}
+
+
 @pytest.mark.slow
-def test_samples_of_a_prompt_read_its_pages_once_and_get_the_tokens_that_sdpa_gives(folder):
-    row = {"token_ids": [7, *range(20, 94)], "temperature": 0.9, "seed": 5, "n": 5, "max_new_tokens": 7}
-    (folder / "samples.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    alone(folder, "samples", "samples.jsonl")
+@pytest.mark.parametrize("cache", ["gpu", "cpu"])
+@pytest.mark.parametrize("case", SHARING)
+def test_rows_that_begin_alike_read_that_once_and_get_the_tokens_that_sdpa_gives(folder, case, cache):
+    prompts = f"{case}.jsonl"
+    (folder / prompts).write_text("".join(json.dumps(row) + "\n" for row in SHARING[case]))
+    if not (folder / f"{case}.h5").exists():
+        alone(folder, case, prompts)
     with listed_kind() as executed:
-        alone(folder, "listed-samples", "samples.jsonl")
-    found, expected = (rows_of(folder / f"{name}.h5") for name in ("listed-samples", "samples"))
+        alone(folder, f"listed-{case}-{cache}", prompts, cache={cache: 100})
+    found, expected = (rows_of(folder / f"{name}.h5") for name in (f"listed-{case}-{cache}", case))
     assert found == expected and len({tuple(tokens) for _, _, tokens in found}) > 1
     assert any(len(work.waves) > 1 for work in executed), "a beginning is computed before the rows that share it"
