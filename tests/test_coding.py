@@ -127,6 +127,12 @@ def test_experts_are_coded_too_and_lie_as_plain_ones_do(room):
             assert torch.equal(its, wanted) and its.stride()[-2:] == wanted.stride()[-2:], name
 
 
+def test_what_is_cast_while_it_loads_is_not_coded(tmp_path):
+    path = convert_of(tmp_path, tiny_models.state(CONFIG, torch.float32))
+    found, layouts, _ = streamed(path, Decoding(coded=True))
+    assert same(found, streamed(path, Decoding())[0]) and not any(block.encoded for block in layouts.values())
+
+
 def test_a_block_that_takes_no_less_is_left_as_it_is(model):
     with open_checkpoint(model) as checkpoint:
         block = checkpoint.blocks["layers/0000"]
@@ -182,7 +188,8 @@ def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_p
     tensors = {name: its * 0.1 for name, its in tiny_models.state(CONFIG, torch.bfloat16).items()}
     path = convert_of(tmp_path, tensors)
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"token_ids": [5 + row, 9, 17]}) for row in range(3)))
-    found = []
+    found, right, calls = [], coding.coded, []
+    monkeypatch.setattr(coding, "coded", lambda block, content: calls.append(block.name) or right(block, content))
     for asked in ("off", "auto"):
         keys = {"model": path, "prompts": tmp_path / "p.jsonl", "output": tmp_path / f"{asked}.h5"}
         flags = {"device": "cpu", "dtype": "bfloat16", "max_new_tokens": 6, "weights": {"cpu": 100}}
@@ -192,6 +199,7 @@ def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_p
             tokens = [row.token_ids.tolist() for row in file.rows()]
         said = "coded without loss while they load" in capsys.readouterr().err
         found.append((said, tokens))
+        assert calls == (NAMES if asked == "auto" else [])
     assert [said for said, _ in found] == [False, True] and found[0][1] == found[1][1]
     assert [len(row) for row in found[0][1]] == [6, 6, 6]
 

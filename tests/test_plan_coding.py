@@ -13,7 +13,14 @@ from noria.plan.planner import GiB
 from noria.plan.problem import Candidate, Machine, Problem
 
 SHAPE = ModelShape("llama", 8, 4096, 32, 8, 128, 32000, 2048, False)
-LAYER = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "norm": (4096,)}
+LAYER = {
+    "small": (64, 64),
+    "qkv": (6144, 4096),
+    "out": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "norm": (4096,),
+}
 ENDS = {"embed": {"tokens": (32000, 4096)}, "head": {"norm": (4096,), "lm_head": (32000, 4096)}}
 CPU = {"weights": {"cpu": 100.0}}
 
@@ -56,7 +63,9 @@ def test_other_weights_are_not(flags):
 
 
 def test_never_on_the_cpu_itself():
-    assert not planner.make(problem_of(device="cpu", memory=100 * GiB), rates.assumed("cpu")).coded
+    problem = problem_of(device="cpu", memory=100 * GiB, **CPU)
+    assert not problem.may_code and not planner.make(problem, rates.assumed("cpu")).coded
+    assert problem_of(**CPU).may_code and not problem_of(stored="float32", **CPU).may_code
 
 
 def test_the_plan_counts_what_they_are_decoded_into_and_buffers_that_they_pass():

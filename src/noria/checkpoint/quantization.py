@@ -59,7 +59,7 @@ def quantization(word: str, group_size: int | None = None) -> Quantization:
 def compressed(block: str, parameter: Parameter) -> tuple[str, Mapping[str, Any]] | None:
     """How large matrices of bfloat16 are stored in fewer bits without loss, those of the head too; None: as they are."""
     large = len(parameter.shape) > 1 and parameter.numbers >= CODED_NUMBERS * parameter.pieces
-    return (CODED, {}) if large and block != "embed" and parameter.own_dtype is None else None
+    return (CODED, {}) if large and parameter.own_dtype is None else None
 
 
 def forms_of(blocks: Mapping[str, Block], dtype: str) -> dict[str, dict[str, Block]]:
