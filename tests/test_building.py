@@ -3,11 +3,13 @@
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from noria import attention, config
+from noria.encodings import _kernels
 from noria.launch import building
 from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
@@ -113,3 +115,20 @@ def test_one_rank_of_a_node_builds_first_and_the_others_wait(monkeypatch, local_
     assert "rank 0: attention sdpa: not items: it needs a CUDA device, this is the CPU" in said[0]
     assert said[1].endswith("rank 1: attention items") and len(said) == 2
     assert building.CACHE not in os.environ or Path(os.environ[building.CACHE]).exists()
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_encodings_whose_kernels_cannot_be_built_are_said(monkeypatch, local_rank):
+    said, asked = [], []
+
+    def decoder(name, device, dtype):
+        asked.append((name, dtype))
+        return None, "it cannot be built: no compiler" if name == "int4" else ""
+
+    monkeypatch.setattr(_kernels, "decoder", decoder)
+    own = {"comm": Solo(), "location": Location("host", local_rank, 2), "say": lambda *lines: said.extend(lines)}
+    building.build_decoders(SimpleNamespace(device=torch.device("cpu"), **own), {"int4"}, "bfloat16")
+    assert asked == []
+    building.build_decoders(SimpleNamespace(device=torch.device("cuda"), **own), {"int4", "fp8_block"}, "bfloat16")
+    assert asked == [("fp8_block", torch.bfloat16), ("int4", torch.bfloat16)]
+    assert said == ["int4 is decoded by torch, slower than by its kernel: it cannot be built: no compiler"]

@@ -24,7 +24,7 @@ from noria.engine.gauge import Gauge
 from noria.engine.timing import Meters, Timing, Traffic, figures
 from noria.engine.trace import OFF, Trace
 from noria.job import Job
-from noria.launch import deadline, launcher, measuring, mpi, tracing
+from noria.launch import building, deadline, launcher, measuring, mpi, tracing
 from noria.launch.exact import exact_bits
 from noria.launch.here import ThisRank, settle
 from noria.launch.notices import Notices
@@ -33,6 +33,7 @@ from noria.launch.signals import Signals
 from noria.launch.stop_file import StopFile
 from noria.launch.stopping import STOPPED, Stopping
 from noria.launch.watchdog import Watchdog
+from noria.limits import CODED
 from noria.model import OpenModel
 from noria.output.stored_rates import store_rates
 from noria.plan import planner
@@ -161,6 +162,8 @@ def _build(
     config: Config, here: ThisRank, plan: Plan, model: OpenModel, ring: AnyRing, meters: Meters, watchdog: Watchdog
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
+    encoded = {one.encoding for block in model.blocks.values() for one in block.encoded}
+    building.build_decoders(here, encoded | ({CODED} if plan.coded else set()), plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None
     watchdog.begin("loading its weights")

@@ -17,7 +17,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
 size). Knows layouts and tensors; no file, no block's place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from types import ModuleType
 from typing import Any
@@ -114,6 +114,12 @@ def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.
         its_decode, _ = _kernels.decoder(parameter.encoding, target.device, target.dtype)
         its_decode(fields, parameter.settings, target.transpose(1, 2) if matrix.transposed else target)
         row[name] += matrix.shape[0]
+
+
+def without_kernel(names: Iterable[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Builds the kernels of these encodings for this device. A line for each that torch decodes though it has one."""
+    found = {name: _kernels.decoder(name, device, dtype)[1] for name in sorted({*names})}
+    return [f"{name} is decoded by torch, slower than by its kernel: {why}" for name, why in found.items() if why]
 
 
 def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:

@@ -7,11 +7,12 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from noria import attention, kinds
+from noria import attention, encodings, kinds
 from noria.config import Config
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
@@ -40,6 +41,20 @@ def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: st
         rank = "" if len({*found}) == 1 else f"rank {found.index((name, reason))}: "
         here.say(f"{rank}attention {name}{': ' * bool(reason)}{reason}{took}")
     return max((name for name, _ in found), key=attention.ORDER.index)
+
+
+def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
+    """Builds the kernels that decode these encodings, and says which of them torch decodes instead, and why. Collective."""
+    if here.device.type != "cuda" or not names:
+        return
+    first = here.location.local_rank == 0
+
+    def build() -> list[str]:
+        return encodings.without_kernel(names, here.device, getattr(torch, dtype))
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    here.say(*dict.fromkeys(line for lines in found for line in lines))
 
 
 def keep_kernels(config: Config) -> str:
