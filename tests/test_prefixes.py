@@ -15,6 +15,7 @@ import test_state_ids
 from counts import count
 from noria.rows.admission import Admission
 from noria.rows.beginnings import BLOCK_TOKENS, Beginnings, order_of
+from noria.rows.constraints import Constraints
 from noria.rows.making import Source
 from noria.rows.prompts import Prompt
 from noria.rows.slots import Capacity
@@ -181,17 +182,32 @@ def test_a_row_that_fails_while_others_wait_for_what_it_computes_leaves_it_to_th
     assert leader.prompt.row == 1 and sum(map(len, admission._queue._parked.values())) == 2
 
 
-def test_blocks_whose_hashes_are_the_same_are_told_apart():
-    class Same(bytes):
-        def __hash__(self):
-            return 1
-
+def test_a_block_is_another_one_behind_another_beginning():
     tree = Beginnings()
-    one, other = tree.enter(ids(1, 65), 0), tree.enter(ids(2, 65), 1)
-    again = Beginnings()
-    children = again._root.children
-    children[Same(one[0].ids)], children[Same(other[0].ids)] = one[0], other[0]
-    assert len(children) == 2 and children[Same(other[0].ids)] is other[0]
+    one, same, other = (
+        tree.enter(text + ids(3, 70), row) for row, text in enumerate([ids(1, 64), ids(1, 64), ids(2, 64)])
+    )
+    assert one == same and [block.waiting for block in one] == [2, 2]
+    assert one[1].ids == other[1].ids and one[1] is not other[1] and other[1].waiting == 1
+
+
+def test_few_rows_are_read_ahead_where_each_has_a_constraint_of_its_own(monkeypatch):
+    read = []
+
+    def prompts():
+        for row in range(500):
+            read.append(row)
+            yield prompt(row, ids(row % 90, 9), max_new_tokens=1)
+
+    for crowded, most in [(False, 500), (True, waiting.READ_FIRST + 2)]:
+        read.clear()
+        monkeypatch.setattr(Constraints, "crowded", property(lambda _, crowded=crowded: crowded))
+        source = Source(prompts(), 500, lambda p: p.token_ids, lambda row: None)
+        admission = Admission(source, Sampling(), frozenset({END}), Capacity(1, 40, 90, 90, 1, 64))
+        for round in range(20):
+            step = admission.compose(round, 0)
+            admission.apply(step, Result(np.full(step.num_samples, 9)))
+        assert most - 220 <= len(read) - 200 * crowded <= most
 
 
 @given(st.data())

@@ -7,6 +7,7 @@ import pytest
 
 from noria.desk.records import generation, text_again
 from noria.errors import InputError
+from noria.output.export import _hidden
 from noria.rows.decoding import Writer
 from noria.rows.prompts import Prompt
 from noria.sampling import Sampling
@@ -79,6 +80,11 @@ def test_a_row_that_the_tokenizer_cannot_write_is_an_error_with_its_tokens_once_
 def test_a_row_that_a_stop_text_ended_has_the_text_before_it():
     row = generation(Sequence(PROMPT, finish_reason="stop", text_end=1, sample=2), Letters())
     assert (row.text, row.token_ids.tolist(), row.finish_reason, row.sample) == ("f", [5, 6, 9], "stop", 2)
+
+
+def test_a_response_says_how_many_tokens_of_the_prompt_were_shared():
+    row = generation(Sequence(PROMPT, finish_reason="stop", cached_tokens=64), Letters())
+    assert row.cached_tokens == _hidden(row)["num_cached_tokens"] == 64
 
 
 @pytest.mark.parametrize(("text_end", "text"), [(2, "fg"), (None, "fgj")])

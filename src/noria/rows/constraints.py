@@ -57,6 +57,11 @@ class Constraints:
         return found.deep_copy()
 
     @property
+    def crowded(self) -> bool:
+        """Whether rows have so many different ones that more rows should not be read than are needed soon."""
+        return len(self._compiled) > MOST_KEPT // 2
+
+    @property
     def mask_width(self) -> int:
         """32-bit words of a mask."""
         return -(-self._reader.vocab_size // 32)

@@ -92,7 +92,8 @@ class WaitingQueue:
     def _reads_on(self) -> bool:
         if not self._line and not self._parked:
             return True
-        return self._sharing and self._to_read > 0 and self._num_waiting < WINDOW and self._num_tokens < WINDOW_TOKENS
+        most = READ_FIRST if self._maker.guides.constraints.crowded else WINDOW
+        return self._sharing and self._to_read > 0 and self._num_waiting < most and self._num_tokens < WINDOW_TOKENS
 
     def _read(self) -> bool:
         """Puts the rows of the next prompt in line. Whether there was one."""
