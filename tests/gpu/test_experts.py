@@ -56,3 +56,26 @@ def test_the_host_does_not_wait_for_a_grouped_mixture():
         mixture(*tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class InRuns:
+    """Matrices that come a few at a time."""
+
+    def __init__(self, matrices, most):
+        self.matrices, self.most = matrices, most
+
+    def __len__(self):
+        return len(self.matrices)
+
+    def of(self, wanted):
+        return self.matrices[list(wanted)]
+
+
+@pytest.mark.parametrize("most", [1, 5, 64])
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+def test_experts_that_come_in_runs_give_the_bits_of_all_at_once(num_tokens, most):
+    hidden, chosen, weights, experts = case(num_tokens, 8, 64, 512, 256, torch.bfloat16)
+    gate_up, down = experts[:, :512], experts[:, 512:].transpose(1, 2).contiguous()
+    whole = _experts.mixture(hidden, chosen, weights, gate_up, down)
+    parts = _experts.mixture(hidden, chosen, weights, InRuns(gate_up, most), InRuns(down, most))
+    assert torch.equal(whole, parts)

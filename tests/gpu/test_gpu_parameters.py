@@ -8,6 +8,7 @@ from extra_kinds import extra_kinds
 from noria import encodings
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.engine.parameters import stored
+from noria.plan import building, planner
 from test_parameters import alone, compare, folder  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -36,3 +37,15 @@ def test_pieces_are_decoded_to_the_cpu_s_bits(folder, dtype):
 def test_a_run_on_the_gpu_gives_the_dense_model_s_tokens(folder, model, weights):
     name = f"{model}-{'-'.join(weights)}"
     compare(folder, model, alone(folder, model, name, weights=weights, laps=2, groups=2, device="cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}])
+def test_a_run_that_decodes_in_parts_gives_the_dense_model_s_tokens(folder, weights, monkeypatch):
+    monkeypatch.setattr(building, "DECODING_SHARE", 1 << 60)
+    monkeypatch.setattr(planner, "variants", lambda *given: [building.build(*given)])
+    compare(
+        folder,
+        "wide-encoded",
+        alone(folder, "wide-encoded", f"parts-{'-'.join(weights)}", weights=weights, device="cuda"),
+    )
