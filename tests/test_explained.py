@@ -76,6 +76,7 @@ def test_ranks_with_the_same_memory_are_one_row():
     assert [*dict.fromkeys(ranks)] == ["rank", "0", "1-6", "7"]
 
 
+@pytest.mark.slow
 def test_each_rival_is_the_plan_that_its_change_gives(streamed):
     problem, plan = streamed
     found = rivals(problem, H200, plan)
@@ -98,6 +99,7 @@ def test_what_the_user_chose_has_no_rivals():
     assert rivals(problem, H200, planner.make(problem, H200)) == []
 
 
+@pytest.mark.slow
 def test_more_of_the_machine_is_planned_as_if_it_were_there():
     problem = problem_of(machine=Machine("cuda", 11 * GiB // 10, GiB // 4))
     plan = planner.make(problem, H200)

@@ -118,10 +118,11 @@ def test_encoded_weights_are_decoded_at_the_same_time_again(flags):
         assert planner.make(replace(problem, config=planned_config(run, plan)), H200) == plan
 
 
+@pytest.mark.slow
 def test_random_plans_are_written_and_planned_again():
     draw = random.Random(17)
     tried = 0
-    while tried < count(500):
+    while tried < count(200):
         ranks, rows = draw.choice([1, 2, 3, 4, 6]), draw.choice([3, 40, 500])
         device, host = draw.choice([1.0, 1.3, 2, 8]), draw.choice([0.3, 2, 16])
         flags = {
@@ -149,6 +150,7 @@ def folder(tmp_path_factory):
     return small_run.write_files(tmp_path_factory.mktemp("written"))
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_once_and_a_run_of_it_has_that_plan(folder, capsys, tmp_path):
     path, flags = tmp_path / "run2.toml", ["--weights", "gpu=50,cpu=50", "--laps", "1"]
     command = ["plan", "--ranks", "1", "--write", str(path), *small_run.command(folder, "out.h5", *flags)[1:]]
