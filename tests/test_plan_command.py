@@ -9,6 +9,7 @@ import pytest
 
 import small_run
 from noria.__main__ import main
+from noria.commands import plan as command
 from noria.plan import kept, rates
 from noria.plan.rates import Node
 
@@ -83,8 +84,10 @@ def test_a_plan_obeys_the_flags_of_a_run(planned):
 
 
 @pytest.fixture
-def large(tmp_path, capsys):
-    """noria plan for an OPT-175B shape and 256 rows of 512 + 32 tokens: code, output."""
+def large(tmp_path, capsys, monkeypatch):
+    """noria plan for an OPT-175B shape and 256 rows of 512 + 32 tokens, without rivals, which are a search each: code, output."""
+    monkeypatch.setattr(command, "rivals", lambda *problem: [])
+    monkeypatch.setattr(command, "bought", lambda *problem: [])
     (tmp_path / "config.json").write_text(json.dumps(OPT | {"torch_dtype": "float16"}))
     (tmp_path / "prompts.jsonl").write_text((json.dumps({"token_ids": [5] * 512}) + "\n") * 256)
     names = {"random-weights": "config.json", "prompts": "prompts.jsonl", "output": "o.h5"}
