@@ -133,7 +133,9 @@ def empty_model(config: dict) -> torch.nn.Module:
     settings = {key: value for key, value in config.items() if key != "architectures" and value is not None}
     # null is a choice where the default is another
     settings |= {
-        key: None for key in ("sliding_window", "final_logit_softcapping") if key in config and config[key] is None
+        key: None
+        for key in ("sliding_window", "final_logit_softcapping", "q_lora_rank")
+        if key in config and config[key] is None
     }
     hugging_face = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
     hugging_face._attn_implementation = hugging_face._experts_implementation = "eager"  # float64 too

@@ -279,6 +279,96 @@ LAGUNA = rotary(
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
     },
 )
+DEEPSEEK_V3 = rotary(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    num_key_value_heads=4,
+    attention_bias=False,
+    q_lora_rank=20,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    moe_intermediate_size=12,
+    moe_layer_freq=1,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    ep_size=1,
+    rope_scaling={
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+LATENT = {
+    key: value
+    for key, value in DEEPSEEK_V3.items()
+    if key not in ("topk_method", "scoring_func", "moe_layer_freq", "ep_size")
+}
+DEEPSEEK_V2 = DEEPSEEK_V3 | {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 16.0,
+    "num_nextn_predict_layers": None,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+GLM4_MOE_LITE = DEEPSEEK_V3 | {
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "moe_layer_freq": None,
+    "ep_size": None,
+    "scoring_func": None,
+}
+MISTRAL4 = LATENT | {
+    "model_type": "mistral4",
+    "architectures": ["Mistral4ForCausalLM"],
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": None,
+    "head_dim": 20,
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 128.0,
+        "original_max_position_embeddings": 16,
+        "max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+        "partial_rotary_factor": 0.4,
+    },
+}
 CONFIGS = {
     "glm4_moe": GLM4_MOE,
     "glm4_moe of Air's shape": GLM4_MOE | {"use_qk_norm": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2},
@@ -339,4 +429,35 @@ CONFIGS = {
     "laguna": LAGUNA,
     "laguna with a gate a number": LAGUNA
     | {"gating": "per-element", "moe_router_logit_softcapping": 0.5, "attention_bias": True, "layer_types": None},
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v3 of Moonlight's shape": DEEPSEEK_V3
+    | {
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_scaling": None,
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+    },
+    "deepseek_v3 with biases, halves turned": DEEPSEEK_V3
+    | {
+        "attention_bias": True,
+        "rope_interleave": False,
+        "norm_topk_prob": False,
+        "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.7, "mscale_all_dim": 1.4},
+    },
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v2 of V2-Lite's shape": DEEPSEEK_V2
+    | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    "glm4_moe_lite": GLM4_MOE_LITE,
+    "glm4_moe_lite by its layers": GLM4_MOE_LITE
+    | {
+        "mlp_layer_types": ["sparse", "dense", "dense"],
+        "first_k_dense_replace": None,
+        "rope_interleave": False,
+        "attention_bias": True,
+    },
+    "mistral4": MISTRAL4,
+    "mistral4 in groups with a dense layer": MISTRAL4
+    | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "norm_topk_prob": False, "q_lora_rank": None},
 }

@@ -25,8 +25,8 @@ from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
 
-# One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches.
-KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash"]
+# One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches; latents.
+KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3"]
 NAMES = list(CONFIGS) if full() else KINDS
 NEW_TOKENS = 8
 RUN = f"""
@@ -47,7 +47,7 @@ def deep(config):
     lists = {key: value * 2 for key, value in config.items() if isinstance(value, list) and len(value) == 3}
     # patterns that transformers does not read: those of the published model, which are its defaults
     patterns = {"hybrid_layer_pattern": [0, 1, 1, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1, 1, 1]}
-    lists |= {key: value for key, value in patterns.items() if config.get(key)}
+    lists |= {key: value for key, value in patterns.items() if isinstance(config.get(key), list)}
     more = {"moe_layers": [0, 1, 2, 3, 5]} if config.get("moe_layers") else {}
     return (
         config | {"num_hidden_layers": 6, "eos_token_id": 3} | lists | more | {"architectures": config["architectures"]}

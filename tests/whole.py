@@ -40,7 +40,10 @@ class Whole:
         ]
         rows = num_pages * PAGE_TOKENS
         self.arrays = [
-            {one.name: torch.full((rows, *one.row), torch.nan, dtype=dtype) for one in self.shape.arrays(layer)}
+            {
+                one.name: torch.full((rows, *((1,) * (len(one.row) == 1)), *one.row), torch.nan, dtype=dtype)
+                for one in self.shape.arrays(layer)
+            }
             for layer in layers
         ]
 

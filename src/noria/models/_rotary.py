@@ -56,6 +56,16 @@ def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
     return theta, ("llama3", *factors, float(context))
 
 
+def score_scale(config: Mapping[str, Any]) -> float:
+    """What `mscale_all_dim` of a rope that is scaled makes of the scores of latent attention (DeepSeek-V2): 1 without it."""
+    parameters = _parameters(config)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default" or not parameters.get("mscale_all_dim"):
+        return 1.0
+    growth = math.log(max(read.number(parameters, "factor"), 1.0))
+    return (0.1 * read.number(parameters, "mscale_all_dim") * growth + 1) ** 2
+
+
 def _first_context(place: Mapping[str, Any], default: int) -> int:
     """The context of the first training; `original_max_position_embeddings` is published as a whole float too."""
     key = "original_max_position_embeddings"

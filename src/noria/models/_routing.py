@@ -47,18 +47,27 @@ def counts(config: Mapping[str, Any], key: str, chosen_key: str = "num_experts_p
     return number, chosen
 
 
+def groups_of(config: Mapping[str, Any], number: int, chosen: int) -> tuple[int, int]:
+    """The groups of X experts, and how many of them a token's C are in. Raises InputError."""
+    groups, kept = read.integer(config, "n_group", 1), read.integer(config, "topk_group", 1)
+    read.multiple(("the number of experts", number), ("n_group", groups))
+    require(kept <= groups, f"config.json: topk_group ({kept}) is more than n_group ({groups})")
+    size = number // groups
+    require(
+        chosen <= kept * size, f"config.json: num_experts_per_tok ({chosen}) is more than topk_group ({kept}) x {size}"
+    )
+    return groups, kept
+
+
 def corrected_sigmoid(config: Mapping[str, Any], number: int, chosen: int) -> Routing:
     """DeepSeek-V3's routing of X experts, of which a token goes to C, by the keys of its config.json. Raises InputError.
 
     Sigmoid scores; a correction counts for the choice alone; groups of which some are kept; weights over their sum, scaled.
     """
-    groups, kept = read.integer(config, "n_group", 1), read.integer(config, "topk_group", 1)
-    read.multiple(("the number of experts", number), ("n_group", groups))
-    require(kept <= groups, f"config.json: topk_group ({kept}) is more than n_group ({groups})")
-    size = number // groups
-    require(groups == 1 or size >= 2, f"config.json: n_group is {groups}: a group must have at least 2 experts")
+    groups, kept = groups_of(config, number, chosen)
     require(
-        chosen <= kept * size, f"config.json: num_experts_per_tok ({chosen}) is more than topk_group ({kept}) x {size}"
+        groups == 1 or number // groups >= 2,
+        f"config.json: n_group is {groups}: a group must have at least 2 experts",
     )
     return Routing(
         chosen,
