@@ -1,6 +1,8 @@
 """Published quantized models: logits against the dense model of the unpacked weights; directories that lie, by their message."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from noria.engine.parameters import stored, views
 from noria.errors import InputError
 from noria.step import Run
 from quantized import AWQ, FLOAT4, FLOAT8, FORMS, FP8, GPTQ, INT4, INT8, MODELS, compressed
+from test_convert import MEASURE
 from whole import Whole, tokens_of
 
 torch.set_num_threads(1)
@@ -649,3 +652,49 @@ def places(tree, above=()):
         yield (*above, key)
         if isinstance(value, dict):
             yield from places(value, (*above, key))
+
+
+def fp8_zeros(outputs, inputs):
+    codes = torch.zeros(outputs, inputs, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": torch.ones(-(-outputs // 128), -(-inputs // 128))}
+
+
+def awq_zeros(outputs, inputs):
+    words = {"qweight": inputs, "qzeros": inputs // 32}
+    found = {name: torch.zeros(rows, outputs // 8, dtype=torch.int32) for name, rows in words.items()}
+    return found | {"scales": torch.ones(inputs // 32, outputs, dtype=torch.float16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "zeros", "layers"), [(FP8, fp8_zeros, 4), (AWQ, awq_zeros, 8)])
+def test_memory_is_that_of_a_few_matrices_whatever_the_model_s_size(tmp_path, settings, zeros, layers):
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_experts": 64, "num_hidden_layers": layers}
+    config = MODELS["qwen3_moe"] | sizes
+    weights, linear = quantized.dense(config | {"num_hidden_layers": 1, "num_experts": 1})
+    weights["model.layers.0.mlp.gate.weight"] = np.ones((64, 1024))
+    tensors = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        of_module = (
+            zeros(*weight.shape) if module in linear else {"weight": torch.ones(weight.shape, dtype=torch.bfloat16)}
+        )
+        layer_modules = [module.replace(".layers.0.", f".layers.{layer}.") for layer in range(layers)]
+        for place in dict.fromkeys(layer_modules):
+            for its in dict.fromkeys(place.replace(".experts.0.", f".experts.{expert}.") for expert in range(64)):
+                tensors |= {f"{its}.{ending}": value for ending, value in of_module.items()}
+    (folder := tmp_path / "large").mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    quantized.save_file({name: value.clone() for name, value in tensors.items()}, folder / "model.safetensors")
+    assert (size := (folder / "model.safetensors").stat().st_size) > 200e6
+    quantized.write(tmp_path / "small", MODELS["qwen3_moe"], *FORMS["fp8 in blocks"])
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE.replace(', "float32"', ""),
+        tmp_path / "small",
+        tmp_path / "model.h5",
+        folder,
+    ]
+    grown = int(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
+    print(f"{grown / 1e6:.0f} MB")
+    assert grown < 40e6, f"grew by {grown / 1e6:.0f} MB for {size / 1e6:.0f} MB"

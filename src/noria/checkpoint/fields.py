@@ -1,11 +1,14 @@
 """Parameters that a directory has as fields of an encoding already: which they are, how they lie, and their bytes.
 
-What a matrix is made of is its format's to say (published/). Matrices are read whole, the next piece beside the present
-one's way to the file. Knows no format and no family's names.
+What a matrix is made of is its format's to say (published/). Matrices are read whole, the next ones while one is on its
+way to the file. Knows no format and no family's names.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import zip_longest
 from types import ModuleType
 
 import torch
@@ -24,6 +27,7 @@ from noria.models._sources import Slice
 from noria.pieces import Encoded, Field, Matrix
 
 WEIGHT = ".weight"
+AHEAD = 2  # matrices that are read beside the one on its way to the file
 
 
 class FieldSources:
@@ -102,30 +106,30 @@ class FieldSources:
 
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
         """The bytes of a parameter, piece by piece. Raises InputError for fields that its encoding does not have."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._fields, block, parameter, 0)
-            for number in range(parameter.pieces):
-                fields = ahead.result()
-                if number + 1 < parameter.pieces:
-                    ahead = pool.submit(self._fields, block, parameter, number + 1)
-                yield from _bytes(parameter, fields)
+        kind, found = kinds.load("encodings", parameter.encoding), self._found[block.name, parameter.name]
+        places = [
+            (piece, number) for piece in range(parameter.pieces) for number in range(len(parameter.piece.matrices))
+        ]
+        with ThreadPoolExecutor(AHEAD) as pool:
+            read = partial(self._fields, kind, parameter)
+            coming = deque(pool.submit(read, one) for one in found[:AHEAD])
+            for place, later in zip_longest(places, found[AHEAD:]):
+                fields = coming.popleft().result()
+                if later:
+                    coming.append(pool.submit(read, later))
+                yield from _bytes(parameter, place[1], fields)
 
-    def _fields(self, block: Block, parameter: Parameter, number: int) -> Fields:
-        """The fields of a piece, by their names in it."""
-        kind, piece = kinds.load("encodings", parameter.encoding), parameter.piece
-        fields: Fields = {}
-        for its, matrix in enumerate(self._piece(block, parameter, number)):
-            made = {name: value.contiguous() for name, value in matrix.fields(self._reader).items()}
-            one_piece = {name: value[None] for name, value in made.items()}
-            try:
-                kind.check(one_piece, matrix.shape, parameter.settings)
-            except InputError as error:
-                raise InputError(
-                    f"{matrix.tensors[0].shard}: {matrix.module!r}, stored as {parameter.encoding}: {error}: the directory is"
-                    " damaged, download it again"
-                ) from error
-            fields |= {piece.prefix(its) + name: value for name, value in made.items()}
-        return fields
+    def _fields(self, kind: ModuleType, parameter: Parameter, matrix: Published) -> Fields:
+        """The fields of a matrix, by their names in its encoding."""
+        made = {name: value.contiguous() for name, value in matrix.fields(self._reader).items()}
+        try:
+            kind.check({name: value[None] for name, value in made.items()}, matrix.shape, parameter.settings)
+        except InputError as error:
+            raise InputError(
+                f"{matrix.tensors[0].shard}: {matrix.module!r}, stored as {parameter.encoding}: {error}: the directory is"
+                " damaged, download it again"
+            ) from error
+        return made
 
 
 def _matrix(name: str, form: Form | None, family: ModuleType) -> Published | None:
@@ -169,18 +173,17 @@ def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) 
         )
 
 
-def _bytes(parameter: Parameter, fields: Fields) -> Iterator[memoryview]:
-    """The fields of a piece as they lie in it, zeros between them."""
-    end = 0
-    for one in parameter.piece.fields:
-        its = fields[one.name]
+def _bytes(parameter: Parameter, number: int, fields: Fields) -> Iterator[memoryview]:
+    """The fields of a matrix as they lie in its piece, and the zeros behind each."""
+    piece = parameter.piece
+    ends = [one.offset for one in piece.fields[1:]] + [piece.nbytes]
+    next_of = {one.name: end for one, end in zip(piece.fields, ends, strict=True)}
+    for name, one in piece.fields_of(number).items():
+        its = fields[name]
         _check_field(one, its)
-        if one.offset > end:
-            yield memoryview(bytes(one.offset - end))
         yield its.view(-1).view(torch.uint8).numpy().data
-        end = one.offset + one.nbytes
-    if parameter.piece.nbytes > end:
-        yield memoryview(bytes(parameter.piece.nbytes - end))
+        if gap := next_of[one.name] - one.offset - one.nbytes:
+            yield memoryview(bytes(gap))
 
 
 def _check_field(one: Field, its: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._buffer = bytearray(CHUNK_NBYTES)
+        self._lock = Lock()  # over what follows
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -136,9 +138,10 @@ class Reader:
         return _transposed(tensor, chunks) if transposed else chunks
 
     def whole(self, tensor: Tensor) -> torch.Tensor:
-        """All of a tensor, in memory of its own."""
+        """All of a tensor, in memory of its own. Any thread may call it."""
         if tensor.shard.suffix != ".safetensors":
-            return torch.cat(list(self._torch(tensor)) or [torch.empty(0, dtype=tensor.read_as)]).view(tensor.shape)
+            with self._lock:
+                return torch.cat(list(self._torch(tensor)) or [torch.empty(0, dtype=tensor.read_as)]).view(tensor.shape)
         content = torch.empty(tensor.size * tensor.read_as.itemsize, dtype=torch.uint8)
         with tensor.shard.open("rb", buffering=0) as file:
             read_full(file.fileno(), content.numpy().data, tensor.offset, tensor.shard)

@@ -39,5 +39,8 @@ def decode(fields: Mapping[str, torch.Tensor], block: Block, into: torch.Tensor)
 def check(fields: Mapping[str, torch.Tensor]) -> None:
     """Raises InputError for scales or codes that are no numbers."""
     _scales.check(fields["scales"])
-    nowhere = not bool((fields["codes"].bitwise_and(127) == NO_NUMBER).any())
-    require(nowhere, f"a code is {NO_NUMBER} or {NO_NUMBER + 128}, which stand for no number in e4m3")
+    # a maximum is many times as fast as any() of a comparison
+    require(
+        int(fields["codes"].bitwise_and(127).amax()) != NO_NUMBER,
+        f"a code is {NO_NUMBER} or {NO_NUMBER + 128}, which stand for no number in e4m3",
+    )
