@@ -22,6 +22,7 @@ from noria.plan.shares import is_budget
 MICROBATCH_TOKENS, MOST = 4096, 2**14  # of a microbatch: products gain nothing from more
 GAIN = 1.001  # times as fast, for which a number is moved
 SIMPLER = 0.99  # of the tokens/s: what each departure from the plain plan must at least be worth
+HALVINGS = 5  # of the part of the cache that finds room on the device
 FACTORS = (1.02, 1.1, 1.4, 2.0)
 PARTS = (0.02, 0.1, 0.3, 1.0)  # of the cache
 Value = tuple[
@@ -80,9 +81,9 @@ def _departures(plan: Plan) -> int:
 
 def _fastest(tried: Tried, candidates: Iterable[Candidate]) -> Iterable[Candidate]:
     """The fastest candidate of those that have their blocks and their cache alike; none that does not fit."""
-    found: dict[tuple[int, int, float], Candidate] = {}
+    found: dict[tuple[int, int, bool], Candidate] = {}
     for candidate in candidates:
-        kind = candidate.laps, candidate.groups, candidate.on_device
+        kind = candidate.laps, candidate.groups, candidate.on_device > 0
         if tried.plan(candidate):
             found[kind] = max(found.get(kind, candidate), candidate, key=tried.value)
     return found.values()
@@ -95,7 +96,7 @@ def _corners(tried: Tried) -> Iterator[Iterable[Candidate]]:
     yield first
     plans = [plan for plan in map(tried.plan, first) if plan and not plan.weight_slots]
     if not any(plan.predicted["rows"] >= rows and plan.holds(problem.workload.longest) for plan in plans):
-        yield (_fitting(tried, corner) for corner in _streaming(problem))
+        yield (_cache_first(tried, corner) for corner in _streaming(problem))
 
 
 def _resident(tried: Tried, groups: int) -> Candidate:
@@ -120,7 +121,8 @@ def _streaming(problem: Problem) -> Iterator[Candidate]:
             for count in rows:
                 for part in (1.0, 0.0) if _is_cache_open(problem) else (1.0,):
                     rounds = -(-count * round(problem.workload.prompt_tokens) // (groups * STEP_TOKENS))
-                    yield Candidate(laps, groups, max(rounds, 1), micro, count, part, _activations(problem)[0])
+                    corner = Candidate(laps, groups, max(rounds, 1), micro, count, part, _activations(problem)[0])
+                    yield replace(corner, coded=problem.may_code)
 
 
 def _fitting(tried: Tried, candidate: Candidate) -> Candidate:
@@ -131,6 +133,18 @@ def _fitting(tried: Tried, candidate: Candidate) -> Candidate:
             return candidate
         smaller = replace(smaller, prefill_rounds=2 * smaller.prefill_rounds)
     return smaller
+
+
+def _cache_first(tried: Tried, corner: Candidate) -> Candidate:
+    """With as much of the cache on the device as finds room, if the corner has any there."""
+    whole = _fitting(tried, corner)
+    if tried.plan(whole) or not corner.on_device or not _is_cache_open(tried.problem):
+        return whole
+    base, least, most = _fitting(tried, replace(corner, on_device=0.0)), 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if tried.plan(replace(base, on_device=middle)) else (least, middle)
+    return replace(base, on_device=least)
 
 
 def _descended(tried: Tried, start: Candidate) -> Candidate:
@@ -157,12 +171,17 @@ def _coded_best(tried: Tried, here: Candidate) -> Candidate:
 
 
 def _other_rows(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """More or fewer rows at once, among them those of whole waves."""
+    """More or fewer rows at once, among them those of whole waves, with the same part of the cache on the device or the same
+    number of its pages."""
     most, rows = problem.workload.num_rows, here.rows
     waves = -(-most // rows)
     counts = [-(-most // count) for count in (waves - 1, waves, waves + 1) if count > 0]
     counts += [round(rows * factor) for factor in FACTORS] + [int(rows / factor) for factor in FACTORS]
-    return [replace(here, rows=count) for count in dict.fromkeys(counts) if 1 <= count <= most]
+    found = [replace(here, rows=count) for count in dict.fromkeys(counts) if 1 <= count <= most]
+    if not _is_cache_open(problem):
+        return found
+    # the same with as many pages on the device as before
+    return [*found, *(replace(one, on_device=min(here.on_device * rows / one.rows, 1.0)) for one in found)]
 
 
 def _other_parts(problem: Problem, here: Candidate) -> Iterable[Candidate]:
