@@ -81,9 +81,9 @@ def _departures(plan: Plan) -> int:
 
 def _fastest(tried: Tried, candidates: Iterable[Candidate]) -> Iterable[Candidate]:
     """The fastest candidate of those that have their blocks and their cache alike; none that does not fit."""
-    found: dict[tuple[int, int, bool], Candidate] = {}
+    found: dict[tuple[int, int, bool, bool], Candidate] = {}
     for candidate in candidates:
-        kind = candidate.laps, candidate.groups, candidate.on_device > 0
+        kind = candidate.laps, candidate.groups, candidate.on_device > 0, candidate.coded
         if tried.plan(candidate):
             found[kind] = max(found.get(kind, candidate), candidate, key=tried.value)
     return found.values()
@@ -122,7 +122,9 @@ def _streaming(problem: Problem) -> Iterator[Candidate]:
                 for part in (1.0, 0.0) if _is_cache_open(problem) else (1.0,):
                     rounds = -(-count * round(problem.workload.prompt_tokens) // (groups * STEP_TOKENS))
                     corner = Candidate(laps, groups, max(rounds, 1), micro, count, part, _activations(problem)[0])
-                    yield replace(corner, coded=problem.may_code)
+                    yield corner
+                    if problem.may_code:
+                        yield replace(corner, coded=True)
 
 
 def _fitting(tried: Tried, candidate: Candidate) -> Candidate:
@@ -149,7 +151,7 @@ def _cache_first(tried: Tried, corner: Candidate) -> Candidate:
 
 def _descended(tried: Tried, start: Candidate) -> Candidate:
     """From here on each number is moved to the best of its neighbours, in turn, until that gains nothing more."""
-    found, before = _coded_best(tried, start), None
+    found, before = start, None
     while found != before:
         before = found
         for neighbours in MOVES:
