@@ -369,6 +369,28 @@ MISTRAL4 = LATENT | {
         "partial_rotary_factor": 0.4,
     },
 }
+DEEPSEEK_V32 = DEEPSEEK_V3 | {
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+}
+GLM_MOE_DSA = GLM4_MOE_LITE | {
+    "model_type": "glm_moe_dsa",
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    "rope_theta": None,
+    "partial_rotary_factor": None,
+    "head_dim": 8,
+    "qk_head_dim": 20,
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "indexer_rope_interleave": True,
+}
 CONFIGS = {
     "glm4_moe": GLM4_MOE,
     "glm4_moe of Air's shape": GLM4_MOE | {"use_qk_norm": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2},
@@ -460,4 +482,8 @@ CONFIGS = {
     "mistral4": MISTRAL4,
     "mistral4 in groups with a dense layer": MISTRAL4
     | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "norm_topk_prob": False, "q_lora_rank": None},
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": GLM_MOE_DSA,
+    "glm_moe_dsa of 5.1's shape": GLM_MOE_DSA
+    | {"indexer_types": ["full", "shared", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
 }

@@ -41,6 +41,23 @@ SIZES = {
     "Beam-501B-A23B": ("beam", {"hidden_size": 5120, "num_hidden_layers": 52, "num_attention_heads": 48, "vocab_size": 151936}, 501),
     "Solar-Open-100B": ("solar_open", {"hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64, "vocab_size": 196608}, 102),
     "Llama-4-Scout": ("llama4_text", {"hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "vocab_size": 202048}, 107.8),
+    "DeepSeek-V3": ("deepseek_v3", {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "vocab_size": 129280}, 671),
+    "Moonlight-16B-A3B": (
+        "deepseek_v3",
+        {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "vocab_size": 163840, "q_lora_rank": None, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408, "intermediate_size": 11264, "n_shared_experts": 2, "first_k_dense_replace": 1},
+        15.96,
+    ),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "vocab_size": 102400, "q_lora_rank": None, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "intermediate_size": 10944, "first_k_dense_replace": 1},
+        15.7,
+    ),
+    "Mistral-Small-4-119B": (
+        "mistral4",
+        {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "vocab_size": 131072, "rope_parameters": {"type": "yarn", "factor": 128.0, "original_max_position_embeddings": 8192, "llama_4_scaling_beta": 0.1}},
+        119,
+    ),
+    "GLM-5": ("glm_moe_dsa", {"hidden_size": 6144, "num_hidden_layers": 78, "num_attention_heads": 64, "vocab_size": 154880}, 744),
 }  # fmt: skip
 
 

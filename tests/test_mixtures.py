@@ -109,6 +109,16 @@ def shape_of(name, **keys):
         ("olmoe", {"rope_scaling": {"rope_type": "default", "beta": 0.1}}, "beta of rope_scaling is 0.1"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1"),
         ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2: latent attention has as many as"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek_v3", {"head_dim": 7}, "head_dim is 7: it must be qk_rope_head_dim, 8, or 20"),
+        ("deepseek_v3", {"index_topk": 2048}, "index_topk is 2048: Noria does not know what it asks for"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "first_k_dense_replace is 2: 1 layers are without experts"),
+        ("mistral4", {"rope_parameters": None}, "rope_parameters is None: it must be an object"),
+        ("deepseek_v32", {"rope_interleave": False}, "rope_interleave is False"),
+        ("glm_moe_dsa", {"layer_types": ["full_attention"] * 3}, "it must be a list of 3 of indexed_attention"),
     ],
 )  # fmt: skip
 def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):
@@ -137,6 +147,31 @@ def test_llama_4_ends_where_its_first_chunk_does():
     assert shape_of("llama4_text", attention_chunk_size=None).max_positions == 128
 
 
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_a_model_with_an_indexer_ends_where_the_indexer_would_leave_keys_out(name):
+    shape = shape_of(name, max_position_embeddings=163_840, index_topk=2048)
+    assert shape.max_positions == 2048 and "selects 2048 of the keys" in shape.end_words
+    shape = shape_of(name, max_position_embeddings=64, index_topk=64, rope_scaling=None)
+    assert shape.max_positions == 64 and not shape.end_words
+
+
+def test_a_latent_cache_has_one_vector_a_token():
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168, "num_attention_heads": 128}
+    shape = models.for_config(config).shape(config | {"vocab_size": 129280})
+    assert shape.cache_nbytes([range(1)], "bfloat16") == 1152
+    assert {entry[0].row for entry in shape.cache} == {(576,)}
+
+
+def test_the_text_of_wrappers_is_found_by_its_own_type():
+    text = CONFIGS["mistral4"]
+    assert models.text_of({"model_type": "mistral3", "text_config": text})["model_type"] == "mistral4"
+    assert models.for_config({"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}).__name__.endswith(
+        "v3"
+    )
+    with pytest.raises(InputError, match="model_type of text_config is 'mamba': not in this version"):
+        models.text_of({"model_type": "mistral3", "text_config": text | {"model_type": "mamba"}})
+
+
 def test_layers_that_differ_have_caches_of_their_own():
     rows = [[array.row for array in entry] for entry in shape_of("mimo_v2_flash").cache]
     assert rows == [[(2, 24), (2, 10)], [(4, 24), (4, 10)], [(4, 24), (4, 10)]]
@@ -151,7 +186,7 @@ def test_corrections_and_routers_stay_float32_in_a_half_precision():
     assert (layout["router"], layout["correction"], layout["experts"]) == ("float32", "float32", "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe", "phimoe"])
+@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe", "phimoe", "deepseek_v3"])
 def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
     config, token_ids = CONFIGS[name], tokens_of(7, 60)
     model, state = made(name)

@@ -15,7 +15,7 @@ import quantized
 import reference
 import wide
 from counts import full, some
-from noria import encodings, kinds
+from noria import encodings, kinds, models
 from noria.__main__ import main
 from noria.blocks import layer_name
 from noria.checkpoint.checkpoint import model_shape, open_checkpoint
@@ -39,7 +39,7 @@ class Converted(Whole):
 
     def __init__(self, path):
         with open_checkpoint(path) as self.checkpoint:
-            super().__init__(self.checkpoint.config, {}, torch.float64)
+            super().__init__(models.text_of(self.checkpoint.config), {}, torch.float64)
 
     def block(self, state, name, shapes):
         layout = self.checkpoint.blocks[name]
@@ -166,6 +166,69 @@ def test_what_compressed_tensors_packs_is_decoded_to_what_it_unpacks(tmp_path, c
 
 def llama(folder, settings=FP8, pack=None, plain=(), **changes):
     return quantized.write(folder, MODELS["llama"], settings, pack or quantized.fp8_block(), plain, **changes)
+
+
+def packed_latent(folder, config, pack, wanted, prefix="", **more):
+    """A directory of a model of latent attention whose `wanted` modules are packed; its numbers as they are unpacked."""
+    families.save(config, folder)
+    tensors = quantized.load_file(folder / "model.safetensors") | more
+    state, stored = {}, {}
+    for name, tensor in tensors.items():
+        module, state[name], its = name.removesuffix(".weight"), tensor.double(), {name: tensor}
+        if wanted(module):
+            packed, found = pack(module, tensor.double().numpy())
+            state[name], its = torch.from_numpy(found), {f"{module}.{key}": value for key, value in packed.items()}
+        stored |= {prefix + key: value.contiguous() for key, value in its.items()}
+    quantized.save_file(stored, folder / "model.safetensors")
+    return state
+
+
+def assert_same_logits(path, config, state):
+    token_ids = tokens_of(3, 20)
+    with torch.inference_mode():
+        found = Converted(path).logits([(token_ids, 0, (Run(3, 2),))])[0]
+        expected = Whole(config, state, torch.float64).logits([(token_ids, 0, (Run(3, 2),))])[0]
+    assert expected.std() > 0.3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_latent_attention_in_fp8_is_computed_and_its_indexer_and_layers_for_drafts_are_left_out_with_a_line(tmp_path):
+    config = mixtures.CONFIGS["deepseek_v32"]
+    drafts = {f"model.layers.3.{name}.weight": torch.ones(48, 32) for name in ("eh_proj", "mlp.gate_proj")}
+    plain = ("norm", "embed_tokens", "lm_head", "mlp.gate", "weights_proj", "eh_proj", "bias")
+    state = packed_latent(
+        tmp_path / "hf", config, quantized.fp8_block(16, 32), lambda module: not module.endswith(plain), **drafts
+    )
+    said = {"quantization_config": FP8 | {"weight_block_size": [16, 32]}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | said))
+    made = convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    latents = {"query_down", "query_up", "latent", "up", "out"}
+    others = {"gate_up", "down", "shared_gate_up", "shared_down", "experts"}
+    assert encoded_of(tmp_path / "model.h5") == {(name, "fp8_block") for name in latents | others}
+    # of each layer's indexer two matrices with scales, one without, a norm with a bias
+    assert "24 tensors left out, which deepseek_v32 does not use" in "".join(made.notes)
+    assert_same_logits(tmp_path / "model.h5", config, state)
+
+
+@pytest.mark.slow
+def test_kimi_s_experts_of_four_bits_are_read_as_its_text_config_says(tmp_path):
+    text = mixtures.CONFIGS["deepseek_v3"] | {"hidden_size": 64, "moe_intermediate_size": 32}
+    state = packed_latent(
+        tmp_path / "hf", text, quantized.packed(4, 32, True), lambda module: ".experts." in module, "language_model."
+    )
+    said = compressed("pack-quantized", **GROUPS, **INT4)
+    said["ignore"] += ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]
+    wrapped = {
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "vision_config": {"a": 1},
+    }
+    wrapped["text_config"] = text | {"model_type": "kimi_k2", "quantization_config": said}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(wrapped))
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    assert encoded_of(tmp_path / "model.h5") == {("experts", "int4")}
+    assert_same_logits(tmp_path / "model.h5", text, state)
 
 
 @pytest.mark.slow

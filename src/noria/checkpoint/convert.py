@@ -7,7 +7,7 @@ space on the disk. Which tensors make a parameter is the model family's to say.
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -104,7 +104,7 @@ def _convert(
     plan = plan_of(directory, family, shape, tensors, fields)
     check_tied(plan, tensors, shape)
     dtype, notes = _choose_dtype(family, shape, plan, dtype)
-    notes += _left_over(plan, fields, tensors, shape)
+    notes += _left_over(plan, fields, tensors, shape, getattr(family, "LEFT_OUT", ()))
     adapter = None if lora is None else Adapter(Path(lora), directory, family, shape, plan, tensors)
     reader = adapter.reader if adapter else Reader()
     plan = adapter.replaced(plan) if adapter else plan
@@ -128,12 +128,15 @@ def _convert(
     return Converted(shape, dtype, target.stat().st_size, notes, forms_words([*blocks.values()]))
 
 
-def _left_over(plan: Plan, fields: FieldSources, tensors: dict[str, Tensor], shape: ModelShape) -> list[str]:
+def _left_over(
+    plan: Plan, fields: FieldSources, tensors: dict[str, Tensor], shape: ModelShape, left_out: Collection[str]
+) -> list[str]:
     """Notes of the tensors that nothing is made of."""
     used_by = {place: [source.tensor for source in sources] for place, sources in plan.items()} | fields.tensors
     used = {tensor.name for its in used_by.values() for tensor in its}
     aside, notes = fields.aside({name: tensor for name, tensor in tensors.items() if name not in used})
-    return notes + left_over(used_by, {name: its for name, its in tensors.items() if name not in aside}, shape)
+    others = {name: its for name, its in tensors.items() if name not in aside}
+    return notes + left_over(used_by, others, shape, left_out)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -3,7 +3,8 @@
 Which they are is the model family's to say. Reads no numbers but those of a head that may be the embedding.
 """
 
-from collections.abc import Container, Iterable, Mapping
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from os.path import commonpath
 from types import ModuleType
@@ -28,6 +29,7 @@ IGNORED = (
     ".attn.bias",  # GPT-2's causal mask
     ".position_ids",
 )
+_LAYER = re.compile(r"(?:[a-z_]+\.)*layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,15 @@ def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> Non
     )
 
 
-def left_over(used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tensor], shape: ModelShape) -> list[str]:
+def left_over(
+    used_by: Mapping[Place, list[Tensor]],
+    tensors: Mapping[str, Tensor],
+    shape: ModelShape,
+    left_out: Collection[str] = (),
+) -> list[str]:
     """A note of the tensors that nothing is made of. Raises InputError for those that would change every number.
 
-    `used_by`: those that each parameter is made of.
+    `used_by`: those that each parameter is made of. `left_out`: parts of names that the family says have no effect.
     """
     used = {tensor.name for its in used_by.values() for tensor in its}
     # a tied model's own lm_head is the embedding once more
@@ -162,6 +169,7 @@ def left_over(used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tenso
         return []
     computed = tuple(_modules(used_by))
     wrong = [name for name in left if name.startswith(computed) or "scale" in name or "lora_" in name]
+    wrong = [name for name in wrong if not (_behind(name, shape) or any(part in name for part in left_out))]
     if wrong:
         raise InputError(
             f"{tensors[wrong[0]].shard}: {_listed(wrong)}: {shape.family} as config.json describes it would leave out"
@@ -169,6 +177,12 @@ def left_over(used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tenso
             " unquantized model with its adapters merged, or the config.json that belongs to these weights"
         )
     return [f"{plural(len(left), 'tensor')} left out, which {shape.family} does not use: {_listed(left)}"]
+
+
+def _behind(name: str, shape: ModelShape) -> bool:
+    """Whether a tensor is of a layer behind the last one: those are for drafts alone."""
+    found = _LAYER.match(name)
+    return found is not None and int(found[1]) >= shape.num_layers
 
 
 def _listed(names: list[str]) -> str:

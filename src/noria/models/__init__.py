@@ -15,20 +15,26 @@ from noria.models._refused import OBSTACLES
 # Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
 SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
 
-# Models around the text model of a family: text with images. Their config.json has the family's as text_config.
-WRAPPERS = {"llama4": "llama4_text"}
+# Models around the text models of these types: text with images. Their config.json has the text model's as text_config.
+WRAPPERS = {"llama4": ("llama4_text",), "kimi_k25": ("deepseek_v3", "kimi_k2"), "mistral3": ("mistral4",)}
+TYPES = {"kimi_k2": "deepseek_v3"}  # other names of a family
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config.json of a wrapper's text model; of any other model its own. Raises InputError."""
-    family = WRAPPERS.get(str(config.get("model_type")))
-    if family is None:
+    known = WRAPPERS.get(str(config.get("model_type")))
+    if known is None:
         return config
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise InputError(
             f"config.json: text_config is {shown(text)}: it must be an object, the text model's config.json"
         )
+    family = text.get("model_type") or known[0]
+    require(
+        family in known,
+        f"config.json: model_type of text_config is {shown(family)}: not in this version of Noria; known: {', '.join(known)}",
+    )
     return {**text, "model_type": family, "architectures": None}
 
 
@@ -40,6 +46,7 @@ def for_config(config: Mapping[str, Any]) -> ModuleType:
     """
     families = {name: kinds.load("models", name) for name in kinds.names("models")}
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    model_type = TYPES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     listed = isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     require(listed, f"config.json: architectures is {shown(architectures)}: it must be a list of names")
     architectures = [SYNONYMS.get(name, name) for name in architectures]

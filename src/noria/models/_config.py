@@ -102,7 +102,8 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None, mos
 
 def whole(config: Mapping[str, Any], key: str, default: int) -> int:
     """As `integer`, but 0 is a number too."""
-    return 0 if config.get(key) == 0 and config.get(key) is not False else integer(config, key, default)
+    value = default if config.get(key) is None else config[key]
+    return 0 if value == 0 and value is not False else integer(config, key, default)
 
 
 def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:

@@ -21,7 +21,7 @@ activations is left out: Noria computes with more precision than the format asks
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-from noria import kinds
+from noria import kinds, models
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.published._tensors import Published, Tensors
 from noria.checkpoint.tensor_files import Tensor
@@ -76,8 +76,9 @@ def form_of(directory: Directory, config: Mapping[str, Any], tensors: dict[str, 
 
 def _said(directory: Directory, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
     """The method, its settings, and which file says so; no method: the weights are plain."""
+    text = models.text_of(config)  # a wrapper's may say it
     for key, maker in KEYS.items():
-        settings = config.get(key)
+        settings = text.get(key) if config.get(key) is None else config[key]
         if settings is None:
             continue
         require(
