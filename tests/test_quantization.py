@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import families
+import mixtures
 from noria import config, encodings, kinds
 from noria.__main__ import main
 from noria.checkpoint import random_weights
@@ -173,6 +174,14 @@ def test_random_weights_are_encoded_as_the_config_says(said, encoding):
         for key in (key for one in block.encoded for key in one.computed):
             value = its[key] if isinstance(its[key], torch.Tensor) else its[key].of(range(8))
             assert 0.015 < value.float().std() < 0.025 and abs(value.float().mean()) < 0.002, key
+
+
+def test_what_the_text_config_of_a_wrapper_says_counts_where_the_config_says_nothing():
+    text = mixtures.CONFIGS["deepseek_v3"] | {"quantization_config": {"quant_method": "int4", "group_size": 32}}
+    wrapped = {"model_type": "kimi_k25", "text_config": text | {"moe_intermediate_size": 32}}
+    for more, encoding in (({}, "int4"), ({"quantization_config": {"quant_method": "fp8"}}, "fp8_channel")):
+        found = random_checkpoint(wrapped | more, "bfloat16").blocks["layers/0001"].encoded
+        assert {one.encoding for one in found if one.name == "experts"} == {encoding}
 
 
 def test_large_random_matrices_are_repetitions_of_some_outputs(monkeypatch):

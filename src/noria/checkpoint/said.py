@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from noria.checkpoint.published import KEYS
+from noria.checkpoint.published import KEYS, said_in
 from noria.checkpoint.quantization import WORDS, Quantization
 from noria.errors import InputError, require
 from noria.models._config import shown
@@ -17,7 +17,7 @@ def said_by(config: Mapping[str, Any]) -> Quantization | None:
     Beside the methods of published models, `quant_method` may be int4, int8, fp8_channel, mxfp4 or nvfp4, with
     `group_size`. Raises InputError for what Noria has no encoding for.
     """
-    found = [(key, config[key]) for key in KEYS if config.get(key) is not None]
+    found = [*said_in(config).items()]
     if not found:
         return None
     key, settings = found[0]

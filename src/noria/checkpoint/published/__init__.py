@@ -74,18 +74,21 @@ def form_of(directory: Directory, config: Mapping[str, Any], tensors: dict[str, 
     )
 
 
+def said_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json, or that of the text model within it, says of quantized weights, by its keys."""
+    text = models.text_of(config)
+    said = {key: text.get(key) if config.get(key) is None else config[key] for key in KEYS}
+    return {key: settings for key, settings in said.items() if settings is not None}
+
+
 def _said(directory: Directory, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
     """The method, its settings, and which file says so; no method: the weights are plain."""
-    text = models.text_of(config)  # a wrapper's may say it
-    for key, maker in KEYS.items():
-        settings = text.get(key) if config.get(key) is None else config[key]
-        if settings is None:
-            continue
+    for key, settings in said_in(config).items():
         require(
             isinstance(settings, dict),
             f"{directory.path}: config.json: {key} is {shown(settings)}: it must be an object with quant_method",
         )
-        method = settings.get("quant_method", maker)
+        method = settings.get("quant_method", KEYS[key])
         return str(method)[:80] or "unknown", settings, f"{directory.path}: config.json: {key}"
     found = directory.json(MODELOPT)
     return ("modelopt", found[1], f"{directory.path}: {MODELOPT}") if found else ("", {}, "")
