@@ -21,7 +21,7 @@ from noria.step import NO_STATE, PAGE_TOKENS, Run
 _DEFAULT = Sampling().override({})
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
 
