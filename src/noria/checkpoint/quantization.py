@@ -79,10 +79,11 @@ def forms_of(blocks: Mapping[str, Block], dtype: str) -> dict[str, dict[str, Blo
 
 def takes(block: str, parameter: Parameter) -> bool:
     """Whether a parameter is stored in fewer bits: matrices of layers are, but for the sensitive ones."""
-    left = not block.startswith("layers/") or parameter.own_dtype is not None or parameter.name in SENSITIVE
+    # biases of experts are [experts, outputs]: two axes and no matrix
+    left = parameter.own_dtype is not None or parameter.name in SENSITIVE or parameter.name.endswith("bias")
     matrices = (
         parameter.shape
         if not parameter.wanted.named
         else [size for its in parameter.piece.matrices for size in its.shape]
     )
-    return not left and len(parameter.shape) > 1 and min(matrices) >= LEAST
+    return block.startswith("layers/") and not left and len(parameter.shape) > 1 and min(matrices) >= LEAST
