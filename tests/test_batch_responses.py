@@ -85,7 +85,8 @@ def answer(row, id, kind, choices, usage, fingerprint):
                 "created": "number",
                 "model": "gpt-x",
                 "choices": choices,
-                "usage": dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), usage, strict=True)),
+                "usage": dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), usage, strict=True))
+                | {"prompt_tokens_details": {"cached_tokens": 0}},
                 "system_fingerprint": fingerprint,
             },
         },

@@ -63,13 +63,21 @@ def numbers_of(parameter, computed, number):
 
 
 def apart(held):
-    """What a model computes with, every tensor decoded into memory of its own."""
+    """What a model computes with, every tensor decoded into memory of its own, in which it lies as a plain one does."""
     found, pieces = views(held.buffer, held.block), stored(held.buffer, held.block)
     for one in held.block.encoded:
-        into = {name: torch.empty(shape, dtype=torch.float64) for name, shape in one.computed.items()}
+        into = {field.name: laid(field) for field in one.decoded()}
         encodings.decode(one, pieces[one.name], into)
         found |= into
     return found
+
+
+def laid(field):
+    """Memory for a decoded tensor."""
+    if not field.turned:
+        return torch.empty(field.shape, dtype=torch.float64)
+    *first, outputs, inputs = field.shape
+    return torch.empty(*first, inputs, outputs, dtype=torch.float64).transpose(-1, -2)
 
 
 @pytest.mark.parametrize("room", [0, 3000, 1 << 40])

@@ -239,6 +239,7 @@ def test_prompts_of_a_request_are_choices_of_one_response(folder):
     num_prompt_tokens = [len(row.prompt_token_ids) for row in rows[:6:2]]
     assert first["body"]["usage"] == {
         "prompt_tokens": sum(num_prompt_tokens), "completion_tokens": 18, "total_tokens": sum(num_prompt_tokens) + 18,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     assert first["body"]["choices"][0]["text"] == second["body"]["choices"][0]["text"]
     assert wrong is None and "5000" in responses[2]["error"]["message"]
