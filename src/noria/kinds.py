@@ -5,6 +5,7 @@ Knows folders and file names alone, not what the modules hold.
 
 import importlib
 import pkgutil
+import sys
 from types import ModuleType
 
 from noria.errors import InputError
@@ -18,7 +19,13 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """The module of one kind. Raises InputError, with the known names, for one that does not exist."""
+    """The module of one kind. Raises InputError, with the known names, for one that does not exist.
+
+    The folder is read for a kind that is not loaded yet: encodings are asked for with every parameter of a visit.
+    """
+    loaded = sys.modules.get(f"noria.{package}.{name}")
+    if loaded is not None and not name.startswith("_"):
+        return loaded
     known = names(package)
     if name not in known:
         raise InputError(f"{package}: no {name!r}{nearest(name, known)}; known: {', '.join(known)}")
