@@ -66,6 +66,11 @@ def encode(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dic
     return fields if order is None else fields | {"permutation": order.argsort().int()}
 
 
+def rows(settings: Mapping[str, Any]) -> int:
+    """Each output has its own scales; all share a permutation."""
+    return 0 if settings["permuted"] else 1
+
+
 def _scale_dtype(settings: Mapping[str, Any]) -> torch.dtype:
     found: torch.dtype = getattr(torch, settings["scale_dtype"])
     return found

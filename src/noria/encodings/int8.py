@@ -15,6 +15,7 @@ BITS = 8
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"group_size": 64, "symmetric": True, "permuted": False, "scale_dtype": "bfloat16"}
 KERNEL = "decode_int8"
+rows = _integers.rows
 
 
 def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -25,11 +26,6 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """With searched clipping: the scale of a group is the one of several that leaves the least squared error."""
     return _integers.encode(BITS, numbers, settings)
-
-
-def rows(settings: Mapping[str, Any]) -> int:
-    """Each output has its own scales; all share a permutation."""
-    return 0 if settings["permuted"] else 1
 
 
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:

@@ -224,6 +224,13 @@ def positional(shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype) -
     return _rotary.tables(details["rope_theta"], details["rope_scaling"], details["rope_size"], positions, dtype)
 
 
+def positional_by_turn(
+    shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype
+) -> dict[_rotary.Turn, tuple[torch.Tensor, torch.Tensor]]:
+    """The same where layers turn differently: by turn; details["turns"] has that of each layer."""
+    return _rotary.tables_by(shape.details["turns"], positions, dtype)
+
+
 def layer(
     shape: ModelShape,
     index: int,

@@ -86,7 +86,7 @@ def positional(  # type: ignore[no-redef]  # its own
     """Rotary cosines and sines of positions [T] in `dtype`, by turn; by how much queries without are longer [T, 1, 1]."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     longer = torch.exp(GROWTH * torch.log1p((positions.to(wide) + 1) / UNIT))
-    return _rotary.tables_by(shape.details["turns"], positions, dtype), longer[:, None, None]
+    return _decoder.positional_by_turn(shape, positions, dtype), longer[:, None, None]
 
 
 def layer(  # type: ignore[no-redef]  # its own

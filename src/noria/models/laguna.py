@@ -121,13 +121,6 @@ def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  
     return _decoder.sources(shape, block_name, MODULES, parameters=layer_parameters)
 
 
-def positional(  # type: ignore[no-redef]  # its own
-    shape: ModelShape, positions: torch.Tensor, dtype: torch.dtype
-) -> dict[_rotary.Turn, tuple[torch.Tensor, torch.Tensor]]:
-    """Rotary cosines and sines of positions [T], in `dtype`, by turn."""
-    return _rotary.tables_by(shape.details["turns"], positions, dtype)
-
-
 def _attend(
     shape: ModelShape,
     index: int,
@@ -146,4 +139,5 @@ def _attend(
     return attended * F.softplus(gates.to(torch.promote_types(gates.dtype, torch.float32))).to(attended.dtype)
 
 
+positional = _decoder.positional_by_turn  # type: ignore[assignment]  # by turn
 layer = partial(_decoder.layer, attention=_attend)
