@@ -75,9 +75,11 @@ def differences(case: Case, made: dict[str, torch.Tensor], device: torch.device,
     """The same of any fields [P, ...]."""
     by_torch = decoded(case, made, kinds.load("encodings", case.encoding).decode, torch.device("cpu"), dtype)
     by_kernel = decoded(case, made, kernel(case.encoding), device, dtype)
-    if case.encoding == "exponent" and dtype == torch.bfloat16:  # each nan by itself
-        return int((by_torch.view(torch.int16) != by_kernel.view(torch.int16)).sum())
-    return int(((by_torch != by_kernel) & ~(by_torch.isnan() & by_kernel.isnan())).sum())
+    whole = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    differ = by_torch.view(whole) != by_kernel.view(whole)  # 0 and -0 are two
+    if case.encoding != "exponent" or dtype != torch.bfloat16:  # there each nan by itself
+        differ &= ~(by_torch.isnan() & by_kernel.isnan())
+    return int(differ.sum())
 
 
 def changed_around(case: Case, made: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> int:

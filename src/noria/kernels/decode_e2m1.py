@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from noria.kernels.decode_fp8 import e4m3, e8m0
+from noria.kernels.decode_fp8 import e4m3, e8m0, signed
 
 ROWS, COLUMNS = 16, 256  # of a tile
 
@@ -18,7 +18,7 @@ def e2m1(code):
     magnitude = (code & 7).to(tl.int32)
     normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
     number = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
-    return tl.where(code >= 8, -number, number)
+    return signed(number, code >= 8)
 
 
 @triton.jit

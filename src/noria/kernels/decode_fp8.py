@@ -14,6 +14,13 @@ ROWS, COLUMNS = 32, 128  # of a tile
 
 
 @triton.jit
+def signed(magnitude, negative):
+    """Float32 magnitudes with their signs: a minus would make 0 of -0, being a subtraction from 0."""
+    bits = magnitude.to(tl.int32, bitcast=True)
+    return tl.where(negative, bits | -2147483648, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def e4m3(code):
     """The float32 of codes in e4m3."""
     magnitude = (code & 127).to(tl.int32)
@@ -21,7 +28,7 @@ def e4m3(code):
     small = magnitude.to(tl.float32) * 0.001953125  # 2 ** -9: those without an exponent
     number = tl.where(magnitude < 8, small, normal)
     number = tl.where(magnitude == 127, float("nan"), number)
-    return tl.where(code >= 128, -number, number)
+    return signed(number, code >= 128)
 
 
 @triton.jit
