@@ -1,4 +1,4 @@
-"""Mixtures from directories that transformers saved, through convert, rings, laps, tiers, pages and chunks of prompts.
+"""Models from directories that transformers saved, through convert, rings, laps, tiers, pages and chunks of prompts.
 
 Each token that a run generates is the likeliest one by transformers in float64 (wide.py), of all that is before it.
 """
@@ -16,8 +16,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import families
 import wide
 import world
+from beside import CONFIGS
 from counts import full
-from mixtures import CONFIGS
 from noria import config as config_file
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
@@ -25,8 +25,9 @@ from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
 
-# One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches; latents.
-KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3"]
+# One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches; latents;
+# windows and two ropes.
+KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3", "olmo3"]
 NAMES = list(CONFIGS) if full() else KINDS
 NEW_TOKENS = 8
 RUN = f"""

@@ -1,15 +1,11 @@
 """Mixtures of experts against transformers in float64, its own casts to float32 raised (wide.py), and in float32."""
 
 import copy
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-import safetensors
 import torch
 
-import families
+import beside
 import wide
 from mixtures import CONFIGS, GLM4_MOE
 from noria import models
@@ -19,8 +15,6 @@ from noria.models._refused import OBSTACLES
 from noria.step import Run
 from whole import Whole, tokens_of
 
-TOLERANCE = 1e-8
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -29,47 +23,9 @@ def one_thread():
         yield
 
 
-@cache
-def made(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A model of transformers, and its tensors under the names with which checkpoints are published."""
-    with TemporaryDirectory() as folder:
-        model = families.save(CONFIGS[name], Path(folder))
-        with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as file:
-            return model, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def in_chunks(whole, token_ids, atol, exact):
-    """Two rows of the same tokens, in chunks of their own beside each other, pages in several runs."""
-    rows = {"one": (Run(20, 1), Run(22, 2), Run(5, 2)), "other": (Run(9, 2), Run(30, 3))}
-    steps = [
-        [("one", 0, 17), ("other", 0, 5)],
-        [("other", 5, 41), ("one", 17, 50)],
-        [("one", 50, 51), ("other", 41, 42)],
-        [("other", 42, 43), ("one", 51, 60)],
-        [("other", 43, 60)],
-    ]
-    for step in steps:
-        found = whole.logits([(token_ids[first:last], first, rows[row]) for row, first, last in step])
-        for (_, first, last), logits in zip(step, found, strict=True):
-            torch.testing.assert_close(logits.double(), exact[first:last], rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name):
-    config, token_ids = CONFIGS[name], tokens_of(1, 60)
-    model, state = made(name)
-    exact = wide.logits(wide.wide_model(config, model), token_ids)
-    assert exact.std() > 0.3
-    whole = [(token_ids, 0, (Run(3, 4),))]
-    model64 = Whole(config, state, torch.float64)
-    error = (model64.logits(whole)[0] - exact).abs().max()
-    print(f"{name}: {error:.1e}")
-    assert error <= TOLERANCE
-    in_chunks(model64, token_ids, TOLERANCE, exact)
-    narrow = Whole(config, state, torch.float32).logits(whole)[0]  # transformers as it is, beside it
-    theirs = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-    error, their_error = ((logits.double() - exact).abs().max() for logits in (narrow, theirs))
-    assert error <= max(2 * their_error, 1e-5)
+    beside.check(name)
 
 
 def shape_of(name, **keys):
@@ -189,7 +145,7 @@ def test_corrections_and_routers_stay_float32_in_a_half_precision():
 @pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe", "phimoe", "deepseek_v3"])
 def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
     config, token_ids = CONFIGS[name], tokens_of(7, 60)
-    model, state = made(name)
+    model, state = beside.made(name)
     half = copy.deepcopy(model).bfloat16()
     rounded = {key: tensor.bfloat16() for key, tensor in state.items()}
     exact = wide.logits(wide.wide_model(config, half), token_ids)

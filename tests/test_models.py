@@ -11,8 +11,8 @@ import safetensors
 import torch
 from transformers.activations import ACT2FN
 
+import beside
 import families
-import mixtures
 import reference
 from families import CONFIGS, GPT2, LLAMA, LLAMA3, MISTRAL, MIXTRAL, OPT, QWEN2, QWEN3_MOE, SLIDING
 from noria import models
@@ -226,7 +226,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_families(config):
     with pytest.raises(InputError) as error:
         models.for_config(config)
     known = str(error.value).partition("known: ")[2].split(", ")
-    assert sorted(known) == sorted({one["model_type"] for one in (CONFIGS | mixtures.CONFIGS).values()})
+    assert sorted(known) == sorted({one["model_type"] for one in (CONFIGS | beside.CONFIGS).values()})
     assert all(architecture in str(error.value) for architecture in config.get("architectures", []))
 
 

@@ -37,6 +37,15 @@ def split(
     return made[0], made[1], made[2]
 
 
+def split_groups(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `split`, where `qkv` has each key head's queries, its key and its value one after another (GPT-NeoX, Falcon)."""
+    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
+    groups = qkv.view(len(normed), shape.num_kv_heads, -1, shape.head_dim)
+    return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
 def norm_each(
     shape: ModelShape, parameters: Mapping[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

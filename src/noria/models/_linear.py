@@ -14,6 +14,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda inner: F.gelu(inner, approximate="tanh"),
     "gelu_pytorch_tanh": lambda inner: F.gelu(inner, approximate="tanh"),
+    "gelu_fast": lambda inner: F.gelu(inner, approximate="tanh"),
+    "relu2": lambda inner: torch.relu_(inner).square_(),
     "silu": lambda inner: F.silu(inner, inplace=True),
     "swish": lambda inner: F.silu(inner, inplace=True),
 }

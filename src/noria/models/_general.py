@@ -1,0 +1,186 @@
+"""Decoders whose layers are not Llama's: other norms, in other places; both halves beside each other; no gate.
+
+Which norms a layer has, its parameters say. Functions of tensors: nothing of ranks, streams or files.
+T tokens, S sampled rows, H heads, Hkv key/value heads, D head dim, E hidden, I intermediate, V vocab.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from noria.errors import require
+from noria.model import ModelShape
+from noria.models import _config as read
+from noria.models import _decoder, _heads, _sources
+from noria.models._cache import Cache
+from noria.models._decoder import ALIASES, Attention, embed, embed_parameters, positional
+from noria.models._linear import ACTIVATIONS, linear
+
+# What a family takes as it is, by `from noria.models._general import *`: what it defines itself replaces it.
+__all__ = ["ALIASES", "embed", "embed_parameters", "head", "head_parameters", "layer_parameters", "positional"]
+
+Norm: TypeAlias = Callable[[ModelShape, Mapping[str, torch.Tensor], str, torch.Tensor], torch.Tensor]
+Sizes: TypeAlias = dict[str, tuple[int, ...]]
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Of a layer, in stored order; it has those norms that details["norms"] names, and gates where details["gated"] says so.
+ORDER = (
+    "attention_norm",
+    "qkv",
+    "query_norm",
+    "key_norm",
+    "out",
+    "after_attention_norm",
+    "mlp_norm",
+    "gate_up",
+    "up",
+    "down",
+    "after_mlp_norm",
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a checkpoint of Hugging Face has a model's tensors; `modules` of a layer, by parameter."""
+
+    modules: Mapping[str, tuple[str, ...]]
+    tokens: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+
+
+def described(
+    found: ModelShape, *norms: str, norm_biases: bool = False, gated: bool = True, **details: Any
+) -> ModelShape:
+    """The shape with what this file reads: norms [E] of a layer, or others by name and size; biases of norms; gates.
+
+    parallel: attention and feed-forward take the same hidden states. activation: of a feed-forward without a gate.
+    """
+    sizes = dict.fromkeys(norms, (found.hidden_size,)) | details.pop("norms", {})
+    biases = found.details["biases"] | {"up": found.details["biases"]["gate_up"]} | details.pop("biases", {})
+    biases |= dict.fromkeys((*sizes, "norm"), norm_biases)
+    more = {"norms": sizes, "biases": biases, "gated": gated, "parallel": False, **details}
+    return replace(found, details={**found.details, **more})
+
+
+def kinds_of(config: Mapping[str, Any], every: int) -> list[str]:
+    """Of each layer, whether it attends in a window: as `layer_types` says, else all but every so-many-th do."""
+    count = _decoder.num_layers(config)
+    found = read.layers_of(config, "layer_types", count, (FULL, SLIDING))
+    return found or [SLIDING if (n + 1) % every else FULL for n in range(count)]
+
+
+def window_of(config: Mapping[str, Any], kinds: list[str]) -> tuple[int, frozenset[int]] | None:
+    """The window in `sliding_window` on the layers of this kind; None if there are none. Raises InputError."""
+    layers = frozenset(n for n, kind in enumerate(kinds) if kind == SLIDING)
+    return (read.integer(config, "sliding_window"), layers) if layers else None
+
+
+def ropes_of(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """`rope_parameters` of layers with and without windows: as it has them, else with `rope_scaling` of those without."""
+    found: Any = config.get("rope_parameters")
+    if isinstance(found, Mapping) and (FULL in found or SLIDING in found):
+        return {kind: found.get(kind) for kind in (FULL, SLIDING)}
+    scaled: Any = config.get("rope_scaling") or found or {}
+    require(isinstance(scaled, Mapping), f"config.json: rope_scaling is {read.shown(scaled)}: no object")
+    theta = {"rope_theta": scaled.get("rope_theta") or config.get("rope_theta")}
+    return {FULL: {**scaled, **theta}, SLIDING: theta}
+
+
+def layer_parameters(shape: ModelShape, layer: int) -> Sizes:
+    """In stored order. Matrices are [out, in]; queries, keys, values lie one after another in `qkv`, if not in groups."""
+    details, hidden, inner = shape.details, shape.hidden_size, shape.details["intermediate_size"]
+    heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    sizes = details["norms"] | {"qkv": (heads + 2 * kv_heads, hidden), "out": (hidden, heads), "down": (hidden, inner)}
+    sizes |= {"gate_up": (2 * inner, hidden)} if details["gated"] else {"up": (inner, hidden)}
+    return _with_biases(details["biases"], {name: sizes[name] for name in ORDER if name in sizes})
+
+
+def head_parameters(shape: ModelShape) -> Sizes:
+    sizes = {"norm": (shape.hidden_size,), "lm_head": (shape.vocab_size, shape.hidden_size)}
+    return _with_biases(shape.details["biases"], sizes)
+
+
+def _with_biases(biases: Mapping[str, bool], sizes: Sizes) -> Sizes:
+    parameters = {}
+    for name, size in sizes.items():
+        parameters[name] = size
+        if biases.get(name):
+            parameters[f"{name}_bias"] = size[:1]
+    return parameters
+
+
+def sources(shape: ModelShape, block_name: str, places: Places) -> dict[str, tuple[str, ...]]:
+    """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0 (see _sources.py)."""
+    if block_name == "embed":
+        return {"tokens": (f"{places.tokens}.weight",)}
+    if block_name == "head":
+        found = {f"norm{end}": f"{places.norm}.{word}" for end, word in (("", "weight"), ("_bias", "bias"))}
+        found |= {"lm_head": f"{places.tokens if shape.tied else 'lm_head'}.weight", "lm_head_bias": "lm_head.bias"}
+        return {parameter: (found[parameter],) for parameter in head_parameters(shape)}
+    layer = int(block_name.removeprefix("layers/"))
+    return _sources.of_layer(f"{places.layers}.{layer}", layer_parameters(shape, layer), places.modules)
+
+
+def rms(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension; the same hidden states where the layer has no such norm."""
+    return _heads.norm(shape, parameters[name], hidden) if name in parameters else hidden
+
+
+def layer_norm(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor
+) -> torch.Tensor:
+    """LayerNorm over the last dimension; the same hidden states where the layer has no such norm."""
+    if name not in parameters:
+        return hidden
+    weight, bias = parameters[name], parameters.get(f"{name}_bias")
+    return F.layer_norm(hidden, weight.shape, weight, bias, shape.details["norm_eps"])
+
+
+def mlp(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
+    """[T, E] of normed hidden states [T, E]: a feed-forward without a gate."""
+    inner = linear(normed, parameters["up"], parameters.get("up_bias"))
+    return linear(ACTIVATIONS[shape.details["activation"]](inner), parameters["down"], parameters.get("down_bias"))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What the halves of a family's layer are: how it attends, its feed-forward, and their norm."""
+
+    attend: Attention = _decoder.attend
+    feed_forward: Callable[..., torch.Tensor] = _decoder.feed_forward
+    norm: Norm = rms
+
+
+def layer(
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    positional: Any,
+    cache: Cache,
+    halves: Halves,
+) -> torch.Tensor:
+    """[T, E] after layer `index`, from hidden states [T, E], which are left as they are.
+
+    A half has a norm before it, behind it, or both; in parallel both have the same one if there is no other.
+    """
+    norm = halves.norm
+    normed = norm(shape, parameters, "attention_norm", hidden)
+    attended = halves.attend(shape, index, parameters, normed, positional, cache)
+    attended = _heads.project_out(parameters, attended)
+    if shape.details["parallel"]:
+        normed = norm(shape, parameters, "mlp_norm", hidden) if "mlp_norm" in parameters else normed
+        return halves.feed_forward(shape, parameters, normed).add_(attended).add_(hidden)
+    hidden = norm(shape, parameters, "after_attention_norm", attended).add_(hidden)
+    made = halves.feed_forward(shape, parameters, norm(shape, parameters, "mlp_norm", hidden))
+    return norm(shape, parameters, "after_mlp_norm", made).add_(hidden)
+
+
+def head(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor, norm: Norm = rms
+) -> torch.Tensor:
+    """Logits [S, V] of hidden states [S, E]."""
+    return linear(norm(shape, parameters, "norm", hidden), parameters["lm_head"], parameters.get("lm_head_bias"))

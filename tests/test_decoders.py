@@ -1,0 +1,72 @@
+"""Dense decoders against transformers in float64, its own casts to float32 raised, and what their configs ask for beside."""
+
+import copy
+
+import pytest
+import torch
+
+import beside
+import wide
+from decoders import CONFIGS, SLIDING
+from noria import models
+from noria.errors import InputError
+from noria.step import Run
+from whole import Whole, tokens_of
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name):
+    beside.check(name)
+
+
+def shape_of(name, **keys):
+    config = CONFIGS[name] | keys
+    return models.for_config(config).shape(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("olmo2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("olmo2", {"clip_qkv": 8}, "clip_qkv is 8: Noria does not know what it asks for"),
+        ("olmo3", {"layer_types": ["chunked_attention"] * 3}, "it must be a list of 3 of full_attention, sliding_attention"),
+        ("olmo3", {"sliding_window": 0}, "sliding_window is 0"),
+        ("olmo3", {"rope_scaling": {"rope_type": "ntk"}}, "rope type 'ntk' is not in this version of Noria"),
+        ("granite", {"residual_multiplier": -1}, "residual_multiplier is -1: it must be a number above 0"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers is [1, 2, 1]: it must be 3 times 0 or 1"),
+        ("smollm3", {"layer_types": [SLIDING] * 3}, "layer_types has sliding_attention where use_sliding_window is false"),
+        ("seed_oss", {"attention_out_bias": "yes"}, "attention_out_bias is 'yes': it must be true or false"),
+        ("exaone4", {"layer_types": None}, "sliding_window_pattern is 'LLLG': it must be a whole number of at least 1"),
+    ],
+)  # fmt: skip
+def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):
+    with pytest.raises(InputError) as error:
+        shape_of(name, **keys)
+    assert words in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name == CONFIGS[name]["model_type"]])
+def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
+    assert shape_of(name, unheard_of=None) == shape_of(name)
+    with pytest.raises(InputError, match=r"config.json: unheard_of is \[1\]: Noria does not know"):
+        shape_of(name, unheard_of=[1])
+
+
+@pytest.mark.parametrize("name", ["olmo3"])
+def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
+    config, token_ids = CONFIGS[name], tokens_of(7, 60)
+    model, state = beside.made(name)
+    half = copy.deepcopy(model).bfloat16()
+    rounded = {key: tensor.bfloat16() for key, tensor in state.items()}
+    exact = wide.logits(wide.wide_model(config, half), token_ids)
+    theirs = half(torch.tensor([token_ids]), use_cache=False).logits[0]
+    found = Whole(config, rounded, torch.bfloat16).logits([(token_ids, 0, (Run(0, 4),))])[0]
+    error, their_error = ((logits.double() - exact).abs().mean() for logits in (found, theirs))
+    assert found.dtype == torch.bfloat16 and 0 < error <= 1.3 * their_error
