@@ -11,9 +11,9 @@ import pytest
 from counts import full
 from noria import config
 from noria.errors import InputError
-from noria.plan import planner, rates
+from noria.plan import building, planner, rates
 from noria.plan.planner import GiB
-from noria.plan.problem import Machine, Problem
+from noria.plan.problem import Candidate, Machine, Problem
 from noria.plan.rounds import Workload
 from test_costs import LLAMA_8B, OPT_30B, QWEN3_30B, llama, opt
 
@@ -160,3 +160,9 @@ def test_a_hundred_layers_on_sixty_four_ranks_are_planned_in_two_seconds_without
     )
     seconds, torch = found.stdout.split()
     assert float(seconds) < 2 and torch == "False"
+
+
+def test_what_streams_coded_leaves_the_rows_their_pages():
+    case = "30B of experts on a small GPU"
+    plan = building.build(problem_of(case), Candidate(1, 1, 3, 2**14, rows=256, coded=True))
+    assert plan.coded and plan.num_pages >= 256 * Workload(*CASES[case][4]).pages

@@ -138,7 +138,7 @@ class Sizes:
         by_tier, slot, passing, decoding = dict.fromkeys(("", *TIERS), 0), 0, [], 0
         for name, tier in zip(self.cut.share(rank).names, self.weight_tiers[rank], strict=True):
             encoded, whole = self.weighed.encoded.get(name), self.decoded and tier == "gpu"
-            coded = self.weighed.coded.get(name) if self.coded and tier == "cpu" else None
+            coded = self.weighed.coded.get(name) if self.coded and tier in ("", "cpu") else None
             by_tier[tier] += self.weighed.decoded[name] if encoded and whole else self.weighed.held[name]
             if tier not in ("", "gpu") and name != "embed":
                 slot = max(slot, self.weighed.held[name])

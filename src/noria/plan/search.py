@@ -204,10 +204,14 @@ def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 
 def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Larger or smaller microbatches; what smaller ones leave of memory may hold a few more rows."""
     if problem.config.pipeline.microbatch_tokens or problem.machine.device == "cpu":
         return []
-    tokens = min(here.microbatch_tokens, problem.step_tokens(here))
-    return [replace(here, microbatch_tokens=count) for count in (tokens // 2, 2 * tokens) if 64 <= count <= MOST]
+    tokens, most = min(here.microbatch_tokens, problem.step_tokens(here)), problem.workload.num_rows
+    counts = [count for count in (tokens // 2, 2 * tokens // 3, 3 * tokens // 2, 2 * tokens) if 64 <= count <= MOST]
+    more = [min(round(here.rows * factor), most) for factor in FACTORS[:2]]
+    found = [replace(here, microbatch_tokens=count) for count in counts]
+    return [*found, *(replace(one, rows=rows) for one in found for rows in more if one.microbatch_tokens < tokens)]
 
 
 def _other_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:
