@@ -44,6 +44,27 @@ def shape_of(name, **keys):
         ("smollm3", {"layer_types": [SLIDING] * 3}, "layer_types has sliding_attention where use_sliding_window is false"),
         ("seed_oss", {"attention_out_bias": "yes"}, "attention_out_bias is 'yes': it must be true or false"),
         ("exaone4", {"layer_types": None}, "sliding_window_pattern is 'LLLG': it must be a whole number of at least 1"),
+        ("cohere", {"logit_scale": 0}, "logit_scale is 0: it must be a number above 0"),
+        ("cohere", {"hidden_act": "gelu"}, "hidden_act is 'gelu': Noria computes this family only with silu"),
+        ("cohere", {"use_parallel_block": False}, "use_parallel_block is False: Noria does not know what it asks for"),
+        ("cohere2", {"use_parallel_block": False}, "use_parallel_block is False: Noria computes this family only with True"),
+        ("cohere2", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
+        ("cohere2", {"layer_switch": 4}, "layer_switch is 4: sliding_window_pattern is 2: they must be equal"),
+        ("cohere2", {"head_dim": 16}, "head_dim is 16: Noria computes this family only with hidden_size / num_attention_heads, 8"),
+        ("cohere2", {"use_embedding_sharing": False}, "use_embedding_sharing is False: tie_word_embeddings says otherwise"),
+        ("glm4", {"partial_rotary_factor": 0.75}, "9 of head_dim 12 are rotated: rotary positions need an even number"),
+        ("stablelm", {"rope_pct": 0.5}, "rope_pct is 0.5: Noria does not know what it asks for"),
+        ("stablelm", {"layer_norm_eps": 0}, "layer_norm_eps is 0: it must be a number above 0"),
+        ("starcoder2", {"norm_type": "rms_norm"}, "norm_type is 'rms_norm': Noria computes this family only with 'layer_norm'"),
+        ("starcoder2", {"hidden_act": "mish"}, "hidden_act is 'mish': not in this version of Noria"),
+        ("gpt_neox", {"use_parallel_residual": 1}, "use_parallel_residual is 1: it must be true or false"),
+        ("phi", {"qk_layernorm": "no"}, "qk_layernorm is 'no'"),
+        ("nemotron", {"normalization": "rms"}, "normalization is 'rms'"),
+        ("falcon", {"alibi": True}, "alibi is True: Noria computes this family only with rotary positions"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2: Noria computes this only with new_decoder_architecture"),
+        ("falcon", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
+        ("falcon of 40B's shape", {"num_kv_heads": 3}, "num_attention_heads (4) is not a multiple of num_key_value_heads (3)"),
+        ("falcon of 40B's shape", {"parallel_attn": False}, "new_decoder_architecture is True: Noria computes it only with parallel_attn"),
     ],
 )  # fmt: skip
 def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):
@@ -59,7 +80,7 @@ def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
         shape_of(name, unheard_of=[1])
 
 
-@pytest.mark.parametrize("name", ["olmo3"])
+@pytest.mark.parametrize("name", ["olmo3", "cohere with norms of heads (R+)", "nemotron", "falcon"])
 def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
     config, token_ids = CONFIGS[name], tokens_of(7, 60)
     model, state = beside.made(name)

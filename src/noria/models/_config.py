@@ -73,7 +73,7 @@ def keys_of(config: Mapping[str, Any], defaults: Mapping[str, Any], synonyms: Ma
     """The keys of a config.json, under a family's own names of them, and what those mean that it leaves out."""
     given = dict(config)
     for other, key in (synonyms or {}).items():
-        if other in given and given.get(key, given[other]) == given[other]:
+        if other in given and given.get(key) in (None, given[other]):
             given[key] = given.pop(other)
     return Keys({**defaults, **given})
 

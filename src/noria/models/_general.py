@@ -49,20 +49,35 @@ class Places:
     tokens: str = "model.embed_tokens"
     layers: str = "model.layers"
     norm: str = "model.norm"
+    lm_head: str = "lm_head"
 
 
 def described(
     found: ModelShape, *norms: str, norm_biases: bool = False, gated: bool = True, **details: Any
 ) -> ModelShape:
-    """The shape with what this file reads: norms [E] of a layer, or others by name and size; biases of norms; gates.
+    """The shape with what this file reads: the names of a layer's norms [E], their biases and the last norm's, gates.
 
-    parallel: attention and feed-forward take the same hidden states. activation: of a feed-forward without a gate.
+    norms: the sizes of its other norms. biases: other parameters that have one. parallel: both halves take the same hidden
+    states. activation: of a feed-forward without a gate.
     """
     sizes = dict.fromkeys(norms, (found.hidden_size,)) | details.pop("norms", {})
-    biases = found.details["biases"] | {"up": found.details["biases"]["gate_up"]} | details.pop("biases", {})
-    biases |= dict.fromkeys((*sizes, "norm"), norm_biases)
+    biases = found.details["biases"] | {"up": found.details["biases"]["gate_up"]}
+    biases |= dict.fromkeys((*norms, "norm"), norm_biases) | details.pop("biases", {})
     more = {"norms": sizes, "biases": biases, "gated": gated, "parallel": False, **details}
     return replace(found, details={**found.details, **more})
+
+
+def with_layer_norms(
+    family: str, config: read.Keys, variant: _decoder.Variant, eps: str, activation: str = "hidden_act"
+) -> ModelShape:
+    """The shape by a config.json that has the epsilon of LayerNorms and the feed-forward's activation under these keys.
+
+    Raises InputError, naming the key, for what cannot be computed.
+    """
+    norm_eps = read.number(config, eps, 1e-5)
+    named = read.one_of(config, activation, "silu", tuple(ACTIVATIONS))
+    found = _decoder.shape(family, config.having(rms_norm_eps=norm_eps, hidden_act=None), variant)
+    return replace(found, details={**found.details, "activation": named})
 
 
 def kinds_of(config: Mapping[str, Any], every: int) -> list[str]:
@@ -118,7 +133,8 @@ def sources(shape: ModelShape, block_name: str, places: Places) -> dict[str, tup
         return {"tokens": (f"{places.tokens}.weight",)}
     if block_name == "head":
         found = {f"norm{end}": f"{places.norm}.{word}" for end, word in (("", "weight"), ("_bias", "bias"))}
-        found |= {"lm_head": f"{places.tokens if shape.tied else 'lm_head'}.weight", "lm_head_bias": "lm_head.bias"}
+        lm_head = places.tokens if shape.tied else places.lm_head
+        found |= {"lm_head": f"{lm_head}.weight", "lm_head_bias": f"{places.lm_head}.bias"}
         return {parameter: (found[parameter],) for parameter in head_parameters(shape)}
     layer = int(block_name.removeprefix("layers/"))
     return _sources.of_layer(f"{places.layers}.{layer}", layer_parameters(shape, layer), places.modules)
@@ -137,6 +153,13 @@ def layer_norm(
         return hidden
     weight, bias = parameters[name], parameters.get(f"{name}_bias")
     return F.layer_norm(hidden, weight.shape, weight, bias, shape.details["norm_eps"])
+
+
+def layer_norm_each(shape: ModelShape, weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Heads [T, N, D] after a LayerNorm of each, with weights of its own [N * D]; in float32 for half precisions."""
+    wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    normed = F.layer_norm(wide, wide.shape[-1:], eps=shape.details["norm_eps"])
+    return (normed * weight.view(heads.shape[1:])).to(heads.dtype)
 
 
 def mlp(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
@@ -177,6 +200,11 @@ def layer(
     hidden = norm(shape, parameters, "after_attention_norm", attended).add_(hidden)
     made = halves.feed_forward(shape, parameters, norm(shape, parameters, "mlp_norm", hidden))
     return norm(shape, parameters, "after_mlp_norm", made).add_(hidden)
+
+
+def layer_norm_head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [S, V] of hidden states [S, E], behind a LayerNorm."""
+    return head(shape, parameters, hidden, layer_norm)
 
 
 def head(
