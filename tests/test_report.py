@@ -30,6 +30,7 @@ from output_rows import fill, make_row
 GiB = 2**30
 PLAN = {
     "num_ranks": 2,
+    "groups": 2,
     "laps": 1,
     "memory": [{"gpu": {"weights": 4 * GiB, "cache": GiB}, "cpu": {"loading": GiB}, "disk": {}}] * 2,
     "predicted": {
@@ -54,6 +55,14 @@ TIMING = {
     "peak_host_nbytes": [3 * GiB, 2 * GiB],
     "decode_host_to_gpu_nbytes": [30 * GiB, 31 * GiB],
     "prefill_host_to_gpu_nbytes": [0, 0],
+    "decode_watched_seconds": [4.0, 4.0],
+    "decode_compute_seconds": [3.0, 2.0],
+    "decode_idle_input_seconds": [0.5, 1.0],
+    "decode_idle_weights_seconds": [0.0, 0.5],
+    "decode_idle_cache_seconds": [0.0, 0.0],
+    "decode_sampled": [3100, 3100],
+    "decode_flops": [15e12, 31e12],
+    "decode_memory_nbytes": [15e12, 15.5e12],
 }
 SEGMENT = {"start": "2026-11-29T01:00:00Z", "ranks": 2, "hosts": ["node3"], "devices": ["node3 cuda:0", "node3 cuda:1"]}
 SPECIAL = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
@@ -203,6 +212,7 @@ def test_the_terminal_has_every_section(run, capsys):
         "5 of 60 rows ended at max_new_tokens (8): raise it if they should go on",
         "what ran",
         "planned and measured (rates assumed, not measured)",
+        "where the time went",
         "where each rank's time went",
         "over the links",
         "generated tokens/s over time",

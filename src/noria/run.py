@@ -37,11 +37,13 @@ from noria.limits import CODED
 from noria.model import OpenModel
 from noria.output.stored_rates import store_rates
 from noria.plan import planner
+from noria.plan.done import with_work
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
 from noria.report.busy import end_lines
 from noria.report.measured import terms
+from noria.report.spent import spent, table_lines
 from noria.report.terms import PHASES
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
@@ -50,7 +52,7 @@ from noria.tools.helper import Helper
 from noria.tools.provenance import now, segment_of
 
 TOLD_SECONDS = (
-    5.0  # of prefill and decode together, before a run ends with each term of its plan: noria report shows them all
+    5.0  # of prefill and decode together, before a run ends with where its time went: noria report shows it of all runs
 )
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that differed from its plan
 
@@ -127,7 +129,7 @@ def _generate(
                 timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
             ran |= exact
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
-        timings = comm.allgather(asdict(timing) | meters.columns() | launcher.peak_memory(here.device))
+        timings = _gathered(here, plan, model, asdict(timing) | meters.columns())
         if desk is not None:
             _end(desk, config, plan, rates, how_made(config, work, plan, model, ran), timings)
         watchdog.record_by(None)
@@ -137,7 +139,7 @@ def _generate(
         if ring is not None:
             ring.close()
         on_error.pop_all()
-    otherwise = mpi.on_first_rank(comm, lambda: _say_otherwise(here, plan, timings, config.job))
+    otherwise = mpi.on_first_rank(comm, lambda: _say_how_it_went(here, plan, rates, timings, config.job))
     return NOT_AS_PLANNED if otherwise and config.job.strict else code
 
 
@@ -150,6 +152,12 @@ def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tup
     rates, said = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
     needed = rates.needed(work.dtype, may_use_disk)
     return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates, said
+
+
+def _gathered(here: ThisRank, plan: Plan, model: OpenModel, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank measured, and what it has computed. Collective."""
+    counted = here.comm.allgather(measured | launcher.peak_memory(here.device))
+    return with_work(plan, model.shape, model.blocks, counted)
 
 
 def _meters(config: Config, here: ThisRank, plan: Plan) -> Meters:
@@ -214,20 +222,21 @@ def _end(
     store_rates(config.output, rates.to_toml())
 
 
-def _compared(plan: Plan, timings: list[dict[str, Any]]) -> list[str]:
-    """Each term of the plan beside its measurement, where the run took long enough to say something."""
+def _tell_time(here: ThisRank, plan: Plan, rates: Rates, timings: list[dict[str, Any]]) -> None:
+    """Says where the time went, and which terms differ from the plan's, where the run took long enough to say something."""
     columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
     if sum(columns[f"{phase}_seconds"].max() for phase in PHASES) < TOLD_SECONDS:
-        return []
-    return list(end_lines(terms(plan.as_dict(), columns, None)))
+        return
+    found = spent(plan.as_dict(), columns, rates)
+    here.show(*(() if found is None else table_lines(found)), *end_lines(terms(plan.as_dict(), columns, None)))
 
 
-def _say_otherwise(here: ThisRank, plan: Plan, timings: list[dict[str, Any]], job: Job) -> list[str]:
-    """Says what was planned and measured, and where the run differed from its plan; returns what of that `strict` counts.
+def _say_how_it_went(here: ThisRank, plan: Plan, rates: Rates, timings: list[dict[str, Any]], job: Job) -> list[str]:
+    """Says where the time went, and where the run differed from its plan; returns what of that `strict` counts.
 
     Of its speed it says so only if the plan's rates were measured, on a GPU; `strict` counts that if they are of a file.
     """
-    here.say(*_compared(plan, timings))
+    _tell_time(here, plan, rates, timings)
     predicted = plan.predicted
     known = not predicted.get("assumed", True) and predicted.get("device") != "CPU"
     otherwise = plan.compare(figures(timings, speeds=known))

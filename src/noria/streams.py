@@ -5,7 +5,7 @@ Knows no tensors but the device's: who waits for what is said by its callers.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
@@ -24,6 +24,8 @@ class Watching(Protocol):
     def watches(self) -> bool: ...
 
     def copied(self, lane: str, begin: Mark, end: Mark) -> None: ...
+
+    def idled(self, name: str, begin: Mark, end: Mark) -> None: ...
 
     def took(self, name: str, seconds: float) -> None: ...
 
@@ -52,6 +54,8 @@ class Streams(Protocol):
     def wait(self, event: Event) -> None: ...
 
     def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event: ...
+
+    def waiting(self, name: str) -> AbstractContextManager[object]: ...
 
     def label(self, buffer: torch.Tensor, name: str, **args: object) -> None: ...
 
@@ -86,6 +90,14 @@ class Observed:
             if self._labels is None:
                 self._labels = {}
             self._labels[buffer.untyped_storage().data_ptr()] = name, args
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """The compute stream waits for `name` in here, from when it is through with what was queued before."""
+        begin = self.mark() if self.watch is not None and self.watch.watches else None
+        yield
+        if begin is not None and self.watch is not None:
+            self.watch.idled(name, begin, self.mark())
 
     def took(self, name: str, seconds: float) -> None:
         """Something that no stream does took so long; any thread may say so."""

@@ -52,7 +52,7 @@ def test_a_streaming_run_shows_its_link_at_work(tmp_path):
     files = [str(tmp_path / word) if "." in word else word for word in files]
     done = world.command(1, ["run", *files, *flags], timeout=240)
     assert done.returncode == 0, describe(done)
-    assert "planned and measured, decode: " in done.stderr and "; link: " in done.stderr
+    assert "\nwaiting for weights " in done.stderr and "\nlink to the GPU " in done.stderr
     with opened.open(tmp_path / "o.h5") as rows:
         timing = rows.timings()
     rounds, watched = timing["decode_rounds"][0], timing["decode_watched_rounds"][0]

@@ -14,6 +14,7 @@ from noria.errors import InputError, require
 from noria.output.schema import FORMAT as GENERATIONS
 from noria.output.summary import Summary, summary_of
 from noria.output.unfinished import is_unfinished, summary_of_unfinished
+from noria.report.facts import spent_of
 from noria.tools.container import format_of
 from noria.tools.text import json_text, nbytes_words, plural, printable
 
@@ -61,8 +62,15 @@ def _output_of(run: list[str]) -> Path:
 
 
 def _output(summary: Summary, arguments: argparse.Namespace) -> int:
-    _write([json_text(_checked(summary.as_dict(), arguments))] if arguments.json else summary.lines(arguments.all))
+    told = _checked(summary.as_dict() | _time_of(summary), arguments) if arguments.json else {}
+    _write([json_text(told)] if arguments.json else summary.lines(arguments.all))
     return 0
+
+
+def _time_of(summary: Summary) -> dict[str, Any]:
+    """Where the time of the last job went, of a finished output that says so."""
+    found = spent_of(summary.path) if summary.finished else None
+    return {} if found is None else {"time": found.as_dict()}
 
 
 def _checked(facts: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -153,7 +153,8 @@ class InHost:
             assert self._input.gather is not None, "nothing was loaded, so it is gathered on the device"
             return self._input.gather(m.first, m.last)
         slot = self._coming[layer, microbatch]
-        self._streams.wait(slot.written)
+        with self._streams.waiting("cache"):  # hidden states in CPU memory are read as a staged cache is
+            self._streams.wait(slot.written)
         return self._in_slot(slot, layer, m)
 
     def put(self, layer: int, microbatch: int, part: Arrays) -> None:

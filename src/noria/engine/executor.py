@@ -14,7 +14,7 @@ import torch
 
 from noria.engine.batch import Batch
 from noria.engine.stage import Stage
-from noria.engine.timing import Meters, Timing
+from noria.engine.timing import Meters, Timing, work_of
 from noria.masks import Pending
 from noria.ring.ring import AnyRing
 from noria.step import Result, Step, Word
@@ -81,7 +81,8 @@ class Executor:
     def _time_round(self, round: int, steps: list[Step], began: float) -> float:
         """Books a round that began at `began` and is over now. Returns now."""
         ended, tokens = time.perf_counter(), sum(step.num_tokens for step in steps)
-        self.timing.end_round(_is_prefill(steps), tokens, ended - began)
+        self.timing.end_round(_is_prefill(steps), work_of(steps), ended - began)
+        self._gauge.lasted(ended - began)
         name = _phase(steps) if tokens else "no tokens"
         self.trace.host("steps", name, began, ended, round=round, tokens=tokens)
         return ended
@@ -116,7 +117,9 @@ class Executor:
     def _wait(self, doing: str, call: Callable[[], T]) -> T:
         """What `call` returns; the time that it takes counts as waiting for the ring."""
         before, self._doing, done_before = time.perf_counter(), doing, self._doing
+        begin = self._gauge.mark()
         value = call()
+        self._gauge.waited("input", begin)
         self._doing = done_before
         ended = time.perf_counter()
         self.timing.waited += ended - before

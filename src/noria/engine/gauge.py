@@ -17,6 +17,7 @@ from noria.transports import Transport
 
 WATCHED = 8  # rounds after the first that are all looked at, then every 8th: two marks a layer cost the host some 10 us
 NAMES = ("load", "store", "disk", "compute", "launches", "host", "hops", "waited")
+IDLE = ("input", "weights", "cache")  # what a device may wait for, with nothing to compute
 PHASES = ("prefill", "decode")
 
 
@@ -27,9 +28,13 @@ class Gauging(Protocol):
 
     def computed(self, begin: Mark | None) -> None: ...
 
+    def waited(self, name: str, begin: Mark | None) -> None: ...
+
     def took(self, name: str, seconds: float) -> None: ...
 
     def end_round(self, phase: str) -> None: ...
+
+    def lasted(self, seconds: float) -> None: ...
 
     def transport(self, transport: Transport | None) -> Transport | None: ...
 
@@ -45,10 +50,16 @@ class Unwatched:
     def computed(self, begin: Mark | None) -> None:
         pass
 
+    def waited(self, name: str, begin: Mark | None) -> None:
+        pass
+
     def took(self, name: str, seconds: float) -> None:
         pass
 
     def end_round(self, phase: str) -> None:
+        pass
+
+    def lasted(self, seconds: float) -> None:
         pass
 
     def transport(self, transport: Transport | None) -> Transport | None:
@@ -60,9 +71,10 @@ class Unwatched:
 
 class Gauge:
     """Seconds of a rank by phase and name: of copies to and from the device, of disks, of layers on the device, of the host that
-    queues them or composes steps, of sending hidden states, and of waiting for the ring. Any thread may add.
+    queues them or composes steps, of sending hidden states, and of waiting for the ring; and what the device stood still for.
+    Any thread may add.
 
-    The first round is left out: it waits for what is loaded ahead in all others.
+    The first round is left out, unless it is the only one of its phase: it waits for what is loaded ahead in all others.
     """
 
     def __init__(self, streams: Streams):
@@ -75,11 +87,12 @@ class Gauge:
         )  # of rounds before, that the device may not have passed
         self._seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._rounds: Counter[str] = Counter()
+        self._latest = ""  # the phase under which the last round is counted, if it is
         streams.watch = self
 
     @property
     def watches(self) -> bool:
-        return 0 < self._round <= WATCHED or self._round % WATCHED == 1
+        return self._round <= WATCHED or self._round % WATCHED == 1
 
     def mark(self) -> Mark | None:
         """Where the stream is now; None in a round that is not looked at."""
@@ -89,6 +102,15 @@ class Gauge:
         """The device computes from the mark on to where the stream is now."""
         if begin is not None:
             self._add("compute", begin, self._streams.mark())
+
+    def waited(self, name: str, begin: Mark | None) -> None:
+        """The host has waited for this since the mark: the device too, from when it had computed all that was queued."""
+        if begin is not None:
+            self.idled(name, begin, self._streams.mark())
+
+    def idled(self, name: str, begin: Mark, end: Mark) -> None:
+        """The device stood still between these marks, one of IDLE was not there."""
+        self._add(f"idle_{name}", begin, end)
 
     def copied(self, lane: str, begin: Mark, end: Mark) -> None:
         """Copies of a lane lie between these marks."""
@@ -103,13 +125,19 @@ class Gauge:
         """All of a round is queued; `phase` "": it had no tokens."""
         with self._lock:
             counts, spans, self._counts, self._spans = self._counts, self._spans, defaultdict(float), []
-        if self.watches and phase:
-            self._rounds[phase] += 1
+        self._latest = (phase if self._round else f"first {phase}") if self.watches and phase else ""
+        if self._latest:
+            self._rounds[self._latest] += 1
             for name, seconds in counts.items():
-                self._seconds[phase, name] += seconds
-            self._pending += ((phase, *span) for span in spans)
+                self._seconds[self._latest, name] += seconds
+            self._pending += ((self._latest, *span) for span in spans)
         self._round += 1
         self._resolve(waits=False)
+
+    def lasted(self, seconds: float) -> None:
+        """How long the round that ended last was, from its first step to its results."""
+        if self._latest:
+            self._seconds[self._latest, "watched"] += seconds
 
     def transport(self, transport: Transport | None) -> Transport | None:
         """The transport, with its sends of hidden states timed."""
@@ -118,9 +146,13 @@ class Gauge:
     def columns(self) -> dict[str, float]:
         """One number a column, for the output's `timing`. After the last step: waits for marks that have not passed."""
         self._resolve(waits=True)
-        rounds = {f"{phase}_watched_rounds": float(self._rounds[phase]) for phase in PHASES}
-        seconds = {f"{phase}_{name}_seconds": self._seconds[phase, name] for phase in PHASES for name in NAMES}
-        return rounds | seconds
+        columns = {}
+        for phase in PHASES:
+            counted = phase if self._rounds[phase] else f"first {phase}"
+            columns[f"{phase}_watched_rounds"] = float(self._rounds[counted])
+            for name in ("watched", *NAMES, *(f"idle_{one}" for one in IDLE)):
+                columns[f"{phase}_{name}_seconds"] = self._seconds[counted, name]
+        return columns
 
     def _add(self, name: str, begin: Mark, end: Mark) -> None:
         with self._lock:

@@ -170,8 +170,9 @@ class KvCache:
         if source != layer:
             self._send(layer, microbatch, staged, {"token": (*staged.loads["token"], *staged.stores["token"])})
         slot = self._staged[layer, microbatch]
-        for coming in slot.coming:
-            self._streams.wait(event_of(coming))
+        with self._streams.waiting("cache"):
+            for coming in slot.coming:
+                self._streams.wait(event_of(coming))
         slot.coming = []
         if source not in slot.views:
             slot.views[source] = self._view(

@@ -213,9 +213,10 @@ class Stage:
         top, positions = sampler.top(step.sample_slots), positions_of(step)[step.sample_rows] + 1
 
         def draw(chunk: slice, logits: torch.Tensor) -> Result:
-            begin = self._trace.mark()
+            begin, mark = self._trace.mark(), self._gauge.mark()
             its = None if masks is None else masks.within(chunk.start, chunk.stop)
             drawn = sampler.sample(logits, step.sample_slots[chunk], step.uniforms[chunk], positions[chunk], top, its)
+            self._gauge.computed(mark)
             self._trace.compute("sample", begin, *self._at)
             return drawn
 

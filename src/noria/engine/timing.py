@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from noria.engine.gauge import Gauging, Unwatched
 from noria.engine.trace import Tracing
+from noria.step import Step
 from noria.transports import Transport
 
 LINKS = ("disk_to_host", "host_to_gpu", "gpu_to_host", "host_to_disk", "rank_to_rank")
@@ -47,7 +50,7 @@ class Traffic:
 class Timing:
     """Seconds of a rank between its first step and its last; `waited` of them for the ring.
 
-    Rounds with any chunk of a prompt are prefill, the others with tokens decode.
+    Rounds with any chunk of a prompt are prefill, the others with tokens decode. What `work_of` counts, by phase.
     """
 
     rounds: int = 0
@@ -58,17 +61,42 @@ class Timing:
     prefill_rounds: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
+    prefill_passes: int = 0
+    prefill_sampled: int = 0
+    prefill_scored: int = 0
+    prefill_seen: int = 0
+    prefill_pairs: int = 0
     decode_rounds: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    decode_passes: int = 0
+    decode_sampled: int = 0
+    decode_scored: int = 0
+    decode_seen: int = 0
+    decode_pairs: int = 0
 
-    def end_round(self, prefill: bool, tokens: int, seconds: float) -> None:
-        """Adds a round to its phase."""
-        self.rounds, self.tokens, phase = self.rounds + 1, self.tokens + tokens, "prefill" if prefill else "decode"
+    def end_round(self, prefill: bool, work: Mapping[str, int], seconds: float) -> None:
+        """Adds a round to its phase; `work`: of its steps together."""
+        tokens, phase = work["tokens"], "prefill" if prefill else "decode"
+        self.rounds, self.tokens = self.rounds + 1, self.tokens + tokens
         if not tokens:
             return
-        for name, value in (("rounds", 1), ("tokens", tokens), ("seconds", seconds)):
+        for name, value in (("rounds", 1), ("seconds", seconds), *work.items()):
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
+
+
+def work_of(steps: Sequence[Step]) -> dict[str, int]:
+    """What steps have to do, together: tokens, microbatches (`passes`), tokens that are sampled and scored, cached tokens that
+    their rows look at (`seen`), and pairs of a token and one that it looks at."""
+    work = dict.fromkeys(("tokens", "passes", "sampled", "scored", "seen", "pairs"), 0)
+    for step in steps:
+        if step.num_tokens:
+            counts, positions = step.counts.astype(np.int64), step.positions.astype(np.int64)
+            pairs = int((counts * positions + counts * (counts + 1) // 2).sum())
+            its = step.num_tokens, len(step.borders) - 1, step.num_samples, len(step.score_ids)
+            for name, value in zip(work, (*its, int((positions + counts).sum()), pairs), strict=True):
+                work[name] += value
+    return work
 
 
 def figures(timings: Sequence[Mapping[str, Any]], speeds: bool) -> dict[str, Any]:

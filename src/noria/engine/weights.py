@@ -163,7 +163,8 @@ class Weights:
             assert self._ahead, f"no weight slot is free for {name}"
             if self._ahead[0].name == name:
                 coming, home = self._ahead.popleft(), self._homes[name]
-                self._streams.wait(coming.transfer.event())
+                with self._streams.waiting("weights"):
+                    self._streams.wait(coming.transfer.event())
                 for link in home.links:
                     self._traffic.add(link, home.block.nbytes)
                 return coming

@@ -56,6 +56,11 @@ class ThisRank:
         for line in lines if self.rank == 0 else ():
             self.log(line)
 
+    def show(self, *lines: str) -> None:
+        """On rank 0, lines of a table: as wide as they are, without a time before them."""
+        for line in lines if self.rank == 0 else ():
+            log(self.rank, self.num_ranks, line, bare=True)
+
     def announce(self) -> None:
         """Who runs where. Collective."""
         placed = self.comm.allgather(f"{self.name}, {self.location.cores}")

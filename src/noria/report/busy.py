@@ -1,4 +1,4 @@
-"""Each term of a plan's rounds beside the seconds that the run kept it busy, and both as lines for the end of a run.
+"""Each term of a plan's rounds beside the seconds that the run kept it busy; those that differ, as lines for a run's end.
 
 A stored plan and its timings may hold anything: a term is told where both are numbers. Pure arithmetic.
 """
@@ -8,10 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from noria.report.terms import PHASES, Term, Timings, number, term
-from noria.tools.text import seconds_words
+from noria.plan.plan import TOLERANCE
+from noria.report.terms import Term, Timings, number, term
+from noria.tools.text import plural, seconds_words
 
 KERNELS = ("attention", "other kernels")
+NOTES = {
+    "launches": "Python and launches of layers on the host, while the device computes; it waits there where the queue is full",
+    "host": "rank 0: takes results in, composes steps",
+    "ring": "a group's way through all ranks, by what they compute and send",
+}
 
 
 def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term]:
@@ -22,7 +28,8 @@ def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term
     on_cpu = isinstance(predicted, Mapping) and predicted.get("device") == "CPU"  # there compute is what the host does
     for name in measured:
         if not (on_cpu and name == "launches"):
-            found = term(f"{phase}, {name}", planned.get(name), measured[name], seconds_words)
+            words = f"{phase}, {name}"
+            found = term(words, planned.get(name), measured[name], seconds_words, NOTES.get(name, ""))
             if found is not None:
                 yield found
 
@@ -37,9 +44,9 @@ def _planned(terms: object, phase: str) -> dict[str, float]:
 
 def _measured(timings: Timings, phase: str, groups: float | None) -> dict[str, float]:
     """Seconds of a round, the most of any rank; `host` of rank 0; `ring`: a group's way, by what ranks compute and send."""
-    rounds = timings.get(f"{phase}_watched_rounds")
-    if rounds is None or not len(rounds) or not (rounds > 0).all():
-        return {}
+    rounds, all_rounds = timings.get(f"{phase}_watched_rounds"), timings.get(f"{phase}_rounds", np.zeros(0))
+    if rounds is None or not len(rounds) or not (rounds > 0).all() or (all_rounds == 1).any():
+        return {}  # a single step says nothing of others: it waits for what is loaded ahead in them
     of_ranks = {name: _a_round(timings, phase, name, rounds) for name in ("load", "store", "disk", "compute", "hops")}
     link = np.maximum(of_ranks["load"], of_ranks["store"])
     found = {"link": link.max(), "disk": of_ranks["disk"].max(), "compute": of_ranks["compute"].max()}
@@ -57,17 +64,11 @@ def _a_round(timings: Timings, phase: str, name: str, rounds: np.ndarray) -> np.
 
 
 def end_lines(terms: Sequence[Term]) -> Iterator[str]:
-    """A line for each phase, and first for what is of the whole run; terms that are off are named with their difference."""
-    phases = ("", *PHASES)
-    its: dict[str, list[str]] = {phase: [] for phase in phases}
-    for one in terms:
-        phase = next(phase for phase in reversed(phases) if not phase or one.name.startswith(f"{phase}, "))
-        its[phase].append(_words(one, one.name.removeprefix(f"{phase}, ")))
-    for phase in phases:
-        if its[phase]:
-            yield f"planned and measured{f', {phase}' if phase else ''}: {'; '.join(its[phase])}"
-
-
-def _words(one: Term, name: str) -> str:
-    off = f" ({100 * one.difference:+.0f} %)" if one.is_off else ""
-    return f"{name}: {one.planned}, {one.measured}{off}"
+    """A line of at most 80 characters for each term that is off; one line where none is. Tokens/s tell of a round too."""
+    off = [one for one in terms if one.is_off and not one.name.endswith(", a round")]
+    if terms and not off:
+        yield f"as planned: {plural(len(terms), 'figure')} within {100 * TOLERANCE:.0f} %"
+    elif off:
+        yield f"{'not as planned':<24}{'planned':>12}{'measured':>12}"
+    for one in off:
+        yield f"{one.name:<24}{one.planned:>12}{one.measured:>12}{100 * one.difference:>+7.0f} %"

@@ -17,7 +17,8 @@ from noria.output.summary import Summary, seconds_of, summary_of
 from noria.output.unfinished import is_unfinished, summary_of_unfinished
 from noria.report.counted import Lengths, Speed, lengths_of, speeds_of
 from noria.report.measured import LinkBytes, RankTime, moved, rank_times, terms
-from noria.report.terms import Term, number
+from noria.report.spent import Spent, spent
+from noria.report.terms import Term, Timings, number
 from noria.tools.provenance import now
 from noria.tools.text import plural
 
@@ -37,7 +38,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Facts:
-    """`ran`: (name, words) of what ran; `terms` and `ranks` are of the last job, and nothing of a run that is not finished.
+    """`ran`: (name, words) of what ran; `terms`, `spent` and `ranks`: of the last job, nothing of a run that is not finished.
     `ended`: rows by finish reason. `num_groups`: of errors, of which `errors` are the most frequent."""
 
     path: Path
@@ -49,6 +50,7 @@ class Facts:
     plan: list[tuple[str, str]]
     terms: list[Term]
     assumed: list[str]
+    spent: Spent | None
     ranks: list[RankTime]  # the first ones
     num_ranks: int
     moved: list[LinkBytes]
@@ -84,6 +86,7 @@ def facts_of(path: Path) -> Facts:
             if "shards" in rows.attrs
             else terms(plan, timings, int(number(last, "tokens") or 0), len(segments) == 1),
             _assumed(plan),
+            _spent(rows, plan, timings),
             ranks[:MAX_RANKS],
             len(ranks),
             moved(timings),
@@ -96,6 +99,17 @@ def facts_of(path: Path) -> Facts:
             _generations(rows),
             segment_lines(segments, summary.running)[-MAX_JOBS:],
         )
+
+
+def spent_of(path: Path) -> Spent | None:
+    """Where the time of a finished output's last job went. Raises InputError as `facts_of`."""
+    with opened.open(path) as rows:
+        return _spent(rows, _table(rows.attrs.get("plan")), rows.timings())
+
+
+def _spent(rows: Output, plan: Mapping[str, Any], timings: Timings) -> Spent | None:
+    """Of shards that were joined the ranks had a plan each."""
+    return None if "shards" in rows.attrs else spent(plan, timings, str(rows.attrs.get("rates", "")))
 
 
 def _generations(rows: Output) -> list[Generation]:

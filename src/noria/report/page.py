@@ -11,6 +11,7 @@ from noria.report.counted import Lengths
 from noria.report.facts import Errors, Facts
 from noria.report.markup import block, details, safe, table
 from noria.report.measured import LinkBytes
+from noria.report.spent import Spent, bubble_words, headline, table_rows
 from noria.report.style import STYLE
 from noria.report.terms import Term
 from noria.tools.text import nbytes_words, plural
@@ -38,6 +39,8 @@ def _sections(facts: Facts) -> Iterator[str]:
     yield f"<h2>What ran</h2>{table(facts.ran)}{_more(facts)}"
     if facts.terms:
         yield f"<h2>Planned and measured</h2>{_terms(facts.terms)}{_assumed(facts.assumed)}"
+    if facts.spent is not None:
+        yield f"<h2>Where the time went</h2>{_spent(facts.spent)}"
     if facts.ranks:
         yield f"<h2>Where each rank's time went</h2>{_legend(_RANK_KINDS)}{_ranks(facts)}{_links(facts.moved)}"
     if facts.speeds:
@@ -89,6 +92,20 @@ def _terms(terms: list[Term]) -> str:
     )
     head = '<tr><td></td><th scope="col">planned</th><th scope="col">measured</th><th scope="col">difference</th></tr>'
     return f'<table class="terms">{head}{"".join(rows)}</table>'
+
+
+def _spent(found: Spent) -> str:
+    """The table that the run ended with."""
+    (_, *phases), *rows = table_rows(found)
+    head = "".join(f'<th scope="col">{safe(phase)}</th>' for phase in phases)
+    lines = "".join(f'<tr><th scope="row">{safe(name)}</th>{_numbers(cells)}</tr>' for name, *cells in rows)
+    ranks = "Least, mean and most of all ranks. " * (found.num_ranks > 1)
+    table = f'<table class="terms"><tr><td></td>{head}</tr>{lines}</table>'
+    return f"<p>{safe(headline(found))}</p>{table}<p>{ranks}{safe(bubble_words(found))}</p>"
+
+
+def _numbers(cells: list[str]) -> str:
+    return "".join(f'<td class="number">{safe(cell)}</td>' for cell in cells)
 
 
 def _assumed(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from noria.output.generations import Generation
 from noria.plan.plan import rate_words
 from noria.report.counted import Lengths, Speed
 from noria.report.facts import Facts
+from noria.report.spent import table_lines
 from noria.report.terms import Term
 from noria.tools.text import nbytes_words, plural, printable, seconds_words
 
@@ -26,6 +27,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield from _section("what ran", (f"{name:<18}{words}" for name, words in [*facts.ran, *facts.plan]))
     title = "planned and measured" + (" (rates assumed, not measured)" if facts.assumed else "")
     yield from _section(title, _terms(facts.terms))
+    yield from _section("where the time went", () if facts.spent is None else table_lines(facts.spent))
     yield from _section("where each rank's time went", _ranks(facts))
     yield from _section("over the links", (_link(one.link, one.phase, one.nbytes, one.rate) for one in facts.moved))
     yield from _section("generated tokens/s over time", _speeds(facts.speeds))

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from noria.tools.text import printable
 
 
-def log(rank: int, num_ranks: int, message: str, stream: TextIO | None = None) -> None:
+def log(rank: int, num_ranks: int, message: str, stream: TextIO | None = None, bare: bool = False) -> None:
     """Logs `2026-11-23T03:15:02Z rank=1/4 message`, a line for each of the message's.
 
-    `stream`: where Noria's own handler writes it, instead of stderr.
+    `stream`: where Noria's own handler writes it, instead of stderr. bare: it writes the message alone, as wide as it is.
     """
-    _logger().info(message, extra={"rank": f"{rank}/{num_ranks}", "stream": stream})
+    _logger().info(message, extra={"rank": f"{rank}/{num_ranks}", "stream": stream, "bare": bare})
 
 
 def _logger() -> logging.Logger:
@@ -35,6 +35,8 @@ class _Stamped(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         lines = record.getMessage().splitlines() or [""]
+        if record.__dict__["bare"]:
+            return "\n".join(map(printable, lines))
         return "\n".join(f"{stamp} rank={record.__dict__['rank']} {printable(line)}" for line in lines)
 
 
