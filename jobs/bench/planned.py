@@ -1,0 +1,199 @@
+"""What a plan predicts beside what its run measures, and plans that differ in one choice beside it, with random weights:
+
+    python jobs/bench/planned.py [--case NAME ...] [--times 3] [--rivals 4] [--seconds 500]
+    mpirun -n 2 python jobs/bench/planned.py ...
+
+All runs in one process a rank, which loads a model of few layers each time. Prints a JSON line a case: tokens/s predicted
+and measured, overall and of each phase (the median of several runs), and the share by which the measured one is off; with
+--rivals the measured tokens/s of the fastest other plans as well, and how many times as fast the best of them is. Cases need
+a GPU, or --device cpu.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import lengths
+import streamed
+from resident import LLAMA_8B
+
+from noria import config
+from noria.communicator import Communicator
+from noria.launch import mpi
+from noria.run import run
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+OPT_30B = streamed.config_of("opt-30b")
+LLAMA_TINY = LLAMA_8B | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 8000}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape cut to so many layers, rows of equal length, and flags of noria run."""
+
+    shape: dict
+    layers: int
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+ON_CPU = {"weights": "cpu=100"}
+CASES = {
+    "dense, resident": Case(LLAMA_8B, 16, 1024, 512, 64),
+    "dense, few rows": Case(LLAMA_8B, 16, 16, 512, 256),
+    "dense, short rows": Case(LLAMA_8B, 16, 4096, 64, 32),
+    "dense, long prompts": Case(LLAMA_8B, 16, 48, 6000, 64),
+    "mixture, resident": Case(QWEN3_30B, 16, 512, 512, 64),
+    "mixture, few rows": Case(QWEN3_30B, 16, 16, 512, 128),
+    "dense, streamed": Case(OPT_30B, 16, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
+    "dense, streamed and coded": Case(LLAMA_8B, 16, 192, 512, 12, ON_CPU),
+    "dense, half of it resident": Case(OPT_30B, 16, 192, 512, 12, {"gpu_memory": "16GiB"}),
+    "mixture, streamed": Case(QWEN3_30B, 16, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
+    "dense, cache in CPU memory": Case(OPT_30B, 16, 128, 1024, 12, {"cache": "cpu=100"}),
+    "dense, on disk": Case(OPT_30B, 8, 192, 512, 4, {"weights": "disk=100", "stage": True}),
+}
+CPU_CASES = {
+    "few rows": Case(LLAMA_TINY, 8, 16, 64, 64),
+    "many rows": Case(LLAMA_TINY, 8, 512, 64, 32),
+    "long prompts": Case(LLAMA_TINY, 8, 32, 1024, 16),
+    "float64": Case(LLAMA_TINY, 4, 64, 64, 32, {"dtype": "float64"}),
+    "long answers": Case(LLAMA_TINY, 4, 64, 16, 256),
+    "one row": Case(LLAMA_TINY, 8, 1, 64, 128),
+}
+
+
+def measure(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any]) -> dict[str, Any]:
+    """One run: its plan, and tokens/s overall, of prefill and of decode, of the slowest rank."""
+    files = {"random_weights": str(folder / "config.json"), "prompts": str(folder / "prompts.jsonl")}
+    more = {"output": str(folder / "run.h5"), "overwrite": True, "ignore_eos": True}
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        code = run(config.load(None, files | more | case.flags | flags), comm)
+    assert code == 0, code
+    with h5py.File(folder / "run.h5") as output:
+        timing = {name: column[:] for name, column in output["timing"].items()}
+        plan, generated = json.loads(output.attrs["plan"]), len(output["tokens"])
+    found = {"overall": generated / float(timing["seconds"].max())}
+    for phase in ("prefill", "decode"):
+        seconds = float(timing[f"{phase}_seconds"].max())
+        found[phase] = float(timing[f"{phase}_tokens"].max()) / seconds if seconds else 0.0
+    return {"plan": plan, "measured": found}
+
+
+def repeated(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any], times: int) -> dict[str, Any]:
+    """Several runs of one plan: the medians."""
+    runs = [measure(comm, folder, case, flags) for _ in range(times)]
+    measured = {key: statistics.median(one["measured"][key] for one in runs) for key in runs[0]["measured"]}
+    return {"plan": runs[-1]["plan"], "measured": measured}
+
+
+def beside(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, list[float]]:
+    """Of each speed: predicted, measured, and the share by which the measured one is off."""
+    planned = {"overall": predicted["tokens_per_second"]}
+    planned |= {phase: predicted[phase]["tokens_per_second"] for phase in ("prefill", "decode")}
+    return {
+        name: [round(value, 1), round(measured[name], 1), round(measured[name] / value - 1, 3)]
+        for name, value in planned.items()
+    }
+
+
+def others(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Flags of plans that differ from this one in a choice: the step, the microbatch, groups, laps, the cache's tier."""
+    step, micro, groups, laps = (plan[name] for name in ("step_tokens", "microbatch_tokens", "groups", "laps"))
+    whole = {"step_tokens": step, "microbatch_tokens": micro, "groups": groups, "laps": laps}
+    yield whole | {"step_tokens": max(step // 2, 1), "microbatch_tokens": min(micro, max(step // 2, 1))}
+    yield whole | {"step_tokens": 2 * step}
+    yield whole | {"microbatch_tokens": max(micro // 2, 1)}
+    yield whole | {"microbatch_tokens": min(2 * micro, step)}
+    yield {"groups": groups + 1, "laps": laps}
+    if groups > plan["num_ranks"]:
+        yield {"groups": groups - 1, "laps": laps}
+    if plan["num_ranks"] > 1:
+        yield {"laps": 1 if laps > 1 else 2}
+
+
+def measured_rivals(
+    comm: Communicator, folder: Path, case: Case, found: dict[str, Any], count: int
+) -> list[dict[str, Any]]:
+    """The tokens/s of so many other plans. One that does not fit is left out."""
+    rivals: list[dict[str, Any]] = []
+    for flags in others(found["plan"]):
+        given = {name: value for name, value in flags.items() if name not in case.flags}
+        with contextlib.suppress(mpi.Refused):
+            speed = measure(comm, folder, case, given)["measured"]["overall"]
+            rivals.append({"flags": given, "tokens_per_second": round(speed, 1)})
+        if len(rivals) == count:
+            break
+    return rivals
+
+
+def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(comm.bcast(own)) if comm.Get_size() > 1 else Path(own)
+        if comm.Get_rank() == 0:
+            shape = case.shape | {"num_hidden_layers": case.layers}
+            (folder / "config.json").write_text(json.dumps(shape))
+            asked = argparse.Namespace(mixed=False, prompt_tokens=case.prompt_tokens, max_new_tokens=case.new_tokens)
+            with (folder / "prompts.jsonl").open("w") as file:
+                rows = lengths.rows(asked, case.rows, shape["vocab_size"], shape["max_position_embeddings"])
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        comm.Barrier()
+        found = repeated(comm, folder, case, {"device": arguments.device}, arguments.times)
+        line: dict[str, Any] = {"off": beside(found["plan"]["predicted"], found["measured"])}
+        line["plan"] = {key: found["plan"][key] for key in ("laps", "groups", "step_tokens", "microbatch_tokens")}
+        if arguments.rivals:
+            rivals = measured_rivals(comm, folder, case, found, arguments.rivals)
+            best = max((one["tokens_per_second"] for one in rivals), default=0.0)
+            line |= {"rivals": rivals, "best_rival": round(best / found["measured"]["overall"], 3)}
+        comm.Barrier()
+    return {"bench": "planned", "case": name, "ranks": comm.Get_size(), "times": arguments.times} | line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=[*CASES, *CPU_CASES])
+    parser.add_argument("--times", type=int, default=3, help="runs of a case, of which the median counts")
+    parser.add_argument("--rivals", type=int, default=0, help="other plans that are measured too, once each")
+    parser.add_argument("--seconds", type=float, default=500.0, help="no new case begins after these")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    arguments = parser.parse_args()
+    cases, comm, began = CPU_CASES if arguments.device == "cpu" else CASES, mpi.start(), time.perf_counter()
+    for name in arguments.case or cases:
+        if comm.bcast(time.perf_counter() - began) < arguments.seconds:
+            line = tell(comm, name, cases[name], arguments)
+            if comm.Get_rank() == 0:
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
