@@ -43,7 +43,13 @@ READS_CONFIG = {"plan", "launch", "desk", "run", "commands"}
 ALLOWED = {
     "mpi4py": {"launch/mpi.py", "transports/mpi_device.py", "transports/mpi_host.py"},
     "h5py": {"tools/", "checkpoint/", "output/", "readers/hdf5.py"},
-    "triton": {"kernels/attend.py", "kernels/items.py", "kernels/decode_"},  # imported where there is a GPU
+    "triton": {
+        "kernels/attend.py",
+        "kernels/items.py",
+        "kernels/experts.py",
+        "kernels/mix.py",
+        "kernels/decode_",
+    },  # imported where there is a GPU
     "torch": {
         "streams.py",
         "models/",
@@ -56,6 +62,8 @@ ALLOWED = {
         "ring/",
         "engine/",
         "kernels/attend.py",
+        "kernels/expert_layer.py",
+        "kernels/mix.py",
         "kernels/scoring.py",
         "kernels/decode_",
         "launch/building.py",

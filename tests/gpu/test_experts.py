@@ -1,9 +1,13 @@
-"""Mixtures of experts on a GPU: the grouped product against a plain sum in float64, without a wait of the host."""
+"""Mixtures of experts on a GPU, by tiles and by grouped products, against plain sums in float64, without a wait of the host."""
 
 import pytest
 import torch
 
-from noria.models import _experts, _routing
+import expert_checks
+from expert_checks import CASES, CLAMPED, Case
+from noria import kinds
+from noria.kernels.expert_layer import ExpertLayer
+from noria.models import _experts, _routing, _tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -45,17 +49,111 @@ def test_a_mixture_on_the_gpu_is_the_plain_sum(num_tokens, count, num_experts, d
     assert (found - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * exact.abs().max()
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
-def test_the_host_does_not_wait_for_a_grouped_mixture():
+@pytest.fixture(params=["tiles", "grouped"])
+def way(request, monkeypatch):
+    """Mixtures in bfloat16 are computed this way."""
+    if request.param == "grouped":
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs Hopper")
+        monkeypatch.setattr(_tiles, "refuses", lambda device, dtype: "not asked for")
+    return request.param
+
+
+def test_the_host_does_not_wait_for_a_mixture(way):
     tensors = case(300, 8, 128, 256, 96, torch.bfloat16)
     mixture(*tensors)
-    assert _experts._groups(tensors[0])
+    assert _experts._groups(tensors[0]) and _tiles.work(tensors[0]) == (way == "tiles")
     torch.cuda.set_sync_debug_mode("error")
     try:
         _routing.choose(_routing.Routing(8, "softmax", normalized=True), tensors[0][:, :128])
         mixture(*tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_grouped_products_give_the_plain_sum_where_tiles_cannot_be_built(monkeypatch):
+    tensors = case(300, 8, 128, 256, 96, torch.bfloat16)
+    exact, tiles = plain(*tensors), mixture(*tensors)
+    monkeypatch.setattr(_tiles, "refuses", lambda device, dtype: "not asked for")
+    grouped = mixture(*tensors)
+    assert not torch.equal(grouped, tiles)
+    assert (grouped.double() - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+def kernels():
+    return kinds.load("kernels", "mix")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tiles_of_any_size_give_the_plain_sum(case, dtype):
+    tensors = expert_checks.made(case, dtype, "cuda")
+    for its in kernels().TILINGS:
+        found = kernels().mix(*tensors, tiled=lambda _, its=its: its)
+        assert expert_checks.error(found, *tensors) < (0.02 if dtype == torch.bfloat16 else 0.003), its.tile
+
+
+COMPANIES = [
+    Case(48, 2048, 768, 8, 4096),
+    Case(8, 2880, 2880, 4, 1500, CLAMPED, biased=True),
+    Case(60, 1000, 520, 6, 3000, lies="decoded"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", COMPANIES, ids=str)
+def test_a_row_has_the_same_bits_in_any_company_tile_and_card(case, dtype):
+    rows, chosen, weights, layer = expert_checks.made(case, dtype, "cuda")
+    whole = kernels().mix(rows, chosen, weights, layer)
+    for count in (1, 5, 16, 64, 300, 1024, case.tokens):
+        some = torch.randperm(case.tokens, device="cuda")[:count]
+        for its in kernels().TILINGS:
+            for shared in (None, kernels().LEAST_SHARED):
+                found = kernels().mix(rows[some], chosen[some], weights[some], layer, lambda _, its=its: its, shared)
+                assert torch.equal(found, whole[some]), (count, its.tile, shared)
+
+
+class Recorded:
+    """A kernel, and the shared memory of all that was compiled of it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.shared = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.shared.append(self.kernel[grid](*arguments, **options).metadata.shared)
+
+        return launch
+
+
+def test_cards_with_99_kib_of_shared_memory_are_served(monkeypatch):
+    rows, chosen, weights, layer = expert_checks.made(Case(16, 2048, 768, 8, 64), torch.float16, "cuda")
+    recorded = [Recorded(getattr(kernels().experts, name)) for name in ("first_product", "second_product")]
+    for name, one in zip(("first_product", "second_product"), recorded, strict=True):
+        monkeypatch.setattr(kernels().experts, name, one)
+    for its in kernels().TILINGS:
+        kernels().mix(rows, chosen, weights, layer, lambda _, its=its: its, kernels().LEAST_SHARED)
+    assert all(len(one.shared) == 3 and max(one.shared) <= 99 << 10 for one in recorded), [r.shared for r in recorded]
+
+
+def test_a_captured_mixture_computes_what_its_rows_choose_when_it_is_replayed():
+    case = Case(64, 512, 256, 4, 100)
+    (rows, chosen, weights, layer), (others, other_chosen, *_) = (
+        expert_checks.made(case, torch.bfloat16, "cuda", seed) for seed in (0, 1)
+    )
+    mix = lambda: _tiles.mix(rows, chosen, weights, layer)  # noqa: E731
+    mix()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = mix()
+    rows.copy_(others)
+    chosen.copy_(other_chosen)
+    graph.replay()
+    assert torch.equal(found, _tiles.mix(others, other_chosen, weights, layer))
+    gone = ExpertLayer(layer.gate_up.clone(), layer.down.clone())
+    gone.gate_up[~torch.isin(torch.arange(64, device="cuda"), other_chosen)] = torch.nan
+    assert torch.equal(found, _tiles.mix(others, other_chosen, weights, gone))  # only chosen experts are read
 
 
 class InRuns:

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from noria.models import _experts, _routing
-from noria.models.gpt_oss import clamped_swiglu
+from noria.kernels.expert_layer import Gate
+from noria.models import _experts, _gates, _routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ALPHA, LIMIT, EXPERTS, HIDDEN, INNER, CHOSEN = 1.702, 7.0, 32, 320, 96, 4
-
-
-def gated(gate_up):
-    return clamped_swiglu(gate_up, ALPHA, LIMIT)
+EXPERTS, HIDDEN, INNER, CHOSEN = 32, 320, 96, 4
+GATE = Gate(alpha=1.702, limit=7.0, shift=1.0, alternating=True)
 
 
 def case(num_tokens, dtype):
@@ -35,7 +32,10 @@ def plain(hidden, chosen, weights, gate_up, down, biases, on_inputs):
                 gate, up = inner.chunk(2)
                 mixed[token] += down[expert].double() @ (torch.nn.functional.silu(gate) * up)
             else:
-                output = down[expert].double() @ gated(inner + biases[0][expert].double()) + biases[1][expert].double()
+                output = (
+                    down[expert].double() @ _gates.inner(GATE, inner + biases[0][expert].double())
+                    + biases[1][expert].double()
+                )
                 mixed[token] += weight * output
     return mixed
 
@@ -49,7 +49,7 @@ def test_biases_gates_and_weighted_inputs_are_those_of_the_plain_sum(num_tokens,
     if on_inputs:
         found = _experts.mixture_of_weighted(hidden, chosen, weights, gate_up, down)
     else:
-        found = _experts.mixture(hidden, chosen, weights, gate_up, down, gated, biases)
+        found = _experts.mixture(hidden, chosen, weights, gate_up, down, GATE, biases)
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * exact.abs().max()
 
@@ -57,8 +57,8 @@ def test_biases_gates_and_weighted_inputs_are_those_of_the_plain_sum(num_tokens,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_token_s_mixture_has_the_same_bits_in_any_company(dtype):
     hidden, chosen, weights, gate_up, down, biases = case(70, dtype)
-    whole = _experts.mixture(hidden, chosen, weights, gate_up, down, gated, biases)
+    whole = _experts.mixture(hidden, chosen, weights, gate_up, down, GATE, biases)
     for token in (0, 33, 69):
         own = slice(token, token + 1)
-        alone = _experts.mixture(hidden[own], chosen[own], weights[own], gate_up, down, gated, biases)
+        alone = _experts.mixture(hidden[own], chosen[own], weights[own], gate_up, down, GATE, biases)
         assert torch.equal(alone[0], whole[token])

@@ -17,6 +17,7 @@ from noria.config import Config
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
+from noria.models import _experts
 
 CACHE = "TRITON_CACHE_DIR"  # where Triton keeps what it builds; its own default is below $HOME
 
@@ -55,6 +56,22 @@ def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
     built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
     found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
     here.say(*dict.fromkeys(line for lines in found for line in lines))
+
+
+def build_mixtures(here: ThisRank, shape: ModelShape, dtype: str) -> None:
+    """Builds the kernels of a model's mixtures of experts; says where torch computes them, and why. Collective."""
+    if here.device.type != "cuda" or not shape.mixture_size:
+        return
+    began, first = time.perf_counter(), here.location.local_rank == 0
+
+    def build() -> str:
+        why = _experts.build(shape, here.device, getattr(torch, dtype))
+        return f"mixtures of experts by torch, not by tiles: {why}" if why else ""
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    tiles = f"mixtures of experts by tiles ({time.perf_counter() - began:.1f} s)"
+    here.say(*dict.fromkeys(line or tiles for line in found))
 
 
 def keep_kernels(config: Config) -> str:

@@ -7,13 +7,16 @@ T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pair
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from noria.kernels.expert_layer import ExpertLayer, Gate
+from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _routing
+from noria.models import _gates, _routing, _tiles
 from noria.models._linear import linear
 from noria.models._routing import Routing
 from noria.models._sources import Slice, Transposed
@@ -31,7 +34,8 @@ class Some(Protocol):
     def of(self, wanted: Sequence[int]) -> torch.Tensor: ...
 
 
-Gated: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # [..., I] of gates and ups [..., 2 * I]
+AnyLayer: TypeAlias = ExpertLayer[torch.Tensor] | ExpertLayer[Some]
+SWIGLU = Gate()
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Experts:
     number: X. inner: I. layers: those that have experts. shared: I of the expert that every token goes to beside its own,
     0 if there is none; gated: whether it has a gate of its own. corrected: whether the choice has a correction. wide: whether
     the router is float32 whatever the model's dtype. fused: whether checkpoints have an expert's gate and up as one matrix.
+    gate: what lies between an expert's products. biased: whether they have biases.
     """
 
     number: int
@@ -52,6 +57,8 @@ class Experts:
     corrected: bool = False
     wide: bool = False
     fused: bool = False
+    gate: Gate = SWIGLU
+    biased: bool = False
 
     def work_size(self, hidden: int) -> int:
         """Numbers that a token takes while its mixture is computed."""
@@ -111,11 +118,25 @@ def sources_in_one(gate_up: str, down: str, inputs_first: bool, prefix: str, num
     )
 
 
+def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
+    """Builds the kernels that a family's mixtures launch here; why torch computes them, empty if it does not."""
+    why, its = _tiles.refuses(device, dtype), shape.details.get("experts")
+    if not why and isinstance(its, Experts):
+        inner, hidden = its.inner, shape.hidden_size
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        piece, chosen = zeros((1, 3 * inner, hidden)), zeros((1, its.routing.chosen)).long()
+        biases = (zeros((1, 2 * inner)), zeros((1, hidden))) if its.biased else None
+        layer = ExpertLayer(piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2), its.gate, biases)
+        _tiles.build(zeros((1, hidden)), chosen, layer)
+    return why
+
+
 def compute(experts: Experts, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """[T, E]: the mixture of a layer with these parameters, with what the shared expert adds."""
     scores = _routing.scores_of(hidden, parameters["router"])
     chosen, weights = _routing.choose(experts.routing, scores, parameters.get("correction"))
-    mixed = mixture(hidden, chosen, weights, parameters["experts.gate_up"], parameters["experts.down"])
+    matrices = parameters["experts.gate_up"], parameters["experts.down"]
+    mixed = mixture(hidden, chosen, weights, *matrices, experts.gate)
     return mixed.add_(shared(parameters, hidden)) if experts.shared else mixed
 
 
@@ -162,74 +183,69 @@ def mixture(
     hidden: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Some,
-    down: torch.Tensor | Some,
-    gated: Gated = swiglu,
+    gate_up: Any,
+    down: Any,
+    gate: Gate = SWIGLU,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides.
+    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides, or Some.
 
     biases: [X, 2 * I] of gates and ups, [X, E] of downs. A token's sum is over its choices in their order, whatever other
-    tokens there are. On CUDA in bfloat16 one grouped product does all experts and the host waits for nothing (H100, 128
-    experts of 2048 x 768, 8 a token: 0.7 ms for 512 tokens, where one by one takes 14); elsewhere the host reads how many
-    tokens each expert has: one wait a layer.
+    tokens there are. On CUDA in half precisions by tiles of sorted pairs, where the host waits for nothing; where these
+    cannot be built, in bfloat16 by grouped products; elsewhere the host reads how many tokens each expert has.
     """
+    layer = ExpertLayer(gate_up, down, gate, biases)
+    if _tiles.fits(hidden, layer):
+        return _tiles.mix(hidden, chosen, weights, layer)
     pairs = pairs_of(chosen, len(gate_up))
-    products = products_of(hidden[pairs.tokens], pairs, gate_up, down, gated, biases)
-    return (_by_choice(products, pairs) * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
+    products = _by_choice(products_of(hidden[pairs.tokens], pairs, layer), pairs)
+    if _tiles.work(hidden):
+        return _tiles.summed(products, weights)
+    return (products * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
 
 
 def mixture_of_weighted(
-    hidden: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor | Some,
-    down: torch.Tensor | Some,
+    hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: Any, down: Any
 ) -> torch.Tensor:
     """[T, E]: the same, but that a weight multiplies what its expert is given and not what it returns (Llama 4)."""
+    layer = ExpertLayer(gate_up, down)
+    if _tiles.fits(hidden, layer):
+        rows = hidden[:, None] * weights.to(hidden.dtype)[:, :, None]
+        return _tiles.mix(rows.flatten(0, 1), chosen, None, layer)
     pairs = pairs_of(chosen, len(gate_up))
     rows = hidden[pairs.tokens] * weights.to(hidden.dtype).flatten()[pairs.order, None]
-    return _by_choice(products_of(rows, pairs, gate_up, down), pairs).sum(dim=1)
+    products = _by_choice(products_of(rows, pairs, layer), pairs)
+    return _tiles.summed(products) if _tiles.work(hidden) else products.sum(dim=1)
 
 
-def products_of(
-    rows: torch.Tensor,
-    pairs: Pairs,
-    gate_up: torch.Tensor | Some,
-    down: torch.Tensor | Some,
-    gated: Gated = swiglu,
-    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
+def products_of(rows: torch.Tensor, pairs: Pairs, layer: AnyLayer) -> torch.Tensor:
     """[P, E] of each pair's row [P, E]: what its expert returns. Matrices that are decoded a few at a time come as Some."""
-    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
-        assert not isinstance(gate_up, torch.Tensor) and not isinstance(down, torch.Tensor), (
-            "pieces are decoded together"
-        )
-        return _in_runs(rows, pairs, gate_up, down, gated, biases)
+    if not isinstance(layer.gate_up, torch.Tensor):
+        return _in_runs(rows, pairs, layer)
+    if _tiles.fits(rows, layer):
+        return _tiles.mix(rows, pairs.experts[:, None], None, layer)
+    biases = layer.biases
     multiplied = _grouped(pairs.ends) if _groups(rows) else _one_by_one(pairs.ends)
-    inner = multiplied(rows, gate_up)
-    inner = gated(inner if biases is None else inner.add_(biases[0][pairs.experts]))
-    output = multiplied(inner, down)
+    inner = multiplied(rows, layer.gate_up)
+    inner = _gates.inner(layer.gate, inner if biases is None else inner.add_(biases[0][pairs.experts]))
+    output = multiplied(inner, layer.down)
     return output if biases is None else output.add_(biases[1][pairs.experts])
 
 
-def _in_runs(
-    rows: torch.Tensor,
-    pairs: Pairs,
-    gate_up: Some,
-    down: Some,
-    gated: Gated,
-    biases: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
+def _in_runs(rows: torch.Tensor, pairs: Pairs, layer: ExpertLayer[Some]) -> torch.Tensor:
     """products_of, run by run of the experts that have rows. The host waits to know which."""
     bounds, products = [0, *pairs.ends.tolist()], torch.empty_like(rows)
-    wanted = [expert for expert in range(len(gate_up)) if bounds[expert + 1] > bounds[expert]]
-    for first in range(0, len(wanted), gate_up.most):
-        run = wanted[first : first + gate_up.most]
+    wanted = [expert for expert in range(len(layer.gate_up)) if bounds[expert + 1] > bounds[expert]]
+    for first in range(0, len(wanted), layer.gate_up.most):
+        run = wanted[first : first + layer.gate_up.most]
         begin, end = bounds[run[0]], bounds[run[-1] + 1]
         ends = torch.tensor([bounds[expert + 1] - begin for expert in run], device=rows.device)
-        its = Pairs(pairs.experts[begin:end], pairs.order[begin:end], ends, pairs.count)
-        products[begin:end] = products_of(rows[begin:end], its, gate_up.of(run), down.of(run), gated, biases)
+        its = torch.tensor(run, device=rows.device)
+        places = torch.searchsorted(its, pairs.experts[begin:end])
+        biases = None if layer.biases is None else (layer.biases[0][its], layer.biases[1][its])
+        these = ExpertLayer(layer.gate_up.of(run), layer.down.of(run), layer.gate, biases)
+        of_run = Pairs(places, pairs.order[begin:end], ends, pairs.count)
+        products[begin:end] = products_of(rows[begin:end], of_run, these)
     return products
 
 

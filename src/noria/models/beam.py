@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from noria.kernels.expert_layer import Gate
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _rotary, _routing
+from noria.models import _decoder, _experts, _gates, _heads, _rotary, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._linear import linear
@@ -45,13 +45,14 @@ MODULES = _decoder.MODULES | {
     "mlp_norm": ("pre_feedforward_layernorm",),
     "after_mlp_norm": ("post_feedforward_layernorm",),
 }
+GATE = Gate(wide=True)
 GROWTH, UNIT = 0.1, 2048  # of queries without positions: (1 + tokens / 2,048) ** 0.1
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS)
-    experts = _experts.corrected(keys, "num_experts", _decoder.sparse_layers(keys, first=3))
+    experts = replace(_experts.corrected(keys, "num_experts", _decoder.sparse_layers(keys, first=3)), gate=GATE)
     biases, count = read.flag(keys, "attention_bias", False), _decoder.num_layers(keys)
     kinds = read.layers_of(keys, "layer_types", count, (FULL, SLIDING))
     kinds = kinds or [SLIDING if (n + 1) % 6 and n < count - 1 else FULL for n in range(count)]
@@ -134,17 +135,12 @@ def _sum(output: torch.Tensor, hidden: torch.Tensor, place: int) -> torch.Tensor
 def _feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
     """[T, E]: as the decoder's, with gates and ups multiplied in float32 for half precisions."""
     if "experts.down" not in parameters:
-        return linear(_swiglu(linear(normed, parameters["gate_up"])), parameters["down"])
+        return linear(_gates.inner(GATE, linear(normed, parameters["gate_up"])), parameters["down"])
     routing = shape.details["experts"].routing
     scores = _routing.scores_of(normed, parameters["router"])
     chosen, weights = _routing.choose(routing, scores, parameters["correction"])
     experts = parameters["experts.gate_up"], parameters["experts.down"]
-    return _experts.mixture(normed, chosen, weights, *experts, gated=_swiglu)
-
-
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).to(gate_up.dtype)
+    return _experts.mixture(normed, chosen, weights, *experts, gate=GATE)
 
 
 def head(  # type: ignore[no-redef]  # its own

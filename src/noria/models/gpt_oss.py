@@ -4,12 +4,12 @@ An expert's gates and ups lie in turn, as checkpoints have them: a row of gates,
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from noria.kernels.expert_layer import Gate
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _experts, _heads, _rotary, _routing
@@ -57,16 +57,18 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         keys = keys.having(rope_scaling=ROPE)
     number, chosen = _routing.counts(keys, "num_local_experts")
     layers, inner = range(_decoder.num_layers(keys)), read.integer(keys, "intermediate_size")
-    experts = Experts(number, inner, layers, _routing.Routing(chosen, after="softmax"), fused=True)
+    alpha, limit = read.number(keys, "swiglu_alpha", 1.702), read.number(keys, "swiglu_limit", 7.0)
+    gate = Gate(alpha=alpha, limit=limit, shift=1.0, alternating=True)
+    routing = _routing.Routing(chosen, after="softmax")
+    experts = Experts(number, inner, layers, routing, fused=True, gate=gate, biased=True)
     biases = read.flag(keys, "attention_bias", True)
     types = read.layers_of(keys, "layer_types", len(layers), ("full_attention", "sliding_attention"))
     windowed = layers[::2] if types is None else [n for n in layers if types[n] == "sliding_attention"]
     window = _decoder.window_of(keys, frozenset(windowed))
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, window=window, experts=experts)
     found = _decoder.shape("gpt_oss", keys, variant)
-    swiglu = {"alpha": read.number(keys, "swiglu_alpha", 1.702), "limit": read.number(keys, "swiglu_limit", 7.0)}
     keys.refuse_others("initial_context_length")  # what rope_scaling says too
-    return replace(found, details={**found.details, **swiglu})
+    return found
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...] | Wanted]:  # type: ignore[no-redef]
@@ -106,11 +108,5 @@ def layer(  # type: ignore[no-redef]  # its own
     chosen, weights = _routing.choose(shape.details["experts"].routing, scores)
     experts = parameters["experts.gate_up"], parameters["experts.down"]
     biases = parameters["experts_gate_up_bias"], parameters["experts_down_bias"]
-    gated = partial(clamped_swiglu, alpha=shape.details["alpha"], limit=shape.details["limit"])
-    return _experts.mixture(normed, chosen, weights, *experts, gated, biases).add_(hidden)
-
-
-def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """[..., I] of gates and ups in turn [..., 2 * I]: (up + 1) * gate * sigmoid(alpha * gate), both within the limit."""
-    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    return up.add_(1).mul_(gate).mul_(gate.mul_(alpha).sigmoid_())
+    gate = shape.details["experts"].gate
+    return _experts.mixture(normed, chosen, weights, *experts, gate, biases).add_(hidden)

@@ -1,0 +1,40 @@
+"""What the experts of a layer compute with: their matrices, and the gate between the two products. Data for every kind.
+
+X experts, E hidden, I intermediate.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+Matrices = TypeVar("Matrices")
+
+# What a gate is bent by, by the names that config.json files give them.
+SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How gates g and ups u become what the down matrix is given: function(g) * (u + shift).
+
+    alpha: silu is g * sigmoid(alpha * g). limit: g is at most, u within plus and minus this. alternating: gates and ups take
+    turns among the outputs; else all gates come first. wide: a plain product of both is of float32 for half precisions.
+    """
+
+    function: str = SILU
+    alpha: float = 1.0
+    limit: float | None = None
+    shift: float = 0.0
+    alternating: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertLayer(Generic[Matrices]):
+    """gate_up [X, 2 * I, E] and down [X, E, I] in any strides; biases: [X, 2 * I] of gates and ups, [X, E] of downs."""
+
+    gate_up: Matrices
+    down: Matrices
+    gate: Gate = Gate()
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None

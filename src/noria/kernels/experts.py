@@ -1,0 +1,151 @@
+"""A mixture's layer on a CUDA device (Triton): pairs of token and expert, sorted by expert, in tiles of one expert each.
+
+Of as many programs as any routing may need, those past the last tile return: the host never learns how many tiles there
+are. A pair's numbers do not depend on its tile: every product adds along its inputs in one order, whatever the size of a
+tile. Compiled without fused multiply-add.
+P pairs, T tokens, X experts, E hidden, I intermediate.
+"""
+
+import triton
+import triton.language as tl
+
+TILE_COLUMNS = 3  # of a tile: its expert, its first pair in order, how many pairs it has; the first row is their number
+FIELDS = tl.constexpr(TILE_COLUMNS)
+TILES_AT_ONCE = tl.constexpr(64)
+LISTS = ["order", "tiles", "counts", "chosen"]  # one variant for any alignment
+
+
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=LISTS)
+def count_pairs(chosen, counts, pairs, BLOCK: tl.constexpr):
+    """The pairs of an expert, one a program. `chosen` [P]: experts."""
+    expert, total = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(0, pairs, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += (tl.load(chosen + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
+    tl.store(counts + expert, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["pairs", "experts", "size"], do_not_specialize_on_alignment=LISTS)
+def sort_pairs(chosen, counts, order, tiles, pairs, experts, size, PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """The places of an expert's pairs, in order, behind those of the experts before it; and its tiles of `size` pairs."""
+    expert, x = tl.program_id(0), tl.arange(0, PAD)
+    count = tl.load(counts + x, mask=x < experts, other=0)
+    needed = (count + size - 1) // size
+    first, own = tl.sum(tl.where(x < expert, count, 0), 0), tl.sum(tl.where(x == expert, count, 0), 0)
+    tile = tiles + (1 + tl.sum(tl.where(x < expert, needed, 0), 0)) * FIELDS
+    if expert == 0:
+        tl.store(tiles, tl.sum(needed, 0))
+    for number in tl.range(0, (own + size - 1) // size, TILES_AT_ONCE):
+        index = number + tl.arange(0, TILES_AT_ONCE)
+        valid = index * size < own
+        tl.store(tile + index * FIELDS, expert, mask=valid)
+        tl.store(tile + index * FIELDS + 1, first + index * size, mask=valid)
+        tl.store(tile + index * FIELDS + 2, tl.minimum(own - index * size, size), mask=valid)
+    if own > 0:
+        for begin in tl.range(0, pairs, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            mine = (tl.load(chosen + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
+            tl.store(order + first + tl.cumsum(mine, 0) - mine, at, mask=mine > 0)
+            first += tl.sum(mine, 0)
+
+
+@triton.jit
+def _activated(gate, up, GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    if LIMIT > 0:  # by choices, so that what is no number stays none
+        gate, up = tl.where(gate > LIMIT, LIMIT, gate), tl.where(up > LIMIT, LIMIT, up)
+        up = tl.where(up < -LIMIT, -LIMIT, up)
+    # 0.5 (1 + tanh z) is the sigmoid of 2 z
+    bent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else ALPHA * gate
+    return gate / (1.0 + tl.exp(-bent)) * (up + SHIFT)
+
+
+@triton.jit(do_not_specialize_on_alignment=LISTS)
+def first_product(
+    rows, gate_up, biases, order, tiles, inner,
+    row: tl.constexpr, piece: tl.constexpr, output: tl.constexpr, column: tl.constexpr,
+    E: tl.constexpr, INNER: tl.constexpr, SHARING: tl.constexpr, ALTERNATING: tl.constexpr, BIASED: tl.constexpr,
+    GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile times COLUMNS of its expert's gates and ups, and their gate: into `inner` [P, INNER], in order.
+
+    SHARING pairs that follow one another have one row of `rows`.
+    """
+    blocks: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
+    number, n, k = tl.program_id(0) // blocks, tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    if number < tl.load(tiles):
+        tile = tiles + (1 + number) * FIELDS
+        expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
+        valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n
+        pair = tl.load(order + first + m, mask=valid, other=0)
+        given = rows + (pair // SHARING).to(tl.int64)[:, None] * row + k[None, :]
+        step: tl.constexpr = 2 if ALTERNATING else 1
+        ahead: tl.constexpr = 1 if ALTERNATING else INNER
+        there = n if INNER % COLUMNS == 0 else tl.where(n < INNER, n, 0)
+        gates = gate_up + expert * piece + (there * step)[None, :] * output + k[:, None] * column
+        ups = gates + ahead * output
+        gate, up = tl.zeros((TILE, COLUMNS), tl.float32), tl.zeros((TILE, COLUMNS), tl.float32)
+        for at in tl.range(0, E // DEPTH * DEPTH, DEPTH):
+            x = tl.load(given + at, mask=valid[:, None], other=0.0)
+            gate = tl.dot(x, tl.load(gates + at * column), gate, input_precision="ieee")
+            up = tl.dot(x, tl.load(ups + at * column), up, input_precision="ieee")
+        if E % DEPTH != 0:
+            last: tl.constexpr = E // DEPTH * DEPTH
+            x = tl.load(given + last, mask=valid[:, None] & (last + k < E)[None, :], other=0.0)
+            left = (last + k < E)[:, None]
+            gate = tl.dot(x, tl.load(gates + last * column, mask=left, other=0.0), gate, input_precision="ieee")
+            up = tl.dot(x, tl.load(ups + last * column, mask=left, other=0.0), up, input_precision="ieee")
+        if BIASED:
+            bias = biases + expert * (2 * INNER) + there * step
+            gate, up = gate + tl.load(bias).to(tl.float32)[None, :], up + tl.load(bias + ahead).to(tl.float32)[None, :]
+        result = _activated(gate, up, GELU, ALPHA, LIMIT, SHIFT).to(inner.dtype.element_ty)
+        to = inner + (first + m).to(tl.int64)[:, None] * INNER + n[None, :]
+        tl.store(to, result, mask=valid[:, None] & (n < INNER)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=LISTS)
+def second_product(
+    inner, down, biases, order, tiles, products,
+    piece: tl.constexpr, output: tl.constexpr, column: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr,
+    BIASED: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of `inner` [P, INNER] times COLUMNS of its expert's downs: into `products` [P, E], in the order of choices."""
+    blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
+    number, n, k = tl.program_id(0) // blocks, tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    if number < tl.load(tiles):
+        tile = tiles + (1 + number) * FIELDS
+        expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
+        valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n
+        pair = tl.load(order + first + m, mask=valid, other=0).to(tl.int64)
+        given = inner + (first + m).to(tl.int64)[:, None] * INNER + k[None, :]
+        there = n if E % COLUMNS == 0 else tl.where(n < E, n, 0)
+        downs = down + expert * piece + there[None, :] * output + k[:, None] * column
+        total = tl.zeros((TILE, COLUMNS), tl.float32)
+        for at in tl.range(0, INNER // DEPTH * DEPTH, DEPTH):
+            x = tl.load(given + at, mask=valid[:, None], other=0.0)
+            total = tl.dot(x, tl.load(downs + at * column), total, input_precision="ieee")
+        if INNER % DEPTH != 0:
+            last: tl.constexpr = INNER // DEPTH * DEPTH
+            x = tl.load(given + last, mask=valid[:, None] & (last + k < INNER)[None, :], other=0.0)
+            left = tl.load(downs + last * column, mask=(last + k < INNER)[:, None], other=0.0)
+            total = tl.dot(x, left, total, input_precision="ieee")
+        if BIASED:
+            total += tl.load(biases + expert * E + there).to(tl.float32)[None, :]
+        to = products + pair[:, None] * E + n[None, :]
+        tl.store(to, total.to(products.dtype.element_ty), mask=valid[:, None] & (n < E)[None, :])
+
+
+@triton.jit
+def sum_choices(
+    products, weights, mixed, E: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A token's sum over its choices, in their order, each times its weight."""
+    token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(CHOSEN):
+        pair = token * CHOSEN + choice
+        product = tl.load(products + pair * E + n, mask=n < E, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            product = product * tl.load(weights + pair).to(tl.float32)
+        total += product
+    tl.store(mixed + token * E + n, total.to(mixed.dtype.element_ty), mask=n < E)

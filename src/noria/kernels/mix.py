@@ -1,0 +1,165 @@
+"""Launches the kernels of a mixture's layer: what is compiled, how pairs are cut into tiles, where results lie.
+
+T tokens, C choices a token, P = T * C pairs of token and expert, X experts, E hidden, I intermediate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+import triton
+
+from noria.kernels import experts
+from noria.kernels.expert_layer import GELU_TANH, ExpertLayer
+
+PAIRS_AT_ONCE = 4096  # that a program looks through for those of its expert
+NUMBERS_AT_ONCE = 1024  # of a token's sum
+LEAST_SHARED = 99 << 10  # bytes of shared memory that every card of compute capability 8.0 gives a program
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product is compiled: outputs and inputs that are multiplied at once. It changes no bit."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def fitting(self, tile: int, matrices: int, itemsize: int, shared: int) -> "Blocks":
+        """With as many stages as so much shared memory holds of a tile's rows and of so many matrices' columns."""
+        stage = (tile + matrices * self.columns) * self.depth * itemsize
+        return replace(self, stages=max(1, min(self.stages, shared // stage)))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Pairs of a tile, and how its two products are compiled."""
+
+    tile: int
+    first: Blocks
+    second: Blocks
+
+
+Tiled: TypeAlias = Callable[[float], Tiling]  # of how many pairs an expert has on average
+FEW = Tiling(16, Blocks(64, 128, 4, 4), Blocks(64, 128, 4, 4))
+SOME = Tiling(64, Blocks(64, 64, 4, 4), Blocks(128, 64, 4, 4))
+MANY = Tiling(128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3))
+TILINGS = (FEW, SOME, MANY)
+
+
+def tiling(pairs: float) -> Tiling:
+    """The fastest on an H200."""
+    return FEW if pairs <= 6 else SOME if pairs <= 128 else MANY
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Lists of the device, int32. order [P]: the pairs sorted by expert, by their places among the choices [T, C].
+
+    tiles: their number, then of each its expert, its first pair, its pairs; `most`: more there cannot be.
+    """
+
+    order: torch.Tensor
+    tiles: torch.Tensor
+    most: int
+
+
+def sort(chosen: torch.Tensor, num_experts: int, tile: int) -> Sorted:
+    """The pairs of choices [T, C], sorted and cut into tiles without a wait of the host."""
+    pairs = chosen.numel()
+    most = min(pairs, num_experts) + pairs // tile
+    lists = torch.empty(
+        num_experts + pairs + experts.TILE_COLUMNS * (1 + most), dtype=torch.int32, device=chosen.device
+    )
+    counts, order, tiles = lists.split([num_experts, pairs, experts.TILE_COLUMNS * (1 + most)])
+    experts.count_pairs[(num_experts,)](chosen, counts, pairs, PAIRS_AT_ONCE, num_warps=8)
+    experts.sort_pairs[(num_experts,)](
+        chosen, counts, order, tiles, pairs, num_experts, tile,
+        triton.next_power_of_2(num_experts), PAIRS_AT_ONCE, num_warps=8,
+    )  # fmt: skip
+    return Sorted(order, tiles, most)
+
+
+def mix(
+    rows: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor | None,
+    layer: ExpertLayer[torch.Tensor],
+    tiled: Tiled = tiling,
+    shared: int | None = None,
+) -> torch.Tensor:
+    """[T, E]: each token's sum over its experts `chosen` [T, C], in the order of its choices, each times its weight [T, C].
+
+    rows: [T, E], or [P, E], a row for each pair. shared: bytes of shared memory of a program; the device's if not given.
+    Capturable: the host waits for nothing, and shapes say what is launched.
+    """
+    tokens, count = chosen.shape
+    num_experts, hidden, _ = layer.down.shape
+    if not tokens:
+        return rows.new_empty(0, hidden)
+    its = tiled(chosen.numel() / num_experts)
+    pairs = sort(chosen.contiguous(), num_experts, its.tile)
+    products = multiply(rows, pairs, layer, its, shared or shared_of(rows.device))
+    return summed(products.view(tokens, count, hidden), weights)
+
+
+def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """[T, E]: the sums over choices of products [T, C, E], in their order, each times its weight [T, C]."""
+    tokens, count, hidden = products.shape
+    mixed = products.new_empty(tokens, hidden)
+    experts.sum_choices[(tokens, triton.cdiv(hidden, NUMBERS_AT_ONCE))](
+        products, mixed if weights is None else weights.contiguous(), mixed, hidden, count, weights is not None,
+        NUMBERS_AT_ONCE, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return mixed
+
+
+def multiply(
+    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
+) -> torch.Tensor:
+    """[P, E]: what each pair's expert returns, in the order of the choices."""
+    return second(first(rows, pairs, layer, its, shared), pairs, layer, its, shared)
+
+
+def first(
+    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
+) -> torch.Tensor:
+    """[P, I]: what the down matrices are given, in the order of the sorted pairs."""
+    num_pairs, (_, hidden, size), gate = len(pairs.order), layer.down.shape, layer.gate
+    inner, blocks = rows.new_empty(num_pairs, size), its.first.fitting(its.tile, 2, rows.itemsize, shared)
+    experts.first_product[(pairs.most * triton.cdiv(size, blocks.columns),)](
+        rows, layer.gate_up, layer.biases[0] if layer.biases else inner, pairs.order, pairs.tiles, inner,
+        rows.stride(0), *layer.gate_up.stride(), hidden, size, num_pairs // len(rows),
+        gate.alternating, layer.biases is not None, gate.function == GELU_TANH, gate.alpha, gate.limit or 0.0, gate.shift,
+        its.tile, blocks.columns, blocks.depth, **_options(blocks),
+    )  # fmt: skip
+    return inner
+
+
+def second(
+    inner: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
+) -> torch.Tensor:
+    """[P, E] of `inner` [P, I], in the order of the choices."""
+    _, hidden, size = layer.down.shape
+    products, blocks = inner.new_empty(len(inner), hidden), its.second.fitting(its.tile, 1, inner.itemsize, shared)
+    experts.second_product[(pairs.most * triton.cdiv(hidden, blocks.columns),)](
+        inner, layer.down, layer.biases[1] if layer.biases else inner, pairs.order, pairs.tiles, products,
+        *layer.down.stride(), hidden, size, layer.biases is not None,
+        its.tile, blocks.columns, blocks.depth, **_options(blocks),
+    )  # fmt: skip
+    return products
+
+
+def _options(its: Blocks) -> dict[str, Any]:
+    return {"num_warps": its.warps, "num_stages": its.stages, "enable_fp_fusion": False}
+
+
+def shared_of(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return LEAST_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return shared

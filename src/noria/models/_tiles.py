@@ -1,0 +1,93 @@
+"""Mixtures by tiles of sorted pairs (kernels/): where these kernels can be built and are right. Knows no family.
+
+X experts, E hidden, I intermediate, C choices a token.
+"""
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from noria import kinds
+from noria.kernels.expert_layer import ExpertLayer
+
+DTYPES = (torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)  # Ampere
+LARGEST = 1 << 31  # numbers of an expert's matrix: places in it are of 32 bits
+LARGEST_ERROR = 0.1  # of numbers of about 1 in half precisions: more is no rounding
+
+
+def work(rows: torch.Tensor) -> bool:
+    """Whether mixtures of such rows [T, E] are computed by tiles."""
+    return rows.is_cuda and not refuses(rows.device, rows.dtype)
+
+
+def fits(rows: torch.Tensor, layer: ExpertLayer[Any]) -> bool:
+    """Whether they are with the matrices of this layer."""
+    its = layer.gate_up
+    whole = isinstance(its, torch.Tensor) and its.dtype == rows.dtype and its[0].numel() < LARGEST
+    return whole and work(rows)
+
+
+def mix(
+    rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None, layer: ExpertLayer[torch.Tensor]
+) -> torch.Tensor:
+    """[T, E]: each token's sum over its experts `chosen` [T, C] in their order, times its weights [T, C] if given.
+
+    rows: [T, E], or of each pair of token and expert [T * C, E].
+    """
+    mixed: torch.Tensor = _kernel().mix(rows.contiguous(), chosen, weights, layer)
+    return mixed
+
+
+def summed(products: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, E]: the sums over choices of what experts returned [T, C, E]."""
+    mixed: torch.Tensor = _kernel().summed(products.contiguous(), weights)
+    return mixed
+
+
+@lru_cache
+def refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why mixtures are not computed by tiles here; empty where they are."""
+    if device.type != "cuda":
+        return f"they need a CUDA device, this is the {device.type.upper()}"
+    if dtype not in DTYPES:
+        return f"they compute float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "they need a GPU of compute capability 8.0"
+    try:
+        largest = _largest_error(device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
+        words = str(error).strip() or type(error).__name__
+        return f"they cannot be built: {words.splitlines()[0][:200]}"
+    return "" if largest < LARGEST_ERROR else "they give other results than torch"
+
+
+def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor]) -> None:
+    """Compiles what a layer of such matrices may launch, for rows, choices and experts of any number: give few of each."""
+    for its in _kernel().TILINGS:
+        _kernel().mix(rows, chosen, chosen.to(torch.float32), layer, lambda _, its=its: its)
+
+
+def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference to dense products in float32, of a few tokens that go to all experts."""
+    draw = torch.Generator().manual_seed(0)
+    rows, gate_up, down = (
+        torch.randn(*size, generator=draw).to(device, dtype) for size in ((3, 64), (2, 64, 64), (2, 64, 32))
+    )
+    layer = ExpertLayer(gate_up * 0.125, down * 0.125)
+    weights = torch.full((3, 2), 0.5, device=device)
+    found = mix(rows, torch.arange(2, device=device).repeat(3, 1), weights, layer)
+    gate, up = torch.einsum("te,xie->xti", rows.float(), layer.gate_up.float()).chunk(2, dim=-1)
+    exact = torch.einsum("xti,xei->te", F.silu(gate) * up, layer.down.float()) * 0.5
+    return float((found - exact).abs().max())
+
+
+@lru_cache
+def _kernel() -> ModuleType:
+    """What launches the kernels: it needs triton, which is there where there is a GPU."""
+    return kinds.load("kernels", "mix")

@@ -1,0 +1,108 @@
+"""Mixtures by tiles of sorted pairs in Triton's interpreter, which runs the kernels on the CPU, against sums in float64.
+
+Needs triton, which a CPU's torch does not bring, and a numpy that its interpreter knows (below 2.4 for triton 3.6). Where
+there is a GPU, gpu/test_experts.py runs the compiled kernels. The interpreter cannot multiply bfloat16.
+"""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("needs triton", allow_module_level=True)
+if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" or "noria.kernels.mix" in sys.modules:
+    pytest.skip("Triton's interpreter does not run here", allow_module_level=True)
+
+with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpreted
+    patch.setenv("TRITON_INTERPRET", "1")
+    from noria.kernels import mix
+
+import expert_checks
+from expert_checks import CASES, CLAMPED, Case
+from noria.kernels.expert_layer import ExpertLayer
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def by(its):
+    return lambda _: its
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.tokens} tokens of {case.experts} experts")
+def test_a_mixture_is_the_plain_sum_in_tiles_of_any_size(case):
+    for dtype, most in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        tensors = expert_checks.made(case, dtype)
+        for its in mix.TILINGS:
+            assert expert_checks.error(mix.mix(*tensors, tiled=by(its)), *tensors) < most, (dtype, its.tile)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case(8, 96, 40, 3, 40), Case(6, 33, 20, 2, 50, CLAMPED, biased=True)], ids=["plain", "clamped"]
+)
+@pytest.mark.parametrize("its", mix.TILINGS, ids=lambda its: f"tile {its.tile}")
+def test_a_row_has_the_same_bits_in_any_company(case, its):
+    rows, chosen, weights, layer = expert_checks.made(case, torch.float16)
+    whole = mix.mix(rows, chosen, weights, layer, by(its))
+    draw = torch.Generator().manual_seed(1)
+    for count in (1, 2, 17, case.tokens):
+        some = torch.randperm(case.tokens, generator=draw)[:count]
+        assert torch.equal(mix.mix(rows[some], chosen[some], weights[some], layer, by(its)), whole[some]), count
+
+
+def test_weights_may_stand_in_the_rows_of_the_pairs():
+    rows, chosen, weights, layer = expert_checks.made(Case(8, 64, 32, 2, 20), torch.float32)
+    given = (rows[:, None] * weights[:, :, None]).flatten(0, 1)
+    found = mix.mix(given, chosen, None, layer)
+    each = [expert_checks.exact(given[c::2], chosen[:, c : c + 1], torch.ones(20, 1), layer) for c in (0, 1)]
+    assert (found - (each[0] + each[1])).abs().max() < 1e-5
+
+
+def test_numbers_that_are_none_stay_none_and_touch_no_other_row():
+    rows, chosen, weights, layer = expert_checks.made(Case(4, 40, 24, 2, 9, CLAMPED), torch.float32)
+    whole = mix.mix(rows, chosen, weights, layer)
+    rows[3] = torch.nan
+    spoilt = mix.mix(rows, chosen, weights, layer)
+    assert spoilt[3].isnan().all() and torch.equal(spoilt[[0, 8]], whole[[0, 8]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "experts", "tile"), [(1, 1, 1, 16), (3, 8, 40, 16), (700, 6, 9, 64), (40, 2, 70, 16)]
+)
+def test_pairs_are_sorted_and_cut_as_a_stable_sort_says(tokens, count, experts, tile):
+    draw = torch.Generator().manual_seed(tokens)
+    chosen = torch.rand(tokens, experts, generator=draw).topk(count).indices
+    found = mix.sort(chosen, experts, tile)
+    ids, order = chosen.flatten().sort(stable=True)
+    assert torch.equal(found.order.long(), order)
+    number, *_ = found.tiles[:3].tolist()
+    assert number <= found.most
+    tiles = found.tiles[3 : 3 + 3 * number].view(-1, 3).tolist()
+    expected = []
+    for expert, length in zip(*ids.unique_consecutive(return_counts=True), strict=True):
+        first = int((ids < expert).sum())
+        expected += [[int(expert), first + at, min(tile, int(length) - at)] for at in range(0, int(length), tile)]
+    assert tiles == expected
+
+
+def test_only_experts_that_rows_chose_are_read():
+    rows, chosen, weights, layer = expert_checks.made(Case(8, 48, 24, 2, 4, routing="few"), torch.float32)
+    gate_up, down = layer.gate_up.clone(), layer.down.clone()
+    gate_up[3:], down[3:] = torch.nan, torch.nan
+    spoilt = mix.mix(rows, chosen, weights, ExpertLayer(gate_up, down, layer.gate))
+    assert torch.equal(spoilt, mix.mix(rows, chosen, weights, layer))
+
+
+@pytest.mark.parametrize("its", mix.TILINGS, ids=lambda its: f"tile {its.tile}")
+def test_blocks_fit_the_shared_memory_of_any_card(its):
+    for blocks, matrices in ((its.first, 2), (its.second, 1)):
+        fitting = blocks.fitting(its.tile, matrices, 2, mix.LEAST_SHARED)
+        held = fitting.stages * (its.tile + matrices * blocks.columns) * blocks.depth * 2
+        assert 2 <= fitting.stages <= blocks.stages and held <= 99 * 1024
