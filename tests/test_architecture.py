@@ -49,6 +49,9 @@ ALLOWED = {
         "kernels/experts.py",
         "kernels/mix.py",
         "kernels/decode_",
+        "kernels/norm.py",
+        "kernels/rotary.py",
+        "kernels/gated.py",
     },  # imported where there is a GPU
     "torch": {
         "streams.py",
@@ -66,6 +69,9 @@ ALLOWED = {
         "kernels/mix.py",
         "kernels/scoring.py",
         "kernels/decode_",
+        "kernels/norm.py",
+        "kernels/rotary.py",
+        "kernels/gated.py",
         "launch/building.py",
         "launch/cores.py",
         "launch/copies.py",

@@ -172,6 +172,7 @@ def _build(
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
     encoded = {one.encoding for block in model.blocks.values() for one in block.encoded}
     building.build_mixtures(here, model.shape, plan.dtype)
+    building.build_fused(here, model.shape, plan.dtype)
     building.build_decoders(here, encoded | ({CODED} if plan.coded else set()), plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None

@@ -9,7 +9,8 @@ from noria.arrays import Array
 from noria.engine.batch import Microbatch
 from noria.engine.states import States
 from noria.kernels.scoring import Scoring
-from noria.models import _rotary
+from noria.models import _fused
+from noria.models._rotary import Rotary
 
 
 class LayerCache:
@@ -58,18 +59,17 @@ class LayerCache:
         window: int | None = None,
         sinks: torch.Tensor | None = None,
         soft_cap: float | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary: Rotary | tuple[torch.Tensor, torch.Tensor] | None = None,
         values: str | int | None = None,
         **rows: torch.Tensor,
     ) -> torch.Tensor:
         """[T, H, Dv]: writes the new tokens' rows to their places, and attends."""
-        if rotary is not None:
-            queries = _rotary.rotate(queries, *rotary)
-            rows |= {name: _rotary.rotate(rows[name], *rotary) for name in [*rows][:1]}
         its, arrays = self._microbatch, self._arrays
         assert not (rows and self._tied), f"a layer that reads another's cache gives rows of {', '.join(rows)}"
-        for name, new in rows.items():
-            self._array(name, self._of_tokens).index_copy_(0, its.rows, new if new.dim() == 3 else new[:, None])
+        if rotary is not None or rows:
+            there = [self._array(name, self._of_tokens) for name in rows]
+            making = Rotary() if rotary is None else Rotary(*rotary)
+            queries = _fused.rotate_and_write(queries, making, [*rows.values()], there, its.rows)
         names = iter(rows or self._of_tokens)
         keys = arrays[next(names)]
         taken = arrays.get(next(names, ""), keys)

@@ -17,7 +17,7 @@ from noria.config import Config
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
-from noria.models import _experts
+from noria.models import _experts, _fused
 
 CACHE = "TRITON_CACHE_DIR"  # where Triton keeps what it builds; its own default is below $HOME
 
@@ -42,6 +42,22 @@ def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: st
         rank = "" if len({*found}) == 1 else f"rank {found.index((name, reason))}: "
         here.say(f"{rank}attention {name}{': ' * bool(reason)}{reason}{took}")
     return max((name for name, _ in found), key=attention.ORDER.index)
+
+
+def build_fused(here: ThisRank, shape: ModelShape, dtype: str) -> None:
+    """Builds the kernels that layers launch between their products; says where torch computes that, and why. Collective."""
+    if here.device.type != "cuda":
+        return
+    began, first = time.perf_counter(), here.location.local_rank == 0
+
+    def build() -> str:
+        why = _fused.build(shape, here.device, getattr(torch, dtype))
+        return f"norms, rotary positions and gates by torch, not by kernels: {why}" if why else ""
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    took = f"norms, rotary positions and gates by kernels ({time.perf_counter() - began:.1f} s)"
+    here.say(*dict.fromkeys(line or took for line in found))
 
 
 def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:

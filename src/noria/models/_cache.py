@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from noria.models._rotary import Rotary
+
 
 class Cache(Protocol):
     """A layer's arrays (ModelShape.cache), for the tokens of one call."""
@@ -19,7 +21,7 @@ class Cache(Protocol):
         window: int | None = None,
         sinks: torch.Tensor | None = None,
         soft_cap: float | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary: Rotary | tuple[torch.Tensor, torch.Tensor] | None = None,
         values: str | int | None = None,
         **rows: torch.Tensor,
     ) -> torch.Tensor:
@@ -28,9 +30,9 @@ class Cache(Protocol):
         Keys are the first array that is given, [Hkv, D] or [D] a token; a layer that reads another's cache gives none, and
         keys are the first array of tokens there. Values are the array beside them; `values` names another, or says how many
         of the first numbers of a key are the value. scale: of the scores (default: D ** -0.5). window: the tokens that a
-        query sees (default: all before it). rotary: cosines and sines (_rotary.tables) by which queries and new keys are turned.
-        soft_cap: c, where scores are c * tanh(score / c) (Gemma 2, arXiv 2408.00118). sinks [H]: the score of a key
-        without a value, which takes weight from the others and is not capped (gpt-oss, arXiv 2508.10925).
+        query sees (default: all before it). rotary: what becomes of queries and new keys first (_rotary.Rotary, or its
+        cosines and sines alone). soft_cap: c, where scores are c * tanh(score / c) (Gemma 2, arXiv 2408.00118). sinks [H]:
+        the score of a key without a value, which takes weight from the others and is not capped (gpt-oss, arXiv 2508.10925).
         """
         ...
 

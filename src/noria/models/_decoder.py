@@ -17,10 +17,11 @@ from noria.arrays import keys_and_values
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _experts, _heads, _rotary, _sources
+from noria.models import _experts, _fused, _heads, _rotary, _sources
 from noria.models._cache import Cache
 from noria.models._experts import Experts
 from noria.models._linear import linear
+from noria.models._rotary import Rotary
 from noria.models._sources import Itself
 from noria.pieces import Wanted
 
@@ -246,8 +247,9 @@ def layer(
     """
     normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     attended = (attention or attend)(shape, index, parameters, normed, positional, cache)
-    hidden = _heads.project_out(parameters, attended).add_(hidden)
-    return feed_forward(shape, parameters, _heads.norm(shape, parameters["mlp_norm"], hidden)).add_(hidden)
+    branch = _heads.project_out(parameters, attended)
+    hidden, normed = _heads.add_norm(shape, parameters["mlp_norm"], branch, hidden)
+    return feed_forward(shape, parameters, normed).add_(hidden)
 
 
 def attend(
@@ -260,17 +262,15 @@ def attend(
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    if shape.details["head_norms"]:
-        queries, keys = _heads.norm_each(shape, parameters, queries, keys)
-    queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
-    return cache.attend(queries, key=keys, value=values, window=window(shape, index))
+    rotary = Rotary(*positional, norms=_heads.norms(shape, parameters), eps=shape.details["norm_eps"])
+    return cache.attend(queries, key=keys, value=values, window=window(shape, index), rotary=rotary)
 
 
 def feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
     """[T, E] of normed hidden states [T, E]: a layer's mixture of experts, or its SwiGLU."""
     if "experts.down" in parameters:
         return _experts.compute(shape.details["experts"], parameters, normed)
-    inner = _experts.swiglu(linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")))
+    inner = _fused.gated(linear(normed, parameters["gate_up"], parameters.get("gate_up_bias")))
     return linear(inner, parameters["down"], parameters.get("down_bias"))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from noria.kernels.expert_layer import ExpertLayer, Gate
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _gates, _routing, _tiles
+from noria.models import _fused, _gates, _routing, _tiles
 from noria.models._linear import linear
 from noria.models._routing import Routing
 from noria.models._sources import Slice, Transposed
@@ -149,8 +149,7 @@ def shared(parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torc
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """[..., I] of gates and ups [..., 2 * I], the gates first."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return _fused.gated(gate_up)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,22 @@ value, E hidden.
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from noria.model import ModelShape
+from noria.models import _fused
 from noria.models._linear import linear
 
 
 def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension."""
-    return F.rms_norm(hidden, weight.shape, weight, shape.details["norm_eps"])
+    return _fused.norm(hidden, weight, shape.details["norm_eps"])
+
+
+def add_norm(
+    shape: ModelShape, weight: torch.Tensor, branch: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of what a branch of a layer returned and the hidden states before it, in the branch's memory, and its RMSNorm."""
+    return _fused.add_norm(branch, hidden, weight, shape.details["norm_eps"])
 
 
 def split(
@@ -44,6 +51,11 @@ def split_groups(
     qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias"))
     groups = qkv.view(len(normed), shape.num_kv_heads, -1, shape.head_dim)
     return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
+def norms(shape: ModelShape, parameters: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The weights [D] of norms of each head, of queries and of keys, where a model has them."""
+    return (parameters["query_norm"], parameters["key_norm"]) if shape.details["head_norms"] else None
 
 
 def norm_each(

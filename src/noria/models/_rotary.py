@@ -6,7 +6,7 @@ Functions of tensors: nothing of a family, of ranks or of files. T tokens, N hea
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -22,6 +22,20 @@ KEYS = frozenset(
     " long_factor short_mscale long_mscale finetuned mrope_section mrope_interleaved".split()
 )
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class Rotary(NamedTuple):
+    """What becomes of queries and new keys before they attend: a norm of each head, and the turn by their positions.
+
+    cosines, sines: of `tables`; None: they are not turned. pairs: as `rotate_pairs` turns, else as `rotate` does. norms:
+    weights [D] of the queries' and the keys' RMSNorm, with eps; None: they are not normed.
+    """
+
+    cosines: torch.Tensor | None = None
+    sines: torch.Tensor | None = None
+    pairs: bool = False
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    eps: float = 0.0
 
 
 def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:

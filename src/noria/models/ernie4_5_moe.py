@@ -8,10 +8,11 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _heads, _rotary, _routing
+from noria.models import _decoder, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
+from noria.models._rotary import Rotary
 from noria.models._sources import Itself
 from noria.pieces import Wanted
 
@@ -88,8 +89,7 @@ def _attend(
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _rotary.rotate_pairs(queries, *positional), _rotary.rotate_pairs(keys, *positional)
-    return cache.attend(queries, key=keys, value=values)
+    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
 
 
 layer = partial(_decoder.layer, attention=_attend)

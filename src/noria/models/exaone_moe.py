@@ -8,9 +8,10 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _rotary
+from noria.models import _decoder, _experts, _heads
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._rotary import Rotary
 from noria.models._sources import Itself
 
 ARCHITECTURES = ("ExaoneMoeForCausalLM",)
@@ -70,11 +71,10 @@ def _attend(
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]; layers without a window know no positions."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _heads.norm_each(shape, parameters, queries, keys)
-    window = _decoder.window(shape, index)
-    if window is not None:
-        queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
-    return cache.attend(queries, key=keys, value=values, window=window)
+    window, norms = _decoder.window(shape, index), _heads.norms(shape, parameters)
+    cosines, sines = (None, None) if window is None else positional
+    rotary = Rotary(cosines, sines, norms=norms, eps=shape.details["norm_eps"])
+    return cache.attend(queries, key=keys, value=values, window=window, rotary=rotary)
 
 
 layer = partial(_decoder.layer, attention=_attend)

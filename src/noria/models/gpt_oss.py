@@ -12,7 +12,7 @@ import torch
 from noria.kernels.expert_layer import Gate
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _rotary, _routing
+from noria.models import _decoder, _experts, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -98,12 +98,11 @@ def layer(  # type: ignore[no-redef]  # its own
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
     window, sinks = _decoder.window(shape, index), parameters["sinks"]
-    attended = cache.attend(queries, key=keys, value=values, window=window, sinks=sinks)
-    hidden = _heads.project_out(parameters, attended).add_(hidden)
+    attended = cache.attend(queries, key=keys, value=values, window=window, sinks=sinks, rotary=positional)
+    branch = _heads.project_out(parameters, attended)
 
-    normed = _heads.norm(shape, parameters["mlp_norm"], hidden)
+    hidden, normed = _heads.add_norm(shape, parameters["mlp_norm"], branch, hidden)
     scores = _routing.scores_of(normed, parameters["router"], parameters["router_bias"])
     chosen, weights = _routing.choose(shape.details["experts"].routing, scores)
     experts = parameters["experts.gate_up"], parameters["experts.down"]

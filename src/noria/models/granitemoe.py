@@ -9,7 +9,7 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _rotary, _routing
+from noria.models import _decoder, _experts, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -64,10 +64,9 @@ def layer(  # type: ignore[no-redef]  # its own
     scale, part = shape.details["attention_multiplier"], shape.details["residual_multiplier"]
     normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
-    attended = cache.attend(queries, key=keys, value=values, scale=scale)
-    hidden = _heads.project_out(parameters, attended).mul_(part).add_(hidden)
-    normed = _heads.norm(shape, parameters["mlp_norm"], hidden)
+    attended = cache.attend(queries, key=keys, value=values, scale=scale, rotary=positional)
+    branch = _heads.project_out(parameters, attended).mul_(part)
+    hidden, normed = _heads.add_norm(shape, parameters["mlp_norm"], branch, hidden)
     return _decoder.feed_forward(shape, parameters, normed).mul_(part).add_(hidden)
 
 

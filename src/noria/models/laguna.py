@@ -16,6 +16,7 @@ from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
 from noria.models._linear import linear
+from noria.models._rotary import Rotary
 from noria.models._sources import Itself
 from noria.pieces import Wanted
 
@@ -132,9 +133,9 @@ def _attend(
     """[T, H, D] from normed hidden states [T, E]; a gate multiplies a head, or each of its numbers."""
     heads = shape.details["heads"][index], shape.num_kv_heads
     queries, keys, values = _heads.split(shape, parameters, normed, heads)
-    queries, keys = _heads.norm_each(shape, parameters, queries, keys)
-    queries, keys = (_rotary.rotate(one, *positional[shape.details["turns"][index]]) for one in (queries, keys))
-    attended = cache.attend(queries, key=keys, value=values, window=_decoder.window(shape, index))
+    turn, norms = positional[shape.details["turns"][index]], _heads.norms(shape, parameters)
+    rotary = Rotary(*turn, norms=norms, eps=shape.details["norm_eps"])
+    attended = cache.attend(queries, key=keys, value=values, window=_decoder.window(shape, index), rotary=rotary)
     gates = linear(normed, parameters["head_gate"]).unflatten(-1, (heads[0], -1))
     return attended * F.softplus(gates.to(torch.promote_types(gates.dtype, torch.float32))).to(attended.dtype)
 

@@ -141,8 +141,8 @@ def layer(  # type: ignore[no-redef]  # its own
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     normed = _heads.norm(shape, parameters["attention_norm"], hidden)
     attended = _attend(shape, index, parameters, normed, positional, cache)
-    hidden = _heads.project_out(parameters, attended).add_(hidden)
-    normed = _heads.norm(shape, parameters["mlp_norm"], hidden)
+    branch = _heads.project_out(parameters, attended)
+    hidden, normed = _heads.add_norm(shape, parameters["mlp_norm"], branch, hidden)
     if "experts.down" not in parameters:
         return _decoder.feed_forward(shape, parameters, normed).add_(hidden)
     scores = _routing.scores_of(normed, parameters["router"])

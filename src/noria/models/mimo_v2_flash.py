@@ -155,13 +155,13 @@ def _attend(
     """[T, H, Dv] from normed hidden states [T, E]."""
     heads, value_dim, window = _of_layer(shape, index), shape.details["value_dim"], _decoder.window(shape, index)
     queries, keys, values = _heads.split(shape, parameters, normed, heads, value_dim)
-    turn = positional[shape.details["turns"][index]]
     return cache.attend(
-        _rotary.rotate(queries, *turn),
-        key=_rotary.rotate(keys, *turn),
+        queries,
+        key=keys,
         value=values * shape.details["value_scale"],
         window=window,
         sinks=parameters.get("sinks"),
+        rotary=positional[shape.details["turns"][index]],
     )
 
 

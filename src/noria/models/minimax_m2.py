@@ -8,7 +8,7 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _heads, _rotary, _routing
+from noria.models import _decoder, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -91,7 +91,7 @@ def _attend(
     """[T, H, D] from normed hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
     queries, keys = _heads.norm_across(shape, parameters, queries, keys)
-    return cache.attend(_rotary.rotate(queries, *positional), key=_rotary.rotate(keys, *positional), value=values)
+    return cache.attend(queries, key=keys, value=values, rotary=positional)
 
 
 layer = partial(_decoder.layer, attention=_attend)

@@ -9,7 +9,7 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _heads, _rotary, _routing
+from noria.models import _decoder, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -60,8 +60,7 @@ def _attend(
     queries, keys = _heads.norm_across(shape, parameters, queries, keys)
     if clip := shape.details["clip"]:
         queries, keys, values = (heads.clamp(-clip, clip) for heads in (queries, keys, values))
-    queries, keys = _rotary.rotate(queries, *positional), _rotary.rotate(keys, *positional)
-    return cache.attend(queries, key=keys, value=values, window=_decoder.window(shape, index))
+    return cache.attend(queries, key=keys, value=values, window=_decoder.window(shape, index), rotary=positional)
 
 
 layer = partial(_decoder.layer, attention=_attend)

@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _routing
+from noria.models import _decoder, _experts, _fused, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -97,8 +96,11 @@ def layer(  # type: ignore[no-redef]  # its own
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     normed = _norm(shape, parameters, "attention_norm", hidden)
     attended = _decoder.attend(shape, index, parameters, normed, positional, cache)
-    hidden = _heads.project_out(parameters, attended).add_(hidden)
-    normed = _norm(shape, parameters, "mlp_norm", hidden)
+    branch, (weight, bias) = (
+        _heads.project_out(parameters, attended),
+        (parameters["mlp_norm"], parameters["mlp_norm_bias"]),
+    )
+    hidden, normed = _fused.add_norm(branch, hidden, weight, shape.details["norm_eps"], bias)
     scores = _routing.scores_of(normed, parameters["router"])
     chosen, weights = _routing.sparse_mixer(scores, shape.details["tolerance"])
     experts = parameters["experts.gate_up"], parameters["experts.down"]
@@ -107,7 +109,7 @@ def layer(  # type: ignore[no-redef]  # its own
 
 def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
     weight, bias = parameters[name], parameters[f"{name}_bias"]
-    return F.layer_norm(hidden, (shape.hidden_size,), weight, bias, shape.details["norm_eps"])
+    return _fused.norm(hidden, weight, shape.details["norm_eps"], bias)
 
 
 def head(  # type: ignore[no-redef]  # its own

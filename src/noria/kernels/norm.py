@@ -1,0 +1,56 @@
+"""Norms of rows, and the residual sum before them, a program a row (Triton): a row's result depends on its row alone.
+
+T rows, E numbers a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+WIDEST = 16384  # numbers that the registers of a program hold
+
+
+@triton.jit
+def norm_rows(
+    hidden, branch, weight, bias, normed, hidden_row, branch_row, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    """A row's norm in float32. ADD: of its sum with `branch`, which is stored there, rounded as it is normed."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    its = tl.load(hidden + row * hidden_row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        at = branch + row * branch_row + column
+        total = (its + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(branch.dtype.element_ty)
+        tl.store(at, total, mask=inside)
+        its = total.to(tl.float32)
+    if CENTERED:
+        its = tl.where(inside, its - tl.sum(its, 0) / WIDTH, 0.0)
+    its = its * (1.0 / tl.sqrt(tl.sum(its * its, 0) / WIDTH + eps))
+    its = its * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        its = its + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * WIDTH + column, its.to(normed.dtype.element_ty), mask=inside)
+
+
+def norm(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    branch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[T, E]: the norms of rows [T, E], or of their sums with `branch`, which then stand in `branch`.
+
+    With a bias it is LayerNorm, else RMSNorm. Numbers of a row are contiguous; rows have any stride.
+    """
+    rows, width = hidden.shape
+    assert width <= WIDEST, f"rows of {width} numbers: {WIDEST} at most"
+    normed, adds, centered = hidden.new_empty(rows, width), branch is not None, bias is not None
+    block = triton.next_power_of_2(width)
+    other = hidden if branch is None else branch
+    norm_rows[(rows,)](
+        hidden, other, weight, weight if bias is None else bias, normed, hidden.stride(0), other.stride(0), eps,
+        width, block, adds, centered, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return normed
