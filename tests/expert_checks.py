@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from noria.kernels.expert_layer import GELU_TANH, ExpertLayer, Gate
+from noria.models import _routing
+from noria.models._routing import LEAST_SUM, Routing
 
 CLAMPED = Gate(alpha=1.702, limit=1.0, shift=1.0, alternating=True)
 
@@ -84,3 +86,23 @@ def error(found, rows, chosen, weights, layer):
     """The largest error, as a part of the largest number."""
     right = exact(rows, chosen, weights, layer)
     return float((found.double() - right).abs().max() / right.abs().max())
+
+
+ROUTINGS = [
+    Routing(8, before="softmax", normalized=True),
+    Routing(3, before="softmax"),
+    Routing(4, after="softmax"),
+    Routing(6, before="sigmoid", normalized=True, least=LEAST_SUM, scaling=2.5),
+    Routing(1, after="sigmoid"),
+]
+
+
+def routed(routing, tokens, experts, corrected, device, choose):
+    """What a kernel chooses of random scores, and what torch does in float64."""
+    draw = torch.Generator().manual_seed(experts)
+    scores, correction = torch.randn(tokens, experts, generator=draw) * 3, torch.randn(experts, generator=draw)
+    correction = correction if corrected else None
+    least = routing.least if routing.normalized else None
+    to = lambda its: None if its is None else its.to(device)  # noqa: E731
+    found = choose(to(scores), to(correction), routing.chosen, (routing.before, routing.after), least, routing.scaling)
+    return [its.cpu() for its in found], _routing.choose(routing, scores.double(), correction)

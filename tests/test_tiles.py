@@ -18,10 +18,10 @@ if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" o
 
 with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpreted
     patch.setenv("TRITON_INTERPRET", "1")
-    from noria.kernels import mix
+    from noria.kernels import mix, routing
 
 import expert_checks
-from expert_checks import CASES, CLAMPED, Case
+from expert_checks import CASES, CLAMPED, ROUTINGS, Case
 from noria.kernels.expert_layer import ExpertLayer
 
 
@@ -106,3 +106,20 @@ def test_blocks_fit_the_shared_memory_of_any_card(its):
         fitting = blocks.fitting(its.tile, matrices, 2, mix.LEAST_SHARED)
         held = fitting.stages * (its.tile + matrices * blocks.columns) * blocks.depth * 2
         assert 2 <= fitting.stages <= blocks.stages and held <= 99 * 1024
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("its", ROUTINGS, ids=lambda its: f"{its.chosen} {its.before}{its.after}")
+def test_a_kernel_chooses_as_torch_does(its, corrected):
+    for experts in (8, 13, 60):
+        (chosen, weights), expected = expert_checks.routed(its, 5, experts, corrected, "cpu", routing.choose)
+        assert torch.equal(chosen, expected[0])
+        torch.testing.assert_close(weights.double(), expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_scores_the_first_is_chosen_and_what_is_no_number_last():
+    scores = torch.tensor([[1.0, 3.0, 3.0, torch.nan, 0.0], [torch.nan] * 5, [-torch.inf, 2.0, -torch.inf, 1.0, 3.0]])
+    chosen, weights = routing.choose(scores, None, 3, ("", "softmax"), None, 1.0)
+    assert chosen.tolist()[0] == [1, 2, 0] and chosen.tolist()[2] == [4, 1, 3]
+    assert weights[1].isnan().all() and not weights[[0, 2]].isnan().any()
+    assert 0 <= int(chosen[1].min()) and int(chosen[1].max()) < 5  # within the experts, whatever the scores

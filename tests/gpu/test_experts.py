@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import expert_checks
-from expert_checks import CASES, CLAMPED, Case
+from expert_checks import CASES, CLAMPED, ROUTINGS, Case
 from noria import kinds
 from noria.kernels.expert_layer import ExpertLayer
 from noria.models import _experts, _routing, _tiles
@@ -91,6 +91,17 @@ def test_tiles_of_any_size_give_the_plain_sum(case, dtype):
     for its in kernels().TILINGS:
         found = kernels().mix(*tensors, tiled=lambda _, its=its: its)
         assert expert_checks.error(found, *tensors) < (0.02 if dtype == torch.bfloat16 else 0.003), its.tile
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("its", ROUTINGS, ids=str)
+def test_a_kernel_chooses_as_torch_does(its, corrected):
+    for experts in (8, 60, 128, 384, 1000):
+        choose = kinds.load("kernels", "routing").choose
+        (chosen, weights), expected = expert_checks.routed(its, 300, experts, corrected, "cuda", choose)
+        assert (chosen == expected[0]).all(dim=1).float().mean() > 0.99  # probabilities may be equal in float32
+        alike = (chosen == expected[0]).all(dim=1)
+        torch.testing.assert_close(weights[alike].double(), expected[1][alike], rtol=1e-4, atol=1e-6)
 
 
 COMPANIES = [

@@ -12,6 +12,7 @@ import torch
 
 from noria.errors import require
 from noria.models import _config as read
+from noria.models import _tiles
 from noria.models._linear import linear
 
 MAX_EXPERTS = 4096
@@ -94,6 +95,11 @@ def choose(
     correction [X]: what counts for the choice beside the score, and not in the weight.
     """
     scores = scores.to(_wide(scores.dtype))
+    if _by_kernel(routing, scores):
+        correction = None if correction is None else correction.to(scores.dtype)
+        least = routing.least if routing.normalized else None
+        squashes = routing.before, routing.after
+        return _tiles.choose(scores, correction, routing.chosen, squashes, least, routing.scaling)
     if routing.soft_cap:
         scores = torch.tanh(scores / routing.soft_cap) * routing.soft_cap
     scores = _squashed(routing.before, scores)
@@ -122,6 +128,14 @@ def sparse_mixer(scores: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, 
         weights.append(near.gather(1, expert))
         left = left.scatter(1, expert, -torch.inf)
     return torch.cat(chosen, dim=-1), torch.cat(weights, dim=-1)
+
+
+def _by_kernel(routing: Routing, scores: torch.Tensor) -> bool:
+    """Whether one kernel chooses, whose result for a token is a function of its scores alone."""
+    plain = routing.groups == 1 and not routing.soft_cap
+    return (
+        plain and scores.is_cuda and scores.dtype == torch.float32 and not _tiles.refuses(scores.device, torch.float16)
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

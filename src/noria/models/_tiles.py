@@ -42,6 +42,21 @@ def mix(
     return mixed
 
 
+def choose(
+    scores: torch.Tensor,
+    correction: torch.Tensor | None,
+    count: int,
+    squashes: tuple[str, str],
+    least: float | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` experts of each token [T, C] and their weights [T, C], of its scores [T, X] (kernels/routing.py)."""
+    found: tuple[torch.Tensor, torch.Tensor] = kinds.load("kernels", "routing").choose(
+        scores, correction, count, squashes, least, scaling
+    )
+    return found
+
+
 def summed(products: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """[T, E]: the sums over choices of what experts returned [T, C, E]."""
     mixed: torch.Tensor = _kernel().summed(products.contiguous(), weights)
@@ -79,11 +94,11 @@ def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
     rows, gate_up, down = (
         torch.randn(*size, generator=draw).to(device, dtype) for size in ((3, 64), (2, 64, 64), (2, 64, 32))
     )
-    layer = ExpertLayer(gate_up * 0.125, down * 0.125)
-    weights = torch.full((3, 2), 0.5, device=device)
-    found = mix(rows, torch.arange(2, device=device).repeat(3, 1), weights, layer)
+    layer, scores = ExpertLayer(gate_up * 0.125, down * 0.125), rows[:, :2].float()
+    chosen, weights = choose(scores, None, 2, ("", "softmax"), None, 1.0)
+    found = mix(rows, chosen, weights, layer)
     gate, up = torch.einsum("te,xie->xti", rows.float(), layer.gate_up.float()).chunk(2, dim=-1)
-    exact = torch.einsum("xti,xei->te", F.silu(gate) * up, layer.down.float()) * 0.5
+    exact = torch.einsum("tx,xti,xei->te", scores.softmax(dim=-1), F.silu(gate) * up, layer.down.float())
     return float((found - exact).abs().max())
 
 
