@@ -53,6 +53,8 @@ ALLOWED = {
         "kernels/norm.py",
         "kernels/rotary.py",
         "kernels/gated.py",
+        "kernels/sampling.py",
+        "kernels/products.py",
     },  # imported where there is a GPU
     "torch": {
         "streams.py",
@@ -74,6 +76,9 @@ ALLOWED = {
         "kernels/norm.py",
         "kernels/rotary.py",
         "kernels/gated.py",
+        "kernels/drawing.py",
+        "kernels/products.py",
+        "kernels/narrow.py",
         "launch/building.py",
         "launch/cores.py",
         "launch/copies.py",

@@ -134,8 +134,9 @@ def test_a_check_without_memory_is_no_proof():
 def on_cuda(monkeypatch, library):
     """exact_bits as on a GPU whose attention goes by this kind and whose products are these; returns (attributes, said)."""
 
-    def call(capsys, attention="items", found="", dtype="bfloat16", **keys):
+    def call(capsys, attention="items", found="", dtype="bfloat16", undrawn="", **keys):
         monkeypatch.setattr(exact, "build_attention", lambda *given: attention)
+        monkeypatch.setattr(exact, "build_sampling", lambda *given: undrawn)
         monkeypatch.setattr(exact, "differing", lambda *given: found)
         monkeypatch.setattr(exact, "norms_differing", lambda *given: "")
         streams = streams_of(CPU)
@@ -160,6 +161,7 @@ def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_
     assert attributes == {"exact_bits": "no: --no-exact-bits"} and split_k and not said
     attributes, split_k, said = on_cuda(capsys, attention="sdpa")
     assert attributes == {"exact_bits": "no: attention sdpa"} and "rank 0: attention sdpa" in said
+    assert on_cuda(capsys, undrawn="it cannot be built")[0] == {"exact_bits": "no: tokens are drawn by torch"}
     assert on_cuda(capsys, dtype="float32")[0] == {}
     monkeypatch.setattr(Opened, "shape", replace(SHAPE, mixture_size=5))
     assert on_cuda(capsys)[0] == {"exact_bits": "no: the products of a mixture's experts"}

@@ -21,6 +21,7 @@ from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
 from noria.engine.weights import Placed, Weights
+from noria.kernels import drawing
 from noria.limits import DISK_SLOT_NBYTES
 from noria.model import ModelShape, OpenModel
 from noria.order import Place
@@ -89,7 +90,8 @@ def build(
     kind, _ = attention.fitting(streams.device, dtype, shape)
     network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
-    batches, sampler = Batches(network, dtype, streams.device, tiers), Sampler(streams.device)
+    batches = Batches(network, dtype, streams.device, tiers)
+    sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype))
     schedule = kinds.load("schedules", plan.schedule)
     stage = Stage(network, batches, moved, sampler, schedule, streams, meters)
     return Executor(stage, stages, ring, meters)

@@ -76,7 +76,8 @@ class BadWords:
 @dataclass(eq=False)
 class RowSettings:
     """How one row is sampled; see rows/sequence.py: sampler_settings. `logprobs`: how many of the likely ids; -1: no
-    log-probabilities. `greedy`: its token is the most likely one of the raw logits."""
+    log-probabilities. `edited`: its logits are changed before it is drawn. `greedy`: its token is the most likely one of the
+    raw logits."""
 
     temperature: float
     top_k: int
@@ -94,6 +95,7 @@ class RowSettings:
     allowed: np.ndarray
     counts: Counts | None = None
     bad_words: BadWords | None = None
+    edited: bool = False
     greedy: bool = True
 
     @classmethod
@@ -120,8 +122,9 @@ class RowSettings:
             row.counts.add(settings.get("shared", []), 0)
         if settings.get("bad_words"):
             row.bad_words = BadWords(settings["bad_words"], row.prompt_length)
-        edited = bias or len(row.banned) or len(row.allowed) or row.follows or settings.get("masked")
-        row.greedy = row.temperature == 0 and not edited
+        edits = len(bias), len(row.banned), len(row.allowed), row.follows, settings.get("masked")
+        row.edited = any(edits)
+        row.greedy = row.temperature == 0 and not row.edited
         return row
 
     @property
@@ -134,6 +137,29 @@ class RowSettings:
         for one in (self.counts, self.bad_words):
             if one is not None:
                 one.add(token_ids, position)
+
+
+class SlotColumns:
+    """What rows are drawn by, by slot, as kernels take it: temperature, top_k, top_p and min_p."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}  # slots may be any numbers
+        self._free: list[int] = []
+        self._values = np.zeros((64, 4))
+
+    def put(self, slot: int, row: RowSettings) -> None:
+        place = self._places.setdefault(slot, self._free.pop() if self._free else len(self._places))
+        if place == len(self._values):
+            self._values = np.concatenate([self._values, np.zeros_like(self._values)])
+        self._values[place] = row.temperature, row.top_k, row.top_p, row.min_p
+
+    def drop(self, slot: int) -> None:
+        if slot in self._places:
+            self._free.append(self._places.pop(slot))
+
+    def of(self, slots: np.ndarray) -> np.ndarray:
+        """[S, 4] float64 of these slots [S]."""
+        return self._values[[self._places[slot] for slot in slots.tolist()]]
 
 
 def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int) -> Iterator[Edit]:
@@ -184,7 +210,7 @@ def _add(places: list[np.ndarray], values: list[np.ndarray]) -> Edit:
 
     def edit(scores: torch.Tensor, put: Put) -> None:
         index = put(np.concatenate(places))
-        scores[index] = scores[index] + put(np.concatenate(values))
+        scores[index] = (scores[index] + put(np.concatenate(values))).to(scores.dtype)
 
     return edit
 
@@ -196,7 +222,7 @@ def _penalise(places: list[np.ndarray], factors: list[np.ndarray]) -> Edit:
     def edit(scores: torch.Tensor, put: Put) -> None:
         index, factor = put(np.concatenate(places)), put(np.concatenate(factors))
         values = scores[index]
-        scores[index] = torch.where(values < 0, values * factor, values / factor)
+        scores[index] = torch.where(values < 0, values * factor, values / factor).to(scores.dtype)
 
     return edit
 

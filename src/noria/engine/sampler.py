@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from noria.engine.masking import masking
-from noria.engine.row_settings import RowSettings, edits_of
+from noria.engine.row_settings import RowSettings, SlotColumns, edits_of
+from noria.kernels import drawing
 from noria.limits import DRAW_ELEMENTS
 from noria.masks import Masks
 from noria.step import NO_TOKEN, NONE_LEFT, Result, Step
@@ -19,11 +20,12 @@ from noria.step import NO_TOKEN, NONE_LEFT, Result, Step
 class Sampler:
     """The settings of the rows in flight, by slot, and the draw. Nothing here waits for the device.
 
-    Rows that take the most likely token and ask for nothing else are not kept: they cost one maximum.
+    Rows that take the most likely token and ask for nothing else are not kept: they cost one maximum. by_kernels: tokens of
+    half precisions are drawn by kernels that compute a row in an order of its own; see kernels/drawing.py: refuses.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, by_kernels: bool = False):
+        self._device, self._by_kernels, self._columns = device, by_kernels, SlotColumns()
         exact = torch.empty(0, dtype=torch.float64, device=device)
         ids = torch.empty(0, dtype=torch.int64, device=device)
         self.nothing = Result(ids, exact, ids.view(0, 0), exact.view(0, 0), exact)  # of no samples
@@ -33,10 +35,12 @@ class Sampler:
     def apply(self, step: Step) -> None:
         """Takes over the changes of slots that a header carries."""
         for slot in step.released:
+            self._columns.drop(slot)
             self._settings.pop(slot, None)
             self._following.pop(slot, None)
         for admitted in step.admitted:
             settings = RowSettings.from_header(admitted.sampling)
+            self._columns.put(admitted.slot, settings)
             if not settings.greedy or settings.logprobs >= 0:
                 self._settings[admitted.slot] = settings
             if settings.follows:
@@ -70,10 +74,27 @@ class Sampler:
     ) -> Result:
         """A result of tensors, for logits [S, V] of these rows, whose next token is generated as number `positions` [S] of the
         sequence; `top`: as `self.top` says for all rows of the step; `masks`: what some of these samples may be."""
-        ids = greedy(logits)
-        if not self._settings:
-            return replace(self.nothing, token_ids=ids)
         settings = {row: self._settings[slot] for row, slot in enumerate(slots.tolist()) if slot in self._settings}
+        if self._draws_by_kernels(logits):
+            columns = np.column_stack([self._columns.of(slots), uniforms])
+            ids = self._by_kernels_drawn(logits, columns, settings, positions, masks)
+        else:
+            ids = self._plainly_drawn(logits, settings, uniforms, positions, masks)
+        if top < 0:
+            return replace(self.nothing, token_ids=ids)
+        rows = [row for row, one in settings.items() if one.logprobs >= 0]
+        return self._with_logprobs(logits, ids, rows, min(top, logits.shape[1]))
+
+    def _plainly_drawn(
+        self,
+        logits: torch.Tensor,
+        settings: dict[int, RowSettings],
+        uniforms: np.ndarray,
+        positions: np.ndarray,
+        masks: Masks | None,
+    ) -> torch.Tensor:
+        """[S] ids by logits [S, V], of which these rows have settings."""
+        ids = greedy(logits)
         for chunk in self._chunks([row for row, one in settings.items() if not one.greedy], logits.shape[1]):
             index = self._put(np.array(chunk))
             chosen = [settings[row] for row in chunk]
@@ -82,13 +103,38 @@ class Sampler:
             found = self._choose(scores, chosen, uniforms[chunk])
             found = torch.where(found == NO_TOKEN, NONE_LEFT, found)
             ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, found)
-        if top < 0:
-            return replace(self.nothing, token_ids=ids)
-        rows = [row for row, one in settings.items() if one.logprobs >= 0]
-        return self._with_logprobs(logits, ids, rows, min(top, logits.shape[1]))
+        return ids
+
+    def _draws_by_kernels(self, logits: torch.Tensor) -> bool:
+        return self._by_kernels and logits.dtype in drawing.SHIFTS
+
+    def _by_kernels_drawn(
+        self,
+        logits: torch.Tensor,
+        columns: np.ndarray,
+        settings: dict[int, RowSettings],
+        positions: np.ndarray,
+        masks: Masks | None,
+    ) -> torch.Tensor:
+        """The same by kernels, of which columns [S, drawing.COLUMNS] are the arguments; what is edited is float32."""
+        ids = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+        edited = [row for row, one in settings.items() if one.edited]
+        raw = columns.copy()
+        raw[edited, 0] = 0  # at first the most likely one, which tells whether logits are finite
+        drawing.draw(logits, self._put(raw), ids)
+        for chunk in self._chunks(edited, logits.shape[1]):
+            scores = logits[self._put(np.array(chunk))].float()
+            self._edit(scores, chunk, [settings[row] for row in chunk], positions[chunk], masks)
+            drawing.draw(scores, self._put(columns[chunk]), ids, self._put(np.array(chunk, np.int32)))
+        return ids
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """[P] float64 log-probabilities of token_ids [P] by logits [P, V]."""
+        if self._draws_by_kernels(logits):
+            rows = torch.arange(len(logits), dtype=torch.int32, device=self._device)
+            scores = self.nothing.logprobs.new_empty(len(logits))
+            drawing.log_probabilities(logits, rows, token_ids, scores, self.nothing.top_ids, self.nothing.top_logprobs)
+            return scores
         size = max(1, DRAW_ELEMENTS // logits.shape[1])
         chunks = zip(logits.split(size), token_ids.split(size), strict=True)
         return torch.cat([_pick(torch.log_softmax(part.double(), dim=-1), ids) for part, ids in chunks])
@@ -139,6 +185,10 @@ class Sampler:
         if top:
             top_logprobs = none.top_logprobs.new_full((count, top), torch.nan)
             found = replace(found, top_ids=none.top_ids.new_full((count, top), NO_TOKEN), top_logprobs=top_logprobs)
+        if self._draws_by_kernels(logits):
+            of_rows = self._put(np.array(rows, np.int32))
+            drawing.log_probabilities(logits, of_rows, ids, found.logprobs, found.top_ids, found.top_logprobs)
+            return found
         for chunk in self._chunks(rows, logits.shape[1]):
             index = self._put(np.array(chunk))
             raw = torch.log_softmax(logits[index].double(), dim=-1)
@@ -201,10 +251,11 @@ def truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[-1], device=scaled.device)
     excluded = (top_k[:, None] > 0) & (rank >= top_k[:, None])
-    probabilities = torch.softmax(ordered.masked_fill(excluded, -torch.inf), dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    excluded |= (before >= top_p[:, None]) & (rank > 0)
-    excluded |= probabilities < min_p[:, None] * probabilities[:, :1]
+    weights = (ordered - ordered[:, :1]).exp().masked_fill(excluded, 0)  # whole numbers where all are as likely
+    cumulative = weights.cumsum(dim=-1)
+    enough = cumulative - weights >= top_p[:, None] * cumulative[:, -1:]
+    excluded |= enough & (rank > 0) & (top_p < 1)[:, None]
+    excluded |= weights < min_p[:, None]
     return scaled.masked_fill(torch.zeros_like(excluded).scatter_(-1, order, excluded), -torch.inf)
 
 

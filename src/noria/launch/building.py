@@ -14,6 +14,7 @@ import torch
 
 from noria import attention, encodings, kinds
 from noria.config import Config
+from noria.kernels import drawing
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
@@ -58,6 +59,21 @@ def build_fused(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
     took = f"norms, rotary positions and gates by kernels ({time.perf_counter() - began:.1f} s)"
     here.say(*dict.fromkeys(line or took for line in found))
+
+
+def build_sampling(here: ThisRank, dtype: str) -> str:
+    """Builds the kernels that draw tokens; returns why some rank has none, and says it where it should have. Collective."""
+    first = here.location.local_rank == 0
+
+    def build() -> str:
+        return drawing.refuses(here.device, getattr(torch, dtype))
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    why = next(filter(None, found), "")
+    if why and here.device.type == "cuda" and getattr(torch, dtype) in drawing.HALVES:
+        here.say(f"tokens are drawn by torch: {why}")
+    return why
 
 
 def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from noria.blocks import Block
 from noria.config import Config
-from noria.launch.building import build_attention
+from noria.launch.building import build_attention, build_sampling
 from noria.launch.here import ThisRank
 from noria.limits import LOGITS_ROWS
 from noria.model import OpenModel
@@ -35,6 +35,7 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
     Yields the attribute that says so, `yes` or `no: ` and why; none on a CPU and in full precisions. Collective.
     """
     name, kind = build_attention(config, here, model.shape, dtype), getattr(torch, dtype)
+    undrawn = build_sampling(here, dtype)
     with contextlib.ExitStack() as held:
         if here.device.type != "cuda" or kind not in REDUCTIONS:
             yield {}
@@ -44,6 +45,8 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             why = "--no-exact-bits"
         elif name != "items":
             why = f"attention {name}"
+        elif undrawn:
+            why = "tokens are drawn by torch"
         elif model.shape.mixture_size:
             why = "the products of a mixture's experts"
         elif not held.enter_context(products_in_one_order(kind)):

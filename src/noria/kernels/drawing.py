@@ -1,0 +1,86 @@
+"""Launches the kernels that draw tokens, and says where they serve.
+
+S samples, V vocab, C rows that are chosen of them.
+"""
+
+import importlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 number that these do not have
+HALVES = (torch.bfloat16, torch.float16)  # of runs whose tokens are drawn so
+COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
+BLOCK, WARPS = 1024, 8  # ids that a program takes at a time, and its warps: the order of its sums, one for all rows
+
+
+def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    """Draws an id for each row of logits [S, V], by settings [S, COLUMNS] float64, into ids [S] int64: see `draw_rows`.
+
+    rows [C] int32: logits and settings are those of C edited rows, which these are of the S ids.
+    """
+    if not len(logits):
+        return
+    vocab = logits.shape[1]
+    tiles = 1 << (-(-vocab // BLOCK) - 1).bit_length()
+    _kernels().draw_rows[(len(logits),)](
+        logits, settings, ids if rows is None else rows, ids, vocab, logits.stride(0), rows is not None, COLUMNS,
+        SHIFTS[logits.dtype], tiles, BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def log_probabilities(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    top_ids: torch.Tensor,
+    top_logprobs: torch.Tensor,
+) -> None:
+    """Writes of rows [C] int32 of logits [S, V] the log-probabilities of ids [S] to logprobs [S] float64, and the most
+    likely ids with theirs to top_ids and top_logprobs [S, top], the lower of equal ones first."""
+    if not len(rows):
+        return
+    vocab, top = logits.shape[1], top_ids.shape[1]
+    _kernels().logprobs_of_rows[(len(rows),)](
+        logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, logits.stride(0), top, BLOCK, num_warps=WARPS
+    )
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why tokens of logits in this dtype are not drawn by kernels on this device; empty where they are, and built."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is the {device.type.upper()}"
+    if dtype not in HALVES:
+        return f"it draws in float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return _unbuilt(device, dtype)
+
+
+@lru_cache
+def _unbuilt(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels cannot be built or are wrong; empty where they are right. They are built once."""
+    try:
+        return "" if all(_draws(device, kind) for kind in (dtype, torch.float32)) else "it draws other tokens"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
+        words = str(error).strip() or type(error).__name__
+        return f"it cannot be built: {words.splitlines()[0][:200]}"
+
+
+def _draws(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of two kinds get what they must: of ids 0, 1, 2 that are as likely, and a most likely one behind them."""
+    logits = torch.full((3, 5000), -torch.inf, dtype=dtype, device=device)
+    logits[:, :3], logits[:, 4999] = 1, 2
+    settings = torch.tensor(
+        [[0, 0, 1, 0, 0.5], [1, 3, 1, 0, 0.4], [1, 0, 0.8, 0.1, 0.99]], dtype=torch.float64, device=device
+    )
+    ids = torch.empty(3, dtype=torch.int64, device=device)
+    draw(logits, settings, ids)
+    return ids.tolist() == [4999, 1, 4999]
+
+
+def _kernels() -> Any:
+    """Imported where there is a GPU: others may lack Triton."""
+    return importlib.import_module("noria.kernels.sampling")

@@ -1,0 +1,243 @@
+"""Drawing of tokens and their log-probabilities on a CUDA device (Triton): one program a row.
+
+What a row gets depends on its own logits and settings alone, to the bit: its program adds its weights in one order. Rows
+with different settings go in one launch. Weights are exp((logit - largest) / temperature) in float64; an id's place among
+the others is that of its logit, of equal ones the lower id first, as a stable sort has it, but nothing is sorted: limits
+are searched for among logits taken as whole numbers, whose order is theirs. A row's logits are read two times to draw
+from all ids, and once more for each two bits of a search.
+"""
+
+import triton
+import triton.language as tl
+
+from noria.step import NO_TOKEN as NO_TOKEN_ID
+from noria.step import NONE_LEFT as NONE_LEFT_ID
+
+NO_TOKEN, NONE_LEFT = tl.constexpr(NO_TOKEN_ID), tl.constexpr(NONE_LEFT_ID)
+LOWEST = tl.constexpr(-(2**31))  # a key below that of any number
+OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+MOST_RATE = tl.constexpr(1e308)  # 1 / temperature is finite: what is 0 below the largest stays so
+
+
+@triton.jit
+def _read(row, begin, vocab, BLOCK: tl.constexpr):
+    at = begin + tl.arange(0, BLOCK)
+    return at, tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _key(number, SHIFT: tl.constexpr):
+    """Whole numbers in the order of float32 numbers; SHIFT bits of them say nothing, as the numbers had fewer."""
+    bits = tl.where(number == 0, 0.0, number).to(tl.int32, bitcast=True)  # no -0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _number(key, SHIFT: tl.constexpr):
+    """The number whose key this is."""
+    bits = key << SHIFT
+    bits = tl.where(key < 0, (bits | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(number, largest, rate):
+    return tl.exp((number.to(tl.float64) - largest) * rate)
+
+
+@triton.jit
+def _largest(row, vocab, BLOCK: tl.constexpr):
+    """The largest logit, and the first id that has it; -1 where a logit is NaN or all are infinite."""
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place, bad = tl.full((BLOCK,), 0, tl.int32), tl.full((BLOCK,), 0, tl.int32)
+    for begin in range(0, vocab, BLOCK):
+        at, number = _read(row, begin, vocab, BLOCK)
+        better = number > best
+        best, place = tl.where(better, number, best), tl.where(better, at, place)
+        bad = bad | (number != number).to(tl.int32)
+    largest = tl.max(best, 0)
+    first = tl.min(tl.where(best == largest, place, 0x7FFFFFFF), 0)
+    usable = (largest > float("-inf")) & (largest < float("inf")) & (tl.max(bad, 0) == 0)
+    return largest, tl.where(usable, first, NO_TOKEN)
+
+
+@triton.jit
+def _above(
+    row, vocab, largest, rate, first, second, third, COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the ids weigh whose keys are above each of three; or how many they are."""
+    of_first = tl.full((BLOCK,), 0, tl.int32 if COUNT else tl.float64)
+    of_second, of_third = of_first, of_first
+    for begin in range(0, vocab, BLOCK):
+        _at, number = _read(row, begin, vocab, BLOCK)
+        key = _key(number, SHIFT)
+        if COUNT:
+            of_first += (key > first).to(tl.int32)
+            of_second += (key > second).to(tl.int32)
+            of_third += (key > third).to(tl.int32)
+        else:
+            weight = _weight(number, largest, rate)
+            of_first += tl.where(key > first, weight, 0.0)
+            of_second += tl.where(key > second, weight, 0.0)
+            of_third += tl.where(key > third, weight, 0.0)
+    return tl.sum(of_first, 0).to(tl.float64), tl.sum(of_second, 0).to(tl.float64), tl.sum(of_third, 0).to(tl.float64)
+
+
+@triton.jit
+def _search(
+    row, vocab, largest, rate, goal, low, high, COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The smallest key with less than `goal` above it, and what is above it. `low` has as much, `high` has nothing."""
+    low, high, above = low.to(tl.int64), high.to(tl.int64), goal * 0.0
+    while high - low > 1:
+        gap = high - low
+        first, second, third = low + gap // 4, low + gap // 2, low + 3 * gap // 4
+        of_first, of_second, of_third = _above(
+            row, vocab, largest, rate, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), COUNT, SHIFT, BLOCK
+        )
+        if of_third >= goal:
+            low = third
+        elif of_second >= goal:
+            low, high, above = second, third, of_third
+        elif of_first >= goal:
+            low, high, above = first, second, of_second
+        else:
+            high, above = first, of_first
+    return high.to(tl.int32), above
+
+
+@triton.jit
+def _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES: tl.constexpr, SHIFT: tl.constexpr):
+    """The weights of the ids that are kept, of others 0; or 1 for those at the threshold."""
+    key = _key(number, SHIFT)
+    if TIES:
+        return ((key == threshold) & (at < vocab)).to(tl.float64)
+    weight = _weight(number, largest, rate)
+    kept = (key > threshold) | ((key == threshold) & (at <= last))
+    return tl.where(kept & (weight >= min_p), weight, 0.0)
+
+
+@triton.jit
+def _tiles(
+    row, vocab, largest, rate, threshold, last, min_p, TIES: tl.constexpr, SHIFT: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of amounts, a sum for each BLOCK ids."""
+    tiles = tl.arange(0, TILES)
+    sums = tl.full((TILES,), 0.0, tl.float64)
+    for begin in range(0, vocab, BLOCK):
+        at, number = _read(row, begin, vocab, BLOCK)
+        amounts = _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
+        sums = tl.where(tiles == begin // BLOCK, tl.sum(amounts, 0), sums)
+    return sums
+
+
+@triton.jit
+def _passing(
+    row, sums, target, vocab, largest, rate, threshold, last, min_p, TIES: tl.constexpr, SHIFT: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first id whose amount lifts the sum of all up to it beyond the target; else the last one that has an amount."""
+    tiles, cumulated = tl.arange(0, TILES), tl.cumsum(sums, 0)
+    tile = tl.min(tl.where((cumulated > target) & (sums > 0), tiles, TILES), 0)
+    tile = tl.minimum(tile, tl.max(tl.where(sums > 0, tiles, 0), 0))
+    before = tl.sum(tl.where(tiles == tile - 1, cumulated, 0.0), 0)
+    at, number = _read(row, tile * BLOCK, vocab, BLOCK)
+    amounts = _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
+    beyond = (before + tl.cumsum(amounts, 0) > target) & (amounts > 0)
+    first = tl.min(tl.where(beyond, at, 0x7FFFFFFF), 0)
+    return tl.minimum(first, tl.max(tl.where(amounts > 0, at, 0), 0))
+
+
+@triton.jit
+def _limits(
+    row, vocab, largest, temperature, rate, top_k, top_p, SHIFT: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The key of the least likely id that top_k and then top_p keep, and the last kept id of those that have it."""
+    high, far = _key(largest.to(tl.float32), SHIFT), vocab * 0 + ((OF_MINUS_INFINITY >> SHIFT) - 1)
+    threshold, ties, low = vocab * 0 + LOWEST, top_p * 0.0 + vocab, far
+    total, _second, _third = _above(row, vocab, largest, rate, threshold, threshold, threshold, False, SHIFT, BLOCK)
+    if (top_k > 0) & (top_k < vocab):
+        threshold, above = _search(row, vocab, largest, rate, top_k, far, high, True, SHIFT, BLOCK)
+        ties, low = top_k - above, threshold - 1
+        if top_p < 1:
+            total, _second, _third = _above(
+                row, vocab, largest, rate, threshold, threshold, threshold, False, SHIFT, BLOCK
+            )
+            total += ties * _weight(_number(threshold, SHIFT), largest, rate)
+    if top_p < 1:
+        # Ids of this weight and less are too few to be kept, were they all.
+        least = largest + temperature * tl.log((1.0 - top_p) * total / vocab)
+        low, goal = tl.maximum(low, _key(least.to(tl.float32), SHIFT) - 1), top_p * total
+        key, above = _search(row, vocab, largest, rate, goal, low, high, False, SHIFT, BLOCK)
+        kept = tl.ceil((goal - above) / _weight(_number(key, SHIFT), largest, rate))
+        kept = tl.minimum(tl.maximum(kept, 1.0), 0.0 + vocab)
+        ties = tl.where(key == threshold, tl.minimum(ties, kept), kept)
+        threshold = key
+    sums = _tiles(row, vocab, largest, rate, threshold, vocab, 0.0, True, SHIFT, TILES, BLOCK)
+    last = vocab
+    if ties < tl.sum(sums, 0):
+        last = _passing(row, sums, ties - 1.0, vocab, largest, rate, threshold, vocab, 0.0, True, SHIFT, TILES, BLOCK)
+    return threshold, last
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def draw_rows(
+    logits, settings, rows, ids, vocab, stride, EDITED: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The id of each row, by its settings: temperature, top_k, top_p, min_p and a number from 0 to 1.
+
+    NO_TOKEN where its logits are not finite. EDITED: row number i of the logits is what became of row rows[i], whose id
+    this is unless that had NO_TOKEN; NONE_LEFT where nothing is finite.
+    """
+    number = tl.program_id(0)
+    row, its = logits + number.to(tl.int64) * stride, settings + number * COLUMNS
+    temperature, top_k, top_p = tl.load(its), tl.load(its + 1), tl.load(its + 2)
+    found_largest, found = _largest(row, vocab, BLOCK)
+    if (temperature > 0) & (found >= 0):
+        largest, min_p = found_largest.to(tl.float64), tl.load(its + 3)
+        rate = tl.minimum(1.0 / temperature, MOST_RATE)
+        threshold, last = vocab * 0 + LOWEST, vocab
+        if ((top_k > 0) & (top_k < vocab)) | (top_p < 1):
+            threshold, last = _limits(row, vocab, largest, temperature, rate, top_k, top_p, SHIFT, TILES, BLOCK)
+        sums = _tiles(row, vocab, largest, rate, threshold, last, min_p, False, SHIFT, TILES, BLOCK)
+        target = tl.load(its + 4) * tl.sum(sums, 0)
+        found = _passing(row, sums, target, vocab, largest, rate, threshold, last, min_p, False, SHIFT, TILES, BLOCK)
+    if EDITED:
+        number = tl.load(rows + number)
+        before = tl.load(ids + number).to(tl.int32)
+        found = tl.where(before == NO_TOKEN, before, tl.where(found == NO_TOKEN, NONE_LEFT, found))
+    tl.store(ids + number, found.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["vocab", "top"])
+def logprobs_of_rows(
+    logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, stride, top, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The log-probability of an id of each of these rows, and the `top` most likely ids with theirs, lower ids first."""
+    number = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    row = logits + number * stride
+    its_largest, _first = _largest(row, vocab, BLOCK)
+    largest = its_largest.to(tl.float64)
+    sums = tl.full((BLOCK,), 0.0, tl.float64)
+    for begin in range(0, vocab, BLOCK):
+        _at, value = _read(row, begin, vocab, BLOCK)
+        sums += tl.exp(value.to(tl.float64) - largest)
+    shift = largest + tl.log(tl.sum(sums, 0))
+    chosen = tl.load(row + tl.maximum(tl.load(ids + number), 0)).to(tl.float64)
+    tl.store(logprobs + number, chosen - shift)
+    before, place = (largest * 0 + float("inf")).to(tl.float32), vocab * 0 - 1
+    for rank in range(top):
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        where = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+        for begin in range(0, vocab, BLOCK):
+            at, value = _read(row, begin, vocab, BLOCK)
+            left = (at < vocab) & ((value < before) | ((value == before) & (at > place)))
+            better = left & ((value > best) | (where == 0x7FFFFFFF))
+            best, where = tl.where(better, value, best), tl.where(better, at, where)
+        before = tl.max(best, 0)
+        place = tl.min(tl.where(best == before, where, 0x7FFFFFFF), 0)
+        place = tl.where(place == 0x7FFFFFFF, 0, place)  # where logits are NaN, fewer have a place
+        tl.store(top_ids + number * top + rank, place.to(tl.int64))
+        tl.store(top_logprobs + number * top + rank, before.to(tl.float64) - shift)
