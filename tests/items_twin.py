@@ -19,7 +19,7 @@ def execute(its_work, algebra, window=None):
             for item in launch.items:
                 for index in range(item[Item.COUNT]):
                     _execute_item(its_work, launch, item, index, algebra, window, before, slots, results)
-        for merge in wave.merges:
+        for merge in wave.merges[wave.merges[:, Merge.PLACE] != NONE]:
             _execute_merge(its_work, merge, algebra, slots, results)
     return results
 

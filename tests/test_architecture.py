@@ -71,6 +71,7 @@ ALLOWED = {
         "kernels/expert_layer.py",
         "kernels/mix.py",
         "kernels/routing.py",
+        "kernels/placed.py",
         "kernels/scoring.py",
         "kernels/decode_",
         "kernels/norm.py",

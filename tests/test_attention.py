@@ -207,16 +207,13 @@ class Kernel:
     def packing(self, device, heads, window):
         return Packing(heads.group, heads.num_key_heads, 3, window=window)
 
-    def to_device(self, work, device):
-        return work
-
     def build(self, device, dtype, heads, window):
         self.built.append(window)
 
-    def attend(self, work, queries, keys, values, scores):
+    def attend(self, lists, queries, keys, values, scores):
         if self._fails:
             raise self._fails
-        return self._listed.Execution(work, queries, keys, values, scores).run() + self._off
+        return self._listed.Execution(lists, queries, keys, values, scores).run() + self._off
 
 
 @pytest.mark.parametrize(

@@ -92,5 +92,21 @@ def test_the_kind_attends_to_microbatches_as_softmax_does(case):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
+def test_lists_in_memory_that_stays_give_the_same_bits_though_the_form_of_other_steps_fills_them():
+    short, long = (1, 70, [(0, 5)]), (1, 1100, [(8, 72)])
+    behind = [(1, 128 + own, [(80, 8), (88 + 4 * own, 4)]) for own in (3, 40)]
+    steps = [dense.spans_of(*rows) for rows in ([short] * 3, [short, *behind], [short, long, short])]
+    held, heads = items.held(CPU), (6, 2, 8)
+    for number, spans in enumerate((*steps, *steps)):
+        given = dense.tensors(spans, *heads, torch.float32, pages=260, width=16)
+        plan = items.prepare(spans, CPU)
+        found = [items.attention(plan, *given, Scoring(0.3))]
+        assert held.take(items.prepare(spans, CPU)) or number in (1, 2)
+        found.append(items.attention(held, *given, Scoring(0.3)))
+        assert found[0].equal(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_programs")
 def test_the_kind_builds_what_it_launches_and_finds_it_right():
     assert items._unbuilt.__wrapped__(CPU, torch.float16, HeadShape(6, 2, 8, 16), frozenset([None, 7])) == ""

@@ -53,6 +53,11 @@ class Pipeline:
         " split along their inputs",
         True,
     )
+    graphs: bool = key(
+        "on GPUs, capture decode steps of layers that stay on the device as CUDA graphs and replay them: the host has less"
+        " to do, tokens are the same",
+        True,
+    )
     blocking: bool = key("use blocking sends and receives, as in textbooks; needs 2 <= groups <= ranks", False)
     prefix_sharing: bool = key(
         "rows whose token ids begin alike compute that beginning once and share its cache, n samples of a prompt too",

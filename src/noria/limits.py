@@ -25,6 +25,16 @@ DISK_SLOT_NBYTES = 64 << 20
 DISK_NBYTES = DISK_SLOTS * DISK_SLOT_NBYTES
 DISK_THREADS = 4  # that read and write them
 
+GRAPH_ROWS = 2048  # that a step has at most which is captured as a graph: with more the host is never late
+GRAPHS_NBYTES = 160 << 20  # of graphs themselves, and of libraries on the stream that captures them
+
+
+def padded_rows(rows: int) -> int:
+    """The size of graphs for so many rows: up to 16 a power of two, then a multiple of 8 and of an eighth of the power above."""
+    power = 1 << (rows - 1).bit_length()
+    step = power if power <= 16 else max(8, power // 8)
+    return -(-rows // step) * step
+
 
 def loaded_once(num_streamed: int, groups: int, slots: int) -> bool:
     """Whether a visit's streamed blocks are loaded once a round for all groups, not once a group."""

@@ -45,6 +45,8 @@ class Streams(Protocol):
     observe: Observe | None
     watch: Watching | None
 
+    def aside(self) -> AbstractContextManager[object]: ...
+
     def event(self) -> Event: ...
 
     def set_device(self) -> None: ...
@@ -145,6 +147,10 @@ class CpuStreams(Observed):
         """An event that marks all work queued so far on the compute stream."""
         return Done()
 
+    def aside(self) -> AbstractContextManager[object]:
+        """Work inside the context goes to another stream, behind what is queued; what is queued later comes after it."""
+        return contextlib.nullcontext()
+
     def set_device(self) -> None:
         """Binds the calling thread to the device."""
 
@@ -189,7 +195,7 @@ class CpuStreams(Observed):
 
 
 class CudaStreams(Observed):
-    """One compute stream (the current one), one for the transports' copies and one for each lane, of a CUDA device."""
+    """One compute stream (the current one) and one beside it, one for the transports' copies and one for each lane."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -197,12 +203,23 @@ class CudaStreams(Observed):
         self.compute = torch.cuda.current_stream(device)
         self._copying = torch.cuda.Stream(device)
         self._lanes = {lane: torch.cuda.Stream(device) for lane in LANES}
+        self._aside = torch.cuda.Stream(device)
 
     def event(self) -> torch.cuda.Event:
         """An event that marks all work queued so far on the current stream."""
         event = torch.cuda.Event()
         event.record()
         return event
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work inside the context goes to another stream, behind what is queued; what is queued later comes after it."""
+        self._aside.wait_stream(self.compute)
+        try:
+            with torch.cuda.stream(self._aside):
+                yield
+        finally:
+            self.compute.wait_stream(self._aside)
 
     def set_device(self) -> None:
         """Binds the calling thread to the device, and to its context: MPI libraries look for one that is current."""

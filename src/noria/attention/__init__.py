@@ -5,6 +5,7 @@ A kind knows nothing of models, ranks or steps. This file chooses one and says w
 
 from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +13,15 @@ from noria import kinds
 from noria.kernels.scoring import HeadShape
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Span
+
+
+class HeldPlan(Protocol):
+    """A plan in memory that stays where it is, which a kind's `held` makes: for calls that are recorded once."""
+
+    def take(self, plan: Any) -> bool:
+        """What this plan has takes the place of what was there; False where it had no room: record the calls anew."""
+        ...
+
 
 ORDER = ("items", "sdpa")  # the fastest first; the last one does everything
 

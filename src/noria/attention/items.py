@@ -4,17 +4,15 @@ A plan is the rows of a microbatch; lists are made of it when the first layer of
 serve all others. Knows nothing of models and steps.
 """
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from noria import kinds
 from noria.attention import sdpa
+from noria.attention._lists import HeldLists, Lists
 from noria.attention._ragged import ragged
-from noria.kernels import lists
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import WIDE_TILE, RaggedRows
 from noria.step import PAGE_TOKENS, Run, Span
@@ -23,15 +21,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
 CAPABILITY = (8, 0)  # Ampere
 LARGEST_ERROR = 0.1  # of attended numbers of about 1 in half precisions: more is no rounding
-
-
-@dataclass
-class Lists:
-    """The rows of a microbatch, and what was made of them so far: by the shape of the heads and the window."""
-
-    rows: RaggedRows
-    device: torch.device
-    made: dict[tuple[HeadShape, int | None], Any] = field(default_factory=dict)
 
 
 def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
@@ -82,8 +71,18 @@ def prepare(spans: list[Span], device: torch.device) -> Lists:
     return Lists(ragged(spans), device)
 
 
+def of_rows(rows: RaggedRows, device: torch.device) -> Lists:
+    """The same, of rows that are arrays already."""
+    return Lists(rows, device)
+
+
+def held(device: torch.device) -> HeldLists:
+    """A plan whose lists stay where they are, for calls that are recorded once: it takes the lists of others."""
+    return HeldLists(device)
+
+
 def attention(
-    plan: Lists,
+    plan: Lists | HeldLists,
     queries: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -94,10 +93,7 @@ def attention(
     queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
     """
     kernel, heads = _kernel(), HeadShape.of(queries, key_cache, value_cache)
-    if (heads, scores.window) not in plan.made:
-        packing = kernel.packing(plan.device, heads, scores.window)
-        plan.made[heads, scores.window] = kernel.to_device(lists.make(plan.rows, packing), plan.device)
-    its_lists = plan.made[heads, scores.window]
+    its_lists = plan.of(heads, scores.window, lambda: kernel.packing(plan.device, heads, scores.window))
     attended: torch.Tensor = kernel.attend(its_lists, queries, key_cache, value_cache, scores)
     return attended
 

@@ -1,7 +1,8 @@
 """A rank's engine as its plan has it: its place in the ring, its weights, its cache and its stage."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeAlias
 
 from noria import attention, kinds
@@ -14,8 +15,10 @@ from noria.engine.batch import Batches, Network
 from noria.engine.cycle import Cycle
 from noria.engine.decoding import Decoding
 from noria.engine.executor import Executor
+from noria.engine.graphs import refused
 from noria.engine.kv_cache import KvCache, Staging, TierPages
 from noria.engine.loading import Loader
+from noria.engine.padding import Spare
 from noria.engine.parameters import TORCH_DTYPES
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
@@ -85,16 +88,35 @@ def build(
     layers = [layer for stage in stages for layer in stage]
     tiers = _open_tiers(plan, shape, layers, streams, scratch)
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages, plan.state_rows)
-    held = plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"]
-    cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
     kind, _ = attention.fitting(streams.device, dtype, shape)
+    spare = _spare(plan, kind, weights, layers, streams, meters.say)
+    held = plan.pools["gpu"]["pages"] + bool(spare), plan.pools["gpu"]["states"] + bool(spare)
+    cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
     network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
-    batches = Batches(network, dtype, streams.device, tiers)
+    batches = Batches(network, dtype, streams.device, tiers, spare)
     sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype))
     schedule = kinds.load("schedules", plan.schedule)
     stage = Stage(network, batches, moved, sampler, schedule, streams, meters)
     return Executor(stage, stages, ring, meters)
+
+
+def _spare(
+    plan: Plan,
+    kind: ModuleType,
+    weights: Weights,
+    layers: Sequence[int],
+    streams: Streams,
+    say: Callable[[str], None],
+) -> Spare | None:
+    """The page and the state behind the device's others, where decode steps are captured as graphs; says why they are not."""
+    if not plan.graph_rows:
+        return None
+    why = refused(kind, weights, layers, streams)
+    if why:
+        say(f"no graphs: {why}")
+        return None
+    return Spare(plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"], plan.graph_rows)
 
 
 def _open_tiers(

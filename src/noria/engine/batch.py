@@ -16,12 +16,19 @@ import torch
 
 from noria.engine import states
 from noria.engine.kv_cache import Staged, TierPages
+from noria.engine.padding import Padded, Spare, padded
+from noria.engine.page_table import PageTable
 from noria.engine.states import States
+from noria.kernels.work import RaggedRows
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 
 HeadRows: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]  # as activations.OnDevice.needed returns them
-Placed: TypeAlias = tuple[list[Span], Staged | None]  # of a microbatch: as attention sees it, and what to move for that
+# Of a microbatch: as attention sees it, and what to move for that.
+Placed: TypeAlias = tuple[list[Span] | RaggedRows, Staged | None]
+
+
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -59,68 +66,102 @@ class Batch:
     score_ids: torch.Tensor  # [P] int64
     needed: np.ndarray  # where hidden states are in CPU memory: the rows of the step that the head needs, and
     needed_rows: torch.Tensor  # the same on the device; sample_rows and score_rows are then counted among them
-    microbatches: tuple[Microbatch, ...]
+    microbatches: tuple[Microbatch, ...]  # none yet where `padded` is there
     borders: list[int]
-
-
-class PageTable:
-    """Which pages each slot holds, as rank 0 says in its headers."""
-
-    def __init__(self) -> None:
-        self._runs: dict[int, tuple[Run, ...]] = {}
-
-    def apply(self, step: Step) -> None:
-        """Takes over the changes of slots that a header carries."""
-        for slot in step.released:
-            del self._runs[slot]
-        for admitted in step.admitted:
-            self._runs[admitted.slot] = admitted.runs
-        for grown in step.grown:
-            self._runs[grown.slot] = grown.runs
-
-    def spans(self, step: Step, first_row: int, last_row: int) -> list[Span]:
-        """The rows `first_row .. last_row` of a step as attention sees them, counted from the first one's first token."""
-        spans, first = [], 0
-        for row in range(first_row, last_row):
-            slot, count, position = int(step.slots[row]), int(step.counts[row]), int(step.positions[row])
-            spans.append(Span(first, count, position + count, self._runs[slot]))
-            first += count
-        return spans
+    padded: Padded | None = None  # what a graph may compute it with
 
 
 class Batches:
-    """Makes the batches of steps. `elsewhere`: the pages of the cache that are not on the device."""
+    """Makes the batches of steps. `elsewhere`: the pages of the cache that are not on the device; `spare`: with it steps are
+    padded where graphs may compute them."""
 
-    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device, elsewhere: Sequence[TierPages] = ()):
-        self._network, self._dtype, self._device, self._elsewhere = network, dtype, device, list(elsewhere)
-        self._pages = PageTable()
+    def __init__(
+        self,
+        network: Network,
+        dtype: torch.dtype,
+        device: torch.device,
+        elsewhere: Sequence[TierPages] = (),
+        spare: Spare | None = None,
+    ):
+        self._network, self.dtype, self._device, self._elsewhere = network, dtype, device, list(elsewhere)
+        self._by_rows = hasattr(network.attention, "of_rows")
+        self._spare = spare if self._by_rows else None
+        self._pages = PageTable(None if spare is None else spare.page)
 
     def make(self, step: Step, borders: list[int], needed: HeadRows) -> Batch:
-        """Takes over the step's changes of slots and puts its arrays on the device, cut at these borders."""
-        self._pages.apply(step)
-        placed, rows = self._placed(step, borders)
-        of_head, *head_rows = needed
-        arrays = [step.token_ids, positions_of(step), *head_rows, step.score_ids, of_head, *rows]
-        ids, positions, sample_rows, score_rows, score_ids, needed_rows, *its_rows = to_device(arrays, self._device)
-        head = sample_rows, score_rows, score_ids, of_head, needed_rows
-        return Batch(step, ids, positions, *head, self._microbatches(positions, placed, its_rows), borders)
+        """Takes over the step's changes of slots and puts its arrays on the device, cut at these borders.
 
-    def cut(self, batch: Batch, borders: list[int], kept: int) -> None:
+        What may be computed by a graph is padded, and not cut before it is known that none does.
+        """
+        self._pages.apply(step)
+        whole = self._padded(step, borders)
+        placed, rows = ([], []) if whole is not None else self._placed(step, borders)
+        numbers = [_NONE] if whole is None else self._numbers(whole, slice(None))
+        of_head, *head_rows = needed
+        arrays = [
+            step.token_ids,
+            positions_of(step),
+            *head_rows,
+            step.score_ids,
+            of_head,
+            *rows,
+            np.concatenate(numbers),
+        ]
+        ids, positions, sample_rows, score_rows, score_ids, needed_rows, *rest, padding = to_device(
+            arrays, self._device
+        )
+        head = sample_rows, score_rows, score_ids, of_head, needed_rows
+        batch = Batch(step, ids, positions, *head, self._microbatches(positions, placed, rest), borders)
+        if whole is not None and self._spare is not None:
+            plan = self._plan(self._ragged(whole, slice(None)))
+            batch.padded = Padded(step.num_tokens, len(whole.slots), padding, plan, self._spare)
+        return batch
+
+    def cut(self, batch: Batch, borders: list[int], kept: int = 0) -> None:
         """Cuts the batch anew at these borders, but for the first `kept` microbatches, which stay."""
         placed, rows = self._placed(batch.step, borders[kept:])
-        first, its_rows = batch.microbatches[kept].first, to_device(rows, self._device)
-        finer = self._microbatches(batch.positions, placed, its_rows, first)
+        first = batch.microbatches[kept - 1].last if kept else 0
+        finer = self._microbatches(batch.positions, placed, to_device(rows, self._device), first)
         batch.borders, batch.microbatches = borders, (*batch.microbatches[:kept], *finer)
+
+    def _padded(self, step: Step, borders: list[int]) -> Step | None:
+        """The step with rows of nobody, if all that it does is one microbatch of rows with a token each, on the device."""
+        rows = len(step.slots)
+        alike = 0 < rows == step.num_tokens and len(borders) == 2 and not len(step.score_rows)
+        if self._spare is None or not alike or rows > self._spare.rows or self._stages(step, 0):
+            return None
+        return padded(step, self._spare)
+
+    def _stages(self, step: Step, row: int) -> bool:
+        """Whether a row's pages are elsewhere. Those of a microbatch are all in one tier."""
+        return bool(self._elsewhere) and self._pages.first_page(int(step.slots[row])) >= self._elsewhere[0].first
 
     def _placed(self, step: Step, borders: list[int]) -> tuple[list[Placed], list[np.ndarray]]:
         """Of each microbatch its sequences as attention sees them, with what to move, and where its tokens belong."""
         placed: list[Placed] = []
         arrays: list[np.ndarray] = []
         for first, last in itertools.pairwise(borders):
+            if self._by_rows and last > first and not self._stages(step, first):
+                placed.append((self._ragged(step, slice(first, last)), None))
+                arrays += self._numbers(step, slice(first, last))[1:]
+                continue
             spans, staged = to_staging(self._pages.spans(step, first, last), self._elsewhere)
             placed.append((spans, states.moved(step, first, last, staged)))
             arrays += [cache_rows(spans), *states.arrays_of(step, first, last, staged)]
         return placed, arrays
+
+    def _ragged(self, step: Step, rows: slice) -> RaggedRows:
+        slots, counts, positions = (array[rows].astype(np.int64) for array in (step.slots, step.counts, step.positions))
+        return self._pages.ragged(slots, counts, positions)
+
+    def _numbers(self, step: Step, rows: slice) -> list[np.ndarray]:
+        """Of these rows' tokens positions and places in the cache, then the arrays of states."""
+        slots, counts, firsts = step.slots[rows], step.counts[rows], step.positions[rows]
+        starts = np.cumsum(counts) - counts
+        positions = np.repeat(firsts - starts, counts) + np.arange(counts.sum())
+        first, last, _ = rows.indices(len(step.slots))
+        places = self._pages.cache_rows(np.repeat(slots, counts), positions)
+        return [positions, places, *states.arrays_of(step, first, last, None)]
 
     def _microbatches(
         self, positions: torch.Tensor, placed: list[Placed], arrays: list[torch.Tensor], first: int = 0
@@ -128,19 +169,25 @@ class Batches:
         """The microbatches from the step's token `first` on."""
         network, microbatches = self._network, []
         each = len(arrays) // max(len(placed), 1)
-        for (spans, staged), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
+        for (rows, staged), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
             its_rows, *of_states = arrays[place : place + each]
             last = first + len(its_rows)
             its_positions = positions[first:last]
-            positional = network.model.positional(network.shape, its_positions, self._dtype)
-            plan = network.attention.prepare(spans, self._device)
+            positional = network.model.positional(network.shape, its_positions, self.dtype)
+            plan = self._plan(rows)
             its_states = states.on_device(of_states)
             microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan, staged, its_states))
             first = last
         return tuple(microbatches)
 
+    def _plan(self, rows: list[Span] | RaggedRows) -> object:
+        """Attention's plan of a microbatch."""
+        if isinstance(rows, RaggedRows):
+            return self._network.attention.of_rows(rows, self._device)
+        return self._network.attention.prepare(rows, self._device)
 
-def to_staging(spans: list[Span], elsewhere: Sequence[TierPages]) -> Placed:
+
+def to_staging(spans: list[Span], elsewhere: Sequence[TierPages]) -> tuple[list[Span], Staged | None]:
     """The spans with their pages where attention will find them, and what to move for that (None: nothing).
 
     The spans of a microbatch are all in one tier.

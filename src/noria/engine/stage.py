@@ -16,9 +16,11 @@ from noria import blocks
 from noria.borders import largest, refined, rest_refined
 from noria.engine.activations import InHost, OnDevice
 from noria.engine.batch import Batch, Batches, Network, positions_of
+from noria.engine.graphs import Graphs
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.layers import Layers
+from noria.engine.padding import Padded
 from noria.engine.sampler import Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.timing import Meters
@@ -68,6 +70,7 @@ class Stage:
         self._at = (0, 0, 0)  # the round, lap and group of the visit
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._logits_rows = LOGITS_ROWS
+        self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters.say)
 
     def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""
@@ -77,6 +80,8 @@ class Stage:
     def close(self) -> None:
         """Lets go of the tiers, when nothing is to be computed any more; says how long that took where they were large."""
         began = time.perf_counter()
+        for line in self._graphs.words():
+            self._say(line)
         nbytes = self._weights.close() + self._cache.close()
         self._activations.close()
         if nbytes >= SAID_NBYTES:
@@ -113,11 +118,27 @@ class Stage:
         Where hidden states are in CPU memory it comes in `output`; without one, what the head needs of it stays on the
         device.
         """
+        if batch.padded is not None:
+            arrays = self._replayed(batch.padded, layers, hidden)
+            if arrays is not None:
+                return Hidden(arrays)
+            if not batch.microbatches:
+                self._batches.cut(batch, batch.borders)
         self._activations.begin(batch, layers, hidden, output)
         first: Cell | None = (0, 0)
         while first is not None:
             first = self._pass(batch, layers, first)
         return self._activations.end()
+
+    def _replayed(self, padded: Padded, layers: range, hidden: Hidden) -> Arrays | None:
+        """The hidden states after these layers by a graph, if there is one."""
+        begin, mark, began = self._trace.mark(), self._gauge.mark(), time.perf_counter()
+        arrays = self._graphs.forward(padded, layers, hidden.arrays)
+        if arrays is not None:
+            self._gauge.took("launches", time.perf_counter() - began)
+            self._gauge.computed(mark)
+            self._trace.compute("graph", begin, *self._at, layers.start)
+        return arrays
 
     def _pass(self, batch: Batch, layers: range, first: Cell) -> Cell | None:
         """Goes through the layers from cell `first` on as the schedule says.

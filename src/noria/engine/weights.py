@@ -4,7 +4,7 @@ Knows blocks, bytes and tiers, not what a layer computes nor what a schedule is.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,6 +101,10 @@ class Weights:
         slots = [coming.slot for coming in (*self._ahead, *self._held.values())] + list(self._free)
         storages = [*blocks, self._decoder.buffer.untyped_storage()] + [slot.buffer.untyped_storage() for slot in slots]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def stay(self, names: Iterable[str]) -> bool:
+        """Whether these blocks are on the device for the run, as they are computed with."""
+        return all(name in self._resident for name in names)
 
     def begin(self, round: int, lap: int, group: int, empty: bool = False) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""

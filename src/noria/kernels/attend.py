@@ -13,6 +13,7 @@ import torch
 import triton
 
 from noria.kernels import items
+from noria.kernels.placed import DeviceWork, to_device
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import (
     KEY_BLOCK,
@@ -46,37 +47,12 @@ class Tuning:
 Tuned: TypeAlias = Callable[[Launch, int], Tuning]
 
 
-@dataclass(frozen=True)
-class DeviceWork:
-    """Lists on the device, int32; of each wave its launches with their items, and its merges."""
-
-    work: Work
-    order: torch.Tensor
-    positions: torch.Tensor
-    pieces: torch.Tensor
-    waves: tuple[tuple[tuple[tuple[Launch, torch.Tensor], ...], torch.Tensor], ...]
-
-
 def packing(device: torch.device, heads: HeadShape, window: int | None = None) -> Packing:
     """How this device's lists are packed. Wide heads leave no registers for wide tiles."""
     widest = LEAST_TILE if max(heads.dim, heads.width) > 128 and heads.group <= LEAST_TILE else WIDE_TILE
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     slots = PARTIAL_NBYTES // partial_nbytes(1, heads.num_heads, heads.width)
     return Packing(heads.group, heads.num_key_heads, programs, slots, widest, window)
-
-
-def to_device(work: Work, device: torch.device) -> DeviceWork:
-    """The lists in one copy that the host does not wait for."""
-    arrays = [work.order, work.positions, work.pieces]
-    for wave in work.waves:
-        arrays += [*(launch.items for launch in wave.launches), wave.merges]
-    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    flat = iter(packed.split([array.size for array in arrays]))
-    order, positions, pieces = next(flat), next(flat), next(flat)
-    waves = tuple((tuple((launch, next(flat)) for launch in wave.launches), next(flat)) for wave in work.waves)
-    return DeviceWork(work, order, positions, pieces, waves)
 
 
 def partial_nbytes(slots: int, heads: int, width: int) -> int:
@@ -142,7 +118,7 @@ def attend(
                 its.one_loop, its.heads_first, num_warps=its.warps, num_stages=its.stages, enable_fp_fusion=False,
             )  # fmt: skip
         if len(merges):
-            items.merge_parts[(len(merges) // len(Merge) * heads,)](
+            items.merge_parts[(len(merges) * heads,)](
                 merges, lists.order, attended, *of_state, heads, width, pads[1], scores.sinks is not None,
                 num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip

@@ -204,6 +204,8 @@ def attend_items(
         num_items = tl.num_programs(0) // (HEADS // GROUP)
         of_keys, number = tl.program_id(0) // num_items, tl.program_id(0) % num_items
     item = items + number * COLUMNS
+    if tl.load(item + COUNT) == 0:  # what fills a list
+        return
     ahead, d, v = tl.arange(0, TILE) // GROUP, tl.arange(0, PAD), tl.arange(0, VPAD)
     head, valid = of_keys * GROUP + tl.arange(0, TILE) % GROUP, ahead < tl.load(item + COUNT)
     place = tl.load(item + FIRST) + ahead
@@ -242,6 +244,8 @@ def merge_parts(
 ):  # fmt: skip
     """One query and head a program: what came before, then the sections that were computed apart, in order."""
     merge, v = merges + (tl.program_id(0) // HEADS) * OF_MERGE, tl.arange(0, VPAD)
+    if tl.load(merge + PLACE) < 0:
+        return
     ahead = tl.full((1,), 0, tl.int32)  # one row, where an item's tile has many
     head, valid, to = tl.program_id(0) % HEADS + ahead, ahead == 0, tl.load(merge + TO)
     first, stride = tl.load(merge + FIRST_SLOT), tl.load(merge + STRIDE)

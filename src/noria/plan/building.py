@@ -6,7 +6,7 @@ from itertools import chain
 
 from noria.blocks import dtype_of
 from noria.errors import InputError, require
-from noria.limits import DISK_NBYTES, TIERS
+from noria.limits import DISK_NBYTES, GRAPH_ROWS, TIERS, padded_rows
 from noria.plan.memory import Sizes
 from noria.plan.plan import Plan
 from noria.plan.pools import Usual
@@ -18,6 +18,7 @@ from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
+GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
 
 
@@ -49,6 +50,7 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         decoding_room=sizes.decoding_room,
         decoded=sizes.decoded,
         coded=sizes.coded,
+        graph_rows=sizes.graph_rows,
     )
 
 
@@ -70,6 +72,7 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         decoding_room=problem.limits["gpu"] // DECODING_SHARE,
         decoded=candidate.decoded,
         coded=candidate.coded,
+        graph_rows=_graph_rows(problem, candidate),
     )
     sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
     if problem.elsewhere(candidate):
@@ -83,7 +86,24 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     decoded = decoded and any(tier == "gpu" for name, tier in placed if name in problem.weighed.encoded)
     coded = candidate.coded and problem.may_code
     coded = coded and any(tier == "cpu" for name, tier in placed if name in problem.weighed.coded)
-    return replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
+    sizes = replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
+    return sizes if _graphs_fit(problem, sizes) else replace(sizes, graph_rows=0)
+
+
+def _graph_rows(problem: Problem, candidate: Candidate) -> int:
+    """Rows of the largest step that is captured as a graph: those of a group, padded."""
+    if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or candidate.activations != "gpu":
+        return 0
+    return min(padded_rows(-(-candidate.rows // candidate.groups)), GRAPH_ROWS)
+
+
+def _graphs_fit(problem: Problem, sizes: Sizes) -> bool:
+    """Whether graphs take no more than a small share of what they leave to the cache: it is worth more."""
+    for rank in sizes.cut.counts:
+        graphs = sizes.graphs(rank)
+        if graphs * GRAPHS_SHARE > problem.limits["gpu"] - sum(sizes.fixed(rank, "gpu").values()) + graphs:
+            return False
+    return True
 
 
 def _schedule(problem: Problem, candidate: Candidate) -> str:

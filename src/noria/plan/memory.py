@@ -10,7 +10,16 @@ from functools import cached_property
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.bundle import most_nbytes, turns
 from noria.kernels.work import SECTION
-from noria.limits import ACTIVATION_SLOTS, DISK_NBYTES, DRAW_NBYTES, LOADING_BUFFERS, LOGITS_ROWS, PARTIAL_NBYTES, TIERS
+from noria.limits import (
+    ACTIVATION_SLOTS,
+    DISK_NBYTES,
+    DRAW_NBYTES,
+    GRAPHS_NBYTES,
+    LOADING_BUFFERS,
+    LOGITS_ROWS,
+    PARTIAL_NBYTES,
+    TIERS,
+)
 from noria.model import ModelShape
 from noria.plan.cut import Cut
 from noria.plan.pools import Usual
@@ -85,6 +94,7 @@ class Sizes:
     decoding_room: int = 0
     decoded: bool = False
     coded: bool = False
+    graph_rows: int = 0
 
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
@@ -117,6 +127,7 @@ class Sizes:
             items["cache slots"] = self.cache_slots * self.layer_nbytes(self.cache_slot_pages, self.state_rows, rank)
             items["messages"] = self._messages(rank) if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
+            items["graphs"] = self.graphs(rank)
             items["activation slots"] = slots * most_nbytes(borders, self.microbatch_tokens)
             states = self.layer_nbytes(0, self.state_rows, rank)
             items["work space"] = self._work_space(rank) + 3 * states  # before, after, and what a layer makes of them
@@ -186,6 +197,18 @@ class Sizes:
             both = most_nbytes(share.received, self.step_tokens) + most_nbytes(share.sent, self.step_tokens)
             return self.groups * both
         return self.groups * turns(self.activations == "cpu", share.kept) * most_nbytes(share.kept, self.step_tokens)
+
+    def graphs(self, rank: int) -> int:
+        """Where layers stay on the device: what a decode step computes between them, which its graph does not give back, a page
+        and a state of nobody, and graphs themselves."""
+        layers = zip(self.cut.share(rank).names, self.weight_tiers[self.cut.alike[rank]], strict=True)
+        if not self.graph_rows or any(tier != "gpu" for name, tier in layers if name.startswith("layers/")):
+            return 0
+        shape, dtype, share = self.cut.shape, self.cut.dtype, self.cut.share(rank)
+        work = 12 * most_nbytes(share.borders, self.graph_rows)
+        work += self.graph_rows * max(3 * share.widest, shape.mixture_size) * DTYPE_NBYTES[dtype]
+        work += attention_nbytes(shape, dtype, self.graph_rows)
+        return work + self.page(rank) + self.state(rank) + GRAPHS_NBYTES
 
     def _work_space(self, rank: int) -> int:
         shape, dtype, share, is_last = (

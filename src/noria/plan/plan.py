@@ -29,7 +29,8 @@ class Plan:
     microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
     memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
     used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
-    that stream from CPU memory are coded without loss while they load.
+    that stream from CPU memory are coded without loss while they load. graph_rows: decode steps of so many rows at most are
+    captured as graphs, by ranks whose layers stay on the device.
     """
 
     num_ranks: int
@@ -55,6 +56,7 @@ class Plan:
     decoding_room: int = 0
     decoded: bool = False
     coded: bool = False
+    graph_rows: int = 0
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""

@@ -7,7 +7,7 @@ T queries, H heads, Hkv key heads, G = H / Hkv, V width of a value; n queries of
 import torch
 
 from noria.attention import items
-from noria.kernels import lists, work
+from noria.kernels import work
 from noria.kernels.scoring import HeadShape
 from noria.kernels.work import NONE, SECTION, Item, Merge, Packing
 
@@ -20,28 +20,26 @@ def refuses(device, dtype, heads, windows):
     return ""
 
 
-prepare = items.prepare
+prepare, of_rows, held = items.prepare, items.of_rows, items.held
 
 
 def attention(plan, queries, key_cache, value_cache, scores):
     heads = HeadShape.of(queries, key_cache, value_cache)
-    name = heads, scores.window
-    if name not in plan.made:
-        packing = Packing(heads.group, heads.num_key_heads, PROGRAMS, widest=WIDEST, window=scores.window)
-        plan.made[name] = lists.make(plan.rows, packing)
-    return Execution(plan.made[name], queries, key_cache, value_cache, scores).run()
+    packing = Packing(heads.group, heads.num_key_heads, PROGRAMS, widest=WIDEST, window=scores.window)
+    lists = plan.of(heads, scores.window, lambda: packing)
+    return Execution(lists, queries, key_cache, value_cache, scores).run()
 
 
 class Execution:
     """One call. A partial result is sums [n, H, V], maxima [n, H] and weights [n, H]."""
 
-    def __init__(self, its_work, queries, keys, values, scores):
-        self.work, self.scores = its_work, scores
+    def __init__(self, lists, queries, keys, values, scores):
+        self.lists, self.work, self.scores = lists, lists.work, scores
         self.queries, self.keys, self.values = queries, keys, values
         self.group = queries.shape[1] // keys.shape[1]
-        self.slots = self.empty(its_work.slots)
+        self.slots = self.empty(lists.work.slots)
         self.attended = queries.new_full((*queries.shape[:2], values.shape[2]), torch.nan)
-        self.order, self.positions = torch.from_numpy(its_work.order), torch.from_numpy(its_work.positions)
+        self.order, self.positions = lists.order, lists.positions
 
     def empty(self, count):
         heads, kind = self.queries.shape[1], torch.promote_types(self.queries.dtype, torch.float32)
@@ -49,11 +47,11 @@ class Execution:
         return torch.zeros(count, heads, self.values.shape[2], dtype=kind), torch.full_like(one, FAR), one
 
     def run(self):
-        for wave in self.work.waves:
-            for launch in wave.launches:
-                for item in launch.items.tolist():
+        for launches, merges in self.lists.waves:
+            for _, its_items in launches:
+                for item in its_items[its_items[:, Item.COUNT] > 0].tolist():
                     self.item(item)
-            for merge in wave.merges.tolist():
+            for merge in merges[merges[:, Merge.PLACE] >= 0].tolist():
                 self.merge(merge)
         return self.attended
 
@@ -67,7 +65,7 @@ class Execution:
     def item(self, item):
         count, places = item[Item.COUNT], slice(item[Item.FIRST], item[Item.FIRST] + item[Item.COUNT])
         total, section = self.load(item[Item.TOTAL_FROM], count), self.load(item[Item.SECTION_FROM], count)
-        for row, at, keys, _ in self.work.pieces[item[Item.PIECE] : item[Item.LAST_PIECE]].tolist():
+        for row, at, keys, _ in self.lists.pieces[item[Item.PIECE] : item[Item.LAST_PIECE]].tolist():
             low, high = max(at, item[Item.START]), min(at + keys, item[Item.STOP])
             if low % SECTION == 0:
                 total, section = fold(total, section), self.empty(count)

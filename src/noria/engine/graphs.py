@@ -1,0 +1,142 @@
+"""Decode-only steps of layers that stay on the device, as graphs: what the host queued once is queued again by one call.
+
+A step is padded to one of a few numbers of rows; what it differs by lies in memory that is fixed for the run. A graph is
+captured when its size has come before, not ahead of the run: which sizes come, and which launches attention's lists need,
+the rows decide. What it captures is one function, which is also what runs first to warm it up.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from noria import kinds
+from noria.attention import HeldPlan
+from noria.blocks import layer_name
+from noria.engine import states
+from noria.engine.batch import Microbatch, Network
+from noria.engine.capturing import capturer_of
+from noria.engine.kv_cache import KvCache
+from noria.engine.layer_cache import LayerCache
+from noria.engine.layers import Layers
+from noria.engine.padding import Padded
+from noria.engine.weights import Weights
+from noria.ring.messages import Arrays
+from noria.streams import Streams
+from noria.tools.text import nbytes_words, plural
+
+SEEN = 2  # times that a size must have come before it is captured: what comes once may never come again
+
+
+@dataclass
+class Graph:
+    """One size of one visit: where what its steps differ by lies, and what computes them."""
+
+    numbers: torch.Tensor  # as Padded.numbers
+    hidden: Arrays
+    lists: HeldPlan
+    after: Arrays | None = None
+    replay: Callable[[], None] | None = None
+
+
+def refused(kind: ModuleType, weights: Weights, layers: Iterable[int], streams: Streams) -> str:
+    """Why no steps through these layers are captured, with this kind of attention; empty where they are."""
+    if capturer_of(streams) is None:
+        return "the device has none"
+    if not hasattr(kind, "held"):
+        return f"attention {kinds.name_of(kind)} has none"
+    return "" if weights.stay(map(layer_name, layers)) else "weights are loaded or decoded in each step"
+
+
+class Graphs:
+    """The graphs of one rank. Where one cannot be captured there are none from then on, and `say` tells why."""
+
+    def __init__(
+        self,
+        network: Network,
+        dtype: torch.dtype,
+        weights: Weights,
+        cache: KvCache,
+        streams: Streams,
+        say: Callable[[str], None],
+    ):
+        self._network, self._dtype, self._layers = network, dtype, Layers(network)
+        self._weights, self._cache, self._device, self._say = weights, cache, streams.device, say
+        self._capturer = capturer_of(streams)
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._came: dict[tuple[int, int], int] = {}
+        self._seconds, self._captured, self._replayed, self._plain = 0.0, 0, 0, 0
+        self._off = False
+
+    def forward(self, padded: Padded, layers: range, hidden: Arrays) -> Arrays | None:
+        """What these layers make of hidden states, valid until the next call; None: this step is to go another way."""
+        self._plain += 1
+        name = layers.start, padded.size
+        self._came[name] = self._came.get(name, 0) + 1
+        if self._off or self._came[name] <= SEEN:
+            return None
+        try:
+            graph = self._graphs.get(name) or self._graphs.setdefault(name, self._begun(padded, hidden))
+            for held, array in zip(graph.hidden, hidden, strict=True):
+                held[: len(array)].copy_(array)
+            if not graph.lists.take(padded.plan) or graph.replay is None:
+                self._capture(graph, padded, layers)
+        except Exception as error:  # noqa: BLE001 -- whatever torch, Triton and the driver raise: the step goes the other way
+            words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self._say(f"no more graphs: {plural(padded.size, 'row')} could not be captured: {words}")
+            self._off = True
+            self._graphs.clear()
+            return None
+        graph.numbers.copy_(padded.numbers)
+        assert graph.replay is not None and graph.after is not None
+        graph.replay()
+        self._plain, self._replayed = self._plain - 1, self._replayed + 1
+        return tuple(array[: padded.tokens] for array in graph.after)
+
+    def words(self) -> list[str]:
+        """What was done, for people; nothing where there was nothing to do."""
+        if self._capturer is None or not self._plain + self._replayed:
+            return []
+        how = f"{plural(self._captured, 'graph')} captured in {self._seconds:.1f} s"
+        memory = nbytes_words(self._capturer.nbytes)
+        return [f"graphs: {self._replayed} of {self._replayed + self._plain} decode visits; {how}, {memory}"]
+
+    def _begun(self, padded: Padded, hidden: Arrays) -> Graph:
+        """Memory for a size. What rows that pad it hold is zeros, or what other steps left."""
+        its_hidden = tuple(array.new_zeros(padded.size, *array.shape[1:]) for array in hidden)
+        return Graph(torch.empty_like(padded.numbers), its_hidden, self._network.attention.held(self._device))
+
+    def _capture(self, graph: Graph, padded: Padded, layers: range) -> None:
+        began = time.perf_counter()
+        graph.numbers.copy_(padded.aside)
+        graph.replay = None
+        assert self._capturer is not None
+        graph.replay = self._capturer.capture(lambda: self._compute(graph, padded, layers))
+        self._captured += 1
+        self._seconds += time.perf_counter() - began
+
+    def _compute(self, graph: Graph, padded: Padded, layers: range) -> None:
+        """The layers, from `hidden` to `after`: nothing here depends on what a step is, but for its size."""
+        its, part = self._microbatch(graph, padded), graph.hidden
+        for layer in layers:
+            part = self._layer(layer, its, part)
+        if graph.after is None:
+            graph.after = tuple(torch.empty_like(array) for array in part)
+        for held, array in zip(graph.after, part, strict=True):
+            held.copy_(array)
+
+    def _microbatch(self, graph: Graph, padded: Padded) -> Microbatch:
+        size, network = padded.size, self._network
+        sizes = [size] * 2 + ([size + 1] + [size] * 3) * padded.has_states
+        positions, rows, *of_states = graph.numbers.split(sizes)
+        positional = network.model.positional(network.shape, positions, self._dtype)
+        return Microbatch(0, size, positions, rows, positional, graph.lists, None, states.on_device(of_states))
+
+    def _layer(self, layer: int, its: Microbatch, part: Arrays) -> Arrays:
+        parameters, entry = self._weights.wait(layer_name(layer)), self._layers.entry(layer)
+        cache = LayerCache(self._network.attention, its, self._cache.layer(layer), *entry)
+        after = self._layers.layer(layer, parameters, part, its, cache)
+        cache.commit()
+        return after

@@ -1,0 +1,43 @@
+"""Runs on the CPU that capture graphs: what is captured is a function, which a replay calls again over the same memory."""
+
+import contextlib
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from listed_kind import listed_kind
+from noria.engine import graphs
+from noria.plan import building
+
+ROWS = 64
+
+
+@dataclass
+class Counted:
+    """A capturer, and how much it captured and replayed."""
+
+    captures: int = 0
+    replays: int = 0
+    nbytes: int = 0
+
+    def capture(self, call):
+        call()
+        self.captures += 1
+
+        def again():
+            self.replays += 1
+            call()
+
+        return again
+
+
+@contextlib.contextmanager
+def captured(programs=30):
+    """Every run inside attends by lists of work and captures its decode steps. Yields how many there were."""
+    counted = Counted()
+    with (
+        listed_kind(programs),
+        patch.object(graphs, "SEEN", 0),
+        patch.object(graphs, "capturer_of", lambda _: counted),
+        patch.object(building, "_graph_rows", lambda *_: ROWS),
+    ):
+        yield counted
