@@ -183,6 +183,58 @@ FALCON = {
     "parallel_attn": True,
 }
 NEW_FALCON = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+GEMMA2 = rotary(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh",
+    attention_bias=False,
+    head_dim=12,
+    query_pre_attn_scalar=20,
+    attn_logit_softcapping=1.5,
+    final_logit_softcapping=2.0,
+    sliding_window=9,
+    cache_implementation="hybrid",
+    tie_word_embeddings=True,
+    pad_token_id=0,
+)
+GEMMA3 = rotary(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    hidden_act=None,
+    hidden_activation="gelu_pytorch_tanh",
+    attention_bias=False,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    head_dim=12,
+    query_pre_attn_scalar=20,
+    rope_theta=1000000,
+    rope_local_base_freq=90,
+    rope_scaling={"factor": 8.0, "rope_type": "linear"},
+    sliding_window=9,
+    sliding_window_pattern=2,
+    cache_implementation="hybrid",
+    tie_word_embeddings=True,
+    pad_token_id=0,
+)
+MINISTRAL3 = rotary(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    head_dim=12,
+    rope_theta=None,
+    rope_parameters=YARN
+    | {
+        "type": "yarn",
+        "rope_theta": 1000000.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16, "factor": 8.0},
+    sliding_window=None,
+    pad_token_id=0,
+)
 CONFIGS = {
     "olmo2": OLMO2,
     "olmo2 without groups, with biases": OLMO2 | {"num_key_value_heads": 4, "attention_bias": True},
@@ -242,4 +294,26 @@ CONFIGS = {
         "rope_theta": 500042.0,
     },
     "falcon one after another": FALCON | {"parallel_attn": False, "multi_query": False, "bias": True},
+    "gemma2": GEMMA2,
+    "gemma2 without caps": GEMMA2
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True, "layer_types": KINDS},
+    "gemma3_text": GEMMA3,
+    "gemma3_text of 1B's shape": GEMMA3 | {"rope_scaling": None, "num_key_value_heads": 1},
+    "gemma3_text as transformers writes it": GEMMA3
+    | {
+        "rope_scaling": None,
+        "rope_theta": None,
+        "rope_local_base_freq": None,
+        "sliding_window_pattern": None,
+        "_sliding_window_pattern": 6,
+        "layer_types": KINDS,
+        "use_bidirectional_attention": False,
+        "final_logit_softcapping": 2.0,
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 90.0},
+        },
+    },
+    "ministral3": MINISTRAL3,
+    "ministral3 of 3B's shape": MINISTRAL3 | {"tie_word_embeddings": True, "sliding_window": 9},
 }

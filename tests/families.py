@@ -134,7 +134,7 @@ def empty_model(config: dict) -> torch.nn.Module:
     # null is a choice where the default is another
     settings |= {
         key: None
-        for key in ("sliding_window", "final_logit_softcapping", "q_lora_rank")
+        for key in ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping", "q_lora_rank")
         if key in config and config[key] is None
     }
     hugging_face = transformers.AutoConfig.for_model(**copy.deepcopy(settings))

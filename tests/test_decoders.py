@@ -7,7 +7,7 @@ import torch
 
 import beside
 import wide
-from decoders import CONFIGS, SLIDING
+from decoders import CONFIGS, FULL, SLIDING
 from noria import models
 from noria.errors import InputError
 from noria.step import Run
@@ -60,6 +60,14 @@ def shape_of(name, **keys):
         ("gpt_neox", {"use_parallel_residual": 1}, "use_parallel_residual is 1: it must be true or false"),
         ("phi", {"qk_layernorm": "no"}, "qk_layernorm is 'no'"),
         ("nemotron", {"normalization": "rms"}, "normalization is 'rms'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: Noria computes this family only as a decoder"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0: it must be a number above 0"),
+        ("gemma2", {"hidden_activation": "mish"}, "hidden_activation is 'mish': not in this version of Noria"),
+        ("gemma2", {"sliding_window_size": 5}, "sliding_window_size is 5: Noria does not know what it asks for"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0: Noria computes this family only without"),
+        ("gemma3_text", {"rope_parameters": {FULL: 8}}, "full_attention of rope_parameters is 8: no object"),
+        ("gemma3_text", {"rope_local_base_freq": -1}, "rope_theta is -1: it must be a number above 0"),
+        ("ministral3", {"rope_parameters": {"rope_type": "yarn"}}, "llama_4_scaling_beta is missing"),
         ("falcon", {"alibi": True}, "alibi is True: Noria computes this family only with rotary positions"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2: Noria computes this only with new_decoder_architecture"),
         ("falcon", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
@@ -80,7 +88,9 @@ def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
         shape_of(name, unheard_of=[1])
 
 
-@pytest.mark.parametrize("name", ["olmo3", "cohere with norms of heads (R+)", "nemotron", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["olmo3", "cohere with norms of heads (R+)", "nemotron", "falcon", "gemma2", "gemma3_text"]
+)
 def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
     config, token_ids = CONFIGS[name], tokens_of(7, 60)
     model, state = beside.made(name)
@@ -91,3 +101,15 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(name):
     found = Whole(config, rounded, torch.bfloat16).logits([(token_ids, 0, (Run(0, 4),))])[0]
     error, their_error = ((logits.double() - exact).abs().mean() for logits in (found, theirs))
     assert found.dtype == torch.bfloat16 and 0 < error <= 1.3 * their_error
+
+
+def test_a_context_that_is_scaled_already_is_not_scaled_again():
+    assert shape_of("gemma3_text", max_position_embeddings=131072).max_positions == 131072
+    assert shape_of("ministral3", max_position_embeddings=262144).max_positions == 262144
+    assert shape_of("cohere", model_max_length=131072).max_positions == 131072
+
+
+def test_layers_that_attend_in_a_window_say_so_of_their_cache():
+    assert [entry[0].window for entry in shape_of("gemma3_text").cache] == [9, None, 9]
+    assert [entry[1].window for entry in shape_of("cohere2").cache] == [9, None, 9]
+    assert [entry[0].window for entry in shape_of("smollm3").cache] == [None] * 3

@@ -26,8 +26,8 @@ from noria.output.generations import open_generations
 from noria.run import run
 
 # One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches; latents;
-# windows and two ropes; halves in parallel, a fused matrix.
-KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3", "olmo3", "falcon of 40B's shape"]
+# windows and two ropes; halves in parallel, a fused matrix; soft caps.
+KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3", "olmo3", "falcon of 40B's shape", "gemma2"]
 NAMES = list(CONFIGS) if full() else KINDS
 NEW_TOKENS = 8
 RUN = f"""

@@ -16,7 +16,13 @@ from noria.models._refused import OBSTACLES
 SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
 
 # Models around the text models of these types: text with images. Their config.json has the text model's as text_config.
-WRAPPERS = {"llama4": ("llama4_text",), "kimi_k25": ("deepseek_v3", "kimi_k2"), "mistral3": ("mistral4",)}
+# The first is meant where it does not say its type.
+WRAPPERS = {
+    "llama4": ("llama4_text",),
+    "kimi_k25": ("deepseek_v3", "kimi_k2"),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
+    "gemma3": ("gemma3_text",),
+}
 TYPES = {"kimi_k2": "deepseek_v3"}  # other names of a family
 
 

@@ -93,15 +93,27 @@ def window_of(config: Mapping[str, Any], kinds: list[str]) -> tuple[int, frozens
     return (read.integer(config, "sliding_window"), layers) if layers else None
 
 
-def ropes_of(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
-    """`rope_parameters` of layers with and without windows: as it has them, else with `rope_scaling` of those without."""
+def ropes_of(config: Mapping[str, Any], local: str = "rope_theta") -> dict[str, Mapping[str, Any]]:
+    """`rope_parameters` of layers with and without windows: as it has them, else with `rope_scaling` of those without.
+
+    local: the key of the theta of those with windows. Raises InputError.
+    """
     found: Any = config.get("rope_parameters")
-    if isinstance(found, Mapping) and (FULL in found or SLIDING in found):
-        return {kind: found.get(kind) for kind in (FULL, SLIDING)}
-    scaled: Any = config.get("rope_scaling") or found or {}
-    require(isinstance(scaled, Mapping), f"config.json: rope_scaling is {read.shown(scaled)}: no object")
-    theta = {"rope_theta": scaled.get("rope_theta") or config.get("rope_theta")}
-    return {FULL: {**scaled, **theta}, SLIDING: theta}
+    thetas: dict[str, Mapping[str, Any]] = {
+        kind: {"rope_theta": config.get(key)} for kind, key in ((FULL, "rope_theta"), (SLIDING, local))
+    }
+    if not (isinstance(found, Mapping) and (FULL in found or SLIDING in found)):
+        found = {FULL: config.get("rope_scaling") or found}
+    for kind in (FULL, SLIDING):
+        its = found.get(kind) or {}
+        require(isinstance(its, Mapping), f"config.json: {kind} of rope_parameters is {read.shown(its)}: no object")
+        thetas[kind] = {**thetas[kind], **{key: value for key, value in its.items() if value is not None}}
+    return thetas
+
+
+def cap_of(config: Mapping[str, Any], key: str) -> float | None:
+    """A soft cap; None where the key is null or missing. Raises InputError."""
+    return None if config.get(key) is None else read.number(config, key)
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> Sizes:
@@ -168,6 +180,12 @@ def mlp(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch
     return linear(ACTIVATIONS[shape.details["activation"]](inner), parameters["down"], parameters.get("down_bias"))
 
 
+def gated(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
+    """[T, E] of normed hidden states [T, E]: a feed-forward with a gate, by the activation in details."""
+    gate, up = linear(normed, parameters["gate_up"]).chunk(2, dim=-1)
+    return linear(ACTIVATIONS[shape.details["activation"]](gate).mul_(up), parameters["down"])
+
+
 @dataclass(frozen=True)
 class Halves:
     """What the halves of a family's layer are: how it attends, its feed-forward, and their norm."""
@@ -212,3 +230,11 @@ def head(
 ) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
     return linear(norm(shape, parameters, "norm", hidden), parameters["lm_head"], parameters.get("lm_head_bias"))
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits, bent by a tanh in float32 for half precisions to stay within the cap, if there is one."""
+    if cap is None:
+        return logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (torch.tanh(wide / cap) * cap).to(logits.dtype)

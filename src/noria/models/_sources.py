@@ -6,6 +6,13 @@ rows.
 
 from collections.abc import Iterable, Mapping
 
+# Of text models in models around them: what a name begins with, and with what where it is found (see `find` of a checkpoint).
+IN_WRAPPERS = (
+    ("model.", "language_model.model."),
+    ("model.", "model.language_model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
 
 class Transposed(str):
     """The name of a matrix that is stored [in, out], or is wanted so: its transpose is the source."""

@@ -13,7 +13,7 @@ import torch
 from noria.kernels.expert_layer import Gate
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _gates, _heads, _rotary, _routing
+from noria.models import _decoder, _experts, _gates, _general, _heads, _rotary, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._linear import linear
@@ -60,10 +60,9 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     window = _decoder.window_of(keys, frozenset(n for n in range(count) if kinds[n] == SLIDING))
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts)
     found = _decoder.shape("beam", keys.having(rope_parameters=None), variant)
-    cap = keys.get("final_logit_softcapping")
     details = {
         "turns": [turns[kind] for kind in kinds],
-        "soft_cap": None if cap is None else read.number(keys, "final_logit_softcapping"),
+        "soft_cap": _general.cap_of(keys, "final_logit_softcapping"),
     }
     keys.refuse_others()
     return replace(found, details={**found.details, **details})
@@ -146,9 +145,5 @@ def _feed_forward(shape: ModelShape, parameters: Mapping[str, torch.Tensor], nor
 def head(  # type: ignore[no-redef]  # its own
     shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [S, V] of hidden states [S, E], bent by a tanh in float32 for half precisions to stay within the cap."""
-    logits, cap = _decoder.head(shape, parameters, hidden), shape.details["soft_cap"]
-    if cap is None:
-        return logits
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (torch.tanh(wide / cap) * cap).to(logits.dtype)
+    """Logits [S, V] of hidden states [S, E]."""
+    return _general.capped(_decoder.head(shape, parameters, hidden), shape.details["soft_cap"])

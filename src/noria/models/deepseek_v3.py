@@ -5,15 +5,11 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _latent
+from noria.models import _decoder, _experts, _latent, _sources
 from noria.models._latent import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-ALIASES = (  # type: ignore[assignment]  # of text with images
-    *_decoder.ALIASES,
-    ("model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
 DEFAULTS = {
     "intermediate_size": 18432,

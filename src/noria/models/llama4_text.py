@@ -14,17 +14,13 @@ import torch.nn.functional as F
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _heads, _rotary, _routing
+from noria.models import _decoder, _experts, _heads, _rotary, _routing, _sources
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
 
 ARCHITECTURES = ("Llama4ForCausalLM",)
-ALIASES = (  # type: ignore[assignment]  # of text with images
-    *_decoder.ALIASES,
-    ("model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
 DEFAULTS = {
     "num_key_value_heads": 8,

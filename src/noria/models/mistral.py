@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from noria.model import ModelShape
-from noria.models import _decoder
+from noria.models import _decoder, _sources
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("MistralForCausalLM",)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means; a window of null is none.
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 

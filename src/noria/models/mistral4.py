@@ -10,16 +10,11 @@ import torch
 from noria.errors import InputError
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _latent, _routing
+from noria.models import _decoder, _experts, _latent, _routing, _sources
 from noria.models._latent import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Mistral4ForCausalLM",)
-ALIASES = (  # type: ignore[assignment]  # of text with images
-    *_decoder.ALIASES,
-    ("model.", "language_model.model."),
-    ("model.", "model.language_model."),
-    ("lm_head.", "language_model.lm_head."),
-)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
 DEFAULTS = {
     "intermediate_size": 12288,
@@ -46,23 +41,25 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     routing = replace(_routing.corrected_sigmoid(keys, number, chosen), before="softmax")
     routing = replace(routing, scaling=read.number(keys, "routed_scaling_factor", 1.0))
     experts = _experts.Experts(number, inner, layers, routing, shared * inner, fused=True)
-    rope, growth = _rope(keys)
+    turned = read.integer(keys, "qk_rope_head_dim")
+    rope, growth = rope_of(keys, turned / (turned + read.integer(keys, "qk_nope_head_dim")))
     of_rope = keys.having(rope_parameters=rope, rope_scaling=None, rope_theta=None)
     found = _latent.shape("mistral4", of_rope, experts, read.flag(keys, "rope_interleave", True))
     keys.refuse_others()
     return replace(found, details={**found.details, "growth": growth})
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[float, int]]:
-    """The settings of rotary positions, and by how much queries grow: a factor and the tokens between two steps."""
+def rope_of(config: Mapping[str, Any], part: float) -> tuple[dict[str, Any], tuple[float, int]]:
+    """The settings of rotary positions, and by how much queries grow: a factor and the tokens between two steps.
+
+    part: of a head, what is turned.
+    """
     found = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(found, Mapping):
         raise InputError(f"config.json: rope_parameters is {read.shown(found)}: it must be an object")
     given: dict[str, Any] = {**found}
     given.setdefault("rope_theta", config.get("rope_theta"))
     growth = read.number(given, "llama_4_scaling_beta"), read.integer(given, "original_max_position_embeddings")
-    turned = read.integer(config, "qk_rope_head_dim")
-    part = turned / (turned + read.integer(config, "qk_nope_head_dim"))
     for key, value in (
         ("partial_rotary_factor", part),
         ("max_position_embeddings", config.get("max_position_embeddings")),

@@ -1,0 +1,80 @@
+"""Text models in models with images, from directories that transformers saved: converted as the text model alone is."""
+
+import h5py
+import pytest
+import transformers
+
+import families
+from beside import CONFIGS
+from families import MISTRAL
+from noria import models
+from noria.__main__ import main
+from noria.errors import InputError
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+}
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "patch_size": 4}
+PIXTRAL = VISION | {"model_type": "pixtral", "patch_size": 8, "head_dim": 8}
+TEXTS = CONFIGS | {"mistral": MISTRAL | {"sliding_window": None}}
+# name: the text model's config, the wrapper's type and class, its own keys
+WRAPPED = {
+    "Gemma 3": ("gemma3_text", "gemma3", "Gemma3ForConditionalGeneration", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
+    "Mistral Small 3.1": ("mistral", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
+    "Ministral 3": ("ministral3", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
+}  # fmt: skip
+
+
+def settings(text):
+    """What transformers makes a text model of."""
+    return {key: value for key, value in text.items() if value is not None or key == "sliding_window"}
+
+
+def wrapped(name, folder):
+    """Saves the text model, and the model around it with the same numbers, by transformers."""
+    text, kind, architecture, more = WRAPPED[name]
+    inner = families.save(TEXTS[text], folder / "text")
+    tied = TEXTS[text]["tie_word_embeddings"]
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=settings(TEXTS[text]), tie_word_embeddings=tied, **more
+    )
+    model = getattr(transformers, architecture)(config)
+    model.model.language_model.load_state_dict(inner.model.state_dict())
+    model.lm_head.load_state_dict(inner.lm_head.state_dict())
+    model.save_pretrained(folder / "wrapped")
+    return sum("language_model" not in key and "lm_head" not in key for key in model.state_dict())
+
+
+def numbers(path):
+    """Every parameter of a checkpoint."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return {name: array for name, array in found.items() if name.startswith(("layers", "embed", "head"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_text_part_is_converted_and_the_rest_left_out_with_a_line(name, tmp_path, capsys):
+    others = wrapped(name, tmp_path)
+    for source in ("text", "wrapped"):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / f"{source}.h5")]) == 0
+    said = capsys.readouterr().err
+    assert f"{others} tensors left out, which {WRAPPED[name][0]} does not use" in said
+    one, other = numbers(tmp_path / "text.h5"), numbers(tmp_path / "wrapped.h5")
+    assert one.keys() == other.keys() and len(one) > 20
+    assert all((one[key] == other[key]).all() for key in one)
+
+
+def test_a_wrapper_says_which_text_models_it_may_hold():
+    with pytest.raises(InputError, match="text_config is None: it must be an object"):
+        models.text_of({"model_type": "gemma3"})
+    with pytest.raises(
+        InputError, match="model_type of text_config is 'gemma2': not in this version of Noria; known: gemma3_text"
+    ):
+        models.text_of({"model_type": "gemma3", "text_config": {"model_type": "gemma2"}})
+    assert models.text_of({"model_type": "mistral3", "text_config": {}})["model_type"] == "mistral"
