@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noria.borders import cut
+from noria.borders import cut, cut_tokens
 from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
 from noria.rows.making import Source
@@ -183,6 +183,13 @@ def test_a_cut_keeps_rows_whole_within_the_budget_and_makes_enough_microbatches(
     assert borders[0] == 0 and borders[-1] == len(counts) and borders == sorted(set(borders))
     assert all(sum(counts[a:b]) <= budget for a, b in itertools.pairwise(borders))
     assert len(borders) - 1 >= min(least, len(counts))
+
+
+@given(st.lists(st.integers(1, 8), max_size=40), st.integers(1, 30), st.integers(1, 9), st.integers(0, 6))
+def test_a_cut_by_searches_is_the_cut_by_rows(counts, budget, least, most_rows):
+    assert cut_tokens(np.array(counts, np.int32), budget, least, most_rows) == cut(
+        counts, budget, least, most_rows=most_rows
+    )
 
 
 def test_a_sequence_has_slots_for_its_fields():

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noria.rows.randomness import uniform
+from noria.rows.randomness import begun, uniform, uniforms
 
 MASK = 2**64 - 1
 SECRET = bytes.fromhex("b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f")
@@ -29,6 +29,7 @@ def xxh3_of_32_bytes(data: bytes) -> int:
 
 
 words = st.integers(-(2**63), 2**63 - 1)
+places = st.integers(0, 2**31 - 1)
 
 
 @given(words, words, words, words)
@@ -37,6 +38,13 @@ def test_the_number_is_the_upper_53_bits_of_xxh3_of_the_four(seed, row, sample, 
     number = uniform(seed, row, sample, position)
     assert number == (xxh3_of_32_bytes(data) >> 11) / 2**53
     assert 0 <= number < 1
+
+
+@given(st.lists(st.tuples(words, words, places, places)))
+def test_the_numbers_of_many_rows_at_once_are_those_of_each(rows):
+    samples, positions = (np.array([row[place] for row in rows], np.int32) for place in (2, 3))
+    found = uniforms(np.array([begun(seed, row) for seed, row, *_ in rows], np.uint64), samples, positions)
+    assert found.tolist() == [uniform(*row) for row in rows]
 
 
 def test_neighbouring_rows_samples_positions_and_seeds_share_no_number():

@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def cut(
     counts: Sequence[int],
@@ -33,6 +35,19 @@ def cut(
         more = pages[row] if pages and row == borders[-1] else more
         tokens, held = tokens + count, held + more
     return [*borders, len(counts)]
+
+
+def cut_tokens(counts: np.ndarray, microbatch_tokens: int, least: int, most_rows: int = 0) -> list[int]:
+    """`cut` without pages, of counts [R]: a search for each microbatch, not a look at each row."""
+    ends, borders = np.cumsum(counts), [0]
+    target = min(microbatch_tokens, -(-int(ends[-1]) // least)) if len(counts) else 0
+    while (first := borders[-1]) < len(counts):
+        before = ends[first - 1] if first else 0
+        last = max(int(np.searchsorted(ends, before + target, "right")), first + 1)
+        borders.append(min(last, first + most_rows) if most_rows else last)
+    if len(borders) <= min(least, len(counts)):  # the last ones are cut finer
+        return cut(counts.tolist(), microbatch_tokens, least, most_rows=most_rows)
+    return borders
 
 
 def halved(borders: Sequence[int]) -> list[int]:

@@ -97,7 +97,8 @@ class Step:
     """One group's pass through all layers. R rows (sequences), T tokens, S samples, K microbatches, P scores.
 
     slots, counts, positions: [R] each row's slot, number of new tokens, position of the first of them.
-    token_ids: [T] the new tokens, row after row. borders: [K+1] of the microbatches, in rows.
+    token_ids: [T] the new tokens, row after row; -1 - i: what the group's step before samples as its number i, which is not known
+    yet on the host (on one rank, where a step is composed ahead). borders: [K+1] of the microbatches, in rows.
     sample_rows: [S] index in T of the hidden states to sample from; sample_slots: [S]; uniforms: [S] in [0, 1).
     score_rows: [P] index in T of the hidden states that predict a token of a prompt; score_ids: [P] that token.
     reads, writes: [R] the state that each row begins from (NO_STATE: zeros) and the one that it leaves; kept: [R] after how
@@ -137,34 +138,38 @@ class Step:
         return len(self.sample_slots)
 
     def encode(self) -> bytes:
-        """The header: 8 bytes of length, JSON of what has no fixed size, then the arrays one after another."""
-        words = {
-            "round": self.round,
-            "group": self.group,
-            "word": int(self.word),
-            "released": self.released,
-            "admitted": [[a.slot, _numbers(a.runs), a.sampling] for a in self.admitted],
-            "grown": [[one.slot, _numbers(one.runs)] for one in self.grown],
-            "sizes": [len(getattr(self, name)) for name, _ in _ARRAYS],
-            "masked": self.masked,
-        }
-        text = json.dumps(words).encode()
-        arrays = [np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in _ARRAYS]
-        return b"".join([len(text).to_bytes(8, "little"), text, *arrays])
+        """The header: 8-byte integers (round, group, word, masked, bytes of JSON, arrays' lengths), JSON of the changes of slots
+        if there are any, then the arrays one after another."""
+        changes = b""
+        if self.released or self.admitted or self.grown:
+            admitted = [[a.slot, _numbers(a.runs), a.sampling] for a in self.admitted]
+            grown = [[one.slot, _numbers(one.runs)] for one in self.grown]
+            changes = json.dumps([self.released, admitted, grown]).encode()
+        arrays = [np.asarray(getattr(self, name), dtype) for name, dtype in _ARRAYS]
+        words = [self.round, self.group, self.word, self.masked, len(changes), *map(len, arrays)]
+        return b"".join([np.array(words, np.int64).tobytes(), changes, *(array.tobytes() for array in arrays)])
 
     @classmethod
     def decode(cls, header: bytes) -> "Step":
         """The step of a header that `encode` made."""
-        end = 8 + int.from_bytes(header[:8], "little")
-        words = json.loads(header[8:end])
-        admitted = tuple(Admitted(slot, _runs(runs), sampling) for slot, runs, sampling in words["admitted"])
-        grown = tuple(Grown(slot, _runs(runs)) for slot, runs in words["grown"])
+        round, group, word, masked, changed, *sizes = np.frombuffer(header, np.int64, 5 + len(_ARRAYS)).tolist()
+        start = 8 * (5 + len(_ARRAYS))
+        end = start + changed
+        released, admitted, grown = json.loads(header[start:end]) if changed else ((), (), ())
         arrays = {}
-        for (name, dtype), size in zip(_ARRAYS, words["sizes"], strict=True):
+        for (name, dtype), size in zip(_ARRAYS, sizes, strict=True):
             arrays[name] = np.frombuffer(header, dtype, size, end)
             end += arrays[name].nbytes
-        word, released, masked = Word(words["word"]), tuple(words["released"]), bool(words["masked"])
-        return cls(words["round"], words["group"], word, released, admitted, **arrays, masked=masked, grown=grown)
+        return cls(
+            round,
+            group,
+            Word(word),
+            tuple(released),
+            tuple(Admitted(slot, _runs(runs), sampling) for slot, runs, sampling in admitted),
+            **arrays,
+            masked=bool(masked),
+            grown=tuple(Grown(slot, _runs(runs)) for slot, runs in grown),
+        )
 
 
 def _numbers(runs: Iterable[Run]) -> list[list[int]]:

@@ -63,7 +63,7 @@ class StepSizes:
             self._end_round()
         step = self._admission.compose(round, group)
         self._tokens += step.num_tokens
-        self._rows += sum(count == 1 for count in step.counts.tolist()) if not self._settled else 0
+        self._rows += int((step.counts == 1).sum()) if not self._settled else 0
         return step
 
     def apply(self, step: Step, result: Result) -> None:

@@ -5,33 +5,22 @@ Rank 0 alone has one. Knows tokens; nothing of devices, messages or files.
 
 from array import array
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
-from noria.errors import InputError
 from noria.masks import Pending
 from noria.rows.beginnings import Lead
 from noria.rows.composing import Changes, compose
-from noria.rows.ends import finish_reason
+from noria.rows.flight import Flight
 from noria.rows.guides import Making
 from noria.rows.making import Maker, Source
+from noria.rows.results import take_sample, take_scores
 from noria.rows.sequence import Sequence, sampler_settings
 from noria.rows.slots import Capacity, Slots
 from noria.rows.waiting import WaitingQueue
 from noria.sampling import RULES, Sampling
-from noria.step import NO_TOKEN, NONE_LEFT, Admitted, Grown, Result, Step, Word
-
-# Keys that may leave a row no token.
-EXCLUDING = (
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "structured_outputs",
-    "min_new_tokens",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
+from noria.step import Admitted, Grown, Result, Step, Word
 
 
 @dataclass
@@ -61,6 +50,8 @@ class Admission:
         self._queue = WaitingQueue(source, self._maker, capacity.sharing)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
+        firsts = (group * capacity.step_tokens for group in range(capacity.groups))
+        self._flights = [Flight(first, self._end_token_ids, capacity.max_positions) for first in firsts]
         self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room
         self.counted = Counted()
         self._stopping = False
@@ -121,38 +112,35 @@ class Admission:
             self._over = self.done
         if self._over:
             return Step(round, group, Word.STOP)
-        grown, budget = self._grow(group), self.step_tokens
-        active = self._slots.active[group].values()
-        rows = [(sequence, 1) for sequence in active if sequence.num_tokens - sequence.cached == 1]
-        budget -= len(rows)
-        for sequence in active:
-            if budget > 0 and sequence.num_tokens - sequence.cached > 1:
-                rows.append((sequence, self._take_chunk(sequence, budget)))
-                budget -= rows[-1][1]
+        grown, flight = self._grow(group), self._flights[group]
+        chunks, budget = list[tuple[Sequence, int]](), self.step_tokens - len(flight.ready())
+        for sequence in flight.filling.values():
+            if budget > 0 and sequence.num_tokens > sequence.cached:
+                chunks.append((sequence, self._take_chunk(sequence, budget)))
+                budget -= chunks[-1][1]
         admitted = []
         while budget > 0 and (new := self._admit(group)):
             admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
-            rows.append((new, self._take_chunk(new, budget)))
-            budget -= rows[-1][1]
-        rows.sort(
-            key=lambda row: row[0].place
-        )  # a microbatch's pages are in one tier, and rows of one beginning in one microbatch
-        released = self._slots.released(group)
-        changes = Changes(released, tuple(admitted), grown)
-        step = compose(round, group, changes, rows, self._capacity)
+            chunks.append((new, self._take_chunk(new, budget)))
+            budget -= chunks[-1][1]
+        changes = Changes(self._slots.released(group), tuple(admitted), grown)
+        step = compose(round, group, changes, flight, chunks, self._slots.active[group], self._capacity)
         self._led()
         return self._with_masks(step)
 
     def _grow(self, group: int) -> tuple[Grown, ...]:
         """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""
-        active = self._slots.active[group]
-        outgrown = [sequence for sequence in active.values() if sequence.cached >= sequence.room]
+        active, flight = self._slots.active[group], self._flights[group]
+        outgrown = [active[slot] for slot in flight.outgrown()]
+        outgrown += [sequence for sequence in flight.filling.values() if sequence.cached >= sequence.room]
         for sequence in outgrown:
             while sequence.slot in active and not self._slots.grow(group, sequence):
                 youngest = self._slots.youngest(group, sequence)
                 self._leave(group, youngest)
                 youngest.give_back()
                 self._queue.give_back(youngest)
+            if sequence.slot in active:
+                flight.hold(sequence)
         return tuple(Grown(one.slot, one.runs) for one in outgrown if one.slot in active)
 
     def _with_masks(self, step: Step) -> Step:
@@ -173,67 +161,42 @@ class Admission:
 
     def apply(self, step: Step, result: Result) -> None:
         """Takes the sampled tokens of a step in; sequences that end leave their slots and pages."""
-        active = self._slots.active[step.group]
+        active, flight = self._slots.active[step.group], self._flights[step.group]
+        rows, samples = flight.arrived(step)
         if len(step.score_rows):
-            self._take_scores(step, result)
-        sampled = zip(step.sample_slots.tolist(), result.token_ids.tolist(), strict=True)
-        for place, (slot, token_id) in enumerate(sampled):
-            sequence = active.get(slot)
-            if sequence is None:
-                continue  # dropped by stop() while its step was under way
-            if token_id == NO_TOKEN:
-                sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
-            elif token_id == NONE_LEFT:
-                sequence.error = (sequence.guide and sequence.guide.error) or _none_left(sequence)
-            else:
-                self._take_token(sequence, token_id, result, place)
+            self._take_scores(step, result, rows)
+        self.counted.tokens += int(np.count_nonzero(samples & (result.token_ids >= 0)))
+        for place in flight.take(step, result.token_ids, samples):
+            sequence = active[int(step.sample_slots[place])]
+            flight.tell(sequence)
+            take_sample(sequence, result, place, self._end_token_ids, self._capacity.max_positions)
             if sequence.error or sequence.finish_reason != "none":
                 self._end(step.group, sequence)
+        for slot in flight.full(step):
+            flight.tell(active[slot])
         if len(step.slots) > step.num_samples:
-            for slot in step.slots.tolist():
-                sequence = active.get(slot)
-                if sequence and sequence.sampling.max_new_tokens == 0 and sequence.cached == sequence.num_tokens:
-                    sequence.finish_reason = "length"
-                    self._end(step.group, sequence)
+            self._end_scored(step, rows)
 
-    def _take_token(self, sequence: Sequence, token_id: int, result: Result, place: int) -> None:
-        """A new token of a sequence, with its log-probabilities, and whether it ends the sequence."""
-        sampling = sequence.sampling
-        sequence.token_ids.append(token_id)
-        self.counted.tokens += 1
-        if sampling.logprobs is not None:
-            sequence.logprobs.append(float(result.logprobs[place]))
-            if sampling.logprobs:
-                top = slice(0, sampling.logprobs)
-                # copies: a view would keep the whole step's result, which is often page-locked
-                sequence.top.append((result.top_ids[place, top].copy(), result.top_logprobs[place, top].copy()))
-        limit = self._capacity.max_positions
-        prompt_length = len(sequence.prompt_token_ids)
-        reason = finish_reason(sequence.token_ids, sampling, self._end_token_ids, prompt_length, limit)
-        try:
-            if sequence.guide is not None:
-                sequence.guide.add(sequence.token_ids)
-                sequence.error = sequence.guide.error
-            if sequence.stop_texts and reason != "stop":
-                sequence.text_end = sequence.stop_texts.find(sequence.token_ids)
-        except InputError as error:
-            sequence.error = str(error)
-        sequence.finish_reason = reason if sequence.text_end is None else "stop"
+    def _take_scores(self, step: Step, result: Result, rows: np.ndarray) -> None:
+        """Log-probabilities of prompts: of each of these rows, those of the tokens after the ones that this step computed."""
+        ends = np.searchsorted(step.score_rows, np.cumsum(step.counts))
+        starts = np.concatenate([[0], ends[:-1]])
+        for row in np.flatnonzero(rows & (ends > starts)).tolist():
+            sequence = self._slots.active[step.group][int(step.slots[row])]
+            take_scores(sequence, int(step.positions[row]), result.prompt_logprobs[starts[row] : ends[row]])
 
-    def _take_scores(self, step: Step, result: Result) -> None:
-        """Log-probabilities of prompts: of each row, those of the tokens after the ones that this step computed."""
-        ends = np.searchsorted(step.score_rows, np.cumsum(step.counts)).tolist()
-        rows = zip(step.slots.tolist(), step.positions.tolist(), [0, *ends], ends, strict=False)
-        for slot, position, start, end in rows:
-            sequence = self._slots.active[step.group].get(slot)
-            if sequence is not None and sequence.prompt_logprobs is not None and end > start:
-                values = result.prompt_logprobs[start:end]
-                sequence.prompt_logprobs[position + 1 : position + 1 + end - start] = values
-                if np.isnan(values).any():
-                    sequence.error = f"logits are not finite in the prompt, before token {position + end - start}"
+    def _end_scored(self, step: Step, rows: np.ndarray) -> None:
+        """Those of these rows end whose prompts alone were to be computed, and are."""
+        ends = (step.positions + step.counts).tolist()
+        for row in np.flatnonzero(rows).tolist():
+            sequence = self._slots.active[step.group].get(int(step.slots[row]))
+            if sequence and sequence.sampling.most_new_tokens == 0 and ends[row] == sequence.num_tokens:
+                sequence.finish_reason = "length"
+                self._end(step.group, sequence)
 
     def _leave(self, group: int, sequence: Sequence) -> None:
         """The sequence is out of flight; those that waited for what it computes are in line again."""
+        self._flights[group].leave(sequence)
         self._slots.leave(group, sequence)
         if sequence.lead is not None:
             self._leading.remove(sequence)
@@ -252,7 +215,7 @@ class Admission:
     def _end(self, group: int, sequence: Sequence) -> None:
         self._leave(group, sequence)
         if not sequence.error:
-            self._slots.ended(sequence)
+            self._slots.ended(sequence, chain.from_iterable(flight.lengths() for flight in self._flights))
         self._finished(sequence)
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> int:
@@ -260,9 +223,7 @@ class Admission:
         count = min(sequence.num_tokens - sequence.cached, budget, self._capacity.microbatch_tokens)
         if border := sequence.to_border:
             count = min(count, border)
-        left = len(sequence.prompt_token_ids) - sequence.cached
-        alone = left - count == 1 and not sequence.token_ids  # the last one, which the next step takes as a decoded row
-        self.counted.prompt_tokens += max(0, min(count, left)) + alone
+        self.counted.prompt_tokens += max(0, min(count, len(sequence.prompt_token_ids) - sequence.cached))
         return count
 
     def _admit(self, group: int) -> Sequence | None:
@@ -274,27 +235,18 @@ class Admission:
                 self._queue.park(found)
             elif found:
                 self._queue.take()
-                self._begun(sequence)
+                self._begun(group, sequence)
                 return sequence
             else:
                 break
         return None
 
-    def _begun(self, sequence: Sequence) -> None:
+    def _begun(self, group: int, sequence: Sequence) -> None:
         """A sequence is in flight."""
+        self._flights[group].enter(sequence)
         if sequence.order < 0:
             sequence.order, sequence.cached_tokens = self._num_admitted, sequence.cached
             self._num_admitted += 1
         self.counted.cached_tokens += sequence.cached
         if sequence.lead is not None:
             self._leading.append(sequence)
-
-
-def _none_left(sequence: Sequence) -> str:
-    """What is said of a row whose own settings leave no token: those that can, by name."""
-    default, sampling = Sampling(), sequence.sampling
-    named = [name for name in EXCLUDING if getattr(sampling, name, None) != getattr(default, name, None)]
-    given = ", ".join(f"{name} {str(getattr(sampling, name))[:40]}" for name in named) or "the settings of the row"
-    return (
-        f"no token is left after {len(sequence.token_ids)} tokens: {given}: they exclude all, or make logits infinite"
-    )

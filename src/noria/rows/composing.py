@@ -1,12 +1,14 @@
-"""A step of a group from the sequences that take part in it. Knows neither slots' owners nor pages."""
+"""A step of a group from the rows that take part in it. Knows neither slots' owners nor pages."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise, takewhile
 from typing import Protocol
 
 import numpy as np
 
-from noria.borders import cut
+from noria.borders import cut, cut_tokens
+from noria.rows.flight import Flight
 from noria.rows.sequence import Sequence
 from noria.step import PAGE_TOKENS, Admitted, Grown, Step, Word
 
@@ -19,6 +21,9 @@ class Cuts(Protocol):
 
     @property
     def microbatches(self) -> int: ...
+
+    @property
+    def tiers(self) -> tuple[int, ...]: ...
 
     @property
     def slot_pages(self) -> int: ...
@@ -36,67 +41,133 @@ class Changes:
     grown: tuple[Grown, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """R rows of a step with T tokens, as arrays: see Step. samples: [R] whether a token of it is sampled; uniforms: [S]."""
+
+    slots: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray
+    token_ids: np.ndarray
+    samples: np.ndarray
+    uniforms: np.ndarray
+    reads: np.ndarray
+    writes: np.ndarray
+
+
 def compose(
     round: int,
     group: int,
     changes: Changes,
-    rows: list[tuple[Sequence, int]],
+    flight: Flight,
+    chunks: list[tuple[Sequence, int]],
+    sequences: Mapping[int, Sequence],
     limits: Cuts,
 ) -> Step:
-    """The step in which each of these sequences advances by so many tokens; counts them as cached.
+    """The step in which each row that is ready takes a token, and each of these chunks is computed; counts all as cached.
 
-    limits.microbatch_tokens and limits.microbatches say how it is cut, limits.state_rows whether rows have states.
+    sequences: by slot. limits.microbatch_tokens and limits.microbatches say how it is cut, limits.state_rows whether rows have
+    states.
     """
-    token_ids: list[int] = []
-    positions: list[int] = []
-    sampled: list[tuple[int, Sequence]] = []
-    score_rows: list[int] = []
-    score_ids: list[int] = []
-    counts = [count for _, count in rows]
-    states = [sequence.next_states(count) for sequence, count in rows] if limits.state_rows else []
-    for sequence, count in rows:
-        positions.append(sequence.cached)
-        if sequence.scores:
-            following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
-            score_rows += range(len(token_ids), len(token_ids) + len(following))
-            score_ids += following
-        token_ids += sequence.pending(count)
+    chunks = sorted(chunks, key=lambda chunk: chunk[0].place)  # rows of one beginning and of one tier side by side
+    ready = flight.ready()
+    at = flight.where(ready, [sequence for sequence, _ in chunks])
+    rows = _ready_rows(flight, ready, limits)
+    flight.advance(ready)
+    rows = _with_chunks(rows, at, chunks, limits) if chunks else rows
+    starts = np.cumsum(rows.counts) - rows.counts
+    scores = _scores([place + before for before, place in enumerate(at)], chunks, starts)
+    step = _step(round, group, changes, rows, scores, _borders(rows, sequences, limits))
+    for sequence, count in chunks:
         sequence.cached += count
-        if sequence.cached == sequence.num_tokens and sequence.sampling.max_new_tokens:
-            sampled.append((len(token_ids) - 1, sequence))
+        if _is_sampled(sequence):
+            flight.decode(sequence)
+    if step.num_tokens:
+        flight.composed(step)
+    return step
+
+
+def _step(
+    round: int, group: int, changes: Changes, rows: _Rows, scores: tuple[np.ndarray, np.ndarray], borders: list[int]
+) -> Step:
+    ends = np.cumsum(rows.counts)
     return Step(
         round,
         group,
         Word.RUN,
         changes.released,
         changes.admitted,
-        np.array([sequence.slot for sequence, _ in rows], np.int32),
-        np.array(counts, np.int32),
-        np.array(positions, np.int32),
-        np.array(token_ids, np.int32),
-        np.array(_borders(rows, positions, limits), np.int32),
-        np.array([row for row, _ in sampled], np.int32),
-        np.array([sequence.slot for _, sequence in sampled], np.int32),
-        np.array([sequence.uniform() for _, sequence in sampled], np.float64),
-        np.array(score_rows, np.int32),
-        np.array(score_ids, np.int32),
-        reads=np.array([reads for reads, _ in states], np.int32),
-        writes=np.array([writes for _, writes in states], np.int32),
-        kept=np.array(counts if states else [], np.int32),
+        rows.slots,
+        rows.counts,
+        rows.positions,
+        rows.token_ids,
+        np.array(borders, np.int32),
+        (ends[rows.samples] - 1).astype(np.int32),
+        rows.slots[rows.samples],
+        rows.uniforms,
+        *scores,
+        reads=rows.reads,
+        writes=rows.writes,
+        kept=rows.counts[: len(rows.reads)],
         grown=changes.grown,
     )
 
 
-def _borders(rows: list[tuple[Sequence, int]], positions: list[int], limits: Cuts) -> list[int]:
+def _is_sampled(sequence: Sequence) -> bool:
+    """Whether its next token is sampled, now that so many of its tokens are in the cache."""
+    return sequence.cached == sequence.num_tokens and sequence.sampling.most_new_tokens > 0
+
+
+def _ready_rows(flight: Flight, ready: np.ndarray, limits: Cuts) -> _Rows:
+    ones, none = np.ones(len(ready), np.int32), np.empty(0, np.int32)
+    states = flight.states(ready) if limits.state_rows else (none, none)
+    ids, numbers = flight.token_ids(ready), flight.uniforms(ready)
+    return _Rows(flight.slots(ready), ones, flight.positions(ready), ids, ones.astype(np.bool_), numbers, *states)
+
+
+def _with_chunks(rows: _Rows, at: list[int], chunks: list[tuple[Sequence, int]], limits: Cuts) -> _Rows:
+    """The rows with chunks among them, each before that one of the rows; of one place in the order of the chunks."""
+    counts = [count for _, count in chunks]
+    states = [sequence.next_states(count) for sequence, count in chunks] if limits.state_rows else []
+    sampled = [one.cached + count == one.num_tokens and one.sampling.most_new_tokens > 0 for one, count in chunks]
+    numbers = [one.uniform() for (one, _), samples in zip(chunks, sampled, strict=True) if samples]
+    where = np.array(at)
+    return _Rows(
+        np.insert(rows.slots, where, [sequence.slot for sequence, _ in chunks]),
+        np.insert(rows.counts, where, counts),
+        np.insert(rows.positions, where, [sequence.cached for sequence, _ in chunks]),
+        np.insert(rows.token_ids, where.repeat(counts), [id for one, count in chunks for id in one.pending(count)]),
+        np.insert(rows.samples, where, sampled),
+        np.insert(rows.uniforms, where[sampled], numbers),
+        np.insert(rows.reads, where, [reads for reads, _ in states]) if states else rows.reads,
+        np.insert(rows.writes, where, [writes for _, writes in states]) if states else rows.writes,
+    )
+
+
+def _scores(rows: list[int], chunks: list[tuple[Sequence, int]], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[P] which of the step's tokens predict a token of a prompt that is scored, and these tokens. rows: of each chunk; starts:
+    [R] of each row, its first token."""
+    score_rows, score_ids = list[int](), list[int]()
+    for row, (sequence, count) in zip(rows, chunks, strict=True):
+        if sequence.scores:
+            following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
+            score_rows += range(int(starts[row]), int(starts[row]) + len(following))
+            score_ids += following
+    return np.array(score_rows, np.int32), np.array(score_ids, np.int32)
+
+
+def _borders(rows: _Rows, sequences: Mapping[int, Sequence], limits: Cuts) -> list[int]:
     """Borders [K+1] of the step's microbatches: each in one tier, and beyond the device within a staging buffer's pages."""
-    counts = [count for _, count in rows]
-    borders = [0]
-    for tier, group in groupby(range(len(rows)), key=lambda row: rows[row][0].tier):
-        first, *_ = members = list(group)
-        its, pages, shared = [counts[row] for row in members], None, list[int]()
+    if len(limits.tiers) == 1:
+        return cut_tokens(rows.counts, limits.microbatch_tokens, limits.microbatches, limits.state_rows)
+    counts, positions, borders = rows.counts.tolist(), rows.positions.tolist(), [0]
+    members = [sequences[slot] for slot in rows.slots.tolist()]
+    for tier, group in groupby(range(len(members)), key=lambda row: members[row].tier):
+        first, *_ = its_rows = list(group)
+        its, pages, shared = [counts[row] for row in its_rows], None, list[int]()
         if tier:
-            pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in members]
-            pairs = pairwise(rows[row][0] for row in members)
+            pages = [-(-(positions[row] + counts[row]) // PAGE_TOKENS) for row in its_rows]
+            pairs = pairwise(members[row] for row in its_rows)
             shared = [0, *(_in_common(*pair) for pair in pairs)]
         most = limits.slot_pages, limits.state_rows
         found = cut(its, limits.microbatch_tokens, limits.microbatches, pages, shared, *most)

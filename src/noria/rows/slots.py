@@ -1,6 +1,6 @@
 """Who has which slots and pages: of every group, in every tier. Knows nothing of steps and results."""
 
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -65,7 +65,7 @@ class Slots:
         self.prefixes = Prefixes(self.pages, self.states if capacity.state_rows else [])
         self.reservations = Reservations(capacity.max_positions)
         self.active: list[dict[int, Sequence]] = [{} for _ in range(capacity.groups)]
-        self._free = [deque(_slots_of(group, capacity.step_tokens)) for group in range(capacity.groups)]
+        self._free = [[*_slots_of(group, capacity.step_tokens)][::-1] for group in range(capacity.groups)]
         self._pages_of_group = [[0] * len(self.pages) for _ in range(capacity.groups)]
         self._states_of_group = [[0] * len(self.states) for _ in range(capacity.groups)]
         self._released: list[list[int]] = [[] for _ in range(capacity.groups)]
@@ -113,7 +113,7 @@ class Slots:
         pages.share(shared)
         sequence.hold((*shared, *(pages.reserve(own) or ())))
         sequence.cached, sequence.beginning = share.known * BLOCK_TOKENS, share.last
-        sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].popleft(), own, tier
+        sequence.slot, sequence.num_own_pages, sequence.tier = self._free[group].pop(), own, tier
         sequence.place = (tier, *(run.start for run in shared))
         sequence.state, sequence.reads = state, share.state
         self._pages_of_group[group][tier] += own
@@ -168,9 +168,8 @@ class Slots:
         same = (one for one in self.active[group].values() if one.tier == beside.tier)
         return max(same, key=lambda one: one.order)
 
-    def ended(self, sequence: Sequence) -> None:
-        """A sequence that left has ended: what it has needed tells what others will."""
-        running = (len(one.token_ids) for active in self.active for one in active.values())
+    def ended(self, sequence: Sequence, running: Iterable[int]) -> None:
+        """A sequence that left has ended: what it has needed tells what others will, with so many tokens of those in flight."""
         self.reservations.ended(len(sequence.token_ids), running)
 
     def leave(self, group: int, sequence: Sequence) -> None:
