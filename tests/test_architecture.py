@@ -79,7 +79,7 @@ ALLOWED = {
         "kernels/gated.py",
         "kernels/drawing.py",
         "kernels/products.py",
-        "kernels/narrow.py",
+        "kernels/in_order.py",
         "launch/building.py",
         "launch/cores.py",
         "launch/copies.py",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from noria.kernels import in_order
+
 # By the names that config.json files give them; each may write into its argument.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
@@ -25,11 +27,14 @@ FEW, MANY = 2, 256  # tokens between which tiles pay
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, O] = hidden [T, I] times weight [O, I], plus bias [O]: F.linear, for a few rows on the CPU tile by tile.
+    """[T, O] = hidden [T, I] times weight [O, I], plus bias [O]: F.linear, for a few rows on the CPU tile by tile, on a
+    GPU by a kernel of fixed order where the run has chosen that.
 
     A tall float32 matrix times a few rows falls out of MKL's caches. Measured with 64 rows on one thread of an EPYC:
     4096 x 768 goes from 54 to 66 GFLOP/s, 32000 x 768 from 54 to 70, 11008 x 4096 from 55 to 80.
     """
+    if hidden.is_cuda and in_order.serves(hidden, weight, bias):
+        return in_order.product(hidden, weight, bias)
     if hidden.is_cuda or hidden.dtype != torch.float32 or not FEW <= len(hidden) <= MANY:
         return F.linear(hidden, weight, bias)
     num_tiles = len(weight) // (TILE_ROWS * torch.get_num_threads())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from noria.errors import require
+from noria.kernels import in_order
 from noria.models import _config as read
 from noria.models import _tiles
 from noria.models._linear import linear
@@ -82,8 +83,11 @@ def corrected_sigmoid(config: Mapping[str, Any], number: int, chosen: int) -> Ro
 
 
 def scores_of(hidden: torch.Tensor, router: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """A router's scores [T, X] of hidden states [T, E], router [X, E], bias [X]."""
+    """A router's scores [T, X] of hidden states [T, E], router [X, E], bias [X]: on GPUs in an order of its inputs that
+    depends on nothing else."""
     wide = _wide(hidden.dtype)
+    if hidden.is_cuda and not in_order.refuses(hidden.device, hidden.dtype):
+        return in_order.product(hidden, router, bias, wide)
     return linear(hidden.to(wide), router.to(wide), None if bias is None else bias.to(wide))
 
 
