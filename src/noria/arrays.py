@@ -1,13 +1,16 @@
 """What a layer leaves in its cache: arrays with a row a token or a row a sequence, as data. Knows no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
 from noria.blocks import DTYPE_NBYTES, round_up, wider
-from noria.pieces import VIEW_ALIGNMENT
+from noria.pieces import FIELD_NBYTES, VIEW_ALIGNMENT
 from noria.step import PAGE_TOKENS
+
+KEY_GROUP = 64  # numbers of a key, along its head, that share a scale where a cache is encoded; those of a value all do
+ENCODINGS = {"fp8": "fp8_block", "int8": "int8", "int4": "int4"}  # of kv_cache_dtype
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Array:
     """One array of a layer's cache: a `row` of this shape for each token, or for each sequence (a state).
 
     dtype: its own, never narrower than the run's (None: the run's). window: how many of the last tokens are read (None:
-    all); pages keep the others too.
+    all); pages keep the others too. encoding: how its rows are kept, a kind of encodings/ (None: as they are computed), with
+    a scale for each `group` numbers of the last dimension (-1: one for all of them). exact: of its dtype in any run.
     """
 
     name: str
@@ -23,15 +27,40 @@ class Array:
     per: str = "token"  # or "sequence"
     dtype: str | None = None
     window: int | None = None
+    encoding: str | None = None
+    group: int = -1
+    exact: bool = False
 
     def computed(self, dtype: str) -> str:
         """Its dtype in a run of this dtype."""
-        return wider(self.dtype, dtype)
+        return self.dtype if self.exact and self.dtype else wider(self.dtype, dtype)
 
     def nbytes(self, dtype: str) -> int:
-        """Bytes of a row in a run of this dtype; of a state with what keeps the next one aligned."""
-        nbytes = prod(self.row) * DTYPE_NBYTES[self.computed(dtype)]
+        """Bytes that a row takes in a run of this dtype; of a state with what keeps the next one aligned."""
+        if self.encoding:
+            return sum(field.nbytes(dtype) for field in self.fields.values())
+        nbytes = prod(self.row) * FIELD_NBYTES[self.computed(dtype)]
         return nbytes if self.per == "token" else round_up(nbytes, VIEW_ALIGNMENT)
+
+    def decoded_nbytes(self, dtype: str) -> int:
+        """Bytes of a row that is decoded before it is attended to; 0 of one that is not."""
+        return prod(self.row) * DTYPE_NBYTES[self.computed(dtype)] if self.encoding else 0
+
+    @property
+    def fields(self) -> dict[str, "Array"]:
+        """The arrays that keep an encoded one, by their names in its encoding: a test compares them with the encoding's."""
+        *heads, numbers = self.row
+        groups = -(-numbers // self.group) if self.group > 0 else 1
+        powers, halves = self.encoding == "fp8_block", self.encoding == "int4"
+        kept = {
+            "codes": (-(-numbers // 2) if halves else numbers, "uint8"),
+            "scales": (groups, "uint8" if powers else "bfloat16"),
+        }
+        kept |= {"zeros": (groups, "uint8")} if halves else {}
+        return {
+            name: Array(f"{self.name}.{name}", (*heads, width), dtype=dtype, exact=True)
+            for name, (width, dtype) in kept.items()
+        }
 
 
 # Of a layer: its arrays, or the layer whose cache it reads.
@@ -57,6 +86,25 @@ def check(cache: Sequence[Entry]) -> None:
             assert array.per in ("token", "sequence"), f"{array.name!r} is per {array.per!r}: token or sequence"
             known = array.dtype is None or array.dtype in DTYPE_NBYTES
             assert known, f"{array.name!r} has dtype {array.dtype!r}: a cache has {', '.join(DTYPE_NBYTES)}"
+
+
+def encoded(entry: Entry, encoding: str) -> Entry:
+    """The entry with its arrays per token kept in fewer bits: keys, which are the first of them, by groups along their head,
+    values by token. An array with a dtype of its own stays as it is."""
+    if isinstance(entry, int):
+        return entry
+    keys = next((array.name for array in entry if array.per == "token"), None)
+    return tuple(
+        array
+        if array.per != "token" or array.dtype
+        else replace(array, encoding=encoding, group=KEY_GROUP if array.name == keys else -1)
+        for array in entry
+    )
+
+
+def stored(entry: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arrays that a cache has of these: of encoded ones their fields."""
+    return tuple(kept for array in entry for kept in (array.fields.values() if array.encoding else (array,)))
 
 
 def nbytes(arrays: tuple[Array, ...], dtype: str, per: str = "token") -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from noria.arrays import ENCODINGS
 from noria.errors import InputError, require
 from noria.job import Job
 from noria.limits import DTYPES, MAX_GROUPS
@@ -152,6 +153,12 @@ class Config:
         "number format of the computation (auto: the checkpoint's on a GPU, float32 on a CPU)",
         "auto",
         ("auto", *DTYPES),
+    )
+    kv_cache_dtype: str = key(
+        "number format of the cache of keys and values (auto: that of the computation); fp8, int8 and int4 round each key and"
+        " value once, and give room for two to four times as many rows",
+        "auto",
+        ("auto", *ENCODINGS),
     )
     device: str = key("where to compute; auto takes the GPU if there is one", "auto", ("auto", "cuda", "cpu"))
     sampling: Sampling = field(default_factory=Sampling)

@@ -7,7 +7,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Protocol
 
-from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes
+from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes, stored
 from noria.blocks import DTYPE_NBYTES, Block
 
 MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
@@ -49,6 +49,10 @@ class ModelShape:
         entry = self.cache[layer]
         return () if isinstance(entry, int) else entry
 
+    def stored(self, layer: int) -> tuple[Array, ...]:
+        """The arrays that its cache has: of encoded ones their fields."""
+        return stored(self.arrays(layer))
+
     def reads(self, layer: int) -> int:
         """The layer whose cache a layer reads: its own, or an earlier one's."""
         entry = self.cache[layer]
@@ -70,6 +74,16 @@ class ModelShape:
     def cache_nbytes(self, layers: Iterable[range], dtype: str, per: str = "token") -> int:
         """Bytes that a token, or a sequence, leaves in the caches of these layers."""
         return _between(self._nbytes[dtype, per], layers)
+
+    @cached_property
+    def cache_encoding(self) -> str:
+        """The encoding of the cache's arrays; empty where they are kept as they are computed."""
+        entries = map(self.arrays, range(self.num_layers))
+        return next((array.encoding for entry in entries for array in entry if array.encoding), "")
+
+    def decoded_nbytes(self, layers: Iterable[range], dtype: str) -> int:
+        """Bytes of what a token leaves in the caches that these layers read, decoded; 0 where nothing is encoded."""
+        return _between(self._decoded[dtype], layers)
 
     def attended(self, layers: Iterable[range]) -> int:
         """Numbers that a query head of each of these layers multiplies for each token that it looks at."""
@@ -96,6 +110,11 @@ class ModelShape:
     def _nbytes(self) -> dict[tuple[str, str], list[int]]:
         kinds = product(DTYPE_NBYTES, enumerate(("token", "sequence")))
         return {(dtype, per): _sums(own[place] for own in self._of_layer[dtype]) for dtype, (place, per) in kinds}
+
+    @cached_property
+    def _decoded(self) -> dict[str, list[int]]:
+        read = [self.arrays(self.reads(layer)) for layer in range(self.num_layers)]
+        return {dtype: _sums(sum(a.decoded_nbytes(dtype) for a in own) for own in read) for dtype in DTYPE_NBYTES}
 
     @cached_property
     def _attended(self) -> list[int]:

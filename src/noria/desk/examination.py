@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from noria.arrays import ENCODINGS, encoded
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.checkpoint.checkpoint import open_checkpoint, parse_json
 from noria.checkpoint.random_weights import random_checkpoint
@@ -136,10 +137,10 @@ def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
 
 
 def open_model(config: Config, dtype: str) -> OpenModel:
-    """The model's blocks, with the run's context: the user's checkpoint, or random ones of a config.json's shape."""
+    """The model's blocks, with the run's context and cache: the user's checkpoint, or random ones of a config.json's shape."""
     opened = _open(config, dtype)
     try:
-        opened.shape = with_context(opened, config.max_context)
+        opened.shape = with_cache(with_context(opened, config.max_context), config.kv_cache_dtype)
     except InputError:
         opened.close()
         raise
@@ -156,6 +157,30 @@ def with_context(opened: OpenModel, most: int | None) -> ModelShape:
         f"max_context is {most}, the model's context {shape.max_positions} ({end}): give at most {shape.max_positions}",
     )
     return shape if most is None else replace(shape, max_positions=most)
+
+
+def with_cache(shape: ModelShape, dtype: str) -> ModelShape:
+    """The model's shape with a cache of this kv_cache_dtype. Raises InputError where what it leaves there is never rounded."""
+    if dtype == "auto":
+        return shape
+    own = {array.name for layer in range(shape.num_layers) for array in shape.arrays(layer) if array.per == "token"}
+    require(
+        own,
+        f"kv_cache_dtype is {dtype}: {shape.family} leaves no keys and values in a cache: leave it out, or set auto",
+    )
+    cache = tuple(encoded(entry, ENCODINGS[dtype]) for entry in shape.cache)
+    plain = {
+        array.name
+        for entry in cache
+        if not isinstance(entry, int)
+        for array in entry
+        if array.per == "token" and not array.encoding
+    }
+    require(
+        not plain,
+        f"kv_cache_dtype is {dtype}: {shape.family} keeps {', '.join(sorted(plain))} in a dtype of its own: set auto",
+    )
+    return replace(shape, cache=cache)
 
 
 def _open(config: Config, dtype: str) -> OpenModel:

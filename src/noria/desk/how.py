@@ -29,6 +29,7 @@ def how_made(config: Config, work: Examined, plan: Plan, model: OpenModel, ran: 
     """How the output was made: its attributes. ran: launcher, mpi_library, devices and start of the job."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
     more |= {"adapter": model.adapter} if model.adapter else {}
+    more |= {"kv_cache_dtype": config.kv_cache_dtype} if config.kv_cache_dtype != "auto" else {}
     return provenance(
         run_file=config.to_toml(),
         checkpoint_hash=model.header_hash,

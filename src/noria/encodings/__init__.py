@@ -10,6 +10,8 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
                                     fields are those of all, one after another; 0: there are none
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
                                     hold, it stays within its fields and `into`
+    quick(numbers, settings) -> {name: tensor}                  if it has it: encode without a search, a wait for the device or
+                                    a refusal, for a cache; what is no finite number makes its group none
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
     KERNEL                          if it has one: the file of kernels/ whose `decode` gives the same bits on CUDA
 
@@ -111,9 +113,21 @@ def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.
         whole = into[name] if len(parameter.shape) == 3 else into[name][None]
         target = whole.narrow(1, row[name], matrix.shape[0])
         fields = fields_of(parameter.piece, number, pieces)
-        its_decode, _ = _kernels.decoder(parameter.encoding, target.device, target.dtype)
-        its_decode(fields, parameter.settings, target.transpose(1, 2) if matrix.transposed else target)
+        stored = target.transpose(1, 2) if matrix.transposed else target
+        decode_matrices(parameter.encoding, fields, parameter.settings, stored)
         row[name] += matrix.shape[0]
+
+
+def decode_matrices(encoding: str, fields: Fields, settings: Mapping[str, Any], into: torch.Tensor) -> None:
+    """Decodes the fields [P, ...] of P matrices into [P, outputs, inputs], by a kernel where there is one."""
+    its_decode, _ = _kernels.decoder(encoding, into.device, into.dtype)
+    its_decode(fields, settings, into)
+
+
+def quick(encoding: str, numbers: torch.Tensor, settings: Mapping[str, Any]) -> Fields:
+    """The fields of numbers [outputs, inputs], made while a run waits for them."""
+    found: Fields = kinds.load("encodings", encoding).quick(numbers, settings)
+    return found
 
 
 def without_kernel(names: Iterable[str], device: torch.device, dtype: torch.dtype) -> list[str]:

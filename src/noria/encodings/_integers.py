@@ -66,6 +66,24 @@ def encode(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dic
     return fields if order is None else fields | {"permutation": order.argsort().int()}
 
 
+def quick(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The scale by a group's extremes: of both where there are zeros, else of the larger one, which gets code 0."""
+    inputs, top = numbers.shape[1], 2**bits - 1
+    groups = _groups.grouped(numbers.to(_scales.wide(numbers.dtype)), _group(bits, settings, inputs))
+    least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    wanted = (
+        torch.where(most > -least, most, least) / -(2 ** (bits - 1)) if settings["symmetric"] else (most - least) / top
+    )
+    stored = wanted.masked_fill_(wanted.abs() < LEAST[settings["scale_dtype"]], LEAST[settings["scale_dtype"]])
+    stored = stored.to(_scale_dtype(settings))
+    scales = stored.to(groups.dtype)
+    zeros = 2 ** (bits - 1) if settings["symmetric"] else (least / scales).neg_().round_().clamp_(0, top)
+    steps = (groups / scales[..., None]).add_(zeros if settings["symmetric"] else zeros[..., None])
+    codes = steps.round_().clamp_(0, top).to(torch.uint8).flatten(1)[:, :inputs]
+    found = {"codes": _groups.packed(codes) if bits == 4 else codes.contiguous(), "scales": stored}
+    return found if settings["symmetric"] else found | {"zeros": zeros.to(torch.uint8)}
+
+
 def rows(settings: Mapping[str, Any]) -> int:
     """Each output has its own scales; all share a permutation."""
     return 0 if settings["permuted"] else 1

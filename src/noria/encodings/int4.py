@@ -28,6 +28,11 @@ def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torc
     return _integers.encode(BITS, numbers, settings)
 
 
+def quick(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """By the extremes of each group."""
+    return _integers.quick(BITS, numbers, settings)
+
+
 def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
     """(code - zero) x scale, rounded once."""
     _integers.decode(BITS, fields, settings, into)

@@ -11,7 +11,7 @@ from noria.blocks import layer_name
 from noria.bundle import borders_of, within
 from noria.checkpoint.scratch import scratch_region
 from noria.engine.activations import InHost, OnDevice
-from noria.engine.batch import Batches, Network
+from noria.engine.batch import Attention, Batches, Network
 from noria.engine.cycle import Cycle
 from noria.engine.decoding import Decoding
 from noria.engine.executor import Executor
@@ -20,6 +20,7 @@ from noria.engine.kv_cache import KvCache, Staging, TierPages
 from noria.engine.loading import Loader
 from noria.engine.padding import Spare
 from noria.engine.parameters import TORCH_DTYPES
+from noria.engine.rounding import RoundedAttention
 from noria.engine.sampler import Sampler
 from noria.engine.stage import Moved, Stage
 from noria.engine.timing import Meters, Traffic
@@ -92,7 +93,7 @@ def build(
     spare = _spare(plan, kind, weights, layers, streams, meters.say)
     held = plan.pools["gpu"]["pages"] + bool(spare), plan.pools["gpu"]["states"] + bool(spare)
     cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
-    network = Network(kinds.load("models", shape.family), kind, shape)
+    network = Network(kinds.load("models", shape.family), _over(kind, plan, shape, layers, streams), shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
     batches = Batches(network, dtype, streams.device, tiers, spare)
     sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype))
@@ -119,12 +120,20 @@ def _spare(
     return Spare(plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"], plan.graph_rows)
 
 
+def _over(kind: Attention, plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams) -> Attention:
+    """The kind of attention over the cache of these layers as it is kept."""
+    if not shape.cache_encoding:
+        return kind
+    decoded = max((shape.decoded_nbytes([range(layer, layer + 1)], plan.dtype) for layer in layers), default=0)
+    return RoundedAttention(kind, plan.decoded_pages, decoded, TORCH_DTYPES[plan.dtype], streams.device)
+
+
 def _open_tiers(
     plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams, scratch: Path
 ) -> tuple[TierPages, ...]:
     """The tiers beyond the device, with room for what the plan gives each; on disk a file in `scratch`."""
     opened: list[TierPages] = []
-    first, first_state, arrays = 0, 0, {layer: shape.arrays(layer) for layer in layers}
+    first, first_state, arrays = 0, 0, {layer: shape.stored(layer) for layer in layers}
     for name, pools in plan.pools.items():
         pages, states = pools["pages"], pools["states"]
         if name != "gpu" and pages:

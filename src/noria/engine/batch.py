@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,13 +30,15 @@ Placed: TypeAlias = tuple[list[Span] | RaggedRows, Staged | None]
 
 _NONE = np.empty(0, np.int64)
 
+Attention: TypeAlias = Any  # a module of attention/, or what has its two functions where the cache is encoded
+
 
 @dataclass(frozen=True)
 class Network:
-    """What computes: `model` is a module of models/, `attention` one of attention/."""
+    """What computes: `model` is a module of models/, `attention` one of attention/ or engine/rounding.py's."""
 
     model: ModuleType
-    attention: ModuleType
+    attention: Attention
     shape: ModelShape
 
 

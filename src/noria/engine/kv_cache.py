@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from noria.arrays import Layout
-from noria.engine.parameters import TORCH_DTYPES
+from noria.engine.parameters import FIELD_DTYPES
 from noria.engine.timing import Traffic
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
@@ -99,7 +99,7 @@ class KvCache:
         staging: Staging = ALL_ON_DEVICE,
         traffic: Traffic | None = None,
     ):
-        self._arrays = {layer: shape.arrays(layer) for layer in layers}
+        self._arrays = {layer: shape.stored(layer) for layer in layers}
         self._reads = {layer: shape.reads(layer) for layer in layers}
         self._dtype, device = dtype, streams.device
         layout = Layout(self._arrays, dtype, *held)
@@ -129,7 +129,7 @@ class KvCache:
         """The arrays of a layer that lie in a buffer."""
         views = {}
         for array in self._arrays[layer]:
-            start, kind = layout.offsets[layer, array.name], TORCH_DTYPES[array.computed(self._dtype)]
+            start, kind = layout.offsets[layer, array.name], FIELD_DTYPES[array.computed(self._dtype)]
             rows = num_pages * PAGE_TOKENS if array.per == "token" else num_states
             nbytes = array.nbytes(self._dtype)
             whole = buffer[start : start + rows * nbytes].view(kind).view(rows, nbytes // kind.itemsize)

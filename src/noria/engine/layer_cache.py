@@ -1,12 +1,14 @@
 """What a layer of a model finds of its cache, for one microbatch: how it attends, the states of its rows."""
 
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from noria.arrays import Array
-from noria.engine.batch import Microbatch
+from noria.engine.batch import Attention, Microbatch
+from noria.engine.rounding import RoundedArray, rotate_and_round
 from noria.engine.states import States
 from noria.kernels.scoring import Scoring
 from noria.models import _fused
@@ -16,21 +18,26 @@ from noria.models._rotary import Rotary
 class LayerCache:
     """The arrays of one layer, in which the pages of a microbatch lie; models/_cache.py says what the methods do.
 
-    kind: a module of attention/; arrays: as KvCache.tensors returns them; entry: what the family says of them; tied: whether
-    they are another layer's, of which the layer reads what it has of each token. Asserts that a family keeps to what it says.
+    kind: a module of attention/, or rounding.py's where arrays are encoded; arrays: as KvCache.tensors returns them; entry:
+    what the family says of them; tied: whether they are another layer's, of which the layer reads what it has of each token.
+    Asserts that a family keeps to what it says.
     """
 
     __slots__ = ("_after", "_arrays", "_kind", "_microbatch", "_of_states", "_of_tokens", "_tied")
 
     def __init__(
         self,
-        kind: ModuleType,
+        kind: Attention,
         microbatch: Microbatch,
         arrays: Mapping[str, torch.Tensor],
         entry: Iterable[Array],
         tied: bool = False,
     ):
-        self._kind, self._microbatch, self._arrays, self._tied = kind, microbatch, arrays, tied
+        self._kind, self._microbatch, self._tied = kind, microbatch, tied
+        entry = tuple(entry)
+        self._arrays: Mapping[str, Any] = arrays
+        if encoded := [array for array in entry if array.encoding]:
+            self._arrays = {**arrays, **{array.name: _rounded(array, arrays) for array in encoded}}
         self._of_tokens = [array.name for array in entry if array.per == "token"]
         self._of_states = [array.name for array in entry if array.per == "sequence" and not tied]
         self._after: dict[str, torch.Tensor] = {}
@@ -69,23 +76,26 @@ class LayerCache:
         if rotary is not None or rows:
             there = [self._array(name, self._of_tokens) for name in rows]
             making = Rotary() if rotary is None else Rotary(*rotary)
-            queries = _fused.rotate_and_write(queries, making, [*rows.values()], there, its.rows)
+            write = rotate_and_round if isinstance(next(iter(there), None), RoundedArray) else _fused.rotate_and_write
+            queries = write(queries, making, [*rows.values()], there, its.rows)
         names = iter(rows or self._of_tokens)
         keys = arrays[next(names)]
         taken = arrays.get(next(names, ""), keys)
         if values is not None:
-            taken = keys[..., :values] if isinstance(values, int) else self._array(values, self._of_tokens)
+            taken = _first(keys, values) if isinstance(values, int) else self._array(values, self._of_tokens)
         scores = Scoring(queries.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap, sinks)
         return self._kind.attention(its.attention_plan, queries, keys, taken, scores)
 
     def before(self, name: str) -> torch.Tensor:
         """[N, ...]: a copy of the rows' states, zeros for those that begin."""
-        array, states = self._array(name, self._of_states), self._states
+        array: torch.Tensor = self._array(name, self._of_states)
+        states = self._states
         return array.index_select(0, states.reads).masked_fill_(_like(states.fresh, array), 0)
 
     def after(self, name: str, rows: torch.Tensor) -> None:
         """Keeps the rows' new states [N, ...] until the layer has returned."""
-        array, states = self._array(name, self._of_states), len(self._states.writes)
+        array: torch.Tensor = self._array(name, self._of_states)
+        states = len(self._states.writes)
         wanted = (states, *array.shape[1:])
         assert rows.shape == wanted, f"states of {name!r} are given as {list(rows.shape)}, they are {list(wanted)}"
         self._after[name] = rows.to(array.dtype)
@@ -102,9 +112,19 @@ class LayerCache:
         for name, rows in self._after.items():
             self._arrays[name].index_copy_(0, self._states.writes, rows)
 
-    def _array(self, name: str, known: list[str]) -> torch.Tensor:
+    def _array(self, name: str, known: list[str]) -> Any:
         assert name in known, f"the layer's cache has no such array {name!r}; it has {', '.join(known) or 'none'}"
         return self._arrays[name]
+
+
+def _rounded(array: Array, arrays: Mapping[str, torch.Tensor]) -> RoundedArray:
+    """An encoded array, whose fields lie among a layer's arrays."""
+    return RoundedArray(array, {name: arrays[kept.name] for name, kept in array.fields.items()})
+
+
+def _first(keys: Any, values: int) -> Any:
+    """So many of the first numbers of each key."""
+    return replace(keys, width=values) if isinstance(keys, RoundedArray) else keys[..., :values]
 
 
 def _like(mask: torch.Tensor, array: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+FIELD_DTYPES = TORCH_DTYPES | {"uint8": torch.uint8}  # of an encoded cache's arrays too
 Parameters = dict[str, torch.Tensor]
 
 

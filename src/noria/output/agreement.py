@@ -16,6 +16,7 @@ ANEW = "decoded anew"  # what an output of the old rules says of its texts if th
 _DEFAULTS = {
     "rules": OLD_RULES,
     "shard": WHOLE,
+    "kv_cache_dtype": "auto",
     **{f"sampling.{key.name}": OPEN.get(key.name, key.default) for key in fields(Sampling)},
 }
 

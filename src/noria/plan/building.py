@@ -13,12 +13,14 @@ from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused, reserved
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
+from noria.step import PAGE_TOKENS
 from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
+DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device
 DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
 
 
@@ -51,6 +53,8 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         decoded=sizes.decoded,
         coded=sizes.coded,
         graph_rows=sizes.graph_rows,
+        decoded_pages=sizes.decoded_pages,
+        kv_cache_dtype=problem.config.kv_cache_dtype,
     )
 
 
@@ -74,7 +78,7 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         coded=candidate.coded,
         graph_rows=_graph_rows(problem, candidate),
     )
-    sizes = replace(sizes, state_rows=_state_rows(problem, sizes))
+    sizes = replace(sizes, state_rows=_state_rows(problem, sizes), decoded_pages=_decoded_pages(problem, sizes))
     if problem.elsewhere(candidate):
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(problem, sizes, slots))
     held = {rank: _weight_tiers(problem, sizes, candidate, rank, slots) for rank in cut.counts}
@@ -93,6 +97,8 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
 def _graph_rows(problem: Problem, candidate: Candidate) -> int:
     """Rows of the largest step that is captured as a graph: those of a group, padded."""
     if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or candidate.activations != "gpu":
+        return 0
+    if problem.shape.cache_encoding:  # how many rows are decoded at a time depends on how long they are
         return 0
     return min(padded_rows(-(-candidate.rows // candidate.groups)), GRAPH_ROWS)
 
@@ -222,6 +228,15 @@ def _slot_pages(problem: Problem, sizes: Sizes, slots: int) -> int:
     """Pages of a staging buffer: the longest sequence at least, else SLOT_NBYTES or what a 16th of the device holds."""
     page = sizes.layer_nbytes(1, 0)
     room = min(SLOT_NBYTES, problem.limits["gpu"] // 16 // slots) // max(page, 1)
+    return min(max(problem.longest, room), max(problem.cap(sizes.groups), problem.longest))
+
+
+def _decoded_pages(problem: Problem, sizes: Sizes) -> int:
+    """Pages of the buffer for decoded rows of a cache that is encoded: the longest sequence at least."""
+    page = PAGE_TOKENS * max(sizes.cut.share(rank).decoding_row for rank in sizes.cut.counts)
+    if not page:
+        return 0
+    room = min(DECODED_CACHE_NBYTES, problem.limits["gpu"] // DECODING_SHARE) // page
     return min(max(problem.longest, room), max(problem.cap(sizes.groups), problem.longest))
 
 

@@ -14,6 +14,7 @@ from noria.plan import terms
 from noria.plan.cut import Cut
 from noria.plan.loads import (
     Load,
+    cache_decoded,
     cache_moved,
     cache_nbytes,
     loads,
@@ -42,7 +43,9 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     stored = sent + sum(tier["store"] for tier in cache.values())
     read = passes * (work.read - (1 - touched) * work.expert_read)
     flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
-    seen = turn.rows * turn.context * work.token + 2 * sampled * work.state  # states are read and written
+    seen = (
+        turn.rows * turn.context * (work.decoded or work.token) + 2 * sampled * work.state
+    )  # states are read and written
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - touched) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
@@ -56,7 +59,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "other kernels": terms.elementwise(between, chosen, rates)
         + passes * work.mixtures * terms.MIXTURE_SECONDS
         + terms.sampling(sampled * work.logits, rates),
-        "decoding": terms.decoding(plan.groups * load.decoded + passes * again, rates),
+        "decoding": terms.decoding(plan.groups * load.decoded + passes * again + cache_decoded(work, turn), rates),
         "launches": terms.launches(passes * work.layers, passes * work.mixtures, rates),
         "host": terms.host(plan.groups, sampled),
     }

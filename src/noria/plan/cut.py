@@ -21,7 +21,8 @@ class Tasks:
 
     numbers, read, between: of all layers, and of their experts alone (`expert_`): multiplied, read by products, and a
     token's inputs and outputs of products. logits: of a sampled row. token, state: of the cache that the layers have of a
-    token and of a sequence. attended: numbers that a query head multiplies for each token that it looks at.
+    token and of a sequence. attended: numbers that a query head multiplies for each token that it looks at. decoded: of what
+    a token leaves, decoded, where the cache is encoded.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Tasks:
     token: int
     state: int
     attended: int
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Portion:
 
     borders: the different bundles before, between and after its layers; received, sent: those of visits, kept: those
     between two visits of its own. travelling: bytes of a token received and sent at visits, and between all layers.
+    decoding_row: bytes that a token of an encoded cache takes in a layer while it is decoded.
     """
 
     names: tuple[str, ...]
@@ -57,6 +60,7 @@ class Portion:
     sent: tuple[Bundle, ...]
     kept: tuple[Bundle, ...]
     travelling: tuple[int, int, int, int]
+    decoding_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,14 @@ class Cut:
             different(sent),
             different(sent[:-1]),
             (token_nbytes(received), token_nbytes(sent), token_nbytes(inner[0]), token_nbytes(inner[1])),
+            max((self._decoding_row(layer) for layer in layers), default=0),
         )
+
+    def _decoding_row(self, layer: range) -> int:
+        """What a layer reads of a token as it is kept, gathered, and what is made of it."""
+        decoded = self.shape.decoded_nbytes([layer], self.dtype)
+        source = self.shape.reads(layer.start)
+        return decoded + self.shape.cache_nbytes([range(source, source + 1)], self.dtype) * (decoded > 0)
 
 
 def different(bundles: Iterable[Bundle]) -> tuple[Bundle, ...]:
@@ -174,4 +185,5 @@ def work_of(
         shape.cache_nbytes(visits, dtype),
         shape.cache_nbytes(visits, dtype, "sequence"),
         shape.attended(visits),
+        shape.decoded_nbytes(visits, dtype),
     )

@@ -25,6 +25,7 @@ from noria.plan.cut import Cut
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
+ROUNDING_PASSES = 6  # of new rows in float32, while they are rounded to an encoded cache
 MOST_PREFIXES = 4  # that a row is taken to have at most, one behind the other
 
 
@@ -95,6 +96,7 @@ class Sizes:
     decoded: bool = False
     coded: bool = False
     graph_rows: int = 0
+    decoded_pages: int = 0
 
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
@@ -124,6 +126,7 @@ class Sizes:
         if tier == "gpu":
             items["weight slots"] = self.weight_slots * held.slot
             items["decoded weights"] = held.decoding
+            items["decoded cache"] = self.decoded_pages * PAGE_TOKENS * self.cut.share(rank).decoding_row
             items["cache slots"] = self.cache_slots * self.layer_nbytes(self.cache_slot_pages, self.state_rows, rank)
             items["messages"] = self._messages(rank) if self.activations == "gpu" else 0
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
@@ -223,6 +226,7 @@ class Sizes:
         work = on_device * most_nbytes(share.borders, self.step_tokens) + 8 * most_nbytes(share.borders, micro)
         work += micro * max(3 * share.widest, shape.mixture_size) * itemsize
         work += attention_nbytes(shape, dtype, micro) * (self.device == "cuda")
+        work += micro * ROUNDING_PASSES * share.decoding_row
         if is_last:
             work += LOGITS_ROWS * shape.vocab_size * (itemsize + 4) + min(
                 DRAW_NBYTES, 64 * LOGITS_ROWS * shape.vocab_size

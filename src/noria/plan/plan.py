@@ -30,7 +30,8 @@ class Plan:
     memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
     used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
     that stream from CPU memory are coded without loss while they load. graph_rows: decode steps of so many rows at most are
-    captured as graphs, by ranks whose layers stay on the device.
+    captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
+    cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept.
     """
 
     num_ranks: int
@@ -57,6 +58,8 @@ class Plan:
     decoded: bool = False
     coded: bool = False
     graph_rows: int = 0
+    decoded_pages: int = 0
+    kv_cache_dtype: str = "auto"
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""
@@ -96,7 +99,9 @@ class Plan:
             f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
             f" {plural(self.step_tokens, 'token')} in {self.microbatches}+ microbatches of {self.microbatch_tokens},"
             f" {self.dtype}, {self.schedule},"
-            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens" + (f" and {states:,} states" if states else "")
+            f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
+            + (f" in {self.kv_cache_dtype}" if self.kv_cache_dtype != "auto" else "")
+            + (f" and {states:,} states" if states else "")
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
         said = "plan: weights that stream from CPU memory are coded without loss while they load (--compress-weights off: not)"
