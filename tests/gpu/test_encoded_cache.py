@@ -1,0 +1,73 @@
+"""A cache in fewer bits on a GPU: what the CPU rounds and decodes, bit for bit; the same bits in bfloat16 in every run."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_bits import FAMILIES, RUN, rows
+
+from noria import config
+from noria.arrays import ENCODINGS, encoded, keys_and_values
+from noria.engine.parameters import FIELD_DTYPES
+from noria.engine.rounding import RoundedArray
+from noria.launch.mpi import Solo
+from noria.output.generations import open_generations
+from noria.run import run
+
+pytestmark = pytest.mark.gpu
+KINDS = sorted(ENCODINGS)
+CASES = {
+    "whole": {},
+    "chunks": {"step_tokens": 96, "microbatch_tokens": 40},
+    "groups": {"microbatches": 3, "groups": 2, "laps": 2},
+    "cache-cpu": {"cache": {"cpu": 100}, "microbatches": 2},
+    "cache-everywhere": {"cache": {"gpu": 40, "cpu": 30, "disk": 30}},
+    "not-shared": {"prefix_sharing": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_a_gpu_rounds_and_decodes_to_the_bits_of_the_cpu(kind, dtype, size):
+    for array in encoded(keys_and_values(3, size), ENCODINGS[kind]):
+        new, found = (torch.randn(700, 3, size) * torch.logspace(-3, 2, 700)[:, None, None]).to(dtype), []
+        new[5] = 0
+        for device in ("cpu", "cuda"):
+            fields = {
+                name: torch.zeros(50 * 16, *one.row, dtype=FIELD_DTYPES[one.computed("")], device=device)
+                for name, one in array.fields.items()
+            }
+            its = RoundedArray(array, fields)
+            its.write(torch.arange(700, device=device), new.to(device))
+            decoded = torch.zeros(44 * 16, 3, size, dtype=dtype, device=device)
+            its.decode(torch.arange(43, -1, -1, device=device), decoded)
+            found.append([*(one.cpu() for one in fields.values()), decoded.cpu()])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
+def hashes(output):
+    with open_generations(output) as file:
+        found = list(file.rows())
+    assert {row.status for row in found} == {"done"}
+    arrays = ((row.token_ids, row.logprobs, row.top_logprobs) for row in found)
+    return [hashlib.sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in its)).hexdigest() for its in arrays]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_every_run(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    found = {}
+    for name, keys in CASES.items():
+        files = {"prompts": "prompts.jsonl", "output": f"{name}.h5", "random_weights": "config.json", "scratch": "."}
+        flags = {key: str(tmp_path / file) for key, file in files.items()} | keys | {"kv_cache_dtype": kind}
+        assert run(config.load(tmp_path / "run.toml", flags), Solo()) == 0
+        found[name] = hashes(tmp_path / f"{name}.h5")
+    assert len({*found["whole"]}) == 48
+    assert {name: sum(map(str.__ne__, its, found["whole"])) for name, its in found.items()} == dict.fromkeys(CASES, 0)
