@@ -37,8 +37,8 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     activation: silu, gelu or gelu_tanh.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    into, block = gate_up.new_empty(rows, width), min(BLOCK, triton.next_power_of_2(width))
-    gate_rows[(rows * triton.cdiv(width, block),)](
+    into, block = gate_up.new_empty(rows, width), min(BLOCK, 1 << (width - 1).bit_length())
+    gate_rows[(rows * -(-width // block),)](
         gate_up, into, gate_up.stride(0), width, block, activation, num_warps=4, enable_fp_fusion=False
     )
     return into

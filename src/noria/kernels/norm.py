@@ -47,7 +47,7 @@ def norm(
     rows, width = hidden.shape
     assert width <= WIDEST, f"rows of {width} numbers: {WIDEST} at most"
     normed, adds, centered = hidden.new_empty(rows, width), branch is not None, bias is not None
-    block = triton.next_power_of_2(width)
+    block = 1 << (width - 1).bit_length()
     other = hidden if branch is None else branch
     norm_rows[(rows,)](
         hidden, other, weight, weight if bias is None else bias, normed, hidden.stride(0), other.stride(0), eps,

@@ -3,6 +3,7 @@
 T tokens, H query heads, Hkv key heads, D head dim, R rotated part of D, Dv numbers of a value.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +11,32 @@ import triton
 import triton.language as tl
 
 TILE = 2048  # numbers of a tile of heads
+
+
+@triton.jit
+def load_parts(at, inside, ROTATED: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):
+    """Of the rotated numbers [N, R] at these places [N, 1] both parts [N, R / 2] in float32: halves, or those of pairs."""
+    if PAIRS:
+        number = tl.arange(0, 2 * HALF)[None, :]
+        both = tl.load(at + number, mask=inside & (number < ROTATED), other=0.0).to(tl.float32)
+        x, y = tl.split(tl.reshape(both, (at.shape[0], HALF, 2)))
+    else:
+        number = tl.arange(0, HALF)[None, :]
+        x = tl.load(at + number, mask=inside & (number < ROTATED // 2), other=0.0).to(tl.float32)
+        y = tl.load(at + number + ROTATED // 2, mask=inside & (number < ROTATED // 2), other=0.0).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def store_parts(at, x, y, inside, ROTATED: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):
+    """Stores what `load_parts` loads."""
+    if PAIRS:
+        number = tl.arange(0, 2 * HALF)[None, :]
+        tl.store(at + number, tl.reshape(tl.join(x, y), (at.shape[0], 2 * HALF)), mask=inside & (number < ROTATED))
+    else:
+        number = tl.arange(0, HALF)[None, :]
+        tl.store(at + number, x, mask=inside & (number < ROTATED // 2))
+        tl.store(at + number + ROTATED // 2, y, mask=inside & (number < ROTATED // 2))
 
 
 @triton.jit
@@ -23,37 +50,31 @@ def make_heads(
     HALF, REST: half of what is rotated and what is not, padded.
     """
     kind = into.dtype.element_ty
-    step: tl.constexpr = 2 if PAIRS else 1
-    second: tl.constexpr = 1 if PAIRS else ROTATED // 2
-    half, rest = tl.arange(0, HALF), ROTATED + tl.arange(0, REST)
-    turned, left = there[:, None] & (half < ROTATED // 2)[None, :], there[:, None] & (rest < DIM)[None, :]
+    inside, first = there[:, None], tl.arange(0, 1)[:, None]
+    rest, half = (ROTATED + tl.arange(0, REST))[None, :], tl.arange(0, HALF)[None, :]
     read, write = source + head[:, None] * stride, into + head[:, None] * DIM
     squares = tl.zeros_like(head).to(tl.float32)
     x, y, z = squares, squares, squares
     if ROTATED > 0:
-        x = tl.load(read + (step * half)[None, :], mask=turned, other=0.0).to(tl.float32)
-        y = tl.load(read + (step * half + second)[None, :], mask=turned, other=0.0).to(tl.float32)
+        x, y = load_parts(read, inside, ROTATED, HALF, PAIRS)
         squares += tl.sum(x * x, 1) + tl.sum(y * y, 1)
     if ROTATED < DIM:
-        z = tl.load(read + rest[None, :], mask=left, other=0.0).to(tl.float32)
+        z = tl.load(read + rest, mask=inside & (rest < DIM), other=0.0).to(tl.float32)
         squares += tl.sum(z * z, 1)
     if NORMED:
         factor = (1.0 / tl.sqrt(squares / DIM + eps))[:, None]
         if ROTATED > 0:
-            its = half < ROTATED // 2
-            x = x * factor * tl.load(weight + step * half, mask=its, other=0.0).to(tl.float32)[None, :]
-            y = y * factor * tl.load(weight + step * half + second, mask=its, other=0.0).to(tl.float32)[None, :]
-            x, y = x.to(kind).to(tl.float32), y.to(kind).to(tl.float32)
+            of_x, of_y = load_parts(weight + first, first == 0, ROTATED, HALF, PAIRS)
+            x, y = (x * factor * of_x).to(kind).to(tl.float32), (y * factor * of_y).to(kind).to(tl.float32)
         if ROTATED < DIM:
-            z = z * factor * tl.load(weight + rest, mask=rest < DIM, other=0.0).to(tl.float32)[None, :]
+            z = z * factor * tl.load(weight + rest, mask=rest < DIM, other=0.0).to(tl.float32)
     if ROTATED > 0:
-        its = half < ROTATED // 2
-        cosine = tl.load(cosines + half, mask=its, other=0.0).to(tl.float32)[None, :]
-        sine = tl.load(sines + half, mask=its, other=0.0).to(tl.float32)[None, :]
-        tl.store(write + (step * half)[None, :], (x * cosine - y * sine).to(kind), mask=turned)
-        tl.store(write + (step * half + second)[None, :], (y * cosine + x * sine).to(kind), mask=turned)
+        cosine = tl.load(cosines + half, mask=half < ROTATED // 2, other=0.0).to(tl.float32)
+        sine = tl.load(sines + half, mask=half < ROTATED // 2, other=0.0).to(tl.float32)
+        turned, other = (x * cosine - y * sine).to(kind), (y * cosine + x * sine).to(kind)
+        store_parts(write, turned, other, inside, ROTATED, HALF, PAIRS)
     if ROTATED < DIM:
-        tl.store(write + rest[None, :], z.to(kind), mask=left)
+        tl.store(write + rest, z.to(kind), mask=inside & (rest < DIM))
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
@@ -86,6 +107,18 @@ def make_and_write(
         )  # fmt: skip
 
 
+@lru_cache
+def _sizes(heads: int, key_heads: int, dim: int, width: int, rotated: int) -> tuple[int, ...]:
+    """Tiles of queries, tiles of keys; heads of a tile; padded half of what is rotated, what is not, and value."""
+    block = min(_padded(max(heads, key_heads)), max(1, TILE // _padded(max(dim, width))))
+    return -(-heads // block), -(-key_heads // block), block, *map(_padded, (rotated // 2, dim - rotated, width))
+
+
+def _padded(size: int) -> int:
+    """The power of two that holds it: triton's own function takes microseconds."""
+    return 1 << (max(size, 1) - 1).bit_length()
+
+
 def rotate_and_write(
     queries: torch.Tensor,
     rotary: Any,
@@ -102,16 +135,15 @@ def rotate_and_write(
     (cosines, sines, pairs, norms, eps), (keys, values), (key_array, value_array) = rotary, new, arrays
     (tokens, heads, dim), (key_heads, width) = queries.shape, values.shape[1:]
     rotated = 0 if cosines is None else cosines.shape[-1]
-    block = min(triton.next_power_of_2(heads), max(1, TILE // triton.next_power_of_2(max(dim, width))))
     makes = cosines is not None or norms is not None
-    made, tiles = (queries.new_empty(tokens, heads, dim), triton.cdiv(heads, block)) if makes else (queries, 0)
+    tiles, others, *sizes = _sizes(heads if makes else 0, key_heads, dim, width, rotated)
+    made = queries.new_empty(tokens, heads, dim) if makes else queries
     cosines, sines = (queries, queries) if cosines is None else (cosines, sines)
     weights = (queries, queries) if norms is None else norms
-    pads = (triton.next_power_of_2(max(1, size)) for size in (rotated // 2, dim - rotated, width))
-    make_and_write[(tokens, tiles + triton.cdiv(key_heads, block))](
+    make_and_write[(tokens, tiles + others)](
         queries, keys, values, made, key_array, value_array, rows, cosines, sines, *weights,
         *queries.stride()[:2], *keys.stride()[:2], *values.stride()[:2], key_array.stride(0), value_array.stride(0),
         cosines.stride(0), sines.stride(0), eps, heads, key_heads, dim, width, rotated, pairs, norms is not None,
-        tiles, block, *pads, num_warps=4, enable_fp_fusion=False,
+        tiles, *sizes, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return made

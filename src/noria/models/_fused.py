@@ -116,7 +116,7 @@ def by_kernels(like: torch.Tensor) -> bool:
 
 
 def _takes(hidden: torch.Tensor) -> bool:
-    return hidden.dim() == 2 and hidden.shape[1] <= WIDEST_ROW and by_kernels(hidden)
+    return hidden.dim() == 2 and hidden.shape[1] <= WIDEST_ROW and not refuses(hidden.device, hidden.dtype)
 
 
 def _writes(queries: torch.Tensor, new: Sequence[torch.Tensor], arrays: Sequence[torch.Tensor]) -> bool:
@@ -168,7 +168,7 @@ def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
         norm(row, row[0], 1e-6)
         add_norm(row.clone(), row, row[0], 1e-6)
     experts = shape.details.get("experts")
-    inner = {shape.details.get("intermediate_size"), *((experts.inner, experts.shared) if experts else ())}
+    inner = {shape.details.get("intermediate_size"), experts.shared if experts else 0}
     for width in filter(None, inner):
         gated(torch.zeros(1, 2 * width, dtype=dtype, device=device))
     return ""

@@ -37,10 +37,12 @@ def split(
     heads: H and Hkv of a layer, and value_dim: Dv, if they are not the model's.
     """
     (queries, keys), size = heads or (shape.num_heads, shape.num_kv_heads), shape.head_dim
-    widths = queries * size, keys * size, keys * (value_dim or size)
-    qkv = linear(normed, parameters["qkv"], parameters.get("qkv_bias")).split(widths, dim=-1)
-    counts = queries, keys, keys
-    made = [part.unflatten(-1, (count, -1)) for part, count in zip(qkv, counts, strict=True)]
+    qkv, counts = linear(normed, parameters["qkv"], parameters.get("qkv_bias")), (queries, keys, keys)
+    if value_dim is None or value_dim == size:
+        made = qkv.view(qkv.shape[0], -1, size).split_with_sizes(counts, dim=1)
+    else:
+        parts = qkv.split_with_sizes((queries * size, keys * size, keys * value_dim), dim=1)
+        made = tuple(part.unflatten(1, (count, -1)) for part, count in zip(parts, counts, strict=True))
     return made[0], made[1], made[2]
 
 
@@ -78,4 +80,4 @@ def norm_across(
 
 def project_out(parameters: Mapping[str, torch.Tensor], attended: torch.Tensor) -> torch.Tensor:
     """[T, E] of what the heads attended to [T, H, D]."""
-    return linear(attended.reshape(len(attended), -1), parameters["out"], parameters.get("out_bias"))
+    return linear(attended.flatten(1), parameters["out"], parameters.get("out_bias"))
