@@ -81,6 +81,7 @@ ALLOWED = {
         "kernels/products.py",
         "kernels/in_order.py",
         "launch/building.py",
+        "launch/choosing.py",
         "launch/cores.py",
         "launch/copies.py",
         "launch/exact.py",

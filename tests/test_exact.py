@@ -134,9 +134,12 @@ def test_a_check_without_memory_is_no_proof():
 def on_cuda(monkeypatch, library):
     """exact_bits as on a GPU whose attention goes by this kind and whose products are these; returns (attributes, said)."""
 
-    def call(capsys, attention="items", found="", dtype="bfloat16", undrawn="", **keys):
+    def call(capsys, attention="items", found="", dtype="bfloat16", undrawn="", refused="", **keys):
         monkeypatch.setattr(exact, "build_attention", lambda *given: attention)
         monkeypatch.setattr(exact, "build_sampling", lambda *given: undrawn)
+        monkeypatch.setattr(exact, "build_products", lambda *given: refused)
+        monkeypatch.setattr(exact, "chosen_products", lambda *given: {})
+        monkeypatch.setattr(exact._tiles, "refuses", lambda *given: refused)
         monkeypatch.setattr(exact, "differing", lambda *given: found)
         monkeypatch.setattr(exact, "norms_differing", lambda *given: "")
         streams = streams_of(CPU)
@@ -164,7 +167,8 @@ def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_
     assert on_cuda(capsys, undrawn="it cannot be built")[0] == {"exact_bits": "no: tokens are drawn by torch"}
     assert on_cuda(capsys, dtype="float32")[0] == {}
     monkeypatch.setattr(Opened, "shape", replace(SHAPE, mixture_size=5))
-    assert on_cuda(capsys)[0] == {"exact_bits": "no: the products of a mixture's experts"}
+    assert on_cuda(capsys)[0] == {"exact_bits": "yes"}
+    assert on_cuda(capsys, refused="it cannot")[0] == {"exact_bits": "no: the products of a mixture's experts"}
 
 
 def test_a_torch_that_cannot_is_named(on_cuda, capsys, monkeypatch):

@@ -50,6 +50,20 @@ FAMILIES = {
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
     },
+    "qwen3_moe": COMMON
+    | {  # of Qwen3-30B-A3B
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
 }
 RUN = """
 dtype = "bfloat16"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 number that these do not have
-HALVES = (torch.bfloat16, torch.float16)  # of runs whose tokens are drawn so
+HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
 BLOCK, WARPS = 1024, 8  # ids that a program takes at a time, and its warps: the order of its sums, one for all rows
 

@@ -7,14 +7,14 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from noria import attention, encodings, kinds
 from noria.config import Config
-from noria.kernels import drawing
+from noria.kernels import drawing, in_order
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
@@ -62,17 +62,27 @@ def build_fused(here: ThisRank, shape: ModelShape, dtype: str) -> None:
 
 
 def build_sampling(here: ThisRank, dtype: str) -> str:
-    """Builds the kernels that draw tokens; returns why some rank has none, and says it where it should have. Collective."""
+    """Builds the kernels that draw tokens; returns why some rank has none. Collective."""
+    return _build_or_say(here, dtype, drawing.refuses, "tokens are drawn by torch")
+
+
+def build_products(here: ThisRank, dtype: str) -> str:
+    """Builds the kernel of products of fixed order; returns why some rank has none. Collective."""
+    return _build_or_say(here, dtype, in_order.refuses, "products of few rows are torch's")
+
+
+def _build_or_say(here: ThisRank, dtype: str, refuses: Callable[[torch.device, torch.dtype], str], instead: str) -> str:
+    """Why some rank refuses; what is done instead is said of half precisions on GPUs, which should have the kernels."""
     first = here.location.local_rank == 0
 
     def build() -> str:
-        return drawing.refuses(here.device, getattr(torch, dtype))
+        return refuses(here.device, getattr(torch, dtype))
 
     built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
     found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
     why = next(filter(None, found), "")
-    if why and here.device.type == "cuda" and getattr(torch, dtype) in drawing.HALVES:
-        here.say(f"tokens are drawn by torch: {why}")
+    if why and here.device.type == "cuda" and dtype in ("bfloat16", "float16"):
+        here.say(f"{instead}: {why}")
     return why
 
 

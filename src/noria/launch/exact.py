@@ -1,30 +1,30 @@
 """The same bits in any batch, on a GPU in half precisions: products that add along their inputs in one order.
 
-Torch's own settings choose these products (cuBLASLt, no split of the inputs); a check at the start is a guard, not a proof.
-O outputs, I inputs of a product.
+Torch's own settings choose these products (cuBLASLt, no split of the inputs), and a kernel of ours computes those that
+choosing.py gives it; a check at the start is a guard, not a proof.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from noria.blocks import Block
 from noria.config import Config
-from noria.launch.building import build_attention, build_sampling
+from noria.kernels import in_order
+from noria.launch.building import build_attention, build_products, build_sampling
+from noria.launch.choosing import FEW, MANY, SOME, Linear, Product, chosen_products, differs, multiply, tensors_of
 from noria.launch.here import ThisRank
 from noria.limits import LOGITS_ROWS
 from noria.model import OpenModel
+from noria.models import _tiles
 
-Product: TypeAlias = tuple[int, int, bool, int]  # outputs, inputs, whether it has a bias, the most rows that it gets
-Linear: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 REDUCTIONS = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
     torch.float16: "allow_fp16_reduced_precision_reduction",
 }
-FEW, SOME, MANY = 1, 100, 2048  # rows of a product that are compared: they get kernels of their own
 YES = "yes"
 
 
@@ -35,7 +35,7 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
     Yields the attribute that says so, `yes` or `no: ` and why; none on a CPU and in full precisions. Collective.
     """
     name, kind = build_attention(config, here, model.shape, dtype), getattr(torch, dtype)
-    undrawn = build_sampling(here, dtype)
+    undrawn, multiplied = build_sampling(here, dtype), build_products(here, dtype)
     with contextlib.ExitStack() as held:
         if here.device.type != "cuda" or kind not in REDUCTIONS:
             yield {}
@@ -47,13 +47,15 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             why = f"attention {name}"
         elif undrawn:
             why = "tokens are drawn by torch"
-        elif model.shape.mixture_size:
+        elif model.shape.mixture_size and (multiplied or _tiles.refuses(here.device, kind)):
             why = "the products of a mixture's experts"
         elif not held.enter_context(products_in_one_order(kind)):
             why = f"torch {torch.__version__} cannot keep products from being split"
         else:
-            why = differing(products(model.blocks), here.device, kind)
-            why = why or norms_differing(norms(model.blocks), here.device, kind)
+            its = products(model.blocks)
+            chosen = {} if multiplied else chosen_products(its, here.device, kind)
+            held.enter_context(in_order.products_by_kernel(chosen))
+            why = differing(its, here.device, kind) or norms_differing(norms(model.blocks), here.device, kind)
             torch.cuda.empty_cache()  # of what was compared
         said = here.comm.allgather(why)
         rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))
@@ -85,12 +87,12 @@ def products_in_one_order(dtype: torch.dtype) -> Iterator[bool]:
 
 
 def products(blocks: Mapping[str, Block]) -> list[Product]:
-    """The different products of a model's layers and head, but those of experts and those in a dtype of their own."""
+    """The different products of a model's layers and head, but those of experts and routers and in a dtype of their own."""
     found: dict[Product, None] = {}
     for name, block in blocks.items():
         names = {parameter.name for parameter in block.parameters}
         for parameter in block.parameters if name != "embed" else ():
-            if parameter.own_dtype is not None:
+            if parameter.own_dtype is not None or parameter.name == "router":
                 continue
             for tensor, shape in parameter.computed.items():
                 if len(shape) == 2:
@@ -99,16 +101,12 @@ def products(blocks: Mapping[str, Block]) -> list[Product]:
     return list(found)
 
 
-def differing(its: Iterable[Product], device: torch.device, dtype: torch.dtype, linear: Linear = F.linear) -> str:
+def differing(its: Iterable[Product], device: torch.device, dtype: torch.dtype, linear: Linear = multiply) -> str:
     """In words the first of these products whose rows have other bits with fewer rows beside them; empty if none has."""
-    draw = torch.Generator(device).manual_seed(0)
-    for outputs, inputs, has_bias, most in its:
+    for product in its:
+        outputs, inputs, has_bias, _ = product
         try:
-            weight, hidden = (torch.empty(size, inputs, dtype=dtype, device=device) for size in (outputs, most))
-            bias = torch.empty(outputs, dtype=dtype, device=device).normal_(generator=draw) if has_bias else None
-            weight.normal_(std=inputs**-0.5, generator=draw)
-            whole = linear(hidden.normal_(generator=draw), weight, bias)
-            same = all(torch.equal(linear(hidden[:rows], weight, bias), whole[:rows]) for rows in (FEW, SOME))
+            same = not differs(linear, tensors_of(product, device, dtype))
         except torch.OutOfMemoryError:
             return f"no memory to check the product of {outputs:,} x {inputs:,}"
         if not same:
