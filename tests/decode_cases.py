@@ -90,9 +90,14 @@ def changed_around(case: Case, made: dict[str, torch.Tensor], device: torch.devi
 
 
 def decoded(
-    case: Case, made: dict[str, torch.Tensor], its_decode: Any, device: torch.device, dtype: torch.dtype
+    case: Case,
+    made: dict[str, torch.Tensor],
+    its_decode: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    named: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a decode makes, and what lies around it.
+    """What a decode makes, and what lies around it; of the pieces that a list names.
 
     Fields have gaps between their pieces, as in a block, and the target is a part of a larger tensor that must stay as it is.
     """
@@ -103,10 +108,19 @@ def decoded(
         fields[name].copy_(whole)
     outputs, inputs = case.shape
     size = (inputs, outputs + 2) if case.turned else (outputs + 2, inputs)
-    around = torch.full((case.pieces, *size), AROUND, dtype=dtype, device=device)
+    around = torch.full((case.pieces if named is None else len(named), *size), AROUND, dtype=dtype, device=device)
     target = around[:, :, 1:-1].transpose(1, 2) if case.turned else around[:, 1:-1]
-    its_decode(fields, kind.DEFAULTS | case.settings, target)
+    its_decode(fields, kind.DEFAULTS | case.settings, target, *(() if named is None else (named,)))
     return around.cpu()
+
+
+def listed_bits(case: Case, device: torch.device, dtype: torch.dtype) -> int:
+    """How many numbers a kernel makes otherwise of the pieces that a list names, and around and beside them."""
+    made, named = all_fields(case), torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
+    in_turn = decoded(case, made, kernel(case.encoding), device, dtype)
+    expected = torch.stack([in_turn[1], torch.full_like(in_turn[0], AROUND), in_turn[0]])
+    by_list = decoded(case, made, kernel(case.encoding), device, dtype, named)
+    return int((by_list != expected).logical_and_(~(by_list.isnan() & expected.isnan())).sum())
 
 
 def extremes() -> list[tuple[Case, dict[str, torch.Tensor]]]:

@@ -45,3 +45,8 @@ def test_numbers_and_scales_of_every_magnitude_are_decoded():
 def test_fields_of_any_bytes_are_decoded_within_their_memory():
     for case, fields in some(decode_cases.hostile()):
         assert decode_cases.changed_around(case, fields, torch.device("cpu"), torch.float32) == 0, case
+
+
+@pytest.mark.parametrize("case", some(decode_cases.CASES), ids=str)
+def test_pieces_that_a_list_on_the_device_names_are_decoded_and_no_others(case):
+    assert decode_cases.listed_bits(case, torch.device("cpu"), torch.float16) == 0

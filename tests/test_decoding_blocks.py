@@ -141,9 +141,9 @@ def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):
     held, decoded = mixture(), []
     decode = encodings.decode
 
-    def counted(parameter, pieces, into):
-        decoded.append((parameter.name, len(pieces)))
-        decode(parameter, pieces, into)
+    def counted(parameter, pieces, into, *named):
+        decoded.append((parameter.name, len(named[0]) if named else len(pieces)))
+        decode(parameter, pieces, into, *named)
 
     monkeypatch.setattr(encodings, "decode", counted)
     parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
@@ -154,7 +154,13 @@ def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):
     for wanted in ([1, 2, 5], [0], [0, 1, 2, 3, 4, 5]):
         assert torch.equal(gate_up.of(wanted), expected["experts.gate_up"][wanted])
         assert torch.equal(down.of(wanted), expected["experts.down"][wanted])
-    assert decoded == [("experts", 2), ("experts", 1), ("experts", 1), ("experts", 6)]
+    for wanted in ([4, 0, -1], [4, 0, -1], [3]):  # equal lists may be of other steps: each is decoded anew
+        named = torch.tensor(wanted, dtype=torch.int32)
+        for tensor, name in ((gate_up, "experts.gate_up"), (down, "experts.down")):
+            found, there = tensor.listed(named), named >= 0
+            assert torch.equal(found[there], expected[name][named[there].long()])
+    counts = [2, 1, 1, 6, 3, 3, 1]  # consecutive experts together, those of a list too, once for both matrices
+    assert [count for name, count in decoded if name == "experts"] == counts
     assert torch.equal(parameters["out"], expected["out"]) and "out" in parameters
     assert {*parameters} == {"norm", "out", "experts.gate_up", "experts.down"} and len(parameters) == 4
 

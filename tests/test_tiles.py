@@ -82,14 +82,18 @@ def test_pairs_are_sorted_and_cut_as_a_stable_sort_says(tokens, count, experts, 
     found = mix.sort(chosen, experts, tile)
     ids, order = chosen.flatten().sort(stable=True)
     assert torch.equal(found.order.long(), order)
-    number, *_ = found.tiles[:3].tolist()
+    number = int(found.tiles[0])
     assert number <= found.most
-    tiles = found.tiles[3 : 3 + 3 * number].view(-1, 3).tolist()
-    expected = []
-    for expert, length in zip(*ids.unique_consecutive(return_counts=True), strict=True):
+    tiles, expected, starts = found.tiles[4 : 4 + 4 * number].view(-1, 4).tolist(), [], []
+    named, counts = ids.unique_consecutive(return_counts=True)
+    for place, (expert, length) in enumerate(zip(named.tolist(), counts.tolist(), strict=True)):
         first = int((ids < expert).sum())
-        expected += [[int(expert), first + at, min(tile, int(length) - at)] for at in range(0, int(length), tile)]
+        starts.append(len(expected))
+        expected += [[expert, first + at, min(tile, length - at), place] for at in range(0, length, tile)]
     assert tiles == expected
+    none = experts - len(named)
+    assert found.named.tolist() == named.tolist() + [-1] * none
+    assert found.starts.tolist() == starts + [number] * none
 
 
 def test_only_experts_that_rows_chose_are_read():
@@ -98,6 +102,35 @@ def test_only_experts_that_rows_chose_are_read():
     gate_up[3:], down[3:] = torch.nan, torch.nan
     spoilt = mix.mix(rows, chosen, weights, ExpertLayer(gate_up, down, layer.gate))
     assert torch.equal(spoilt, mix.mix(rows, chosen, weights, layer))
+
+
+class Listed:
+    """Matrices of which those that a list names are there at a time, and nothing where it names none."""
+
+    def __init__(self, matrices, most):
+        self.matrices, self.most, self.named = matrices, most, []
+
+    def __len__(self):
+        return len(self.matrices)
+
+    def listed(self, named):
+        assert len(named) <= self.most
+        self.named += named.tolist()
+        found = self.matrices[named.clamp(min=0)]
+        found[named < 0] = torch.nan
+        return found
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 99])
+@pytest.mark.parametrize("routing", ["random", "few", "one"])
+def test_experts_that_come_a_few_at_a_time_give_the_bits_of_all_at_once(most, routing):
+    rows, chosen, weights, layer = expert_checks.made(
+        Case(7, 40, 24, 2, 30, CLAMPED, biased=True, routing=routing), torch.float16
+    )
+    some = [Listed(matrices, most) for matrices in (layer.gate_up, layer.down)]
+    found = mix.mix(rows, chosen, weights, ExpertLayer(*some, layer.gate, layer.biases), by(mix.FEW))
+    assert torch.equal(found, mix.mix(rows, chosen, weights, layer, by(mix.FEW)))
+    assert [one for one in some[0].named if one >= 0] == chosen.unique().tolist()
 
 
 @pytest.mark.parametrize("its", mix.TILINGS, ids=lambda its: f"tile {its.tile}")

@@ -31,3 +31,8 @@ def test_numbers_and_scales_of_every_magnitude_are_decoded(dtype):
 def test_fields_of_any_bytes_are_decoded_within_their_memory(dtype):
     for case, fields in decode_cases.hostile():
         assert decode_cases.changed_around(case, fields, torch.device("cuda"), dtype) == 0, case
+
+
+def test_pieces_that_a_list_on_the_device_names_are_decoded_and_no_others():
+    wrong = [case for case in decode_cases.CASES if decode_cases.listed_bits(case, torch.device("cuda"), torch.float16)]
+    assert wrong == []

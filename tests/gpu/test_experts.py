@@ -62,7 +62,7 @@ def way(request, monkeypatch):
 def test_the_host_does_not_wait_for_a_mixture(way):
     tensors = case(300, 8, 128, 256, 96, torch.bfloat16)
     mixture(*tensors)
-    assert _experts._groups(tensors[0]) and _tiles.work(tensors[0]) == (way == "tiles")
+    assert _experts._groups(tensors[0]) and _tiles.fits(tensors[0], ExpertLayer(*tensors[3:] * 2)) == (way == "tiles")
     torch.cuda.set_sync_debug_mode("error")
     try:
         _routing.choose(_routing.Routing(8, "softmax", normalized=True), tensors[0][:, :128])
@@ -179,6 +179,9 @@ class InRuns:
     def of(self, wanted):
         return self.matrices[list(wanted)]
 
+    def listed(self, named):
+        return self.matrices[named.clamp(min=0)]
+
 
 @pytest.mark.parametrize("most", [1, 5, 64])
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
@@ -186,5 +189,9 @@ def test_experts_that_come_in_runs_give_the_bits_of_all_at_once(num_tokens, most
     hidden, chosen, weights, experts = case(num_tokens, 8, 64, 512, 256, torch.bfloat16)
     gate_up, down = experts[:, :512], experts[:, 512:].transpose(1, 2).contiguous()
     whole = _experts.mixture(hidden, chosen, weights, gate_up, down)
-    parts = _experts.mixture(hidden, chosen, weights, InRuns(gate_up, most), InRuns(down, most))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = _experts.mixture(hidden, chosen, weights, InRuns(gate_up, most), InRuns(down, most))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(whole, parts)

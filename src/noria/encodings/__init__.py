@@ -101,11 +101,17 @@ def packed(piece: Piece, fields: Fields) -> torch.Tensor:
     return whole
 
 
-def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
+def decode(
+    parameter: Parameter,
+    pieces: torch.Tensor,
+    into: Mapping[str, torch.Tensor],
+    named: torch.Tensor | None = None,
+) -> None:
     """Decodes pieces [P, bytes of a piece] into the tensors that the parameter is computed as, on their device.
 
     `into` holds tensors [P, outputs, inputs], or without P where the parameter has none, by the names of
-    parameter.computed. On a CUDA device a kernel does it where there is one, with the same bits.
+    parameter.computed. On a CUDA device a kernel does it where there is one, with the same bits. named: int32 on the device,
+    which of the pieces each of `into` is, -1 for none; if not given, all in turn.
     """
     row = dict.fromkeys(into, 0)
     for number, matrix in enumerate(parameter.piece.matrices):
@@ -114,14 +120,25 @@ def decode(parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.
         target = whole.narrow(1, row[name], matrix.shape[0])
         fields = fields_of(parameter.piece, number, pieces)
         stored = target.transpose(1, 2) if matrix.transposed else target
-        decode_matrices(parameter.encoding, fields, parameter.settings, stored)
+        decode_matrices(parameter.encoding, fields, parameter.settings, stored, named)
         row[name] += matrix.shape[0]
 
 
-def decode_matrices(encoding: str, fields: Fields, settings: Mapping[str, Any], into: torch.Tensor) -> None:
-    """Decodes the fields [P, ...] of P matrices into [P, outputs, inputs], by a kernel where there is one."""
+def decode_matrices(
+    encoding: str,
+    fields: Fields,
+    settings: Mapping[str, Any],
+    into: torch.Tensor,
+    named: torch.Tensor | None = None,
+) -> None:
+    """Decodes the fields [P, ...] of P matrices into [P, outputs, inputs], by a kernel where there is one; or those named."""
     its_decode, _ = _kernels.decoder(encoding, into.device, into.dtype)
-    its_decode(fields, settings, into)
+    if named is None:
+        its_decode(fields, settings, into)
+    elif its_decode is not kinds.load("encodings", encoding).decode:  # kernels look pieces up in lists themselves
+        its_decode(fields, settings, into, named)
+    else:
+        its_decode({name: its[named.clamp(min=0)] for name, its in fields.items()}, settings, into)
 
 
 def quick(encoding: str, numbers: torch.Tensor, settings: Mapping[str, Any]) -> Fields:

@@ -1,9 +1,8 @@
 """Kernels that decode on CUDA devices: a kind names one, which is used where it can be built and gives the kind's own bits."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from noria import kinds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels decode to
 SHAPE = (70, 300)  # of the matrix that is decoded both ways: tiles and groups that are whole, and others
 
-Decode = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any], torch.Tensor], None]
+Decode = Callable[..., None]  # fields, settings, target, and for kernels which piece each of the target is
 
 
 def decoder(encoding: str, device: torch.device, dtype: torch.dtype) -> tuple[Decode, str]:

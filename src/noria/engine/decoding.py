@@ -40,6 +40,7 @@ class Decoder:
     def __init__(self, nbytes: int, device: torch.device):
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._now: tuple[object, ...] = ()  # what is decoded: the block's name, of a part of it what part
+        self._list: torch.Tensor | None = None  # the list by which it was chosen
         self._decoded: Parameters = {}
         self._checked: set[str] = set()
 
@@ -83,6 +84,15 @@ class Decoder:
                 into = {name: its[place : place + count] for name, its in self._decoded.items()}
                 encodings.decode(parameter, pieces[first : first + count], into)
             self._now = block, parameter.name, *wanted
+        return self._decoded
+
+    def listed(self, block: str, parameter: Parameter, pieces: torch.Tensor, chosen: torch.Tensor) -> Parameters:
+        """The same of the pieces that a list of the device names, -1 for none; the host does not wait to know which."""
+        if self._now != (block, parameter.name, "listed") or self._list is not chosen:
+            self._now = ()
+            self._decoded = named(self.buffer, parameter.decoded(len(chosen)))
+            encodings.decode(parameter, pieces, self._decoded, chosen)
+            self._now, self._list = (block, parameter.name, "listed"), chosen
         return self._decoded
 
     def most(self, parameter: Parameter) -> int:
@@ -136,6 +146,13 @@ class SomePieces:
     def of(self, wanted: Sequence[int]) -> torch.Tensor:
         """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
         return self._decoder.run(self._block, self._parameter, self._pieces, wanted)[self._name]
+
+    def listed(self, named: torch.Tensor) -> torch.Tensor:
+        """[n, ...]: those that a list of the device [n] int32 names, at most `most`; -1: none. Valid as what `of` gives.
+
+        What is asked for by the same list, one after another, is decoded once.
+        """
+        return self._decoder.listed(self._block, self._parameter, self._pieces, named)[self._name]
 
 
 def _encoded(held: Undecoded) -> list[tuple[Parameter, torch.Tensor]]:

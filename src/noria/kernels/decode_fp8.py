@@ -1,6 +1,7 @@
 """Decodes e4m3 codes under scales of blocks on a CUDA device (Triton), to the bits of encodings/_fp8.py.
 
-`e4m3` and `e8m0` are for other kernels too. Numbers are made of their bits, so that no GPU needs to know these dtypes.
+`e4m3`, `e8m0` and `piece_of` are for other kernels too. Numbers are made of their bits, so that no GPU needs to know
+these dtypes.
 """
 
 from collections.abc import Mapping
@@ -32,20 +33,29 @@ def e4m3(code):
 
 
 @triton.jit
+def piece_of(named, NAMED: tl.constexpr):
+    """The piece that a program decodes: that at its own place, or which `named` has there; -1 for none."""
+    number = tl.program_id(1).to(tl.int64)
+    return tl.load(named + number).to(tl.int64) if NAMED else number
+
+
+@triton.jit
 def e8m0(code):
     """The float32 of scales in e8m0."""
     code = code.to(tl.int32)
     return tl.where(code == 0, 1 << 22, code << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["named"])
 def decode_blocks(
-    codes, scales, into, outputs, inputs, piece_of_codes, piece_of_scales, scales_of_row,
-    piece, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, POWERS: tl.constexpr,
+    codes, scales, named, into, outputs, inputs, piece_of_codes, piece_of_scales, scales_of_row,
+    piece, row, column, NAMED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, POWERS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of a piece. Strides are in elements; codes and scales of a piece lie without gaps."""
-    number, tiles = tl.program_id(1).to(tl.int64), tl.cdiv(inputs, COLUMNS)
+    number, tiles = piece_of(named, NAMED), tl.cdiv(inputs, COLUMNS)
+    if number < 0:
+        return
     rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < outputs)[:, None] & (columns < inputs)[None, :]
@@ -58,18 +68,27 @@ def decode_blocks(
         scale = tl.load(of_rows[:, None] + (columns // BLOCK_COLUMNS)[None, :], mask=inside, other=0)
     if POWERS:
         scale = e8m0(scale)
-    target = into + number * piece + rows[:, None] * row + columns[None, :] * column
+    target = into + tl.program_id(1).to(tl.int64) * piece + rows[:, None] * row + columns[None, :] * column
     tl.store(target, (e4m3(code) * scale).to(into.dtype.element_ty), mask=inside)
 
 
-def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into: torch.Tensor) -> None:
-    """Codes [P, O, I] times the scales of their blocks, into [P, O, I] of any strides; on the current stream."""
+def decode(
+    fields: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    into: torch.Tensor,
+    named: torch.Tensor | None = None,
+) -> None:
+    """Codes [P, O, I] times the scales of their blocks, into [P, O, I] of any strides; on the current stream.
+
+    named: int32 on the device, which piece each of `into` is; -1: none. As all kernels that decode have it.
+    """
     codes, scales = fields["codes"], fields["scales"]
     pieces, outputs, inputs = into.shape
     # one scale a row: a block as wide as any number of tiles
     rows, columns = settings.get("block_size", (1, -(-inputs // COLUMNS) * COLUMNS))
     tiles = triton.cdiv(outputs, ROWS) * triton.cdiv(inputs, COLUMNS)
     decode_blocks[(tiles, pieces)](
-        codes, scales, into, outputs, inputs, codes.stride(0), scales.stride(0), scales.shape[2],
-        *into.stride(), rows, columns, scales.dtype == torch.uint8, ROWS, COLUMNS, num_warps=4,
+        codes, scales, codes if named is None else named, into, outputs, inputs, codes.stride(0), scales.stride(0),
+        scales.shape[2], *into.stride(), named is not None, rows, columns, scales.dtype == torch.uint8, ROWS, COLUMNS,
+        num_warps=4,
     )  # fmt: skip

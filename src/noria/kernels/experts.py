@@ -9,10 +9,13 @@ P pairs, T tokens, X experts, E hidden, I intermediate.
 import triton
 import triton.language as tl
 
-TILE_COLUMNS = 3  # of a tile: its expert, its first pair in order, how many pairs it has; the first row is their number
+# Of a tile: its expert, its first pair in order, how many pairs it has, the place of its expert among those that have pairs;
+# the first row is the number of tiles.
+TILE_COLUMNS = 4
 FIELDS = tl.constexpr(TILE_COLUMNS)
 TILES_AT_ONCE = tl.constexpr(64)
-LISTS = ["order", "tiles", "counts", "chosen"]  # one variant for any alignment
+LISTS = ["order", "tiles", "counts", "chosen", "named", "starts"]  # one variant for any alignment
+RUNS = ["from_place", "most", "experts"]
 
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=LISTS)
@@ -26,27 +29,51 @@ def count_pairs(chosen, counts, pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs", "experts", "size"], do_not_specialize_on_alignment=LISTS)
-def sort_pairs(chosen, counts, order, tiles, pairs, experts, size, PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """The places of an expert's pairs, in order, behind those of the experts before it; and its tiles of `size` pairs."""
+def sort_pairs(
+    chosen, counts, order, tiles, named, starts, pairs, experts, size, PAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The places of an expert's pairs, in order, behind those of the experts before it; and its tiles of `size` pairs.
+
+    named [X]: the experts that have pairs, then -1; starts [X]: their first tiles, then the number of tiles.
+    """
     expert, x = tl.program_id(0), tl.arange(0, PAD)
     count = tl.load(counts + x, mask=x < experts, other=0)
     needed = (count + size - 1) // size
     first, own = tl.sum(tl.where(x < expert, count, 0), 0), tl.sum(tl.where(x == expert, count, 0), 0)
-    tile = tiles + (1 + tl.sum(tl.where(x < expert, needed, 0), 0)) * FIELDS
+    begin, total = tl.sum(tl.where(x < expert, needed, 0), 0), tl.sum(needed, 0)
+    tile, before = tiles + (1 + begin) * FIELDS, tl.sum(((x < expert) & (count > 0)).to(tl.int32), 0)
     if expert == 0:
-        tl.store(tiles, tl.sum(needed, 0))
+        tl.store(tiles, total)
+    place = tl.where(own > 0, before, tl.sum((count > 0).to(tl.int32), 0) + expert - before)
+    tl.store(named + place, tl.where(own > 0, expert, -1))
+    tl.store(starts + place, tl.where(own > 0, begin, total))
     for number in tl.range(0, (own + size - 1) // size, TILES_AT_ONCE):
         index = number + tl.arange(0, TILES_AT_ONCE)
         valid = index * size < own
         tl.store(tile + index * FIELDS, expert, mask=valid)
         tl.store(tile + index * FIELDS + 1, first + index * size, mask=valid)
         tl.store(tile + index * FIELDS + 2, tl.minimum(own - index * size, size), mask=valid)
+        tl.store(tile + index * FIELDS + 3, before, mask=valid)
     if own > 0:
-        for begin in tl.range(0, pairs, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
+        for ahead in tl.range(0, pairs, BLOCK):
+            at = ahead + tl.arange(0, BLOCK)
             mine = (tl.load(chosen + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
             tl.store(order + first + tl.cumsum(mine, 0) - mine, at, mask=mine > 0)
             first += tl.sum(mine, 0)
+
+
+@triton.jit
+def _tile(tiles, starts, number, from_place, most, experts, RUN: tl.constexpr):
+    """Of the tiles of `most` experts that have pairs, from that at `from_place` on, the `number`-th: where it stands in the
+    list, and whether there is one; and the place of its expert's matrices. Without RUN all matrices are there."""
+    stop, begin = tl.load(tiles), 0
+    if RUN:
+        begin = tl.load(starts + from_place)
+        stop = tl.minimum(stop, tl.load(starts + from_place + most, mask=from_place + most < experts, other=1 << 30))
+    tile = tiles + (1 + begin + number) * FIELDS
+    there = begin + number < stop
+    place = tl.load(tile + 3, mask=there, other=0) - from_place if RUN else tl.load(tile, mask=there, other=0)
+    return tile, there, place.to(tl.int64)
 
 
 @triton.jit
@@ -59,22 +86,22 @@ def _activated(gate, up, GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.cons
     return gate / (1.0 + tl.exp(-bent)) * (up + SHIFT)
 
 
-@triton.jit(do_not_specialize_on_alignment=LISTS)
+@triton.jit(do_not_specialize=RUNS, do_not_specialize_on_alignment=LISTS)
 def first_product(
-    rows, gate_up, biases, order, tiles, inner,
+    rows, gate_up, biases, order, tiles, starts, inner, from_place, most, experts,
     row: tl.constexpr, piece: tl.constexpr, output: tl.constexpr, column: tl.constexpr,
     E: tl.constexpr, INNER: tl.constexpr, SHARING: tl.constexpr, ALTERNATING: tl.constexpr, BIASED: tl.constexpr,
     GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    RUN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile times COLUMNS of its expert's gates and ups, and their gate: into `inner` [P, INNER], in order.
 
     SHARING pairs that follow one another have one row of `rows`.
     """
     blocks: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
-    number, n, k = tl.program_id(0) // blocks, tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    if number < tl.load(tiles):
-        tile = tiles + (1 + number) * FIELDS
+    n, k = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    tile, there_is, place = _tile(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
+    if there_is:
         expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
         valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n
         pair = tl.load(order + first + m, mask=valid, other=0)
@@ -82,7 +109,7 @@ def first_product(
         step: tl.constexpr = 2 if ALTERNATING else 1
         ahead: tl.constexpr = 1 if ALTERNATING else INNER
         there = n if INNER % COLUMNS == 0 else tl.where(n < INNER, n, 0)
-        gates = gate_up + expert * piece + (there * step)[None, :] * output + k[:, None] * column
+        gates = gate_up + place * piece + (there * step)[None, :] * output + k[:, None] * column
         ups = gates + ahead * output
         gate, up = tl.zeros((TILE, COLUMNS), tl.float32), tl.zeros((TILE, COLUMNS), tl.float32)
         for at in tl.range(0, E // DEPTH * DEPTH, DEPTH):
@@ -103,23 +130,23 @@ def first_product(
         tl.store(to, result, mask=valid[:, None] & (n < INNER)[None, :])
 
 
-@triton.jit(do_not_specialize_on_alignment=LISTS)
+@triton.jit(do_not_specialize=RUNS, do_not_specialize_on_alignment=LISTS)
 def second_product(
-    inner, down, biases, order, tiles, products,
+    inner, down, biases, order, tiles, starts, products, from_place, most, experts,
     piece: tl.constexpr, output: tl.constexpr, column: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr,
-    BIASED: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    BIASED: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of `inner` [P, INNER] times COLUMNS of its expert's downs: into `products` [P, E], in the order of choices."""
     blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
-    number, n, k = tl.program_id(0) // blocks, tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    if number < tl.load(tiles):
-        tile = tiles + (1 + number) * FIELDS
+    n, k = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    tile, there_is, place = _tile(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
+    if there_is:
         expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
         valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n
         pair = tl.load(order + first + m, mask=valid, other=0).to(tl.int64)
         given = inner + (first + m).to(tl.int64)[:, None] * INNER + k[None, :]
         there = n if E % COLUMNS == 0 else tl.where(n < E, n, 0)
-        downs = down + expert * piece + there[None, :] * output + k[:, None] * column
+        downs = down + place * piece + there[None, :] * output + k[:, None] * column
         total = tl.zeros((TILE, COLUMNS), tl.float32)
         for at in tl.range(0, INNER // DEPTH * DEPTH, DEPTH):
             x = tl.load(given + at, mask=valid[:, None], other=0.0)

@@ -3,9 +3,9 @@
 T tokens, C choices a token, P = T * C pairs of token and expert, X experts, E hidden, I intermediate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -58,11 +58,21 @@ def tiling(pairs: float) -> Tiling:
 class Sorted:
     """Lists of the device, int32. order [P]: the pairs sorted by expert, by their places among the choices [T, C].
 
-    tiles: their number, then of each its expert, its first pair, its pairs; `most`: more there cannot be.
+    tiles: their number, then of each its expert, its first pair, its pairs, and which of the experts that have pairs it is of;
+    `most`: more there cannot be. named [X]: these experts, then -1; starts [X]: their first tiles.
     """
 
     order: torch.Tensor
     tiles: torch.Tensor
+    named: torch.Tensor
+    starts: torch.Tensor
+    most: int
+
+
+class ExpertRun(NamedTuple):
+    """Experts that have pairs: `most` of them, from that at `place` on."""
+
+    place: int
     most: int
 
 
@@ -70,39 +80,36 @@ def sort(chosen: torch.Tensor, num_experts: int, tile: int) -> Sorted:
     """The pairs of choices [T, C], sorted and cut into tiles without a wait of the host."""
     pairs = chosen.numel()
     most = min(pairs, num_experts) + pairs // tile
-    lists = torch.empty(
-        num_experts + pairs + experts.TILE_COLUMNS * (1 + most), dtype=torch.int32, device=chosen.device
-    )
-    counts, order, tiles = lists.split([num_experts, pairs, experts.TILE_COLUMNS * (1 + most)])
+    sizes = [num_experts, pairs, experts.TILE_COLUMNS * (1 + most), num_experts, num_experts]
+    counts, order, tiles, named, starts = torch.empty(sum(sizes), dtype=torch.int32, device=chosen.device).split(sizes)
     experts.count_pairs[(num_experts,)](chosen, counts, pairs, PAIRS_AT_ONCE, num_warps=8)
     experts.sort_pairs[(num_experts,)](
-        chosen, counts, order, tiles, pairs, num_experts, tile,
+        chosen, counts, order, tiles, named, starts, pairs, num_experts, tile,
         triton.next_power_of_2(num_experts), PAIRS_AT_ONCE, num_warps=8,
     )  # fmt: skip
-    return Sorted(order, tiles, most)
+    return Sorted(order, tiles, named, starts, most)
 
 
 def mix(
     rows: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor | None,
-    layer: ExpertLayer[torch.Tensor],
+    layer: ExpertLayer[Any],
     tiled: Tiled = tiling,
     shared: int | None = None,
 ) -> torch.Tensor:
     """[T, E]: each token's sum over its experts `chosen` [T, C], in the order of its choices, each times its weight [T, C].
 
-    rows: [T, E], or [P, E], a row for each pair. shared: bytes of shared memory of a program; the device's if not given.
-    Capturable: the host waits for nothing, and shapes say what is launched.
+    rows: [T, E], or [P, E], a row for each pair. Matrices that are decoded a few at a time come as objects whose `listed`
+    gives those that a list of the device names: as many runs as any routing may need. shared: bytes of shared memory of a
+    program; the device's if not given. Capturable: the host waits for nothing, and shapes say what is launched.
     """
-    tokens, count = chosen.shape
-    num_experts, hidden, _ = layer.down.shape
-    if not tokens:
-        return rows.new_empty(0, hidden)
-    its = tiled(chosen.numel() / num_experts)
-    pairs = sort(chosen.contiguous(), num_experts, its.tile)
+    if not len(chosen):
+        return rows.new_empty(0, rows.shape[1])
+    its = tiled(chosen.numel() / len(layer.down))
+    pairs = sort(chosen.contiguous(), len(layer.down), its.tile)
     products = multiply(rows, pairs, layer, its, shared or shared_of(rows.device))
-    return summed(products.view(tokens, count, hidden), weights)
+    return summed(products.view(*chosen.shape, -1), weights)
 
 
 def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -116,40 +123,69 @@ def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor
     return mixed
 
 
-def multiply(
-    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
-) -> torch.Tensor:
+def multiply(rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Any], its: Tiling, shared: int) -> torch.Tensor:
     """[P, E]: what each pair's expert returns, in the order of the choices."""
-    return second(first(rows, pairs, layer, its, shared), pairs, layer, its, shared)
+    products = rows.new_empty(len(pairs.order), rows.shape[1])
+    for run, these in _runs(pairs, layer):
+        second(first(rows, pairs, these, its, shared, run), pairs, these, its, shared, run, products)
+    return products
+
+
+def _runs(pairs: Sorted, layer: ExpertLayer[Any]) -> Iterator[tuple[ExpertRun | None, ExpertLayer[torch.Tensor]]]:
+    """The matrices of all experts, or of some after others."""
+    if isinstance(layer.gate_up, torch.Tensor):
+        yield None, layer
+        return
+    for place in range(0, min(len(pairs.order), len(pairs.named)), layer.gate_up.most):
+        run = ExpertRun(place, layer.gate_up.most)
+        named = pairs.named[place : place + run.most]
+        yield run, replace(layer, gate_up=layer.gate_up.listed(named), down=layer.down.listed(named))
 
 
 def first(
-    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
+    rows: torch.Tensor,
+    pairs: Sorted,
+    layer: ExpertLayer[torch.Tensor],
+    its: Tiling,
+    shared: int,
+    run: ExpertRun | None = None,
 ) -> torch.Tensor:
-    """[P, I]: what the down matrices are given, in the order of the sorted pairs."""
+    """[P, I]: what the down matrices are given, in the order of the sorted pairs; those of a run's experts."""
     num_pairs, (_, hidden, size), gate = len(pairs.order), layer.down.shape, layer.gate
     inner, blocks = rows.new_empty(num_pairs, size), its.first.fitting(its.tile, 2, rows.itemsize, shared)
-    experts.first_product[(pairs.most * triton.cdiv(size, blocks.columns),)](
-        rows, layer.gate_up, layer.biases[0] if layer.biases else inner, pairs.order, pairs.tiles, inner,
-        rows.stride(0), *layer.gate_up.stride(), hidden, size, num_pairs // len(rows),
+    experts.first_product[(_tiles(pairs, its, run) * triton.cdiv(size, blocks.columns),)](
+        rows, layer.gate_up, layer.biases[0] if layer.biases else inner, pairs.order, pairs.tiles, pairs.starts, inner,
+        *(run or (0, 0)), len(pairs.named), rows.stride(0), *layer.gate_up.stride(), hidden, size, num_pairs // len(rows),
         gate.alternating, layer.biases is not None, gate.function == GELU_TANH, gate.alpha, gate.limit or 0.0, gate.shift,
-        its.tile, blocks.columns, blocks.depth, **_options(blocks),
+        run is not None, its.tile, blocks.columns, blocks.depth, **_options(blocks),
     )  # fmt: skip
     return inner
 
 
 def second(
-    inner: torch.Tensor, pairs: Sorted, layer: ExpertLayer[torch.Tensor], its: Tiling, shared: int
+    inner: torch.Tensor,
+    pairs: Sorted,
+    layer: ExpertLayer[torch.Tensor],
+    its: Tiling,
+    shared: int,
+    run: ExpertRun | None = None,
+    products: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[P, E] of `inner` [P, I], in the order of the choices."""
+    """[P, E] of `inner` [P, I], in the order of the choices; those of a run's experts go into `products`."""
     _, hidden, size = layer.down.shape
-    products, blocks = inner.new_empty(len(inner), hidden), its.second.fitting(its.tile, 1, inner.itemsize, shared)
-    experts.second_product[(pairs.most * triton.cdiv(hidden, blocks.columns),)](
-        inner, layer.down, layer.biases[1] if layer.biases else inner, pairs.order, pairs.tiles, products,
-        *layer.down.stride(), hidden, size, layer.biases is not None,
-        its.tile, blocks.columns, blocks.depth, **_options(blocks),
+    products = inner.new_empty(len(inner), hidden) if products is None else products
+    blocks = its.second.fitting(its.tile, 1, inner.itemsize, shared)
+    experts.second_product[(_tiles(pairs, its, run) * triton.cdiv(hidden, blocks.columns),)](
+        inner, layer.down, layer.biases[1] if layer.biases else inner, pairs.order, pairs.tiles, pairs.starts, products,
+        *(run or (0, 0)), len(pairs.named), *layer.down.stride(), hidden, size, layer.biases is not None,
+        run is not None, its.tile, blocks.columns, blocks.depth, **_options(blocks),
     )  # fmt: skip
     return products
+
+
+def _tiles(pairs: Sorted, its: Tiling, run: ExpertRun | None) -> int:
+    """The most tiles that a run may have."""
+    return pairs.most if run is None else min(pairs.most, run.most + len(pairs.order) // its.tile)
 
 
 def _options(its: Blocks) -> dict[str, Any]:

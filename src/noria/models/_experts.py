@@ -24,7 +24,8 @@ from noria.pieces import Matrix, Wanted
 
 
 class Some(Protocol):
-    """Matrices [X, outputs, inputs] of which at most `most` are there at a time: those that `of` is asked for, in order."""
+    """Matrices [X, outputs, inputs] of which at most `most` are there at a time: those that `of` is asked for, in order, or
+    those that a list of the device names, with -1 for none."""
 
     def __len__(self) -> int: ...
 
@@ -32,6 +33,8 @@ class Some(Protocol):
     def most(self) -> int: ...
 
     def of(self, wanted: Sequence[int]) -> torch.Tensor: ...
+
+    def listed(self, named: torch.Tensor) -> torch.Tensor: ...
 
 
 AnyLayer: TypeAlias = ExpertLayer[torch.Tensor] | ExpertLayer[Some]
@@ -197,10 +200,8 @@ def mixture(
     if _tiles.fits(hidden, layer):
         return _tiles.mix(hidden, chosen, weights, layer)
     pairs = pairs_of(chosen, len(gate_up))
-    products = _by_choice(products_of(hidden[pairs.tokens], pairs, layer), pairs)
-    if _tiles.work(hidden):
-        return _tiles.summed(products, weights)
-    return (products * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
+    products = products_of(hidden[pairs.tokens], pairs, layer)
+    return (_by_choice(products, pairs) * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
 
 
 def mixture_of_weighted(
@@ -213,16 +214,13 @@ def mixture_of_weighted(
         return _tiles.mix(rows.flatten(0, 1), chosen, None, layer)
     pairs = pairs_of(chosen, len(gate_up))
     rows = hidden[pairs.tokens] * weights.to(hidden.dtype).flatten()[pairs.order, None]
-    products = _by_choice(products_of(rows, pairs, layer), pairs)
-    return _tiles.summed(products) if _tiles.work(hidden) else products.sum(dim=1)
+    return _by_choice(products_of(rows, pairs, layer), pairs).sum(dim=1)
 
 
 def products_of(rows: torch.Tensor, pairs: Pairs, layer: AnyLayer) -> torch.Tensor:
     """[P, E] of each pair's row [P, E]: what its expert returns. Matrices that are decoded a few at a time come as Some."""
     if not isinstance(layer.gate_up, torch.Tensor):
         return _in_runs(rows, pairs, layer)
-    if _tiles.fits(rows, layer):
-        return _tiles.mix(rows, pairs.experts[:, None], None, layer)
     biases = layer.biases
     multiplied = _grouped(pairs.ends) if _groups(rows) else _one_by_one(pairs.ends)
     inner = multiplied(rows, layer.gate_up)
@@ -239,12 +237,9 @@ def _in_runs(rows: torch.Tensor, pairs: Pairs, layer: ExpertLayer[Some]) -> torc
         run = wanted[first : first + layer.gate_up.most]
         begin, end = bounds[run[0]], bounds[run[-1] + 1]
         ends = torch.tensor([bounds[expert + 1] - begin for expert in run], device=rows.device)
-        its = torch.tensor(run, device=rows.device)
-        places = torch.searchsorted(its, pairs.experts[begin:end])
-        biases = None if layer.biases is None else (layer.biases[0][its], layer.biases[1][its])
-        these = ExpertLayer(layer.gate_up.of(run), layer.down.of(run), layer.gate, biases)
-        of_run = Pairs(places, pairs.order[begin:end], ends, pairs.count)
-        products[begin:end] = products_of(rows[begin:end], of_run, these)
+        its = Pairs(pairs.experts[begin:end], pairs.order[begin:end], ends, pairs.count)
+        these = ExpertLayer(layer.gate_up.of(run), layer.down.of(run), layer.gate, layer.biases)
+        products[begin:end] = products_of(rows[begin:end], its, these)
     return products
 
 

@@ -19,20 +19,16 @@ LARGEST = 1 << 31  # numbers of an expert's matrix: places in it are of 32 bits
 LARGEST_ERROR = 0.1  # of numbers of about 1 in half precisions: more is no rounding
 
 
-def work(rows: torch.Tensor) -> bool:
-    """Whether mixtures of such rows [T, E] are computed by tiles."""
-    return rows.is_cuda and not refuses(rows.device, rows.dtype)
-
-
 def fits(rows: torch.Tensor, layer: ExpertLayer[Any]) -> bool:
-    """Whether they are with the matrices of this layer."""
+    """Whether this mixture of rows [T, E] is computed by tiles; matrices that are decoded a few at a time are of its dtype."""
+    if not rows.is_cuda or refuses(rows.device, rows.dtype):
+        return False
     its = layer.gate_up
-    whole = isinstance(its, torch.Tensor) and its.dtype == rows.dtype and its[0].numel() < LARGEST
-    return whole and work(rows)
+    return not isinstance(its, torch.Tensor) or (its.dtype == rows.dtype and its[0].numel() < LARGEST)
 
 
 def mix(
-    rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None, layer: ExpertLayer[torch.Tensor]
+    rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None, layer: ExpertLayer[Any]
 ) -> torch.Tensor:
     """[T, E]: each token's sum over its experts `chosen` [T, C] in their order, times its weights [T, C] if given.
 
@@ -55,12 +51,6 @@ def choose(
         scores, correction, count, squashes, least, scaling
     )
     return found
-
-
-def summed(products: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, E]: the sums over choices of what experts returned [T, C, E]."""
-    mixed: torch.Tensor = _kernel().summed(products.contiguous(), weights)
-    return mixed
 
 
 @lru_cache
