@@ -87,7 +87,7 @@ class Batches:
     ):
         self._network, self.dtype, self._device, self._elsewhere = network, dtype, device, list(elsewhere)
         self._by_rows = hasattr(network.attention, "of_rows")
-        self._spare = spare if self._by_rows else None
+        self._spare, self.pads = spare, spare is not None and self._by_rows
         self._pages = PageTable(None if spare is None else spare.page)
 
     def make(self, step: Step, borders: list[int], needed: HeadRows) -> Batch:
@@ -130,7 +130,7 @@ class Batches:
         """The step with rows of nobody, if all that it does is one microbatch of rows with a token each, on the device."""
         rows = len(step.slots)
         alike = 0 < rows == step.num_tokens and len(borders) == 2 and not len(step.score_rows)
-        if self._spare is None or not alike or rows > self._spare.rows or self._stages(step, 0):
+        if self._spare is None or not self.pads or not alike or rows > self._spare.rows or self._stages(step, 0):
             return None
         return padded(step, self._spare)
 

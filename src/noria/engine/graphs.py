@@ -68,14 +68,14 @@ class Graphs:
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._came: dict[tuple[int, int], int] = {}
         self._seconds, self._captured, self._replayed, self._plain = 0.0, 0, 0, 0
-        self._off = False
+        self.off = False
 
     def forward(self, padded: Padded, layers: range, hidden: Arrays) -> Arrays | None:
         """What these layers make of hidden states, valid until the next call; None: this step is to go another way."""
         self._plain += 1
         name = layers.start, padded.size
         self._came[name] = self._came.get(name, 0) + 1
-        if self._off or self._came[name] <= SEEN:
+        if self.off or self._came[name] <= SEEN:
             return None
         try:
             graph = self._graphs.get(name) or self._graphs.setdefault(name, self._begun(padded, hidden))
@@ -86,7 +86,7 @@ class Graphs:
         except Exception as error:  # noqa: BLE001 -- whatever torch, Triton and the driver raise: the step goes the other way
             words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._say(f"no more graphs: {plural(padded.size, 'row')} could not be captured: {words}")
-            self._off = True
+            self.off = True
             self._graphs.clear()
             return None
         graph.numbers.copy_(padded.numbers)

@@ -124,6 +124,7 @@ class Stage:
                 return Hidden(arrays)
             if not batch.microbatches:
                 self._batches.cut(batch, batch.borders)
+            self._batches.pads = not self._graphs.off
         self._activations.begin(batch, layers, hidden, output)
         first: Cell | None = (0, 0)
         while first is not None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, NONE, SECTION, Item, Launch, Merge, Packing, RaggedRows, Wave
 
+_NO_MERGES = np.empty((0, len(Merge)), np.int32)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -72,6 +74,10 @@ def wave_of(
     groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: np.ndarray
 ) -> tuple[Wave, State]:
     """The wave of these groups. `positions` by place; `finder`: of each piece, its row and position in order."""
+    if len(groups.first) and (groups.count == 1).all() and (groups.node == NONE).all():
+        items = _one_query_each(groups, positions, packing, state, finder)
+        if items is not None:
+            return Wave((_launch(items, _least(packing)),), _NO_MERGES), state
     tiles = _tiles(groups, positions, packing)
     slots, state = _slots(groups, tiles, packing, state)
     return Wave(_launches(groups, tiles, slots, finder), _merges(groups, tiles, slots)), state
@@ -104,9 +110,50 @@ def groups_of(rows: RaggedRows, paths: np.ndarray, order: np.ndarray, places: np
     )
 
 
+def _one_query_each(
+    groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: np.ndarray
+) -> np.ndarray | None:
+    """The items of groups that are a row's own query each: what the rest of this file makes of them, in fewer steps.
+
+    None where the sections of one are computed apart.
+    """
+    position = positions[groups.first]
+    start, stop = np.maximum(groups.start, groups.held), np.minimum(groups.stop, position + 1)
+    if packing.window is not None:
+        start = np.maximum(start, (position - packing.window + 1) // KEY_BLOCK * KEY_BLOCK)
+    sections = (stop - 1) // SECTION - start // SECTION + 1
+    if sections.max() > max(1.0, sections.sum() * packing.key_heads / packing.programs):
+        return None
+    items, row = np.empty((len(position), len(Item)), np.int32), groups.row << 40
+    items[:, Item.FIRST], items[:, Item.COUNT] = groups.first, 1
+    items[:, Item.PIECE] = np.searchsorted(finder, row | start, side="right") - 1
+    items[:, Item.LAST_PIECE] = np.searchsorted(finder, row | stop, side="left")
+    items[:, Item.START], items[:, Item.STOP] = start, stop
+    items[:, Item.LOWEST] = items[:, Item.HIGHEST] = position
+    items[:, Item.TOTAL_FROM], items[:, Item.SECTION_FROM] = _coming_in(groups, state)
+    items[:, Item.TOTAL_TO] = items[:, Item.SECTION_TO] = NONE
+    return items
+
+
+def _coming_in(groups: Groups, state: State) -> tuple[np.ndarray, np.ndarray]:
+    """The slots of the merged sections, and of the last section, that groups go on from."""
+    if not len(state.totals):
+        return np.full(len(groups.first), NONE), np.full(len(groups.first), NONE)
+    of_total, of_section = (
+        np.where(groups.start > beyond, np.append(known, 0)[groups.parent] + groups.first, NONE)
+        for beyond, known in ((SECTION, state.totals), (0, state.sections))
+    )
+    return of_total, of_section
+
+
+def _least(packing: Packing) -> int:
+    """Rows of the tile of few queries."""
+    return LEAST_TILE if packing.group <= LEAST_TILE else packing.widest
+
+
 def _tiles(groups: Groups, positions: np.ndarray, packing: Packing) -> _Tiles:
     """Rows of few queries in the least tile, others in the widest."""
-    least = LEAST_TILE if packing.group <= LEAST_TILE else packing.widest
+    least = _least(packing)
     rows = np.where(groups.count * packing.group > least, packing.widest, least)
     queries = rows // packing.group
     tiles = -(-groups.count // queries)
@@ -127,10 +174,7 @@ def _tiles(groups: Groups, positions: np.ndarray, packing: Packing) -> _Tiles:
 def _slots(groups: Groups, tiles: _Tiles, packing: Packing, state: State) -> tuple[_PartialSlots, State]:
     """Where partial results come from and go to, after the slots that are taken; and what is known then."""
     leaves = groups.node >= 0
-    total_in, section_in = (
-        np.where(groups.start > beyond, np.append(known, 0)[groups.parent] + groups.first, NONE)
-        for beyond, known in ((SECTION, state.totals), (0, state.sections))
-    )
+    total_in, section_in = _coming_in(groups, state)
     split, least, spread = _split(groups, tiles, packing, state.apart)
     of_total = np.where(leaves & (groups.stop > SECTION), groups.count, 0)
     of_section = np.where(leaves & ~split, groups.count, 0)
