@@ -103,12 +103,12 @@ def parts(its: Layer, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.T
 
 def grouped(its: Layer, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> float:
     """Milliseconds of torch's grouped products."""
-    works = _tiles.work
-    _tiles.work = lambda rows: False
+    fits = _tiles.fits
+    _tiles.fits = lambda rows, layer: False
     try:
         return milliseconds(lambda: _experts.mixture(rows, chosen, weights, its.layer.gate_up, its.layer.down))
     finally:
-        _tiles.work = works
+        _tiles.fits = fits
 
 
 def candidates(tile: int, matrices: int, itemsize: int, shared: int) -> list[mix.Blocks]:
