@@ -235,6 +235,47 @@ MINISTRAL3 = rotary(
     sliding_window=None,
     pad_token_id=0,
 )
+GEMMA4 = rotary(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    hidden_act=None,
+    hidden_activation="gelu_pytorch_tanh",
+    attention_bias=False,
+    attention_k_eq_v=True,
+    enable_moe_block=False,
+    final_logit_softcapping=2.0,
+    head_dim=8,
+    global_head_dim=16,
+    num_global_key_value_heads=1,
+    hidden_size_per_layer_input=0,
+    vocab_size_per_layer_input=97,
+    num_kv_shared_layers=0,
+    use_double_wide_mlp=False,
+    use_bidirectional_attention="vision",
+    num_experts=None,
+    top_k_experts=None,
+    moe_intermediate_size=None,
+    layer_types=KINDS,
+    sliding_window=9,
+    rope_theta=None,
+    rope_parameters={
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 90.0},
+    },
+    tie_word_embeddings=True,
+    pad_token_id=0,
+)
+SMALL_GEMMA4 = GEMMA4 | {
+    "attention_k_eq_v": False,
+    "num_global_key_value_heads": None,
+    "num_key_value_heads": 1,
+    "hidden_size_per_layer_input": 4,
+    "use_double_wide_mlp": True,
+    "use_bidirectional_attention": None,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "layer_types": KINDS * 2,
+}
 CONFIGS = {
     "olmo2": OLMO2,
     "olmo2 without groups, with biases": OLMO2 | {"num_key_value_heads": 4, "attention_bias": True},
@@ -316,4 +357,13 @@ CONFIGS = {
     },
     "ministral3": MINISTRAL3,
     "ministral3 of 3B's shape": MINISTRAL3 | {"tie_word_embeddings": True, "sliding_window": 9},
+    "gemma4_text": GEMMA4,
+    "gemma4_text of E2B's shape": SMALL_GEMMA4,
+    "gemma4_text of 26B-A4B's shape": GEMMA4
+    | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 12},
+    "gemma4_text as transformers writes it": GEMMA4
+    | {"global_head_dim": None, "num_global_key_value_heads": None}
+    | {"per_layer_config": {"2": {"head_dim": 16, "num_key_value_heads": 1}}},
+    "gemma4_text with inputs and biases": GEMMA4
+    | {"hidden_size_per_layer_input": 4, "attention_bias": True, "final_logit_softcapping": None, "layer_types": None},
 }

@@ -68,6 +68,16 @@ def shape_of(name, **keys):
         ("gemma3_text", {"rope_parameters": {FULL: 8}}, "full_attention of rope_parameters is 8: no object"),
         ("gemma3_text", {"rope_local_base_freq": -1}, "rope_theta is -1: it must be a number above 0"),
         ("ministral3", {"rope_parameters": {"rope_type": "yarn"}}, "llama_4_scaling_beta is missing"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all': Noria computes this family only"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1: no layer of each kind is before them"),
+        ("gemma4_text", {"num_global_key_value_heads": 3}, "num_attention_heads (4) is not a multiple of num_global_key_value_heads (3)"),
+        ("gemma4_text", {"global_head_dim": 15}, "global_head_dim is 15: rotary positions need an even number"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}}, "per_layer_config is {'1': {'head_dim': 16}}: it must say the same"),
+        ("gemma4_text", {"per_layer_config": {"2": {"sliding_window": 5}}}, "per_layer_config is {'2': {'sliding_window': 5}}"),
+        ("gemma4_text", {"rope_parameters": {FULL: {}}}, "it must have an object sliding_attention"),
+        ("gemma4_text of E2B's shape", {"vocab_size_per_layer_input": 50}, "vocab_size_per_layer_input is 50: Noria knows only that of vocab_size"),
+        ("gemma4_text of 26B-A4B's shape", {"hidden_activation": "silu"}, "hidden_activation is 'silu': Noria computes this mixture only with"),
+        ("gemma4_text of 26B-A4B's shape", {"top_k_experts": 9}, "num_experts_per_tok (9) is more than num_experts (8)"),
         ("falcon", {"alibi": True}, "alibi is True: Noria computes this family only with rotary positions"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2: Noria computes this only with new_decoder_architecture"),
         ("falcon", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
@@ -113,3 +123,14 @@ def test_layers_that_attend_in_a_window_say_so_of_their_cache():
     assert [entry[0].window for entry in shape_of("gemma3_text").cache] == [9, None, 9]
     assert [entry[1].window for entry in shape_of("cohere2").cache] == [9, None, 9]
     assert [entry[0].window for entry in shape_of("smollm3").cache] == [None] * 3
+
+
+def test_layers_of_gemma_4_have_their_own_heads_and_read_those_of_earlier_ones():
+    rows = [[array.row for array in entry] for entry in shape_of("gemma4_text").cache]
+    assert rows == [[(2, 8), (2, 8)], [(2, 8), (2, 8)], [(1, 16), (1, 16)]]
+    small = shape_of("gemma4_text of E2B's shape")
+    assert small.cache[3:] == (1, 1, 2) and small.tied_layers == ((1, 3, 4), (2, 5))
+    assert [[array.row for array in border] for border in small.bundle] == [[(n, 4)] for n in range(6, 0, -1)] + [[]]
+    assert (
+        shape_of("gemma4_text", layer_types=[SLIDING] * 3).cache == shape_of("gemma4_text").cache
+    )  # the last is global

@@ -26,8 +26,18 @@ from noria.output.generations import open_generations
 from noria.run import run
 
 # One of each kind: shared experts behind dense layers; sinks, slices and biases; layers that differ in their caches; latents;
-# windows and two ropes; halves in parallel, a fused matrix; soft caps.
-KINDS = ["glm4_moe", "gpt_oss", "mimo_v2_flash", "deepseek_v3", "olmo3", "falcon of 40B's shape", "gemma2"]
+# windows and two ropes; halves in parallel, a fused matrix; soft caps;
+# caches of earlier layers, inputs that travel beside hidden states.
+KINDS = [
+    "glm4_moe",
+    "gpt_oss",
+    "mimo_v2_flash",
+    "deepseek_v3",
+    "olmo3",
+    "falcon of 40B's shape",
+    "gemma2",
+    "gemma4_text of E2B's shape",
+]
 NAMES = list(CONFIGS) if full() else KINDS
 NEW_TOKENS = 8
 RUN = f"""
@@ -50,6 +60,10 @@ def deep(config):
     patterns = {"hybrid_layer_pattern": [0, 1, 1, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1, 1, 1]}
     lists |= {key: value for key, value in patterns.items() if isinstance(config.get(key), list)}
     more = {"moe_layers": [0, 1, 2, 3, 5]} if config.get("moe_layers") else {}
+    if config.get(
+        "num_kv_shared_layers"
+    ):  # layers that read one cache are on one rank: the others need as many as there are
+        more = {"num_hidden_layers": 12, "layer_types": config["layer_types"] * 2}
     return (
         config | {"num_hidden_layers": 6, "eos_token_id": 3} | lists | more | {"architectures": config["architectures"]}
     )

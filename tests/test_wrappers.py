@@ -2,7 +2,9 @@
 
 import h5py
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import families
 from beside import CONFIGS
@@ -20,10 +22,12 @@ VISION = {
 }
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "patch_size": 4}
 PIXTRAL = VISION | {"model_type": "pixtral", "patch_size": 8, "head_dim": 8}
+GEMMA4_VISION = VISION | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
 TEXTS = CONFIGS | {"mistral": MISTRAL | {"sliding_window": None}}
 # name: the text model's config, the wrapper's type and class, its own keys
 WRAPPED = {
     "Gemma 3": ("gemma3_text", "gemma3", "Gemma3ForConditionalGeneration", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
+    "Gemma 4": ("gemma4_text of E2B's shape", "gemma4", "Gemma4ForConditionalGeneration", {"vision_config": GEMMA4_VISION, "audio_config": None}),
     "Mistral Small 3.1": ("mistral", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
     "Ministral 3": ("ministral3", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
 }  # fmt: skip
@@ -64,10 +68,25 @@ def test_the_text_part_is_converted_and_the_rest_left_out_with_a_line(name, tmp_
     for source in ("text", "wrapped"):
         assert main(["convert", str(tmp_path / source), str(tmp_path / f"{source}.h5")]) == 0
     said = capsys.readouterr().err
-    assert f"{others} tensors left out, which {WRAPPED[name][0]} does not use" in said
+    assert f"{others} tensors left out, which {TEXTS[WRAPPED[name][0]]['model_type']} does not use" in said
     one, other = numbers(tmp_path / "text.h5"), numbers(tmp_path / "wrapped.h5")
     assert one.keys() == other.keys() and len(one) > 20
     assert all((one[key] == other[key]).all() for key in one)
+
+
+@pytest.mark.slow
+def test_keys_and_values_of_layers_that_read_earlier_ones_are_left_out_where_they_are_published(tmp_path, capsys):
+    families.save(CONFIGS["gemma4_text of E2B's shape"], tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    more = {
+        f"model.layers.{n}.self_attn.{name}.weight": torch.zeros(8, 32) for n in (3, 4) for name in ("k_proj", "v_proj")
+    }
+    save_file(state | more, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path), str(tmp_path / "model.h5")]) == 0
+    assert "4 tensors left out, which gemma4_text does not use" in capsys.readouterr().err
+    save_file(state | {"model.layers.3.self_attn.sinks": torch.zeros(4)}, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path), str(tmp_path / "other.h5")]) == 2
+    assert "would leave out 1 tensor of the layers that it computes" in capsys.readouterr().err
 
 
 def test_a_wrapper_says_which_text_models_it_may_hold():

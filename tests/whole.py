@@ -25,6 +25,11 @@ def source_of(state, name):
     return tensor.T if turned(name) else tensor
 
 
+def _by_name(travels):
+    """What travels between layers: hidden states alone, or a bundle."""
+    return travels if isinstance(travels, dict) else {"hidden": travels}
+
+
 class Whole:
     """A model of a config.json and tensors by name; arrays [rows, ...] of each layer, NaN until they are written."""
 
@@ -75,10 +80,13 @@ class Whole:
         plan = sdpa.prepare(spans, torch.device("cpu"))
         microbatch = SimpleNamespace(rows=torch.tensor(rows), attention_plan=plan, states=None)
         hidden = self.model.embed(self.shape, self.embed, token_ids, positions)
-        for index, (parameters, arrays) in enumerate(zip(self.layers, self.arrays, strict=True)):
-            before, cache = hidden.clone(), LayerCache(sdpa, microbatch, arrays, self.shape.arrays(index))
+        for index, parameters in enumerate(self.layers):
+            reads = self.shape.reads(index)
+            cache = LayerCache(sdpa, microbatch, self.arrays[reads], self.shape.arrays(reads), tied=reads != index)
+            before = {name: its.clone() for name, its in _by_name(hidden).items()}
             after = self.model.layer(self.shape, index, parameters, hidden, positional, cache)
-            assert torch.equal(before, hidden), "a layer must not write into its input"
+            same = (torch.equal(before[name], its) for name, its in _by_name(hidden).items())
+            assert all(same), "a layer must not write into its input"
             hidden = after
         logits = self.model.head(self.shape, self.head, hidden)
         return list(logits.split([len(tokens) for tokens, _, _ in parts]))

@@ -22,6 +22,7 @@ WRAPPERS = {
     "kimi_k25": ("deepseek_v3", "kimi_k2"),
     "mistral3": ("mistral", "ministral3", "mistral4"),
     "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
 }
 TYPES = {"kimi_k2": "deepseek_v3"}  # other names of a family
 

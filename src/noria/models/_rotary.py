@@ -21,7 +21,7 @@ KEYS = frozenset(
     " beta_slow mscale mscale_all_dim truncate short_factor low_freq_factor high_freq_factor"
     " long_factor short_mscale long_mscale finetuned mrope_section mrope_interleaved".split()
 )
-TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 class Rotary(NamedTuple):
@@ -50,6 +50,12 @@ def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
         return theta, ()
     if kind in ("linear", "dynamic"):
         return theta, (kind, read.number(parameters, "factor"))
+    if kind == "proportional":
+        return theta, (
+            kind,
+            read.number(parameters, "factor", 1.0),
+            read.number(parameters, "partial_rotary_factor", 1.0),
+        )
     if kind not in TYPES:
         raise InputError(
             f"config.json: rope type {read.shown(kind)} is not in this version of Noria; known: {', '.join(TYPES)}"
@@ -159,7 +165,8 @@ def rotated_size(config: Mapping[str, Any], head_dim: int, part: bool) -> int:
     for place in () if part else (config, parameters):
         read.only(place, "partial_rotary_factor", 1.0, "Noria computes this family with all of each head rotated")
     factor = read.number(parameters, "partial_rotary_factor", read.number(config, "partial_rotary_factor", 1.0))
-    size = int(head_dim * factor)
+    kind = parameters.get("rope_type") or parameters.get("type")
+    size = head_dim if kind == "proportional" and factor <= 1 else int(head_dim * factor)
     right = factor <= 1 and size >= 2 and size % 2 == 0
     require(right, f"config.json: {size} of head_dim {head_dim} are rotated: rotary positions need an even number")
     short = parameters.get("short_factor")
@@ -207,6 +214,7 @@ def _frequencies(theta: float, size: int, scaling: Scaling, dtype: torch.dtype, 
     """[R/2] radians per position.
 
     linear: all slowed by `factor`; dynamic: none up to the context; longrope: each by its own (LongRoPE, arXiv 2402.13753).
+    proportional: the first `part` of them, as those of the whole head are; the others do not turn (Gemma 4).
     llama3: long wavelengths slowed by `factor`, a smooth ramp between (Llama 3.1). yarn: those that turn less than `slow`
     times in the context slowed by `factor`, those that turn more than `fast` times left, a ramp over the indices between
     (YaRN, arXiv 2309.00071).
@@ -227,6 +235,10 @@ def _frequencies(theta: float, size: int, scaling: Scaling, dtype: torch.dtype, 
         first, last = max(first, 0), min(last, size - 1)
         ramp = (torch.arange(size // 2, dtype=dtype) - first) / (last - first if last != first else 0.001)
         frequencies = torch.lerp(frequencies, frequencies / factor, ramp.clamp(0, 1))
+    elif kind == "proportional":
+        factor, part = numbers
+        turned = torch.arange(size // 2) < int(part * size // 2)
+        frequencies = torch.where(turned, frequencies / factor, 0.0)
     elif kind == "llama3":
         factor, low, high, context = numbers
         wavelengths = 2 * math.pi / frequencies
