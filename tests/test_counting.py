@@ -31,10 +31,10 @@ SEGMENT = {
 
 
 @pytest.mark.parametrize(
-    ("length", "step_tokens", "computed"), [(40, 16, [16, 16, 8]), (33, 16, [16, 17]), (17, 16, [17]), (5, 16, [5])]
+    ("length", "step_tokens", "computed"),
+    [(40, 16, [16, 16, 8]), (33, 16, [16, 16, 1]), (17, 16, [16, 1]), (5, 16, [5])],
 )
 def test_the_tokens_of_a_prompt_are_counted_by_the_step_that_computes_them(length, step_tokens, computed):
-    """A last token alone, which is a decoded row, counts with the chunk before it."""
     prompt = Prompt(0, "0", "", list(range(length)), {}, "", None)
     limits = Capacity(1, 100, step_tokens, step_tokens, 1, 64)
     source = Source(iter([prompt]), 1, lambda one: one.token_ids, print)

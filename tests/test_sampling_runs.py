@@ -17,6 +17,7 @@ from worker import generate
 import reference
 import world
 from noria.checkpoint.convert import convert
+from noria.engine.stage import Stage
 from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
@@ -24,6 +25,7 @@ from noria.output.parts import Parts
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.sampling import Sampling
+from noria.step import Step
 from test_row_settings import reference as processed
 from test_row_settings import warped
 
@@ -170,6 +172,17 @@ def test_the_reference_uses_every_feature(wanted):
 def test_one_rank_gives_the_references_rows(folder, wanted, name, keys):
     assert generate(folder, name, keys, Solo()) == 0
     compare(folder / f"{name}.h5", wanted)
+
+
+@pytest.mark.slow
+def test_steps_composed_ahead_give_the_references_rows(folder, wanted, monkeypatch):
+    awaited = []
+    told = Step.told
+    monkeypatch.setattr(Stage, "feeds", True)  # as where a GPU runs behind the host
+    monkeypatch.setattr(Step, "told", lambda step, ids: awaited.append(step.awaits) or told(step, ids))
+    assert generate(folder, "ahead", {"groups": 1}, Solo()) == 0
+    assert sum(awaited) > 5, "no step was composed before the one before it was sampled"
+    compare(folder / "ahead.h5", wanted)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from worker import generate
 import reference
 import world
 from noria.checkpoint.convert import convert
+from noria.engine.stage import Stage
 from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
@@ -21,6 +22,7 @@ from noria.output.parts import Parts
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence
 from noria.sampling import Sampling
+from noria.step import Step
 from test_row_settings import reference as processed
 from test_row_settings import warped
 from test_sampling_runs import CONFIG, DEMO, END, RUN, SEED, STATE, TEXT, text_of, uniform
@@ -137,6 +139,17 @@ def test_the_reference_meets_every_kind_and_every_end(wanted):
 def test_constrained_rows_of_one_rank_are_the_references(folder, wanted, name, keys):
     assert generate(folder, name, keys, Solo()) == 0
     compare(folder / f"{name}.h5", wanted)
+
+
+@pytest.mark.slow
+def test_constrained_rows_of_steps_composed_ahead_are_the_references(folder, wanted, monkeypatch):
+    awaited = []
+    told = Step.told
+    monkeypatch.setattr(Stage, "feeds", True)  # as where a GPU runs behind the host
+    monkeypatch.setattr(Step, "told", lambda step, ids: awaited.append(step.awaits) or told(step, ids))
+    assert generate(folder, "ahead", {"groups": 1}, Solo()) == 0
+    assert sum(awaited) > 5, "no step was composed before the one before it was sampled"
+    compare(folder / "ahead.h5", wanted)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from noria.desk.exports import write_exports
 from noria.desk.how import how_made, remarks
 from noria.desk.inputs import files_of_run
 from noria.desk.step_sizes import Sized, adapting
+from noria.engine.ahead import Ahead
 from noria.engine.assembly import build, load, open_the_ring
 from noria.engine.executor import Composer, Executor, follow, lead
 from noria.engine.gauge import Gauge
@@ -206,7 +207,12 @@ def _execute(
     if desk is None or stopping is None:
         return executor.run(follow(ring))
     stopping.serve(desk)
-    timing = executor.run(lead(ring, sizes(desk.admission), ring.place.groups, desk.tick, desk.lock))
+    admission = sizes(desk.admission)
+    if executor.may_compose_ahead:
+        ahead = Ahead(ring, admission, desk.tick, desk.lock)
+        timing = executor.run(ahead.next_step, ahead.take_in)
+    else:
+        timing = executor.run(lead(ring, admission, ring.place.groups, desk.tick, desk.lock))
     if desk.complete:
         stopping.merge()
     return timing

@@ -6,7 +6,7 @@ A step travels as the header, ahead of the hidden states. Knows no tensors, no d
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypeAlias
 
@@ -136,6 +136,18 @@ class Step:
     @property
     def num_samples(self) -> int:
         return len(self.sample_slots)
+
+    @property
+    def awaits(self) -> bool:
+        """Whether it takes tokens that are not known yet on the host."""
+        return bool((self.token_ids < 0).any())
+
+    def told(self, sampled: np.ndarray) -> "Step":
+        """The step with what the one before it sampled."""
+        if not self.awaits:
+            return self
+        ids = np.where(self.token_ids < 0, sampled[np.maximum(-1 - self.token_ids, 0)], self.token_ids)
+        return replace(self, token_ids=ids.astype(np.int32))
 
     def encode(self) -> bytes:
         """The header: 8-byte integers (round, group, word, masked, bytes of JSON, arrays' lengths), JSON of the changes of slots

@@ -29,6 +29,8 @@ class Steps(Protocol):
 
     def masks(self, group: int) -> Pending: ...
 
+    def mask(self, step: Step) -> Step: ...
+
 
 class Sized(Steps, Protocol):
     """One whose size may be set: the admission."""
@@ -71,6 +73,9 @@ class StepSizes:
 
     def masks(self, group: int) -> Pending:
         return self._admission.masks(group)
+
+    def mask(self, step: Step) -> Step:
+        return self._admission.mask(step)
 
     def _end_round(self) -> None:
         """The round before is over: counts it if it was full, and looks whether its size's speed is known now."""

@@ -258,6 +258,13 @@ def positions_of(step: Step) -> np.ndarray:
     return np.repeat(step.positions - starts, step.counts) + np.arange(step.num_tokens)
 
 
+def fed(token_ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """[T] the ids of a step, those below 0 from what the step before has drawn [S]: see Step.token_ids. A row that got none there
+    has ended: it computes id 0."""
+    which = (-1 - token_ids).clamp_(min=0)
+    return torch.where(token_ids < 0, drawn[which].clamp_(min=0), token_ids)
+
+
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """The arrays as int64 tensors on the device, in one copy that the host does not wait for."""
     packed = torch.from_numpy(np.concatenate([array.astype(np.int64) for array in arrays]))

@@ -39,6 +39,8 @@ class Executor:
         self._stage, self._stages = stage, stages
         self._ring, self._place = ring, ring.place
         self.timing = Timing()
+        self._began = 0.0  # of the first round that is not booked yet
+        self._unbooked: list[tuple[int, list[Step]]] = []
         self._at: tuple[int, int, int] | None = None
         self._doing = "computing"
 
@@ -49,45 +51,55 @@ class Executor:
         round, lap, group = self._at
         return f"{self._doing} in round {round}, lap {lap}, group {group}"
 
+    @property
+    def may_compose_ahead(self) -> bool:
+        """Whether a step may set out before it is known what the one before sampled: where nobody waits for its header, and the
+        device, which runs behind the host, has the tokens."""
+        alone = self._place.num_ranks == self._place.groups == self._place.laps == 1
+        return alone and self._stage.feeds
+
     @torch.inference_mode()
-    def run(self, next_step: "NextStep") -> Timing:
-        """All rounds, until every header of one says STOP."""
-        started = began = time.perf_counter()
+    def run(self, next_step: "NextStep", take_in: "TakeIn | None" = None) -> Timing:
+        """All rounds, until every header of one says STOP. take_in: takes in what the step before gave, where the next one is
+        composed before that is known; called before the next one is sampled."""
+        started = self._began = time.perf_counter()
         steps: dict[int, Batch] = {}
         for round in count():
-            before = [batch.step for batch in steps.values()]
             for lap, layers in enumerate(self._stages):
                 for group in range(self._place.groups):
                     self._at = round, lap, group
                     if lap == 0:
                         steps[group] = self._stage.prepare(self._next(next_step, round, group))
-                        if group == 0 and round:  # what the round before computed is there, or this step could not be
-                            began = self._time_round(round - 1, before, began)
                     empty = not steps[group].step.num_tokens
+                    if lap == group == 0 and (take_in is None or empty):
+                        self._book()  # what the round before computed is there, or this step could not be
                     self._stage.begin(round, lap, group, empty)
                     self.timing.visits += lap == 0 and not empty
                     if not empty:
-                        self._visit(steps[group], group, lap, layers)
+                        self._visit(steps[group], group, lap, layers, take_in)
             composed = [batch.step for batch in steps.values()]
             self._traffic.end_round(_is_prefill(composed))
             self._gauge.end_round(_phase(composed) if any(step.num_tokens for step in composed) else "")
+            self._unbooked.append((round, composed))
             if all(step.word is Word.STOP for step in composed):
-                self._time_round(round, composed, began)
+                self._book()
                 break
         self.timing.seconds = time.perf_counter() - started
         self._stage.close()
         return self.timing
 
-    def _time_round(self, round: int, steps: list[Step], began: float) -> float:
-        """Books a round that began at `began` and is over now. Returns now."""
-        ended, tokens = time.perf_counter(), sum(step.num_tokens for step in steps)
-        self.timing.end_round(_is_prefill(steps), work_of(steps), ended - began)
-        self._gauge.lasted(ended - began)
-        name = _phase(steps) if tokens else "no tokens"
-        self.trace.host("steps", name, began, ended, round=round, tokens=tokens)
-        return ended
+    def _book(self) -> None:
+        """Books the rounds that are over now: what they computed is there."""
+        for round, steps in self._unbooked:
+            ended, tokens = time.perf_counter(), sum(step.num_tokens for step in steps)
+            self.timing.end_round(_is_prefill(steps), work_of(steps), ended - self._began)
+            self._gauge.lasted(ended - self._began)
+            name = _phase(steps) if tokens else "no tokens"
+            self.trace.host("steps", name, self._began, ended, round=round, tokens=tokens)
+            self._began = ended
+        self._unbooked.clear()
 
-    def _visit(self, batch: Batch, group: int, lap: int, layers: range) -> None:
+    def _visit(self, batch: Batch, group: int, lap: int, layers: range, take_in: "TakeIn | None") -> None:
         """One group's way through one virtual stage."""
         if self._place.embeds(lap):
             begin = self.trace.mark()
@@ -97,7 +109,10 @@ class Executor:
             num_tokens = batch.step.num_tokens
             hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
         if self._place.answers(lap):
-            after, masked = self._stage.forward(batch, layers, hidden), batch.step.masked
+            after = self._stage.forward(batch, layers, hidden)
+            if take_in is not None:
+                self._take_in(batch, take_in)
+            masked = batch.step.masked
             masks = self._wait("waiting for masks", lambda: self._ring.receive_masks(group)) if masked else None
             self._ring.send_result(group, self._stage.sample(batch, after, masks))
             return
@@ -105,6 +120,26 @@ class Executor:
         nbytes = self._ring.send(group, lap, self._stage.forward(batch, layers, hidden, output))
         if nbytes:
             self._traffic.add("rank_to_rank", nbytes)
+
+    def _take_in(self, batch: Batch, take_in: "TakeIn") -> None:
+        """Takes in what the step before this one gave; what the host waits for that counts for the round before."""
+        began, waited = time.perf_counter(), 0.0
+
+        def wait(doing: str, call: Callable[[], T]) -> T:
+            nonlocal waited
+            before, self._doing = time.perf_counter(), doing
+            value = call()
+            self._doing, ended = "composing a step, or sealing rows,", time.perf_counter()
+            self.trace.host("waits", doing, before, ended)
+            waited += ended - before
+            return value
+
+        batch.step = take_in(batch.step, wait)
+        self._doing = "computing"
+        self.timing.waited += waited
+        self._gauge.took("waited", waited, before=True)
+        self._gauge.took("host", time.perf_counter() - began - waited)
+        self._book()
 
     def _next(self, next_step: "NextStep", round: int, group: int) -> Step:
         self._doing = "composing a step, or sealing rows,"
@@ -137,6 +172,8 @@ class Composer(Protocol):
 
     def masks(self, group: int) -> Pending: ...
 
+    def mask(self, step: Step) -> Step: ...
+
 
 class Wait(Protocol):
     """How a source of steps waits for the ring: what `call` returns; `doing` says in words what for."""
@@ -145,6 +182,7 @@ class Wait(Protocol):
 
 
 NextStep: TypeAlias = Callable[[int, int, Wait], Step]  # a source of steps: next_step(round, group, wait)
+TakeIn: TypeAlias = Callable[[Step, Wait], Step]  # see Executor.run: the step as it is to be sampled
 
 
 def lead(

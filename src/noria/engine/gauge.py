@@ -30,7 +30,7 @@ class Gauging(Protocol):
 
     def waited(self, name: str, begin: Mark | None) -> None: ...
 
-    def took(self, name: str, seconds: float) -> None: ...
+    def took(self, name: str, seconds: float, before: bool = False) -> None: ...
 
     def end_round(self, phase: str) -> None: ...
 
@@ -53,7 +53,7 @@ class Unwatched:
     def waited(self, name: str, begin: Mark | None) -> None:
         pass
 
-    def took(self, name: str, seconds: float) -> None:
+    def took(self, name: str, seconds: float, before: bool = False) -> None:
         pass
 
     def end_round(self, phase: str) -> None:
@@ -116,10 +116,13 @@ class Gauge:
         """Copies of a lane lie between these marks."""
         self._add(lane, begin, end)
 
-    def took(self, name: str, seconds: float) -> None:
-        """Something of the host, or of a disk, took so long."""
+    def took(self, name: str, seconds: float, before: bool = False) -> None:
+        """Something of the host, or of a disk, took so long; `before`: for the round that ended last."""
         with self._lock:
-            self._counts[name] += seconds
+            if not before:
+                self._counts[name] += seconds
+            elif self._latest:
+                self._seconds[self._latest, name] += seconds
 
     def end_round(self, phase: str) -> None:
         """All of a round is queued; `phase` "": it had no tokens."""

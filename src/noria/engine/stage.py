@@ -15,7 +15,7 @@ import torch
 from noria import blocks
 from noria.borders import largest, refined, rest_refined
 from noria.engine.activations import InHost, OnDevice
-from noria.engine.batch import Batch, Batches, Network, positions_of
+from noria.engine.batch import Batch, Batches, Network, fed, positions_of
 from noria.engine.graphs import Graphs
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
@@ -67,10 +67,19 @@ class Stage:
         self._weights, self._cache, self._activations = moved.weights, moved.cache, moved.activations
         self._schedule, self._streams, self._device = schedule.schedule, streams, streams.device
         self._trace, self._gauge, self._say = meters.trace, meters.gauge, meters.say
-        self._at = (0, 0, 0)  # the round, lap and group of the visit
+        self._at = 0, 0, 0  # the round, lap and group of the visit
+        self._drawn = sampler.nothing.token_ids  # [S] what was sampled last, on the device
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._logits_rows = LOGITS_ROWS
         self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters.say)
+
+    @property
+    def feeds(self) -> bool:
+        """Whether a step may take tokens that are known on the device alone: it gathers their hidden states, beside the host."""
+        gathers = (
+            isinstance(self._activations, OnDevice) and self._weights.wait("embed")["tokens"].device == self._device
+        )
+        return self._device.type == "cuda" and gathers
 
     def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""
@@ -92,7 +101,10 @@ class Stage:
         """Takes over the step's changes of slots and puts its arrays on the device."""
         self._sampler.apply(step)
         needed = self._activations.needed(step.sample_rows, step.score_rows)
-        return self._batches.make(step, refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens), needed)
+        borders = refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens)
+        batch = self._batches.make(step, borders, needed)
+        batch.token_ids = fed(batch.token_ids, self._drawn) if step.awaits else batch.token_ids
+        return batch
 
     def embed(self, batch: Batch) -> Hidden:
         """The hidden states of the step's tokens, gathered where the table lives; in CPU memory, how to gather them."""
@@ -107,9 +119,8 @@ class Stage:
         parameters, step = self._weights.wait("embed"), batch.step
         if parameters["tokens"].device == self._device:
             return self._layers.embed(parameters, batch.token_ids[tokens], batch.positions[tokens])
-        ids, positions = (
-            torch.from_numpy(array[tokens].astype(np.int64)) for array in (step.token_ids, positions_of(step))
-        )
+        arrays = (array[tokens].astype(np.int64) for array in (step.token_ids, positions_of(step)))
+        ids, positions = map(torch.from_numpy, arrays)
         return tuple(array.pin_memory() for array in self._layers.embed(parameters, ids, positions))
 
     def forward(self, batch: Batch, layers: range, hidden: Hidden, output: Arrays | None = None) -> Hidden:
@@ -242,14 +253,13 @@ class Stage:
             self._trace.compute("sample", begin, *self._at)
             return drawn
 
-        def score(chunk: slice, logits: torch.Tensor) -> torch.Tensor:
-            return sampler.score(logits, batch.score_ids[chunk])
-
         pieces = self._of_logits(hidden.arrays, batch.sample_rows, draw) or [sampler.nothing]
+        score = lambda chunk, logits: sampler.score(logits, batch.score_ids[chunk])  # noqa: E731
         scores = self._of_logits(hidden.arrays, batch.score_rows, score)
         self._weights.done("head")
         result = pieces[0] if len(pieces) == 1 else Result.joined(pieces, torch.cat)
         result = replace(result, prompt_logprobs=torch.cat(scores)) if scores else result
+        self._drawn = result.token_ids
         return Answer(result.map(_to_host), self._streams.event())
 
     def _of_logits(self, hidden: Arrays, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
@@ -257,8 +267,7 @@ class Stage:
 
         Fewer where memory does not suffice: `use` must not mind to be called again.
         """
-        found: list[T] = []
-        start = 0
+        found, start = list[T](), 0
         while start < len(rows):
             count = min(self._logits_rows, len(rows) - start)
             chunk = slice(start, start + count)

@@ -106,6 +106,8 @@ class Admission:
     def compose(self, round: int, group: int) -> Step:
         """The group's next step: a token for each decoding row, then chunks of prompts, then new prompts, in this budget.
 
+        It may be composed before the result of the one before is there: then its masks are made by `mask`, after that.
+
         The run ends with whole rounds: when group 0 finds nothing left, all steps of that round say STOP.
         """
         if group == 0:
@@ -126,7 +128,7 @@ class Admission:
         changes = Changes(self._slots.released(group), tuple(admitted), grown)
         step = compose(round, group, changes, flight, chunks, self._slots.active[group], self._capacity)
         self._led()
-        return self._with_masks(step)
+        return step if flight.awaits else self.mask(step)
 
     def _grow(self, group: int) -> tuple[Grown, ...]:
         """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""
@@ -143,12 +145,13 @@ class Admission:
                 flight.hold(sequence)
         return tuple(Grown(one.slot, one.runs) for one in outgrown if one.slot in active)
 
-    def _with_masks(self, step: Step) -> Step:
+    def mask(self, step: Step) -> Step:
         """The step, whose masks are being made from now on where some of its samples are constrained."""
         wants, active = {}, self._slots.active[step.group]
         for place, slot in enumerate(step.sample_slots.tolist() if self._maker.guides.steering else ()):
-            guide = active[slot].guide
-            if guide is not None and (want := guide.want(len(active[slot].token_ids))):
+            sequence = active.get(slot)  # None: it has ended since the step was composed
+            guide = sequence.guide if sequence is not None else None
+            if sequence is not None and guide is not None and (want := guide.want(len(sequence.token_ids))):
                 wants[place] = guide, want
         if not wants:
             return step

@@ -180,6 +180,11 @@ class Flight:
         serials = self._rows["serial"]
         self._under_way.append((serials[step.slots - self._first_slot], serials[samples]))
 
+    @property
+    def awaits(self) -> bool:
+        """Whether a step before the one that was composed last is still under way."""
+        return len(self._under_way) > 1
+
     def arrived(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """The result of the step that has been under way longest is there: which of its rows [R], and of its samples [S], are
         still in flight."""
