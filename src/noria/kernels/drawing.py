@@ -13,6 +13,7 @@ SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a 
 HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
 BLOCK, WARPS = 1024, 8  # ids that a program takes at a time, and its warps: the order of its sums, one for all rows
+LEAST_TILES = 128  # sums that a program keeps, so that vocabularies share what is built
 
 
 def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -23,7 +24,7 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: 
     if not len(logits):
         return
     vocab = logits.shape[1]
-    tiles = 1 << (-(-vocab // BLOCK) - 1).bit_length()
+    tiles = max(LEAST_TILES, 1 << (-(-vocab // BLOCK) - 1).bit_length())
     _kernels().draw_rows[(len(logits),)](
         logits, settings, ids if rows is None else rows, ids, vocab, logits.stride(0), rows is not None, COLUMNS,
         SHIFTS[logits.dtype], tiles, BLOCK, num_warps=WARPS,

@@ -68,6 +68,13 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return "" if wrong < LARGEST_ERROR else "it gives other results than torch"
 
 
+def build(device: torch.device, dtype: torch.dtype, router: tuple[int, int], of_router: torch.dtype) -> None:
+    """Builds what a router [X, E] in a dtype needs, where the kernel serves: for few, some and many tokens."""
+    weight = torch.zeros(router, dtype=of_router, device=device)
+    for tokens in (1, 512, 16_384):
+        product(torch.zeros(tokens, router[1], dtype=dtype, device=device), weight, None, torch.float32)
+
+
 def error(device: torch.device, dtype: torch.dtype, of_weights: torch.dtype, rows: int = 3, inputs: int = 200) -> float:
     """The largest difference of a small product in float32 to float64."""
     draw = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ import triton.language as tl
 LEAST_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one variant for any number of them
 def multiply_in_order(
     hidden, weight, bias, product, rows, outputs, inputs, hidden_row, weight_row, HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -16,6 +16,7 @@ from noria.step import NONE_LEFT as NONE_LEFT_ID
 NO_TOKEN, NONE_LEFT = tl.constexpr(NO_TOKEN_ID), tl.constexpr(NONE_LEFT_ID)
 LOWEST = tl.constexpr(-(2**31))  # a key below that of any number
 OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+OF_LOGPROBS = ["rows", "ids", "logprobs", "top_ids", "top_logprobs"]  # one variant for any alignment
 MOST_RATE = tl.constexpr(1e308)  # 1 / temperature is finite: what is 0 below the largest stays so
 
 
@@ -181,7 +182,7 @@ def _limits(
     return threshold, last
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["settings", "rows", "ids"])
 def draw_rows(
     logits, settings, rows, ids, vocab, stride, EDITED: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr,
     TILES: tl.constexpr, BLOCK: tl.constexpr,
@@ -211,7 +212,7 @@ def draw_rows(
     tl.store(ids + number, found.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["vocab", "top"])
+@triton.jit(do_not_specialize=["vocab", "top"], do_not_specialize_on_alignment=OF_LOGPROBS)
 def logprobs_of_rows(
     logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, stride, top, BLOCK: tl.constexpr
 ):  # fmt: skip
