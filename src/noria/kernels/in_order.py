@@ -68,11 +68,10 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return "" if wrong < LARGEST_ERROR else "it gives other results than torch"
 
 
-def build(device: torch.device, dtype: torch.dtype, router: tuple[int, int], of_router: torch.dtype) -> None:
-    """Builds what a router [X, E] in a dtype needs, where the kernel serves: for few, some and many tokens."""
-    weight = torch.zeros(router, dtype=of_router, device=device)
+def build(dtype: torch.dtype, router: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Builds what scores of a router [X, E], with a bias [X] or none, are computed with: for few, some and many tokens."""
     for tokens in (1, 512, 16_384):
-        product(torch.zeros(tokens, router[1], dtype=dtype, device=device), weight, None, torch.float32)
+        product(torch.zeros(tokens, router.shape[1], dtype=dtype, device=router.device), router, bias, torch.float32)
 
 
 def error(device: torch.device, dtype: torch.dtype, of_weights: torch.dtype, rows: int = 3, inputs: int = 200) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from noria.kernels import in_order
 from noria.kernels.expert_layer import ExpertLayer, Gate
 from noria.model import ModelShape
 from noria.models import _config as read
@@ -131,6 +132,9 @@ def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
         biases = (zeros((1, 2 * inner)), zeros((1, hidden))) if its.biased else None
         layer = ExpertLayer(piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2), its.gate, biases)
         _tiles.build(zeros((1, hidden)), chosen, layer)
+    if isinstance(its, Experts) and not in_order.refuses(device, dtype):
+        router = torch.zeros(its.number, shape.hidden_size, dtype=torch.float32 if its.wide else dtype, device=device)
+        in_order.build(dtype, router, router[:, 0] if its.biased else None)
     return why
 
 
