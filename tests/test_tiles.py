@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 if not importlib.util.find_spec("triton"):
@@ -21,8 +22,13 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
     from noria.kernels import mix, routing
 
 import expert_checks
+import families
+import mixtures
 from expert_checks import CASES, CLAMPED, ROUTINGS, Case
 from noria.kernels.expert_layer import ExpertLayer
+from noria.models import _routing, _tiles
+from noria.step import Run
+from whole import Whole, tokens_of
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +162,25 @@ def test_of_equal_scores_the_first_is_chosen_and_what_is_no_number_last():
     assert chosen.tolist()[0] == [1, 2, 0] and chosen.tolist()[2] == [4, 1, 3]
     assert weights[1].isnan().all() and not weights[[0, 2]].isnan().any()
     assert 0 <= int(chosen[1].min()) and int(chosen[1].max()) < 5  # within the experts, whatever the scores
+
+
+def state_of(config, folder):
+    families.save(config, folder)
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen2_moe", "gpt_oss", "phimoe", "llama4_text", "beam"])
+def test_families_compute_by_tiles_what_they_compute_plainly(name, monkeypatch, tmp_path):
+    config = mixtures.CONFIGS[name]
+    whole, called = Whole(config, state_of(config, tmp_path), torch.float32), []
+    tokens = [(tokens_of(1, 9), 0, (Run(3, 4),))]
+    plain = whole.logits(tokens)[0]
+    mixed = mix.mix
+    monkeypatch.setattr(mix, "mix", lambda *given: (called.append(len(given[0])), mixed(*given))[1])
+    monkeypatch.setattr(_tiles, "fits", lambda rows, layer: True)
+    monkeypatch.setattr(_routing, "_by_kernel", lambda routing, scores: routing.groups == 1 and not routing.soft_cap)
+    found = whole.logits(tokens)[0]
+    assert called and plain.std() > 0.3
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
