@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from noria.engine.row_settings import Counts, RowSettings, edits_of
+from noria.engine.row_settings import Counts, RowSettings, SlotColumns, edits_of
 from noria.engine.sampler import Sampler
 from noria.rows.prompts import Prompt
 from noria.rows.sequence import Sequence, sampler_settings
@@ -198,3 +198,18 @@ def test_tokens_that_are_given_again_are_counted_once():
     many = Counts(0)
     many.add(list(range(500)) * 2, 0)
     assert many.ids.tolist() == list(range(500)) and (many.generated == 2).all()
+
+
+def test_columns_of_slots_are_those_of_their_last_rows():
+    random, columns, rows = np.random.default_rng(0), SlotColumns(), {}
+    for _ in range(500):
+        slot = int(random.integers(0, 200)) * 10**6
+        if random.random() < 0.3:
+            columns.drop(slot)
+            rows.pop(slot, None)
+        else:
+            rows[slot] = [float(number) for number in random.random(4)]
+            names = ("temperature", "top_k", "top_p", "min_p")
+            columns.put(slot, RowSettings.from_header(dict(zip(names, rows[slot], strict=True))))
+    slots = np.array([*rows, 7])
+    assert columns.of(slots).tolist() == [*rows.values(), [0.0] * 4] and len(rows) > 64

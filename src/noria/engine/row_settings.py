@@ -140,15 +140,16 @@ class RowSettings:
 
 
 class SlotColumns:
-    """What rows are drawn by, by slot, as kernels take it: temperature, top_k, top_p and min_p."""
+    """What rows are drawn by, by slot, as kernels take it: temperature, top_k, top_p and min_p. Slots of none are greedy."""
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}  # slots may be any numbers
         self._free: list[int] = []
-        self._values = np.zeros((64, 4))
+        self._values = np.zeros((64, 4))  # the first is no slot's
 
     def put(self, slot: int, row: RowSettings) -> None:
-        place = self._places.setdefault(slot, self._free.pop() if self._free else len(self._places))
+        self.drop(slot)
+        place = self._places[slot] = self._free.pop() if self._free else len(self._places) + 1
         if place == len(self._values):
             self._values = np.concatenate([self._values, np.zeros_like(self._values)])
         self._values[place] = row.temperature, row.top_k, row.top_p, row.min_p
@@ -159,7 +160,7 @@ class SlotColumns:
 
     def of(self, slots: np.ndarray) -> np.ndarray:
         """[S, 4] float64 of these slots [S]."""
-        return self._values[[self._places[slot] for slot in slots.tolist()]]
+        return self._values[[self._places.get(slot, 0) for slot in slots.tolist()]]
 
 
 def edits_of(settings: list[RowSettings], positions: np.ndarray, vocab_size: int) -> Iterator[Edit]:
