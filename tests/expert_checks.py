@@ -97,6 +97,13 @@ ROUTINGS = [
 ]
 
 
+IN_GROUPS = [
+    Routing(8, before="sigmoid", normalized=True, least=LEAST_SUM, groups=8, kept=4, scaling=2.5),
+    Routing(3, before="softmax", groups=4, kept=2, best=1),
+    Routing(2, before="sigmoid", groups=2, kept=1),
+]
+
+
 def routed(routing, tokens, experts, corrected, device, choose):
     """What a kernel chooses of random scores, and what torch does in float64."""
     draw = torch.Generator().manual_seed(experts)
@@ -104,5 +111,6 @@ def routed(routing, tokens, experts, corrected, device, choose):
     correction = correction if corrected else None
     least = routing.least if routing.normalized else None
     to = lambda its: None if its is None else its.to(device)  # noqa: E731
-    found = choose(to(scores), to(correction), routing.chosen, (routing.before, routing.after), least, routing.scaling)
+    squashes, groups = (routing.before, routing.after), (routing.groups, routing.kept, routing.best)
+    found = choose(to(scores), to(correction), routing.chosen, squashes, least, routing.scaling, groups)
     return [its.cpu() for its in found], _routing.choose(routing, scores.double(), correction)

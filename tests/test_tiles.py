@@ -156,6 +156,15 @@ def test_a_kernel_chooses_as_torch_does(its, corrected):
         torch.testing.assert_close(weights.double(), expected[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("its", expert_checks.IN_GROUPS, ids=lambda its: f"{its.kept} of {its.groups}")
+def test_a_kernel_chooses_within_groups_as_torch_does(its, corrected):
+    for experts in (16, 32):
+        (chosen, weights), expected = expert_checks.routed(its, 9, experts, corrected, "cpu", routing.choose)
+        assert torch.equal(chosen, expected[0])
+        torch.testing.assert_close(weights.double(), expected[1], rtol=1e-5, atol=1e-7)
+
+
 def test_of_equal_scores_the_first_is_chosen_and_what_is_no_number_last():
     scores = torch.tensor([[1.0, 3.0, 3.0, torch.nan, 0.0], [torch.nan] * 5, [-torch.inf, 2.0, -torch.inf, 1.0, 3.0]])
     chosen, weights = routing.choose(scores, None, 3, ("", "softmax"), None, 1.0)

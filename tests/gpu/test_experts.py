@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import expert_checks
-from expert_checks import CASES, CLAMPED, ROUTINGS, Case
+from expert_checks import CASES, CLAMPED, IN_GROUPS, ROUTINGS, Case
 from noria import kinds
 from noria.kernels.expert_layer import ExpertLayer
 from noria.models import _experts, _routing, _tiles
@@ -94,9 +94,9 @@ def test_tiles_of_any_size_give_the_plain_sum(case, dtype):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("its", ROUTINGS, ids=str)
+@pytest.mark.parametrize("its", [*ROUTINGS, *IN_GROUPS], ids=str)
 def test_a_kernel_chooses_as_torch_does(its, corrected):
-    for experts in (8, 60, 128, 384, 1000):
+    for experts in (8, 60, 128, 384, 1000) if its.groups == 1 else (16, 64, 256):
         choose = kinds.load("kernels", "routing").choose
         (chosen, weights), expected = expert_checks.routed(its, 300, experts, corrected, "cuda", choose)
         assert (chosen == expected[0]).all(dim=1).float().mean() > 0.99  # probabilities may be equal in float32

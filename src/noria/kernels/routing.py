@@ -20,10 +20,26 @@ def squashed(scores, valid, SOFTMAX: tl.constexpr, SIGMOID: tl.constexpr):
 
 
 @triton.jit
+def within_groups(rank, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr):
+    """The ranks, those outside the KEPT groups whose BEST best have the largest sums minus infinity."""
+    of_groups = tl.reshape(rank, (GROUPS, rank.shape[0] // GROUPS))
+    within, group = tl.arange(0, rank.shape[0] // GROUPS)[None, :], tl.arange(0, GROUPS)
+    left, total, kept = of_groups, tl.zeros((GROUPS,), tl.float32), tl.zeros((GROUPS,), tl.int32)
+    for _ in tl.static_range(BEST):
+        total += tl.max(left, 1)
+        left = tl.where(within == tl.argmax(left, 1)[:, None], float("-inf"), left)
+    for _ in tl.static_range(KEPT):
+        best = tl.argmax(tl.where(kept == 0, total, float("-inf")), 0)
+        kept = tl.where(group == best, 1, kept)
+    return tl.reshape(tl.where(kept[:, None] == 1, of_groups, float("-inf")), (rank.shape[0],))
+
+
+@triton.jit
 def choose_experts(
     scores, correction, chosen, weights, row, least, scaling, X: tl.constexpr, CHOSEN: tl.constexpr,
     BEFORE_SOFTMAX: tl.constexpr, BEFORE_SIGMOID: tl.constexpr, AFTER_SOFTMAX: tl.constexpr, AFTER_SIGMOID: tl.constexpr,
-    CORRECTED: tl.constexpr, NORMALIZED: tl.constexpr, PAD: tl.constexpr, PLACES: tl.constexpr,
+    CORRECTED: tl.constexpr, NORMALIZED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    PAD: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """The best of a token's experts, of equal ones the first. What is no number is chosen last."""
     token, x, place = tl.program_id(0).to(tl.int64), tl.arange(0, PAD), tl.arange(0, PLACES)
@@ -31,6 +47,8 @@ def choose_experts(
     its = squashed(tl.load(scores + token * row + x, mask=known, other=0.0), known, BEFORE_SOFTMAX, BEFORE_SIGMOID)
     rank = its + tl.load(correction + x, mask=known, other=0.0) if CORRECTED else its
     rank = tl.where(known & (rank == rank), rank, float("-inf"))
+    if GROUPS > 1:
+        rank = within_groups(rank, GROUPS, KEPT, BEST)
     expert, weight = tl.zeros((PLACES,), tl.int64), tl.zeros((PLACES,), tl.float32)
     for choice in tl.static_range(CHOSEN):
         best = tl.argmax(rank, 0)
@@ -51,11 +69,13 @@ def choose(
     squashes: tuple[str, str],
     least: float | None,
     scaling: float,
+    groups: tuple[int, int, int] = (1, 1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """C = `count` experts of each token [T, C] int64, the best first, and their weights [T, C], of float32 scores [T, X].
 
     squashes: what is made of all scores, and then of the chosen ones: `softmax`, `sigmoid` or nothing. correction [X] counts
     for the choice alone. least: weights are divided by their sum, or by this if that is more; None: they are not.
+    groups: of so many, each a power of two of experts, those are kept in number whose so many best ranks have the largest sums.
     """
     tokens, number = scores.shape
     chosen = torch.empty(tokens, count, dtype=torch.int64, device=scores.device)
@@ -65,7 +85,7 @@ def choose(
         choose_experts[(tokens,)](
             scores, scores if correction is None else correction, chosen, weights, scores.stride(0), least or 0.0, scaling,
             number, count, before == "softmax", before == "sigmoid", after == "softmax", after == "sigmoid",
-            correction is not None, least is not None, triton.next_power_of_2(number), triton.next_power_of_2(count),
+            correction is not None, least is not None, *groups, triton.next_power_of_2(number), triton.next_power_of_2(count),
             num_warps=1 if number <= 512 else 4, enable_fp_fusion=False,
         )  # fmt: skip
     return chosen, weights

@@ -102,8 +102,8 @@ def choose(
     if _by_kernel(routing, scores):
         correction = None if correction is None else correction.to(scores.dtype)
         least = routing.least if routing.normalized else None
-        squashes = routing.before, routing.after
-        return _tiles.choose(scores, correction, routing.chosen, squashes, least, routing.scaling)
+        squashes, groups = (routing.before, routing.after), (routing.groups, routing.kept, routing.best)
+        return _tiles.choose(scores, correction, routing.chosen, squashes, least, routing.scaling, groups)
     if routing.soft_cap:
         scores = torch.tanh(scores / routing.soft_cap) * routing.soft_cap
     scores = _squashed(routing.before, scores)

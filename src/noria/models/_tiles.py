@@ -45,10 +45,11 @@ def choose(
     squashes: tuple[str, str],
     least: float | None,
     scaling: float,
+    groups: tuple[int, int, int] = (1, 1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` experts of each token [T, C] and their weights [T, C], of its scores [T, X] (kernels/routing.py)."""
     found: tuple[torch.Tensor, torch.Tensor] = kinds.load("kernels", "routing").choose(
-        scores, correction, count, squashes, least, scaling
+        scores, correction, count, squashes, least, scaling, groups
     )
     return found
 
