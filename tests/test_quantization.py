@@ -150,7 +150,9 @@ SAID = [
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
-            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 8, "strategy": "channel"}}},
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"type": "int", "num_bits": 8, "strategy": "channel"}}
+            },
         },
         "int8",
     ),
@@ -174,6 +176,110 @@ def test_random_weights_are_encoded_as_the_config_says(said, encoding):
         for key in (key for one in block.encoded for key in one.computed):
             value = its[key] if isinstance(its[key], torch.Tensor) else its[key].of(range(8))
             assert 0.015 < value.float().std() < 0.025 and abs(value.float().mean()) < 0.002, key
+
+
+GROUPS = {"float": {"type": "float", "num_bits": 4}, "int": {"type": "int", "num_bits": 4}}
+LISTS = [
+    # gpt-oss-20b's own
+    (
+        "gpt_oss",
+        {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+        {"experts": "mxfp4"},
+    ),
+    ("gpt_oss", {"quant_method": "mxfp4"}, {"experts": "mxfp4"}),
+    ("llama", {"quant_method": "mxfp4"}, dict.fromkeys(("qkv", "out", "gate_up", "down"), "mxfp4")),
+    (
+        "qwen3_moe",
+        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.1.self_attn.q_proj", "lm_head"]},
+        {"out": "fp8_channel", "experts": "fp8_channel"},
+    ),
+    (
+        "llama",
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "modules_to_not_convert": ["mlp", "self_attn.o"]},
+        {"qkv": "int4", "out": "int4"},
+    ),
+    (
+        "llama",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["model.layers.1.mlp*"]},
+        {"qkv": "nvfp4", "out": "nvfp4"},
+    ),
+    (
+        "llama",
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["*.self_attn*"]}},
+        {"gate_up": "fp8_block", "down": "fp8_block"},
+    ),
+    (
+        "llama",
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {
+                "model.layers.1.self_attn.o_proj": {"quant_algo": "FP8"},
+                "model.layers.1.mlp.down_proj": {"quant_algo": "NVFP4"},
+                "model.layers.1.self_attn.q_proj": {"quant_algo": "FP8"},  # keys and values are not: they lie together
+            },
+        },
+        {"out": "fp8_channel", "down": "nvfp4"},
+    ),
+    (
+        "llama",
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mxfp4-pack-quantized",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": GROUPS["float"] | {"group_size": 32}}},
+            "ignore": ["lm_head", "re:.*self_attn.*"],
+        },
+        {"gate_up": "mxfp4", "down": "mxfp4"},
+    ),
+    (
+        "qwen3_moe",
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "a": {"targets": ["re:.*experts.*"], "weights": GROUPS["float"] | {"group_size": 16}},
+                "b": {"targets": ["Linear"], "weights": GROUPS["int"] | {"group_size": 32, "actorder": "group"}},
+            },
+        },
+        {"qkv": "int4", "out": "int4", "experts": "nvfp4"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "said", "encodings_of"), LISTS)
+def test_random_weights_stay_plain_where_the_config_names_them(family, said, encodings_of):
+    shape = (families.CONFIGS | mixtures.CONFIGS)[family] | {"quantization_config": said}
+    block = random_checkpoint(shape, "bfloat16").blocks["layers/0001"]
+    assert {one.name: one.encoding for one in block.encoded} == encodings_of
+    assert all(one.settings["permuted"] for one in block.encoded if one.encoding == "int4" and "config_groups" in said)
+
+
+def test_random_gpt_oss_takes_as_many_bytes_as_it_is_published_in():
+    """openai/gpt-oss-20b: the sum of its files of safetensors is 13.76 GB."""
+    sizes = {
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "vocab_size": 201088,
+        "head_dim": 64,
+    }
+    heads = {
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "experts_per_token": 4,
+        "num_experts_per_tok": 4,
+    }
+    types = ["sliding_attention", "full_attention"] * 12
+    shape = mixtures.CONFIGS["gpt_oss"] | sizes | heads | {"layer_types": types, "quantization_config": LISTS[0][1]}
+    assert random_checkpoint(shape, "bfloat16").nbytes == pytest.approx(13.76e9, rel=0.002)
 
 
 def test_what_the_text_config_of_a_wrapper_says_counts_where_the_config_says_nothing():
@@ -203,6 +309,18 @@ def test_large_random_matrices_are_repetitions_of_some_outputs(monkeypatch):
         ({"quant_method": "gptq"}, "'bits'"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "block_size is 128"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "cannot be made as quantization_config says"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP3"}, "quant_algo is 'NVFP3'"),
+        ({"quant_method": "modelopt"}, "'quant_algo'"),
+        ({"quant_method": "fp8", "modules_to_not_convert": [3]}, "are lists of names"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "a": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "group_size": 32}}
+                },
+            },
+            "8 bits float by group",
+        ),
         ("fp8", "it must be an object"),
     ],
 )

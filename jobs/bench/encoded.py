@@ -1,13 +1,13 @@
-"""Weights in fewer bits: how fast their rounds are, and what they cost in error and in bits a character.
+"""Weights and caches in fewer bits: how fast rounds are, and what they cost in error and in bits a character.
 
     python jobs/bench/encoded.py rounds [--shape opt-30b] [--prompts 64] [--forms plain exponent fp8 int4] [-- flags]
-    python jobs/bench/encoded.py quality --text kjv.txt [--characters 40000]
+    python jobs/bench/encoded.py quality --text kjv.txt [--characters 40000] [--only bfloat16 "cache int4"]
 
 `rounds` (one GPU): all weights on the CPU, random ones, as streamed.py does it: a JSON line a form with the share of the link
 that decode rounds reach and how many times as fast as plain bfloat16 they are. `quality` (any machine): the demo model in
 each form, the relative error of the weights that are encoded (Frobenius), and bits a character of chapters that it was not
 trained on, by prompt_logprobs. inputs/demo/README.md says how kjv.txt is made. FlexGen's form is a minimum and a step of
-float16 for each 64 inputs.
+float16 for each 64 inputs. `cache int8`: plain weights with --kv-cache-dtype int8; bits are those of a key and value together.
 """
 
 import argparse
@@ -25,9 +25,11 @@ import streamed
 import torch
 
 from noria import config
+from noria.arrays import ENCODINGS
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.quantization import Quantization
+from noria.desk.examination import with_cache
 from noria.engine.decoding import Decoder
 from noria.engine.parameters import Undecoded
 from noria.launch.mpi import Solo
@@ -43,6 +45,7 @@ ROUNDS: dict[str, tuple[dict[str, Any] | None, list[str]]] = {  # what config.js
     "int4": ({"quant_method": "int4"}, []),
     "mxfp4": ({"quant_method": "mxfp4"}, []),
 }
+CACHES = {f"cache {kind}": kind for kind in ENCODINGS}
 QUALITY: dict[str, tuple[str, dict[str, Any]] | None] = {
     "bfloat16": None,
     "flexgen 4 bits, groups of 64": None,
@@ -53,6 +56,7 @@ QUALITY: dict[str, tuple[str, dict[str, Any]] | None] = {
     "int4, groups of 64, symmetric": ("int4", {"symmetric": True}),
     "mxfp4": ("mxfp4", {}),
     "nvfp4": ("nvfp4", {}),
+    **dict.fromkeys(CACHES),
 }
 
 
@@ -76,32 +80,44 @@ def rounds(arguments: argparse.Namespace) -> None:
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    """The demo model in each form."""
-    sys.path.insert(0, str(DEMO))
-    import train
-
-    passages, left = [], arguments.characters
-    for passage in train.documents(train.split(train.read_chapters(arguments.text))[1]):
-        if "\n" in passage and left > 0:  # with its heading
-            passages.append(passage)
-            left -= len(passage)
+    """The model in each form."""
+    passages = _passages(arguments.text, arguments.characters, arguments.model == DEMO / "model")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = [json.dumps({"prompt": passage, "max_new_tokens": 0, "prompt_logprobs": True}) for passage in passages]
         (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-        convert(DEMO / "model", folder / "plain.h5")
+        convert(arguments.model, folder / "plain.h5")
         for form, chosen in QUALITY.items():
-            source = _as_flexgen(folder) if form.startswith("flexgen") else DEMO / "model"
+            if arguments.only and form not in arguments.only:
+                continue
+            source = _as_flexgen(arguments.model, folder) if form.startswith("flexgen") else arguments.model
             choose = Quantization(*chosen) if chosen else None
             convert(source, folder / "model.h5", overwrite=True, forms=choose)
-            line = {"bench": "quality", "form": form, **error_of(folder, flexgen=form.startswith("flexgen"))}
-            line["bits_a_character"] = round(bits_of(folder, sum(map(len, passages))), 4)
+            error = error_of(folder, flexgen=form.startswith("flexgen"))
+            line = {"bench": "quality", "form": form, **(error if form not in CACHES else bits_of_cache(folder, form))}
+            bits = bits_of(folder, sum(map(len, passages)), CACHES.get(form, "auto"))
+            line["bits_a_character"] = round(bits, 4)
             print(json.dumps(line), flush=True)
 
 
-def _as_flexgen(folder: Path) -> Path:
-    """The demo model with its layers' matrices as FlexGen's compression leaves them: 4 bits, groups of 64 inputs."""
-    tensors = safetensors.torch.load_file(DEMO / "model" / "model.safetensors")
+def _passages(text: Path, characters: int, held_out: bool) -> list[str]:
+    """So many characters of a text: chapters that the demo model was not trained on, or 1,500 at a time from its beginning."""
+    if not held_out:
+        whole = text.read_text()[:characters]
+        return [whole[first : first + 1500] for first in range(0, len(whole), 1500)]
+    sys.path.insert(0, str(DEMO))
+    import train
+
+    passages: list[str] = []
+    for passage in train.documents(train.split(train.read_chapters(text))[1]):
+        if "\n" in passage and sum(map(len, passages)) < characters:  # with its heading
+            passages.append(passage)
+    return passages
+
+
+def _as_flexgen(model: Path, folder: Path) -> Path:
+    """The model with its layers' matrices as FlexGen's compression leaves them: 4 bits, groups of 64 inputs."""
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
     for name, its in tensors.items():
         if ".layers." in name and its.dim() == 2:
             groups = torch.nn.functional.pad(its.float(), (0, -its.shape[1] % 64)).unflatten(1, (-1, 64))
@@ -111,7 +127,7 @@ def _as_flexgen(folder: Path) -> Path:
             tensors[name] = (codes * step + least).flatten(1)[:, : its.shape[1]].contiguous()
     target = folder / "flexgen"
     target.mkdir(exist_ok=True)
-    for file in (DEMO / "model").iterdir():
+    for file in model.iterdir():
         if file.suffix == ".json":
             (target / file.name).write_bytes(file.read_bytes())
     safetensors.torch.save_file(tensors, target / "model.safetensors")
@@ -145,10 +161,19 @@ def error_of(folder: Path, flexgen: bool) -> dict[str, float]:
     return {"bits": 4.5 if flexgen else round(bits, 3), "error": round((wrong / whole) ** 0.5, 5)}
 
 
-def bits_of(folder: Path, characters: int) -> float:
+def bits_of_cache(folder: Path, form: str) -> dict[str, float]:
+    """Bits of a number in the cache."""
+    with open_checkpoint(folder / "model.h5") as checkpoint:
+        shape = checkpoint.shape
+    kept, plain = (its.cache_nbytes([range(1)], "bfloat16") for its in (with_cache(shape, CACHES[form]), shape))
+    return {"bits": round(16 * kept / plain, 3)}
+
+
+def bits_of(folder: Path, characters: int, cache: str) -> float:
     """Bits a character of the passages, without their first token."""
     files = {"model": "model.h5", "prompts": "prompts.jsonl", "output": "run.h5"}
     keys = {key: str(folder / file) for key, file in files.items()} | {"dtype": "float32", "device": "cpu"}
+    keys |= {"kv_cache_dtype": cache}
     with contextlib.redirect_stderr(io.StringIO()):
         assert run(config.load(None, keys | {"overwrite": True}), Solo()) == 0
     with open_generations(folder / "run.h5") as file:
@@ -165,8 +190,10 @@ def main() -> None:
     streamed.lengths.add_arguments(timed, prompts=64, max_new_tokens=8)
     timed.add_argument("flags", nargs="*", help="flags of noria run, after --")
     judged = commands.add_parser("quality")
-    judged.add_argument("--text", type=Path, required=True, help="kjv.txt of inputs/demo/README.md")
+    judged.add_argument("--text", type=Path, required=True, help="kjv.txt of inputs/demo/README.md, for the demo model")
+    judged.add_argument("--model", type=Path, default=DEMO / "model", help="a directory (default: the demo model)")
     judged.add_argument("--characters", type=int, default=40_000, help="of held-out passages")
+    judged.add_argument("--only", nargs="+", choices=QUALITY, help="these forms alone")
     arguments = parser.parse_args()
     {"rounds": rounds, "quality": quality}[arguments.command](arguments)
 

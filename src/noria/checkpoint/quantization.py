@@ -3,7 +3,7 @@
 Matrices of layers are; embedding, head, norms, routers, biases and what has a dtype of its own are left as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +33,28 @@ class Quantization:
         return (self.encoding, self.settings) if takes(block, parameter) else None
 
     def lay_out(self, block: Block, dtype: str) -> Block:
-        """A plain block with its parameters encoded, each piece of them as one matrix or as those that its family names."""
-        settings, forms = kinds.load("encodings", self.encoding).DEFAULTS | self.settings, dict[str, Encoded]()
-        for parameter in block.parameters:
-            if takes(block.name, parameter):
-                named = [Matrix(its.name, its.shape) for its in parameter.piece.matrices if its.name]
-                try:
-                    piece = encodings.capacity(self.encoding, named or [Matrix("", parameter.shape)], dtype, settings)
-                except InputError as error:
-                    raise InputError(f"{block.name}/{parameter.name}: {error}") from error
-                forms[parameter.name] = Encoded(self.encoding, settings, piece)
-        return lay_out(block.name, {one.name: one.wanted for one in block.parameters}, dtype, forms) if forms else block
+        """A plain block with its parameters encoded."""
+        return laid_out(block, dtype, lambda parameter: self)
+
+    def of(self, parameter: Parameter, dtype: str) -> Encoded:
+        """How a parameter is encoded: each piece of it as one matrix or as those that its family names."""
+        settings = kinds.load("encodings", self.encoding).DEFAULTS | self.settings
+        named = [Matrix(its.name, its.shape) for its in parameter.piece.matrices if its.name]
+        piece = encodings.capacity(self.encoding, named or [Matrix("", parameter.shape)], dtype, settings)
+        return Encoded(self.encoding, settings, piece)
+
+
+def laid_out(block: Block, dtype: str, choose: Callable[[Parameter], Quantization | None]) -> Block:
+    """A plain block with each parameter that takes an encoding in the one that is chosen for it, if one is."""
+    forms = dict[str, Encoded]()
+    for parameter in block.parameters:
+        chosen = choose(parameter) if takes(block.name, parameter) else None
+        if chosen is not None:
+            try:
+                forms[parameter.name] = chosen.of(parameter, dtype)
+            except InputError as error:
+                raise InputError(f"{block.name}/{parameter.name}: {error}") from error
+    return lay_out(block.name, {one.name: one.wanted for one in block.parameters}, dtype, forms) if forms else block
 
 
 def quantization(word: str, group_size: int | None = None) -> Quantization:

@@ -14,9 +14,10 @@ import torch
 import xxhash
 
 from noria import kinds
-from noria.blocks import DTYPE_NBYTES, Parameter
+from noria.blocks import DTYPE_NBYTES, Block, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
-from noria.checkpoint.said import said_by
+from noria.checkpoint.quantization import Quantization, laid_out
+from noria.checkpoint.said import Chosen, said_by
 from noria.errors import InputError
 from noria.pieces import Field, Matrix
 
@@ -24,6 +25,7 @@ from noria.pieces import Field, Matrix
 PERIOD = 1_048_583
 TILES = 16  # periods that one thread copies at a time
 MAX_THREADS = 16
+SOME = 6  # modules of a parameter whose names are looked at: those of many experts differ by a number
 
 
 class RandomCheckpoint:
@@ -38,14 +40,25 @@ class RandomCheckpoint:
         self.generation_config: dict[str, Any] = {}
         self.tokenizer: dict[str, bytes] = {}
         self._module, self.shape = model_shape(config, "random weights")
-        self.family, quantization = self.shape.family, said_by(config)
+        self.family = self.shape.family
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
-        if quantization is not None:
-            self.blocks = {name: quantization.lay_out(block, dtype) for name, block in self.blocks.items()}
+        chosen = said_by(config, any(block.expert_numbers for block in self.blocks.values()))
+        if chosen is not None:
+            self.blocks = {name: self._encoding(block, dtype, chosen) for name, block in self.blocks.items()}
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
         self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
         width = config.get("initializer_range", config.get("init_std", 0.02))
         self._width = width if isinstance(width, float) and 0 < width < 1 else 0.02
+
+    def _encoding(self, block: Block, dtype: str, chosen: Chosen) -> Block:
+        """A block with its parameters encoded as it is said of the modules that they are made of."""
+        sources = self._module.sources(self.shape, block.name)
+
+        def choose(parameter: Parameter) -> Quantization | None:
+            names = [str(one).removesuffix(".weight") for one in sources[parameter.name]]
+            return chosen([*names[:SOME], *names[-1:]])  # experts are alike
+
+        return laid_out(block, dtype, choose)
 
     def read_block(self, name: str, into: bytearray | memoryview) -> None:
         """Fills the writable buffer `into`, of exactly the block's nbytes, with the block. Any thread may call it."""

@@ -33,6 +33,7 @@ class Scheme:
     block: tuple[int, int] | None
     symmetric: bool
     rounds: bool  # activations too
+    ordered: bool = False  # groups of inputs in another order
 
     @property
     def words(self) -> str:
@@ -74,6 +75,7 @@ def _scheme(name: str, said: Any) -> Scheme:
         _block(block, where),
         weights.get("symmetric", True) is True,
         rounds=bool(said.get("input_activations") or said.get("output_activations")),
+        ordered=weights.get("actorder") in ("group", "weight", True),
     )
 
 
