@@ -5,6 +5,7 @@ T tokens, C choices a token, P = T * C pairs of token and expert, X experts, E h
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -85,7 +86,7 @@ def sort(chosen: torch.Tensor, num_experts: int, tile: int) -> Sorted:
     experts.count_pairs[(num_experts,)](chosen, counts, pairs, PAIRS_AT_ONCE, num_warps=8)
     experts.sort_pairs[(num_experts,)](
         chosen, counts, order, tiles, named, starts, pairs, num_experts, tile,
-        triton.next_power_of_2(num_experts), PAIRS_AT_ONCE, num_warps=8,
+        max(16, triton.next_power_of_2(num_experts)), PAIRS_AT_ONCE, num_warps=8,
     )  # fmt: skip
     return Sorted(order, tiles, named, starts, most)
 
@@ -192,6 +193,7 @@ def _options(its: Blocks) -> dict[str, Any]:
     return {"num_warps": its.warps, "num_stages": its.stages, "enable_fp_fusion": False}
 
 
+@lru_cache
 def shared_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":

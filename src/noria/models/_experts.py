@@ -131,7 +131,8 @@ def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
         piece, chosen = zeros((1, 3 * inner, hidden)), zeros((1, its.routing.chosen)).long()
         biases = (zeros((1, 2 * inner)), zeros((1, hidden))) if its.biased else None
         layer = ExpertLayer(piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2), its.gate, biases)
-        _tiles.build(zeros((1, hidden)), chosen, layer)
+        _tiles.build(zeros((1, hidden)), chosen, layer, its.number)
+        _routing.choose(its.routing, zeros((1, its.number)), zeros(its.number) if its.corrected else None)
     if isinstance(its, Experts) and not in_order.refuses(device, dtype):
         router = torch.zeros(its.number, shape.hidden_size, dtype=torch.float32 if its.wide else dtype, device=device)
         in_order.build(dtype, router, router[:, 0] if its.biased else None)

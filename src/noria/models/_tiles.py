@@ -73,8 +73,9 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return "" if largest < LARGEST_ERROR else "they give other results than torch"
 
 
-def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor]) -> None:
-    """Compiles what a layer of such matrices may launch, for rows, choices and experts of any number: give few of each."""
+def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor], number: int) -> None:
+    """Compiles what a layer of such matrices may launch, for any rows and choices: give few of each, and of experts."""
+    _kernel().sort(chosen, number, 1)
     for its in _kernel().TILINGS:
         _kernel().mix(rows, chosen, chosen.to(torch.float32), layer, lambda _, its=its: its)
 
