@@ -23,7 +23,14 @@ def masking(masks: Masks, rows: list[int], vocab_size: int) -> Iterator[Edit]:
         yield allow(np.array([row for row, _ in forced]), places, vocab_size)
     if free:
         which = np.cumsum(masks.forced == ANY) - 1  # of the samples, the row of their bits
-        yield _mask(np.array([row for row, _ in free]), masks.bits[which[[at for _, at in free]]], vocab_size)
+        yield _mask(np.array([row for row, _ in free]), _rows(masks.bits, which[[at for _, at in free]]), vocab_size)
+
+
+def _rows(bits: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """These rows of bits; no copy of those that follow one another: they are megabytes."""
+    if len(which) and np.array_equal(which, np.arange(which[0], which[0] + len(which))):
+        return bits[which[0] : which[0] + len(which)]
+    return bits[which]
 
 
 def _mask(rows: np.ndarray, bits: np.ndarray, vocab_size: int) -> Edit:

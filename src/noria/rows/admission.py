@@ -148,11 +148,12 @@ class Admission:
     def mask(self, step: Step) -> Step:
         """The step, whose masks are being made from now on where some of its samples are constrained."""
         wants, active = {}, self._slots.active[step.group]
-        for place, slot in enumerate(step.sample_slots.tolist() if self._maker.guides.steering else ()):
-            sequence = active.get(slot)  # None: it has ended since the step was composed
-            guide = sequence.guide if sequence is not None else None
-            if sequence is not None and guide is not None and (want := guide.want(len(sequence.token_ids))):
-                wants[place] = guide, want
+        for place in (
+            self._flights[step.group].steered(step) if self._maker.guides.steering and step.num_samples else ()
+        ):
+            sequence = active[int(step.sample_slots[place])]
+            if sequence.guide is not None and (want := sequence.guide.want(len(sequence.token_ids))):
+                wants[place] = sequence.guide, want
         if not wants:
             return step
         self._masks[step.group] = Making(wants, self._maker.guides.constraints, self._capacity.vocab_size)

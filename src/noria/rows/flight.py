@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 
+from noria.rows.guides import steers
 from noria.rows.randomness import begun, uniforms
 from noria.rows.sequence import Sequence
 from noria.step import NO_TOKEN, Step
@@ -30,6 +31,7 @@ _ROW = np.dtype(
         ("last", np.int32),  # id of the last one known
         ("place", np.int32),  # of its last sample in its step
         ("watched", np.bool_),  # something looks at each of its tokens
+        ("steered", np.bool_),  # its samples may be masked
         ("draws", np.bool_),
         ("begun", np.uint64),  # see randomness.begun
         ("sample", np.int64),
@@ -85,6 +87,7 @@ class Flight:
         rows["made"][at] = known + 1
         rows["limit"][at] = min(sampling.most_new_tokens, self._max_positions - prompt, 2**31 - 1)
         rows["watched"][at] = len(ends) > MOST_ENDS or is_watched(sequence)
+        rows["steered"][at] = sequence.guide is not None and steers(sampling)
         rows["draws"][at], rows["begun"][at] = bool(sampling.temperature), begun(sampling.seed or 0, row)
         rows["sample"][at] = sequence.sample
         rows["reads"][at], rows["writes"][at] = sequence.reads, sequence.state
@@ -179,6 +182,12 @@ class Flight:
         self._rows["place"][samples] = np.arange(len(samples))
         serials = self._rows["serial"]
         self._under_way.append((serials[step.slots - self._first_slot], serials[samples]))
+
+    def steered(self, step: Step) -> list[int]:
+        """Which of the samples of the step composed last may be masked, where their rows are still in flight."""
+        samples = step.sample_slots - self._first_slot
+        alive = self._rows["serial"][samples] == self._under_way[-1][1]
+        return np.flatnonzero(self._rows["steered"][samples] & alive).tolist()
 
     @property
     def awaits(self) -> bool:

@@ -35,10 +35,15 @@ class Want:
 
 
 class Guide:
-    """Steers one row. `matcher`: of its answer; `ends`: tokens that end a row."""
+    """Steers one row. `matcher`: of its answer; `ends`: tokens that end a row.
+
+    untold: tokens of the answer that the matcher has not been told: it is, together with those of other rows, before it makes
+    its next mask (`made`).
+    """
 
     def __init__(self, reasoning: Reasoning | Channels | None, matcher: Any, ends: Sequence[int]):
         self.reasoning, self.matcher, self._ends = reasoning, matcher, ends
+        self.untold: list[int] = []
         self.error = ""
 
     def want(self, num_tokens: int) -> Want | None:
@@ -75,13 +80,20 @@ class Guide:
             for token_id in token_ids:
                 so_far.append(token_id)
                 self.add(so_far)
+                self._tell()
         except InputError as error:  # of the tokenizer
             self.error = str(error)
         return not self.error
 
     def _consume(self, token_id: int) -> None:
-        if self.matcher is not None and not self.matcher.consume_token(token_id):
-            self.fail()
+        if self.matcher is not None:
+            self.untold.append(token_id)
+
+    def _tell(self) -> None:
+        """Tells the matcher what it has not been told."""
+        while self.untold and not self.error:
+            if not self.matcher.consume_token(self.untold.pop(0)):
+                self.fail()
 
     def fail(self) -> None:
         """The matcher has given up: it says why."""
@@ -178,12 +190,15 @@ def made(wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_s
     masked = [wants[sample] for sample in samples if wants[sample][1].forced == ANY]
     by_matcher = [(want.matcher, row) for row, (_, want) in enumerate(masked) if want.matcher is not None]
     words = constraints.mask_width if by_matcher else -(-vocab_size // 32)
-    bits = np.full((len(masked), words), -1, np.int32)
+    bits = np.empty((len(masked), words), np.int32)
     if by_matcher:
+        _tell([guide for guide, want in masked if want.matcher is not None], constraints)
         constraints.executor.unsafe_compute_mask_ptr(by_matcher, bits.ctypes.data, 4 * words, len(masked))
     packed = bits.view(np.uint8)
     for row, (guide, want) in enumerate(masked):
-        if want.matcher is not None and want.matcher.is_error():
+        if want.matcher is None:
+            packed[row] = 255
+        elif guide.error or want.matcher.is_error():
             guide.fail()
             packed[row] = 0
             continue
@@ -192,3 +207,9 @@ def made(wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_s
         for token_id in want.excluded:
             packed[row, token_id // 8] &= ~(1 << token_id % 8) & 255
     return Masks(np.array(samples, np.int32), forced, packed)
+
+
+def _tell(guides: list[Guide], constraints: Constraints) -> None:
+    """Tells the matchers of these what they have not been told, beside one another."""
+    while behind := [(guide.matcher, guide.untold.pop(0)) for guide in guides if guide.untold]:
+        constraints.executor.consume_token_par(behind)  # one that fails stays in error
