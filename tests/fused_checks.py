@@ -9,6 +9,7 @@ from noria import models
 from noria.attention import sdpa
 from noria.engine.layer_cache import LayerCache
 from noria.models import _fused, _rotary
+from noria.models._fused import Norming
 from noria.models._rotary import Rotary
 from noria.step import PAGE_TOKENS, Run, Span
 
@@ -24,25 +25,35 @@ def close(found, expected, steps=2):
     torch.testing.assert_close(found.double().cpu(), expected.double().cpu(), rtol=step, atol=step)
 
 
-def normed(rows, weight, eps, bias=None):
+def normed(rows, how):
     """In float64."""
-    rows, centre = rows.double(), 0 if bias is None else rows.double().mean(-1, keepdim=True)
-    found = (rows - centre) / ((rows - centre).square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    weight, eps, bias, centered, shift = how
+    rows = rows.double() - (rows.double().mean(-1, keepdim=True) if centered else 0)
+    found = rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + shift)
     return found if bias is None else found + bias.double()
 
 
-def sum_and_norm(rows, width, dtype, device, centered=False):
+# Whether rows are centered, whether there is a bias, what weights are stored without.
+NORMS = [(False, False, 0.0), (False, False, 1.0), (True, False, 0.0), (True, True, 0.0), (True, True, 1.0)]
+
+
+def sum_and_norm(rows, width, dtype, device, kind):
     """Of rows whose branch is a part of wider rows."""
     hidden, weight, bias = (draw(*size, dtype=dtype, device=device) for size in ((rows, width), (width,), (width,)))
-    branch, bias = draw(rows, width + 8, dtype=dtype, device=device, seed=1)[:, :width], bias if centered else None
+    centered, biased, shift = kind
+    how = Norming(weight, 1e-3, bias if biased else None, centered, shift)
+    branch = draw(rows, width + 8, dtype=dtype, device=device, seed=1)[:, :width]
     before, expected = hidden.clone(), (branch.double() + hidden.double()).to(dtype)
-    alone = _fused.norm(hidden, weight, 1e-3, bias)
-    total, found = _fused.add_norm(branch, hidden, weight, 1e-3, bias)
+    alone = _fused.norm(hidden, how)
+    total, found = _fused.add_norm(branch, hidden, how)
     assert torch.equal(hidden, before), "a layer never writes its input"
     assert total.data_ptr() == branch.data_ptr()
     torch.testing.assert_close(total, expected, rtol=STEP[dtype], atol=0)
-    close(found, normed(total, weight, 1e-3, bias))
-    close(alone, normed(hidden, weight, 1e-3, bias))
+    close(found, normed(total, how))
+    close(alone, normed(hidden, how))
+
+
+ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh"]
 
 
 def gates(rows, width, dtype, device, activation):
@@ -51,7 +62,7 @@ def gates(rows, width, dtype, device, activation):
     part = {
         "silu": lambda x: torch.sigmoid(x),
         "gelu": lambda x: torch.distributions.Normal(0.0, 1.0).cdf(x.cpu()).to(x.device),
-        "gelu_tanh": lambda x: 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "gelu_pytorch_tanh": lambda x: 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     }[activation](gate)
     close(_fused.gated(gate_up, activation), gate * part * up)
 
@@ -88,6 +99,7 @@ CASES = [
     Case(8, 4, 8, 8, 0, normed=True),
     Case(8, 4, 8, 16, 0),
     Case(33, 3, 80, 64, 80, pairs=True, normed=True),
+    Case(4, 2, 16, 16, 8, pairs=True),
 ]
 
 
@@ -125,7 +137,7 @@ def heads_written(case, dtype, device, tokens=3, table=None):
     for found, heads, place in ((made, queries, 0), (arrays[0][rows], keys, 1)):
         expected = heads
         if case.normed:
-            expected = normed(heads, rotary.norms[place], rotary.eps).to(dtype)
+            expected = normed(heads, Norming(rotary.norms[place], rotary.eps)).to(dtype)
         if case.rotated:
             cosines, sines = rotary.cosines[:, 0, : case.rotated // 2], rotary.sines[:, 0]
             expected = turned(expected, torch.atan2(sines.double(), cosines.double()), case.pairs)

@@ -25,6 +25,7 @@ import fused_checks
 import mixtures
 from families import CONFIGS
 from noria.models import _fused
+from noria.models._fused import Norming
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16]
@@ -49,14 +50,14 @@ def interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("kind", fused_checks.NORMS)
 @pytest.mark.parametrize("width", [1, 44, 512, 1000])
-def test_a_row_is_summed_and_normed(width, centered, dtype):
-    fused_checks.sum_and_norm(3, width, dtype, CPU, centered)
+def test_a_row_is_summed_and_normed(width, kind, dtype):
+    fused_checks.sum_and_norm(3, width, dtype, CPU, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", _fused.ACTIVATIONS)
+@pytest.mark.parametrize("activation", fused_checks.ACTIVATIONS)
 @pytest.mark.parametrize("width", [1, 44, 2048, 2100])
 def test_gates_multiply_ups(width, activation, dtype):
     fused_checks.gates(3, width, dtype, CPU, activation)
@@ -74,11 +75,9 @@ def test_tables_may_be_wider_than_heads():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_alone(dtype):
-    hidden, weight = fused_checks.draw(4, 300, dtype=dtype, device=CPU), torch.ones(300, dtype=dtype)
-    assert fused_checks.rows_alone(lambda rows: _fused.norm(rows, weight, 1e-6), hidden)
-    assert fused_checks.rows_alone(
-        lambda rows, branch: _fused.add_norm(branch.clone(), rows, weight, 1e-6)[1], hidden, hidden
-    )
+    hidden, how = fused_checks.draw(4, 300, dtype=dtype, device=CPU), Norming(torch.ones(300, dtype=dtype), 1e-6)
+    assert fused_checks.rows_alone(lambda rows: _fused.norm(rows, how), hidden)
+    assert fused_checks.rows_alone(lambda rows, branch: _fused.add_norm(branch.clone(), rows, how)[1], hidden, hidden)
     assert fused_checks.rows_alone(_fused.gated, hidden)
     case = fused_checks.Case(4, 2, 16, 16, 16, normed=True)
     whole, alone = (fused_checks.made(case, dtype, CPU, 5, only) for only in (None, 3))
@@ -95,5 +94,6 @@ def test_a_layer_by_kernels_is_as_right_as_by_torch(name, dtype, monkeypatch):
 def test_kernels_that_are_tried_are_found_right(monkeypatch):
     for dtype in DTYPES:
         assert _fused._largest_error(CPU, dtype) < 0.01
-    monkeypatch.setattr(_fused._kernel("gated"), "gated", lambda gate_up, name: 1.2 * _fused.plain_gated(gate_up, name))
+    found = _fused._kernel("gated").gated
+    monkeypatch.setattr(_fused._kernel("gated"), "gated", lambda gate_up, name: 1.2 * found(gate_up, name))
     assert _fused._largest_error(CPU, torch.float16) > _fused.LARGEST_ERROR

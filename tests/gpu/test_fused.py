@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 import fused_checks
 from noria.models import _fused
+from noria.models._fused import Norming
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,14 +50,14 @@ def test_kernels_are_built_and_found_right(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("kind", fused_checks.NORMS)
 @pytest.mark.parametrize("width", [1, 44, 512, 1000, 4096, 5120, 16384])
-def test_a_row_is_summed_and_normed(width, centered, dtype):
-    fused_checks.sum_and_norm(3, width, dtype, device(), centered)
+def test_a_row_is_summed_and_normed(width, kind, dtype):
+    fused_checks.sum_and_norm(3, width, dtype, device(), kind)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("activation", _fused.ACTIVATIONS)
+@pytest.mark.parametrize("activation", fused_checks.ACTIVATIONS)
 @pytest.mark.parametrize("width", [1, 44, 2048, 2100, 14336])
 def test_gates_multiply_ups(width, activation, dtype):
     fused_checks.gates(3, width, dtype, device(), activation)
@@ -71,14 +72,10 @@ def test_heads_are_normed_turned_and_written(case, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_row_has_the_same_bits_alone(dtype):
-    hidden, weight = (
-        fused_checks.draw(300, 4096, dtype=dtype, device=device()),
-        torch.ones(4096, dtype=dtype, device=device()),
-    )
-    assert fused_checks.rows_alone(lambda rows: _fused.norm(rows, weight, 1e-6), hidden)
-    assert fused_checks.rows_alone(
-        lambda rows, branch: _fused.add_norm(branch.clone(), rows, weight, 1e-6)[1], hidden, hidden
-    )
+    hidden = fused_checks.draw(300, 4096, dtype=dtype, device=device())
+    how = Norming(torch.ones(4096, dtype=dtype, device=device()), 1e-6)
+    assert fused_checks.rows_alone(lambda rows: _fused.norm(rows, how), hidden)
+    assert fused_checks.rows_alone(lambda rows, branch: _fused.add_norm(branch.clone(), rows, how)[1], hidden, hidden)
     assert fused_checks.rows_alone(_fused.gated, hidden)
     case = fused_checks.Case(32, 8, 128, 128, 128, normed=True)
     whole, alone = (fused_checks.made(case, dtype, device(), 300, only) for only in (None, 17))
@@ -99,7 +96,7 @@ def test_a_graph_of_kernels_gives_what_they_give():
     rows = torch.arange(5, device=device()) + 3
 
     def step():
-        total, normed = _fused.add_norm(hidden.clone(), hidden, weight, 1e-6)
+        total, normed = _fused.add_norm(hidden.clone(), hidden, Norming(weight, 1e-6))
         made = _fused.rotate_and_write(queries, rotary, (keys, values), arrays, rows)
         return total, normed, _fused.gated(normed), made
 
@@ -132,7 +129,9 @@ def seconds(calls):
 
 def sums(tokens):
     given = (fused_checks.draw(tokens, 4096, dtype=torch.bfloat16, device=device()) for _ in range(2))
-    return functools.partial(_fused.add_norm, *given, torch.ones(4096, dtype=torch.bfloat16, device=device()), 1e-5)
+    return functools.partial(
+        _fused.add_norm, *given, Norming(torch.ones(4096, dtype=torch.bfloat16, device=device()), 1e-5)
+    )
 
 
 def products(tokens):

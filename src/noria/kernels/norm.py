@@ -3,6 +3,8 @@
 T rows, E numbers a row.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,8 @@ WIDEST = 16384  # numbers that the registers of a program hold
 
 @triton.jit
 def norm_rows(
-    hidden, branch, weight, bias, normed, hidden_row, branch_row, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTERED: tl.constexpr,
+    hidden, branch, weight, bias, normed, hidden_row, branch_row, eps, shift,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTERED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """A row's norm in float32. ADD: of its sum with `branch`, which is stored there, rounded as it is normed."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -27,30 +29,25 @@ def norm_rows(
     if CENTERED:
         its = tl.where(inside, its - tl.sum(its, 0) / WIDTH, 0.0)
     its = its * (1.0 / tl.sqrt(tl.sum(its * its, 0) / WIDTH + eps))
-    its = its * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if CENTERED:
+    its = its * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + shift)
+    if BIAS:
         its = its + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * WIDTH + column, its.to(normed.dtype.element_ty), mask=inside)
 
 
-def norm(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    branch: torch.Tensor | None = None,
-) -> torch.Tensor:
+def norm(hidden: torch.Tensor, how: Any, branch: torch.Tensor | None = None) -> torch.Tensor:
     """[T, E]: the norms of rows [T, E], or of their sums with `branch`, which then stand in `branch`.
 
-    With a bias it is LayerNorm, else RMSNorm. Numbers of a row are contiguous; rows have any stride.
+    how: weights [E], epsilon, bias [E] or None, whether rows are centered (LayerNorm, else RMSNorm), what is added to weights.
+    Numbers of a row are contiguous; rows have any stride.
     """
-    rows, width = hidden.shape
+    (weight, eps, bias, centered, shift), (rows, width) = how, hidden.shape
     assert width <= WIDEST, f"rows of {width} numbers: {WIDEST} at most"
-    normed, adds, centered = hidden.new_empty(rows, width), branch is not None, bias is not None
+    normed, other = hidden.new_empty(rows, width), hidden if branch is None else branch
     block = 1 << (width - 1).bit_length()
-    other = hidden if branch is None else branch
     norm_rows[(rows,)](
-        hidden, other, weight, weight if bias is None else bias, normed, hidden.stride(0), other.stride(0), eps,
-        width, block, adds, centered, num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+        hidden, other, weight, weight if bias is None else bias, normed, hidden.stride(0), other.stride(0), eps, shift,
+        width, block, branch is not None, centered, bias is not None,
+        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return normed

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _heads, _sources
+from noria.models import _decoder, _fused, _heads, _sources
 from noria.models._cache import Cache
 from noria.models._decoder import ALIASES, Attention, embed, embed_parameters, positional
+from noria.models._fused import Norming
 from noria.models._linear import ACTIVATIONS, linear
 
 # What a family takes as it is, by `from noria.models._general import *`: what it defines itself replaces it.
@@ -163,8 +164,8 @@ def layer_norm(
     """LayerNorm over the last dimension; the same hidden states where the layer has no such norm."""
     if name not in parameters:
         return hidden
-    weight, bias = parameters[name], parameters.get(f"{name}_bias")
-    return F.layer_norm(hidden, weight.shape, weight, bias, shape.details["norm_eps"])
+    how = Norming(parameters[name], shape.details["norm_eps"], parameters.get(f"{name}_bias"), centered=True)
+    return _fused.norm(hidden, how)
 
 
 def layer_norm_each(shape: ModelShape, weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -182,8 +183,8 @@ def mlp(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch
 
 def gated(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
     """[T, E] of normed hidden states [T, E]: a feed-forward with a gate, by the activation in details."""
-    gate, up = linear(normed, parameters["gate_up"]).chunk(2, dim=-1)
-    return linear(ACTIVATIONS[shape.details["activation"]](gate).mul_(up), parameters["down"])
+    inner = _fused.gated(linear(normed, parameters["gate_up"]), shape.details["activation"])
+    return linear(inner, parameters["down"])
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,20 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _fused
+from noria.models._fused import Norming
 from noria.models._linear import linear
 
 
 def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension."""
-    return _fused.norm(hidden, weight, shape.details["norm_eps"])
+    return _fused.norm(hidden, Norming(weight, shape.details["norm_eps"]))
 
 
 def add_norm(
     shape: ModelShape, weight: torch.Tensor, branch: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of what a branch of a layer returned and the hidden states before it, in the branch's memory, and its RMSNorm."""
-    return _fused.add_norm(branch, hidden, weight, shape.details["norm_eps"])
+    return _fused.add_norm(branch, hidden, Norming(weight, shape.details["norm_eps"]))
 
 
 def split(

@@ -267,11 +267,13 @@ def rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> t
 
 
 def rotate_pairs(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Heads [T, N, R] turned by their positions, where each number of even index pairs with the one behind it.
+    """Heads [T, N, D] turned by their positions, where of the first R numbers each of even index pairs with the one behind it.
 
     In the dtype of the cosines and sines (of `tables`), which may be wider than that of the heads.
     """
-    even, odd = heads[..., 0::2], heads[..., 1::2]
+    size = cosines.shape[-1]
+    even, odd = heads[..., 0:size:2], heads[..., 1:size:2]
     cosines = cosines[..., : sines.shape[-1]]
     turned = torch.stack((even * cosines - odd * sines, odd * cosines + even * sines), dim=-1)
-    return turned.flatten(-2).to(heads.dtype)
+    turned = turned.flatten(-2).to(heads.dtype)
+    return turned if size == heads.shape[-1] else torch.cat((turned, heads[..., size:]), dim=-1)

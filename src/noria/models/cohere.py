@@ -9,9 +9,10 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads, _rotary
+from noria.models import _decoder, _general, _heads
 from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._rotary import Rotary
 
 ARCHITECTURES = ("CohereForCausalLM",)
 # What a config.json that leaves them out means.
@@ -61,8 +62,7 @@ def _attend(
     if "query_norm" in parameters:
         queries = _general.layer_norm_each(shape, parameters["query_norm"], queries)
         keys = _general.layer_norm_each(shape, parameters["key_norm"], keys)
-    queries, keys = (_rotary.rotate_pairs(heads, *positional) for heads in (queries, keys))
-    return cache.attend(queries, key=keys, value=values)
+    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
 
 
 layer = partial(_general.layer, halves=_general.Halves(_attend, norm=_general.layer_norm))

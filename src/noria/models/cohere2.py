@@ -8,9 +8,10 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads, _rotary
+from noria.models import _decoder, _general, _heads
 from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._rotary import Rotary
 from noria.models.cohere import DEFAULTS, head, shape_of, sources  # noqa: F401
 
 ARCHITECTURES = ("Cohere2ForCausalLM",)
@@ -54,9 +55,8 @@ def _attend(
     """[T, H, D] from normed hidden states [T, E]; layers without a window know no positions."""
     queries, keys, values = _heads.split(shape, parameters, normed)
     window = _decoder.window(shape, index)
-    if window is not None:
-        queries, keys = (_rotary.rotate_pairs(heads, *positional) for heads in (queries, keys))
-    return cache.attend(queries, key=keys, value=values, window=window)
+    rotary = None if window is None else Rotary(*positional, pairs=True)
+    return cache.attend(queries, key=keys, value=values, rotary=rotary, window=window)
 
 
 layer = partial(_general.layer, halves=_general.Halves(_attend, norm=_general.layer_norm))

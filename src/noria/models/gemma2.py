@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads
+from noria.models import _decoder, _fused, _general, _heads
 from noria.models._cache import Cache
+from noria.models._fused import Norming
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._linear import ACTIVATIONS
 
@@ -77,8 +77,7 @@ def embed(  # type: ignore[no-redef]  # its own
 
 def norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
     """RMSNorm whose weight is stored without its 1, in float32 for half precisions."""
-    weight, dtype = parameters[name], torch.promote_types(hidden.dtype, torch.float32)
-    return F.rms_norm(hidden.to(dtype), weight.shape, weight.to(dtype) + 1, shape.details["norm_eps"]).to(hidden.dtype)
+    return _fused.norm(hidden, Norming(parameters[name], shape.details["norm_eps"], shift=1.0))
 
 
 def _attend(

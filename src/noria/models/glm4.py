@@ -8,9 +8,10 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads, _rotary
+from noria.models import _decoder, _general, _heads
 from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
+from noria.models._rotary import Rotary
 
 ARCHITECTURES = ("Glm4ForCausalLM",)
 # What a config.json that leaves them out means.
@@ -49,15 +50,7 @@ def _attend(
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = (_rotate(heads, *positional) for heads in (queries, keys))
-    return cache.attend(queries, key=keys, value=values)
-
-
-def _rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Heads [T, N, D] of which the first R numbers are turned, in pairs of neighbours."""
-    size = cosines.shape[-1]
-    turned = _rotary.rotate_pairs(heads[..., :size], cosines, sines)
-    return turned if size == heads.shape[-1] else torch.cat((turned, heads[..., size:]), dim=-1)
+    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
 
 
 layer = partial(_general.layer, halves=_general.Halves(_attend))

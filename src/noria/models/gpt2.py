@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _sources
+from noria.models import _fused, _sources
 from noria.models._cache import Cache
+from noria.models._fused import Norming
 from noria.models._linear import ACTIVATIONS, linear
 from noria.models._sources import Transposed
 
@@ -115,16 +116,19 @@ def layer(
     qkv = linear(normed, parameters["qkv"], parameters["qkv_bias"]).view(len(hidden), 3 * heads, shape.head_dim)
     queries, keys, values = qkv.split(heads, dim=1)
     attended = cache.attend(queries, key=keys, value=values, scale=scale).reshape(len(hidden), shape.hidden_size)
-    hidden = linear(attended, parameters["out"], parameters["out_bias"]).add_(hidden)
+    branch = linear(attended, parameters["out"], parameters["out_bias"])
 
-    normed = _norm(shape, parameters, "mlp_norm", hidden)
+    hidden, normed = _fused.add_norm(branch, hidden, _how(shape, parameters, "mlp_norm"))
     inner = ACTIVATIONS[details["activation"]](linear(normed, parameters["up"], parameters["up_bias"]))
     return linear(inner, parameters["down"], parameters["down_bias"]).add_(hidden)
 
 
 def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
-    weight, bias = parameters[name], parameters[f"{name}_bias"]
-    return F.layer_norm(hidden, (shape.hidden_size,), weight, bias, shape.details["norm_eps"])
+    return _fused.norm(hidden, _how(shape, parameters, name))
+
+
+def _how(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str) -> Norming:
+    return Norming(parameters[name], shape.details["norm_eps"], parameters[f"{name}_bias"], centered=True)
 
 
 def head(shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:

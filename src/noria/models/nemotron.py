@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads
+from noria.models import _decoder, _fused, _general, _heads
 from noria.models._cache import Cache
+from noria.models._fused import Norming
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("NemotronForCausalLM",)
@@ -40,8 +40,8 @@ def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, 
     """A LayerNorm whose weight is stored without its 1; the same hidden states where the layer has no such norm."""
     if name not in parameters:
         return hidden
-    weight, bias = parameters[name], parameters[f"{name}_bias"]
-    return F.layer_norm(hidden, weight.shape, weight + 1, bias, shape.details["norm_eps"])
+    how = Norming(parameters[name], shape.details["norm_eps"], parameters[f"{name}_bias"], centered=True, shift=1.0)
+    return _fused.norm(hidden, how)
 
 
 def _attend(

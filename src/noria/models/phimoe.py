@@ -13,6 +13,7 @@ from noria.models import _decoder, _experts, _fused, _heads, _routing
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
+from noria.models._fused import Norming
 from noria.models._linear import linear
 from noria.models.mixtral import EXPERTS, MODULES
 from noria.pieces import Wanted
@@ -96,11 +97,8 @@ def layer(  # type: ignore[no-redef]  # its own
     """[T, E] after layer `index`, from hidden states [T, E], which are left as they are."""
     normed = _norm(shape, parameters, "attention_norm", hidden)
     attended = _decoder.attend(shape, index, parameters, normed, positional, cache)
-    branch, (weight, bias) = (
-        _heads.project_out(parameters, attended),
-        (parameters["mlp_norm"], parameters["mlp_norm_bias"]),
-    )
-    hidden, normed = _fused.add_norm(branch, hidden, weight, shape.details["norm_eps"], bias)
+    how = _how(shape, parameters, "mlp_norm")
+    hidden, normed = _fused.add_norm(_heads.project_out(parameters, attended), hidden, how)
     scores = _routing.scores_of(normed, parameters["router"])
     chosen, weights = _routing.sparse_mixer(scores, shape.details["tolerance"])
     experts = parameters["experts.gate_up"], parameters["experts.down"]
@@ -108,8 +106,11 @@ def layer(  # type: ignore[no-redef]  # its own
 
 
 def _norm(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor) -> torch.Tensor:
-    weight, bias = parameters[name], parameters[f"{name}_bias"]
-    return _fused.norm(hidden, weight, shape.details["norm_eps"], bias)
+    return _fused.norm(hidden, _how(shape, parameters, name))
+
+
+def _how(shape: ModelShape, parameters: Mapping[str, torch.Tensor], name: str) -> Norming:
+    return Norming(parameters[name], shape.details["norm_eps"], parameters[f"{name}_bias"], centered=True)
 
 
 def head(  # type: ignore[no-redef]  # its own
