@@ -38,6 +38,6 @@ def captured(programs=30):
         listed_kind(programs),
         patch.object(graphs, "SEEN", 0),
         patch.object(graphs, "capturer_of", lambda _: counted),
-        patch.object(building, "_graph_rows", lambda *_: ROWS),
+        patch.object(building, "_graph_rows", lambda problem, _: ROWS * problem.config.pipeline.graphs),
     ):
         yield counted

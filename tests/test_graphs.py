@@ -1,14 +1,22 @@
 """Decode steps as graphs on the CPU: a capturer that reruns the function that it recorded, over the same memory."""
 
 # ruff: noqa: F811 -- the folder of test_same is a fixture here
+import json
 
+import graphs_worker
+import numpy as np
 import pytest
+import torch
 
+import tiny_models
+import world
 from captured import captured
-from noria import config
+from noria import attention, config, kinds
+from noria.checkpoint.convert import convert
 from noria.launch.mpi import Solo
+from noria.output.generations import open_generations
 from noria.run import run
-from test_same import compare, folder  # noqa: F401
+from test_same import RUN, compare, folder  # noqa: F401
 
 CASES = {
     "whole": {"step_tokens": 400, "microbatch_tokens": 400},
@@ -30,3 +38,89 @@ def test_one_rank_gives_the_references_tokens(folder, case):
         alone(folder, f"graphs-{case}", **CASES[case])
     assert graphs.replays > 7 and graphs.captures < graphs.replays
     compare(folder, [f"graphs-{case}"])
+
+
+@pytest.mark.slow
+@pytest.mark.world
+def test_rings_give_the_references_tokens(folder):
+    counts = world.call(4, graphs_worker.work, folder, timeout=200)
+    compare(folder, map(graphs_worker.name, graphs_worker.CASES))
+    replays = {num_ranks: [count.get(num_ranks) for count in counts[:num_ranks]] for num_ranks in graphs_worker.CASES}
+    assert all(count for counted in replays.values() for count in counted), replays
+
+
+def same(folder, name, other):
+    """Whether two outputs have the same tokens, and log-probabilities but for the rounding of products of other sizes."""
+    rows, logprobs = [], []
+    for its in (name, other):
+        with open_generations(folder / f"{its}.h5") as output:
+            found = list(output.rows())
+        rows.append([(row.status, row.token_ids.tolist()) for row in found])
+        logprobs.append(np.concatenate([row.logprobs for row in found]))
+    assert {status for status, _ in rows[0]} == {"done"} and len({tuple(ids) for _, ids in rows[0]}) > len(rows[0]) / 2
+    np.testing.assert_allclose(*logprobs, rtol=0, atol=1e-9)
+    return rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A model with windows, and rows that begin alike, of which some grow, some end early."""
+    folder, random = tmp_path_factory.mktemp("windowed"), np.random.default_rng(3)
+    model = tiny_models.LLAMA | {"num_hidden_layers": 3, "eos_token_id": 3, "max_position_embeddings": 400}
+    state = {name: tensor * 0.25 for name, tensor in tiny_models.state(model, torch.float64).items()}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 70}
+    tiny_models.write_directory(folder / "hf", model | mistral, state)
+    convert(folder / "hf", folder / "model.h5")
+    (folder / "run.toml").write_text(RUN)
+    text = lambda length: random.integers(4, 101, length).tolist()  # noqa: E731
+    beginnings = [text(130), text(70), []]
+    rows = [
+        {
+            "token_ids": beginnings[row % 3] + text(1 + 5 * row % 40),
+            "temperature": 0.9 * (row % 2),
+            "max_new_tokens": 4 + 9 * row % 50,
+        }
+        for row in range(20)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("programs", [1, 30])
+def test_rows_that_begin_alike_and_grow_have_the_same_numbers_with_graphs_and_without(windowed, programs):
+    keys = {"logprobs": 1, "step_tokens": 300, "microbatch_tokens": 300}
+    with captured(programs) as graphs:
+        alone(windowed, f"graphs-{programs}", **keys)
+        replays = graphs.replays
+        alone(windowed, f"plain-{programs}", graphs=False, **keys)
+    assert replays == graphs.replays > 20 and graphs.captures < replays
+    assert same(windowed, f"graphs-{programs}", f"plain-{programs}")
+
+
+@pytest.mark.slow
+def test_states_go_through_graphs_as_they_do_otherwise(tmp_path, monkeypatch):
+    rows = [
+        {"token_ids": [*range(5, 6 + row)], "max_new_tokens": 3 + row, "n": 1 + row % 2, "temperature": 0.9}
+        for row in range(7)
+    ]
+    with captured() as graphs:
+        turns = kinds.load("models", "turns")
+        tiny_models.write_directory(tmp_path / "hf", turns.CONFIG, turns.random_state(turns.CONFIG))
+        convert(tmp_path / "hf", tmp_path / "model.h5")
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "run.toml").write_text('dtype = "float64"\ndevice = "cpu"\n[sampling]\nlogprobs = 0\nseed = 5\n')
+        monkeypatch.setattr(attention, "fitting", lambda *_: (kinds.load("attention", "listed"), ""))
+        alone(tmp_path, "graphs")
+        replays = graphs.replays
+        alone(tmp_path, "plain", graphs=False)
+    assert replays == graphs.replays > 5
+    assert same(tmp_path, "graphs", "plain")
+
+
+def test_what_cannot_be_captured_is_said_once_and_the_run_goes_on(folder, monkeypatch, capfd):
+    with captured() as graphs:
+        monkeypatch.setattr(graphs, "capture", lambda call: call() or 1 / 0)
+        alone(folder, "failed")
+    compare(folder, ["failed"])
+    assert capfd.readouterr().err.count("could not be captured: division by zero") == 1
