@@ -138,7 +138,7 @@ def check_sampler(device: torch.device, dtype: torch.dtype, rows: int = 16, voca
     logits[6, 9] = torch.nan
     masked = np.array([row for row in range(rows) if row % 8 in (4, 7)], np.int32)
     forced = np.where(np.arange(len(masked)) == 1, 77, ANY).astype(np.int32)
-    bits = random.integers(0, 256, (int((forced == ANY).sum()), -(-vocab // 8)), np.uint8)
+    bits = random.integers(0, 256, (int((forced == ANY).sum()), vocab // 8 - 3), np.uint8)
     bits[-1] = 0  # nothing is left
     given = logits, slots, random.random(rows), np.full(rows, 24)
     steps = [

@@ -22,6 +22,7 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
 
 import sampling_cases
 from counts import full
+from noria.kernels import drawing
 
 CPU = torch.device("cpu")
 EVERY = 1 if full() else 61  # the interpreter takes 0.1 s a row
@@ -43,6 +44,11 @@ def test_a_row_gets_the_token_of_the_plain_sampler(vocab, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_logprobs_are_those_of_log_softmax(dtype):
     assert sampling_cases.error_of_logprobs(dtype, CPU) < 1e-12
+
+
+@pytest.mark.parametrize("vocab", [8, 3001])
+def test_they_pass_their_own_check(vocab):
+    assert drawing.draws(CPU, torch.float16, vocab)
 
 
 @pytest.mark.slow

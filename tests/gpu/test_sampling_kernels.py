@@ -31,8 +31,9 @@ def logits_of(rows: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_it_serves_half_precisions():
-    assert drawing.refuses(DEVICE, torch.bfloat16) == "" == drawing.refuses(DEVICE, torch.float16)
-    assert drawing.refuses(DEVICE, torch.float32)
+    for vocab in (VOCAB, 50_257):
+        assert drawing.refuses(DEVICE, torch.bfloat16, vocab) == "" == drawing.refuses(DEVICE, torch.float16, vocab)
+    assert drawing.refuses(DEVICE, torch.float32, VOCAB)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -96,7 +96,7 @@ def build(
     network = Network(kinds.load("models", shape.family), _over(kind, plan, shape, layers, streams), shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
     batches = Batches(network, dtype, streams.device, tiers, spare)
-    sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype))
+    sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype, shape.vocab_size))
     schedule = kinds.load("schedules", plan.schedule)
     stage = Stage(network, batches, moved, sampler, schedule, streams, meters)
     return Executor(stage, stages, ring, meters)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from noria.engine.row_settings import Edit, Put, allow
+from noria.kernels import drawing
 from noria.masks import ANY, Masks
 
 
@@ -38,6 +39,9 @@ def _mask(rows: np.ndarray, bits: np.ndarray, vocab_size: int) -> Edit:
 
     def edit(scores: torch.Tensor, put: Put) -> None:
         packed, index, of_rows = put(bits), put(rows), scores.view(-1, vocab_size)
+        if scores.dtype == torch.float32:  # of rows that kernels draw
+            drawing.mask(of_rows, index, packed)
+            return
         shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
         kept = (packed[:, :, None] >> shifts & 1).flatten(1)[:, :vocab_size].bool()
         if kept.shape[1] < vocab_size:

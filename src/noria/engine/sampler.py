@@ -12,9 +12,11 @@ import torch
 from noria.engine.masking import masking
 from noria.engine.row_settings import RowSettings, SlotColumns, edits_of
 from noria.kernels import drawing
-from noria.limits import DRAW_ELEMENTS
+from noria.limits import DRAW_ELEMENTS, DRAW_NBYTES
 from noria.masks import Masks
 from noria.step import NO_TOKEN, NONE_LEFT, Result, Step
+
+EDITED_ELEMENTS = DRAW_NBYTES // 8  # logits in float32 that settings edit at a time, beside their own
 
 
 class Sampler:
@@ -122,7 +124,7 @@ class Sampler:
         raw = columns.copy()
         raw[edited, 0] = 0  # at first the most likely one, which tells whether logits are finite
         drawing.draw(logits, self._put(raw), ids)
-        for chunk in self._chunks(edited, logits.shape[1]):
+        for chunk in self._chunks(edited, logits.shape[1], EDITED_ELEMENTS):
             scores = logits[self._put(np.array(chunk))].float()
             self._edit(scores, chunk, [settings[row] for row in chunk], positions[chunk], masks)
             drawing.draw(scores, self._put(columns[chunk]), ids, self._put(np.array(chunk, np.int32)))
@@ -197,8 +199,8 @@ class Sampler:
                 found.top_logprobs[index], found.top_ids[index] = raw.topk(top, dim=-1)
         return found
 
-    def _chunks(self, rows: list[int], vocab_size: int) -> list[list[int]]:
-        size = max(1, DRAW_ELEMENTS // vocab_size)
+    def _chunks(self, rows: list[int], vocab_size: int, elements: int = DRAW_ELEMENTS) -> list[list[int]]:
+        size = max(1, elements // vocab_size)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _put(self, array: np.ndarray) -> torch.Tensor:

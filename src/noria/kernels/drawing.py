@@ -13,7 +13,7 @@ SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a 
 HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
 BLOCK, WARPS = 1024, 8  # ids that a program takes at a time, and its warps: the order of its sums, one for all rows
-LEAST_TILES = 128  # sums that a program keeps, so that vocabularies share what is built
+LEAST_VOCAB, LEAST_TILES = 8, 256  # what is built: so many sums for 262,144 ids and less
 
 
 def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -29,6 +29,12 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: 
         logits, settings, ids if rows is None else rows, ids, vocab, logits.stride(0), rows is not None, COLUMNS,
         SHIFTS[logits.dtype], tiles, BLOCK, num_warps=WARPS,
     )  # fmt: skip
+
+
+def mask(scores: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Makes ids impossible in rows [C] of scores [S, V] float32, contiguous, where bits [C, W] uint8 say so: see Masks."""
+    grid = len(rows), -(-scores.shape[1] // BLOCK)
+    _kernels().mask_rows[grid](scores, rows, bits, scores.shape[1], bits.shape[1], BLOCK, num_warps=4)
 
 
 def log_probabilities(
@@ -49,20 +55,20 @@ def log_probabilities(
     )
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """Why tokens of logits in this dtype are not drawn by kernels on this device; empty where they are, and built."""
+def refuses(device: torch.device, dtype: torch.dtype, vocab: int) -> str:
+    """Why tokens of logits [S, V] in this dtype are not drawn by kernels on this device; empty where they are, and built."""
     if device.type != "cuda":
         return f"it needs a CUDA device, this is the {device.type.upper()}"
     if dtype not in HALVES:
         return f"it draws in float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return _unbuilt(device, dtype)
+    return _unbuilt(device, dtype, max(vocab, LEAST_VOCAB))
 
 
 @lru_cache
-def _unbuilt(device: torch.device, dtype: torch.dtype) -> str:
+def _unbuilt(device: torch.device, dtype: torch.dtype, vocab: int) -> str:
     """Why the kernels cannot be built or are wrong; empty where they are right. They are built once."""
     try:
-        return "" if all(_draws(device, kind) for kind in (dtype, torch.float32)) else "it draws other tokens"
+        return "" if draws(device, dtype, vocab) else "it draws other tokens"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
@@ -70,16 +76,23 @@ def _unbuilt(device: torch.device, dtype: torch.dtype) -> str:
         return f"it cannot be built: {words.splitlines()[0][:200]}"
 
 
-def _draws(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows of two kinds get what they must: of ids 0, 1, 2 that are as likely, and a most likely one behind them."""
-    logits = torch.full((3, 5000), -torch.inf, dtype=dtype, device=device)
-    logits[:, :3], logits[:, 4999] = 1, 2
-    settings = torch.tensor(
-        [[0, 0, 1, 0, 0.5], [1, 3, 1, 0, 0.4], [1, 0, 0.8, 0.1, 0.99]], dtype=torch.float64, device=device
-    )
-    ids = torch.empty(3, dtype=torch.int64, device=device)
+def draws(device: torch.device, dtype: torch.dtype, vocab: int) -> bool:
+    """Whether rows get what they must, of ids 0, 1, 2 that are as likely and a most likely one behind them; first as they
+    are, then edited, one masked. Builds every kernel."""
+    logits = torch.full((3, vocab), -torch.inf, dtype=dtype, device=device)
+    logits[:, :3], logits[:, -1] = 1, 2
+    wanted = [[0, 0, 1, 0, 0.5], [1, 3, 1, 0, 0.4], [1, 0, 0.8, 0.1, 0.99]]
+    settings = torch.tensor(wanted, dtype=torch.float64, device=device)
+    ids, rows = torch.zeros(3, dtype=torch.int64, device=device), torch.arange(3, device=device)
     draw(logits, settings, ids)
-    return ids.tolist() == [4999, 1, 4999]
+    found, edited = ids.tolist(), logits.float()
+    mask(edited, rows[:1], torch.tensor([[2]], dtype=torch.uint8, device=device))
+    draw(edited, settings, ids, rows.int())
+    logprobs, tops = settings.new_empty(3), settings.new_empty(3, 1)
+    log_probabilities(logits, rows.int(), rows, logprobs, ids.view(3, 1).clone(), tops)
+    right = torch.log_softmax(logits.double(), dim=-1)
+    near = torch.allclose(logprobs, right[:, :3].diagonal()) and torch.allclose(tops[:, 0], right[:, -1])
+    return near and found == [vocab - 1, 1, vocab - 1] and ids.tolist() == [1, 1, vocab - 1]
 
 
 def _kernels() -> Any:

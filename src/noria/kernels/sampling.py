@@ -242,3 +242,12 @@ def logprobs_of_rows(
         place = tl.where(place == 0x7FFFFFFF, 0, place)  # where logits are NaN, fewer have a place
         tl.store(top_ids + number * top + rank, place.to(tl.int64))
         tl.store(top_logprobs + number * top + rank, before.to(tl.float64) - shift)
+
+
+@triton.jit(do_not_specialize=["vocab", "width"], do_not_specialize_on_alignment=["rows", "bits"])
+def mask_rows(scores, rows, bits, vocab, width, BLOCK: tl.constexpr):
+    """Ids without their bit become impossible in these rows of the scores; those beyond all bits too."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.load(bits + tl.program_id(0).to(tl.int64) * width + at // 8, mask=at // 8 < width, other=0)
+    its = scores + tl.load(rows + tl.program_id(0)).to(tl.int64) * vocab
+    tl.store(its + at, float("-inf"), mask=(at < vocab) & ((byte.to(tl.int32) >> (at % 8)) & 1 == 0))

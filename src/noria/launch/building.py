@@ -61,9 +61,13 @@ def build_fused(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     here.say(*dict.fromkeys(line or took for line in found))
 
 
-def build_sampling(here: ThisRank, dtype: str) -> str:
+def build_sampling(here: ThisRank, shape: ModelShape, dtype: str) -> str:
     """Builds the kernels that draw tokens; returns why some rank has none. Collective."""
-    return _build_or_say(here, dtype, drawing.refuses, "tokens are drawn by torch")
+
+    def refuses(device: torch.device, kind: torch.dtype) -> str:
+        return drawing.refuses(device, kind, shape.vocab_size)
+
+    return _build_or_say(here, dtype, refuses, "tokens are drawn by torch")
 
 
 def build_products(here: ThisRank, dtype: str) -> str:

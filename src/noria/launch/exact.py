@@ -35,7 +35,7 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
     Yields the attribute that says so, `yes` or `no: ` and why; none on a CPU and in full precisions. Collective.
     """
     name, kind = build_attention(config, here, model.shape, dtype), getattr(torch, dtype)
-    undrawn, multiplied = build_sampling(here, dtype), build_products(here, dtype)
+    undrawn, multiplied = build_sampling(here, model.shape, dtype), build_products(here, dtype)
     with contextlib.ExitStack() as held:
         if here.device.type != "cuda" or kind not in REDUCTIONS:
             yield {}
