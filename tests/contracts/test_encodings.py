@@ -118,3 +118,38 @@ def test_a_field_that_an_encoding_makes_otherwise_than_it_says_is_named():
             AssertionError, match=r"field scales is torch.float(32|64) \[., .\], it is float32 \[8, 4\]"
         ):
             encodings.packed(piece, fields | {"scales": wrong})
+
+
+# Of each a matrix of one row: the codes of its numbers, and a scale of which some products are beyond float32.
+BEYOND = {
+    "fp8_block": (
+        {"block_size": [128, 128], "scale_dtype": "e8m0"},
+        {"codes": [56, 126, 0], "scales": [254]},
+        1,
+    ),  # 1, 448
+    "fp8_channel": ({"scale_dtype": "float32"}, {"codes": [56, 126, 254], "scales": [2.0**127]}, 2),
+    "mxfp4": ({}, {"codes": [0x72, 0x01], "scales": [254]}, 1),  # 1, 6, 0.5
+    "nvfp4": ({"tensor_scale": "divides"}, {"codes": [0x72, 0x01], "scales": [56], "tensor_scale": [2.0**-126]}, 1),
+    "int8": ({"scale_dtype": "bfloat16"}, {"codes": [128, 129, 255], "scales": [2.0**127]}, 1),
+    "int4": ({"symmetric": False}, {"codes": [0x50, 0x00], "scales": [2.0**127], "zeros": [0]}, 1),
+}
+
+
+def test_each_encoding_that_has_scales_has_a_case_of_numbers_beyond_float32():
+    assert BEYOND.keys() == {name for name in KINDS if hasattr(kinds.load("encodings", name), "most")}
+
+
+@pytest.mark.parametrize("encoding", BEYOND)
+def test_numbers_beyond_float32_are_refused_where_a_large_scale_makes_some(encoding):
+    given, values, beyond = BEYOND[encoding]
+    kind, matrix = kinds.load("encodings", encoding), Matrix("", (1, 3))
+    settings = kind.DEFAULTS | given
+    piece = encodings.capacity(encoding, [matrix], "float32", settings)
+    block = lay_out("any", {"it": Wanted((1, 3))}, "float32", {"it": Encoded(encoding, settings, piece)})
+    fields = {
+        one.name: torch.tensor(values[one.name]).to(getattr(torch, one.dtype)).view(one.shape) for one in piece.fields
+    }
+    with pytest.raises(InputError, match=f"^{beyond} of its numbers are beyond float32, 3.4e"):
+        encodings.check(block.parameters[0], encodings.packed(piece, fields)[None])
+    fields["codes"] = torch.full_like(fields["codes"], {"int8": 128, "int4": 0}.get(encoding, 0))
+    encodings.check(block.parameters[0], encodings.packed(piece, fields)[None])

@@ -13,6 +13,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     quick(numbers, settings) -> {name: tensor}                  if it has it: encode without a search, a wait for the device or
                                     a refusal, for a cache; what is no finite number makes its group none
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
+    most(fields, settings) -> float                             if it has it: no number of such fields is larger
     KERNEL                          if it has one: the file of kernels/ whose `decode` gives the same bits on CUDA
 
 `dtype` is that of the numbers where they are plain, `settings` what a file says of the encoding beside it (a group's
@@ -29,11 +30,12 @@ import torch
 from noria import kinds
 from noria.blocks import Block, Parameter, round_up
 from noria.encodings import _kernels
-from noria.errors import InputError
+from noria.errors import InputError, require
 from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
 Fields = dict[str, torch.Tensor]
 ENCODED_NUMBERS = 2**21  # that a thread encodes at a time
+LARGEST = torch.finfo(torch.float32).max
 
 
 def capacity(encoding: str, matrices: Sequence[Matrix], dtype: str, settings: Mapping[str, Any]) -> Piece:
@@ -178,7 +180,23 @@ def check(parameter: Parameter, pieces: torch.Tensor) -> None:
     """Raises InputError for pieces [P, bytes of a piece] that the parameter's encoding does not make."""
     kind = kinds.load("encodings", parameter.encoding)
     for number, matrix in enumerate(parameter.piece.matrices):
-        kind.check(fields_of(parameter.piece, number, pieces), matrix.stored, parameter.settings)
+        fields = fields_of(parameter.piece, number, pieces)
+        kind.check(fields, matrix.stored, parameter.settings)
+        if hasattr(kind, "most") and not kind.most(fields, parameter.settings) <= LARGEST:
+            _check_finite(kind, fields, matrix.stored, parameter.settings)
+
+
+def _check_finite(kind: ModuleType, fields: Fields, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
+    """Raises InputError where a number of fields [P, ...] is beyond float32: what has a scale so large is decoded to see."""
+    for piece in range(len(fields["codes"])):
+        into = torch.empty(1, *shape, device=fields["codes"].device)
+        kind.decode({name: its[piece : piece + 1] for name, its in fields.items()}, settings, into)
+        wrong = int((~torch.isfinite(into)).sum())
+        require(
+            not wrong,
+            f"{wrong} of its numbers are beyond float32, {LARGEST:.3g}: codes times scales as large as"
+            f" {kind.most(fields, settings):.3g} at most",
+        )
 
 
 def check_fields(encoding: str, piece: Piece, dtype: str, settings: Mapping[str, Any]) -> None:

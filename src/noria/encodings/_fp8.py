@@ -49,6 +49,11 @@ def decode(fields: Mapping[str, torch.Tensor], block: Block, into: torch.Tensor)
         into[piece, outputs] = numbers.mul_(_scales.spread(scales[piece, blocks].to(wide), its.shape, *block))
 
 
+def most(fields: Mapping[str, torch.Tensor], settings: Mapping[str, object]) -> float:
+    """The largest code under the largest scale."""
+    return float(_scales.values(fields["scales"]).max()) * LARGEST
+
+
 def check(fields: Mapping[str, torch.Tensor]) -> None:
     """Raises InputError for scales or codes that are no numbers."""
     _scales.check(fields["scales"])

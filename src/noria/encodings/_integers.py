@@ -150,6 +150,11 @@ def decode(bits: int, fields: Mapping[str, torch.Tensor], settings: Mapping[str,
         into[piece, rows].copy_(_groups.scale(values, 1 if settings["permuted"] else group, scales, zeros))
 
 
+def most(bits: int, fields: Mapping[str, torch.Tensor]) -> float:
+    """The largest scale, as many times as there are codes."""
+    return float(fields["scales"].abs().max()) * 2**bits
+
+
 def check(bits: int, fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """Scales are finite, zeros are ones that a code can be less, a permutation has each input once."""
     require(bool(torch.isfinite(fields["scales"]).all()), "a scale is inf or nan")

@@ -15,6 +15,7 @@ from noria.errors import require
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"block_size": [128, 128], "scale_dtype": "float32"}
 KERNEL = "decode_fp8"
+most = _fp8.most
 
 
 def block(shape: tuple[int, ...], settings: Mapping[str, Any]) -> _fp8.Block:

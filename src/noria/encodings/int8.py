@@ -38,6 +38,11 @@ def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into
     _integers.decode(BITS, fields, settings, into)
 
 
+def most(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> float:
+    """What no number is above."""
+    return _integers.most(BITS, fields)
+
+
 def check(fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """Scales are finite, zeros are any byte, a permutation has each input once."""
     _integers.check(BITS, fields, shape, settings)

@@ -55,6 +55,11 @@ def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into
         into[piece, rows].copy_(_groups.scale(values, GROUP, scales.to(dtype)))
 
 
+def most(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> float:
+    """The largest code under the largest scale."""
+    return float(_scales.values(fields["scales"]).max()) * _e2m1.LARGEST
+
+
 def check(fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """No scale is nan."""
     _scales.check(fields["scales"])

@@ -66,6 +66,13 @@ def decode(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any], into
         into[piece, rows].copy_(_groups.scale(values, GROUP, scales))
 
 
+def most(fields: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> float:
+    """The largest code under the largest scale of a group and of the tensor."""
+    its = fields["tensor_scale"].double()
+    tensor = 1 / its.min() if settings["tensor_scale"] == "divides" else its.max()
+    return float(tensor) * _fp8.LARGEST * _e2m1.LARGEST
+
+
 def check(fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """Scales are numbers, and that of the tensor one above 0."""
     require(not bool((fields["scales"] & 127 == _fp8.NO_NUMBER).any()), "a scale is nan")
