@@ -80,11 +80,14 @@ class Rates:
     def matmul_at(self, dtype: str, rows: float) -> float:
         """flop/s of a product of so many rows: as measured, and between two measured numbers on a line of logarithms.
 
-        With fewer rows than the fewest that were measured the time stays; a machine without rows has one figure.
+        With fewer rows than the fewest that were measured the time stays; a machine without rows has one figure. More rows
+        are never slower: what was measured so is the noise of a machine.
         """
-        known = sorted(self.matmul_rows.get(dtype, {}).items())
-        if not known:
+        measured = sorted(self.matmul_rows.get(dtype, {}).items())
+        if not measured:
             return self.matmul[dtype]
+        fastest = itertools.accumulate((speed for _, speed in measured), max)
+        known = [(count, speed) for (count, _), speed in zip(measured, fastest, strict=True)]
         if rows <= known[0][0]:
             return known[0][1] * rows / known[0][0]
         for (fewer, slow), (more, fast) in itertools.pairwise(known):
