@@ -31,6 +31,7 @@ class Capturer:
                 call()
             except BaseException:
                 self._undo(graph)
+                self._pool = torch.cuda.graph_pool_handle()
                 raise
             graph.capture_end()
             self.nbytes += max(before - torch.cuda.mem_get_info(self._streams.device)[0], 0)

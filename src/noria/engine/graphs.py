@@ -111,7 +111,6 @@ class Graphs:
     def _capture(self, graph: Graph, padded: Padded, layers: range) -> None:
         began = time.perf_counter()
         graph.numbers.copy_(padded.aside)
-        graph.replay = None
         assert self._capturer is not None
         graph.replay = self._capturer.capture(lambda: self._compute(graph, padded, layers))
         self._captured += 1

@@ -75,9 +75,9 @@ def wave_of(
 ) -> tuple[Wave, State]:
     """The wave of these groups. `positions` by place; `finder`: of each piece, its row and position in order."""
     if len(groups.first) and (groups.count == 1).all() and (groups.node == NONE).all():
-        items = _one_query_each(groups, positions, packing, state, finder)
-        if items is not None:
-            return Wave((_launch(items, _least(packing)),), _NO_MERGES), state
+        launch = _one_query_each(groups, positions, packing, state, finder)
+        if launch is not None:
+            return Wave((launch,), _NO_MERGES), state
     tiles = _tiles(groups, positions, packing)
     slots, state = _slots(groups, tiles, packing, state)
     return Wave(_launches(groups, tiles, slots, finder), _merges(groups, tiles, slots)), state
@@ -90,6 +90,10 @@ def within(counts: np.ndarray) -> np.ndarray:
 
 def groups_of(rows: RaggedRows, paths: np.ndarray, order: np.ndarray, places: np.ndarray, depth: int) -> Groups:
     """The prefixes at this depth and the rows that share `depth` prefixes."""
+    if not paths.shape[1]:
+        none, every = np.full(len(order), NONE), np.arange(len(order))
+        held = rows.run_positions[rows.offsets[:-1]]
+        return Groups(places, rows.counts, every, held, np.zeros_like(every), rows.lengths, none, none)
     level = paths[order, depth] if depth < paths.shape[1] else np.full(len(order), NONE)
     nodes, firsts, sizes = np.unique(level[level >= 0], return_index=True, return_counts=True)
     firsts = np.flatnonzero(level >= 0)[firsts]
@@ -112,8 +116,8 @@ def groups_of(rows: RaggedRows, paths: np.ndarray, order: np.ndarray, places: np
 
 def _one_query_each(
     groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: np.ndarray
-) -> np.ndarray | None:
-    """The items of groups that are a row's own query each: what the rest of this file makes of them, in fewer steps.
+) -> Launch | None:
+    """The launch of groups that are a row's own query each: what the rest of this file makes of them, in fewer steps.
 
     None where the sections of one are computed apart.
     """
@@ -122,7 +126,8 @@ def _one_query_each(
     if packing.window is not None:
         start = np.maximum(start, (position - packing.window + 1) // KEY_BLOCK * KEY_BLOCK)
     sections = (stop - 1) // SECTION - start // SECTION + 1
-    if sections.max() > max(1.0, sections.sum() * packing.key_heads / packing.programs):
+    most = sections.max()
+    if most > max(1.0, sections.sum() * packing.key_heads / packing.programs):
         return None
     items, row = np.empty((len(position), len(Item)), np.int32), groups.row << 40
     items[:, Item.FIRST], items[:, Item.COUNT] = groups.first, 1
@@ -130,15 +135,15 @@ def _one_query_each(
     items[:, Item.LAST_PIECE] = np.searchsorted(finder, row | stop, side="left")
     items[:, Item.START], items[:, Item.STOP] = start, stop
     items[:, Item.LOWEST] = items[:, Item.HIGHEST] = position
+    items[:, Item.TOTAL_FROM :] = NONE
+    if not len(state.totals):
+        return Launch(items[np.argsort(start - stop, kind="stable")], _least(packing), bool(most > 1), partial=False)
     items[:, Item.TOTAL_FROM], items[:, Item.SECTION_FROM] = _coming_in(groups, state)
-    items[:, Item.TOTAL_TO] = items[:, Item.SECTION_TO] = NONE
-    return items
+    return _launch(items, _least(packing))
 
 
 def _coming_in(groups: Groups, state: State) -> tuple[np.ndarray, np.ndarray]:
     """The slots of the merged sections, and of the last section, that groups go on from."""
-    if not len(state.totals):
-        return np.full(len(groups.first), NONE), np.full(len(groups.first), NONE)
     of_total, of_section = (
         np.where(groups.start > beyond, np.append(known, 0)[groups.parent] + groups.first, NONE)
         for beyond, known in ((SECTION, state.totals), (0, state.sections))

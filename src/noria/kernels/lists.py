@@ -15,12 +15,7 @@ def make(rows: RaggedRows, packing: Packing) -> Work:
     _check(rows)
     paths = _paths(rows, packing)
     order_of_rows = np.lexsort(paths.T[::-1]) if paths.shape[1] else np.arange(len(rows.counts))
-    counts = rows.counts[order_of_rows]
-    places = np.empty_like(counts)
-    places[order_of_rows] = np.cumsum(counts) - counts
-    tokens = np.cumsum(rows.counts) - rows.counts
-    order = np.repeat(tokens[order_of_rows], counts) + within(counts)
-    positions = np.repeat((rows.lengths - rows.counts)[order_of_rows], counts) + within(counts)
+    places, order, positions = _places(rows, order_of_rows)
     pieces, owners = _pieces(rows)
     finder = owners << 40 | pieces[:, 1]
 
@@ -34,15 +29,31 @@ def make(rows: RaggedRows, packing: Packing) -> Work:
     return Work(arrays[0], arrays[1], arrays[2], tuple(waves), state.slots)
 
 
+def _places(rows: RaggedRows, order_of_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[R] the place of each row's first query, [T] the token row at each place, and its position."""
+    places = np.empty_like(order_of_rows)
+    if (rows.counts == 1).all():
+        places[order_of_rows] = np.arange(len(places))
+        return places, order_of_rows, rows.lengths[order_of_rows] - 1
+    counts = rows.counts[order_of_rows]
+    places[order_of_rows] = np.cumsum(counts) - counts
+    tokens = np.cumsum(rows.counts) - rows.counts
+    order = np.repeat(tokens[order_of_rows], counts) + within(counts)
+    positions = np.repeat((rows.lengths - rows.counts)[order_of_rows], counts) + within(counts)
+    return places, order, positions
+
+
 def _check(rows: RaggedRows) -> None:
     """Raises ValueError where blocks would not begin where the row's own do, or keys would be missing."""
-    ends = rows.run_positions + rows.run_keys
-    last = np.zeros(len(ends), bool)
-    last[rows.offsets[1:] - 1] = True
-    if (np.diff(rows.offsets) < 1).any() or (ends[last] < rows.lengths).any():
+    ends, lasts = rows.run_positions + rows.run_keys, rows.offsets[1:] - 1
+    if (lasts < rows.offsets[:-1]).any() or (ends[lasts] < rows.lengths).any():
         raise ValueError("a row has more keys than its runs have room for")
-    if (rows.run_positions % KEY_BLOCK).any() or (ends[:-1] != rows.run_positions[1:])[~last[:-1]].any():
+    goes_on = ends[:-1] == rows.run_positions[1:]
+    goes_on[lasts[:-1]] = True  # a row's last run need not
+    if (rows.run_positions % KEY_BLOCK).any() or not goes_on.all():
         raise ValueError(f"a run does not begin where the one before ends, at a multiple of {KEY_BLOCK} keys")
+    if not len(rows.shared):
+        return
     if (rows.shared % KEY_BLOCK).any() or (rows.parents >= np.arange(len(rows.parents))).any():
         raise ValueError(f"a prefix has a length that is no multiple of {KEY_BLOCK}, or comes before its parent")
     named = rows.prefixes >= 0
@@ -54,6 +65,10 @@ def _check(rows: RaggedRows) -> None:
 
 def _pieces(rows: RaggedRows) -> tuple[np.ndarray, np.ndarray]:
     """[N, 4] the runs cut where sections begin, without what lies beyond a row's length; and [N] the row of each."""
+    if len(rows.run_keys) == len(rows.counts) and rows.lengths.max(initial=0) <= SECTION:  # a run and a section each
+        keys = rows.lengths - rows.run_positions
+        pieces = np.array([rows.run_rows, rows.run_positions, keys, np.ones_like(keys)]).T
+        return pieces, np.arange(len(keys))
     owner = np.repeat(np.arange(len(rows.counts)), np.diff(rows.offsets))
     first = rows.run_positions
     stop = np.minimum(first + rows.run_keys, rows.lengths[owner])
