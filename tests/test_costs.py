@@ -227,7 +227,7 @@ def test_all_resident_goes_round_once():
 
 def test_a_small_model_with_many_rows_stays_on_the_gpu():
     plan = plan_of(opt(12, 768, 12), 1, 10**6, Machine("cuda", 20 * GiB, 64 * GiB), Workload(10**6, 512, 256))
-    assert tiers_of(plan) == {"gpu"} and plan.groups == 2 and plan.pools["cpu"]["pages"] == 0
+    assert tiers_of(plan) == {"gpu"} and plan.groups == 1 and plan.composes_ahead and plan.pools["cpu"]["pages"] == 0
 
 
 def test_hidden_states_in_host_memory_pass_the_link_between_layers_or_between_ranks():

@@ -68,10 +68,11 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
 def rank_seconds(plan: Plan, used: Mapping[str, float]) -> tuple[float, str]:
     """Seconds of a rank's round from its terms, and the term that binds.
 
-    A single group waits while rank 0 takes its results and composes its next step; of several the others go on meanwhile.
+    A single group waits while rank 0 takes its results and composes its next step, unless that is composed ahead; of several
+    the others go on meanwhile.
     Without overlap times add up: `sequential`, and `single_batch` for microbatches whose cache is elsewhere.
     """
-    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * (plan.groups == 1)
+    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * (plan.groups == 1 and not plan.composes_ahead)
     on_device, on_host = (products, *KERNELS, *wait), ("launches", "host")
     compute = max((on_device, on_host), key=lambda names: sum(used[name] for name in names))
     engines = (("link",), ("disk",), compute) if _overlaps(plan) else (("link", "disk", *compute),)

@@ -74,6 +74,12 @@ class Plan:
         return self.most_pages >= pages
 
     @property
+    def composes_ahead(self) -> bool:
+        """Whether one GPU may compute a step while rank 0 takes in what the one before gave (engine/ahead.py)."""
+        alone = self.num_ranks == self.groups == self.laps == 1
+        return alone and self.activations == "gpu" and self.weight_tiers[0].get("embed") == "gpu"
+
+    @property
     def most_pages(self) -> int:
         """Pages of the tier that has most of them."""
         return max(self.of_pool("pages").values())

@@ -4,6 +4,7 @@ Masks are made on the CPU of rank 0, which alone knows rows, by a thread beside 
 tokens that the row has when its step is composed. So a row that is taken up again is told its tokens, and goes on the same.
 """
 
+import _thread
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -163,15 +164,15 @@ class Making:
         self._wants, self._constraints, self._vocab_size = wants, constraints, vocab_size
         self._masks: Masks | None = None
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._make, daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        _thread.start_new_thread(self._make, ())  # threading.Thread would wait until it runs
 
     def done(self) -> bool:
-        return self._masks is not None or self._failure is not None
+        return self._ended.is_set()
 
     def result(self) -> Masks:
         """Waits for them. A row whose matcher gave up has no token left; its guide says why."""
-        self._thread.join()
+        self._ended.wait()
         if self._masks is None:
             raise RuntimeError("masks could not be made") from self._failure
         return self._masks
@@ -181,6 +182,8 @@ class Making:
             self._masks = made(self._wants, self._constraints, self._vocab_size)
         except BaseException as error:  # noqa: BLE001 - whoever waits for them raises it
             self._failure = error
+        finally:
+            self._ended.set()
 
 
 def made(wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int) -> Masks:
