@@ -41,8 +41,9 @@ def case(num_tokens, count, num_experts, hidden, inner, dtype):
 
 
 @pytest.mark.parametrize(("num_tokens", "count", "num_experts"), [(1, 2, 8), (7, 8, 128), (300, 8, 128), (1000, 2, 8)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "transposed"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, True)]
+)
 def test_a_mixture_on_the_gpu_is_the_plain_sum(num_tokens, count, num_experts, dtype, transposed):
     tensors = case(num_tokens, count, num_experts, 256, 96, dtype)
     exact, found = plain(*tensors), mixture(*tensors, transposed).double()
@@ -84,19 +85,19 @@ def kernels():
     return kinds.load("kernels", "mix")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_tiles_of_any_size_give_the_plain_sum(case, dtype):
-    tensors = expert_checks.made(case, dtype, "cuda")
-    for its in kernels().TILINGS:
-        found = kernels().mix(*tensors, tiled=lambda _, its=its: its)
-        assert expert_checks.error(found, *tensors) < (0.02 if dtype == torch.bfloat16 else 0.003), its.tile
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_tiles_of_any_size_give_the_plain_sum(number):
+    """Each size and dtype in some of the cases: kernels are built for each."""
+    dtype, its = (torch.bfloat16, torch.float16)[number % 2], kernels().TILINGS[number % 3]
+    tensors = expert_checks.made(CASES[number], dtype, "cuda")
+    found = kernels().mix(*tensors, tiled=lambda _: its)
+    assert expert_checks.error(found, *tensors) < (0.02 if dtype == torch.bfloat16 else 0.003), its.tile
 
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("its", [*ROUTINGS, *IN_GROUPS], ids=str)
 def test_a_kernel_chooses_as_torch_does(its, corrected):
-    for experts in (8, 60, 128, 384, 1000) if its.groups == 1 else (16, 64, 256):
+    for experts in (13, 128) if its.groups == 1 else (16, 256):
         choose = kinds.load("kernels", "routing").choose
         (chosen, weights), expected = expert_checks.routed(its, 300, experts, corrected, "cuda", choose)
         assert (chosen == expected[0]).all(dim=1).float().mean() > 0.99  # probabilities may be equal in float32
@@ -105,14 +106,13 @@ def test_a_kernel_chooses_as_torch_does(its, corrected):
 
 
 COMPANIES = [
-    Case(48, 2048, 768, 8, 4096),
-    Case(8, 2880, 2880, 4, 1500, CLAMPED, biased=True),
-    Case(60, 1000, 520, 6, 3000, lies="decoded"),
+    (Case(24, 2048, 768, 8, 2048), torch.bfloat16),
+    (Case(8, 2880, 1440, 4, 1500, CLAMPED, biased=True), torch.bfloat16),
+    (Case(60, 1000, 520, 6, 3000, lies="decoded"), torch.float16),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", COMPANIES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), COMPANIES, ids=str)
 def test_a_row_has_the_same_bits_in_any_company_tile_and_card(case, dtype):
     rows, chosen, weights, layer = expert_checks.made(case, dtype, "cuda")
     whole = kernels().mix(rows, chosen, weights, layer)
@@ -184,7 +184,7 @@ class InRuns:
 
 
 @pytest.mark.parametrize("most", [1, 5, 64])
-@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+@pytest.mark.parametrize("num_tokens", [1, 300])
 def test_experts_that_come_in_runs_give_the_bits_of_all_at_once(num_tokens, most):
     hidden, chosen, weights, experts = case(num_tokens, 8, 64, 512, 256, torch.bfloat16)
     gate_up, down = experts[:, :512], experts[:, 512:].transpose(1, 2).contiguous()
