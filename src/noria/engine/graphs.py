@@ -22,6 +22,7 @@ from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.layers import Layers
 from noria.engine.padding import Padded
+from noria.engine.timing import Meters
 from noria.engine.weights import Weights
 from noria.ring.messages import Arrays
 from noria.streams import Streams
@@ -60,18 +61,36 @@ class Graphs:
         weights: Weights,
         cache: KvCache,
         streams: Streams,
-        say: Callable[[str], None],
+        meters: Meters,
     ):
         self._network, self._dtype, self._layers = network, dtype, Layers(network)
-        self._weights, self._cache, self._device, self._say = weights, cache, streams.device, say
+        self._weights, self._cache, self._device, self._say = weights, cache, streams.device, meters.say
+        self._gauge, self._trace = meters.gauge, meters.trace
         self._capturer = capturer_of(streams)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._came: dict[tuple[int, int], int] = {}
         self._seconds, self._captured, self._replayed, self._plain = 0.0, 0, 0, 0
         self.off = False
 
-    def forward(self, padded: Padded, layers: range, hidden: Arrays) -> Arrays | None:
-        """What these layers make of hidden states, valid until the next call; None: this step is to go another way."""
+    def forward(self, padded: Padded, layers: range, hidden: Arrays, at: tuple[int, int, int]) -> Arrays | None:
+        """What these layers make of hidden states in a visit (round, lap, group), valid until the next one; None: the step is
+        to go another way."""
+        began, captured = time.perf_counter(), self._captured
+        graph = self._ready(padded, layers, hidden)
+        if graph is None:
+            return None
+        assert graph.replay is not None and graph.after is not None
+        begin, mark = self._trace.mark(), self._gauge.mark()
+        graph.replay()
+        self._plain, self._replayed = self._plain - 1, self._replayed + 1
+        if self._captured == captured:
+            self._gauge.took("launches", time.perf_counter() - began)
+        self._gauge.computed(mark)
+        self._trace.compute("graph", begin, *at, layers.start)
+        return tuple(array[: padded.tokens] for array in graph.after)
+
+    def _ready(self, padded: Padded, layers: range, hidden: Arrays) -> Graph | None:
+        """The graph of these layers for a step, with all that the step differs by where it finds it; None: there is none."""
         self._plain += 1
         name = layers.start, padded.size
         self._came[name] = self._came.get(name, 0) + 1
@@ -90,10 +109,7 @@ class Graphs:
             self._graphs.clear()
             return None
         graph.numbers.copy_(padded.numbers)
-        assert graph.replay is not None and graph.after is not None
-        graph.replay()
-        self._plain, self._replayed = self._plain - 1, self._replayed + 1
-        return tuple(array[: padded.tokens] for array in graph.after)
+        return graph
 
     def words(self) -> list[str]:
         """What was done, for people; nothing where there was nothing to do."""

@@ -20,7 +20,6 @@ from noria.engine.graphs import Graphs
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.layers import Layers
-from noria.engine.padding import Padded
 from noria.engine.sampler import Sampler
 from noria.engine.shortage import is_shortage
 from noria.engine.timing import Meters
@@ -71,7 +70,7 @@ class Stage:
         self._drawn = sampler.nothing.token_ids  # [S] what was sampled last, on the device
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._logits_rows = LOGITS_ROWS
-        self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters.say)
+        self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters)
 
     @property
     def feeds(self) -> bool:
@@ -130,7 +129,7 @@ class Stage:
         device.
         """
         if batch.padded is not None:
-            arrays = self._replayed(batch.padded, layers, hidden)
+            arrays = self._graphs.forward(batch.padded, layers, hidden.arrays, self._at)
             if arrays is not None:
                 return Hidden(arrays)
             if not batch.microbatches:
@@ -141,16 +140,6 @@ class Stage:
         while first is not None:
             first = self._pass(batch, layers, first)
         return self._activations.end()
-
-    def _replayed(self, padded: Padded, layers: range, hidden: Hidden) -> Arrays | None:
-        """The hidden states after these layers by a graph, if there is one."""
-        begin, mark, began = self._trace.mark(), self._gauge.mark(), time.perf_counter()
-        arrays = self._graphs.forward(padded, layers, hidden.arrays)
-        if arrays is not None:
-            self._gauge.took("launches", time.perf_counter() - began)
-            self._gauge.computed(mark)
-            self._trace.compute("graph", begin, *self._at, layers.start)
-        return arrays
 
     def _pass(self, batch: Batch, layers: range, first: Cell) -> Cell | None:
         """Goes through the layers from cell `first` on as the schedule says.
