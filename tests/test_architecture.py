@@ -53,6 +53,7 @@ ALLOWED = {
         "kernels/norm.py",
         "kernels/rotary.py",
         "kernels/gated.py",
+        "kernels/rounded.py",
         "kernels/sampling.py",
         "kernels/products.py",
     },  # imported where there is a GPU
@@ -77,6 +78,7 @@ ALLOWED = {
         "kernels/norm.py",
         "kernels/rotary.py",
         "kernels/gated.py",
+        "kernels/rounded.py",
         "kernels/drawing.py",
         "kernels/products.py",
         "kernels/in_order.py",

@@ -10,13 +10,15 @@ import torch
 import dense
 import rounded
 from counts import count
-from noria import encodings, kinds
+from noria import kinds
 from noria.arrays import ENCODINGS, Array, encoded, keys_and_values, stored
 from noria.attention import sdpa
+from noria.encodings import _cached
+from noria.encodings._cached import settings_of
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
 from noria.engine.parameters import FIELD_DTYPES
-from noria.engine.rounding import RoundedArray, RoundedAttention, cut_rows, settings_of
+from noria.engine.rounding import RoundedArray, RoundedAttention, cut_rows
 from noria.step import PAGE_TOKENS, Run, Span
 
 CPU = torch.device("cpu")
@@ -179,6 +181,14 @@ def test_values_that_lie_within_keys_are_rounded_with_them(kind):
 def test_an_encoding_of_a_cache_is_one_of_parameters_too():
     for kind in KINDS:
         (key,) = encoded((Array("key", (1, 128)),), ENCODINGS[kind])
-        numbers = torch.randn(5, 128)
-        fields = {name: its[None] for name, its in encodings.quick(key.encoding, numbers, settings_of(key)).items()}
-        kinds.load("encodings", key.encoding).check(fields, (5, 128), settings_of(key))
+        encoding = kinds.load("encodings", key.encoding)
+        fields = {name: its[None] for name, its in encoding.quick(torch.randn(5, 128), settings_of(key)).items()}
+        encoding.check(fields, (5, 128), settings_of(key))
+
+
+def test_kernels_that_cannot_be_there_are_done_without_and_the_reason_is_said_once():
+    arrays = encoded(keys_and_values(2, 64), "int8")
+    (said,) = _cached.without_kernels(arrays, CPU, torch.bfloat16)
+    assert said.startswith("the cache is rounded and decoded by torch") and said.endswith(
+        "CUDA device, this is the CPU"
+    )

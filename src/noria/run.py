@@ -172,10 +172,10 @@ def _build(
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
     encoded = {one.encoding for block in model.blocks.values() for one in block.encoded}
-    encoded |= ({CODED} if plan.coded else set()) | ({model.shape.cache_encoding} - {""})
     building.build_mixtures(here, model.shape, plan.dtype)
     building.build_fused(here, model.shape, plan.dtype)
-    building.build_decoders(here, encoded, plan.dtype)
+    building.build_cache(here, model.shape, plan.dtype)
+    building.build_decoders(here, encoded | ({CODED} if plan.coded else set()), plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None
     watchdog.begin("loading its weights")

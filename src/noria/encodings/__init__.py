@@ -29,11 +29,12 @@ import torch
 
 from noria import kinds
 from noria.blocks import Block, Parameter, round_up
-from noria.encodings import _kernels
+from noria.encodings import _cached, _kernels
 from noria.errors import InputError, require
 from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
 Fields = dict[str, torch.Tensor]
+write_rows, decode_pages, without_cache_kernels = _cached.write, _cached.decode, _cached.without_kernels
 ENCODED_NUMBERS = 2**21  # that a thread encodes at a time
 LARGEST = torch.finfo(torch.float32).max
 
@@ -141,12 +142,6 @@ def decode_matrices(
         its_decode(fields, settings, into, named)
     else:
         its_decode({name: its[named.clamp(min=0)] for name, its in fields.items()}, settings, into)
-
-
-def quick(encoding: str, numbers: torch.Tensor, settings: Mapping[str, Any]) -> Fields:
-    """The fields of numbers [outputs, inputs], made while a run waits for them."""
-    found: Fields = kinds.load("encodings", encoding).quick(numbers, settings)
-    return found
 
 
 def without_kernel(names: Iterable[str], device: torch.device, dtype: torch.dtype) -> list[str]:

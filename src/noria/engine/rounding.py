@@ -6,7 +6,6 @@ are decoded into one buffer, which any kind of attention reads as it reads a pla
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from typing import Any, TypeAlias
 
@@ -31,25 +30,13 @@ class RoundedArray:
     fields: Mapping[str, torch.Tensor]
     width: int | None = None
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Of its encoding."""
-        return settings_of(self.array)
-
     def write(self, places: torch.Tensor, new: torch.Tensor) -> None:
         """Rounds new rows [T, Hkv, D] and writes them to their places [T]."""
-        numbers = new.reshape(-1, new.shape[-1])
-        for name, its in encodings.quick(self.array.encoding or "", numbers, self.settings).items():
-            field = self.fields[name]
-            field.index_copy_(0, places, its.view(len(places), *field.shape[1:]))
+        encodings.write_rows(self.array, self.fields, places, new)
 
     def decode(self, pages: torch.Tensor, into: torch.Tensor) -> None:
         """Decodes pages [P], one after another, into [P * 16, Hkv, D]."""
-        fields = {}
-        for name, field in self.fields.items():
-            taken = field.view(-1, PAGE_TOKENS, *field.shape[1:]).index_select(0, pages)
-            fields[name] = taken.view(1, -1, field.shape[-1])
-        encodings.decode_matrices(self.array.encoding or "", fields, self.settings, into.view(1, -1, into.shape[-1]))
+        encodings.decode_pages(self.array, self.fields, pages, into)
 
 
 def rotate_and_round(
@@ -65,15 +52,6 @@ def rotate_and_round(
     for array, its in zip(arrays, made, strict=True):
         array.write(places, its)
     return turned
-
-
-def settings_of(array: Array) -> dict[str, Any]:
-    """What an encoded array says to its encoding."""
-    if array.encoding == "fp8_block":  # powers of two: a float's precision does not depend on them
-        group = array.group if array.group > 0 else array.row[-1]
-        return {"block_size": [1, group], "scale_dtype": "e8m0"}
-    symmetric = array.encoding == "int8"
-    return {"group_size": array.group, "symmetric": symmetric, "permuted": False, "scale_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True)

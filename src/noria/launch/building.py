@@ -104,6 +104,21 @@ def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
     here.say(*dict.fromkeys(line for lines in found for line in lines))
 
 
+def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
+    """Builds the kernels of a cache in fewer bits; says where torch rounds and decodes it, and why. Collective."""
+    arrays = {array for layer in range(shape.num_layers) for array in shape.arrays(layer) if array.encoding}
+    if here.device.type != "cuda" or not arrays:
+        return
+    first = here.location.local_rank == 0
+
+    def build() -> list[str]:
+        return encodings.without_cache_kernels(arrays, here.device, getattr(torch, dtype))
+
+    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
+    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    here.say(*dict.fromkeys(line for lines in found for line in lines))
+
+
 def build_mixtures(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     """Builds the kernels of a model's mixtures of experts; says where torch computes them, and why. Collective."""
     if here.device.type != "cuda" or not shape.mixture_size:

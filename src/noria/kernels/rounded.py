@@ -1,0 +1,161 @@
+"""A cache in fewer bits on a CUDA device (Triton): pages decoded side by side, rows rounded into their places, a launch each.
+
+Both give the bits of encodings/, whose `decode` and `quick` are their plain twins. `form`: fp8 (e4m3 under powers of two),
+int8, or int4 with zeros. R rows of D numbers, of all heads and tokens; groups of the numbers share a scale.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+
+from noria.kernels.decode_fp8 import e4m3, e8m0
+from noria.kernels.decode_int4 import less_zero_times_scale
+
+TILE = 4096  # numbers of a tile
+INT4, INT8, FP8 = tl.constexpr(4), tl.constexpr(8), tl.constexpr(1)
+FORMS = {"int4": 4, "int8": 8, "fp8_block": 1}
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["pages"])
+def decode_rows(
+    codes, scales, zeros, pages, into, rows, page_rows, numbers, width, groups, GROUP: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of pages, one page behind the other. `width`: bytes of a row of codes."""
+    target = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = target < rows
+    page = tl.load(pages + target // page_rows, mask=is_row, other=0)
+    source = (page * page_rows + target % page_rows)[:, None]
+    is_row, columns = is_row[:, None], tl.arange(0, COLUMNS)[None, :]
+    at = into + target[:, None] * numbers + columns
+    if FORM == INT4:
+        pairs = tl.arange(0, COLUMNS // 2)[None, :]
+        inside = is_row & (pairs < width)
+        code = tl.load(codes + source * width + pairs, mask=inside, other=0)
+        group = source * groups + 2 * pairs // GROUP
+        lows = less_zero_times_scale(code & 15, scales, zeros, group, inside, 0)
+        if GROUP % 2 == 1:  # a whole row: another one has none of its numbers
+            group = source * groups + (2 * pairs + 1) // GROUP
+        highs = less_zero_times_scale(code >> 4, scales, zeros, group, inside & (2 * pairs + 1 < numbers), 0)
+        values = tl.interleave(lows, highs)
+    else:
+        inside = is_row & (columns < numbers)
+        code = tl.load(codes + source * width + columns, mask=inside, other=0)
+        group = source * groups + columns // GROUP
+        if FORM == INT8:
+            values = less_zero_times_scale(code, scales, zeros, group, inside, 128)
+        else:
+            values = e4m3(code) * e8m0(tl.load(scales + group, mask=inside, other=0))
+    tl.store(at, values.to(into.dtype.element_ty), mask=is_row & (columns < numbers))
+
+
+@triton.jit
+def whole(number):
+    """The nearest whole number below 2 ** 22, of two as near the even one."""
+    return (number + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def bfloat16_bits(number):
+    """The bits of the nearest bfloat16."""
+    bits = number.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(number == number, nearest, 0x7FC0).to(tl.uint16)
+
+
+@triton.jit
+def e4m3_code(number):
+    """The nearest e4m3 code of a magnitude up to 448."""
+    bits = number.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    code = tl.where(number < 0.015625, whole(number * 512.0).to(tl.int32), normal)  # 2 ** -6: below it they are even
+    return tl.where(number == number, tl.minimum(code, 126), 127)
+
+
+@triton.jit
+def power_of_two(number):
+    """The e8m0 code of the least power of two that is no smaller, of normal numbers; 255 of none."""
+    bits = number.to(tl.int32, bitcast=True)
+    code = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    return tl.where(number < float("inf"), tl.minimum(code, 254), 255)
+
+
+@triton.jit
+def steps_of(least, most, FORM: tl.constexpr):
+    """The bits of a group's scale as they are stored, and its float32."""
+    wanted = tl.where(most > -least, most, least) * -0.0078125
+    if FORM == INT4:
+        wanted = tl.math.div_rn(most - least, 15.0)
+    wanted = tl.where(tl.abs(wanted) < 7.52316384526264e-37, 7.52316384526264e-37, wanted)  # 2 ** -120
+    bits = bfloat16_bits(wanted)
+    return bits, (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["places"])
+def round_rows(
+    new, places, codes, scales, zeros, rows, heads, numbers, width, groups, GROUP: tl.constexpr, FORM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A group of some rows [R] of `heads` a token, into the places of their tokens. COLUMNS: of a group, padded."""
+    row, group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    is_row = row < rows
+    target = tl.load(places + row // heads, mask=is_row, other=0) * heads + row % heads
+    first = group * GROUP
+    within = tl.arange(0, COLUMNS)[None, :]
+    inside = is_row[:, None] & (within < GROUP) & (first + within < numbers)
+    values = tl.load(new + row[:, None] * numbers + first + within, mask=inside, other=0).to(tl.float32)
+    sick = tl.sum(tl.where(tl.abs(values) < float("inf"), 0, 1), 1) > 0
+    scale_at = target * groups + group
+    if FORM == FP8:
+        largest = tl.maximum(tl.math.div_rn(tl.max(tl.abs(values), 1), 448.0), 1.1754943508222875e-38)
+        stored = power_of_two(tl.where(sick, float("inf"), largest))
+        scale = e8m0(stored)[:, None]
+        magnitude = tl.minimum(tl.math.div_rn(tl.abs(values), scale), 448.0)
+        sign = tl.where(values.to(tl.int32, bitcast=True) < 0, 128, 0)
+        code = e4m3_code(magnitude) + sign
+        tl.store(scales + scale_at, stored.to(tl.uint8), mask=is_row)
+        tl.store(codes + target[:, None] * width + first + within, code.to(tl.uint8), mask=inside)
+    else:
+        least, most = tl.minimum(tl.min(values, 1), 0.0), tl.maximum(tl.max(values, 1), 0.0)
+        stored, scale = steps_of(tl.where(sick, float("nan"), least), most, FORM)
+        tl.store(scales + scale_at, stored, mask=is_row)
+        if FORM == INT8:
+            code = whole(tl.math.div_rn(values, scale[:, None]) + 128.0)
+            code = tl.minimum(tl.maximum(code, 0.0), 255.0)
+            tl.store(codes + target[:, None] * width + first + within, code.to(tl.uint8), mask=inside)
+        else:
+            zero = tl.minimum(tl.maximum(whole(-tl.math.div_rn(least, scale)), 0.0), 15.0)
+            code = whole(tl.math.div_rn(values, scale[:, None]) + zero[:, None])
+            code = tl.where(inside, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0).to(tl.uint8)
+            low, high = tl.split(tl.reshape(code, (ROWS, COLUMNS // 2, 2)))
+            pairs = tl.arange(0, COLUMNS // 2)[None, :]
+            at = codes + target[:, None] * width + first // 2 + pairs
+            tl.store(at, low | (high << 4), mask=is_row[:, None] & (2 * pairs < GROUP) & (first + 2 * pairs < numbers))
+            tl.store(zeros + scale_at, zero.to(tl.uint8), mask=is_row)
+
+
+def decode(form: str, fields: Mapping[str, torch.Tensor], group: int, pages: torch.Tensor, into: torch.Tensor) -> None:
+    """Pages [P] of fields [rows, Hkv, ...] into [P * page's tokens, Hkv, D]; on the current stream."""
+    codes, scales, numbers = fields["codes"], fields["scales"], into.shape[-1]
+    rows = into.numel() // numbers
+    columns = triton.next_power_of_2(numbers)
+    tile = max(TILE // columns, 1)
+    decode_rows[(triton.cdiv(rows, tile),)](
+        codes, scales, fields.get("zeros", codes), pages, into, rows, rows // max(len(pages), 1), numbers, codes.shape[-1],
+        scales.shape[-1], group if group > 0 else numbers, FORMS[form], tile, max(columns, 2), num_warps=4,
+    )  # fmt: skip
+
+
+def write(form: str, fields: Mapping[str, torch.Tensor], group: int, places: torch.Tensor, new: torch.Tensor) -> None:
+    """Rounds rows [T, Hkv, D] without gaps into fields [rows, Hkv, ...], at their places [T]; on the current stream."""
+    codes, scales, (tokens, heads, numbers) = fields["codes"], fields["scales"], new.shape
+    stored = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales
+    size = min(group if group > 0 else numbers, numbers)
+    columns = max(triton.next_power_of_2(size), 2)
+    tile = max(TILE // columns // 2, 1)
+    round_rows[(triton.cdiv(tokens * heads, tile), scales.shape[-1])](
+        new, places, codes, stored, fields.get("zeros", codes), tokens * heads, heads, numbers, codes.shape[-1],
+        scales.shape[-1], size, FORMS[form], tile, columns, num_warps=4,
+    )  # fmt: skip
