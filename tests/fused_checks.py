@@ -57,7 +57,7 @@ ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh"]
 
 
 def gates(rows, width, dtype, device, activation):
-    gate_up = 3 * draw(rows, 2 * width + 8, dtype=dtype, device=device)[:, : 2 * width]
+    gate_up = (3 * draw(rows, 2 * width + 8, dtype=dtype, device=device))[:, : 2 * width]
     gate, up = gate_up.double().chunk(2, dim=-1)
     part = {
         "silu": lambda x: torch.sigmoid(x),

@@ -15,6 +15,7 @@ from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
 from noria.launch.mpi import Solo
 from noria.model import ModelShape
+from noria.models import _fused
 from noria.streams import streams_of
 from test_launcher import RUN
 
@@ -132,3 +133,16 @@ def test_encodings_whose_kernels_cannot_be_built_are_said(monkeypatch, local_ran
     building.build_decoders(SimpleNamespace(device=torch.device("cuda"), **own), {"int4", "fp8_block"}, "bfloat16")
     assert asked == [("fp8_block", torch.bfloat16), ("int4", torch.bfloat16)]
     assert said == ["int4 is decoded by torch, slower than by its kernel: it cannot be built: no compiler"]
+
+
+@pytest.mark.parametrize("why", ["", "they cannot be built: no compiler"])
+def test_kernels_between_products_are_built_on_gpus_and_it_is_said_where_they_are_not(monkeypatch, why):
+    said, asked = [], []
+    monkeypatch.setattr(_fused, "build", lambda shape, device, dtype: asked.append((device.type, dtype)) or why)
+    own = {"comm": Solo(), "location": Location("host", 0, 1), "say": lambda *lines: said.extend(lines)}
+    building.build_fused(SimpleNamespace(device=torch.device("cpu"), **own), SHAPE, "bfloat16")
+    assert asked == said == []
+    building.build_fused(SimpleNamespace(device=torch.device("cuda"), **own), SHAPE, "bfloat16")
+    assert asked == [("cuda", torch.bfloat16)]
+    what = "norms, rotary positions and gates by"
+    assert said == [f"{what} torch, not by kernels: {why}"] if why else said[0].startswith(f"{what} kernels (")

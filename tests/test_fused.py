@@ -6,6 +6,7 @@ there is a GPU, gpu/test_fused.py runs what is compiled. The interpreter cuts bf
 
 import importlib
 import importlib.util
+import inspect
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
 import fused_checks
 import mixtures
 from families import CONFIGS
+from noria import models
 from noria.models import _fused
 from noria.models._fused import Norming
 
@@ -97,3 +99,34 @@ def test_kernels_that_are_tried_are_found_right(monkeypatch):
     found = _fused._kernel("gated").gated
     monkeypatch.setattr(_fused._kernel("gated"), "gated", lambda gate_up, name: 1.2 * found(gate_up, name))
     assert _fused._largest_error(CPU, torch.float16) > _fused.LARGEST_ERROR
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "glm4_moe", "laguna"])
+def test_what_layers_launch_is_built_ahead(name, monkeypatch):
+    """What a layer is launched with later was launched before: the same constants of the compiler."""
+    shape = models.for_config(LAYERS[name]).shape(LAYERS[name])
+    launched = []
+    for kernel, function in (("rotary", "make_and_write"), ("norm", "norm_rows"), ("gated", "gate_rows")):
+        module = _fused._kernel(kernel)
+        monkeypatch.setattr(module, function, Recorded(getattr(module, function), launched))
+    _fused.build(shape, CPU, torch.float32)
+    before = {*launched}
+    fused_checks.layer_after(LAYERS[name], torch.float32, CPU, 3)
+    assert {*launched} == before
+    assert any(one[0] == "make_and_write" for one in before)
+
+
+class Recorded:
+    """A kernel whose launches are written down: its name and its constants."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*given, **options):
+            numbers = tuple(one for one in given if type(one) in (bool, int, str))
+            constants = [name for name in inspect.signature(self.kernel.fn).parameters if name.isupper()]
+            self.launched.append((self.kernel.fn.__name__, *numbers[-len(constants) :]))
+            return self.kernel[grid](*given, **options)
+
+        return launch
