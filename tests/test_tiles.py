@@ -82,7 +82,11 @@ def test_numbers_that_are_none_stay_none_and_touch_no_other_row():
 @pytest.mark.parametrize(
     ("tokens", "count", "experts", "tile"), [(1, 1, 1, 16), (3, 8, 40, 16), (700, 6, 9, 64), (40, 2, 70, 16)]
 )
-def test_pairs_are_sorted_and_cut_as_a_stable_sort_says(tokens, count, experts, tile):
+@pytest.mark.parametrize("sections", [1, 4])
+def test_pairs_are_sorted_and_cut_as_a_stable_sort_says(tokens, count, experts, tile, sections, monkeypatch):
+    if sections > 1:
+        for name, value in (("SECTIONS", sections), ("FEW_PAIRS", 0), ("PAIRS_AT_ONCE", 256)):
+            monkeypatch.setattr(mix, name, value)
     draw = torch.Generator().manual_seed(tokens)
     chosen = torch.rand(tokens, experts, generator=draw).topk(count).indices
     found = mix.sort(chosen, experts, tile)

@@ -18,44 +18,51 @@ LISTS = ["order", "tiles", "counts", "chosen", "named", "starts"]  # one variant
 RUNS = ["from_place", "most", "experts"]
 
 
-@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=LISTS)
-def count_pairs(chosen, counts, pairs, BLOCK: tl.constexpr):
-    """The pairs of an expert, one a program. `chosen` [P]: experts."""
+@triton.jit(do_not_specialize=["pairs", "span"], do_not_specialize_on_alignment=LISTS)
+def count_pairs(chosen, counts, pairs, span, BLOCK: tl.constexpr):
+    """The pairs of an expert in a section of `span` pairs, one a program. `chosen` [P]: experts; `counts` [sections, X]."""
     expert, total = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
-    for first in tl.range(0, pairs, BLOCK):
+    begin = tl.program_id(1) * span
+    for first in tl.range(begin, tl.minimum(begin + span, pairs), BLOCK):
         at = first + tl.arange(0, BLOCK)
         total += (tl.load(chosen + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
-    tl.store(counts + expert, tl.sum(total, 0))
+    tl.store(counts + tl.program_id(1) * tl.num_programs(0) + expert, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["pairs", "experts", "size"], do_not_specialize_on_alignment=LISTS)
+@triton.jit(do_not_specialize=["pairs", "span", "size"], do_not_specialize_on_alignment=LISTS)
 def sort_pairs(
-    chosen, counts, order, tiles, named, starts, pairs, experts, size, PAD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The places of an expert's pairs, in order, behind those of the experts before it; and its tiles of `size` pairs.
+    chosen, counts, order, tiles, named, starts, pairs, span, size, SECTIONS: tl.constexpr, PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The places of an expert's pairs in a section, in order, behind those of the experts and sections before.
 
-    named [X]: the experts that have pairs, then -1; starts [X]: their first tiles, then the number of tiles.
+    The first section's program makes the expert's tiles of `size` pairs too. named [X]: the experts that have pairs, then -1;
+    starts [X]: their first tiles, then the number of tiles.
     """
-    expert, x = tl.program_id(0), tl.arange(0, PAD)
-    count = tl.load(counts + x, mask=x < experts, other=0)
-    needed = (count + size - 1) // size
+    expert, section, experts, x = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.arange(0, PAD)
+    sections = tl.arange(0, SECTIONS)[:, None]
+    its = tl.load(counts + sections * experts + x[None, :], mask=(x < experts)[None, :], other=0)
+    count = tl.sum(its, 0)
     first, own = tl.sum(tl.where(x < expert, count, 0), 0), tl.sum(tl.where(x == expert, count, 0), 0)
-    begin, total = tl.sum(tl.where(x < expert, needed, 0), 0), tl.sum(needed, 0)
-    tile, before = tiles + (1 + begin) * FIELDS, tl.sum(((x < expert) & (count > 0)).to(tl.int32), 0)
-    if expert == 0:
-        tl.store(tiles, total)
-    place = tl.where(own > 0, before, tl.sum((count > 0).to(tl.int32), 0) + expert - before)
-    tl.store(named + place, tl.where(own > 0, expert, -1))
-    tl.store(starts + place, tl.where(own > 0, begin, total))
-    for number in tl.range(0, (own + size - 1) // size, TILES_AT_ONCE):
-        index = number + tl.arange(0, TILES_AT_ONCE)
-        valid = index * size < own
-        tl.store(tile + index * FIELDS, expert, mask=valid)
-        tl.store(tile + index * FIELDS + 1, first + index * size, mask=valid)
-        tl.store(tile + index * FIELDS + 2, tl.minimum(own - index * size, size), mask=valid)
-        tl.store(tile + index * FIELDS + 3, before, mask=valid)
+    if section == 0:
+        needed = (count + size - 1) // size
+        begin, total = tl.sum(tl.where(x < expert, needed, 0), 0), tl.sum(needed, 0)
+        tile, before = tiles + (1 + begin) * FIELDS, tl.sum(((x < expert) & (count > 0)).to(tl.int32), 0)
+        if expert == 0:
+            tl.store(tiles, total)
+        place = tl.where(own > 0, before, tl.sum((count > 0).to(tl.int32), 0) + expert - before)
+        tl.store(named + place, tl.where(own > 0, expert, -1))
+        tl.store(starts + place, tl.where(own > 0, begin, total))
+        for number in tl.range(0, (own + size - 1) // size, TILES_AT_ONCE):
+            index = number + tl.arange(0, TILES_AT_ONCE)
+            valid = index * size < own
+            tl.store(tile + index * FIELDS, expert, mask=valid)
+            tl.store(tile + index * FIELDS + 1, first + index * size, mask=valid)
+            tl.store(tile + index * FIELDS + 2, tl.minimum(own - index * size, size), mask=valid)
+            tl.store(tile + index * FIELDS + 3, before, mask=valid)
     if own > 0:
-        for ahead in tl.range(0, pairs, BLOCK):
+        first += tl.sum(tl.sum(tl.where((sections < section) & (x == expert)[None, :], its, 0), 1), 0)
+        for ahead in tl.range(section * span, tl.minimum(section * span + span, pairs), BLOCK):
             at = ahead + tl.arange(0, BLOCK)
             mine = (tl.load(chosen + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
             tl.store(order + first + tl.cumsum(mine, 0) - mine, at, mask=mine > 0)

@@ -15,6 +15,7 @@ from noria.kernels import experts
 from noria.kernels.expert_layer import GELU_TANH, ExpertLayer
 
 PAIRS_AT_ONCE = 4096  # that a program looks through for those of its expert
+FEW_PAIRS, SECTIONS = 4 * PAIRS_AT_ONCE, 16  # more than so many pairs are sorted in sections
 NUMBERS_AT_ONCE = 1024  # of a token's sum
 LEAST_SHARED = 99 << 10  # bytes of shared memory that every card of compute capability 8.0 gives a program
 
@@ -80,12 +81,13 @@ class ExpertRun(NamedTuple):
 def sort(chosen: torch.Tensor, num_experts: int, tile: int) -> Sorted:
     """The pairs of choices [T, C], sorted and cut into tiles without a wait of the host."""
     pairs = chosen.numel()
-    most = min(pairs, num_experts) + pairs // tile
-    sizes = [num_experts, pairs, experts.TILE_COLUMNS * (1 + most), num_experts, num_experts]
+    most, sections = min(pairs, num_experts) + pairs // tile, 1 if pairs <= FEW_PAIRS else SECTIONS
+    span = triton.cdiv(pairs, sections * PAIRS_AT_ONCE) * PAIRS_AT_ONCE
+    sizes = [sections * num_experts, pairs, experts.TILE_COLUMNS * (1 + most), num_experts, num_experts]
     counts, order, tiles, named, starts = torch.empty(sum(sizes), dtype=torch.int32, device=chosen.device).split(sizes)
-    experts.count_pairs[(num_experts,)](chosen, counts, pairs, PAIRS_AT_ONCE, num_warps=8)
-    experts.sort_pairs[(num_experts,)](
-        chosen, counts, order, tiles, named, starts, pairs, num_experts, tile,
+    experts.count_pairs[(num_experts, sections)](chosen, counts, pairs, span, PAIRS_AT_ONCE, num_warps=8)
+    experts.sort_pairs[(num_experts, sections)](
+        chosen, counts, order, tiles, named, starts, pairs, span, tile, sections,
         max(16, triton.next_power_of_2(num_experts)), PAIRS_AT_ONCE, num_warps=8,
     )  # fmt: skip
     return Sorted(order, tiles, named, starts, most)

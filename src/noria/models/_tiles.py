@@ -75,7 +75,8 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
 
 def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor], number: int) -> None:
     """Compiles what a layer of such matrices may launch, for any rows and choices: give few of each, and of experts."""
-    _kernel().sort(chosen, number, 1)
+    for pairs in (1, _kernel().FEW_PAIRS + 1):
+        _kernel().sort(chosen.new_zeros(pairs, 1), number, pairs)
     for its in _kernel().TILINGS:
         _kernel().mix(rows, chosen, chosen.to(torch.float32), layer, lambda _, its=its: its)
 
