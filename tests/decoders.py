@@ -366,4 +366,7 @@ CONFIGS = {
     | {"per_layer_config": {"2": {"head_dim": 16, "num_key_value_heads": 1}}},
     "gemma4_text with inputs and biases": GEMMA4
     | {"hidden_size_per_layer_input": 4, "attention_bias": True, "final_logit_softcapping": None, "layer_types": None},
+    "gemma4_unified_text": GEMMA4
+    | dict.fromkeys(["enable_moe_block", "hidden_size_per_layer_input", "vocab_size_per_layer_input"])
+    | {"model_type": "gemma4_unified_text", "architectures": ["Gemma4UnifiedForCausalLM"]},
 }

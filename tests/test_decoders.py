@@ -75,6 +75,8 @@ def shape_of(name, **keys):
         ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}}, "per_layer_config is {'1': {'head_dim': 16}}: it must say the same"),
         ("gemma4_text", {"per_layer_config": {"2": {"sliding_window": 5}}}, "per_layer_config is {'2': {'sliding_window': 5}}"),
         ("gemma4_text", {"rope_parameters": {FULL: {}}}, "it must have an object sliding_attention"),
+        ("gemma4_unified_text", {"enable_moe_block": True}, "enable_moe_block is True: Noria computes this family only with False"),
+        ("gemma4_unified_text", {"hidden_size_per_layer_input": 4}, "hidden_size_per_layer_input is 4"),
         ("gemma4_text of E2B's shape", {"vocab_size_per_layer_input": 50}, "vocab_size_per_layer_input is 50: Noria knows only that of vocab_size"),
         ("gemma4_text of 26B-A4B's shape", {"hidden_activation": "silu"}, "hidden_activation is 'silu': Noria computes this mixture only with"),
         ("gemma4_text of 26B-A4B's shape", {"top_k_experts": 9}, "num_experts_per_tok (9) is more than num_experts (8)"),
@@ -117,6 +119,9 @@ def test_a_context_that_is_scaled_already_is_not_scaled_again():
     assert shape_of("gemma3_text", max_position_embeddings=131072).max_positions == 131072
     assert shape_of("ministral3", max_position_embeddings=262144).max_positions == 262144
     assert shape_of("cohere", model_max_length=131072).max_positions == 131072
+    assert (
+        shape_of("olmo3", max_position_embeddings=40).max_positions == 4 * 32
+    )  # of the rope of layers without windows
 
 
 def test_layers_that_attend_in_a_window_say_so_of_their_cache():
@@ -134,3 +139,10 @@ def test_layers_of_gemma_4_have_their_own_heads_and_read_those_of_earlier_ones()
     assert (
         shape_of("gemma4_text", layer_types=[SLIDING] * 3).cache == shape_of("gemma4_text").cache
     )  # the last is global
+
+
+def test_other_names_of_nemotron_s_keys_mean_the_same():
+    assert shape_of("nemotron", head_dim=None, kv_channels=12) == shape_of("nemotron")
+    assert shape_of("nemotron", norm_eps=None, layer_norm_eps=1e-5, rope_percent=0.5) == shape_of("nemotron")
+    with pytest.raises(InputError, match="kv_channels is 16: Noria does not know what it asks for"):
+        shape_of("nemotron", kv_channels=16)

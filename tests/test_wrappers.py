@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import families
 from beside import CONFIGS
-from families import MISTRAL
+from families import MISTRAL, QWEN2, QWEN3
+from mixtures import GLM4_MOE
 from noria import models
 from noria.__main__ import main
 from noria.errors import InputError
@@ -23,19 +24,39 @@ VISION = {
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "patch_size": 4}
 PIXTRAL = VISION | {"model_type": "pixtral", "patch_size": 8, "head_dim": 8}
 GEMMA4_VISION = VISION | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
-TEXTS = CONFIGS | {"mistral": MISTRAL | {"sliding_window": None}}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+TEXTS = CONFIGS | {
+    "mistral": MISTRAL | {"sliding_window": None},
+    "qwen2_5_vl_text": QWEN2 | {"rope_theta": None, "rope_parameters": MROPE, "tie_word_embeddings": False},
+    "qwen3_vl_text": QWEN3 | {"rope_theta": None, "rope_parameters": MROPE | {"mrope_section": [4, 2, 2]}},
+    "glm4v_moe_text": GLM4_MOE
+    | {
+        "torch_dtype": None,
+        "use_qk_norm": None,
+        "num_nextn_predict_layers": None,
+        "rope_theta": None,
+        "partial_rotary_factor": None,
+    }
+    | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
+}
 # name: the text model's config, the wrapper's type and class, its own keys
 WRAPPED = {
     "Gemma 3": ("gemma3_text", "gemma3", "Gemma3ForConditionalGeneration", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
     "Gemma 4": ("gemma4_text of E2B's shape", "gemma4", "Gemma4ForConditionalGeneration", {"vision_config": GEMMA4_VISION, "audio_config": None}),
     "Mistral Small 3.1": ("mistral", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
+    "Qwen2.5-VL": ("qwen2_5_vl_text", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", {"vision_config": QWEN_VISION}),
+    "Qwen3-VL": ("qwen3_vl_text", "qwen3_vl", "Qwen3VLForConditionalGeneration", {"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}}),
+    "GLM-4.5V": ("glm4v_moe_text", "glm4v_moe", "Glm4vMoeForConditionalGeneration", {"vision_config": QWEN_VISION}),
     "Ministral 3": ("ministral3", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
 }  # fmt: skip
 
 
 def settings(text):
-    """What transformers makes a text model of."""
-    return {key: value for key, value in text.items() if value is not None or key == "sliding_window"}
+    """What transformers makes a wrapper's text model of."""
+    kind = text if text in models.TYPES else TEXTS[text]["model_type"]
+    given = {key: value for key, value in TEXTS[text].items() if value is not None or key == "sliding_window"}
+    return given | {"model_type": kind}
 
 
 def wrapped(name, folder):
@@ -43,13 +64,18 @@ def wrapped(name, folder):
     text, kind, architecture, more = WRAPPED[name]
     inner = families.save(TEXTS[text], folder / "text")
     tied = TEXTS[text]["tie_word_embeddings"]
-    config = transformers.AutoConfig.for_model(
-        kind, text_config=settings(TEXTS[text]), tie_word_embeddings=tied, **more
-    )
-    model = getattr(transformers, architecture)(config)
+    config = transformers.AutoConfig.for_model(kind, text_config=settings(text), tie_word_embeddings=tied, **more)
+    for its in (config, config.text_config):
+        its._attn_implementation = its._experts_implementation = "eager"
+    model = getattr(transformers, architecture)(config).eval()
     model.model.language_model.load_state_dict(inner.model.state_dict())
     model.lm_head.load_state_dict(inner.lm_head.state_dict())
-    model.save_pretrained(folder / "wrapped")
+    with torch.inference_mode():
+        one, other = (its(torch.arange(5, 50)[None]).logits for its in (inner, model))
+    torch.testing.assert_close(
+        one, other, rtol=0, atol=1e-5
+    )  # of text alone the wrapper makes what the text model does
+    model.float().save_pretrained(folder / "wrapped")
     return sum("language_model" not in key and "lm_head" not in key for key in model.state_dict())
 
 
@@ -97,3 +123,18 @@ def test_a_wrapper_says_which_text_models_it_may_hold():
     ):
         models.text_of({"model_type": "gemma3", "text_config": {"model_type": "gemma2"}})
     assert models.text_of({"model_type": "mistral3", "text_config": {}})["model_type"] == "mistral"
+
+
+def test_keys_of_a_text_model_may_stand_beside_those_of_images():
+    flat = {"model_type": "qwen2_5_vl", "hidden_size": 64, "vision_config": {"hidden_size": 5}}
+    assert models.text_of(flat)["hidden_size"] == 64
+    assert models.for_config(models.text_of(flat)).__name__ == "noria.models.qwen2"
+    scaled = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1e6}
+    shapes = [models.for_config(QWEN2).shape(QWEN2 | keys) for keys in (scaled, {"rope_theta": 1e6})]
+    assert shapes[0] == shapes[1]
+
+
+def test_whether_the_head_is_the_embedding_is_what_the_text_says_else_what_the_model_around_it_does():
+    outer = {"model_type": "qwen3_vl", "tie_word_embeddings": True}
+    assert models.text_of(outer | {"text_config": {}})["tie_word_embeddings"] is True
+    assert models.text_of(outer | {"text_config": {"tie_word_embeddings": False}})["tie_word_embeddings"] is False

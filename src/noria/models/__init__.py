@@ -23,8 +23,21 @@ WRAPPERS = {
     "mistral3": ("mistral", "ministral3", "mistral4"),
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
+    "gemma4_unified": ("gemma4_unified_text",),
+    "qwen2_vl": ("qwen2_vl_text",),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+    "glm4v_moe": ("glm4v_moe_text",),
 }
-TYPES = {"kimi_k2": "deepseek_v3"}  # other names of a family
+FLAT = ("qwen2_vl", "qwen2_5_vl")  # of these it may have the text model's keys among its own
+# Other names of a family. Where all is text, the three numbers of a position that models of images have are equal.
+TYPES = {
+    "kimi_k2": "deepseek_v3",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "glm4v_moe_text": "glm4_moe",
+}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -32,7 +45,8 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     known = WRAPPERS.get(str(config.get("model_type")))
     if known is None:
         return config
-    text = config.get("text_config")
+    flat = config["model_type"] in FLAT and "text_config" not in config
+    text = {**config, "model_type": None} if flat else config.get("text_config")
     if not isinstance(text, Mapping):
         raise InputError(
             f"config.json: text_config is {shown(text)}: it must be an object, the text model's config.json"
@@ -42,7 +56,8 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         family in known,
         f"config.json: model_type of text_config is {shown(family)}: not in this version of Noria; known: {', '.join(known)}",
     )
-    return {**text, "model_type": family, "architectures": None}
+    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return {**tied, **text, "model_type": family, "architectures": None}
 
 
 def for_config(config: Mapping[str, Any]) -> ModuleType:

@@ -46,7 +46,7 @@ def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
     parameters = _parameters(config)
     theta = read.number(parameters, "rope_theta", read.number(config, "rope_theta", 10000.0))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "mrope"):  # of images, whose text has one position a token
         return theta, ()
     if kind in ("linear", "dynamic"):
         return theta, (kind, read.number(parameters, "factor"))

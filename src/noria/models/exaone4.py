@@ -13,6 +13,7 @@ from noria.models import _decoder, _general, _heads
 from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._general import FULL, SLIDING
+from noria.models._rotary import Rotary
 from noria.models.olmo2 import sources  # noqa: F401
 
 ARCHITECTURES = ("Exaone4ForCausalLM",)
@@ -52,8 +53,9 @@ def _attend(
 ) -> torch.Tensor:
     """[T, H, D] from hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _heads.norm_each(shape, parameters, queries, keys)
-    rotary = positional if index in shape.details["rotated"] else None
+    cosines, sines = positional if index in shape.details["rotated"] else (None, None)
+    norms = parameters["query_norm"], parameters["key_norm"]
+    rotary = Rotary(cosines, sines, norms=norms, eps=shape.details["norm_eps"])
     return cache.attend(queries, key=keys, value=values, rotary=rotary, window=_decoder.window(shape, index))
 
 

@@ -15,7 +15,7 @@ from noria.errors import require
 from noria.kernels.expert_layer import GELU_TANH, Gate
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts, _general, _heads, _rotary, _routing, _sources
+from noria.models import _decoder, _experts, _general, _heads, _rotary, _routing, _sources, gemma2
 from noria.models._cache import Cache
 from noria.models._experts import Experts
 from noria.models._general import FULL, SLIDING
@@ -49,16 +49,7 @@ DEFAULTS = {
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     },
 }
-MODULES = {
-    "attention_norm": ("input_layernorm",),
-    "query_norm": ("self_attn.q_norm",),
-    "key_norm": ("self_attn.k_norm",),
-    "out": ("self_attn.o_proj",),
-    "after_attention_norm": ("post_attention_layernorm",),
-    "mlp_norm": ("pre_feedforward_layernorm",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-    "after_mlp_norm": ("post_feedforward_layernorm",),
+MODULES = gemma2.MODULES | {
     "after_dense_norm": ("post_feedforward_layernorm_1",),
     "experts_norm": ("pre_feedforward_layernorm_2",),
     "after_experts_norm": ("post_feedforward_layernorm_2",),
@@ -75,7 +66,11 @@ EXPERTS = partial(_experts.sources_in_one, "experts.gate_up_proj", "experts.down
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    keys = read.keys_of(config, DEFAULTS, {"top_k_experts": "num_experts_per_tok"})
+    return shape_of("gemma4_text", read.keys_of(config, DEFAULTS, {"top_k_experts": "num_experts_per_tok"}))
+
+
+def shape_of(family: str, keys: read.Keys) -> ModelShape:
+    """The sizes of a family that is this one, or this one without a mixture and inputs of layers."""
     if keys.get("use_bidirectional_attention") != "vision":  # of images, which are not computed
         read.only(keys, "use_bidirectional_attention", None, "Noria computes this family only as a decoder")
     biases, kinds = read.flag(keys, "attention_bias", False), _general.kinds_of(keys, every=6)
@@ -83,11 +78,11 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     window, experts = _general.window_of(keys, kinds), _experts_of(keys)
     plain = keys.having(rope_parameters=None, hidden_act=None)
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, window=window, experts=experts)
-    found = _decoder.shape("gemma4_text", plain, variant)
+    found = _decoder.shape(family, plain, variant)
     by_layer = keys.having(**_of_layers(keys, kinds))
     sizes = {kind: _heads_of(by_layer, kind, found) for kind in (FULL, SLIDING)}
     turns = {kind: _rotary.by_kind(keys, [kind], sizes[kind][1])[kind] for kind in {*kinds}}
-    inputs = read.whole(keys, "hidden_size_per_layer_input", 256)
+    inputs = read.whole(keys, "hidden_size_per_layer_input", 0)
     if inputs:
         read.only(keys, "vocab_size_per_layer_input", found.vocab_size, "Noria knows only that of vocab_size")
     details = {

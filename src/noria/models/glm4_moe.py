@@ -5,10 +5,11 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _experts
+from noria.models import _decoder, _experts, _sources
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
 DEFAULTS = {
     "num_key_value_heads": 8,

@@ -21,7 +21,7 @@ DEFAULTS = {
     "hidden_act": "relu2",
     "partial_rotary_factor": 0.5,
 }
-SYNONYMS = {"rope_percent": "partial_rotary_factor"}
+SYNONYMS = {"rope_percent": "partial_rotary_factor", "kv_channels": "head_dim", "layer_norm_eps": "norm_eps"}
 MODULES = _decoder.MODULES | {"up": ("mlp.up_proj",)}
 sources = partial(_general.sources, places=_general.Places(MODULES))
 

@@ -6,10 +6,11 @@ from typing import Any
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder
+from noria.models import _decoder, _sources
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, qwen2
+from noria.models import _decoder, _sources, qwen2
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
+ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
