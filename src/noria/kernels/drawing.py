@@ -12,7 +12,7 @@ import torch
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 number that these do not have
 HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
-BLOCK, WARPS = 1024, 8  # ids that a program takes at a time, and its warps: the order of its sums, one for all rows
+BLOCK, OPTIONS = 1024, {"num_warps": 8}  # ids that a program takes at a time, by so many warps: the order of its sums
 LEAST_VOCAB, LEAST_TILES = 8, 256  # what is built: so many sums for 262,144 ids and less
 
 
@@ -27,7 +27,7 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: 
     tiles = max(LEAST_TILES, 1 << (-(-vocab // BLOCK) - 1).bit_length())
     _kernels().draw_rows[(len(logits),)](
         logits, settings, ids if rows is None else rows, ids, vocab, logits.stride(0), rows is not None, COLUMNS,
-        SHIFTS[logits.dtype], tiles, BLOCK, num_warps=WARPS,
+        SHIFTS[logits.dtype], tiles, BLOCK, **OPTIONS,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def log_probabilities(
         return
     vocab, top = logits.shape[1], top_ids.shape[1]
     _kernels().logprobs_of_rows[(len(rows),)](
-        logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, logits.stride(0), top, BLOCK, num_warps=WARPS
+        logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, logits.stride(0), top, BLOCK, **OPTIONS
     )
 
 

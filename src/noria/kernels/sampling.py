@@ -17,6 +17,7 @@ NO_TOKEN, NONE_LEFT = tl.constexpr(NO_TOKEN_ID), tl.constexpr(NONE_LEFT_ID)
 LOWEST = tl.constexpr(-(2**31))  # a key below that of any number
 OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 OF_LOGPROBS = ["rows", "ids", "logprobs", "top_ids", "top_logprobs"]  # one variant for any alignment
+BY_NUMBER = tl.constexpr(4)  # quarters of numbers that a search takes
 MOST_RATE = tl.constexpr(1e308)  # 1 / temperature is finite: what is 0 below the largest stays so
 
 
@@ -48,18 +49,19 @@ def _weight(number, largest, rate):
 
 @triton.jit
 def _largest(row, vocab, BLOCK: tl.constexpr):
-    """The largest logit, and the first id that has it; -1 where a logit is NaN or all are infinite."""
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    """The largest logit, the first id that has it (-1 where a logit is NaN or all are infinite), and the least finite one."""
+    best, least = tl.full((BLOCK,), float("-inf"), tl.float32), tl.full((BLOCK,), float("inf"), tl.float32)
     place, bad = tl.full((BLOCK,), 0, tl.int32), tl.full((BLOCK,), 0, tl.int32)
     for begin in range(0, vocab, BLOCK):
         at, number = _read(row, begin, vocab, BLOCK)
         better = number > best
         best, place = tl.where(better, number, best), tl.where(better, at, place)
+        least = tl.where((number > float("-inf")) & (number < least), number, least)
         bad = bad | (number != number).to(tl.int32)
     largest = tl.max(best, 0)
     first = tl.min(tl.where(best == largest, place, 0x7FFFFFFF), 0)
     usable = (largest > float("-inf")) & (largest < float("inf")) & (tl.max(bad, 0) == 0)
-    return largest, tl.where(usable, first, NO_TOKEN)
+    return largest, tl.where(usable, first, NO_TOKEN), tl.min(least, 0)
 
 
 @triton.jit
@@ -85,14 +87,29 @@ def _above(
 
 
 @triton.jit
+def _between(low, high, bottom, share, SHIFT: tl.constexpr):
+    """A key from `low` to `high`, that of the number that is this share of the way from `bottom` to the number of `high`."""
+    number = bottom + share * (_number(high.to(tl.int32), SHIFT).to(tl.float64) - bottom)
+    return tl.minimum(tl.maximum(_key(number.to(tl.float32), SHIFT).to(tl.int64), low), high)
+
+
+@triton.jit
 def _search(
-    row, vocab, largest, rate, goal, low, high, COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+    row, vocab, largest, least, rate, goal, low, high, COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The smallest key with less than `goal` above it, and what is above it. `low` has as much, `high` has nothing."""
-    low, high, above = low.to(tl.int64), high.to(tl.int64), goal * 0.0
+    """The smallest key with less than `goal` above it, and what is above it. `low` has as much, `high` has nothing.
+
+    In quarters: at first of the numbers, as logits lie; then of the keys, which come to an end.
+    """
+    low, high, above, tries = low.to(tl.int64), high.to(tl.int64), goal * 0.0, vocab * 0
     while high - low > 1:
         gap = high - low
         first, second, third = low + gap // 4, low + gap // 2, low + 3 * gap // 4
+        if tries < BY_NUMBER:
+            known = low > (OF_MINUS_INFINITY >> SHIFT)
+            bottom = tl.where(known, _number(low.to(tl.int32), SHIFT).to(tl.float64), least)
+            first, second = _between(low, high, bottom, 0.25, SHIFT), _between(low, high, bottom, 0.5, SHIFT)
+            third, tries = _between(low, high, bottom, 0.75, SHIFT), tries + 1
         of_first, of_second, of_third = _above(
             row, vocab, largest, rate, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), COUNT, SHIFT, BLOCK
         )
@@ -152,25 +169,24 @@ def _passing(
 
 @triton.jit
 def _limits(
-    row, vocab, largest, temperature, rate, top_k, top_p, SHIFT: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+    row, vocab, largest, least, temperature, rate, top_k, top_p, SHIFT: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The key of the least likely id that top_k and then top_p keep, and the last kept id of those that have it."""
     high, far = _key(largest.to(tl.float32), SHIFT), vocab * 0 + ((OF_MINUS_INFINITY >> SHIFT) - 1)
-    threshold, ties, low = vocab * 0 + LOWEST, top_p * 0.0 + vocab, far
-    total, _second, _third = _above(row, vocab, largest, rate, threshold, threshold, threshold, False, SHIFT, BLOCK)
+    threshold, ties, low, total = vocab * 0 + LOWEST, top_p * 0.0 + vocab, far, top_p * 0.0
     if (top_k > 0) & (top_k < vocab):
-        threshold, above = _search(row, vocab, largest, rate, top_k, far, high, True, SHIFT, BLOCK)
+        threshold, above = _search(row, vocab, largest, least, rate, top_k, far, high, True, SHIFT, BLOCK)
         ties, low = top_k - above, threshold - 1
-        if top_p < 1:
-            total, _second, _third = _above(
-                row, vocab, largest, rate, threshold, threshold, threshold, False, SHIFT, BLOCK
-            )
-            total += ties * _weight(_number(threshold, SHIFT), largest, rate)
+        total = ties * _weight(_number(threshold, SHIFT), largest, rate)
     if top_p < 1:
+        total_above, _second, _third = _above(
+            row, vocab, largest, rate, threshold, threshold, threshold, False, SHIFT, BLOCK
+        )
+        total += total_above
         # Ids of this weight and less are too few to be kept, were they all.
-        least = largest + temperature * tl.log((1.0 - top_p) * total / vocab)
-        low, goal = tl.maximum(low, _key(least.to(tl.float32), SHIFT) - 1), top_p * total
-        key, above = _search(row, vocab, largest, rate, goal, low, high, False, SHIFT, BLOCK)
+        lowest = largest + temperature * tl.log((1.0 - top_p) * total / vocab)
+        low, goal = tl.maximum(low, _key(lowest.to(tl.float32), SHIFT) - 1), top_p * total
+        key, above = _search(row, vocab, largest, least, rate, goal, low, high, False, SHIFT, BLOCK)
         kept = tl.ceil((goal - above) / _weight(_number(key, SHIFT), largest, rate))
         kept = tl.minimum(tl.maximum(kept, 1.0), 0.0 + vocab)
         ties = tl.where(key == threshold, tl.minimum(ties, kept), kept)
@@ -195,13 +211,15 @@ def draw_rows(
     number = tl.program_id(0)
     row, its = logits + number.to(tl.int64) * stride, settings + number * COLUMNS
     temperature, top_k, top_p = tl.load(its), tl.load(its + 1), tl.load(its + 2)
-    found_largest, found = _largest(row, vocab, BLOCK)
+    found_largest, found, least = _largest(row, vocab, BLOCK)
     if (temperature > 0) & (found >= 0):
         largest, min_p = found_largest.to(tl.float64), tl.load(its + 3)
         rate = tl.minimum(1.0 / temperature, MOST_RATE)
         threshold, last = vocab * 0 + LOWEST, vocab
         if ((top_k > 0) & (top_k < vocab)) | (top_p < 1):
-            threshold, last = _limits(row, vocab, largest, temperature, rate, top_k, top_p, SHIFT, TILES, BLOCK)
+            threshold, last = _limits(
+                row, vocab, largest, least.to(tl.float64), temperature, rate, top_k, top_p, SHIFT, TILES, BLOCK
+            )
         sums = _tiles(row, vocab, largest, rate, threshold, last, min_p, False, SHIFT, TILES, BLOCK)
         target = tl.load(its + 4) * tl.sum(sums, 0)
         found = _passing(row, sums, target, vocab, largest, rate, threshold, last, min_p, False, SHIFT, TILES, BLOCK)
@@ -219,7 +237,7 @@ def logprobs_of_rows(
     """The log-probability of an id of each of these rows, and the `top` most likely ids with theirs, lower ids first."""
     number = tl.load(rows + tl.program_id(0)).to(tl.int64)
     row = logits + number * stride
-    its_largest, _first = _largest(row, vocab, BLOCK)
+    its_largest, _first, _least = _largest(row, vocab, BLOCK)
     largest = its_largest.to(tl.float64)
     sums = tl.full((BLOCK,), 0.0, tl.float64)
     for begin in range(0, vocab, BLOCK):
