@@ -118,8 +118,8 @@ class _Asking:
 # ---- a mixture
 
 
-def mixture(pieces=6, inner=4, hidden=8):
-    """A block of random experts and a matrix beside them, and its tensors."""
+def mixture(pieces=6, inner=4, hidden=8, dtype="float64"):
+    """A block of random experts and a matrix beside them."""
     up = Matrix("gate_up", (inner, hidden))
     matrices = (up, up, Matrix("down", (hidden, inner)))
     shapes = {
@@ -134,7 +134,8 @@ def mixture(pieces=6, inner=4, hidden=8):
         "experts.gate_up": torch.randn(pieces, 2 * inner, hidden, generator=generator, dtype=torch.float64),
         "experts.down": torch.randn(pieces, hidden, inner, generator=generator, dtype=torch.float64),
     }
-    return encoded(lay_out("layers/0000", shapes, "float64"), computed)
+    computed = {name: its.to(getattr(torch, dtype)) for name, its in computed.items()}
+    return encoded(lay_out("layers/0000", shapes, dtype), computed)
 
 
 def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import expert_checks
+import test_decoding_blocks
 from expert_checks import CASES, CLAMPED, IN_GROUPS, ROUTINGS, Case
 from noria import kinds
+from noria.engine.decoding import Decoder
+from noria.engine.parameters import Undecoded
 from noria.kernels.expert_layer import ExpertLayer
 from noria.models import _experts, _routing, _tiles
 
@@ -195,3 +198,22 @@ def test_experts_that_come_in_runs_give_the_bits_of_all_at_once(num_tokens, most
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("routing", ["random", "few", "one"])
+def test_encoded_experts_are_decoded_by_lists_to_the_bits_of_all_at_once_without_a_wait(routing):
+    held = test_decoding_blocks.mixture(pieces=12, inner=48, hidden=64, dtype="bfloat16")
+    held = Undecoded(held.block, held.buffer.cuda())
+    rows, chosen, weights, _ = expert_checks.made(Case(12, 64, 48, 3, 40, routing=routing), torch.bfloat16, "cuda")
+    found = []
+    for room in (0, 3 * 4096 * 8, 1 << 30):
+        decoder = Decoder(held.block.decoding_room(room), torch.device("cuda"))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if found else "default")  # kernels are built the first time
+        try:
+            parameters = decoder.parameters("layers/0000", held)
+            matrices = parameters["experts.gate_up"], parameters["experts.down"]
+            found.append(_experts.mixture(rows, chosen, weights, *matrices))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert isinstance(matrices[0], torch.Tensor) and torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
