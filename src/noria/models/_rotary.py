@@ -204,8 +204,10 @@ def tables(
     """
     table = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions[:, None].to(table) * _frequencies(theta, size, scaling, table, positions.device)
-    scale = scaling[1] if scaling and scaling[0] in ("yarn", "longrope") else 1.0
-    cosines, sines = ((turn * scale).to(dtype)[:, None] for turn in (angles.cos(), angles.sin()))
+    found = angles.cos(), angles.sin()
+    if scaling and scaling[0] in ("yarn", "longrope"):
+        found = found[0].mul_(scaling[1]), found[1].mul_(scaling[1])
+    cosines, sines = (turn.to(dtype)[:, None] for turn in found)
     return torch.cat((cosines, cosines), dim=-1), sines
 
 
