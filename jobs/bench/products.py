@@ -3,9 +3,10 @@
     python jobs/bench/products.py [--dtype bfloat16] [--only llama] [--rows 1-512,1024,...] [--times]
 
 Each product is torch's with the settings of a run (cuBLASLt, no split of the inputs), with and without a bias where the
-family has one, at 1 to 512 rows and powers of two to 16,384, beside a product that adds along its inputs in one order, 64
-at a time (Triton, below). Prints a JSON line a product: at how many numbers of rows some number differs, and which they
-are; the last line lists the exceptions of all. --times: milliseconds beside torch's default settings, for a few rows.
+family has one, at 1 to 512 rows and powers of two to 16,384, beside a kernel that adds along its inputs in one order
+(noria/kernels/products.py). Prints a JSON line a product: at how many numbers of rows some number differs, and which they
+are; up to how many rows a run would take the kernel (`by_kernel`); the last line lists the exceptions of all. --times:
+parts of the time by torch's default settings, for a few rows, of torch's and of the kernel.
 """
 
 import argparse
@@ -14,16 +15,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from noria.checkpoint.random_weights import random_checkpoint
+from noria.kernels.products import product
+from noria.launch.choosing import Linear, chosen_products
 from noria.launch.exact import products, products_in_one_order
 from noria.limits import LOGITS_ROWS
 
 MOST = 16_384
 TIMED = (1, 16, 64, 256, 1024)
-TILE, BLOCK = (64, 64), 64
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128}
@@ -86,39 +86,6 @@ def shapes(only: str) -> dict[tuple[int, int, bool, int], list[str]]:
     return found
 
 
-@triton.jit
-def in_order(
-    hidden, weight, bias, product, rows, outputs, inputs, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A tile of hidden [rows, inputs] times weight [outputs, inputs]: sums in float32, BLOCK inputs after BLOCK inputs."""
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    at, there, wanted = tl.arange(0, BLOCK), row < rows, column < outputs
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for begin in range(0, inputs, BLOCK):
-        known = begin + at < inputs
-        left = tl.load(hidden + row[:, None] * inputs + (begin + at)[None, :], there[:, None] & known[None, :], 0.0)
-        right = tl.load(
-            weight + column[None, :] * inputs + (begin + at)[:, None], wanted[None, :] & known[:, None], 0.0
-        )
-        sums = tl.dot(left, right, sums)
-    if HAS_BIAS:
-        sums += tl.load(bias + column, wanted, 0.0).to(tl.float32)[None, :]
-    to = product + row[:, None] * outputs + column[None, :]
-    tl.store(to, sums.to(product.dtype.element_ty), there[:, None] & wanted[None, :])
-
-
-def ordered(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear, in one order of its inputs."""
-    product = hidden.new_empty(len(hidden), len(weight))
-    grid = triton.cdiv(len(weight), TILE[1]), triton.cdiv(len(hidden), TILE[0])
-    sizes = len(hidden), len(weight), hidden.shape[1]
-    given = bias is not None, TILE[0], TILE[1], BLOCK
-    in_order[grid](hidden, weight, weight if bias is None else bias, product, *sizes, *given, num_warps=4)
-    return product
-
-
 def tensors(
     outputs: int, inputs: int, has_bias: bool, rows: int, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -134,12 +101,12 @@ def differing(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: list[int]
 ) -> tuple[list[int], list[int]]:
     """The numbers of rows at which some number is not that of the ordered product; and not that of most rows."""
-    expected, most = ordered(hidden, weight, bias), F.linear(hidden, weight, bias)
+    expected, most = product(hidden, weight, bias), F.linear(hidden, weight, bias)
     found = torch.empty(2, len(rows), dtype=torch.bool, device=hidden.device)
     for place, number in enumerate(rows):
-        product = F.linear(hidden[:number], weight, bias)
+        some = F.linear(hidden[:number], weight, bias)
         for kind, other in enumerate((expected, most)):
-            found[kind, place] = (product != other[:number]).any()
+            found[kind, place] = (some != other[:number]).any()
     return tuple([number for number, bad in zip(rows, of_kind, strict=True) if bad] for of_kind in found.tolist())
 
 
@@ -157,10 +124,10 @@ def timed(function: Callable[[], object], repeats: int = 9) -> float:
     return sorted(found[2:])[repeats // 2]
 
 
-def times(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[int, float]:
-    return {
-        rows: timed(lambda rows=rows: F.linear(hidden[:rows], weight, bias)) for rows in TIMED if rows <= len(hidden)
-    }
+def times(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, linear: Linear = F.linear
+) -> dict[int, float]:
+    return {rows: timed(lambda rows=rows: linear(hidden[:rows], weight, bias)) for rows in TIMED if rows <= len(hidden)}
 
 
 def spans(numbers: list[int]) -> str:
@@ -199,9 +166,15 @@ def main() -> None:
             usual = times(*its) if given.times else {}
             with products_in_one_order(getattr(torch, dtype)) as can:
                 differ, from_most = differing(*its, rows)
-                exact = times(*its) if given.times else {}
+                exact, ours = (times(*its, linear) if given.times else {} for linear in (F.linear, product))
+                this = [(outputs, inputs, has_bias, most)] if its[0].is_cuda else []
+                chosen = chosen_products(this, its[0].device, its[0].dtype)
             found = {"can": can, "rows": len(rows), "differ": spans(differ), "differ_from_most": spans(from_most)}
-            ratio = {"times_default": {number: round(exact[number] / usual[number], 3) for number in usual}}
+            found["by_kernel"] = sum(chosen.values())
+            ratio = {
+                name: {number: round(its_times[number] / usual[number], 3) for number in usual}
+                for name, its_times in (("times_default", exact), ("kernel_times_default", ours))
+            }
             print(json.dumps(line | found | (ratio if usual else {}) | {"models": names}), flush=True)
             exceptions += [line | {"differ": spans(differ)}] if differ else []
             tried += len(rows)
