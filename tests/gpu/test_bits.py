@@ -103,7 +103,7 @@ def hashes(output):
     with open_generations(output) as file:
         for row in file.rows():
             assert row.status == "done", row.error
-            arrays = row.token_ids, row.logprobs, row.top_logprobs  # which of equal ids comes first is left to torch
+            arrays = row.token_ids, row.logprobs, row.top_ids, row.top_logprobs
             parts = (np.ascontiguousarray(array).tobytes() for array in arrays)
             found.append(hashlib.sha256(b"".join(parts)).hexdigest())
         return found, file.attrs["exact_bits"]

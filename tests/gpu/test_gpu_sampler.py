@@ -34,14 +34,15 @@ def masks():
     return Masks(samples, forced, BITS[: int((forced == ANY).sum())])
 
 
-def filled(device):
+def filled(device, by_kernels=False):
     """A sampler whose rows have had 24 tokens, and what it samples from."""
-    sampler, slots = Sampler(torch.device(device)), np.arange(ROWS)
+    sampler, slots = Sampler(torch.device(device), by_kernels), np.arange(ROWS)
     admitted = tuple(Admitted(int(slot), (), KINDS[slot % len(KINDS)]) for slot in slots)
     sampler.apply(Step(0, 0, admitted=admitted))
     ids = np.random.default_rng(0).integers(0, 2000, 24 * ROWS)
     sampler.count(Step(0, 0, slots=slots, counts=slots * 0 + 24, positions=slots * 0, token_ids=ids))
     logits = torch.randn(ROWS, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
+    logits = logits.bfloat16() if by_kernels else logits
     return sampler, logits.to(device), slots, np.random.default_rng(1).random(ROWS)
 
 
@@ -57,8 +58,9 @@ def test_a_gpu_samples_what_the_cpu_samples():
     assert torch.allclose(my_scores.cpu(), their_scores, atol=1e-12)
 
 
-def test_nothing_in_a_draw_waits_for_the_device():
-    arguments = filled("cuda")
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_nothing_in_a_draw_waits_for_the_device(by_kernels):
+    arguments = filled("cuda", by_kernels)
     sample(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
