@@ -33,10 +33,10 @@ def _by_name(travels):
 class Whole:
     """A model of a config.json and tensors by name; arrays [rows, ...] of each layer, NaN until they are written."""
 
-    def __init__(self, config, state, dtype, num_pages=64):
+    def __init__(self, config, state, dtype, num_pages=64, device="cpu"):
         self.model = models.for_config(config)
         self.shape = self.model.shape(config)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, torch.device(device)
         self.embed = self.block(state, "embed", self.model.embed_parameters(self.shape))
         self.head = self.block(state, "head", self.model.head_parameters(self.shape))
         layers = range(self.shape.num_layers)
@@ -46,7 +46,9 @@ class Whole:
         rows = num_pages * PAGE_TOKENS
         self.arrays = [
             {
-                one.name: torch.full((rows, *((1,) * (len(one.row) == 1)), *one.row), torch.nan, dtype=dtype)
+                one.name: torch.full(
+                    (rows, *((1,) * (len(one.row) == 1)), *one.row), torch.nan, dtype=dtype, device=device
+                )
                 for one in self.shape.arrays(layer)
             }
             for layer in layers
@@ -55,7 +57,7 @@ class Whole:
     def block(self, state, name, shapes):
         """The block's computed tensors, of the tensors that make it."""
         layout = lay_out(name, shapes, str(self.dtype).removeprefix("torch."))
-        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device)
         numbers = stored(buffer, layout)
         sources = self.model.sources(self.shape, name)
         assert list(sources) == list(shapes)
@@ -74,11 +76,11 @@ class Whole:
             positions = range(start, start + len(tokens))
             rows += [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in positions]
             first += len(tokens)
-        token_ids = torch.tensor([token for tokens, _, _ in parts for token in tokens])
-        positions = torch.cat([torch.arange(start, start + len(tokens)) for tokens, start, _ in parts])
+        token_ids = torch.tensor([token for tokens, _, _ in parts for token in tokens], device=self.device)
+        positions = torch.cat([torch.arange(start, start + len(tokens)) for tokens, start, _ in parts]).to(self.device)
         positional = self.model.positional(self.shape, positions, self.dtype)
-        plan = sdpa.prepare(spans, torch.device("cpu"))
-        microbatch = SimpleNamespace(rows=torch.tensor(rows), attention_plan=plan, states=None)
+        plan = sdpa.prepare(spans, self.device)
+        microbatch = SimpleNamespace(rows=torch.tensor(rows, device=self.device), attention_plan=plan, states=None)
         hidden = self.model.embed(self.shape, self.embed, token_ids, positions)
         for index, parameters in enumerate(self.layers):
             reads = self.shape.reads(index)

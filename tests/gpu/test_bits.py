@@ -64,6 +64,17 @@ FAMILIES = {
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
+    "gemma2": COMMON
+    | {  # of Gemma 2 9B: soft caps, a window in every second layer, keys of 256 numbers
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "sliding_window": 512,
+    },
 }
 RUN = """
 dtype = "bfloat16"
