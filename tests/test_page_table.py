@@ -1,5 +1,7 @@
 """The rows of a step by index expressions over the pages of slots, beside what loops over spans make of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,18 @@ class Slots:
         arrays = {"slots": slots, "counts": np.array(counts, np.int32), "positions": positions}
         return Step(round, 0, released=released, admitted=its_admitted, grown=its_grown, **arrays)
 
+    def decoding(self, step):
+        """The same rows with a token each: now and then all of them in their last runs."""
+        lengths = [sum(run.count for run in self.runs[slot]) * PAGE_TOKENS for slot in step.slots.tolist()]
+        least = [
+            length - self.runs[slot][-1].count * PAGE_TOKENS
+            for slot, length in zip(step.slots.tolist(), lengths, strict=True)
+        ]
+        if self._choose.integers(3) == 0:
+            least = [0] * len(least)
+        positions = np.array([*map(self._choose.integers, least, lengths)], np.int32)
+        return replace(step, positions=positions, counts=np.ones_like(step.counts))
+
 
 def sharing(rows):
     """Of each row the keys of the prefixes that it begins with, and which rows begin with them."""
@@ -59,6 +73,21 @@ def sharing(rows):
     return [[(int(rows.shared[one]), [one in other for other in paths]) for one in path] for path in paths]
 
 
+def check(table, step, runs):
+    spans = table.spans(step, 0, len(step.slots))
+    assert [span.runs for span in spans] == [runs[slot] for slot in step.slots.tolist()]
+    tokens = np.repeat(step.slots, step.counts)
+    starts = np.cumsum(step.counts) - step.counts
+    positions = np.repeat(step.positions - starts, step.counts) + np.arange(len(tokens))
+    found = table.ragged(*(array.astype(np.int64) for array in (step.slots, step.counts, step.positions)))
+    expected = ragged(spans)
+    for name in ("counts", "lengths", "offsets", "run_rows", "run_positions", "run_keys"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+    assert sharing(found) == sharing(expected)
+    assert table.cache_rows(tokens, positions).tolist() == cache_rows(spans).tolist()
+    assert (found.parents < np.arange(len(found.parents))).all()
+
+
 @pytest.mark.parametrize("seed", range(count(300)))
 def test_arrays_hold_what_spans_say(seed):
     choose = np.random.default_rng(seed)
@@ -68,18 +97,8 @@ def test_arrays_hold_what_spans_say(seed):
         table.apply(step)
         if not len(step.slots):
             continue
-        spans = table.spans(step, 0, len(step.slots))
-        assert [span.runs for span in spans] == [slots.runs[slot] for slot in step.slots.tolist()]
-        tokens = np.repeat(step.slots, step.counts)
-        starts = np.cumsum(step.counts) - step.counts
-        positions = np.repeat(step.positions - starts, step.counts) + np.arange(len(tokens))
-        assert table.cache_rows(tokens, positions).tolist() == cache_rows(spans).tolist()
-        found = table.ragged(*(array.astype(np.int64) for array in (step.slots, step.counts, step.positions)))
-        expected = ragged(spans)
-        for name in ("counts", "lengths", "offsets", "run_rows", "run_positions", "run_keys"):
-            assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
-        assert sharing(found) == sharing(expected)
-        assert (found.parents < np.arange(len(found.parents))).all()
+        for same in (step, slots.decoding(step), slots.decoding(step), step):
+            check(table, same, slots.runs)
     assert len(table._known) == len({name for names in table._names.values() for name in names})
 
 

@@ -26,7 +26,7 @@ DISK_NBYTES = DISK_SLOTS * DISK_SLOT_NBYTES
 DISK_THREADS = 4  # that read and write them
 
 GRAPH_ROWS = 2048  # that a step has at most which is captured as a graph: with more the host is never late
-GRAPHS_NBYTES = 160 << 20  # of graphs themselves, and of libraries on the stream that captures them
+GRAPHS_NBYTES = 96 << 20  # of graphs themselves, and of libraries on the stream that captures them
 
 
 def padded_rows(rows: int) -> int:

@@ -158,11 +158,13 @@ class Batches:
 
     def _numbers(self, step: Step, rows: slice) -> list[np.ndarray]:
         """Of these rows' tokens positions and places in the cache, then the arrays of states."""
-        slots, counts, firsts = step.slots[rows], step.counts[rows], step.positions[rows]
-        starts = np.cumsum(counts) - counts
-        positions = np.repeat(firsts - starts, counts) + np.arange(counts.sum())
+        slots, counts, positions = (array[rows].astype(np.int64) for array in (step.slots, step.counts, step.positions))
         first, last, _ = rows.indices(len(step.slots))
-        places = self._pages.cache_rows(np.repeat(slots, counts), positions)
+        if not (counts == 1).all():
+            starts = np.cumsum(counts) - counts
+            positions = np.repeat(positions - starts, counts) + np.arange(counts.sum())
+            slots = np.repeat(slots, counts)
+        places = self._pages.cache_rows(slots, positions)
         return [positions, places, *states.arrays_of(step, first, last, None)]
 
     def _microbatches(

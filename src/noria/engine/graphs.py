@@ -72,6 +72,12 @@ class Graphs:
         self._seconds, self._captured, self._replayed, self._plain = 0.0, 0, 0, 0
         self.off = False
 
+    def expect(self, padded: Padded) -> None:
+        """Does what can be done for a step before its hidden states are there: most ranks wait for these."""
+        for (_, size), graph in self._graphs.items():
+            if size == padded.size:
+                graph.lists.expect(padded.plan)
+
     def forward(self, padded: Padded, layers: range, hidden: Arrays, at: tuple[int, int, int]) -> Arrays | None:
         """What these layers make of hidden states in a visit (round, lap, group), valid until the next one; None: the step is
         to go another way."""

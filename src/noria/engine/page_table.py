@@ -4,6 +4,7 @@ S slots, K runs that a slot has at most, R rows of a step, T tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,17 @@ from noria.step import PAGE_TOKENS, Run, Span, Step
 NOBODY = -1  # the slot of rows that pad a step
 BEYOND = 1 << 40  # the position of a run that a slot does not have
 PrefixName = tuple[int, int, int]  # its parent's number, and its last run
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """What of some rows [R] stays as it is until slots change, where all that they have computed before is beyond their
+    last run's first key: decoding rows, step after step."""
+
+    first: np.ndarray  # [R] the position of the last run's first key
+    zeroth: np.ndarray  # [R] the cache row that position 0 would have in the last run
+    runs: tuple[np.ndarray, ...]  # offsets, and the runs, as RaggedRows has them
+    shared: tuple[np.ndarray, ...]  # prefixes, and what is known of them
 
 
 class PageTable:
@@ -29,6 +41,7 @@ class PageTable:
         self._numbered = 0
         self._num = np.zeros(0, np.int64)  # [1 + S] runs, of slot NOBODY first
         self._rows, self._positions, self._keys, self._prefixes = (np.zeros((0, 1), np.int64) for _ in range(4))
+        self._laid: dict[bytes, _Laid] = {}  # by the rows' slots
         if spare is not None:
             self._put(NOBODY, (Run(spare, 1),))
 
@@ -37,6 +50,8 @@ class PageTable:
         for slot in step.released:
             del self._runs[slot]
             self._forget(slot)
+        if step.released or step.admitted or step.grown:
+            self._laid.clear()
         changes = [(one.slot, one.runs) for one in step.admitted] + [(one.slot, one.runs) for one in step.grown]
         for slot, runs in changes:
             self._runs[slot] = runs
@@ -58,6 +73,11 @@ class PageTable:
 
     def cache_rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[T] where in the cache the key and value of each token belong: page * 16 + token. slots, positions: [T]."""
+        slots = slots.astype(np.int64, copy=False)
+        laid = self._laid.get(slots.tobytes())
+        if laid is not None and (positions >= laid.first).all():
+            places: np.ndarray = laid.zeroth + positions
+            return places
         slots = slots + 1
         its_positions = self._positions[slots]
         run = (its_positions <= positions[:, None]).sum(axis=1) - 1 if its_positions.shape[1] > 1 else 0
@@ -66,29 +86,35 @@ class PageTable:
 
     def ragged(self, slots: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> RaggedRows:
         """A step's rows, which have `counts` new tokens from `positions` on, as attention's lists are made of them. [R] each."""
-        slots, width = slots + 1, self._keys.shape[1]
-        num = self._num[slots]
-        held = np.arange(width) < num[:, None]
-        firsts, keys = self._positions[slots], self._keys[slots]
-        whole = (np.arange(width) < num[:, None] - 1) & (firsts + keys <= positions[:, None])
-        offsets = np.concatenate([[0], np.cumsum(num)])
-        runs = self._rows[slots][held], firsts[held], keys[held]
-        return RaggedRows(counts, positions + counts, offsets, *runs, *self._shared(slots, whole, firsts + keys))
+        slots = slots.astype(np.int64, copy=False)
+        laid = self._laid.get(slots.tobytes()) or self._lay(slots)
+        shared = laid.shared if (positions >= laid.first).all() else self._shared(slots + 1, positions)
+        return RaggedRows(counts, positions + counts, *laid.runs, *shared)
 
-    def _shared(self, slots: np.ndarray, whole: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of each row the last prefix before its new tokens, counted anew; of each prefix its keys and its parent.
+    def _lay(self, slots: np.ndarray) -> _Laid:
+        at, width = slots + 1, self._keys.shape[1]
+        num, firsts = self._num[at], self._positions[at]
+        held, every = np.arange(width) < num[:, None], np.arange(len(at))
+        runs = self._rows[at][held], firsts[held], self._keys[at][held]
+        offsets, first = np.concatenate([[0], np.cumsum(num)]), firsts[every, num - 1]
+        laid = _Laid(first, self._rows[at, num - 1] - first, (offsets, *runs), self._shared(at, first))
+        self._laid[slots.tobytes()] = laid
+        return laid
 
-        whole: [R, K] which runs lie before the row's new tokens and are not its last; ends: [R, K] where they end.
-        """
-        none = np.full(len(slots), NONE)
+    def _shared(self, at: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of the rows at these places of the arrays, with new tokens from `positions` on: of each the last prefix before them,
+        counted anew; of each prefix its keys and its parent."""
+        ends = self._positions[at] + self._keys[at]
+        whole = (np.arange(ends.shape[1]) < self._num[at][:, None] - 1) & (ends <= positions[:, None])
+        none = np.full(len(at), NONE)
         if not whole.any():
             return none, np.zeros(0, np.int64), np.zeros(0, np.int64)
-        numbers = self._prefixes[slots]
+        numbers = self._prefixes[at]
         known, first = np.unique(numbers[whole], return_index=True)
         before = np.concatenate([none[:, None], numbers[:, :-1]], axis=1)
         parents = before[whole][first]
         last = whole.sum(axis=1) - 1
-        of_row = np.where(last >= 0, numbers[np.arange(len(slots)), last], NONE)
+        of_row = np.where(last >= 0, numbers[np.arange(len(at)), last], NONE)
         of_row, parents = (np.where(of >= 0, np.searchsorted(known, of), NONE) for of in (of_row, parents))
         return of_row, ends[whole][first], parents
 

@@ -102,6 +102,8 @@ class Stage:
         needed = self._activations.needed(step.sample_rows, step.score_rows)
         borders = refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens)
         batch = self._batches.make(step, borders, needed)
+        if batch.padded is not None:
+            self._graphs.expect(batch.padded)
         batch.token_ids = fed(batch.token_ids, self._drawn) if step.awaits else batch.token_ids
         return batch
 
