@@ -14,6 +14,7 @@ from noria.rows.beginnings import Lead
 from noria.rows.composing import Changes, compose
 from noria.rows.flight import Flight
 from noria.rows.guides import Making
+from noria.rows.level import Level
 from noria.rows.making import Maker, Source
 from noria.rows.results import take_sample, take_scores
 from noria.rows.sequence import Sequence, sampler_settings
@@ -50,6 +51,7 @@ class Admission:
         self._queue = WaitingQueue(source, self._maker, capacity.sharing)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
+        self._level = Level(capacity.groups, capacity.weights)
         firsts = (group * capacity.step_tokens for group in range(capacity.groups))
         self._flights = [Flight(first, self._end_token_ids, capacity.max_positions) for first in firsts]
         self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room
@@ -115,7 +117,8 @@ class Admission:
         if self._over:
             return Step(round, group, Word.STOP)
         grown, flight = self._grow(group), self._flights[group]
-        chunks, budget = list[tuple[Sequence, int]](), self.step_tokens - len(flight.ready())
+        chunks, decoding = list[tuple[Sequence, int]](), len(flight.ready())
+        budget = self._level.most(group, decoding, self.step_tokens) - decoding
         for sequence in flight.filling.values():
             if budget > 0 and sequence.num_tokens > sequence.cached:
                 chunks.append((sequence, self._take_chunk(sequence, budget)))
@@ -127,6 +130,7 @@ class Admission:
             budget -= chunks[-1][1]
         changes = Changes(self._slots.released(group), tuple(admitted), grown)
         step = compose(round, group, changes, flight, chunks, self._slots.active[group], self._capacity)
+        self._level.took(group, step.num_tokens, decoding)
         self._led()
         return step if flight.awaits else self.mask(step)
 
