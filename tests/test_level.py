@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import test_admission
-from noria.desk.capacity import weights_of
-from noria.rows.level import LEAST_TOKENS, Level, Weights
+from noria.desk.capacity import costs_of
+from noria.rows.level import LEAST_TOKENS, Level, StepCosts
 from noria.rows.slots import Capacity
 from pipeline import Cost, simulate
 
 # A Llama-8B shape on two H200s, as measured: 2.5 ms of weights and launches, 35,000 prompt tokens/s on one GPU, 1,024 rows of
 # 576 tokens in 25 ms of attention; the last stage has the head and samples.
 STAGE, LAST = Cost(2.5e-3, 14.3e-6, 12e-6), Cost(3e-3, 14.3e-6, 18e-6)
-WEIGHTS = Weights(2, STAGE.step / STAGE.token, 1 + STAGE.row / STAGE.token)
+COSTS = StepCosts(2, STAGE.step / STAGE.token, 1 + STAGE.row / STAGE.token)
 HOP, HOST = 0.2e-3, 0.5e-3
 ALIKE = [(512, 128)] * 1024
 
@@ -32,8 +32,8 @@ def mixed(rows=1024, seed=0):
 def courses(lengths, pages, costs, groups=3, step_tokens=2048):
     """The run without and with steps that are level."""
     capacity = Capacity(groups, pages, step_tokens, step_tokens, 1, 8192, sharing=False)
-    weights = replace(WEIGHTS, ranks=len(costs))
-    return [simulate(lengths, replace(capacity, weights=one), costs, HOP, HOST) for one in (None, weights)]
+    its = replace(COSTS, ranks=len(costs))
+    return [simulate(lengths, replace(capacity, costs=one), costs, HOP, HOST) for one in (None, its)]
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_the_simulation_is_that_of_a_pipeline_by_hand():
 
 
 def test_a_step_is_as_long_as_the_others_let_it_be():
-    level = Level(3, Weights(2, 100, 2.0))
+    level = Level(3, StepCosts(2, 100, 2.0))
     assert level.most(0, 0, 4096) == 4096  # nobody else has anything to compute
     level.took(0, 4096, 0)
     assert level.most(1, 0, 4096) == 4096
@@ -84,7 +84,7 @@ def test_a_step_is_as_long_as_the_others_let_it_be():
 def test_steps_of_all_groups_get_longer_together():
     """Prompts without end after a time of decoding alone: whatever the ranks and groups, steps become full."""
     for ranks, groups in ((2, 2), (2, 3), (4, 4), (4, 5), (8, 9)):
-        level = Level(groups, Weights(ranks, 100, 1.0))
+        level = Level(groups, StepCosts(ranks, 100, 1.0))
         for group in range(groups):
             level.took(group, 200, 200)
         for _, group in itertools.product(range(40), range(groups)):
@@ -102,18 +102,18 @@ def test_costs_come_from_the_plan_of_resident_ranks():
         "rows": 800,
     }
     plan = SimpleNamespace(num_ranks=2, groups=3, weight_slots=0, predicted=predicted)
-    assert weights_of(plan) == Weights(2, pytest.approx(60_000 * 14e-3 / 3), pytest.approx(60_000 * 16e-3 / 800))
+    assert costs_of(plan) == StepCosts(2, pytest.approx(60_000 * 14e-3 / 3), pytest.approx(60_000 * 16e-3 / 800))
     for change in ({"num_ranks": 1}, {"weight_slots": 3}, {"predicted": {}}):
-        assert weights_of(SimpleNamespace(**(vars(plan) | change))) is None
+        assert costs_of(SimpleNamespace(**(vars(plan) | change))) is None
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_every_row_has_the_same_tokens_whatever_steps_cost(data):
     """As a property of the admission, with an engine that answers from what steps carry."""
-    weights = Weights(data.draw(st.integers(2, 5)), data.draw(st.floats(0, 50)), data.draw(st.floats(1, 9)))
+    its = StepCosts(data.draw(st.integers(2, 5)), data.draw(st.floats(0, 50)), data.draw(st.floats(1, 9)))
     limits = Capacity(
-        data.draw(st.integers(2, 4)), 96, data.draw(st.integers(8, 300)), 64, 1, test_admission.LIMIT, weights=weights
+        data.draw(st.integers(2, 4)), 96, data.draw(st.integers(8, 300)), 64, 1, test_admission.LIMIT, costs=its
     )
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 20)), min_size=1, max_size=12))
     prompts = [test_admission.prompt(row, length, max_new_tokens=new) for row, (length, new) in enumerate(lengths)]

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from noria import transports
 from noria.bundle import of_hidden
 from noria.errors import InputError
 from noria.order import Place
+from noria.ring import communication as communication_module
 from noria.ring.base import RingShape
 from noria.ring.communication import Communication, CommunicationError
 from noria.ring.messages import Answer, Hidden
@@ -110,6 +112,32 @@ def test_a_wait_for_work_that_fails_raises_what_it_raised():
     for call in (other.wait, lambda: communication.start(endless()), communication.close, communication.ticket().wait):
         with pytest.raises(CommunicationError, match="no route"):
             call()
+
+
+def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatch):
+    pauses, seen, done = [], [], threading.Event()
+    monkeypatch.setattr(communication_module, "pause", lambda idle: pauses.append(idle) or 1e-4)
+    monkeypatch.setattr(communication_module, "EAGER", 0.0)
+    monkeypatch.setattr(communication_module, "EAGER_AWAITED", 60.0)
+
+    def polled():
+        while not done.is_set():
+            yield
+
+    def awaited():
+        while len(seen) < 1000:
+            seen.append((communication._num_waits, len(pauses)))
+            yield
+
+    communication = Communication()
+    communication.start(polled())
+    while len(pauses) < 3:  # nobody waits
+        time.sleep(1e-3)
+    communication.start(awaited()).wait()
+    done.set()
+    communication.close()
+    counts = {count for waits, count in seen if waits}
+    assert len(counts) <= 2 and len(seen) == 1000, "a pause that had begun, and none later"
 
 
 def test_another_thread_can_end_a_wait():

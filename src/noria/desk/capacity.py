@@ -3,7 +3,7 @@
 from noria.limits import TIERS
 from noria.model import ModelShape
 from noria.plan.planner import Plan
-from noria.rows.level import Weights
+from noria.rows.level import StepCosts
 from noria.rows.slots import Capacity
 
 
@@ -23,11 +23,11 @@ def capacity_of(plan: Plan, shape: ModelShape, sharing: bool) -> Capacity:
         tuple(plan.pools[tier]["states"] for tier in TIERS),
         plan.state_rows,
         sharing,
-        weights_of(plan),
+        costs_of(plan),
     )
 
 
-def weights_of(plan: Plan) -> Weights | None:
+def costs_of(plan: Plan) -> StepCosts | None:
     """What steps cost, by the plan's prediction. None where one rank computes alone, and where weights stream through the ranks:
     their loads take the time of a round, however long its steps are."""
     if plan.num_ranks == 1 or plan.weight_slots or not plan.predicted:
@@ -35,4 +35,4 @@ def weights_of(plan: Plan) -> Weights | None:
     prefill, decode, terms = (plan.predicted[name] for name in ("prefill", "decode", "terms"))
     speed, seconds, rows = prefill["tokens_per_second"], decode["round_seconds"], plan.predicted["rows"]
     step = min(max(terms["decode"]["launches"], terms["decode"]["device memory"]), seconds)
-    return Weights(plan.num_ranks, speed * step / plan.groups, max(speed * (seconds - step) / rows, 1.0))
+    return StepCosts(plan.num_ranks, speed * step / plan.groups, max(speed * (seconds - step) / rows, 1.0))

@@ -13,7 +13,7 @@ import torch
 from noria.masks import Masks, Pending
 from noria.order import HEADER, HIDDEN, RESULT, tag
 from noria.ring.base import BaseRing, RingShape
-from noria.ring.communication import pause
+from noria.ring.communication import EAGER_AWAITED, pause
 from noria.ring.heartbeat import SILENCE, Heart
 from noria.ring.messages import Answer, Hidden, arrays_in
 from noria.step import Result, Step
@@ -155,4 +155,5 @@ def finish(work: Generator[None, None, T]) -> T:
             next(work)
         except StopIteration as end:
             return cast(T, end.value)
-        time.sleep(pause(time.monotonic() - began))
+        if (waited := time.monotonic() - began) > EAGER_AWAITED:
+            time.sleep(pause(waited))

@@ -9,11 +9,14 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a 32nd of the idle time, between these two
 LONGEST_PAUSE = 5e-4
+# Seconds without pauses after work has begun or ended: a sleep of 20 us takes 50, and a message several polls at either end.
+# More of them where a thread waits for work: it does not need the interpreter meanwhile.
+EAGER, EAGER_AWAITED = 1e-4, 2e-3
 SLICE = 0.05  # seconds; a waiting thread looks this often whether the communication thread has failed
 
 
@@ -38,8 +41,10 @@ class Ticket(Generic[T]):
 
     def wait(self) -> T:
         """What the work returned, once it has ended. Raises CommunicationError when the thread has failed."""
-        while not self._finished.wait(SLICE):
-            self._communication.check()
+        if not self._finished.is_set():
+            with self._communication.awaited():
+                while not self._finished.wait(SLICE):
+                    self._communication.check()
         return self._value
 
     def finish(self, value: T) -> None:
@@ -55,6 +60,8 @@ class Communication:
         self._new: deque[tuple[Generator[None, None, Any], Ticket[Any]]] = deque()
         self._live: list[tuple[Generator[None, None, Any], Ticket[Any]]] = []
         self._wake = threading.Event()
+        self._num_waits, self._wait_began = 0, 0.0  # of other threads for work
+        self._lock = threading.Lock()
         self._closing = False
         self._abandoned = False
         self._moved = False
@@ -84,6 +91,19 @@ class Communication:
     def ticket(self) -> Ticket[Any]:
         """A ticket for work that is started later."""
         return Ticket(self)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """A thread waits for work in here."""
+        with self._lock:
+            self._num_waits += 1
+            self._wait_began = time.monotonic()
+        self._wake.set()  # from a pause to polls without one
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_waits -= 1
 
     def check(self) -> None:
         """Raises CommunicationError when the thread has failed, or was told to."""
@@ -127,8 +147,10 @@ class Communication:
             if self._advance():
                 last = time.monotonic()
             elif self._live:
-                idle = time.monotonic() - last
-                self._wake.wait(pause(idle))
+                waits = self._num_waits > 0
+                idle = time.monotonic() - (max(last, self._wait_began) if waits else last)
+                if idle > (EAGER_AWAITED if waits else EAGER):
+                    self._wake.wait(pause(idle))
             elif self._closing and not self._new:
                 return
             else:

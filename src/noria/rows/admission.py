@@ -51,7 +51,7 @@ class Admission:
         self._queue = WaitingQueue(source, self._maker, capacity.sharing)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
-        self._level = Level(capacity.groups, capacity.weights)
+        self._level = Level(capacity.groups, capacity.costs)
         firsts = (group * capacity.step_tokens for group in range(capacity.groups))
         self._flights = [Flight(first, self._end_token_ids, capacity.max_positions) for first in firsts]
         self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room

@@ -12,7 +12,7 @@ GROWTH = 1.25  # times the others' mean: where all groups have prompts, all step
 
 
 @dataclass(frozen=True)
-class Weights:
+class StepCosts:
     """What a step costs, in tokens of prompts that take as long: `step`, whatever is in it, and `row`, each row that decodes.
 
     ranks: that a step passes one after another.
@@ -27,26 +27,26 @@ class Level:
     """The costs of the groups' last steps, and how many tokens a next one may have so that no rank waits for it.
 
     A step of time B passes N ranks one after another, in which each of them has the steps of the others to compute: it is
-    waited for where N x B is more than B and those of the others together. Without `weights` a step may have any size.
+    waited for where N x B is more than B and those of the others together. Without `costs` a step may have any size.
     """
 
-    def __init__(self, groups: int, weights: Weights | None):
-        self._weights = weights
-        self._costs = [0.0] * groups
+    def __init__(self, groups: int, costs: StepCosts | None):
+        self._costs = costs
+        self._last = [0.0] * groups
 
     def most(self, group: int, rows: int, step_tokens: int) -> int:
         """Tokens of a group's next step in which so many rows decode, of at most so many."""
-        others = [cost for other, cost in enumerate(self._costs) if cost and other != group]
-        if self._weights is None or not others:
+        others = [cost for other, cost in enumerate(self._last) if cost and other != group]
+        if self._costs is None or not others:
             return step_tokens
-        longest = max(SHARE * sum(others) / (self._weights.ranks - 1), GROWTH * sum(others) / len(others))
-        prompts = max(int(longest - self._cost(self._weights, rows, rows)), LEAST_TOKENS)
+        longest = max(SHARE * sum(others) / (self._costs.ranks - 1), GROWTH * sum(others) / len(others))
+        prompts = max(int(longest - self._cost(self._costs, rows, rows)), LEAST_TOKENS)
         return min(step_tokens, rows + prompts)
 
     def took(self, group: int, tokens: int, rows: int) -> None:
         """The group's step that was just composed has so many tokens, of which so many are rows that decode."""
-        if self._weights is not None:
-            self._costs[group] = self._cost(self._weights, tokens, rows) if tokens else 0.0
+        if self._costs is not None:
+            self._last[group] = self._cost(self._costs, tokens, rows) if tokens else 0.0
 
-    def _cost(self, weights: Weights, tokens: int, rows: int) -> float:
-        return weights.step + tokens - rows + weights.row * rows
+    def _cost(self, costs: StepCosts, tokens: int, rows: int) -> float:
+        return costs.step + tokens - rows + costs.row * rows

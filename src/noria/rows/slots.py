@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from noria.limits import RUN_PAGES
 from noria.rows.beginnings import BLOCK_TOKENS, Lead
-from noria.rows.level import Weights
+from noria.rows.level import StepCosts
 from noria.rows.pages import Pages
 from noria.rows.prefixes import Prefixes, Share
 from noria.rows.reservations import Reservations
@@ -21,7 +21,7 @@ class Capacity:
     `tier_pages`: how many of the pages each tier has, the device's first (empty: all are the device's). A sequence has its
     pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has. tier_states: the states of each
     tier, where the family has arrays per sequence; then a microbatch has at most `state_rows` rows (else 0).
-    sharing: rows that begin alike share the pages of that. weights: of steps that several ranks are to see in equal times.
+    sharing: rows that begin alike share the pages of that. costs: of steps, which several ranks should see in equal times.
     """
 
     groups: int
@@ -37,7 +37,7 @@ class Capacity:
     tier_states: tuple[int, ...] = ()
     state_rows: int = 0
     sharing: bool = True
-    weights: Weights | None = None
+    costs: StepCosts | None = None
 
     @property
     def tiers(self) -> tuple[int, ...]:
