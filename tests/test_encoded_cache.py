@@ -15,12 +15,14 @@ import reference
 import rounded
 import tiny_models
 import world
+from listed_kind import listed_kind
 from noria import config
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
 from noria.engine.rounding import RoundedArray
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.plan import building
 from noria.run import run
 
 # Heads of 80 numbers: a group of 64 and one of 16.
@@ -131,6 +133,18 @@ def test_rows_do_not_depend_on_ranks_laps_groups_chunks_tiers_or_sharing(folder,
     world.call(4, encoded_cache_worker.work, folder, [name for name, _ in names], timeout=500)
     for name, keys in names:
         compare(rows_of(folder, name), expected[keys["kv_cache_dtype"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_by_lists_of_work_reads_what_is_decoded(folder, expected, monkeypatch, kind):
+    monkeypatch.setattr(building, "DECODED_CACHE_NBYTES", 0)
+    with listed_kind() as executed:
+        alone(folder, f"listed-{kind}", kv_cache_dtype=kind, cache={"gpu": 60, "cpu": 40}, groups=2)
+    compare(rows_of(folder, f"listed-{kind}"), expected[kind])
+    with h5py.File(folder / f"listed-{kind}.h5") as file:
+        plan = json.loads(file.attrs["plan"])
+    assert plan["decoded_pages"] == 16 and len(executed) > 100
 
 
 def test_a_run_goes_on_with_the_same_cache_alone_and_refuses_another_by_name(folder, expected, capsys):

@@ -1,6 +1,6 @@
 """A cache in fewer bits: what is rounded, against numpy; which rows are decoded together; attention over them, dense."""
 
-from collections import defaultdict
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +13,15 @@ from counts import count
 from noria import kinds
 from noria.arrays import ENCODINGS, Array, encoded, keys_and_values, stored
 from noria.attention import sdpa
+from noria.attention._ragged import ragged
 from noria.encodings import _cached
 from noria.encodings._cached import settings_of
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
 from noria.engine.parameters import FIELD_DTYPES
-from noria.engine.rounding import RoundedArray, RoundedAttention, cut_rows
+from noria.engine.rounding import RoundedArray, RoundedAttention
+from noria.kernels import lists
+from noria.kernels.work import Packing
 from noria.step import PAGE_TOKENS, Run, Span
 
 CPU = torch.device("cpu")
@@ -106,28 +109,64 @@ def some_spans(random, rows):
     return spans, page
 
 
+class Recording:
+    """A kind of attention whose plans are what it was given."""
+
+    def __init__(self, arrays=True):
+        if arrays:
+            self.of_rows = lambda rows, device: rows
+
+    @staticmethod
+    def prepare(spans, device):
+        return spans
+
+
 def test_rows_are_cut_so_that_each_part_finds_room_and_no_page_lies_twice_in_one():
+    parts = []
     for case in range(count(400)):
         random = np.random.default_rng(case)
         spans, _ = some_spans(random, 9)
         most = int(random.integers(28, 60))
-        parts = cut_rows(spans, most)
-        assert [replace(one, first=0, runs=()) for its, _ in parts for one in its] == [
-            replace(one, first=0, runs=()) for one in spans
-        ]
-        for its, runs in parts:
-            pages = [page for run in runs for page in range(run.start, run.start + run.count)]
+        over = RoundedAttention(Recording(arrays=False), most, 1, torch.uint8, CPU)
+        assert not hasattr(over, "of_rows")
+        parts = over.prepare(spans, CPU)
+        rest, first = iter(spans), 0
+        for part in parts:
+            pages = part.pages.tolist()
             assert len(pages) == len({*pages}) <= most
-            assert [one.first for one in its] == list(np.cumsum([0, *(one.count for one in its[:-1])]))
-        by_first = defaultdict(list)
-        for (its, runs), before in zip(parts, np.cumsum([0, *(len(its) for its, _ in parts)]), strict=False):
-            pages = [page for run in runs for page in range(run.start, run.start + run.count)]
-            for one, span in zip(its, spans[before:], strict=False):
+            assert [one.first for one in part.plan] == list(np.cumsum([0, *(one.count for one in part.plan[:-1])]))
+            assert (part.first, part.last) == (first, first := first + sum(one.count for one in part.plan))
+            for one, span in zip(part.plan, rest, strict=False):
+                assert replace(one, first=0, runs=()) == replace(span, first=0, runs=())
                 found = [pages[page] for run in one.runs for page in range(run.start, run.start + run.count)]
                 whole = [page for run in span.runs for page in range(run.start, run.start + run.count)]
                 assert found == whole[: -(-span.length // PAGE_TOKENS)]
-                by_first[one.first].append(one)
+        assert next(rest, None) is None
+        # no part could have had a row more
+        for part, following in itertools.pairwise(parts):
+            own = [(run.start, run.count) for run in following.plan[0].runs]
+            more = {page for start, number in own for page in following.pages.tolist()[start : start + number]}
+            assert len({*part.pages.tolist()} | more) > most
     assert len(parts) > 1
+
+
+def test_rows_that_are_arrays_are_cut_as_spans_are():
+    for case in range(count(200)):
+        random = np.random.default_rng(case)
+        spans, _ = some_spans(random, 9)
+        over = RoundedAttention(Recording(), int(random.integers(28, 60)), 1, torch.uint8, CPU)
+        for part, other in zip(over.prepare(spans, CPU), over.of_rows(ragged(spans), CPU), strict=True):
+            assert (part.first, part.last, part.pages.tolist()) == (other.first, other.last, other.pages.tolist())
+            rows, whole = ragged(part.plan), other.plan
+            assert (rows.counts == whole.counts).all() and (rows.lengths == whole.lengths).all()
+            for row, its in enumerate(itertools.pairwise(rows.offsets)):
+                held, used = slice(*its), int(its[1] - its[0])  # runs without tokens are left out of spans
+                there = slice(whole.offsets[row], whole.offsets[row] + used)
+                assert (rows.run_rows[held] == whole.run_rows[there]).all()
+                assert (rows.run_positions[held] == whole.run_positions[there]).all()
+            lists.make(whole, Packing(2, 2, 8))  # checks them
+            shared = [np.append(one.shared, 0)[one.prefixes].tolist() for one in (rows, whole)]
+            assert shared[0] == shared[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

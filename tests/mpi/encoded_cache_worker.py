@@ -10,6 +10,7 @@ from worker import generate, share
 
 from late_streams import LateStreams
 from noria import streams
+from noria.plan import building
 
 KINDS = ["fp8", "int4", "int8"]
 CACHE = [{"gpu": 100}, {"cpu": 100}, {"gpu": 40, "cpu": 60}, {"gpu": 30, "cpu": 30, "disk": 40}]
@@ -36,7 +37,8 @@ def cases(num_ranks):
 
 
 def work(world, folder, wanted):
-    with patch.object(streams, "streams_of", LateStreams):  # every copy as late as its events allow
+    # every copy as late as its events allow; as few rows decoded at a time as can be
+    with patch.object(streams, "streams_of", LateStreams), patch.object(building, "DECODED_CACHE_NBYTES", 0):
         for num_ranks in range(1, world.Get_size() + 1):
             its = [case for case in cases(num_ranks) if case[0] in wanted]
             with share(world, num_ranks, its) as (comm, mine):

@@ -4,10 +4,11 @@ What is stored is an encoding's (encodings/), a matrix of all heads and tokens; 
 are decoded into one buffer, which any kind of attention reads as it reads a plain cache. Knows no steps and no tiers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from noria import encodings
 from noria.arrays import Array
 from noria.engine.batch import Attention, to_device
 from noria.kernels.scoring import Scoring
+from noria.kernels.work import RaggedRows
 from noria.models import _fused
 from noria.models._rotary import Rotary
 from noria.step import PAGE_TOKENS, Run, Span
@@ -64,7 +66,14 @@ class DecodedTogether:
     plan: Any
 
 
-Cut: TypeAlias = list[tuple[list[Span], list[Run]]]  # rows with their pages in the buffer, and the pages that lie there
+@dataclass(frozen=True)
+class SomeRows:
+    """Rows `rows` whose pages find room together, the ids of these pages, and the first page there of each of their `runs`."""
+
+    rows: slice
+    ids: np.ndarray
+    runs: slice
+    places: np.ndarray
 
 
 class RoundedAttention:
@@ -76,6 +85,8 @@ class RoundedAttention:
     def __init__(self, kind: Attention, pages: int, token_nbytes: int, dtype: torch.dtype, device: torch.device):
         self._kind, self._pages, self._dtype = kind, pages, dtype
         self._buffer = torch.empty(pages * PAGE_TOKENS * token_nbytes, dtype=torch.uint8, device=device)
+        if hasattr(kind, "of_rows"):
+            self.of_rows = self._of_rows
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +95,46 @@ class RoundedAttention:
 
     def prepare(self, spans: list[Span], device: torch.device) -> tuple[DecodedTogether, ...]:
         """How the rows of a microbatch attend, some after others."""
-        cut = cut_rows(spans, self._pages)
-        ids = [np.concatenate([np.arange(run.start, run.start + run.count) for run in runs]) for _, runs in cut]
-        found, first = [], 0
-        for (its, _), pages in zip(cut, to_device(ids, device), strict=True):
-            last = first + sum(span.count for span in its)
-            found.append(DecodedTogether(first, last, pages, self._kind.prepare(its, device)))
-            first = last
-        return tuple(found)
+        runs = [(row, run.start, count) for row, span in enumerate(spans) for run, count in _needed(span)]
+        owners, starts, pages = (np.array(column, np.int64) for column in zip(*runs, strict=True))
+
+        def plan(some: SomeRows) -> object:
+            its, first = spans[some.rows], spans[some.rows.start].first
+            placed = map(Run, some.places.tolist(), pages[some.runs].tolist())
+            counts = np.bincount(owners[some.runs] - some.rows.start).tolist()
+            moved = [
+                replace(span, first=span.first - first, runs=tuple(islice(placed, count)))
+                for span, count in zip(its, counts, strict=True)
+            ]
+            return self._kind.prepare(moved, device)
+
+        counts = np.array([span.count for span in spans], np.int64)
+        return self._planned(cut_rows(owners, starts, pages, self._pages), counts, plan, device)
+
+    def _of_rows(self, rows: RaggedRows, device: torch.device) -> tuple[DecodedTogether, ...]:
+        """The same, of rows that are arrays already."""
+        owners = np.repeat(np.arange(len(rows.counts)), np.diff(rows.offsets))
+        tokens = np.clip(rows.lengths[owners] - rows.run_positions, 0, rows.run_keys)
+        cut = cut_rows(owners, rows.run_rows // PAGE_TOKENS, -(-tokens // PAGE_TOKENS), self._pages)
+
+        def plan(some: SomeRows) -> object:
+            counts, lengths, prefixes = (one[some.rows] for one in (rows.counts, rows.lengths, rows.prefixes))
+            offsets = rows.offsets[some.rows.start : some.rows.stop + 1] - some.runs.start
+            runs = some.places * PAGE_TOKENS, rows.run_positions[some.runs], rows.run_keys[some.runs]
+            moved = RaggedRows(counts, lengths, offsets, *runs, prefixes, rows.shared, rows.parents)
+            return self._kind.of_rows(moved, device)
+
+        return self._planned(cut, rows.counts, plan, device)
+
+    def _planned(
+        self, cut: list[SomeRows], counts: np.ndarray, plan: Callable[[SomeRows], object], device: torch.device
+    ) -> tuple[DecodedTogether, ...]:
+        ends = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        pages = to_device([some.ids for some in cut], device)
+        return tuple(
+            DecodedTogether(ends[some.rows.start], ends[some.rows.stop], its, plan(some))
+            for some, its in zip(cut, pages, strict=True)
+        )
 
     def attention(
         self,
@@ -126,36 +169,48 @@ class RoundedAttention:
         return [views[array] for array in arrays]
 
 
-def cut_rows(spans: Sequence[Span], most: int) -> Cut:
-    """The rows in parts whose pages are `most` together, each with its pages where they lie in a buffer. A run of pages that
-    several rows of a part have is there once."""
-    parts: Cut = []
-    placed: dict[int, Run] = {}  # of the last part, by the first page of a run
-    first = end = 0
-    for span in spans:
-        needed = _needed(span)
-        new = [run for run in needed if run.start not in placed or placed[run.start].count < run.count]
-        if not parts or end + sum(run.count for run in new) > most:
-            parts.append(([], []))
-            placed, first, end, new = {}, span.first, 0, needed
-        its, runs = parts[-1]
-        for run in new:
-            placed[run.start] = Run(end, run.count)
-            runs.append(run)
-            end += run.count
-        assert end <= most, f"a row of {end} pages, there is room for {most}"
-        where = tuple(Run(placed[run.start].start, run.count) for run in needed)
-        its.append(replace(span, first=span.first - first, runs=where))
+def cut_rows(owners: np.ndarray, starts: np.ndarray, pages: np.ndarray, most: int) -> list[SomeRows]:
+    """The rows of runs [K] of pages in parts whose pages are `most` together; a run that several rows of a part have is there
+    once. owners: the row of each run, ascending; starts, pages: its first page, and how many of them hold tokens."""
+    _, numbers = np.unique(starts, return_inverse=True)
+    longest = np.zeros(numbers.max() + 1, np.int64)
+    np.maximum.at(longest, numbers, pages)
+    before, parts, row, num_rows = _before(owners, starts), list[SomeRows](), 0, int(owners[-1]) + 1
+    while row < num_rows:
+        begin = int(np.searchsorted(owners, row))
+        new = np.where(before[begin:] < row, longest[numbers[begin:]], 0)
+        fitting = int(np.searchsorted(np.cumsum(new), most, side="right"))
+        last = num_rows if fitting == len(new) else int(owners[begin + fitting])
+        assert last > row, f"a row of {new[owners[begin:] == row].sum()} pages, there is room for {most}"
+        stop = int(np.searchsorted(owners, last))
+        parts.append(_placed(slice(row, last), slice(begin, stop), starts[begin:stop], new[: stop - begin]))
+        row = last
     return parts
 
 
-def _needed(span: Span) -> list[Run]:
-    """The pages that hold a row's tokens, without those that are reserved for others to come."""
-    found, left = [], span.length
+def _before(owners: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[K] the last earlier row that has the same run; -1 for none."""
+    order = np.argsort(starts, kind="stable")
+    again = np.flatnonzero(starts[order][1:] == starts[order][:-1])
+    before = np.full(len(owners), -1)
+    before[order[again + 1]] = owners[order[again]]
+    return before
+
+
+def _placed(rows: slice, runs: slice, starts: np.ndarray, new: np.ndarray) -> SomeRows:
+    """The rows with their pages side by side: `new` of each run that no row before has."""
+    ends = np.cumsum(new)
+    _, first, same = np.unique(starts, return_index=True, return_inverse=True)
+    ids = np.repeat(starts - (ends - new), new) + np.arange(ends[-1])
+    return SomeRows(rows, ids, runs, (ends - new)[first][same])
+
+
+def _needed(span: Span) -> Iterator[tuple[Run, int]]:
+    """The runs that hold a row's tokens, with how many of their pages do: others are reserved for tokens to come."""
+    left = span.length
     for run in span.runs:
         count = min(run.count, -(-left // PAGE_TOKENS))
         if count <= 0:
-            break
-        found.append(Run(run.start, count))
+            return
+        yield run, count
         left -= count * PAGE_TOKENS
-    return found
