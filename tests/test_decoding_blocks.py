@@ -1,6 +1,7 @@
 """Blocks that are decoded whole or a part at a time: the same numbers, no more memory than planned, no expert unasked."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from noria import encodings, kinds
 from noria.blocks import lay_out, layer_name
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.parameters import Undecoded, stored, views
+from noria.kernels.expert_layer import ExpertLayer
+from noria.models import _experts, _tiles
 from noria.pieces import Encoded, Matrix, Wanted
 from noria.step import Run
 from test_models import CONFIGS, FAMILIES, Whole, random_model, tokens_of
@@ -164,6 +167,46 @@ def test_experts_that_are_not_asked_for_are_not_decoded(monkeypatch):
     assert [count for name, count in decoded if name == "experts"] == counts
     assert torch.equal(parameters["out"], expected["out"]) and "out" in parameters
     assert {*parameters} == {"norm", "out", "experts.gate_up", "experts.down"} and len(parameters) == 4
+
+
+def test_of_a_block_that_is_decoded_whole_experts_are_decoded_where_they_are_asked_for(monkeypatch):
+    held, decoded, decode = mixture(), [], encodings.decode
+    expected = apart(held)
+
+    def counted(parameter, pieces, into, *named):
+        decoded.append((parameter.name, len(named[0]) if named else len(pieces)))
+        decode(parameter, pieces, into, *named)
+
+    monkeypatch.setattr(encodings, "decode", counted)
+    monkeypatch.setattr(Decoder, "_whole", lambda decoder, block: True)  # as on a GPU
+    decoder = Decoder(held.block.decoded_nbytes, CPU)
+    for _ in range(2):  # microbatches, one after another
+        parameters = decoder.parameters("layers/0000", held)
+        gate_up, down = parameters["experts.gate_up"], parameters["experts.down"]
+        assert gate_up.most == len(gate_up) == 6
+        assert torch.equal(gate_up.of(range(6)), expected["experts.gate_up"])
+        assert torch.equal(down.of(range(6)), expected["experts.down"])
+        assert torch.equal(parameters["out"], expected["out"])
+    assert decoded == [("out", 1), ("experts", 6)]
+    few = torch.tensor([5, 2, -1], dtype=torch.int32)
+    assert torch.equal(gate_up.listed(few)[:2], expected["experts.gate_up"][[5, 2]])
+    assert torch.equal(down.listed(few)[:2], expected["experts.down"][[5, 2]])
+    assert torch.equal(down.listed(few.clone())[:2], expected["experts.down"][[5, 2]])
+    assert torch.equal(parameters["out"], expected["out"]) and len(down.of([1])) == 1
+    assert decoded[2:] == [("experts", 3), ("experts", 3), ("experts", 1)]
+
+
+@pytest.mark.parametrize(("pairs", "tiles", "all_at_once"), [(6, True, False), (7, True, True), (1, False, True)])
+def test_on_a_gpu_experts_of_a_whole_block_are_decoded_all_at_once_unless_rows_are_few(
+    pairs, tiles, all_at_once, monkeypatch
+):
+    held = mixture()
+    monkeypatch.setattr(Decoder, "_whole", lambda decoder, block: True)
+    monkeypatch.setattr(_tiles, "fits", lambda rows, layer: tiles)
+    parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
+    layer = ExpertLayer(parameters["experts.gate_up"], parameters["experts.down"])
+    found = _experts._all_or_some(SimpleNamespace(is_cuda=True), torch.zeros(pairs, 1), layer)
+    assert isinstance(found.gate_up, torch.Tensor) == isinstance(found.down, torch.Tensor) == all_at_once
 
 
 def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():

@@ -16,6 +16,7 @@ from noria.engine.parameters import Parameters, Undecoded, named, stored, views
 
 # What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces.
 Computed: TypeAlias = Mapping[str, Any]
+Which: TypeAlias = tuple[int, ...] | torch.Tensor  # pieces: their numbers, or a list of the device
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,17 @@ class Decoding:
 class Decoder:
     """The memory into which encoded parameters are decoded.
 
-    A block that finds room in it is decoded whole, once for all that ask for it one after another. Of a larger one a
-    parameter is decoded when it is asked for, and takes the place of the one before; of a parameter in several pieces
-    (experts) those that are asked for, as many at a time as find room. On a CPU pieces are never decoded unasked.
+    A block that finds room in it is decoded whole, once for all that ask for it one after another, but for parameters in
+    several pieces (experts): of these what is asked for, all of them or a few. Of a larger block a parameter is decoded when
+    it is asked for, and takes the place of the one before; of pieces as many at a time as find room.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._now: tuple[object, ...] = ()  # what is decoded: the block's name, of a part of it what part
-        self._list: torch.Tensor | None = None  # the list by which it was chosen
+        self._wanted: Which | None = None  # of a parameter's pieces, which
         self._decoded: Parameters = {}
+        self._within: dict[str, Which] = {}  # of a whole block's parameters in pieces, which of them are decoded
         self._checked: set[str] = set()
 
     def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Computed:
@@ -56,11 +58,26 @@ class Decoder:
             return _ByParameter(self, name, held)
         if self._now != (name,):
             self._now = ()  # until all is decoded: memory may fail on the way
-            self._decoded = named(self.buffer, held.block.decoded)
+            self._decoded, self._within = named(self.buffer, held.block.decoded), {}
             for parameter, pieces in _encoded(held):
-                encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
+                if parameter.pieces == 1:
+                    encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
             self._now = (name,)
-        return views(held.buffer, held.block) | self._decoded
+        return views(held.buffer, held.block) | self._decoded | self._pieces(held)
+
+    def _pieces(self, held: Undecoded) -> dict[str, "SomePieces"]:
+        """What stands for the tensors of a whole block's parameters in several pieces."""
+        several = [(parameter, pieces) for parameter, pieces in _encoded(held) if parameter.pieces > 1]
+        return {key: _AllPieces(self, "", key, one, pieces) for one, pieces in several for key in one.computed}
+
+    def within(self, parameter: Parameter, pieces: torch.Tensor, wanted: Which) -> Parameters:
+        """The tensors [wanted, ...] of some pieces, in their place in the block that is decoded whole."""
+        into = {key: self._decoded[key][: len(wanted)] for key in parameter.computed}
+        if not _same(self._within.get(parameter.name), wanted):
+            self._within.pop(parameter.name, None)
+            self._decode_some(parameter, pieces, into, wanted)
+            self._within[parameter.name] = wanted
+        return into
 
     def _whole(self, block: Block) -> bool:
         unasked = self.buffer.device.type == "cpu" and any(parameter.pieces > 1 for parameter in block.encoded)
@@ -75,25 +92,24 @@ class Decoder:
             self._now = block, parameter.name
         return self._decoded
 
-    def run(self, block: str, parameter: Parameter, pieces: torch.Tensor, wanted: Sequence[int]) -> Parameters:
-        """The tensors [wanted, ...] of some of a parameter's pieces."""
-        if self._now != (block, parameter.name, *wanted):
+    def some(self, block: str, parameter: Parameter, pieces: torch.Tensor, wanted: Which) -> Parameters:
+        """The tensors [wanted, ...] of some of a parameter's pieces, alone in the memory."""
+        if self._now != (block, parameter.name) or not _same(self._wanted, wanted):
             self._now = ()
             self._decoded = named(self.buffer, parameter.decoded(len(wanted)))
-            for place, first, count in _consecutive(wanted):
-                into = {name: its[place : place + count] for name, its in self._decoded.items()}
-                encodings.decode(parameter, pieces[first : first + count], into)
-            self._now = block, parameter.name, *wanted
+            self._decode_some(parameter, pieces, self._decoded, wanted)
+            self._now, self._wanted = (block, parameter.name), wanted
         return self._decoded
 
-    def listed(self, block: str, parameter: Parameter, pieces: torch.Tensor, chosen: torch.Tensor) -> Parameters:
-        """The same of the pieces that a list of the device names, -1 for none; the host does not wait to know which."""
-        if self._now != (block, parameter.name, "listed") or self._list is not chosen:
-            self._now = ()
-            self._decoded = named(self.buffer, parameter.decoded(len(chosen)))
-            encodings.decode(parameter, pieces, self._decoded, chosen)
-            self._now, self._list = (block, parameter.name, "listed"), chosen
-        return self._decoded
+    def _decode_some(
+        self, parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.Tensor], wanted: Which
+    ) -> None:
+        if isinstance(wanted, torch.Tensor):
+            encodings.decode(parameter, pieces, into, wanted)
+            return
+        for place, first, count in _consecutive(wanted):
+            its = {name: tensor[place : place + count] for name, tensor in into.items()}
+            encodings.decode(parameter, pieces[first : first + count], its)
 
     def most(self, parameter: Parameter) -> int:
         """How many pieces of a parameter find room."""
@@ -145,14 +161,33 @@ class SomePieces:
 
     def of(self, wanted: Sequence[int]) -> torch.Tensor:
         """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
-        return self._decoder.run(self._block, self._parameter, self._pieces, wanted)[self._name]
+        return self._some(tuple(wanted))
 
     def listed(self, named: torch.Tensor) -> torch.Tensor:
         """[n, ...]: those that a list of the device [n] int32 names, at most `most`; -1: none. Valid as what `of` gives.
 
         What is asked for by the same list, one after another, is decoded once.
         """
-        return self._decoder.listed(self._block, self._parameter, self._pieces, named)[self._name]
+        return self._some(named)
+
+    def _some(self, wanted: Which) -> torch.Tensor:
+        return self._decoder.some(self._block, self._parameter, self._pieces, wanted)[self._name]
+
+
+class _AllPieces(SomePieces):
+    """The same of a block that is decoded whole: there is room for all."""
+
+    @property
+    def most(self) -> int:
+        return self._parameter.pieces
+
+    def _some(self, wanted: Which) -> torch.Tensor:
+        return self._decoder.within(self._parameter, self._pieces, wanted)[self._name]
+
+
+def _same(one: Which | None, other: Which) -> bool:
+    """Whether both want the same for sure: lists of the device are not looked into."""
+    return one is other or (isinstance(one, tuple) and isinstance(other, tuple) and one == other)
 
 
 def _encoded(held: Undecoded) -> list[tuple[Parameter, torch.Tensor]]:

@@ -8,7 +8,7 @@ T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pair
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +201,7 @@ def mixture(
     tokens there are. On CUDA in half precisions by tiles of sorted pairs, where the host waits for nothing; where these
     cannot be built, in bfloat16 by grouped products; elsewhere the host reads how many tokens each expert has.
     """
-    layer = ExpertLayer(gate_up, down, gate, biases)
+    layer = _all_or_some(hidden, chosen, ExpertLayer(gate_up, down, gate, biases))
     if _tiles.fits(hidden, layer):
         return _tiles.mix(hidden, chosen, weights, layer)
     pairs = pairs_of(chosen, len(gate_up))
@@ -213,13 +213,24 @@ def mixture_of_weighted(
     hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: Any, down: Any
 ) -> torch.Tensor:
     """[T, E]: the same, but that a weight multiplies what its expert is given and not what it returns (Llama 4)."""
-    layer = ExpertLayer(gate_up, down)
+    layer = _all_or_some(hidden, chosen, ExpertLayer(gate_up, down))
     if _tiles.fits(hidden, layer):
         rows = hidden[:, None] * weights.to(hidden.dtype)[:, :, None]
         return _tiles.mix(rows.flatten(0, 1), chosen, None, layer)
     pairs = pairs_of(chosen, len(gate_up))
     rows = hidden[pairs.tokens] * weights.to(hidden.dtype).flatten()[pairs.order, None]
     return _by_choice(products_of(rows, pairs, layer), pairs).sum(dim=1)
+
+
+def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: AnyLayer) -> AnyLayer:
+    """Matrices that are decoded where they are chosen: on a GPU all at once where there is room, unless rows are few."""
+    its = layer.gate_up
+    if isinstance(its, torch.Tensor) or not hidden.is_cuda or its.most < len(its):
+        return layer
+    if chosen.numel() <= len(its) and _tiles.fits(hidden, layer):
+        return layer
+    every = range(len(its))
+    return ExpertLayer(its.of(every), cast("Some", layer.down).of(every), layer.gate, layer.biases)
 
 
 def products_of(rows: torch.Tensor, pairs: Pairs, layer: AnyLayer) -> torch.Tensor:
