@@ -228,6 +228,15 @@ def test_the_end_of_a_run_names_the_terms_that_are_off():
     assert list(end_lines(planned)) == [f"as planned: {len(planned)} figures within 15 %"] and not list(end_lines([]))
 
 
+def test_launches_that_the_device_hides_are_not_off():
+    """Planned 0.1 s a round; the device computes for 0.21 of one."""
+    for seconds, off in ((1.0, False), (2.9, False), (3.5, True)):  # of 20 rounds
+        changed = TIMING | {"decode_launches_seconds": [seconds, 0.0]}
+        timing = {name: np.array(values, float) for name, values in changed.items()}
+        [one] = [one for one in terms(PLAN, timing, 10_000) if one.name == "decode, launches"]
+        assert one.is_off == off and one.note
+
+
 def test_a_phase_of_a_single_step_is_not_held_against_its_plan():
     one_step = {f"prefill_{name}": [value] * 2 for name, value in (("rounds", 1), ("watched_rounds", 1))}
     timing = {name: np.array(values, float) for name, values in (TIMING | one_step).items()}

@@ -4,6 +4,7 @@ A stored plan and its timings may hold anything: a term is told where both are n
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from noria.report.terms import Term, Timings, number, term
 from noria.tools.text import plural, seconds_words
 
 KERNELS = ("attention", "other kernels")
+HIDDEN = 0.8  # of the device's time: launches that take less of the host's go on beside it
 NOTES = {
     "launches": "Python and launches of layers on the host, while the device computes; it waits there where the queue is full",
     "host": "rank 0: takes results in, composes steps",
@@ -31,7 +33,8 @@ def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term
             words = f"{phase}, {name}"
             found = term(words, planned.get(name), measured[name], seconds_words, NOTES.get(name, ""))
             if found is not None:
-                yield found
+                hidden = name == "launches" and measured[name] < HIDDEN * measured["compute"]
+                yield replace(found, is_hidden=hidden)
 
 
 def _planned(terms: object, phase: str) -> dict[str, float]:

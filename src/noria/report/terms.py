@@ -23,10 +23,14 @@ class Term:
     difference: float
     note: str = ""
     is_limit: bool = False  # what is planned is the most there may be
+    is_hidden: bool = False  # by what goes on beside it and takes longer
 
     @property
     def is_off(self) -> bool:
-        """Whether the run differed from the plan, by more than a prediction may (plan.TOLERANCE) or beyond a limit."""
+        """Whether the run differed from the plan, by more than a prediction may (plan.TOLERANCE) or beyond a limit, and that
+        may have cost time."""
+        if self.is_hidden:
+            return False
         return self.difference > 0 if self.is_limit else abs(self.difference) > TOLERANCE
 
 
