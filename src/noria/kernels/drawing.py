@@ -13,7 +13,8 @@ SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a 
 HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
 BLOCK, OPTIONS = 1024, {"num_warps": 8}  # ids that a program takes at a time, by so many warps: the order of its sums
-LEAST_VOCAB, LEAST_TILES = 8, 256  # what is built: so many sums for 262,144 ids and less
+BLOCKS, LEAST_TILES = 4, 64  # sampling.py sums so many blocks as one, and keeps as many sums for 262,144 ids and less
+LEAST_VOCAB = 8  # that the check of the kernels needs
 
 
 def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -24,7 +25,7 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, ids: torch.Tensor, rows: 
     if not len(logits):
         return
     vocab = logits.shape[1]
-    tiles = max(LEAST_TILES, 1 << (-(-vocab // BLOCK) - 1).bit_length())
+    tiles = max(LEAST_TILES, 1 << (-(-vocab // (BLOCKS * BLOCK)) - 1).bit_length())
     _kernels().draw_rows[(len(logits),)](
         logits, settings, ids if rows is None else rows, ids, vocab, logits.stride(0), rows is not None, COLUMNS,
         SHIFTS[logits.dtype], tiles, BLOCK, **OPTIONS,

@@ -17,6 +17,7 @@ NO_TOKEN, NONE_LEFT = tl.constexpr(NO_TOKEN_ID), tl.constexpr(NONE_LEFT_ID)
 LOWEST = tl.constexpr(-(2**31))  # a key below that of any number
 OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 OF_LOGPROBS = ["rows", "ids", "logprobs", "top_ids", "top_logprobs"]  # one variant for any alignment
+BLOCKS = tl.constexpr(4)  # of ids whose amounts are summed as one
 BY_NUMBER = tl.constexpr(4)  # quarters of numbers that a search takes
 MOST_RATE = tl.constexpr(1e308)  # 1 / temperature is finite: what is 0 below the largest stays so
 
@@ -101,7 +102,7 @@ def _search(
 
     In quarters: at first of the numbers, as logits lie; then of the keys, which come to an end.
     """
-    low, high, above, tries = low.to(tl.int64), high.to(tl.int64), goal * 0.0, vocab * 0
+    low, high, above, tries = low.to(tl.int64), high.to(tl.int64), goal * 0.0, tl.program_id(0) * 0
     while high - low > 1:
         gap = high - low
         first, second, third = low + gap // 4, low + gap // 2, low + 3 * gap // 4
@@ -140,13 +141,15 @@ def _tiles(
     row, vocab, largest, rate, threshold, last, min_p, TIES: tl.constexpr, SHIFT: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of amounts, a sum for each BLOCK ids."""
+    """Sums of amounts, a sum for each BLOCKS x BLOCK ids."""
     tiles = tl.arange(0, TILES)
     sums = tl.full((TILES,), 0.0, tl.float64)
-    for begin in range(0, vocab, BLOCK):
-        at, number = _read(row, begin, vocab, BLOCK)
-        amounts = _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
-        sums = tl.where(tiles == begin // BLOCK, tl.sum(amounts, 0), sums)
+    for tile in range(tl.cdiv(vocab, BLOCKS * BLOCK)):
+        of_tile = tl.full((BLOCK,), 0.0, tl.float64)
+        for block in tl.static_range(BLOCKS):
+            at, number = _read(row, (tile * BLOCKS + block) * BLOCK, vocab, BLOCK)
+            of_tile += _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
+        sums = tl.where(tiles == tile, tl.sum(of_tile, 0), sums)
     return sums
 
 
@@ -160,11 +163,15 @@ def _passing(
     tile = tl.min(tl.where((cumulated > target) & (sums > 0), tiles, TILES), 0)
     tile = tl.minimum(tile, tl.max(tl.where(sums > 0, tiles, 0), 0))
     before = tl.sum(tl.where(tiles == tile - 1, cumulated, 0.0), 0)
-    at, number = _read(row, tile * BLOCK, vocab, BLOCK)
-    amounts = _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
-    beyond = (before + tl.cumsum(amounts, 0) > target) & (amounts > 0)
-    first = tl.min(tl.where(beyond, at, 0x7FFFFFFF), 0)
-    return tl.minimum(first, tl.max(tl.where(amounts > 0, at, 0), 0))
+    first, furthest = tl.program_id(0) * 0 + 0x7FFFFFFF, tl.program_id(0) * 0
+    for block in range(BLOCKS):
+        at, number = _read(row, (tile * BLOCKS + block) * BLOCK, vocab, BLOCK)
+        amounts = _amounts(at, number, vocab, largest, rate, threshold, last, min_p, TIES, SHIFT)
+        beyond = (before + tl.cumsum(amounts, 0) > target) & (amounts > 0)
+        first = tl.minimum(first, tl.min(tl.where(beyond, at, 0x7FFFFFFF), 0))
+        furthest = tl.maximum(furthest, tl.max(tl.where(amounts > 0, at, 0), 0))
+        before += tl.sum(amounts, 0)
+    return tl.minimum(first, furthest)
 
 
 @triton.jit
@@ -172,8 +179,8 @@ def _limits(
     row, vocab, largest, least, temperature, rate, top_k, top_p, SHIFT: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The key of the least likely id that top_k and then top_p keep, and the last kept id of those that have it."""
-    high, far = _key(largest.to(tl.float32), SHIFT), vocab * 0 + ((OF_MINUS_INFINITY >> SHIFT) - 1)
-    threshold, ties, low, total = vocab * 0 + LOWEST, top_p * 0.0 + vocab, far, top_p * 0.0
+    high, far = _key(largest.to(tl.float32), SHIFT), tl.program_id(0) * 0 + ((OF_MINUS_INFINITY >> SHIFT) - 1)
+    threshold, ties, low, total = tl.program_id(0) * 0 + LOWEST, top_p * 0.0 + vocab, far, top_p * 0.0
     if (top_k > 0) & (top_k < vocab):
         threshold, above = _search(row, vocab, largest, least, rate, top_k, far, high, True, SHIFT, BLOCK)
         ties, low = top_k - above, threshold - 1
@@ -192,13 +199,13 @@ def _limits(
         ties = tl.where(key == threshold, tl.minimum(ties, kept), kept)
         threshold = key
     sums = _tiles(row, vocab, largest, rate, threshold, vocab, 0.0, True, SHIFT, TILES, BLOCK)
-    last = vocab
+    last = tl.program_id(0) * 0 + vocab
     if ties < tl.sum(sums, 0):
         last = _passing(row, sums, ties - 1.0, vocab, largest, rate, threshold, vocab, 0.0, True, SHIFT, TILES, BLOCK)
     return threshold, last
 
 
-@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["settings", "rows", "ids"])
+@triton.jit(do_not_specialize_on_alignment=["settings", "rows", "ids"])
 def draw_rows(
     logits, settings, rows, ids, vocab, stride, EDITED: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr,
     TILES: tl.constexpr, BLOCK: tl.constexpr,
@@ -215,7 +222,7 @@ def draw_rows(
     if (temperature > 0) & (found >= 0):
         largest, min_p = found_largest.to(tl.float64), tl.load(its + 3)
         rate = tl.minimum(1.0 / temperature, MOST_RATE)
-        threshold, last = vocab * 0 + LOWEST, vocab
+        threshold, last = tl.program_id(0) * 0 + LOWEST, tl.program_id(0) * 0 + vocab
         if ((top_k > 0) & (top_k < vocab)) | (top_p < 1):
             threshold, last = _limits(
                 row, vocab, largest, least.to(tl.float64), temperature, rate, top_k, top_p, SHIFT, TILES, BLOCK
@@ -230,7 +237,7 @@ def draw_rows(
     tl.store(ids + number, found.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["vocab", "top"], do_not_specialize_on_alignment=OF_LOGPROBS)
+@triton.jit(do_not_specialize=["top"], do_not_specialize_on_alignment=OF_LOGPROBS)
 def logprobs_of_rows(
     logits, rows, ids, logprobs, top_ids, top_logprobs, vocab, stride, top, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -246,7 +253,7 @@ def logprobs_of_rows(
     shift = largest + tl.log(tl.sum(sums, 0))
     chosen = tl.load(row + tl.maximum(tl.load(ids + number), 0)).to(tl.float64)
     tl.store(logprobs + number, chosen - shift)
-    before, place = (largest * 0 + float("inf")).to(tl.float32), vocab * 0 - 1
+    before, place = (largest * 0 + float("inf")).to(tl.float32), tl.program_id(0) * 0 - 1
     for rank in range(top):
         best = tl.full((BLOCK,), float("-inf"), tl.float32)
         where = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
@@ -262,7 +269,7 @@ def logprobs_of_rows(
         tl.store(top_logprobs + number * top + rank, before.to(tl.float64) - shift)
 
 
-@triton.jit(do_not_specialize=["vocab", "width"], do_not_specialize_on_alignment=["rows", "bits"])
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["rows", "bits"])
 def mask_rows(scores, rows, bits, vocab, width, BLOCK: tl.constexpr):
     """Ids without their bit become impossible in these rows of the scores; those beyond all bits too."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
