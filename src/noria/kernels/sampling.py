@@ -19,7 +19,9 @@ OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 OF_LOGPROBS = ["rows", "ids", "logprobs", "top_ids", "top_logprobs"]  # one variant for any alignment
 BLOCKS = tl.constexpr(4)  # of ids whose amounts are summed as one
 BY_NUMBER = tl.constexpr(4)  # quarters of numbers that a search takes
-MOST_RATE = tl.constexpr(1e308)  # 1 / temperature is finite: what is 0 below the largest stays so
+ROUNDS = tl.constexpr(1.5 * 2**52)  # added to a number of float64, it leaves no room for fractions
+LOG2E = tl.constexpr(1.4426950408889634)
+MOST_RATE = tl.constexpr(1e308)  # a rate is finite: what is 0 below the largest stays so
 
 
 @triton.jit
@@ -45,7 +47,25 @@ def _number(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _weight(number, largest, rate):
-    return tl.exp((number.to(tl.float64) - largest) * rate)
+    """2 to the power of how far a number is below the largest, times the rate: in float64, to 2e-15, and 1 exactly.
+
+    A power of the nearest whole number, which is added to the exponent, times a polynomial of the rest, from -0.5 to 0.5.
+    """
+    power = (number.to(tl.float64) - largest) * rate
+    moved = power + ROUNDS  # its last bits are the whole number
+    rest = power - (moved - ROUNDS)
+    found = 6.767963482574983e-09 * rest + 1.0206977921453389e-07
+    found = found * rest + 1.3217210256367588e-06
+    found = found * rest + 1.525266622014565e-05
+    found = found * rest + 1.5403526882354606e-04
+    found = found * rest + 1.3333558214738293e-03
+    found = found * rest + 9.61812911053657e-03
+    found = found * rest + 5.5504108664544756e-02
+    found = found * rest + 0.24022650695901254
+    found = found * rest + 0.6931471805599483
+    found = found * rest + 1.0
+    bits = found.to(tl.int64, bitcast=True) + (moved.to(tl.int64, bitcast=True) << 52)
+    return tl.where(power > -1020.0, bits.to(tl.float64, bitcast=True), 0.0)
 
 
 @triton.jit
@@ -221,7 +241,7 @@ def draw_rows(
     found_largest, found, least = _largest(row, vocab, BLOCK)
     if (temperature > 0) & (found >= 0):
         largest, min_p = found_largest.to(tl.float64), tl.load(its + 3)
-        rate = tl.minimum(1.0 / temperature, MOST_RATE)
+        rate = tl.minimum(LOG2E / temperature, MOST_RATE)
         threshold, last = tl.program_id(0) * 0 + LOWEST, tl.program_id(0) * 0 + vocab
         if ((top_k > 0) & (top_k < vocab)) | (top_p < 1):
             threshold, last = _limits(
@@ -249,7 +269,7 @@ def logprobs_of_rows(
     sums = tl.full((BLOCK,), 0.0, tl.float64)
     for begin in range(0, vocab, BLOCK):
         _at, value = _read(row, begin, vocab, BLOCK)
-        sums += tl.exp(value.to(tl.float64) - largest)
+        sums += _weight(value, largest, LOG2E)
     shift = largest + tl.log(tl.sum(sums, 0))
     chosen = tl.load(row + tl.maximum(tl.load(ids + number), 0)).to(tl.float64)
     tl.store(logprobs + number, chosen - shift)
