@@ -34,6 +34,7 @@ from noria.plan.planner import Plan
 from noria.rows import sequence as sequences
 from noria.rows.admission import Admission
 from noria.rows.chat import Encoder, encoder_of
+from noria.rows.encoded_ahead import EncodedAhead
 from noria.rows.making import Source
 from noria.rows.prompt_files import Watch
 from noria.rows.prompts import Prompt, noted, open_prompts
@@ -116,10 +117,13 @@ class Desk:
         done = parts.done() if config.job.retry_errors else parts.finished()
         begun = Begun(parts)
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
+        todo = lambda prompt: prompt.token_ids is None and not prompt.error and (prompt.row, 0) not in done  # noqa: E731
+        prompts = noted(self._prompts(), self._note)
+        ahead = EncodedAhead(prompts, begun.encoder(self._encoder(plan.num_ranks)), todo)
         source = Source(
-            noted(self._prompts(), self._note),
+            ahead.prompts,
             len(self._rows) - len(done) // self.sampling.n,
-            begun.encoder(self._encoder(plan.num_ranks)),
+            ahead.encode,
             self._finish,
             self._tokenizer,
             begun.take_up,

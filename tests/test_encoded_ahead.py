@@ -1,0 +1,65 @@
+import threading
+
+import pytest
+
+from noria.errors import InputError
+from noria.rows.encoded_ahead import AHEAD, EncodedAhead
+from noria.rows.prompts import Prompt
+
+ROWS = 3 * AHEAD
+
+
+def prompts(count=ROWS, fails=None):
+    for row in range(count):
+        if row == fails:
+            raise OSError("the disk is gone")
+        yield Prompt(row, str(row), "x" * row, None, {}, "", None)
+
+
+def encode(prompt):
+    if prompt.row % 7 == 3:
+        raise InputError(f"row {prompt.row} is wrong")
+    return [prompt.row, len(prompt.prompt)]
+
+
+def told(prompt, encode):
+    try:
+        return encode(prompt)
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("wanted", [lambda prompt: True, lambda prompt: prompt.row % 3 > 0])
+def test_every_prompt_comes_in_its_order_with_what_encoding_it_gives(wanted):
+    ahead = EncodedAhead(prompts(), encode, wanted)
+    found = [(prompt.row, told(prompt, ahead.encode)) for prompt in ahead.prompts]
+    assert found == [(prompt.row, told(prompt, encode)) for prompt in prompts()]
+
+
+def test_prompts_are_encoded_beside_the_run_before_they_are_asked_for():
+    reached, threads = threading.Event(), set()
+
+    def noted(prompt):
+        threads.add(threading.current_thread())
+        if prompt.row == AHEAD - 1:
+            reached.set()
+        return encode(prompt)
+
+    ahead = EncodedAhead(prompts(), noted, lambda prompt: True)
+    first = next(ahead.prompts)
+    assert first.row == 0 and reached.wait(20), "those that follow wait for the first to be asked for"
+    assert threading.current_thread() not in threads and ahead.encode(first) == [0, 0]
+
+
+def test_what_reading_raises_comes_behind_the_rows_before_it():
+    ahead, found = EncodedAhead(prompts(fails=20), encode, lambda prompt: True), []
+    with pytest.raises(OSError, match="the disk is gone"):
+        found += (prompt.row for prompt in ahead.prompts)
+    assert found == [*range(20)]
+
+
+def test_what_nobody_asks_for_is_not_kept():
+    ahead = EncodedAhead(prompts(), encode, lambda prompt: True)
+    for _ in ahead.prompts:
+        assert len(ahead._coming) <= AHEAD + 1
+    assert not ahead._coming
