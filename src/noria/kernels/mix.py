@@ -32,7 +32,8 @@ class Blocks:
     def fitting(self, tile: int, matrices: int, itemsize: int, shared: int) -> "Blocks":
         """With as many stages as so much shared memory holds of a tile's rows and of so many matrices' columns."""
         stage = (tile + matrices * self.columns) * self.depth * itemsize
-        return replace(self, stages=max(1, min(self.stages, shared // stage)))
+        most = max(1, shared // stage)
+        return self if self.stages <= most else replace(self, stages=most)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def sort(chosen: torch.Tensor, num_experts: int, tile: int) -> Sorted:
     """The pairs of choices [T, C], sorted and cut into tiles without a wait of the host."""
     pairs = chosen.numel()
     most, sections = min(pairs, num_experts) + pairs // tile, 1 if pairs <= FEW_PAIRS else SECTIONS
-    span = triton.cdiv(pairs, sections * PAIRS_AT_ONCE) * PAIRS_AT_ONCE
+    span = _blocks(pairs, sections * PAIRS_AT_ONCE) * PAIRS_AT_ONCE
     sizes = [sections * num_experts, pairs, experts.TILE_COLUMNS * (1 + most), num_experts, num_experts]
     counts, order, tiles, named, starts = torch.empty(sum(sizes), dtype=torch.int32, device=chosen.device).split(sizes)
     experts.count_pairs[(num_experts, sections)](chosen, counts, pairs, span, PAIRS_AT_ONCE, num_warps=8)
@@ -119,7 +120,7 @@ def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor
     """[T, E]: the sums over choices of products [T, C, E], in their order, each times its weight [T, C]."""
     tokens, count, hidden = products.shape
     mixed = products.new_empty(tokens, hidden)
-    experts.sum_choices[(tokens, triton.cdiv(hidden, NUMBERS_AT_ONCE))](
+    experts.sum_choices[(tokens, _blocks(hidden, NUMBERS_AT_ONCE))](
         products, mixed if weights is None else weights.contiguous(), mixed, hidden, count, weights is not None,
         NUMBERS_AT_ONCE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -156,7 +157,7 @@ def first(
     """[P, I]: what the down matrices are given, in the order of the sorted pairs; those of a run's experts."""
     num_pairs, (_, hidden, size), gate = len(pairs.order), layer.down.shape, layer.gate
     inner, blocks = rows.new_empty(num_pairs, size), its.first.fitting(its.tile, 2, rows.itemsize, shared)
-    experts.first_product[(_tiles(pairs, its, run) * triton.cdiv(size, blocks.columns),)](
+    experts.first_product[(_tiles(pairs, its, run) * _blocks(size, blocks.columns),)](
         rows, layer.gate_up, layer.biases[0] if layer.biases else inner, pairs.order, pairs.tiles, pairs.starts, inner,
         *(run or (0, 0)), len(pairs.named), rows.stride(0), *layer.gate_up.stride(), hidden, size, num_pairs // len(rows),
         gate.alternating, layer.biases is not None, gate.function == GELU_TANH, gate.alpha, gate.limit or 0.0, gate.shift,
@@ -178,7 +179,7 @@ def second(
     _, hidden, size = layer.down.shape
     products = inner.new_empty(len(inner), hidden) if products is None else products
     blocks = its.second.fitting(its.tile, 1, inner.itemsize, shared)
-    experts.second_product[(_tiles(pairs, its, run) * triton.cdiv(hidden, blocks.columns),)](
+    experts.second_product[(_tiles(pairs, its, run) * _blocks(hidden, blocks.columns),)](
         inner, layer.down, layer.biases[1] if layer.biases else inner, pairs.order, pairs.tiles, pairs.starts, products,
         *(run or (0, 0)), len(pairs.named), *layer.down.stride(), hidden, size, layer.biases is not None,
         run is not None, its.tile, blocks.columns, blocks.depth, **_options(blocks),
@@ -189,6 +190,11 @@ def second(
 def _tiles(pairs: Sorted, its: Tiling, run: ExpertRun | None) -> int:
     """The most tiles that a run may have."""
     return pairs.most if run is None else min(pairs.most, run.most + len(pairs.order) // its.tile)
+
+
+def _blocks(size: int, block: int) -> int:
+    """As many blocks as a size has; `triton.cdiv` takes the host several microseconds."""
+    return -(-size // block)
 
 
 def _options(its: Blocks) -> dict[str, Any]:

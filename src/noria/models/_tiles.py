@@ -24,7 +24,7 @@ def fits(rows: torch.Tensor, layer: ExpertLayer[Any]) -> bool:
     if not rows.is_cuda or refuses(rows.device, rows.dtype):
         return False
     its = layer.gate_up
-    return not isinstance(its, torch.Tensor) or (its.dtype == rows.dtype and its[0].numel() < LARGEST)
+    return not isinstance(its, torch.Tensor) or (its.dtype == rows.dtype and its.shape[1] * its.shape[2] < LARGEST)
 
 
 def mix(
