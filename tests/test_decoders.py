@@ -7,8 +7,11 @@ import torch
 
 import beside
 import wide
-from decoders import CONFIGS, FULL, SLIDING
+from counts import some
+from decoders import COHERE, CONFIGS, FULL, SLIDING
 from noria import models
+from noria.checkpoint.checkpoint import model_block
+from noria.checkpoint.quantization import takes
 from noria.errors import InputError
 from noria.step import Run
 from whole import Whole, tokens_of
@@ -146,3 +149,51 @@ def test_other_names_of_nemotron_s_keys_mean_the_same():
     assert shape_of("nemotron", norm_eps=None, layer_norm_eps=1e-5, rope_percent=0.5) == shape_of("nemotron")
     with pytest.raises(InputError, match="kv_channels is 16: Noria does not know what it asks for"):
         shape_of("nemotron", kv_channels=16)
+
+
+def test_norms_of_heads_have_two_axes_and_stay_as_they_are_in_fewer_bits():
+    wide = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
+    shape = shape_of("cohere with norms of heads (R+)", **wide)
+    block = model_block(models.for_config(COHERE), shape, "layers/0000", "bfloat16")
+    taken = [parameter.name for parameter in block.parameters if takes(block.name, parameter)]
+    assert taken == ["qkv", "out", "gate_up", "down"]
+
+
+ODD = (
+    [],
+    {},
+    -1,
+    0,
+    "x",
+    float("inf"),
+    float("nan"),
+    True,
+    None,
+    2**40,
+    [None],
+    [1, 2, 3],
+    1.5,
+    {FULL: 5},
+    {"rope_type": {}},
+)
+ASKED = (
+    "layer_types",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "head_dim",
+    "partial_rotary_factor",
+    "per_layer_config",
+)
+
+
+def test_odd_values_of_any_key_are_taken_or_refused_in_one_line():
+    cases = [(name, key, odd) for name in CONFIGS for key in {**dict.fromkeys(ASKED), **CONFIGS[name]} for odd in ODD]
+    refused = 0
+    for name, key, odd in some(cases):
+        try:
+            shape_of(name, **{key: odd})
+        except InputError as error:
+            refused += 1
+            assert len(str(error)) < 400 and "\n" not in str(error)
+    assert refused > len(some(cases)) / 4

@@ -90,8 +90,8 @@ def forms_of(blocks: Mapping[str, Block], dtype: str) -> dict[str, dict[str, Blo
 
 def takes(block: str, parameter: Parameter) -> bool:
     """Whether a parameter is stored in fewer bits: matrices of layers are, but for the sensitive ones."""
-    # biases of experts are [experts, outputs]: two axes and no matrix
-    left = parameter.own_dtype is not None or parameter.name in SENSITIVE or parameter.name.endswith("bias")
+    # biases of experts are [experts, outputs], norms of heads [heads, numbers]: two axes and no matrix
+    left = parameter.own_dtype is not None or parameter.name in SENSITIVE or parameter.name.endswith(("bias", "norm"))
     matrices = (
         parameter.shape
         if not parameter.wanted.named

@@ -90,7 +90,7 @@ class RandomCheckpoint:
     def _numbers(self, parameter: Parameter, seed: int) -> np.ndarray:
         """The bytes of one period of a parameter."""
         size, name = parameter.numbers, parameter.name
-        if len(parameter.shape) == 1 and "norm" in name and not name.endswith("bias"):
+        if "norm" in name and not name.endswith("bias"):
             numbers = torch.ones(min(size, PERIOD))
         else:
             draw = np.random.Generator(np.random.Philox(seed)).standard_normal(min(size, PERIOD), np.float32)
