@@ -18,19 +18,41 @@ INT4, INT8, FP8 = tl.constexpr(4), tl.constexpr(8), tl.constexpr(1)
 FORMS = {"int4": 4, "int8": 8, "fp8_block": 1}
 
 
+@triton.jit
+def scaled(codes, zeros, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Codes [ROWS, COLUMNS] less the zeros and times the scales [ROWS, groups] of their groups."""
+    values = tl.reshape(codes, (ROWS, COLUMNS // GROUP, GROUP))
+    return tl.reshape((values - zeros[:, :, None]) * scales[:, :, None], (ROWS, COLUMNS))
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["pages"])
 def decode_rows(
     codes, scales, zeros, pages, into, rows, page_rows, numbers, width, groups, GROUP: tl.constexpr,
-    FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of pages, one page behind the other. `width`: bytes of a row of codes."""
+    """Rows of pages, one page behind the other. `width`: bytes of a row of codes. EVEN: COLUMNS are whole groups, each of a
+    power of two: a scale is loaded once for all of its numbers."""
     target = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = target < rows
     page = tl.load(pages + target // page_rows, mask=is_row, other=0)
     source = (page * page_rows + target % page_rows)[:, None]
     is_row, columns = is_row[:, None], tl.arange(0, COLUMNS)[None, :]
     at = into + target[:, None] * numbers + columns
-    if FORM == INT4:
+    if EVEN:
+        code = tl.load(codes + source * width + tl.arange(0, COLUMNS * BITS // 8)[None, :], mask=is_row, other=0)
+        group = source * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)[None, :]
+        scale = tl.load(scales + group, mask=is_row, other=0)
+        if FORM == INT4:
+            zero = tl.load(zeros + group, mask=is_row, other=0).to(tl.float32)
+            lows = scaled((code & 15).to(tl.float32), zero, scale.to(tl.float32), ROWS, COLUMNS // 2, GROUP // 2)
+            highs = scaled((code >> 4).to(tl.float32), zero, scale.to(tl.float32), ROWS, COLUMNS // 2, GROUP // 2)
+            values = tl.interleave(lows, highs)
+        elif FORM == INT8:
+            middle = tl.full(scale.shape, 128.0, tl.float32)
+            values = scaled(code.to(tl.float32), middle, scale.to(tl.float32), ROWS, COLUMNS, GROUP)
+        else:
+            values = scaled(e4m3(code), tl.zeros(scale.shape, tl.float32), e8m0(scale), ROWS, COLUMNS, GROUP)
+    elif FORM == INT4:
         pairs = tl.arange(0, COLUMNS // 2)[None, :]
         inside = is_row & (pairs < width)
         code = tl.load(codes + source * width + pairs, mask=inside, other=0)
@@ -140,11 +162,11 @@ def decode(form: str, fields: Mapping[str, torch.Tensor], group: int, pages: tor
     """Pages [P] of fields [rows, Hkv, ...] into [P * page's tokens, Hkv, D]; on the current stream."""
     codes, scales, numbers = fields["codes"], fields["scales"], into.shape[-1]
     rows = into.numel() // numbers
-    columns = triton.next_power_of_2(numbers)
-    tile = max(TILE // columns, 1)
+    columns, size = max(triton.next_power_of_2(numbers), 2), min(group if group > 0 else numbers, numbers)
+    tile, even = max(TILE // columns, 1), columns == numbers and size == triton.next_power_of_2(size) > 1
     decode_rows[(triton.cdiv(rows, tile),)](
         codes, scales, fields.get("zeros", codes), pages, into, rows, rows // max(len(pages), 1), numbers, codes.shape[-1],
-        scales.shape[-1], group if group > 0 else numbers, FORMS[form], tile, max(columns, 2), num_warps=4,
+        scales.shape[-1], size, FORMS[form], 4 if form == "int4" else 8, even, tile, columns, num_warps=4,
     )  # fmt: skip
 
 
