@@ -63,3 +63,11 @@ def test_what_nobody_asks_for_is_not_kept():
     for _ in ahead.prompts:
         assert len(ahead._coming) <= AHEAD + 1
     assert not ahead._coming
+
+
+def test_rows_that_need_no_encoding_are_not_read_before_they_are_asked_for():
+    read = []
+    noted = (read.append(prompt.row) or prompt for prompt in prompts())
+    ahead = EncodedAhead(noted, encode, lambda prompt: False)
+    for prompt in ahead.prompts:
+        assert read[-1] == prompt.row

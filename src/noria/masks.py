@@ -35,7 +35,7 @@ class Masks:
         """Three 8-byte sizes (C, B, W), then the arrays one after another."""
         sizes = np.array([len(self.samples), *self.bits.shape], np.int64)
         arrays = [np.ascontiguousarray(array, kind) for array, kind in zip(self._arrays(), _TYPES, strict=True)]
-        return b"".join([sizes.tobytes(), *(array.tobytes() for array in arrays)])
+        return b"".join([sizes.tobytes(), *(array.reshape(-1).view(np.uint8).data for array in arrays)])
 
     @classmethod
     def decode(cls, message: bytes) -> "Masks":

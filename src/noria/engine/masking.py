@@ -34,11 +34,21 @@ def _rows(bits: np.ndarray, which: np.ndarray) -> np.ndarray:
     return bits[which]
 
 
+def _put(bits: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Bits on the device, in a copy that the host does not wait for. They are copied to page-locked memory by numpy: torch would
+    do it by all its threads, which wait for one another while others make masks."""
+    if device.type != "cuda":
+        return torch.from_numpy(bits)
+    held = torch.empty(bits.shape, dtype=torch.uint8, pin_memory=True)
+    np.copyto(held.numpy(), bits)
+    return held.to(device, non_blocking=True)
+
+
 def _mask(rows: np.ndarray, bits: np.ndarray, vocab_size: int) -> Edit:
     """bits [rows, W]: see Masks."""
 
     def edit(scores: torch.Tensor, put: Put) -> None:
-        packed, index, of_rows = put(bits), put(rows), scores.view(-1, vocab_size)
+        packed, index, of_rows = _put(bits, scores.device), put(rows), scores.view(-1, vocab_size)
         if scores.dtype == torch.float32:  # of rows that kernels draw
             drawing.mask(of_rows, index, packed)
             return

@@ -13,7 +13,7 @@ from noria.masks import Pending
 from noria.rows.beginnings import Lead
 from noria.rows.composing import Changes, compose
 from noria.rows.flight import Flight
-from noria.rows.guides import Making
+from noria.rows.guides import Making, MaskMemory
 from noria.rows.level import Level
 from noria.rows.making import Maker, Source
 from noria.rows.results import take_sample, take_scores
@@ -61,6 +61,7 @@ class Admission:
         self._num_admitted = 0
         self._leading: list[Sequence] = []  # those that compute something for others
         self._masks: dict[int, Pending] = {}
+        self._mask_memory = [MaskMemory() for _ in range(capacity.groups)]
 
     @property
     def samples(self) -> "array[int]":
@@ -160,7 +161,9 @@ class Admission:
                 wants[place] = sequence.guide, want
         if not wants:
             return step
-        self._masks[step.group] = Making(wants, self._maker.guides.constraints, self._capacity.vocab_size)
+        self._masks[step.group] = Making(
+            wants, self._maker.guides.constraints, self._capacity.vocab_size, self._mask_memory[step.group]
+        )
         return replace(step, masked=True)
 
     def masks(self, group: int) -> Pending:

@@ -19,6 +19,7 @@ from noria.tools.text import one_line
 
 HOW_TO_GET = "structured output needs llguidance: pip install 'llguidance>=1.8'"
 MOST_KEPT = 128  # constraints that are compiled
+MOST_THREADS = 8  # that make masks
 _MOST_SAID = 300  # characters of an error
 # What JSON may have between its parts: bounded, so that a row cannot go on with blanks for ever.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -68,8 +69,8 @@ class Constraints:
 
     @cached_property
     def executor(self) -> Any:
-        """Makes masks on this process's cores but one."""
-        return llguidance().LLExecutor(num_threads=max(1, len(os.sched_getaffinity(0)) - 1))
+        """Makes masks on this process's cores but one; many more threads than these are in each other's way."""
+        return llguidance().LLExecutor(num_threads=max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) - 1)))
 
     def _result(self, constraint: Mapping[str, Any]) -> Any:
         try:

@@ -36,7 +36,7 @@ class EncodedAhead:
                 ahead.append(prompt)
                 if self._wanted(prompt):
                     self._coming[prompt.row] = self._thread.submit(self._encode, prompt)
-                if len(ahead) > AHEAD:
+                if not self._coming or len(ahead) > AHEAD:  # nothing is read before it is needed but to be encoded
                     yield from self._first(ahead)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it would have been
             failure = error

@@ -157,11 +157,32 @@ def steers(sampling: Sampling) -> bool:
     return _asks(sampling) or sampling.thinking_token_budget is not None
 
 
-class Making:
-    """Masks that a thread of its own makes, of samples of a step by their places in it."""
+class MaskMemory:
+    """Where the masks of a group's steps lie, one step's after another's: to write to fresh megabytes, page after page, takes
+    longer than to make masks."""
 
-    def __init__(self, wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int):
-        self._wants, self._constraints, self._vocab_size = wants, constraints, vocab_size
+    def __init__(self) -> None:
+        self._words = np.empty(0, np.int32)
+
+    def of(self, rows: int, words: int) -> np.ndarray:
+        """[rows, words] int32, with anything in it; what was given before is lost."""
+        if rows * words > len(self._words):
+            self._words = np.empty(rows * words * 5 // 4, np.int32)
+        return self._words[: rows * words].reshape(rows, words)
+
+
+class Making:
+    """Masks that a thread of its own makes, of samples of a step by their places in it. They are good until `memory` is used
+    again, when the step's result is there."""
+
+    def __init__(
+        self,
+        wants: dict[int, tuple[Guide, Want]],
+        constraints: Constraints,
+        vocab_size: int,
+        memory: MaskMemory | None = None,
+    ):
+        self._wants, self._constraints, self._vocab_size, self._memory = wants, constraints, vocab_size, memory
         self._masks: Masks | None = None
         self._failure: BaseException | None = None
         self._ended = threading.Event()
@@ -179,21 +200,23 @@ class Making:
 
     def _make(self) -> None:
         try:
-            self._masks = made(self._wants, self._constraints, self._vocab_size)
+            self._masks = made(self._wants, self._constraints, self._vocab_size, self._memory)
         except BaseException as error:  # noqa: BLE001 - whoever waits for them raises it
             self._failure = error
         finally:
             self._ended.set()
 
 
-def made(wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int) -> Masks:
-    """The masks of these samples."""
+def made(
+    wants: dict[int, tuple[Guide, Want]], constraints: Constraints, vocab_size: int, memory: MaskMemory | None = None
+) -> Masks:
+    """The masks of these samples; their bits lie in `memory`."""
     samples = sorted(wants)
     forced = np.array([wants[sample][1].forced for sample in samples], np.int32)
     masked = [wants[sample] for sample in samples if wants[sample][1].forced == ANY]
     by_matcher = [(want.matcher, row) for row, (_, want) in enumerate(masked) if want.matcher is not None]
     words = constraints.mask_width if by_matcher else -(-vocab_size // 32)
-    bits = np.empty((len(masked), words), np.int32)
+    bits = (memory or MaskMemory()).of(len(masked), words)
     if by_matcher:
         _tell([guide for guide, want in masked if want.matcher is not None], constraints)
         constraints.executor.unsafe_compute_mask_ptr(by_matcher, bits.ctypes.data, 4 * words, len(masked))
