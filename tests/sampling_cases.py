@@ -95,7 +95,7 @@ def otherwise_drawn(vocab: int, dtype: torch.dtype, device: torch.device, every:
     right = found == plain(wide, of_rows)
     for change in (-1e-13, 1e-13):  # where sums of another order may fall on the other side of the number
         near = of_rows.clone()
-        near[:, -1] = (near[:, -1] + change).clamp(0, 1 - 2.0**-53)
+        near[:, -1] = (near[:, -1] + change).clamp(min=0)  # beyond 1: the last id
         right |= found == plain(wide, near)
     return [(kinds[row], of_rows[row].tolist(), found[row].item()) for row in (~right).nonzero()[:, 0].tolist()]
 

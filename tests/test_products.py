@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
 from noria.kernels import in_order
 
 CPU = torch.device("cpu")
-TILES = [products.NARROW, products.FEW_ROWS, products.MANY_ROWS]
+TILES = [*products.FEW_ROWS.values(), products.MANY_ROWS]
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +44,17 @@ def test_tiles_of_any_size_give_one_result(its):
     assert torch.allclose(found, hidden[:, :290].float() @ weight[:, :290].float().t(), atol=1e-4)
 
 
+@pytest.mark.parametrize("its", [*TILES, products.OF_FLOAT32])
+def test_tiles_fit_into_99_kib_with_fewer_stages(its):
+    fitted = products.fitted(its, 99 << 10, torch.float16)
+    assert 2 <= fitted.stages <= its.stages and products.fitted(its, 228 << 10, torch.float16) == its
+    assert fitted.stages * 2 * its.block * (its.rows + its.columns) <= 99 << 10
+
+
 def test_a_product_goes_by_the_kernel_where_a_run_chose_it():
     hidden, weight, bias = torch.ones(3, 8).half(), torch.ones(5, 8).half(), torch.ones(5).half()
     assert not in_order.serves(hidden, weight, bias)
-    with in_order.products_by_kernel({(5, 8, True): 3}):
+    with in_order.products_by_kernel({(5, 8, True): {1, 3}}):
         assert in_order.serves(hidden, weight, bias)
         assert not in_order.serves(hidden, weight, None) and not in_order.serves(hidden.float(), weight, bias)
         assert not in_order.serves(torch.ones(4, 8).half(), weight, bias)

@@ -5,7 +5,7 @@
 Each product is torch's with the settings of a run (cuBLASLt, no split of the inputs), with and without a bias where the
 family has one, at 1 to 512 rows and powers of two to 16,384, beside a kernel that adds along its inputs in one order
 (noria/kernels/products.py). Prints a JSON line a product: at how many numbers of rows some number differs, and which they
-are; up to how many rows a run would take the kernel (`by_kernel`); the last line lists the exceptions of all. --times:
+are; with how many rows a run would take the kernel (`by_kernel`); the last line lists the exceptions of all. --times:
 parts of the time by torch's default settings, for a few rows, of torch's and of the kernel.
 """
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from noria.checkpoint.random_weights import random_checkpoint
+from noria.kernels.in_order import ALL
 from noria.kernels.products import product
 from noria.launch.choosing import Linear, chosen_products
 from noria.launch.exact import products, products_in_one_order
@@ -170,7 +171,8 @@ def main() -> None:
                 this = [(outputs, inputs, has_bias, most)] if its[0].is_cuda else []
                 chosen = chosen_products(this, its[0].device, its[0].dtype)
             found = {"can": can, "rows": len(rows), "differ": spans(differ), "differ_from_most": spans(from_most)}
-            found["by_kernel"] = sum(chosen.values())
+            by_kernel = next(iter(chosen.values()), ())
+            found["by_kernel"] = "all" if by_kernel == ALL else spans(sorted(by_kernel))
             ratio = {
                 name: {number: round(its_times[number] / usual[number], 3) for number in usual}
                 for name, its_times in (("times_default", exact), ("kernel_times_default", ours))

@@ -25,14 +25,8 @@ SHAPES = [
     (1024, 3072),
     (100, 70),
 ]
-TILES = [products.NARROW, products.FEW_ROWS, products.MANY_ROWS]
-OTHERS = [
-    (64, 16, 64, 4, 8),
-    (64, 16, 256, 4, 3),
-    (64, 32, 128, 4, 6),
-    (64, 32, 64, 4, 6),
-    (64, 64, 64, 4, 5),
-]
+TILES = [*products.FEW_ROWS.values(), products.MANY_ROWS]
+OTHERS = [(64, 16, 128, 4, 5), (64, 32, 128, 4, 6), (64, 32, 64, 4, 6), (64, 64, 64, 4, 5)]
 
 
 def tensors(outputs, inputs, rows, dtype, of_weights=None):
@@ -68,8 +62,8 @@ def test_a_router_gives_a_row_the_same_bits_in_any_batch_and_is_right(dtype, of_
         whole = products.product(hidden, weight, None, torch.float32)
         for rows in (1, 7, 64, 65, 300, 1024, 4096):
             assert torch.equal(products.product(hidden[:rows], weight, None, torch.float32), whole[:rows]), rows
-        exact, float32 = hidden.double() @ weight.double().t(), hidden.float() @ weight.float().t()
-        assert (whole - exact).abs().max() < 4 * (float32 - exact).abs().max() + 1e-6
+        exact = hidden.double() @ weight.double().t()
+        assert (whole - exact).abs().max() < 5e-5  # of sums of about 1: tensor cores cut what they add
 
 
 def milliseconds(function, *given, repeats: int = 9) -> float:
@@ -111,7 +105,7 @@ def times_of_router(rows: int, of_weights: torch.dtype) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.alone
 def test_few_rows_of_long_inputs_are_multiplied_near_the_rate_of_the_memory():
-    cases = [(*shape, rows) for shape in SHAPES[:-1] for rows in (1, 16, 64)]
+    cases = [(*shape, rows) for shape in SHAPES[:-1] for rows in (1, 16, 32, 48, 64)]
     found = {case: times_of(*case) for case in cases}
     for case, line in found.items():
         print(json.dumps({"bench": "few rows", "outputs, inputs, rows": case} | line), flush=True)

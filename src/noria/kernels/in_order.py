@@ -4,7 +4,7 @@ T tokens, I inputs, O outputs. A run chooses at its start; elsewhere nothing is 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
@@ -15,10 +15,10 @@ import torch
 from noria import kinds
 
 HALVES = (torch.bfloat16, torch.float16)
-ALL = 1 << 62  # more rows than there are
+ALL = range(1 << 62)  # any number of rows
 LARGEST_ERROR = 1e-3  # of sums of about 1 in float32: more is no rounding
-# The most rows that go by the kernel, by outputs, inputs, and whether there is a bias.
-Chosen: TypeAlias = Mapping[tuple[int, int, bool], int]
+# How many rows go by the kernel, by outputs, inputs, and whether there is a bias.
+Chosen: TypeAlias = Mapping[tuple[int, int, bool], Container[int]]
 _CHOSEN: ContextVar[Chosen] = ContextVar("products in order", default={})  # noqa: B039 -- nobody changes it
 
 
@@ -37,7 +37,7 @@ def serves(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     chosen = _CHOSEN.get()
     if not chosen or hidden.dtype not in HALVES:
         return False
-    return len(hidden) <= chosen.get((weight.shape[0], weight.shape[1], bias is not None), 0)
+    return len(hidden) in chosen.get((weight.shape[0], weight.shape[1], bias is not None), ())
 
 
 def product(

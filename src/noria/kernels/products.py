@@ -5,7 +5,8 @@ multiplied by one instruction: the order of cuBLASLt without a split of the inpu
 many programs where rows are few and inputs many, and read the weights at the rate of the memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -59,20 +60,39 @@ class ProductTile:
     stages: int
 
 
-NARROW = ProductTile(64, 16, 128, 4, 5)
-FEW_ROWS = ProductTile(64, 32, 128, 4, 4)
 MANY_ROWS = ProductTile(128, 128, 64, 8, 4)
-OF_FLOAT32 = ProductTile(64, 32, 32, 4, 3)
-NARROW_OUTPUTS = 8192  # up to which tiles of few columns are needed to have a program on every processor
+OF_FLOAT32 = ProductTile(64, 32, 64, 4, 3)
+# For few rows, by the most outputs that they serve: the more programs, the wider their tiles (measured on an H200).
+FEW_ROWS = {
+    2112: ProductTile(64, 16, 128, 4, 5),
+    4224: ProductTile(64, 32, 128, 4, 6),
+    8192: ProductTile(64, 32, 64, 4, 6),
+    1 << 31: ProductTile(64, 64, 64, 4, 5),
+}
 
 
 def tile_of(rows: int, outputs: int, dtype: torch.dtype) -> ProductTile:
     """The tile for so many rows and outputs of weights in this dtype."""
     if dtype == torch.float32:
-        return OF_FLOAT32
+        return OF_FLOAT32  # in one block alone: parts of a block meet before those of the next one
     if rows > 4 * LEAST_ROWS and triton.cdiv(rows, MANY_ROWS.rows) * triton.cdiv(outputs, MANY_ROWS.columns) >= 64:
         return MANY_ROWS
-    return NARROW if outputs <= NARROW_OUTPUTS and rows <= LEAST_ROWS else FEW_ROWS
+    return next(its for most, its in FEW_ROWS.items() if outputs <= most)
+
+
+def fitted(its: ProductTile, shared: int, of_weights: torch.dtype) -> ProductTile:
+    """With as many stages as so many bytes of shared memory hold blocks of hidden states and weights."""
+    of_stage = its.block * (2 * its.rows + of_weights.itemsize * its.columns)
+    return replace(its, stages=max(1, min(its.stages, shared // of_stage)))
+
+
+@lru_cache
+def _shared(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    found: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return found
 
 
 def product(
@@ -88,7 +108,7 @@ def product(
     """
     (outputs, inputs), rows = weight.shape, len(hidden)
     found = torch.empty(rows, outputs, dtype=dtype or hidden.dtype, device=hidden.device)
-    its = its or tile_of(rows, outputs, weight.dtype)
+    its = fitted(its or tile_of(rows, outputs, weight.dtype), _shared(hidden.device), weight.dtype)
     if rows:
         multiply_in_order[(triton.cdiv(outputs, its.columns), triton.cdiv(rows, its.rows))](
             hidden, weight, weight if bias is None else bias, found, rows, outputs, inputs, hidden.stride(0),

@@ -4,7 +4,8 @@ bits depend on the number of rows otherwise. Tried and measured where a run star
 O outputs, I inputs of a product.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ Linear: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], 
 Given: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 Timed: TypeAlias = Callable[[Linear, Given], float]
 FEW, SOME, MANY = 1, 100, 2048  # rows of a product that are compared: they get kernels of their own
-NARROW = (16, 64)  # rows up to which the kernel may be faster
+BOUNDS = (1, 8, 16, 32, 48, 64)  # rows at which times are measured, each for those above the one before
 GAIN = 0.85  # of torch's time, so that what is measured is no chance
 
 
@@ -63,29 +64,28 @@ def chosen_products(
     linear: Linear = F.linear,
     kernel: Linear = in_order.product,
     timed: Timed = milliseconds,
-) -> dict[tuple[int, int, bool], int]:
-    """The most rows of each of these products that the kernel computes; products without any are left out."""
-    chosen: dict[tuple[int, int, bool], int] = {}
+) -> dict[tuple[int, int, bool], Container[int]]:
+    """How many rows of each of these products the kernel computes; products without any are left out."""
+    chosen: dict[tuple[int, int, bool], Container[int]] = {}
     try:
         for product in its:
-            if most := _most_rows(tensors_of(product, device, dtype), linear, kernel, timed):
-                chosen[product[:3]] = most
+            if rows := _rows_of(tensors_of(product, device, dtype), linear, kernel, timed):
+                chosen[product[:3]] = rows
     except torch.OutOfMemoryError:  # the check behind this says so
         return {}
     return chosen
 
 
-def _most_rows(its: Given, linear: Linear, kernel: Linear, timed: Timed) -> int:
+def _rows_of(its: Given, linear: Linear, kernel: Linear, timed: Timed) -> Collection[int]:
     hidden, weight, bias = its
     whole = linear(*its)
     if differs(linear, its, whole=whole):
         return in_order.ALL
-    if differs(kernel, its, (FEW, *NARROW), whole):
-        return 0
-    most = 0
-    for rows in NARROW:
+    if differs(kernel, its, BOUNDS, whole):
+        return frozenset()
+    found: set[int] = set()
+    for before, rows in itertools.pairwise((0, *BOUNDS)):
         few = hidden[:rows], weight, bias
-        if timed(kernel, few) > GAIN * timed(linear, few):
-            break
-        most = rows
-    return most
+        if timed(kernel, few) <= GAIN * timed(linear, few):
+            found |= {*range(before + 1, rows + 1)}
+    return frozenset(found)
