@@ -40,7 +40,7 @@ def split(
     (queries, keys), size = heads or (shape.num_heads, shape.num_kv_heads), shape.head_dim
     qkv, counts = linear(normed, parameters["qkv"], parameters.get("qkv_bias")), (queries, keys, keys)
     if value_dim is None or value_dim == size:
-        made = qkv.view(qkv.shape[0], -1, size).split_with_sizes(counts, dim=1)
+        made = qkv.view(-1, sum(counts), size).split_with_sizes(counts, dim=1)
     else:
         parts = qkv.split_with_sizes((queries * size, keys * size, keys * value_dim), dim=1)
         made = tuple(part.unflatten(1, (count, -1)) for part, count in zip(parts, counts, strict=True))
