@@ -182,17 +182,8 @@ alike = st.sampled_from([[1] * 130, [2] * 70, [3]])  # beginnings that rows shar
 prompts = st.lists(st.tuples(alike, st.lists(st.integers(10, 90), min_size=1, max_size=60), keys), max_size=16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [in_turn, ahead])
-@settings(max_examples=count(500), deadline=None)
-@given(
-    of_rows=prompts, groups=st.integers(1, 3), step_tokens=st.integers(3, 150), runs=st.integers(8, 60), data=st.data()
-)
-def test_steps_of_arrays_are_those_of_lists(order, of_rows, groups, step_tokens, runs, data):
-    groups, microbatches = 1 if order is ahead else groups, data.draw(st.integers(1, 3))
-    microbatch_tokens = data.draw(st.integers(2, step_tokens))
-    limits = Capacity(groups, runs * RUN_PAGES, step_tokens, microbatch_tokens, microbatches, CONTEXT, 1000)
-    its = [
+def prompts_of(of_rows):
+    return [
         Prompt(
             row,
             str(row),
@@ -204,6 +195,19 @@ def test_steps_of_arrays_are_those_of_lists(order, of_rows, groups, step_tokens,
         )
         for row, (begin, rest, own) in enumerate(of_rows)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [in_turn, ahead])
+@settings(max_examples=count(500), deadline=None)
+@given(
+    of_rows=prompts, groups=st.integers(1, 3), step_tokens=st.integers(3, 150), runs=st.integers(8, 60), data=st.data()
+)
+def test_steps_of_arrays_are_those_of_lists(order, of_rows, groups, step_tokens, runs, data):
+    groups, microbatches = 1 if order is ahead else groups, data.draw(st.integers(1, 3))
+    microbatch_tokens = data.draw(st.integers(2, step_tokens))
+    limits = Capacity(groups, runs * RUN_PAGES, step_tokens, microbatch_tokens, microbatches, CONTEXT, 1000)
+    its = prompts_of(of_rows)
     finished = {(one.prompt.row, one.sample): one for one in run(its, limits, order)}
     assert len(finished) == sum(prompt.sampling["n"] for prompt in its)
     for (row, sample), one in finished.items():
@@ -225,3 +229,23 @@ def test_a_row_ends_with_any_of_more_token_ids_than_are_compared_at_once():
     its = [Prompt(row, str(row), "", [10 + row, 11], keys, "", None) for row in range(12)]
     for one in run(its, Capacity(1, 100, 64, 64, 1, CONTEXT, 1000)):
         assert one.token_ids == Row(one.prompt, 0).generate().new and one.token_ids[-1] in keys["stop_token_ids"]
+
+
+@settings(max_examples=count(500), deadline=None)
+@given(of_rows=prompts, order=st.sampled_from([in_turn, ahead]), rounds=st.integers(1, 60), runs=st.integers(8, 60))
+def test_rows_that_are_stopped_have_the_first_of_their_tokens(of_rows, order, rounds, runs):
+    its = prompts_of(of_rows)
+    compose, stopped = Admission.compose, []
+
+    def stopping(admission, round, group):
+        stopped.extend(admission.stop() if round == rounds else ())
+        return compose(admission, round, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Admission, "compose", stopping)
+        finished = run(its, Capacity(1, runs * RUN_PAGES, 100, 100, 1, CONTEXT, 1000), order)
+    for one in (*finished, *stopped):
+        whole = Row(one.prompt, one.sample).generate()
+        assert one.token_ids == whole.new[: len(one.token_ids)]
+        assert len(one.logprobs) == (len(one.token_ids) if one.sampling.logprobs is not None else 0)
+    assert len({(one.prompt.row, one.sample) for one in (*finished, *stopped)}) == len(finished) + len(stopped)

@@ -177,10 +177,12 @@ class Admission:
         if len(step.score_rows):
             self._take_scores(step, result, rows)
         self.counted.tokens += int(np.count_nonzero(samples & (result.token_ids >= 0)))
-        for place in flight.take(step, result.token_ids, samples):
-            sequence = active[int(step.sample_slots[place])]
-            flight.tell(sequence)
-            take_sample(sequence, result, place, self._end_token_ids, self._capacity.max_positions)
+        ends, most, slots = self._end_token_ids, self._capacity.max_positions, step.sample_slots.tolist()
+        for place, may_end, lacks in flight.take(step, result.token_ids, samples):
+            sequence = active[slots[place]]
+            if lacks:
+                flight.tell(sequence)
+            take_sample(sequence, result, place, (ends, most) if may_end else None)
             if sequence.error or sequence.finish_reason != "none":
                 self._end(step.group, sequence)
         for slot in flight.full(step):

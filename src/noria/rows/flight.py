@@ -31,6 +31,7 @@ _ROW = np.dtype(
         ("last", np.int32),  # id of the last one known
         ("place", np.int32),  # of its last sample in its step
         ("watched", np.bool_),  # something looks at each of its tokens
+        ("many", np.bool_),  # more token ids end it than `ends` has
         ("steered", np.bool_),  # its samples may be masked
         ("draws", np.bool_),
         ("begun", np.uint64),  # see randomness.begun
@@ -86,7 +87,7 @@ class Flight:
         rows["known"][at] = known = len(sequence.token_ids)
         rows["made"][at] = known + 1
         rows["limit"][at] = min(sampling.most_new_tokens, self._max_positions - prompt, 2**31 - 1)
-        rows["watched"][at] = len(ends) > MOST_ENDS or is_watched(sequence)
+        rows["watched"][at], rows["many"][at] = is_watched(sequence), len(ends) > MOST_ENDS
         rows["steered"][at] = sequence.guide is not None and steers(sampling)
         rows["draws"][at], rows["begun"][at] = bool(sampling.temperature), begun(sampling.seed or 0, row)
         rows["sample"][at] = sequence.sample
@@ -203,21 +204,22 @@ class Flight:
             step.sample_slots - self._first_slot
         ] == of_samples
 
-    def take(self, step: Step, token_ids: np.ndarray, alive: np.ndarray) -> list[int]:
-        """Takes in what these of the step's samples are. Returns the samples that must be looked at: their rows end, or something
-        looks at all their tokens. Their lists have all tokens before these, and not these."""
+    def take(self, step: Step, token_ids: np.ndarray, alive: np.ndarray) -> list[tuple[int, bool, bool]]:
+        """Takes in what these of the step's samples are. Returns those that must be looked at, which are in no row's list:
+        which, whether the row may end with it, and whether the list lacks others before it (see `tell`)."""
         rows, samples = self._rows, step.sample_slots - self._first_slot
-        ends = (rows["ends"][samples] == token_ids[:, None]).any(1) | (token_ids <= NO_TOKEN)
+        ends = (rows["ends"][samples] == token_ids[:, None]).any(1) | (token_ids <= NO_TOKEN) | rows["many"][samples]
         ends |= rows["known"][samples] + 1 >= rows["limit"][samples]
-        look = alive & (ends | rows["watched"][samples])
+        watched = rows["watched"][samples]
         its = samples[alive]
         rows["last"][its] = token_ids[alive]
         rows["known"][its] += 1
-        plain = alive & ~look
+        plain = alive & ~(ends | watched)
         its = samples[plain]
         rows["tokens"][its, rows["column"][its]] = token_ids[plain]
         rows["column"][its] += 1
-        return np.flatnonzero(look).tolist()
+        look = np.flatnonzero(alive & ~plain)
+        return list(zip(look.tolist(), ends[look].tolist(), (~watched[look]).tolist(), strict=True))
 
     def full(self, step: Step) -> list[int]:
         """Slots of the step's samples whose lists should be told their tokens, before more come."""

@@ -23,10 +23,9 @@ EXCLUDING = (
 )
 
 
-def take_sample(
-    sequence: Sequence, result: Result, place: int, end_token_ids: Container[int], max_positions: int
-) -> bool:
-    """Takes in what sample `place` of a step says of this sequence, which has all tokens before it. Whether it is a token."""
+def take_sample(sequence: Sequence, result: Result, place: int, ends: tuple[Container[int], int] | None) -> None:
+    """Takes in what sample `place` of a step says of this sequence, which has all tokens before it. ends: the model's end tokens
+    and the positions of its context, where the token may end the sequence by itself."""
     token_id = int(result.token_ids[place])
     if token_id == NO_TOKEN:
         sequence.error = f"logits are not finite after {len(sequence.token_ids)} tokens"
@@ -34,12 +33,10 @@ def take_sample(
         sequence.error = (sequence.guide and sequence.guide.error) or _none_left(sequence)
     else:
         _take_token(sequence, token_id, result, place)
-        prompt_length = len(sequence.prompt_token_ids)
+        prompt = len(sequence.prompt_token_ids)
         _look(
-            sequence, finish_reason(sequence.token_ids, sequence.sampling, end_token_ids, prompt_length, max_positions)
+            sequence, finish_reason(sequence.token_ids, sequence.sampling, ends[0], prompt, ends[1]) if ends else "none"
         )
-        return True
-    return False
 
 
 def _take_token(sequence: Sequence, token_id: int, result: Result, place: int) -> None:
