@@ -188,7 +188,8 @@ ASKED = (
 
 
 def test_odd_values_of_any_key_are_taken_or_refused_in_one_line():
-    cases = [(name, key, odd) for name in CONFIGS for key in {**dict.fromkeys(ASKED), **CONFIGS[name]} for odd in ODD]
+    keys = {name: {*ASKED, *CONFIGS[name]} - {"model_type", "architectures"} for name in CONFIGS}
+    cases = [(name, key, odd) for name in CONFIGS for key in sorted(keys[name]) for odd in ODD]
     refused = 0
     for name, key, odd in some(cases):
         try:
