@@ -2,6 +2,7 @@
 cut; bytes of the plan; what a run says and refuses."""
 
 import json
+import re
 from unittest.mock import patch
 
 import encoded_cache_worker
@@ -119,9 +120,11 @@ def test_each_kind_rounds_in_its_own_way(folder, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_output_says_which_cache_it_was_made_with(folder, expected, kind):
+def test_an_output_says_which_cache_it_was_made_with(folder, expected, kind, capsys):
     with h5py.File(folder / f"{kind}.h5") as file:
         assert file.attrs["kv_cache_dtype"] == kind
+    assert main(["report", str(folder / f"{kind}.h5")]) == 0
+    assert re.search(rf"^ +cache +{kind}$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ SAMPLING_PARAMS = set(
 )
 OTHERS = set(
     "chat_template_kwargs model dtype max_model_len max_num_batched_tokens cpu_offload_gb gpu_memory_utilization load_format"
-    " generation_config input_file output_file".split()
+    " generation_config input_file output_file kv_cache_dtype".split()
 )
 # A value of each key that a row may have, other than its default where that can be seen.
 VALUES = {

@@ -28,7 +28,7 @@ _SAME_NAMES = frozenset(
     "model dtype generation_config temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty"
     " logit_bias seed n stop stop_token_ids include_stop_str_in_output skip_special_tokens bad_words allowed_token_ids"
     " truncate_prompt_tokens ignore_eos chat_template_kwargs logprobs prompt_logprobs"
-    " structured_outputs thinking_token_budget".split()
+    " structured_outputs thinking_token_budget kv_cache_dtype".split()
 )
 VLLM = {**{name: name for name in _SAME_NAMES}, **_OTHER_NAMES}
 

@@ -15,8 +15,6 @@ from noria.plan.plan import Plan
 from noria.plan.rounds import Round
 from noria.step import PAGE_TOKENS
 
-GATHERED = 3  # times that what is kept of an encoded cache is read or written while its pages are brought together
-
 
 @dataclass(frozen=True)
 class Load:
@@ -110,9 +108,10 @@ def cache_moved(plan: Plan, token: int, state: int, turn: Round) -> dict[str, di
 
 
 def cache_decoded(work: Tasks, turn: Round) -> float:
-    """Bytes that a rank reads and writes in a round to decode the cache of the rows that attend, where it is encoded."""
+    """Bytes that a rank reads and writes in a round to decode the cache of the rows that attend, where it is encoded: of
+    those that share a beginning as if each had its own."""
     tokens = turn.rows * turn.context + turn.chunk_rows * turn.chunk_cached + turn.chunk_tokens
-    return tokens * (GATHERED * work.token + work.decoded) * (work.decoded > 0)
+    return tokens * (work.token + work.decoded) * (work.decoded > 0)
 
 
 def states_nbytes(load: Load, cuts: float, turn: Round) -> tuple[float, float]:
