@@ -247,6 +247,8 @@ def test_end_tokens_are_the_union_of_all_that_name_one():
     assert Tokenizer(files, {"eos_token_id": [9]}, {"eos_token_id": 7}).end_token_ids == {7, 9, end}
     assert Tokenizer(files, {"eos_token_id": None}, {}).end_token_ids == {end}
     assert Tokenizer({}, {"eos_token_id": 9}, {}).end_token_ids == {9}
+    assert Tokenizer({}, {"text_config": {"eos_token_id": [5, 6]}}, {"eos_token_id": 7}).end_token_ids == {5, 6, 7}
+    assert Tokenizer({}, {"text_config": None}, {}).end_token_ids == frozenset()
     assert Tokenizer({}, {}, {}).end_token_ids == frozenset()
 
 

@@ -43,7 +43,9 @@ class Tokenizer:
         self._cleans_up = bool(made and made.cleans_up)
         self._num_stuck = 0
         self.vocab_size = self._backend.get_vocab_size() if self._backend else 0
-        ends = [*_ids(generation_config.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
+        text: Any = config.get("text_config")  # of a model with images
+        named = generation_config, config, text if isinstance(text, Mapping) else {}
+        ends = [token_id for its in named for token_id in _ids(its.get("eos_token_id"))]
         if self._backend:
             ends += _ids(self._backend.token_to_id(self.special_tokens.get("eos_token", "")))
         self.end_token_ids = frozenset(ends)
