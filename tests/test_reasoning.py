@@ -19,6 +19,7 @@ from noria.launch.mpi import Solo
 from noria.masks import ANY
 from noria.output.generations import open_generations
 from noria.output.parts import Parts
+from noria.rows import admission
 from noria.rows.admission import Admission
 from noria.rows.making import Source
 from noria.rows.prompts import Prompt
@@ -124,6 +125,15 @@ def test_thinking_is_kept_apart_from_the_text(kind, case):
     (row,) = run(kind, prompt, said, max_new_tokens=length)
     assert (row.reasoning, row.text, row.finish_reason) == (reasoning, text, reason), row.error
     assert row.token_ids.tolist() == ids_of(TOKENIZERS[kind], said)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "text"])
+def test_where_markers_are_tokens_a_row_that_thinks_is_looked_at_when_they_come(kind, monkeypatch):
+    looked, take = [], admission.take_sample
+    monkeypatch.setattr(admission, "take_sample", lambda one, *more: looked.append(one) or take(one, *more))
+    (row,) = run(kind, "1?<think>", "I add 1 and 1" * 12 + "</think>2 it is, I think^")
+    assert row.reasoning == "I add 1 and 1" * 12 and row.text == "2 it is, I think"
+    assert len(looked) == 2 if kind == "tokens" else len(looked) > 20
 
 
 @pytest.mark.parametrize("kind", EVERY)

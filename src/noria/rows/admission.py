@@ -185,6 +185,9 @@ class Admission:
             take_sample(sequence, result, place, (ends, most) if may_end else None)
             if sequence.error or sequence.finish_reason != "none":
                 self._end(step.group, sequence)
+            elif sequence.guide is not None and sequence.guide.turned:
+                sequence.guide.turned = False
+                flight.watch(sequence)
         for slot in flight.full(step):
             flight.tell(active[slot])
         if len(step.slots) > step.num_samples:

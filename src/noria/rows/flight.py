@@ -38,7 +38,7 @@ _ROW = np.dtype(
         ("sample", np.int64),
         ("reads", np.int32),
         ("writes", np.int32),
-        ("ends", np.int32, MOST_ENDS),  # token ids that end it, and what is none
+        ("ends", np.int32, MOST_ENDS),  # token ids that end it, or at which must be looked; and what is none
         ("tokens", np.int32, KEPT),  # those that its list lacks: from `first` to `column`
         ("first", np.int32),
         ("column", np.int32),
@@ -81,23 +81,31 @@ class Flight:
         del self.filling[sequence.slot]
         at, sampling, prompt = sequence.slot - self._first_slot, sequence.sampling, len(sequence.prompt_token_ids)
         row = sequence.prompt.row if sequence.drawn_as is None else sequence.drawn_as
-        ends = [*{*(() if sampling.ignore_eos else self._end_token_ids), *(sampling.stop_token_ids or ())}]
         rows = self._rows
         rows["cached"][at], rows["room"][at] = sequence.cached, sequence.room
         rows["known"][at] = known = len(sequence.token_ids)
         rows["made"][at] = known + 1
         rows["limit"][at] = min(sampling.most_new_tokens, self._max_positions - prompt, 2**31 - 1)
-        rows["watched"][at], rows["many"][at] = is_watched(sequence), len(ends) > MOST_ENDS
         rows["steered"][at] = sequence.guide is not None and steers(sampling)
         rows["draws"][at], rows["begun"][at] = bool(sampling.temperature), begun(sampling.seed or 0, row)
         rows["sample"][at] = sequence.sample
         rows["reads"][at], rows["writes"][at] = sequence.reads, sequence.state
-        rows["ends"][at] = (ends + MOST_ENDS * [_NO_ID])[:MOST_ENDS]
         rows["first"][at] = rows["column"][at] = at % KEPT  # not all are full in the same step
         key = sequence.place, sequence.order
         where = bisect_right(self._keys, key)
         self._keys.insert(where, key)
         self._order = np.insert(self._order, where, at)
+
+        self.watch(sequence)
+
+    def watch(self, sequence: Sequence) -> None:
+        """At which of the sequence's tokens must be looked from now on."""
+        at, sampling, awaited = sequence.slot - self._first_slot, sequence.sampling, _awaited(sequence)
+        ends = [
+            *{*(() if sampling.ignore_eos else self._end_token_ids), *(sampling.stop_token_ids or ()), *(awaited or ())}
+        ]
+        self._rows["watched"][at], self._rows["many"][at] = awaited is None, len(ends) > MOST_ENDS
+        self._rows["ends"][at] = (ends + MOST_ENDS * [_NO_ID])[:MOST_ENDS]
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is out of flight, with all its tokens that are known."""
@@ -228,7 +236,9 @@ class Flight:
         return step.sample_slots[full].tolist() if full.any() else []
 
 
-def is_watched(sequence: Sequence) -> bool:
-    """Whether something looks at each of a sequence's tokens, or keeps something beside it."""
-    looks = sequence.stop_texts is not None or sequence.guide is not None
-    return looks or sequence.sampling.logprobs is not None or sequence.prompt_logprobs is not None
+def _awaited(sequence: Sequence) -> tuple[int, ...] | None:
+    """The token ids at which something looks, beside those that end the sequence; None: at all of them."""
+    sampling = sequence.sampling
+    if sequence.stop_texts is not None or sampling.logprobs is not None or sequence.prompt_logprobs is not None:
+        return None
+    return sequence.guide.awaits if sequence.guide is not None else ()

@@ -45,7 +45,15 @@ class Guide:
     def __init__(self, reasoning: Reasoning | Channels | None, matcher: Any, ends: Sequence[int]):
         self.reasoning, self.matcher, self._ends = reasoning, matcher, ends
         self.untold: list[int] = []
+        self.turned = False  # whether what it must be told of has changed
         self.error = ""
+
+    @property
+    def awaits(self) -> tuple[int, ...] | None:
+        """The token ids that it must be told of when they come; None: all."""
+        if self.matcher is not None or not isinstance(self.reasoning, Reasoning):
+            return None
+        return self.reasoning.awaits
 
     def want(self, num_tokens: int) -> Want | None:
         """For the token after so many; None: it is free."""
@@ -67,12 +75,14 @@ class Guide:
         if thinking is None or thinking.phase is Phase.AFTER:
             self._consume(token_ids[-1])
             return
-        before = thinking.phase is Phase.BEFORE
+        phase = thinking.phase
+        before = phase is Phase.BEFORE
         if before and self.matcher is not None and token_ids[-1] != thinking.start_token:
             thinking.decline()
             self._consume(token_ids[-1])
         else:
             thinking.add(token_ids)
+        self.turned |= thinking.phase is not phase
 
     def told(self, token_ids: Sequence[int]) -> bool:
         """Whether it takes these tokens, which an earlier job generated, one after another."""

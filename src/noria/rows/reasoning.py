@@ -101,6 +101,14 @@ class Reasoning:
         """The token that begins the thinking, where it is one."""
         return self._markers.start.token
 
+    @property
+    def awaits(self) -> tuple[int, ...] | None:
+        """The token ids that `add` must be told of when they come; None: all."""
+        if self.phase is Phase.AFTER:
+            return ()
+        by_token = self.phase is Phase.INSIDE and self._budget is None
+        return (self._markers.end.token,) if by_token and self._markers.end.token is not None else None
+
     def decline(self) -> None:
         """The row does not think: what it has is its answer."""
         self.phase, self.answer = Phase.AFTER, 0
