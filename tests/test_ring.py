@@ -140,6 +140,18 @@ def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatc
     assert len(counts) <= 2 and len(seen) == 1000, "a pause that had begun, and none later"
 
 
+@pytest.mark.parametrize("end", [Communication.close, Communication.abandon])
+def test_the_main_thread_gives_the_interpreter_away_sooner_while_there_is_communication(end):
+    """By default work would wait 5 ms for it at each of its steps, whenever the main thread runs Python."""
+    before = sys.getswitchinterval()
+    communication = Communication()
+    assert (
+        sys.getswitchinterval() == pytest.approx(communication_module.SWITCH) and before > communication_module.SWITCH
+    )
+    end(communication)
+    assert sys.getswitchinterval() == before
+
+
 def test_another_thread_can_end_a_wait():
     communication = Communication()
     ticket = communication.ticket()

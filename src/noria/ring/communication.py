@@ -6,6 +6,7 @@ call. Knows no MPI and no ring: what the generators do is their own affair.
 
 import contextlib
 import ctypes
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +18,9 @@ LONGEST_PAUSE = 5e-4
 # Seconds without pauses after work has begun or ended: a sleep of 20 us takes 50, and a message several polls at either end.
 # More of them where a thread waits for work: it does not need the interpreter meanwhile.
 EAGER, EAGER_AWAITED = 1e-4, 2e-3
+# Seconds after which a thread that runs Python lets another one run: by default 5 ms, for which a message would wait at either
+# end whenever the main thread composes a step or launches a layer.
+SWITCH = 1e-4
 SLICE = 0.05  # seconds; a waiting thread looks this often whether the communication thread has failed
 
 
@@ -66,6 +70,8 @@ class Communication:
         self._abandoned = False
         self._moved = False
         self._error: BaseException | None = None
+        self._switch = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH, self._switch))
         self._thread = threading.Thread(target=self._run, name="noria-communication", daemon=True)
         self._thread.start()
 
@@ -124,6 +130,7 @@ class Communication:
         while self._thread.is_alive():
             self._thread.join(SLICE)
             self.check()
+        sys.setswitchinterval(self._switch)
         self.check()
 
     def abandon(self) -> None:
@@ -131,6 +138,7 @@ class Communication:
         self._abandoned = True
         self._wake.set()
         self._thread.join(20 * SLICE)
+        sys.setswitchinterval(self._switch)
 
     def _run(self) -> None:
         try:
