@@ -114,3 +114,11 @@ def test_few_rows_of_long_inputs_are_multiplied_near_the_rate_of_the_memory():
             line = {"bench": "router", "rows": rows, "weights": str(of_weights)}
             print(json.dumps(line | times_of_router(rows, of_weights)), flush=True)
     assert found[4096, 14336, 16]["ours"] <= 0.1
+
+
+def test_what_routers_need_is_built_from_few_numbers():
+    for dtype in HALVES:
+        for of_router in (dtype, torch.float32):
+            in_order.build(
+                dtype, torch.zeros(128, 2048, dtype=of_router, device=DEVICE), torch.zeros(128, device=DEVICE)
+            )

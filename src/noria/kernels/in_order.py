@@ -70,8 +70,9 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
 
 def build(dtype: torch.dtype, router: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Builds what scores of a router [X, E], with a bias [X] or none, are computed with: for few, some and many tokens."""
+    one = torch.zeros(1, router.shape[1], dtype=dtype, device=router.device)
     for tokens in (1, 512, 16_384):
-        product(torch.zeros(tokens, router.shape[1], dtype=dtype, device=router.device), router, bias, torch.float32)
+        product(one.expand(tokens, -1), router, bias, torch.float32)
 
 
 def error(device: torch.device, dtype: torch.dtype, of_weights: torch.dtype, rows: int = 3, inputs: int = 200) -> float:
