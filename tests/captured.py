@@ -31,12 +31,13 @@ class Counted:
 
 
 @contextlib.contextmanager
-def captured(programs=30):
-    """Every run inside attends by lists of work and captures its decode steps. Yields how many there were."""
+def captured(programs=30, seen=0):
+    """Every run inside attends by lists of work and captures decode steps of sizes that came `seen` times before. Yields how
+    many there were."""
     counted = Counted()
     with (
         listed_kind(programs),
-        patch.object(graphs, "SEEN", 0),
+        patch.object(graphs, "SEEN", seen),
         patch.object(graphs, "capturer_of", lambda _: counted),
         patch.object(building, "_graph_rows", lambda problem, _: ROWS * problem.config.pipeline.graphs),
     ):

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 -- the folder of test_same is a fixture here
 import json
+from types import SimpleNamespace
 
 import graphs_worker
 import numpy as np
@@ -13,6 +14,7 @@ import world
 from captured import captured
 from noria import attention, config, kinds
 from noria.checkpoint.convert import convert
+from noria.engine.graphs import Graphs
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
@@ -87,15 +89,15 @@ def windowed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("programs", [1, 30])
-def test_rows_that_begin_alike_and_grow_have_the_same_numbers_with_graphs_and_without(windowed, programs):
+@pytest.mark.parametrize(("programs", "seen"), [(1, 0), (30, 0), (30, 2)])
+def test_rows_that_begin_alike_and_grow_have_the_same_numbers_with_graphs_and_without(windowed, programs, seen):
     keys = {"logprobs": 1, "step_tokens": 300, "microbatch_tokens": 300}
-    with captured(programs) as graphs:
-        alone(windowed, f"graphs-{programs}", **keys)
+    with captured(programs, seen) as graphs:
+        alone(windowed, f"graphs-{programs}-{seen}", **keys)
         replays = graphs.replays
-        alone(windowed, f"plain-{programs}", graphs=False, **keys)
+        alone(windowed, f"plain-{programs}-{seen}", graphs=False, **keys)
     assert replays == graphs.replays > 20 and graphs.captures < replays
-    assert same(windowed, f"graphs-{programs}", f"plain-{programs}")
+    assert same(windowed, f"graphs-{programs}-{seen}", f"plain-{programs}-{seen}")
 
 
 @pytest.mark.slow
@@ -124,3 +126,22 @@ def test_what_cannot_be_captured_is_said_once_and_the_run_goes_on(folder, monkey
         alone(folder, "failed")
     compare(folder, ["failed"])
     assert capfd.readouterr().err.count("could not be captured: division by zero") == 1
+
+
+def test_a_step_goes_by_the_next_larger_graph_until_its_own_size_has_come_often_enough():
+    graphs = Graphs(
+        *[
+            SimpleNamespace(
+                shape=SimpleNamespace(bundle=()),
+                model=None,
+                device=torch.device("cpu"),
+                say=None,
+                gauge=None,
+                trace=None,
+            )
+        ]
+        * 6
+    )
+    graphs._graphs = {(0, 64): None, (0, 128): None}
+    assert [graphs.size_of(rows) for rows in (33, 64, 65, 100, 129, 20)] == [64, 64, 128, 128, 160, 24]
+    assert [graphs.size_of(33) for _ in range(3)] == [64, 40, 40]

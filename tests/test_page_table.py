@@ -8,8 +8,9 @@ import pytest
 from counts import count
 from noria.attention._ragged import ragged
 from noria.engine.batch import cache_rows
-from noria.engine.padding import Spare, padded, padded_rows
+from noria.engine.padding import Spare, padded
 from noria.engine.page_table import NOBODY, PageTable
+from noria.limits import padded_rows
 from noria.step import PAGE_TOKENS, Admitted, Grown, Run, Step
 
 KEYS = 4 * PAGE_TOKENS  # of a run that others follow
@@ -107,7 +108,7 @@ def test_rows_of_nobody_stand_behind_a_steps_own_on_the_page_that_is_spared():
     table.apply(Step(0, 0, admitted=(Admitted(5, (Run(0, 4), Run(12, 4)), {}),)))
     numbers = {name: np.full(17, value, np.int32) for name, value in {"slots": 5, "counts": 1, "positions": 70}.items()}
     step = Step(1, 0, **numbers, reads=np.arange(17), writes=np.arange(17), kept=np.ones(17, np.int32))
-    whole = padded(step, Spare(7, 30, 64))
+    whole = padded(step, Spare(7, 30, 64), 24)
     assert whole.slots.tolist() == [5] * 17 + [NOBODY] * 7 and whole.positions.tolist() == [70] * 17 + [0] * 7
     assert whole.writes.tolist() == [*range(17)] + [30] * 7 and whole.reads.tolist() == [*range(17)] + [-1] * 7
     assert table.cache_rows(whole.slots, whole.positions).tolist() == [12 * 16 + 6] * 17 + [7 * 16] * 7

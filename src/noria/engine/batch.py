@@ -20,6 +20,7 @@ from noria.engine.padding import Padded, Spare, padded
 from noria.engine.page_table import PageTable
 from noria.engine.states import States
 from noria.kernels.work import RaggedRows
+from noria.limits import padded_rows
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 
@@ -87,6 +88,7 @@ class Batches:
     ):
         self._network, self.dtype, self._device, self._elsewhere = network, dtype, device, list(elsewhere)
         self._by_rows = hasattr(network.attention, "of_rows")
+        self.size_of = padded_rows  # of so many rows
         self._spare, self.pads = spare, spare is not None and self._by_rows
         self._pages = PageTable(None if spare is None else spare.page)
 
@@ -132,7 +134,7 @@ class Batches:
         alike = 0 < rows == step.num_tokens and len(borders) == 2 and not len(step.score_rows)
         if self._spare is None or not self.pads or not alike or rows > self._spare.rows or self._stages(step, 0):
             return None
-        return padded(step, self._spare)
+        return padded(step, self._spare, self.size_of(rows))
 
     def _stages(self, step: Step, row: int) -> bool:
         """Whether a row's pages are elsewhere. Those of a microbatch are all in one tier."""

@@ -6,6 +6,7 @@ the rows decide. What it captures is one function, which is also what runs first
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,10 +25,12 @@ from noria.engine.layers import Layers
 from noria.engine.padding import Padded
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
+from noria.limits import padded_rows
 from noria.ring.messages import Arrays
 from noria.streams import Streams
 from noria.tools.text import nbytes_words, plural
 
+MORE = 2  # times as many rows as a step has may be computed in its place: few rows cost what reading weights costs
 SEEN = 2  # times that a size must have come before it is captured: what comes once may never come again
 
 
@@ -68,9 +71,16 @@ class Graphs:
         self._gauge, self._trace = meters.gauge, meters.trace
         self._capturer = capturer_of(streams)
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._came: dict[tuple[int, int], int] = {}
+        self._came: Counter[int] = Counter()  # how many steps of a size
         self._seconds, self._captured, self._replayed, self._plain = 0.0, 0, 0, 0
         self.off = False
+
+    def size_of(self, rows: int) -> int:
+        """The size to which a step of so many rows is padded: of the next larger graph, until its own has been captured."""
+        own = padded_rows(rows)
+        self._came[own] += 1
+        captured = [size for _, size in self._graphs if own <= size <= MORE * own]
+        return min(captured, default=own) if self._came[own] <= SEEN else own
 
     def expect(self, padded: Padded) -> None:
         """Does what can be done for a step before its hidden states are there: most ranks wait for these."""
@@ -99,8 +109,7 @@ class Graphs:
         """The graph of these layers for a step, with all that the step differs by where it finds it; None: there is none."""
         self._plain += 1
         name = layers.start, padded.size
-        self._came[name] = self._came.get(name, 0) + 1
-        if self.off or self._came[name] <= SEEN:
+        if self.off or (name not in self._graphs and self._came[padded.size] <= SEEN):
             return None
         try:
             graph = self._graphs.get(name) or self._graphs.setdefault(name, self._begun(padded, hidden))

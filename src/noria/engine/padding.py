@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from noria.engine.page_table import NOBODY
-from noria.limits import padded_rows
 from noria.step import NO_STATE, Step
 
 
@@ -50,9 +49,9 @@ class Padded:
         return numbers
 
 
-def padded(step: Step, spare: Spare) -> Step:
-    """A step of rows with a token each, with rows of nobody behind its own."""
-    more = padded_rows(len(step.slots)) - len(step.slots)
+def padded(step: Step, spare: Spare, size: int) -> Step:
+    """A step of rows with a token each, with rows of nobody behind its own: `size` in all."""
+    more = size - len(step.slots)
     filling = {"slots": NOBODY, "counts": 1, "positions": 0}
     if len(step.writes):
         filling |= {"reads": NO_STATE, "writes": spare.state, "kept": 1}

@@ -71,6 +71,7 @@ class Stage:
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
         self._logits_rows = LOGITS_ROWS
         self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters)
+        batches.size_of = self._graphs.size_of
 
     @property
     def feeds(self) -> bool:

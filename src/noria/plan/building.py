@@ -19,6 +19,8 @@ from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
+GRAPHS_ROOM = 4  # times the rows that are counted on: of these graphs are captured too
+LEAST_GRAPH = 16  # rows for which graphs are worth their room
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device
 DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
@@ -91,20 +93,23 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     coded = candidate.coded and problem.may_code
     coded = coded and any(tier == "cpu" for name, tier in placed if name in problem.weighed.coded)
     sizes = replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
-    return sizes if _graphs_fit(problem, sizes) else replace(sizes, graph_rows=0)
+    while sizes.graph_rows and not _graphs_fit(problem, sizes):
+        sizes = replace(sizes, graph_rows=padded_rows(sizes.graph_rows // 2) if sizes.graph_rows > LEAST_GRAPH else 0)
+    return sizes
 
 
 def _graph_rows(problem: Problem, candidate: Candidate) -> int:
-    """Rows of the largest step that is captured as a graph: those of a group, padded."""
+    """Rows of the largest step that is captured as a graph: where beginnings are shared, more find room than are counted."""
     if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or candidate.activations != "gpu":
         return 0
     if problem.shape.cache_encoding:  # how many rows are decoded at a time depends on how long they are
         return 0
-    return min(padded_rows(-(-candidate.rows // candidate.groups)), GRAPH_ROWS)
+    rows = min(GRAPHS_ROOM * candidate.rows, max(problem.workload.num_rows, candidate.rows))
+    return min(padded_rows(-(-rows // candidate.groups)), GRAPH_ROWS)
 
 
 def _graphs_fit(problem: Problem, sizes: Sizes) -> bool:
-    """Whether graphs take no more than a small share of what they leave to the cache: it is worth more."""
+    """Whether graphs take no more than a small share of what is left for the cache, which is worth more."""
     for rank in sizes.cut.counts:
         graphs = sizes.graphs(rank)
         if graphs * GRAPHS_SHARE > problem.limits["gpu"] - sum(sizes.fixed(rank, "gpu").values()) + graphs:
