@@ -204,7 +204,7 @@ class Admission:
     def _end_scored(self, step: Step, rows: np.ndarray) -> None:
         """Those of these rows end whose prompts alone were to be computed, and are."""
         ends = (step.positions + step.counts).tolist()
-        for row in np.flatnonzero(rows).tolist():
+        for row in np.flatnonzero(rows & ~np.isin(step.slots, step.sample_slots)).tolist():
             sequence = self._slots.active[step.group].get(int(step.slots[row]))
             if sequence and sequence.sampling.most_new_tokens == 0 and ends[row] == sequence.num_tokens:
                 sequence.finish_reason = "length"
