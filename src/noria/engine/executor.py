@@ -69,7 +69,7 @@ class Executor:
                 for group in range(self._place.groups):
                     self._at = round, lap, group
                     if lap == 0:
-                        steps[group] = self._stage.prepare(self._next(next_step, round, group))
+                        steps[group] = self._prepared(self._next(next_step, round, group))
                     empty = not steps[group].step.num_tokens
                     if lap == group == 0 and (take_in is None or empty):
                         self._book()  # what the round before computed is there, or this step could not be
@@ -140,6 +140,12 @@ class Executor:
         self._gauge.took("waited", waited, before=True)
         self._gauge.took("host", time.perf_counter() - began - waited)
         self._book()
+
+    def _prepared(self, step: Step) -> Batch:
+        began = time.perf_counter()
+        batch = self._stage.prepare(step)
+        self._gauge.took("prepare", time.perf_counter() - began)
+        return batch
 
     def _next(self, next_step: "NextStep", round: int, group: int) -> Step:
         self._doing = "composing a step, or sealing rows,"

@@ -16,7 +16,7 @@ from noria.streams import Event, Mark, Streams
 from noria.transports import Transport
 
 WATCHED = 8  # rounds after the first that are all looked at, then every 8th: two marks a layer cost the host some 10 us
-NAMES = ("load", "store", "disk", "compute", "launches", "host", "hops", "waited")
+NAMES = ("load", "store", "disk", "compute", "launches", "prepare", "host", "hops", "waited")
 IDLE = ("input", "weights", "cache")  # what a device may wait for, with nothing to compute
 PHASES = ("prefill", "decode")
 
