@@ -60,13 +60,23 @@ def run(folder: Path, ranks: int, flags: list[str]) -> dict:
         generated = len(output["tokens"])
         seconds, waited = output["timing/seconds"][:], output["timing/waited"][:]
         device = json.loads(output.attrs["devices"])[0]
+        rounds = {phase: milliseconds(output["timing"], phase) for phase in ("prefill", "decode")}
     return {
         "device": device,
         "generated_tokens": generated,
         "seconds": round(float(seconds.max()), 2),
         "tokens_per_second": round(generated / float(seconds.max()), 1),
         "waited_share": [round(float(share), 3) for share in waited / seconds],
+        "ms_of_a_round": rounds,
     }
+
+
+def milliseconds(timing: h5py.Group, phase: str) -> dict[str, list[float]]:
+    """Of a round that was looked at, a value a rank: what the device and the host did, and what they waited for."""
+    names = [name for name in timing if name.startswith(f"{phase}_") and name.endswith("_seconds")]
+    rounds = timing[f"{phase}_watched_rounds"][:].clip(1)
+    found = {name.removeprefix(f"{phase}_").removesuffix("_seconds"): timing[name][:] / rounds for name in names}
+    return {name: [round(1e3 * float(one), 2) for one in ranks] for name, ranks in found.items() if ranks.any()}
 
 
 def main() -> None:
