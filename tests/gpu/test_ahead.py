@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 def test_tokens_are_the_same_with_and_without(tmp_path, monkeypatch, graphs):
     convert(DEMO, tmp_path / "model.h5")
     rows = [row | {"max_new_tokens": 40 + 7 * place, "temperature": 1.0} for place, row in enumerate(ROWS[:9] * 4)]
+    constrained = {"prompt": "And the LORD", "structured_outputs": {"regex": "([a-z]{3,9} ){4,40}"}, "n": 5}
+    rows.append(constrained | {"max_new_tokens": 90, "temperature": 1.2})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run.toml").write_text(RUN.replace("float64", "bfloat16").replace('"cpu"', '"cuda"'))
     awaited, told, found = [], Step.told, {}
