@@ -118,7 +118,6 @@ def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatc
     pauses, seen, done = [], [], threading.Event()
     monkeypatch.setattr(communication_module, "pause", lambda idle: pauses.append(idle) or 1e-4)
     monkeypatch.setattr(communication_module, "EAGER", 0.0)
-    monkeypatch.setattr(communication_module, "EAGER_AWAITED", 60.0)
 
     def polled():
         while not done.is_set():
@@ -129,7 +128,7 @@ def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatc
             seen.append((communication._num_waits, len(pauses)))
             yield
 
-    communication = Communication()
+    communication = Communication(eager=60.0)
     communication.start(polled())
     while len(pauses) < 3:  # nobody waits
         time.sleep(1e-3)
@@ -138,6 +137,30 @@ def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatc
     communication.close()
     counts = {count for waits, count in seen if waits}
     assert len(counts) <= 2 and len(seen) == 1000, "a pause that had begun, and none later"
+
+
+def test_work_that_goes_on_is_polled_without_a_pause_again(monkeypatch):
+    pauses, seen, ready = [], [], threading.Event()
+    monkeypatch.setattr(communication_module, "pause", lambda idle: pauses.append(idle) or 1e-4)
+    monkeypatch.setattr(communication_module, "EAGER", 0.05)
+
+    def work():
+        while not ready.is_set():
+            yield
+        communication.moved()
+        for _ in range(50):
+            yield
+            seen.append(len(pauses))
+
+    communication = Communication()
+    ticket = communication.start(work())
+    while len(pauses) < 3:
+        time.sleep(1e-3)
+    ready.set()
+    while not ticket.done:  # nobody waits for it
+        time.sleep(1e-3)
+    communication.close()
+    assert len(set(seen)) == 1, "no pause after it went on"
 
 
 @pytest.mark.parametrize("end", [Communication.close, Communication.abandon])

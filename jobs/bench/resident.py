@@ -74,6 +74,7 @@ def run(folder: Path, ranks: int, flags: list[str]) -> dict:
 def milliseconds(timing: h5py.Group, phase: str) -> dict[str, list[float]]:
     """Of a round that was looked at, a value a rank: what the device and the host did, and what they waited for."""
     names = [name for name in timing if name.startswith(f"{phase}_") and name.endswith("_seconds")]
+    names.remove(f"{phase}_seconds")  # of all rounds
     rounds = timing[f"{phase}_watched_rounds"][:].clip(1)
     found = {name.removeprefix(f"{phase}_").removesuffix("_seconds"): timing[name][:] / rounds for name in names}
     return {name: [round(1e3 * float(one), 2) for one in ranks] for name, ranks in found.items() if ranks.any()}

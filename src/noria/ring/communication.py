@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar
 
 SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a 32nd of the idle time, between these two
 LONGEST_PAUSE = 5e-4
-# Seconds without pauses after work has begun or ended: a sleep of 20 us takes 50, and a message several polls at either end.
-# More of them where a thread waits for work: it does not need the interpreter meanwhile.
-EAGER, EAGER_AWAITED = 1e-4, 2e-3
+# Seconds without pauses after work has begun, moved on or ended: a sleep of 20 us takes 50, and a message several polls at either
+# end. More of them where a thread waits for work: it does not need the interpreter meanwhile; and beside a GPU no core either.
+EAGER, EAGER_AWAITED, EAGER_BESIDE_GPU = 1e-4, 2e-3, 2e-2
 # Seconds after which a thread that runs Python lets another one run: by default 5 ms, for which a message would wait at either
 # end whenever the main thread composes a step or launches a layer.
 SWITCH = 1e-4
@@ -57,10 +57,11 @@ class Ticket(Generic[T]):
 
 
 class Communication:
-    """Owns the thread. `prepare` is called in it first: it binds the thread to its device."""
+    """Owns the thread. `prepare` is called in it first: it binds the thread to its device. eager: seconds of polls without a
+    pause while somebody waits."""
 
-    def __init__(self, prepare: Callable[[], None] = lambda: None):
-        self._prepare = prepare
+    def __init__(self, prepare: Callable[[], None] = lambda: None, eager: float = EAGER_AWAITED):
+        self._prepare, self._eager = prepare, eager
         self._new: deque[tuple[Generator[None, None, Any], Ticket[Any]]] = deque()
         self._live: list[tuple[Generator[None, None, Any], Ticket[Any]]] = []
         self._wake = threading.Event()
@@ -93,6 +94,10 @@ class Communication:
     def closing(self) -> bool:
         """The rank is through with its part: work without an end of its own ends now."""
         return self._closing
+
+    def moved(self) -> None:
+        """Work that has waited for something else goes on. Only in the thread itself."""
+        self._moved = True
 
     def ticket(self) -> Ticket[Any]:
         """A ticket for work that is started later."""
@@ -157,7 +162,7 @@ class Communication:
             elif self._live:
                 waits = self._num_waits > 0
                 idle = time.monotonic() - (max(last, self._wait_began) if waits else last)
-                if idle > (EAGER_AWAITED if waits else EAGER):
+                if idle > (self._eager if waits else EAGER):
                     self._wake.wait(pause(idle))
             elif self._closing and not self._new:
                 return
@@ -165,12 +170,13 @@ class Communication:
                 self._wake.wait(SLICE)
 
     def _advance(self) -> bool:
-        """Takes every piece of work one step further; says whether any began or ended."""
-        self._moved = bool(self._new)
+        """Takes every piece of work one step further; says whether any began, moved on or ended."""
+        self._moved = False
         live, self._live = self._live, []
         for work, ticket in live:
             self._step(work, ticket)
         while self._new:
+            self._moved = True
             self._step(*self._new.popleft())
         return self._moved
 

@@ -14,7 +14,7 @@ from noria.masks import Masks, Pending
 from noria.order import HEADER, HIDDEN, MASKS, RESULT, check_blocking, tag
 from noria.ring.base import BaseRing, RingShape
 from noria.ring.blocking import BlockingRing
-from noria.ring.communication import Communication, Ticket
+from noria.ring.communication import EAGER_AWAITED, EAGER_BESIDE_GPU, Communication, Ticket
 from noria.ring.heartbeat import SILENCE, beat, listen
 from noria.ring.loopback import LoopbackRing
 from noria.ring.messages import Answer, Hidden, arrays_in
@@ -45,7 +45,8 @@ class Ring(BaseRing):
         self._sends: dict[int, Ticket[None]] = {}
         self._results: dict[int, Ticket[bytes]] = {}
         self._masks: dict[int, Ticket[bytes]] = {}
-        self._communication = Communication(streams.set_device)
+        eager = EAGER_BESIDE_GPU if streams.device.type == "cuda" else EAGER_AWAITED
+        self._communication = Communication(streams.set_device, eager)
         if place.rank:
             self._headers.append(self._communication.ticket())
             self._communication.start(self._relay_headers(self._headers[0]))
@@ -161,6 +162,7 @@ class Ring(BaseRing):
     ) -> Generator[None, None, None]:
         while not ready.query():
             yield
+        self._communication.moved()
         following()
         yield from self._transport.send(message, self.place.next, tag(HIDDEN, group), ready)
 
@@ -171,11 +173,13 @@ class Ring(BaseRing):
     def _hand_over(self, group: int, masks: Pending) -> Generator[None, None, None]:
         while not masks.done():
             yield
+        self._communication.moved()
         yield from self._transport.send_bytes(masks.result().encode(), self.place.last, tag(MASKS, group))
 
     def _send_answer(self, group: int, answer: Answer) -> Generator[None, None, None]:
         while not answer.ready.query():
             yield
+        self._communication.moved()
         yield from self._transport.send_bytes(answer.result.encode(), 0, tag(RESULT, group))
 
 
