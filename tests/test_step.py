@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
-from noria.step import Admitted, Result, Run, Step, Word
+from noria.engine.batch import fed
+from noria.step import NO_TOKEN, Admitted, Result, Run, Step, Word
 
 STEP = Step(
     round=7,
@@ -38,3 +42,15 @@ def test_a_header_decodes_to_the_step_that_it_encodes(step):
 def test_a_result_keeps_every_token_id():
     ids = np.array([0, 2**31, -1])
     assert np.array_equal(Result.decode(Result(ids).encode()).token_ids, ids)
+
+
+def test_a_step_that_was_composed_ahead_is_told_what_the_one_before_sampled():
+    step = replace(STEP, token_ids=np.array([-3, 6, -1, -2], np.int32))
+    sampled = np.array([40, NO_TOKEN, 2**31 - 1])
+    assert step.awaits and not STEP.awaits
+    assert step.told(sampled).token_ids.tolist() == [2**31 - 1, 6, 40, 0] == fed_ids(step, sampled)
+    assert STEP.told(sampled) is STEP
+
+
+def fed_ids(step, sampled):
+    return fed(torch.from_numpy(step.token_ids.astype(np.int64)), torch.from_numpy(sampled)).tolist()

@@ -143,10 +143,10 @@ class Step:
         return bool((self.token_ids < 0).any())
 
     def told(self, sampled: np.ndarray) -> "Step":
-        """The step with what the one before it sampled."""
+        """The step with what the one before it sampled. A row that got no token there has ended: it has id 0."""
         if not self.awaits:
             return self
-        ids = np.where(self.token_ids < 0, sampled[np.maximum(-1 - self.token_ids, 0)], self.token_ids)
+        ids = np.where(self.token_ids < 0, np.maximum(sampled[np.maximum(-1 - self.token_ids, 0)], 0), self.token_ids)
         return replace(self, token_ids=ids.astype(np.int32))
 
     def encode(self) -> bytes:
