@@ -52,6 +52,8 @@ class Padded:
 def padded(step: Step, spare: Spare, size: int) -> Step:
     """A step of rows with a token each, with rows of nobody behind its own: `size` in all."""
     more = size - len(step.slots)
+    if not more:
+        return step
     filling = {"slots": NOBODY, "counts": 1, "positions": 0}
     if len(step.writes):
         filling |= {"reads": NO_STATE, "writes": spare.state, "kept": 1}

@@ -14,6 +14,20 @@ _NO_MERGES = np.empty((0, len(Merge)), np.int32)
 
 
 @dataclass(frozen=True)
+class Finder:
+    """Finds pieces. keys: of each its row and position in one number, in order; None where each row has one piece."""
+
+    keys: np.ndarray | None
+
+    def pieces(self, row: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of rows that hold their keys at the positions `start .. stop`: the first, and the one behind the last."""
+        if self.keys is None:
+            return row, row + 1
+        first = np.searchsorted(self.keys, row << 40 | start, side="right") - 1
+        return first, np.searchsorted(self.keys, row << 40 | stop, side="left")
+
+
+@dataclass(frozen=True)
 class Groups:
     """Queries that have the same keys to meet in a wave: of a row, or of all rows of a prefix. Arrays [G]."""
 
@@ -71,9 +85,9 @@ class _PartialSlots:
 
 
 def wave_of(
-    groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: np.ndarray
+    groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: Finder
 ) -> tuple[Wave, State]:
-    """The wave of these groups. `positions` by place; `finder`: of each piece, its row and position in order."""
+    """The wave of these groups. `positions` by place; `finder`: finds the pieces of keys."""
     if len(groups.first) and (groups.count == 1).all() and (groups.node == NONE).all():
         launch = _one_query_each(groups, positions, packing, state, finder)
         if launch is not None:
@@ -115,7 +129,7 @@ def groups_of(rows: RaggedRows, paths: np.ndarray, order: np.ndarray, places: np
 
 
 def _one_query_each(
-    groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: np.ndarray
+    groups: Groups, positions: np.ndarray, packing: Packing, state: State, finder: Finder
 ) -> Launch | None:
     """The launch of groups that are a row's own query each: what the rest of this file makes of them, in fewer steps.
 
@@ -129,10 +143,9 @@ def _one_query_each(
     most = sections.max()
     if most > max(1.0, sections.sum() * packing.key_heads / packing.programs):
         return None
-    items, row = np.empty((len(position), len(Item)), np.int32), groups.row << 40
+    items = np.empty((len(position), len(Item)), np.int32)
     items[:, Item.FIRST], items[:, Item.COUNT] = groups.first, 1
-    items[:, Item.PIECE] = np.searchsorted(finder, row | start, side="right") - 1
-    items[:, Item.LAST_PIECE] = np.searchsorted(finder, row | stop, side="left")
+    items[:, Item.PIECE], items[:, Item.LAST_PIECE] = finder.pieces(groups.row, start, stop)
     items[:, Item.START], items[:, Item.STOP] = start, stop
     items[:, Item.LOWEST] = items[:, Item.HIGHEST] = position
     items[:, Item.TOTAL_FROM :] = NONE
@@ -216,7 +229,7 @@ def _split(groups: Groups, tiles: _Tiles, packing: Packing, apart: int) -> tuple
     return split, least, spread
 
 
-def _launches(groups: Groups, tiles: _Tiles, slots: _PartialSlots, finder: np.ndarray) -> tuple[Launch, ...]:
+def _launches(groups: Groups, tiles: _Tiles, slots: _PartialSlots, finder: Finder) -> tuple[Launch, ...]:
     """The tiles as items, by size of tile."""
     split = slots.split[tiles.group]
     parts = np.where(split, tiles.sections, 1)
@@ -234,8 +247,7 @@ def _launches(groups: Groups, tiles: _Tiles, slots: _PartialSlots, finder: np.nd
 
     items = np.empty((len(tile), len(Item)), np.int32)
     items[:, Item.FIRST], items[:, Item.COUNT] = tiles.first[tile], tiles.count[tile]
-    items[:, Item.PIECE] = np.searchsorted(finder, groups.row[group] << 40 | start, side="right") - 1
-    items[:, Item.LAST_PIECE] = np.searchsorted(finder, groups.row[group] << 40 | stop, side="left")
+    items[:, Item.PIECE], items[:, Item.LAST_PIECE] = finder.pieces(groups.row[group], start, stop)
     items[:, Item.START], items[:, Item.STOP] = start, stop
     items[:, Item.LOWEST], items[:, Item.HIGHEST] = tiles.lowest[tile], tiles.highest[tile]
     items[:, Item.TOTAL_FROM] = shifted(slots.total_in[group], ~split)

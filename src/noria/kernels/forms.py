@@ -90,6 +90,8 @@ def _padded(wave: Wave | None, form: tuple[tuple[LaunchForm, ...], int]) -> Wave
 
 def _filled(rows: np.ndarray, count: int, row: np.ndarray) -> np.ndarray:
     """`count` rows: these, and then the same row again and again."""
+    if len(rows) == count:
+        return rows
     filled = np.empty((count, len(row)), np.int32)
     filled[: len(rows)], filled[len(rows) :] = rows, row
     return filled

@@ -17,7 +17,7 @@ def make(rows: RaggedRows, packing: Packing) -> Work:
     order_of_rows = np.lexsort(paths.T[::-1]) if paths.shape[1] else np.arange(len(rows.counts))
     places, order, positions = _places(rows, order_of_rows)
     pieces, owners = _pieces(rows)
-    finder = owners << 40 | pieces[:, 1]
+    finder = _waves.Finder(None if owners is None else owners << 40 | pieces[:, 1])
 
     unknown = np.zeros(len(rows.shared), np.int64)
     waves, state = [], _waves.State(unknown, unknown, 0)
@@ -63,12 +63,12 @@ def _check(rows: RaggedRows) -> None:
         raise ValueError("a prefix is no longer than its parent")
 
 
-def _pieces(rows: RaggedRows) -> tuple[np.ndarray, np.ndarray]:
-    """[N, 4] the runs cut where sections begin, without what lies beyond a row's length; and [N] the row of each."""
+def _pieces(rows: RaggedRows) -> tuple[np.ndarray, np.ndarray | None]:
+    """[N, 4] the runs cut where sections begin, without what lies beyond a row's length; and [N] the row of each (None: each
+    row has one)."""
     if len(rows.run_keys) == len(rows.counts) and rows.lengths.max(initial=0) <= SECTION:  # a run and a section each
         keys = rows.lengths - rows.run_positions
-        pieces = np.array([rows.run_rows, rows.run_positions, keys, np.ones_like(keys)]).T
-        return pieces, np.arange(len(keys))
+        return np.array([rows.run_rows, rows.run_positions, keys, np.ones_like(keys)]).T, None
     owner = np.repeat(np.arange(len(rows.counts)), np.diff(rows.offsets))
     first = rows.run_positions
     stop = np.minimum(first + rows.run_keys, rows.lengths[owner])
