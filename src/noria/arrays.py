@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TypeAlias
 
@@ -46,7 +47,7 @@ class Array:
         """Bytes of a row that is decoded before it is attended to; 0 of one that is not."""
         return prod(self.row) * DTYPE_NBYTES[self.computed(dtype)] if self.encoding else 0
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, "Array"]:
         """The arrays that keep an encoded one, by their names in its encoding: a test compares them with the encoding's."""
         *heads, numbers = self.row
