@@ -65,14 +65,14 @@ def test_kernels_between_products_take_the_rest_of_a_prefill_step():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "milliseconds"), [(16, 0.37), (64, 0.51), (512, 0.58), (1024, 0.69), (8192, 2.5), (16384, 4.7)]
+    ("tokens", "milliseconds"), [(16, 0.2), (64, 0.302), (512, 0.331), (1024, 0.385), (4096, 0.769), (16384, 2.47)]
 )
 def test_a_layer_of_a_mixture_takes_what_it_took_in_a_graph(tokens, milliseconds):
     expert, between = 3 * 768 * 2048, 2 * 8 * (2 * (768 + 2048) + (768 + 2048))
     read = 2 * 128 * expert * (1 - (1 - 8 / 128) ** tokens)
     products = max(terms.device_memory(read, H200), terms.matmul(2 * tokens * 8 * expert, tokens, "bfloat16", H200))
     found = terms.MIXTURE_SECONDS + products + terms.elementwise(0, tokens * between, H200)
-    assert found == pytest.approx(milliseconds / 1000, rel=0.2)
+    assert found == pytest.approx(milliseconds / 1000, rel=0.15)
 
 
 def test_the_host_takes_as_long_for_sixteen_rows_as_it_took():

@@ -17,9 +17,10 @@ CACHE_SHARE = 0.54
 CHUNK_SHARE, CHUNK_HALF = 0.47, 350.0
 # Norms, rotary, activations, residual sums: what all inputs and outputs of a layer's products take, so many times.
 PASSES = 4.0
-# The same of a mixture's experts (sorting, gathering, summing pairs of token and expert), and what a layer of them takes on
-# the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, 16 to 16,384 tokens).
-MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 5.0, 0.22e-3, 0.4e-3
+# The same of a mixture's experts (sorting, gathering, summing pairs of token and expert; tiles that are not full), and what a
+# layer of them takes on the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, by tiles,
+# 16 to 16,384 tokens; the host's share was measured with grouped products).
+MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 1.1, 0.01e-3, 0.4e-3
 # A layer's views, checks and kernels, in what the machine's `layer_seconds` is (kernels alone): a step of 16 rows and 32
 # layers takes 10.6 ms on the host.
 LAUNCHES = 2.0
