@@ -1,11 +1,13 @@
 """Routing: which experts a token goes to, against one token after another in numpy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from noria.errors import InputError
-from noria.models import _routing
+from noria.models import _routing, _tiles
 from noria.models._routing import Routing
 
 T, X = 40, 12
@@ -127,3 +129,21 @@ def test_routing_that_cannot_be_is_refused_by_name(config, words):
     with pytest.raises(InputError) as error:
         _routing.corrected_sigmoid(config, 12, 4)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("routing", "experts", "expected"),
+    [
+        (Routing(2), 60, True),
+        (Routing(2, groups=8, kept=4), 256, True),
+        (Routing(2, groups=4, kept=2), 60, False),
+        (Routing(2, groups=6, kept=2), 96, False),
+        (Routing(2, soft_cap=30.0), 64, False),
+    ],
+)
+def test_a_kernel_chooses_on_gpus_where_groups_are_powers_of_two(routing, experts, expected, monkeypatch):
+    monkeypatch.setattr(_tiles, "chooses", lambda device: True)
+    scores = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(3, experts), device="cuda")
+    assert _routing._by_kernel(routing, scores) == expected
+    scores.dtype = torch.float64
+    assert not _routing._by_kernel(routing, scores)

@@ -136,10 +136,9 @@ def sparse_mixer(scores: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, 
 
 def _by_kernel(routing: Routing, scores: torch.Tensor) -> bool:
     """Whether one kernel chooses, whose result for a token is a function of its scores alone."""
-    plain = routing.groups == 1 and not routing.soft_cap
-    return (
-        plain and scores.is_cuda and scores.dtype == torch.float32 and not _tiles.refuses(scores.device, torch.float16)
-    )
+    halved = all(its & (its - 1) == 0 for its in (scores.shape[1], routing.groups))  # powers of two
+    plain = (routing.groups == 1 or halved) and not routing.soft_cap
+    return plain and scores.is_cuda and scores.dtype == torch.float32 and _tiles.chooses(scores.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

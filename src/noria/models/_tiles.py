@@ -3,6 +3,7 @@
 X experts, E hidden, I intermediate, C choices a token.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -61,14 +62,25 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
         return f"they need a CUDA device, this is the {device.type.upper()}"
     if dtype not in DTYPES:
         return f"they compute float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return _tried(device, lambda: _largest_error(device, dtype))
+
+
+@lru_cache
+def chooses(device: torch.device) -> bool:
+    """Whether a kernel chooses experts here."""
+    return device.type == "cuda" and not _tried(device, lambda: _error_of_choices(device))
+
+
+def _tried(device: torch.device, error: Callable[[], float]) -> str:
+    """Why kernels cannot be built or are wrong, which is tried by what tells their error; empty where they are right."""
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "they need a GPU of compute capability 8.0"
     try:
-        largest = _largest_error(device, dtype)
+        largest = error()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
+    except Exception as failed:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
+        words = str(failed).strip() or type(failed).__name__
         return f"they cannot be built: {words.splitlines()[0][:200]}"
     return "" if largest < LARGEST_ERROR else "they give other results than torch"
 
@@ -87,12 +99,19 @@ def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
     rows, gate_up, down = (
         torch.randn(*size, generator=draw).to(device, dtype) for size in ((3, 64), (2, 64, 64), (2, 64, 32))
     )
-    layer, scores = ExpertLayer(gate_up * 0.125, down * 0.125), rows[:, :2].float()
-    chosen, weights = choose(scores, None, 2, ("", "softmax"), None, 1.0)
-    found = mix(rows, chosen, weights, layer)
+    layer, weights = ExpertLayer(gate_up * 0.125, down * 0.125), rows[:, :2].float().softmax(dim=-1)
+    found = mix(rows, torch.arange(2, device=device).repeat(3, 1), weights, layer)
     gate, up = torch.einsum("te,xie->xti", rows.float(), layer.gate_up.float()).chunk(2, dim=-1)
-    exact = torch.einsum("tx,xti,xei->te", scores.softmax(dim=-1), F.silu(gate) * up, layer.down.float())
+    exact = torch.einsum("tx,xti,xei->te", weights, F.silu(gate) * up, layer.down.float())
     return float((found - exact).abs().max())
+
+
+def _error_of_choices(device: torch.device) -> float:
+    """The largest difference of weights to those that torch gives; 1 where experts differ."""
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    (chosen, weights), best = choose(scores, None, 2, ("", "softmax"), None, 1.0), scores.topk(2)
+    same = torch.equal(chosen, best.indices)
+    return float((weights - best.values.softmax(dim=-1)).abs().max()) if same else 1.0
 
 
 @lru_cache
