@@ -129,7 +129,7 @@ def test_rows_are_cut_so_that_each_part_finds_room_and_no_page_lies_twice_in_one
         most = int(random.integers(28, 60))
         over = RoundedAttention(Recording(arrays=False), most, 1, torch.uint8, CPU)
         assert not hasattr(over, "of_rows")
-        parts = over.prepare(spans, CPU)
+        parts = over.prepare(spans, CPU).of(None)
         rest, first = iter(spans), 0
         for part in parts:
             pages = part.pages.tolist()
@@ -154,8 +154,10 @@ def test_rows_that_are_arrays_are_cut_as_spans_are():
     for case in range(count(200)):
         random = np.random.default_rng(case)
         spans, _ = some_spans(random, 9)
-        over = RoundedAttention(Recording(), int(random.integers(28, 60)), 1, torch.uint8, CPU)
-        for part, other in zip(over.prepare(spans, CPU), over.of_rows(ragged(spans), CPU), strict=True):
+        most = int(random.integers(28, 60))
+        over, plain = (RoundedAttention(Recording(arrays), most, 1, torch.uint8, CPU) for arrays in (True, False))
+        both = (its.of(None) for its in (plain.prepare(spans, CPU), over.of_rows(ragged(spans), CPU)))
+        for part, other in zip(*both, strict=True):
             assert (part.first, part.last, part.pages.tolist()) == (other.first, other.last, other.pages.tolist())
             rows, whole = ragged(part.plan), other.plan
             assert (rows.counts == whole.counts).all() and (rows.lengths == whole.lengths).all()
@@ -167,6 +169,26 @@ def test_rows_that_are_arrays_are_cut_as_spans_are():
             lists.make(whole, Packing(2, 2, 8))  # checks them
             shared = [np.append(one.shared, 0)[one.prefixes].tolist() for one in (rows, whole)]
             assert shared[0] == shared[1]
+
+
+def test_what_no_query_sees_is_not_decoded():
+    fewer = 0
+    for case in range(count(200)):
+        random = np.random.default_rng(case)
+        spans, _ = some_spans(random, 9)
+        window = int(random.integers(1, 90))
+        for arrays in (True, False):
+            over = RoundedAttention(Recording(arrays), 200, 1, torch.uint8, CPU)
+            ((whole,), (part,)) = (over.prepare(spans, CPU).of(seen) for seen in (None, window))
+            wanted = set()
+            for span in spans:
+                first = max(span.length - span.count - window + 1, 0)
+                first -= first % (64 if arrays else 16)
+                pages = [page for run in span.runs for page in range(run.start, run.start + run.count)]
+                wanted |= {*pages[first // 16 : -(-span.length // 16)]}
+            assert {*part.pages.tolist()} == wanted  # what is seen from different places on lies there more than once
+            fewer += len(part.pages) < len(whole.pages)
+    assert fewer
 
 
 @pytest.mark.parametrize("kind", KINDS)

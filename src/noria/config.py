@@ -156,7 +156,7 @@ class Config:
     )
     kv_cache_dtype: str = key(
         "number format of the cache of keys and values (auto: that of the computation); fp8, int8 and int4 round each key and"
-        " value once, and give room for two to four times as many rows",
+        " value once and give room for two to four times as many rows, but are decoded in each step",
         "auto",
         ("auto", *ENCODINGS),
     )

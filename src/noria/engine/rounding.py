@@ -5,22 +5,26 @@ are decoded into one buffer, which any kind of attention reads as it reads a pla
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from noria import encodings
 from noria.arrays import Array
+from noria.attention._ragged import ragged
 from noria.engine.batch import Attention, to_device
 from noria.kernels.scoring import Scoring
-from noria.kernels.work import RaggedRows
+from noria.kernels.work import NONE, RaggedRows
+from noria.limits import RUN_PAGES
 from noria.models import _fused
 from noria.models._rotary import Rotary
 from noria.step import PAGE_TOKENS, Run, Span
+
+BLOCK = RUN_PAGES * PAGE_TOKENS  # tokens at whose multiples runs begin
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,23 @@ class DecodedTogether:
     plan: Any
 
 
+Parts: TypeAlias = tuple[DecodedTogether, ...]
+
+
+@dataclass
+class RoundedRows:
+    """The rows of a microbatch, some after others; made when the first layer of a window asks for them."""
+
+    make: Callable[[int | None], Parts]
+    made: dict[int | None, Parts] = field(default_factory=dict)
+
+    def of(self, window: int | None) -> Parts:
+        """For layers whose queries see so many tokens: what is behind them is not decoded."""
+        if window not in self.made:
+            self.made[window] = self.make(window)
+        return self.made[window]
+
+
 @dataclass(frozen=True)
 class SomeRows:
     """Rows `rows` whose pages find room together, the ids of these pages, and the first page there of each of their `runs`."""
@@ -93,8 +114,17 @@ class RoundedAttention:
         """Bytes on the device."""
         return self._buffer.nbytes
 
-    def prepare(self, spans: list[Span], device: torch.device) -> tuple[DecodedTogether, ...]:
-        """How the rows of a microbatch attend, some after others."""
+    def prepare(self, spans: list[Span], device: torch.device) -> RoundedRows:
+        """How the rows of a microbatch attend."""
+        if hasattr(self._kind, "of_rows"):
+            return self._of_rows(ragged(spans), device)
+        return RoundedRows(lambda window: self._of_spans([_seen(span, window) for span in spans], device))
+
+    def _of_rows(self, rows: RaggedRows, device: torch.device) -> RoundedRows:
+        """The same, of rows that are arrays already."""
+        return RoundedRows(lambda window: self._of_arrays(rows if window is None else _in_view(rows, window), device))
+
+    def _of_spans(self, spans: list[Span], device: torch.device) -> Parts:
         runs = [(row, run.start, count) for row, span in enumerate(spans) for run, count in _needed(span)]
         owners, starts, pages = (np.array(column, np.int64) for column in zip(*runs, strict=True))
 
@@ -111,8 +141,7 @@ class RoundedAttention:
         counts = np.array([span.count for span in spans], np.int64)
         return self._planned(cut_rows(owners, starts, pages, self._pages), counts, plan, device)
 
-    def _of_rows(self, rows: RaggedRows, device: torch.device) -> tuple[DecodedTogether, ...]:
-        """The same, of rows that are arrays already."""
+    def _of_arrays(self, rows: RaggedRows, device: torch.device) -> Parts:
         owners = np.repeat(np.arange(len(rows.counts)), np.diff(rows.offsets))
         tokens = np.clip(rows.lengths[owners] - rows.run_positions, 0, rows.run_keys)
         cut = cut_rows(owners, rows.run_rows // PAGE_TOKENS, -(-tokens // PAGE_TOKENS), self._pages)
@@ -128,7 +157,7 @@ class RoundedAttention:
 
     def _planned(
         self, cut: list[SomeRows], counts: np.ndarray, plan: Callable[[SomeRows], object], device: torch.device
-    ) -> tuple[DecodedTogether, ...]:
+    ) -> Parts:
         ends = np.concatenate([[0], np.cumsum(counts)]).tolist()
         pages = to_device([some.ids for some in cut], device)
         return tuple(
@@ -138,7 +167,7 @@ class RoundedAttention:
 
     def attention(
         self,
-        plan: Sequence[DecodedTogether],
+        plan: RoundedRows,
         queries: torch.Tensor,
         keys: RoundedArray,
         values: RoundedArray,
@@ -146,7 +175,7 @@ class RoundedAttention:
     ) -> torch.Tensor:
         """[T, H, Dv]: as the kind gives it for the decoded numbers."""
         found = []
-        for part in plan:
+        for part in plan.of(scores.window):
             rows = len(part.pages) * PAGE_TOKENS
             its_keys, its_values = self._views(rows, keys.array, values.array)
             keys.decode(part.pages, its_keys)
@@ -203,6 +232,29 @@ def _placed(rows: slice, runs: slice, starts: np.ndarray, new: np.ndarray) -> So
     _, first, same = np.unique(starts, return_index=True, return_inverse=True)
     ids = np.repeat(starts - (ends - new), new) + np.arange(ends[-1])
     return SomeRows(rows, ids, runs, (ends - new)[first][same])
+
+
+def _in_view(rows: RaggedRows, window: int) -> RaggedRows:
+    """The rows without the blocks of keys that none of their queries sees. None is a prefix's any more."""
+    seen = np.maximum(rows.lengths - rows.counts - window + 1, 0) // BLOCK * BLOCK
+    owners = np.repeat(np.arange(len(rows.counts)), np.diff(rows.offsets))
+    behind = np.clip(seen[owners] - rows.run_positions, 0, rows.run_keys)
+    kept = behind < rows.run_keys
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners[kept], minlength=len(rows.counts)))])
+    runs = (rows.run_rows + behind)[kept], (rows.run_positions + behind)[kept], (rows.run_keys - behind)[kept]
+    none = np.zeros(0, np.int64)
+    return RaggedRows(rows.counts, rows.lengths, offsets, *runs, np.full(len(rows.counts), NONE), none, none)
+
+
+def _seen(span: Span, window: int | None) -> Span:
+    """The row without the pages that none of its queries sees; to a window it is all one where tokens are counted from."""
+    behind = 0 if window is None else max(span.length - span.count - window + 1, 0) // PAGE_TOKENS
+    runs, left = [], behind
+    for run in span.runs:
+        if run.count > left:
+            runs.append(Run(run.start + left, run.count - left))
+        left = max(left - run.count, 0)
+    return replace(span, length=span.length - behind * PAGE_TOKENS, runs=tuple(runs))
 
 
 def _needed(span: Span) -> Iterator[tuple[Run, int]]:
