@@ -56,12 +56,14 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "matmul": terms.matmul(flops, tokens, dtype, rates)
         + terms.matmul(2 * sampled * work.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
         "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, turn.chunk_context, dtype, rates),
-        "other kernels": terms.elementwise(between, chosen, rates)
-        + passes * work.mixtures * terms.MIXTURE_SECONDS
+        "other kernels": terms.elementwise(between, chosen, dtype, rates)
+        + terms.least(passes * work.layers, passes * work.mixtures, rates)
         + terms.sampling(sampled * work.logits, rates),
         "decoding": terms.decoding(plan.groups * load.decoded + passes * again + cache_decoded(work, turn), rates),
-        "launches": terms.launches(passes * work.layers, passes * work.mixtures, rates),
-        "host": terms.host(plan.groups, sampled),
+        "launches": terms.replays(plan.groups)
+        if plan.graph_rows and not turn.chunk_tokens
+        else terms.launches(passes * work.layers, passes * work.mixtures, rates),
+        "host": terms.host(plan.groups, sampled, _waits(plan)),
     }
 
 
@@ -72,12 +74,17 @@ def rank_seconds(plan: Plan, used: Mapping[str, float]) -> tuple[float, str]:
     the others go on meanwhile.
     Without overlap times add up: `sequential`, and `single_batch` for microbatches whose cache is elsewhere.
     """
-    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * (plan.groups == 1 and not plan.composes_ahead)
+    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * _waits(plan)
     on_device, on_host = (products, *KERNELS, *wait), ("launches", "host")
     compute = max((on_device, on_host), key=lambda names: sum(used[name] for name in names))
     engines = (("link",), ("disk",), compute) if _overlaps(plan) else (("link", "disk", *compute),)
     slowest = max(engines, key=lambda names: sum(used[name] for name in names))
     return sum(used[name] for name in slowest), max(slowest, key=used.__getitem__)
+
+
+def _waits(plan: Plan) -> bool:
+    """Whether nothing is computed between a step's results and the next step."""
+    return plan.groups == 1 and not plan.composes_ahead
 
 
 def _overlaps(plan: Plan) -> bool:

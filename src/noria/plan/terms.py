@@ -11,24 +11,29 @@ from noria.plan.rates import Rates
 MATMUL_SHARE = 0.87
 # A product of one row reads its matrix at 0.88 of a copy's rate.
 WEIGHTS_SHARE = 0.88
-# Attention of decoding rows by torch's flash kernel: 2.3 of 4.3 TB/s (1,024 rows x 576 tokens), 0.4 (16 x 576) to 0.6.
-CACHE_SHARE = 0.54
-# Attention of chunks by it: 0.37 of a product's rate for prompts of 2,048 tokens, 0.42 for 8,192, 138 TFLOP/s for 512.
-CHUNK_SHARE, CHUNK_HALF = 0.47, 350.0
-# Norms, rotary, activations, residual sums: what all inputs and outputs of a layer's products take, so many times.
-PASSES = 4.0
-# The same of a mixture's experts (sorting, gathering, summing pairs of token and expert; tiles that are not full), and what a
-# layer of them takes on the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, by tiles,
-# 16 to 16,384 tokens; the host's share was measured with grouped products).
+# Attention of decoding rows by items reads the cache at 1.0 of a copy's rate (1,024 rows x 576 tokens, 64 x 4,096), with few
+# keys at 0.8 (512 x 232) to 0.6 (16 x 576).
+CACHE_SHARE = 0.92
+# Attention of chunks by items: 0.45 of a product's rate for prompts of 2,048 tokens, 0.55 for 8,192.
+CHUNK_SHARE, CHUNK_HALF = 0.58, 310.0
+# Norms, rotary, activations, residual sums: what all inputs and outputs of a layer's products take, so many times; by fused
+# kernels (half precisions on a GPU) and one by one.
+PASSES, PLAIN_PASSES = 1.3, 4.0
+HALF = ("bfloat16", "float16")
+# What a layer takes on the device however few tokens there are: some 14 kernels, one after another.
+LAYER_SECONDS = 35e-6
+# The passes of experts (sorting, gathering, summing pairs of token and expert; tiles not full), and what a layer of them takes
+# on the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, by tiles; the host's share
+# was measured with grouped products).
 MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 1.1, 0.01e-3, 0.4e-3
-# A layer's views, checks and kernels, in what the machine's `layer_seconds` is (kernels alone): a step of 16 rows and 32
-# layers takes 10.6 ms on the host.
-LAUNCHES = 2.0
-# Probabilities, their sum, the draw: 4.2 ms for 1,024 rows of 128,256 ids.
-LOGIT_NBYTES = 136
-# Rank 0 takes a step's results and composes the next: about 4 us a row on one core, twice that for what goes to the device.
-# With a single group it also waits until it sees that a result is there.
-STEP_SECONDS, ROW_SECONDS, WAIT_SECONDS = 0.3e-3, 1e-5, 0.7e-3
+# A layer's views, checks and kernels, in what the machine's `layer_seconds` is (kernels alone): a step of 256 rows and 32
+# layers takes 17 to 22 ms on the host. A graph of all of them: 1.2 to 1.9 ms with what is put into its buffers.
+LAUNCHES, GRAPH_SECONDS = 3.7, 1.3e-3
+# Drawing by a kernel: 0.8 ms for 1,000 rows of 128,256 ids at a temperature (0.3 greedy, 3.7 with top_p).
+LOGIT_NBYTES = 27
+# Rank 0 takes a step's results and composes the next: 1.4 ms for 256 rows, 3.5 for 1,024. A single group whose steps are not
+# composed ahead also waits until it sees that a result is there.
+STEP_SECONDS, ROW_SECONDS, WAIT_SECONDS = 0.7e-3, 2.8e-6, 0.7e-3
 
 HAND_OVER_SECONDS = 0.15e-3  # to the communication thread, and until it polls: 0.1 to 0.2 ms a message
 
@@ -73,9 +78,15 @@ def chunks(flops: float, context: float, dtype: str, rates: Rates) -> float:
     return flops / (rates.matmul[dtype] * CHUNK_SHARE * (context + 1) / (context + CHUNK_HALF))
 
 
-def elementwise(nbytes: float, expert_nbytes: float, rates: Rates) -> float:
+def elementwise(nbytes: float, expert_nbytes: float, dtype: str, rates: Rates) -> float:
     """Kernels between products, from the bytes of the products' inputs and outputs; of experts' apart."""
-    return (PASSES * nbytes + MIXTURE_PASSES * expert_nbytes) / rates.device_memory
+    passes = PASSES if dtype in HALF and rates.device != "CPU" else PLAIN_PASSES
+    return (passes * nbytes + MIXTURE_PASSES * expert_nbytes) / rates.device_memory
+
+
+def least(layers: float, mixtures: float, rates: Rates) -> float:
+    """What kernels of so many layers and microbatches take however little they do; `mixtures`: of those with experts."""
+    return layers * LAYER_SECONDS * (rates.device != "CPU") + mixtures * MIXTURE_SECONDS
 
 
 def sampling(logits: float, rates: Rates) -> float:
@@ -87,9 +98,14 @@ def launches(layers: float, mixtures: float, rates: Rates) -> float:
     return layers * rates.layer_seconds * LAUNCHES + mixtures * MIXTURE_LAUNCHES
 
 
-def host(groups: int, rows: float) -> float:
-    """Rank 0's time between the results of all groups' steps and the next ones."""
-    return groups * STEP_SECONDS + rows * ROW_SECONDS + (groups == 1) * WAIT_SECONDS
+def replays(groups: int) -> float:
+    """The host's time for steps that are captured as graphs."""
+    return groups * GRAPH_SECONDS
+
+
+def host(groups: int, rows: float, waits: bool) -> float:
+    """Rank 0's time between the results of all groups' steps and the next ones; `waits`: until it sees that one is there."""
+    return groups * STEP_SECONDS + rows * ROW_SECONDS + waits * WAIT_SECONDS
 
 
 def hop(nbytes: float, rates: Rates) -> float:
