@@ -53,7 +53,6 @@ def test_a_few_rows_get_no_more_pages_than_they_can_use():
     [
         (1, "cpu", {}, 1),
         (1, "cuda", {}, 1),
-        (1, "cuda", {"activations": "cpu"}, 2),
         (3, "cuda", {"blocking": True}, 3),
         (3, "cpu", {}, 4),
         (2, "cpu", {"groups": 7}, 7),
@@ -107,7 +106,7 @@ def test_the_buffers_of_loading_count_until_the_cache_takes_their_place():
     for flags, expected in (
         ({"cache": {"gpu": 100.0}}, largest),
         ({"cache": {"gpu": 100.0}, "dtype": "float32"}, largest),  # blocks are read as they are stored
-        ({"weights": {"cpu": 100}}, 0),
+        ({"weights": {"cpu": 100}, "compress_weights": "off"}, 0),
         ({"weights": {"cpu": 100}, "dtype": "float32"}, largest),
         ({"weights": {"disk": 100}, "stage": True}, largest - 2**28),  # less the slots of the disk tier
         ({"cache": {"cpu": 100}}, 0),

@@ -78,7 +78,6 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         decoding_room=problem.limits["gpu"] // DECODING_SHARE,
         decoded=candidate.decoded,
         coded=candidate.coded,
-        graph_rows=_graph_rows(problem, candidate),
     )
     sizes = replace(sizes, state_rows=_state_rows(problem, sizes), decoded_pages=_decoded_pages(problem, sizes))
     if problem.elsewhere(candidate):
@@ -93,28 +92,32 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     coded = candidate.coded and problem.may_code
     coded = coded and any(tier == "cpu" for name, tier in placed if name in problem.weighed.coded)
     sizes = replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
+    sizes = replace(sizes, graph_rows=0 if streams or problem.elsewhere(candidate) else _graph_rows(problem, sizes))
     while sizes.graph_rows and not _graphs_fit(problem, sizes):
         sizes = replace(sizes, graph_rows=padded_rows(sizes.graph_rows // 2) if sizes.graph_rows > LEAST_GRAPH else 0)
     return sizes
 
 
-def _graph_rows(problem: Problem, candidate: Candidate) -> int:
+def _graph_rows(problem: Problem, sizes: Sizes) -> int:
     """Rows of the largest step that is captured as a graph: where beginnings are shared, more find room than are counted."""
-    if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or candidate.activations != "gpu":
+    if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or sizes.activations != "gpu":
         return 0
     if problem.shape.cache_encoding:  # how many rows are decoded at a time depends on how long they are
         return 0
-    rows = min(GRAPHS_ROOM * candidate.rows, max(problem.workload.num_rows, candidate.rows))
-    return min(padded_rows(-(-rows // candidate.groups)), GRAPH_ROWS)
+    room = min(sizes.pages_in(_left(problem, sizes, rank), rank) for rank in sizes.cut.counts)
+    rows = min(max(GRAPHS_ROOM * room // problem.workload.own_pages, 1), problem.workload.num_rows)
+    return min(padded_rows(-(-rows // sizes.groups)), GRAPH_ROWS)
+
+
+def _left(problem: Problem, sizes: Sizes, rank: int) -> int:
+    """Bytes of the device that are left for the cache, and for graphs."""
+    return max(problem.limits["gpu"] - sum(sizes.fixed(rank, "gpu").values()) + sizes.graphs(rank), 0)
 
 
 def _graphs_fit(problem: Problem, sizes: Sizes) -> bool:
     """Whether graphs take no more than a small share of what is left for the cache, which is worth more."""
-    for rank in sizes.cut.counts:
-        graphs = sizes.graphs(rank)
-        if graphs * GRAPHS_SHARE > problem.limits["gpu"] - sum(sizes.fixed(rank, "gpu").values()) + graphs:
-            return False
-    return True
+    ranks = sizes.cut.counts
+    return all(sizes.graphs(rank) * GRAPHS_SHARE <= _left(problem, sizes, rank) for rank in ranks)
 
 
 def _schedule(problem: Problem, candidate: Candidate) -> str:
