@@ -319,6 +319,20 @@ def test_resident_runs_are_as_fast_as_they_were(made, num_ranks, load, speed):
     assert predicted(made, num_ranks, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.15)
 
 
+def planned(dtype, rows=100, **flags):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+    load = Workload(rows, 512, 128)
+    return planner.make(Problem(run, *LLAMA_8B, dtype, 1, HERE, load.num_rows, load), KNOWN)
+
+
+def test_room_is_kept_for_graphs_where_decode_steps_are_captured_alone():
+    plan = planned("bfloat16")
+    assert plan.graph_rows >= 100 and 96 << 20 < plan.memory[0]["gpu"]["graphs"] < 1 << 30
+    others = planned("bfloat16", graphs=False), planned("float32"), planned("bfloat16", activations="cpu")
+    for other in (*others, planned("bfloat16", weights={"cpu": 100.0})):
+        assert not other.graph_rows and "graphs" not in other.memory[0]["gpu"]
+
+
 @pytest.mark.parametrize(("num_ranks", "seconds"), [(1, 1.0991), (2, 0.5595)])
 def test_a_streamed_mixture_decodes_as_fast_as_it_did(num_ranks, seconds):
     found = predicted(QWEN3_30B, num_ranks, Workload(256, 512, 32), "bfloat16", compress_weights="off", **CPU)

@@ -13,6 +13,7 @@ from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused, reserved
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
+from noria.plan.terms import HALF
 from noria.step import PAGE_TOKENS
 from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
@@ -101,6 +102,8 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
 def _graph_rows(problem: Problem, sizes: Sizes) -> int:
     """Rows of the largest step that is captured as a graph: where beginnings are shared, more find room than are counted."""
     if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or sizes.activations != "gpu":
+        return 0
+    if problem.dtype not in HALF:  # attention by lists of work alone can be captured
         return 0
     if problem.shape.cache_encoding:  # how many rows are decoded at a time depends on how long they are
         return 0
