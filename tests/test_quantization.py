@@ -195,6 +195,11 @@ LISTS = [
         {"experts": "mxfp4"},
     ),
     ("gpt_oss", {"quant_method": "mxfp4"}, {"experts": "mxfp4"}),
+    (
+        "qwen3_moe",
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
+        {"qkv": "fp8_block", "out": "fp8_block", "experts": "mxfp4"},
+    ),
     ("llama", {"quant_method": "mxfp4"}, dict.fromkeys(("qkv", "out", "gate_up", "down"), "mxfp4")),
     (
         "qwen3_moe",
@@ -307,6 +312,10 @@ def test_large_random_matrices_are_repetitions_of_some_outputs(monkeypatch):
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "3 bits"),
         ({"quant_method": "gptq"}, "'bits'"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"-:.*mlp.*": {}}},
+            "dynamic is .* modules differ",
+        ),
         ({"quant_method": "fp8", "weight_block_size": 128}, "block_size is 128"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "cannot be made as quantization_config says"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP3"}, "quant_algo is 'NVFP3'"),

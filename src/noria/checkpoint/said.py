@@ -45,9 +45,15 @@ def _chosen(method: str, settings: Mapping[str, Any], experts: bool) -> Chosen:
     if method.startswith("modelopt"):
         return _modelopt(settings.get("quantization", settings))
     its, left = _quantization(method, settings), _left(settings)
-    if method == "mxfp4" and experts:  # as it is published, of experts alone
-        return lambda modules: its if all("experts" in one.split(".") for one in modules) else None
-    return lambda modules: None if any(_is_named(one, left) for one in modules) else its
+    of_experts = Quantization("mxfp4", {}) if settings.get("expert_dtype") == "fp4" else its
+    of_others = None if method == "mxfp4" and experts else its  # as it is published, of experts alone
+
+    def choose(modules: Sequence[str]) -> Quantization | None:
+        if any(_is_named(one, left) for one in modules):
+            return None
+        return of_experts if all("experts" in one.split(".") for one in modules) else of_others
+
+    return choose
 
 
 def _quantization(method: str, settings: Mapping[str, Any]) -> Quantization:
@@ -58,6 +64,8 @@ def _quantization(method: str, settings: Mapping[str, Any]) -> Quantization:
     if method in WORDS:
         return Quantization(WORDS[method], _given(settings, "group_size"))
     if method in ("gptq", "awq"):
+        for key in ("dynamic", "modules_in_block_to_quantize"):
+            require(not settings.get(key), f"{key} is {shown(settings.get(key))}: it makes modules differ")
         its = {"symmetric": bool(settings.get("sym", not settings.get("zero_point", method == "awq")))}
         return _integers(settings["bits"], settings["group_size"], its | {"permuted": bool(settings.get("desc_act"))})
     raise InputError(f"quant_method is {shown(method)}")
