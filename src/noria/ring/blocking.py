@@ -155,5 +155,5 @@ def finish(work: Generator[None, None, T]) -> T:
             next(work)
         except StopIteration as end:
             return cast(T, end.value)
-        if (waited := time.monotonic() - began) > EAGER_AWAITED:
-            time.sleep(pause(waited))
+        waited = time.monotonic() - began
+        time.sleep(pause(waited) if waited > EAGER_AWAITED else 0)

@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 
 SHORTEST_PAUSE = 20e-6  # seconds between two polls; a pause is a 32nd of the idle time, between these two
 LONGEST_PAUSE = 5e-4
-# Seconds without pauses after work has begun, moved on or ended: a sleep of 20 us takes 50, and a message several polls at either
-# end. More of them where a thread waits for work: it does not need the interpreter meanwhile; and beside a GPU no core either.
+# Seconds of polls with none but sleep(0) between them, after work has begun, moved on or ended: a sleep of 20 us takes 50, and a
+# message several polls at either end. More of them where a thread waits for work, and more again where no core computes.
 EAGER, EAGER_AWAITED, EAGER_BESIDE_GPU = 1e-4, 2e-3, 2e-2
 # Seconds after which a thread that runs Python lets another one run: by default 5 ms, for which a message would wait at either
 # end whenever the main thread composes a step or launches a layer.
@@ -164,6 +164,10 @@ class Communication:
                 idle = time.monotonic() - (max(last, self._wait_began) if waits else last)
                 if idle > (self._eager if waits else EAGER):
                     self._wake.wait(pause(idle))
+                else:
+                    time.sleep(
+                        0
+                    )  # some us: the core and the interpreter go to whoever needs them, who may be the other rank
             elif self._closing and not self._new:
                 return
             else:
