@@ -178,6 +178,15 @@ def test_report_and_inspect_tell_where_the_time_went(run, capsys):
     assert "<h2>Where the time went</h2>" in page and ">computing</th>" in page
 
 
+def test_a_share_that_cannot_be_is_left_out():
+    """Rows that share a beginning read it together, and it is counted for each of them."""
+    found = spent(PLAN, arrays(TIMING | {"decode_memory_nbytes": [50e12, 60e12]}), RATES)
+    assert [("memory bandwidth" in one.used, "peak FLOP/s" in one.used) for one in found.phases] == [
+        (True, True),
+        (False, True),
+    ]
+
+
 def test_only_changes_of_rates_change_shares():
     """A rate that is half as fast is used twice as much; shares of the time stay."""
     half = Rates(device_memory=2e12, host_to_device=25e9, hop=50e9, matmul={"bfloat16": 300e12})

@@ -28,6 +28,7 @@ LINKS = {
     "gpu_to_host": ("link from the GPU", "device_to_host"),
     "rank_to_rank": ("link to next rank", "hop"),
 }
+MOST_USED = 1.05  # of a rate: beyond it rows have shared what was counted for each of them
 LEAST_TOLD = 0.005  # of the time: less on all ranks is left out
 NAMES, CELLS = 20, 30  # characters of a line: a name and a cell for each phase
 
@@ -143,7 +144,9 @@ def _used(phase: str, timings: Timings, rates: Rates, dtype: str) -> Iterator[tu
     for words, (counted, name, rate) in of_rates.items():
         done = timings.get(f"{phase}_{counted}")
         if done is not None and rate > 0 and name not in rates.assumed and (done > 0).any():
-            yield words, _spread(done / seconds / rate, seconds)
+            share = _spread(done / seconds / rate, seconds)
+            if share.mean <= MOST_USED:
+                yield words, share
     for link, (words, name) in LINKS.items():
         moved = timings.get(f"{phase}_{link}_nbytes", np.zeros(len(seconds)))
         if name not in rates.assumed and (moved > 0).any():
