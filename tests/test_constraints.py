@@ -236,6 +236,20 @@ def test_a_constraint_is_compiled_once_and_the_last_are_kept(monkeypatch):
     assert "".join(compiled) == "abcdab("
 
 
+@pytest.mark.parametrize(("worth", "expected"), [(10.0, 3), (0.0, 1)])
+def test_many_rows_of_a_constraint_are_copies_of_several(monkeypatch, worth, expected):
+    for name, value in {"COPIES": 2, "MOST_THREADS": 3, "WORTH_SECONDS": worth}.items():
+        monkeypatch.setattr(module, name, value)
+    constraints, compiled = Constraints(TOKENIZER, 2048), []
+    compile = constraints._compile
+    constraints._compile = lambda one: compiled.append(one) or compile(one)
+    matchers = [constraints.matcher({"choice": ["abc", "xyz"]}) for _ in range(9)]
+    assert len(compiled) == expected, "copies of one wait for one another; compiling takes longer than waiting"
+    for place, matcher in enumerate(matchers):
+        word = "abc" if place % 2 else "xyz"
+        assert matcher.consume_tokens(ids(word[0])) and takes(matcher, word[1:])
+
+
 def test_rows_of_one_constraint_do_not_share_their_place_in_it(constraints):
     one, other = (constraints.matcher({"choice": ["abc", "xyz"]}) for _ in range(2))
     assert one.consume_tokens(ids("a")) and other.consume_tokens(ids("x"))

@@ -6,8 +6,10 @@ own limits bound what one takes. Opens no file, follows no reference out of a sc
 
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +22,8 @@ from noria.tools.text import one_line
 HOW_TO_GET = "structured output needs llguidance: pip install 'llguidance>=1.8'"
 MOST_KEPT = 128  # constraints that are compiled
 MOST_THREADS = 8  # that make masks
+COPIES = 32  # of a compiled constraint, one after another, before the next is copied
+WORTH_SECONDS = 0.2  # what takes longer is compiled once, however many rows have it
 _MOST_SAID = 300  # characters of an error
 # What JSON may have between its parts: bounded, so that a row cannot go on with blanks for ever.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -34,28 +38,51 @@ def llguidance() -> Any:
     return found
 
 
+@dataclass
+class _Compiled:
+    """One constraint: its matchers, or why there is none. Copies of a matcher make their masks one after another, whatever
+    threads there are: many rows are copies of several."""
+
+    found: list[Any]
+    seconds: float  # that compiling it took
+    copies: int = 0
+
+    def copy(self, again: Callable[[], Any]) -> tuple[Any, int]:
+        """A matcher at the beginning of a text, and of which it is a copy; `again` compiles one more. Raises InputError."""
+        if isinstance(self.found[0], InputError):
+            raise InputError(str(self.found[0]))
+        place, self.copies = self.copies // COPIES % MOST_THREADS, self.copies + 1
+        if place >= len(self.found) and self.seconds < WORTH_SECONDS:
+            self.found.append(again())
+        place = min(place, len(self.found) - 1)
+        return self.found[place].deep_copy(), place
+
+
 class Constraints:
     """Compiles for one tokenizer and a model of so many token ids. Loads nothing before it is first asked."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
     def matcher(self, constraint: Mapping[str, Any]) -> Any:
         """A new LLMatcher at the beginning of a text, for a checked value of structured_outputs that asks for something.
 
         Raises InputError for what llguidance cannot do, with the place in the schema.
         """
+        return self.copy(constraint)[0]
+
+    def copy(self, constraint: Mapping[str, Any]) -> tuple[Any, int]:
+        """The same, and which of the constraint's compiled matchers it is a copy of: copies of one wait for one another."""
         source = json.dumps(constraint, sort_keys=True)
         if source not in self._compiled:
-            self._compiled[source] = self._result(constraint)
+            began = time.perf_counter()
+            found = self._result(constraint)
+            self._compiled[source] = _Compiled([found], time.perf_counter() - began)
             if len(self._compiled) > MOST_KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(source)
-        found = self._compiled[source]
-        if isinstance(found, InputError):
-            raise InputError(str(found))
-        return found.deep_copy()
+        return self._compiled[source].copy(lambda: self._result(constraint))
 
     @property
     def crowded(self) -> bool:

@@ -36,14 +36,14 @@ class Want:
 
 
 class Guide:
-    """Steers one row. `matcher`: of its answer; `ends`: tokens that end a row.
+    """Steers one row. `matcher`: of its answer, a copy of a compiled one (`copy_of`); `ends`: tokens that end a row.
 
     untold: tokens of the answer that the matcher has not been told: it is, together with those of other rows, before it makes
     its next mask (`made`).
     """
 
-    def __init__(self, reasoning: Reasoning | Channels | None, matcher: Any, ends: Sequence[int]):
-        self.reasoning, self.matcher, self._ends = reasoning, matcher, ends
+    def __init__(self, reasoning: Reasoning | Channels | None, matcher: Any, ends: Sequence[int], copy_of: int = 0):
+        self.reasoning, self.matcher, self._ends, self.copy_of = reasoning, matcher, ends, copy_of
         self.untold: list[int] = []
         self.turned = False  # whether what it must be told of has changed
         self.error = ""
@@ -153,9 +153,9 @@ class Guides:
         if reasoning is None and not _asks(sampling):
             return None
         self.steering |= steers(sampling)
-        matcher = self.constraints.matcher(sampling.structured_outputs or {}) if _asks(sampling) else None
+        matcher, copy_of = self.constraints.copy(sampling.structured_outputs or {}) if _asks(sampling) else (None, 0)
         ends: Iterable[int] = self._tokenizer.end_token_ids if self._tokenizer else ()
-        return Guide(reasoning, matcher, sorted({*ends, *(sampling.stop_token_ids or ())}))
+        return Guide(reasoning, matcher, sorted({*ends, *(sampling.stop_token_ids or ())}), copy_of)
 
 
 def _asks(sampling: Sampling) -> bool:
@@ -224,11 +224,14 @@ def made(
     samples = sorted(wants)
     forced = np.array([wants[sample][1].forced for sample in samples], np.int32)
     masked = [wants[sample] for sample in samples if wants[sample][1].forced == ANY]
-    by_matcher = [(want.matcher, row) for row, (_, want) in enumerate(masked) if want.matcher is not None]
+    order = sorted(
+        range(len(masked)), key=lambda row: masked[row][0].copy_of
+    )  # threads take those that follow one another
+    by_matcher = [(masked[row][1].matcher, row) for row in order if masked[row][1].matcher is not None]
     words = constraints.mask_width if by_matcher else -(-vocab_size // 32)
     bits = (memory or MaskMemory()).of(len(masked), words)
     if by_matcher:
-        _tell([guide for guide, want in masked if want.matcher is not None], constraints)
+        _tell([masked[row][0] for _, row in by_matcher], constraints)
         constraints.executor.unsafe_compute_mask_ptr(by_matcher, bits.ctypes.data, 4 * words, len(masked))
     packed = bits.view(np.uint8)
     for row, (guide, want) in enumerate(masked):
