@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,14 @@ from noria.model import ModelShape
 from noria.models import _experts, _fused
 
 CACHE = "TRITON_CACHE_DIR"  # where Triton keeps what it builds; its own default is below $HOME
+T = TypeVar("T")
+
+
+def _on_first_of_nodes(here: ThisRank, build: Callable[[], T]) -> list[T]:
+    """What `build` returns on each rank: on the first of each node before the others, which find what it built. Collective."""
+    first = here.location.local_rank == 0
+    built = mpi.on_every_rank(here.comm, lambda: (build(),) if first else None)
+    return here.comm.allgather(mpi.on_every_rank(here.comm, lambda: (built or (build(),))[0]))
 
 
 def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: str) -> str:
@@ -30,14 +39,13 @@ def build_attention(config: Config, here: ThisRank, shape: ModelShape, dtype: st
     one built.
     """
     keeps = here.device.type == "cuda" and keep_kernels(config)
-    began, first = time.perf_counter(), here.location.local_rank == 0
+    began = time.perf_counter()
 
     def build() -> tuple[str, str]:
         kind, why = attention.fitting(here.device, getattr(torch, dtype), shape)
         return kinds.name_of(kind), why
 
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: built or build()))
+    found = _on_first_of_nodes(here, build)
     took = f" ({time.perf_counter() - began:.1f} s; kept in {keeps})" if keeps and found[0][0] != "sdpa" else ""
     for name, reason in dict.fromkeys(found):
         rank = "" if len({*found}) == 1 else f"rank {found.index((name, reason))}: "
@@ -49,14 +57,13 @@ def build_fused(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     """Builds the kernels that layers launch between their products; says where torch computes that, and why. Collective."""
     if here.device.type != "cuda":
         return
-    began, first = time.perf_counter(), here.location.local_rank == 0
+    began = time.perf_counter()
 
     def build() -> str:
         why = _fused.build(shape, here.device, getattr(torch, dtype))
         return f"norms, rotary positions and gates by torch, not by kernels: {why}" if why else ""
 
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    found = _on_first_of_nodes(here, build)
     took = f"norms, rotary positions and gates by kernels ({time.perf_counter() - began:.1f} s)"
     here.say(*dict.fromkeys(line or took for line in found))
 
@@ -77,13 +84,7 @@ def build_products(here: ThisRank, dtype: str) -> str:
 
 def _build_or_say(here: ThisRank, dtype: str, refuses: Callable[[torch.device, torch.dtype], str], instead: str) -> str:
     """Why some rank refuses; what is done instead is said of half precisions on GPUs, which should have the kernels."""
-    first = here.location.local_rank == 0
-
-    def build() -> str:
-        return refuses(here.device, getattr(torch, dtype))
-
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    found = _on_first_of_nodes(here, lambda: refuses(here.device, getattr(torch, dtype)))
     why = next(filter(None, found), "")
     if why and here.device.type == "cuda" and dtype in ("bfloat16", "float16"):
         here.say(f"{instead}: {why}")
@@ -94,13 +95,7 @@ def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
     """Builds the kernels that decode these encodings, and says which of them torch decodes instead, and why. Collective."""
     if here.device.type != "cuda" or not names:
         return
-    first = here.location.local_rank == 0
-
-    def build() -> list[str]:
-        return encodings.without_kernel(names, here.device, getattr(torch, dtype))
-
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    found = _on_first_of_nodes(here, lambda: encodings.without_kernel(names, here.device, getattr(torch, dtype)))
     here.say(*dict.fromkeys(line for lines in found for line in lines))
 
 
@@ -109,13 +104,9 @@ def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     arrays = {array for layer in range(shape.num_layers) for array in shape.arrays(layer) if array.encoding}
     if here.device.type != "cuda" or not arrays:
         return
-    first = here.location.local_rank == 0
-
-    def build() -> list[str]:
-        return encodings.without_cache_kernels(arrays, here.device, getattr(torch, dtype))
-
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    found = _on_first_of_nodes(
+        here, lambda: encodings.without_cache_kernels(arrays, here.device, getattr(torch, dtype))
+    )
     here.say(*dict.fromkeys(line for lines in found for line in lines))
 
 
@@ -123,14 +114,13 @@ def build_mixtures(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     """Builds the kernels of a model's mixtures of experts; says where torch computes them, and why. Collective."""
     if here.device.type != "cuda" or not shape.mixture_size:
         return
-    began, first = time.perf_counter(), here.location.local_rank == 0
+    began = time.perf_counter()
 
     def build() -> str:
         why = _experts.build(shape, here.device, getattr(torch, dtype))
         return f"mixtures of experts by torch, not by tiles: {why}" if why else ""
 
-    built = mpi.on_every_rank(here.comm, lambda: build() if first else None)
-    found = here.comm.allgather(mpi.on_every_rank(here.comm, lambda: build() if built is None else built))
+    found = _on_first_of_nodes(here, build)
     tiles = f"mixtures of experts by tiles ({time.perf_counter() - began:.1f} s)"
     here.say(*dict.fromkeys(line or tiles for line in found))
 

@@ -187,6 +187,19 @@ def gated(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: tor
     return linear(inner, parameters["down"])
 
 
+def attend_groups(
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    normed: torch.Tensor,
+    positional: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
+) -> torch.Tensor:
+    """[T, H, D] from normed hidden states [T, E]; queries, keys and values lie head after head in `qkv`."""
+    queries, keys, values = _heads.split_groups(shape, parameters, normed)
+    return cache.attend(queries, key=keys, value=values, rotary=positional)
+
+
 @dataclass(frozen=True)
 class Halves:
     """What the halves of a family's layer are: how it attends, its feed-forward, and their norm."""

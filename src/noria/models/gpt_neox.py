@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads
-from noria.models._cache import Cache
+from noria.models import _decoder, _general
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._general import layer_norm_head as head  # type: ignore[assignment]  # noqa: F401
 
@@ -43,17 +40,4 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     return _general.described(found, *norms, norm_biases=True, gated=False, parallel=parallel)
 
 
-def _attend(
-    shape: ModelShape,
-    index: int,
-    parameters: Mapping[str, torch.Tensor],
-    normed: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache,
-) -> torch.Tensor:
-    """[T, H, D] from normed hidden states [T, E]."""
-    queries, keys, values = _heads.split_groups(shape, parameters, normed)
-    return cache.attend(queries, key=keys, value=values, rotary=positional)
-
-
-layer = partial(_general.layer, halves=_general.Halves(_attend, _general.mlp, _general.layer_norm))
+layer = partial(_general.layer, halves=_general.Halves(_general.attend_groups, _general.mlp, _general.layer_norm))
