@@ -313,6 +313,7 @@ def test_rounds_of_opt_30b_take_what_they_took(num_ranks, load, flags, prefill, 
         (LLAMA_8B, 1, Workload(16, 512, 400), 2408),
         (LLAMA_8B, 2, Workload(1024, 512, 128), 11321),
         (QWEN3_30B, 1, Workload(512, 512, 128), 8467),
+        (LLAMA_8B, 1, Workload(512, 2200, 64, shared_tokens=1980), 6492),
     ],
 )
 def test_resident_runs_are_as_fast_as_they_were(made, num_ranks, load, speed):

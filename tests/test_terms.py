@@ -51,6 +51,12 @@ def test_attention_of_decoding_rows_reads_the_cache_as_fast_as_items_do(rows, to
     assert terms.cache_reading(nbytes, H200) == pytest.approx(milliseconds / 1000, rel=0.15)
 
 
+def test_a_beginning_that_rows_share_is_read_as_fast_as_it_was():
+    nbytes = 512 * terms.own_context(1984 + 248, 1984) * 2 * 8 * 128 * 2
+    assert terms.cache_reading(nbytes, H200) == pytest.approx(0.299e-3, rel=0.15)
+    assert terms.own_context(576, 0) == 576
+
+
 @pytest.mark.parametrize(("rows", "prompt", "milliseconds"), [(8, 2048, 0.7578), (2, 8192, 2.501)])
 def test_attention_of_chunks_takes_a_share_of_a_products_rate_that_grows_with_their_length(rows, prompt, milliseconds):
     flops = 4 * rows * prompt * prompt / 2 * 32 * 128

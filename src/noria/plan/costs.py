@@ -43,9 +43,8 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     stored = sent + sum(tier["store"] for tier in cache.values())
     read = passes * (work.read - (1 - touched) * work.expert_read)
     flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
-    seen = (
-        turn.rows * turn.context * (work.decoded or work.token) + 2 * sampled * work.state
-    )  # states are read and written
+    context = terms.own_context(turn.context, turn.shared)
+    seen = turn.rows * context * (work.decoded or work.token) + 2 * sampled * work.state  # states are read and written
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - touched) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between

@@ -53,7 +53,8 @@ class Round:
     """One step of every group: rows that decode a token each, and chunks of prompts; the groups have equal parts of both.
 
     `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
-    average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed.
+    average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed. `shared`: of the context, tokens that
+    other rows of the step look at too.
     """
 
     rows: float
@@ -62,6 +63,7 @@ class Round:
     chunk_rows: float = 0.0
     chunk_context: float = 0.0
     chunk_cached: float = 0.0
+    shared: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -91,7 +93,7 @@ class Rounds:
 
 def decoding(rows: float, workload: Workload) -> Round:
     """A decode round of so many rows, half of their new tokens behind them."""
-    return Round(rows, workload.prompt_tokens + workload.new_tokens / 2)
+    return Round(rows, workload.prompt_tokens + workload.new_tokens / 2, shared=workload.shared_tokens)
 
 
 def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int) -> Rounds:
@@ -118,8 +120,9 @@ def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int)
     begun = rows * waves / prefills
     shared = workload.shared_tokens
     cached = shared + prompt * (pieces - 1) / (2 * pieces)
-    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached)
-    return Rounds(prefills, filling, alone, Round(left / alone if alone else rows, context), workload.new_tokens)
+    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared)
+    last = Round(left / alone if alone else rows, context, shared=shared)
+    return Rounds(prefills, filling, alone, last, workload.new_tokens)
 
 
 def _rounds(rows: float, prompt: float, round_tokens: int, pieces: float) -> float:

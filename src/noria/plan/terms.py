@@ -14,6 +14,9 @@ WEIGHTS_SHARE = 0.88
 # Attention of decoding rows by items reads the cache at 1.0 of a copy's rate (1,024 rows x 576 tokens, 64 x 4,096), with few
 # keys at 0.8 (512 x 232) to 0.6 (16 x 576).
 CACHE_SHARE = 0.92
+# What rows of a step share is read once for many of them: 512 rows behind one beginning of 1,984 tokens, each with 248 of its
+# own, take 0.299 ms a layer: a shared token costs a row a sixth of one of its own.
+SHARED_SPEED = 6.0
 # Attention of chunks by items: 0.45 of a product's rate for prompts of 2,048 tokens, 0.55 for 8,192.
 CHUNK_SHARE, CHUNK_HALF = 0.58, 310.0
 # Norms, rotary, activations, residual sums: what all inputs and outputs of a layer's products take, so many times; by fused
@@ -66,6 +69,11 @@ def decoding(nbytes: float, rates: Rates) -> float:
 def matmul(flops: float, rows: float, dtype: str, rates: Rates) -> float:
     """Products of so many rows each."""
     return flops / (rates.matmul_at(dtype, rows) * MATMUL_SHARE)
+
+
+def own_context(context: float, shared: float) -> float:
+    """Tokens of its own that take a row as long as this context, so many tokens of which other rows share."""
+    return context - shared + shared / SHARED_SPEED
 
 
 def cache_reading(nbytes: float, rates: Rates) -> float:
