@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from noria import config
-from noria.plan import planner, rates, what_if
+from noria.plan import loads, planner, rates, what_if
 from noria.plan.costs import Workload
 from noria.plan.explained import PHASES, binding_words, memory_lines, plan_as_dict, term_lines
 from noria.plan.planner import GiB
@@ -32,13 +32,13 @@ def streamed():
     return problem, planner.make(problem, H200)
 
 
-def test_the_terms_are_seconds_that_bytes_take_at_the_rates(streamed):
-    _, plan = streamed
+def test_the_terms_are_seconds_that_bytes_take_at_the_rates():
+    plan = planner.make(problem_of(weights={"cpu": 100.0}, laps=4), H200)
     terms, rates_of = plan.predicted["terms"], H200
     layer = (3 + 1 + 4 + 4) * 1024 * 1024 * 2  # bytes of the matrices in half precision
     head = 50272 * 1024 * 2
     last = (4 * layer + head) / rates_of.host_to_device  # the second rank's
-    assert plan.groups == 1 or plan.laps == 4, "a layer is loaded once a round"
+    assert all(loads.once(plan, rank, lap) for rank in (0, 1) for lap in range(plan.laps)), "a layer, a round"
     assert terms["decode"]["link"] == pytest.approx(last, rel=0.001)
     assert terms["decode"]["disk"] == 0 and plan.predicted["decode"]["round_seconds"] >= terms["decode"]["link"]
     phases = {phase: plan.predicted[phase]["round_seconds"] for phase in ("prefill", "decode")}
