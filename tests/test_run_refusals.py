@@ -91,7 +91,7 @@ def test_a_newer_checkpoint_is_refused_with_both_versions(refusal, folder):
     with h5py.File(folder / "newer.h5", "r+") as file:
         file.attrs["version"] = 99
     line = refusal("--model", folder / "newer.h5")
-    assert "newer.h5" in line and "99" in line and "1" in line
+    assert "newer.h5 is version 99 of the format, this Noria reads up to 2" in line
 
 
 # Keys and flags.
