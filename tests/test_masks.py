@@ -1,10 +1,13 @@
 """Masks as data, and what they do to logits, against numpy on the same numbers."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from noria.engine import sampler as module
+from noria.engine.masking import masking
 from noria.engine.sampler import Sampler
 from noria.masks import ANY, Masks
 from noria.step import NO_TOKEN, NONE_LEFT, Admitted, Step
@@ -35,6 +38,16 @@ def test_a_message_decodes_to_the_masks_that_it_encodes():
         assert all(
             np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(again._arrays(), masks._arrays(), strict=True)
         )
+
+
+def test_masks_of_a_message_are_put_on_the_device_without_a_warning():
+    masks = Masks.decode(masks_of({1: [2], 2: [3, 20]}).encode())
+    scores = torch.zeros(3, VOCAB, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for edit in masking(masks, [0, 1, 2], VOCAB):
+            edit(scores.view(-1), torch.from_numpy)
+    assert [np.flatnonzero(row == 0).tolist() for row in scores.numpy()][1:] == [[2], [3, 20]]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 8), (1, 4), (3, 7), (6, 6), (2, 3)])

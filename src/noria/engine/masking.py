@@ -38,7 +38,7 @@ def _put(bits: np.ndarray, device: torch.device) -> torch.Tensor:
     """Bits on the device, in a copy that the host does not wait for. They are copied to page-locked memory by numpy: torch would
     do it by all its threads, which wait for one another while others make masks."""
     if device.type != "cuda":
-        return torch.from_numpy(bits)
+        return torch.from_numpy(np.require(bits, requirements="W"))  # of a message they are not writable
     held = torch.empty(bits.shape, dtype=torch.uint8, pin_memory=True)
     np.copyto(held.numpy(), bits)
     return held.to(device, non_blocking=True)

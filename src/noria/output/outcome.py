@@ -48,7 +48,8 @@ class Reasons:
         ordered = sorted(self.counts, key=lambda kind: -self.counts[kind])
         lines = [f"{plural(self.counts[kind], 'row')} in error, {self._words(kind)}" for kind in ordered[:shown]]
         rest = sum(self.counts[kind] for kind in ordered[shown:])
-        return lines + [f"{plural(rest, 'row')} in error for {len(ordered) - shown} other reasons"] * (rest > 0)
+        others = plural(len(ordered) - shown, "other reason")
+        return lines + [f"{plural(rest, 'row')} in error for {others}"] * (rest > 0)
 
     def groups(self) -> list[tuple[int, list[tuple[str, str]]]]:
         """How many rows each reason has, the most frequent first, with id and words of its first rows."""
