@@ -71,6 +71,7 @@ ALLOWED = {
         "kernels/attend.py",
         "kernels/expert_layer.py",
         "kernels/mix.py",
+        "kernels/trying.py",
         "kernels/routing.py",
         "kernels/placed.py",
         "kernels/scoring.py",

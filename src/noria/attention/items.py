@@ -14,6 +14,7 @@ from noria.attention import sdpa
 from noria.attention._lists import HeldLists, Lists
 from noria.attention._ragged import ragged
 from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.trying import tried
 from noria.kernels.work import WIDE_TILE, RaggedRows
 from noria.step import PAGE_TOKENS, Run, Span
 
@@ -41,16 +42,14 @@ def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows:
 @lru_cache
 def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
     """Why kernels for such heads cannot be built or are wrong; empty where they are right. They are built once."""
-    try:
+
+    def trial() -> str:
         largest = _largest_error(device, dtype, heads)
         for window in windows:
             _kernel().build(device, dtype, heads, window)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
-        return f"it cannot be built: {words.splitlines()[0][:200]}"
-    return "" if largest < LARGEST_ERROR else "it gives other results than sdpa"
+        return "" if largest < LARGEST_ERROR else "it gives other results than sdpa"
+
+    return tried(trial)
 
 
 def _largest_error(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> float:

@@ -14,6 +14,7 @@ import torch
 from noria import kinds
 from noria.arrays import Array
 from noria.encodings import _kernels
+from noria.kernels.trying import tried
 from noria.step import PAGE_TOKENS
 
 Fields = Mapping[str, torch.Tensor]
@@ -71,13 +72,7 @@ def refuses(array: Array, device: torch.device, dtype: torch.dtype) -> str:
         return f"they need a CUDA device, this is the {device.type.upper()}"
     if dtype not in _kernels.DTYPES:
         return f"they take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    try:
-        return "" if _gives_the_same(array, device, dtype) else "they give other bits"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
-        return f"they cannot be built: {words.splitlines()[0][:200]}"
+    return tried(lambda: "" if _gives_the_same(array, device, dtype) else "they give other bits", "they")
 
 
 def _gives_the_same(array: Array, device: torch.device, dtype: torch.dtype) -> bool:

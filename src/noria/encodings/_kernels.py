@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from noria import kinds
+from noria.kernels.trying import tried
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels decode to
 SHAPE = (70, 300)  # of the matrix that is decoded both ways: tiles and groups that are whole, and others
@@ -26,13 +27,11 @@ def decoder(encoding: str, device: torch.device, dtype: torch.dtype) -> tuple[De
 @lru_cache
 def _refused(encoding: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernel of an encoding is not used; empty where it is. It is tried once, which builds it."""
-    try:
+
+    def trial() -> str:
         return "" if gives_the_same(encoding, _kernel(encoding), device, dtype) else "it gives other bits"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
-        return f"it cannot be built: {words.splitlines()[0][:200]}"
+
+    return tried(trial)
 
 
 def _kernel(encoding: str) -> Decode:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from noria.kernels.trying import tried
+
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 number that these do not have
 HALVES = (torch.bfloat16, torch.float16)
 COLUMNS = 5  # of settings: temperature, top_k, top_p, min_p, and the number from 0 to 1 that is drawn with
@@ -68,13 +70,7 @@ def refuses(device: torch.device, dtype: torch.dtype, vocab: int) -> str:
 @lru_cache
 def _unbuilt(device: torch.device, dtype: torch.dtype, vocab: int) -> str:
     """Why the kernels cannot be built or are wrong; empty where they are right. They are built once."""
-    try:
-        return "" if draws(device, dtype, vocab) else "it draws other tokens"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
-        return f"it cannot be built: {words.splitlines()[0][:200]}"
+    return tried(lambda: "" if draws(device, dtype, vocab) else "it draws other tokens")
 
 
 def draws(device: torch.device, dtype: torch.dtype, vocab: int) -> bool:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 
 from noria import kinds
+from noria.kernels.trying import tried
 
 HALVES = (torch.bfloat16, torch.float16)
 ALL = range(1 << 62)  # any number of rows
@@ -58,14 +59,12 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
         return f"it needs a CUDA device, this is the {device.type.upper()}"
     if dtype not in HALVES:
         return f"it multiplies float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    try:
+
+    def trial() -> str:
         wrong = max(error(device, dtype, of_weights) for of_weights in (dtype, torch.float32))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failed:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(failed).strip() or type(failed).__name__
-        return f"it cannot be built: {words.splitlines()[0][:200]}"
-    return "" if wrong < LARGEST_ERROR else "it gives other results than torch"
+        return "" if wrong < LARGEST_ERROR else "it gives other results than torch"
+
+    return tried(trial)
 
 
 def build(dtype: torch.dtype, router: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from noria import kinds
+from noria.kernels.trying import tried
 from noria.model import ModelShape
 from noria.models import _rotary
 from noria.models._linear import ACTIVATIONS
@@ -137,14 +138,11 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
         return f"they need a CUDA device, this is the {device.type.upper()}"
     if dtype not in DTYPES:
         return f"they compute float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    try:
-        largest = _largest_error(device, dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(error).strip() or type(error).__name__
-        return f"they cannot be built: {words.splitlines()[0][:200]}"
-    return "" if largest < LARGEST_ERROR else "they give other results than torch"
+
+    def trial() -> str:
+        return "" if _largest_error(device, dtype) < LARGEST_ERROR else "they give other results than torch"
+
+    return tried(trial, "they")
 
 
 def _largest_error(device: torch.device, dtype: torch.dtype) -> float:

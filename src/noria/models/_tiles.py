@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from noria import kinds
 from noria.kernels.expert_layer import ExpertLayer
+from noria.kernels.trying import tried
 
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # Ampere
@@ -75,14 +76,7 @@ def _tried(device: torch.device, error: Callable[[], float]) -> str:
     """Why kernels cannot be built or are wrong, which is tried by what tells their error; empty where they are right."""
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "they need a GPU of compute capability 8.0"
-    try:
-        largest = error()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failed:  # noqa: BLE001 -- whatever Triton, its compiler and its driver raise
-        words = str(failed).strip() or type(failed).__name__
-        return f"they cannot be built: {words.splitlines()[0][:200]}"
-    return "" if largest < LARGEST_ERROR else "they give other results than torch"
+    return tried(lambda: "" if error() < LARGEST_ERROR else "they give other results than torch", "they")
 
 
 def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor], number: int) -> None:
