@@ -101,7 +101,7 @@ class Case:
 
 CASES = {
     "deepseek-v3": Case(DEEPSEEK_V3 | {"first_k_dense_replace": 1}, 8, 2, 512, 512, 16, ("--weights", "cpu=100")),
-    "glm-5": Case(GLM_5, 40, 2, 256, 512, 8),
+    "glm-5": Case(GLM_5, 41, 2, 256, 512, 8),
     "gpt-oss-120b": Case(GPT_OSS_120B, 36, 1, 512, 512, 128),
     "gpt-oss-120b-streamed": Case(GPT_OSS_120B, 36, 1, 256, 512, 12, ("--gpu-memory", "40GiB")),
     "qwen3-235b": Case(QWEN3_235B, 94, 2, 512, 512, 32, ("--gpu-memory", "72GiB")),
