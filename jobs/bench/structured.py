@@ -4,7 +4,8 @@
     python jobs/bench/structured.py --masks [--rows 256]      what the masks of a step cost this machine's CPU, without a model
 
 Prints one JSON line: generated tokens per second of free and of constrained rows, in turn in one process, and their ratio;
-or milliseconds a step. Needs llguidance.
+or milliseconds a step. `--schema bounded` limits the length of strings: near its end a mask takes 100 times as long as
+another, since no set of tokens that is known beforehand is allowed as a whole. Needs llguidance.
 """
 
 import argparse
@@ -30,17 +31,22 @@ from noria.rows.tokenizer import Tokenizer
 from noria.run import run
 
 END = 1
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string"},
-        "age": {"type": "integer"},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
-SCHEMA = {"type": "array", "items": PERSON, "minItems": 10_000}  # no row ends before its limit
+STRINGS = {"person": {"type": "string"}, "bounded": {"type": "string", "maxLength": 20}}
+
+
+def schema_of(name: str) -> dict[str, object]:
+    """A list of persons that no row ends before its limit, with tags of one of STRINGS."""
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "age": {"type": "integer"},
+            "tags": {"type": "array", "items": STRINGS[name]},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": person, "minItems": 10_000}
 
 
 def tokenizer_files(size: int) -> dict[str, bytes]:
@@ -62,13 +68,13 @@ def tokenizer_files(size: int) -> dict[str, bytes]:
     return {"tokenizer.json": backend.to_str().encode()}
 
 
-def measure_masks(rows: int, size: int, steps: int = 100) -> dict[str, object]:
+def measure_masks(rows: int, size: int, schema: dict[str, object], steps: int = 100) -> dict[str, object]:
     """Milliseconds of a step's masks, by the clock and of CPU time, each row at a place of its own; the tokens are drawn from
     the masks."""
     tokenizer = Tokenizer(tokenizer_files(size), {}, {"eos_token_id": END})
     began = time.perf_counter()
     constraints = Constraints(tokenizer, size)
-    copies = [constraints.copy({"json": SCHEMA}) for _ in range(rows)]
+    copies = [constraints.copy({"json": schema}) for _ in range(rows)]
     guides = [Guide(None, matcher, (END,), copy_of) for matcher, copy_of in copies]
     compiled, draw = time.perf_counter() - began, np.random.default_rng(0)
     spent: dict[str, list[float]] = {"clock": [], "cpu": [], "told": []}
@@ -97,7 +103,8 @@ def measure_masks(rows: int, size: int, steps: int = 100) -> dict[str, object]:
 
 def measure_run(folder: Path, name: str, rows: int, arguments: argparse.Namespace) -> float:
     """Generated tokens a second of one run, from its first step to its last."""
-    own = {"structured_outputs": {"json": SCHEMA}} if name == "constrained" else {"logit_bias": {str(END): -1000}}
+    schema = schema_of(arguments.schema)
+    own = {"structured_outputs": {"json": schema}} if name == "constrained" else {"logit_bias": {str(END): -1000}}
     draw = np.random.default_rng(0)
     with (folder / f"{name}.jsonl").open("w") as file:
         for _ in range(rows):
@@ -143,12 +150,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--times", type=int, default=2)
+    parser.add_argument("--schema", choices=STRINGS, default="person")
     parser.add_argument("--shape", type=Path, help="a config.json (default: Llama-8B)")
     parser.add_argument("--masks", action="store_true", help="only what the masks cost")
     parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
     arguments = parser.parse_args()
-    measured = measure_masks(arguments.rows, LLAMA_8B["vocab_size"]) if arguments.masks else measure_runs(arguments)
-    print(json.dumps({"bench": "structured", "rows": arguments.rows, **measured, "flags": arguments.flags}), flush=True)
+    if arguments.masks:
+        measured = measure_masks(arguments.rows, LLAMA_8B["vocab_size"], schema_of(arguments.schema))
+    else:
+        measured = measure_runs(arguments)
+    asked = {"rows": arguments.rows, "schema": arguments.schema, "flags": arguments.flags}
+    print(json.dumps({"bench": "structured", **asked, **measured}), flush=True)
 
 
 if __name__ == "__main__":
