@@ -56,6 +56,7 @@ ALLOWED = {
         "kernels/rounded.py",
         "kernels/sampling.py",
         "kernels/products.py",
+        "kernels/products_fp8.py",
     },  # imported where there is a GPU
     "torch": {
         "streams.py",
@@ -82,7 +83,9 @@ ALLOWED = {
         "kernels/rounded.py",
         "kernels/drawing.py",
         "kernels/products.py",
+        "kernels/products_fp8.py",
         "kernels/in_order.py",
+        "kernels/fp8.py",
         "launch/building.py",
         "launch/choosing.py",
         "launch/cores.py",

@@ -23,7 +23,7 @@ class Parameter:
 
     dtype: of its numbers when they are computed. own_dtype: the dtype below which it is not computed, whatever the run's.
     pieces: how many runs of bytes it has, one after another, all like `piece`: an expert each, or one with all of it.
-    offset: bytes from the start of the block.
+    offset: bytes from the start of the block. multiplied: products take it as it is stored.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Parameter:
     own_dtype: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     offset: int = 0
+    multiplied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +49,7 @@ class Parameter:
     @property
     def computed_nbytes(self) -> int:
         """Bytes of the numbers as they are computed."""
-        return self.numbers * DTYPE_NBYTES[self.dtype]
+        return self.nbytes if self.multiplied else self.numbers * DTYPE_NBYTES[self.dtype]
 
     @property
     def between_nbytes(self) -> int:
@@ -95,7 +96,7 @@ class Parameter:
 
     @property
     def encoded(self) -> Encoded | None:
-        return None if self.plain else Encoded(self.encoding, self.settings, self.piece)
+        return None if self.plain else Encoded(self.encoding, self.settings, self.piece, self.multiplied)
 
     def place(self, piece: int) -> tuple[int, int]:
         """Where a piece lies: offset from the start of the block, and bytes."""
@@ -146,6 +147,11 @@ class Block:
     @cached_property
     def encoded(self) -> tuple[Parameter, ...]:
         """The parameters that are decoded before they are used."""
+        return tuple(one for one in self.fielded if not one.multiplied)
+
+    @cached_property
+    def fielded(self) -> tuple[Parameter, ...]:
+        """The parameters that are stored in fields of an encoding."""
         return tuple(parameter for parameter in self.parameters if not parameter.plain)
 
     @cached_property
@@ -185,7 +191,7 @@ class Block:
     @cached_property
     def coded(self) -> "Block":
         """The layout that is expected of the block, as a run has it, coded without loss; itself where nothing is coded."""
-        held = {parameter.name: one for parameter in self.parameters if (one := parameter.encoded)}
+        held = {one.name: one.encoded for one in self.fielded}
         for parameter in (one for one in self.parameters if one.may_be_coded):
             nbytes = round_up(int(parameter.numbers // parameter.pieces * CODED_BITS / 8), VIEW_ALIGNMENT)
             held[parameter.name] = Encoded(CODED, {}, Piece(nbytes, (), parameter.piece.matrices))
@@ -198,8 +204,10 @@ class Block:
         return {}
 
     def plain(self, dtype: str) -> "Block":
-        """The layout of the block in a run in `dtype` with none of its parameters encoded."""
-        return lay_out(self.name, {parameter.name: _turned(parameter.wanted) for parameter in self.parameters}, dtype)
+        """The layout of the block in a run in `dtype` with none of its parameters to be decoded."""
+        held = {one.name: one.encoded for one in self.fielded if one.multiplied}
+        wanted = {one.name: _turned(one.wanted) if one.name not in held else one.wanted for one in self.parameters}
+        return lay_out(self.name, wanted, dtype, held)
 
     def cast(self, dtype: str) -> "Block":
         """The layout of the block as a run in `dtype` has it.
@@ -215,7 +223,7 @@ class Block:
     def _cast(self, dtype: str) -> tuple["Block", bool]:
         if dtype not in self._casts:  # kept: a plan asks for every block of every candidate
             wanted = {parameter.name: parameter.wanted for parameter in self.parameters}
-            encoded = {parameter.name: held for parameter in self.parameters if (held := parameter.encoded)}
+            encoded = {one.name: one.encoded for one in self.fielded}
             made = lay_out(self.name, wanted, dtype, encoded)
             pairs = zip(self.parameters, made.parameters, strict=True)
             self._casts[dtype] = made, any(one.piece != other.piece for one, other in pairs)
@@ -240,7 +248,7 @@ def lay_out(
     name: str,
     shapes: Mapping[str, tuple[int, ...] | Wanted],
     dtype: str,
-    encoded: Mapping[str, Encoded] | None = None,
+    encoded: Mapping[str, Encoded | None] | None = None,
 ) -> Block:
     """The block of parameters with these shapes, in this order, each starting at a multiple of ALIGNMENT.
 
@@ -251,17 +259,8 @@ def lay_out(
         wanted = shape if isinstance(shape, Wanted) else Wanted(tuple(shape))
         computed = wider(wanted.dtype, dtype)
         held = (encoded or {}).get(parameter) or _plain(wanted, computed)
-        laid = Parameter(
-            parameter,
-            wanted.shape,
-            computed,
-            held.encoding,
-            wanted.pieces,
-            held.piece,
-            wanted.dtype,
-            held.settings,
-            offset,
-        )
+        of_form = held.encoding, wanted.pieces, held.piece, wanted.dtype, held.settings
+        laid = Parameter(parameter, wanted.shape, computed, *of_form, offset, held.multiplied)
         parameters.append(laid)
         offset += round_up(laid.nbytes)
     return Block(name, tuple(parameters), offset)

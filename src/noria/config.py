@@ -160,6 +160,12 @@ class Config:
         "auto",
         ("auto", *ENCODINGS),
     )
+    products: str = key(
+        "number format of the products of layers whose weights are stored in fp8 (auto: that of the computation, weights are"
+        " decoded); fp8 rounds each token's activations too and multiplies codes by codes: numbers are others",
+        "auto",
+        ("auto", "fp8"),
+    )
     device: str = key("where to compute; auto takes the GPU if there is one", "auto", ("auto", "cuda", "cpu"))
     sampling: Sampling = field(default_factory=Sampling)
     pipeline: Pipeline = field(default_factory=Pipeline)

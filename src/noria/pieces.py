@@ -92,8 +92,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Encoded:
-    """How a parameter is stored: the encoding (a file of encodings/), its settings, and what each piece is."""
+    """How a parameter is stored: the encoding (a file of encodings/), its settings, and what each piece is.
+
+    multiplied: it is multiplied as it is stored, and never decoded.
+    """
 
     encoding: str
     settings: Mapping[str, Any]
     piece: Piece
+    multiplied: bool = False

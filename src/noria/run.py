@@ -175,6 +175,7 @@ def _build(
     building.build_mixtures(here, model.shape, plan.dtype)
     building.build_fused(here, model.shape, plan.dtype)
     building.build_cache(here, model.shape, plan.dtype)
+    building.build_fp8(here, model.blocks, plan.dtype)
     building.build_decoders(here, encoded | ({CODED} if plan.coded else set()), plan.dtype)
     scratch = launcher.scratch_folder(config)
     staged = scratch if config.placement.stage else None

@@ -139,7 +139,7 @@ def _check_range(numbers: Sequence[torch.Tensor], dtype: str) -> None:
 
 def check_encoded(checkpoint: Checkpoint, name: str) -> None:
     """Raises InputError, naming file and parameter, for fields of a block that its encodings do not make: read piece by piece."""
-    for parameter in checkpoint.blocks[name].encoded:
+    for parameter in checkpoint.blocks[name].fielded:
         for piece in range(parameter.pieces):
             where = checkpoint.piece(name, parameter.name, piece)
             content = torch.empty(where.nbytes, dtype=torch.uint8)

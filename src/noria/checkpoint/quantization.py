@@ -79,7 +79,7 @@ def forms_of(blocks: Mapping[str, Block], dtype: str) -> dict[str, dict[str, Blo
     None if some are encoded already: the numbers that they were made of are gone. What takes as many bytes as another form
     is left out (fp8_channel).
     """
-    if any(block.encoded for block in blocks.values()):
+    if any(block.fielded for block in blocks.values()):
         return {}
     found = {}
     for word in SIZES:

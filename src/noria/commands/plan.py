@@ -21,6 +21,7 @@ from noria.desk.examination import dtype_of, open_model
 from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.desk.machine import device_of, machine_lines, machine_of, rates_for
+from noria.desk.products import check_products
 from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.plan import costs, planner
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_rows = count(files)
     device = device_of(config)
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
+        check_products(config, device, dtype_of(config, checkpoint.dtype, device))
         workload = _looked(config, files, checkpoint, num_rows)
         known, source = rates_for(config, device, num_ranks)
         problem = _problem(config, checkpoint, num_ranks, num_rows, workload, known, device)

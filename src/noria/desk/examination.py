@@ -22,6 +22,7 @@ from noria.desk.inputs import prompts_of
 from noria.desk.lengths import look
 from noria.desk.mended import mended
 from noria.desk.old_rules import check_rendering
+from noria.desk.products import check_products, with_products
 from noria.desk.steering import check_constraint
 from noria.desk.validation import ModelLimits
 from noria.errors import InputError, require
@@ -72,6 +73,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
     with contextlib.closing(open_model(config, dtype_of(config, None, device))) as checkpoint:
         planner.check(config, num_ranks, checkpoint.shape)
         dtype = dtype_of(config, checkpoint.dtype, device)
+        check_products(config, device, dtype)
         tokenizer = tokenizer_of(checkpoint)
         encode = _encoder(config, checkpoint, tokenizer, helper)
         # An old output stays where it is until nothing can refuse the run any more: see earlier.make_room.
@@ -141,6 +143,7 @@ def open_model(config: Config, dtype: str) -> OpenModel:
     opened = _open(config, dtype)
     try:
         opened.shape = with_cache(with_context(opened, config.max_context), config.kv_cache_dtype)
+        opened.blocks = with_products(opened, config.products)
     except InputError:
         opened.close()
         raise

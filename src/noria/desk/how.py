@@ -7,6 +7,7 @@ from typing import Any
 from noria.config import Config
 from noria.desk.examination import Examined
 from noria.desk.inputs import prompts_of
+from noria.desk.products import told
 from noria.model import OpenModel
 from noria.plan.plan import Plan
 from noria.plan.written import otherwise
@@ -21,6 +22,7 @@ def remarks(config: Config, device: str, num_rows: int, plan: Plan) -> Iterator[
         yield otherwise(config.job.planned, plan)
     if config.placement.stage and not any("disk" in tiers.values() for tiers in plan.weight_tiers):
         yield "note: placement.stage does nothing: no weights are on disk"
+    yield from told(config)
     if not num_rows:
         yield f"warning: {prompts_of(config)} has no rows"
 
@@ -29,7 +31,7 @@ def how_made(config: Config, work: Examined, plan: Plan, model: OpenModel, ran: 
     """How the output was made: its attributes. ran: launcher, mpi_library, devices and start of the job."""
     more: dict[str, Any] = {"prompt_files": work.prompt_files} if work.prompt_files else {}
     more |= {"adapter": model.adapter} if model.adapter else {}
-    more |= {"kv_cache_dtype": config.kv_cache_dtype} if config.kv_cache_dtype != "auto" else {}
+    more |= {name: value for name in ("kv_cache_dtype", "products") if (value := getattr(config, name)) != "auto"}
     return provenance(
         run_file=config.to_toml(),
         checkpoint_hash=model.header_hash,

@@ -67,7 +67,7 @@ def _header(
     keys = {f"sampling.{name}": getattr(sampling, name) for name in (*ROW_KEYS, "reasoning_markers")}
     shard = "{}/{}".format(*parse_shard(config.job.shard or WHOLE))
     prompts = content_key(files, content_hash(files))
-    keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context", "kv_cache_dtype")} | keys
+    keys = {name: getattr(config, name) for name in (*COLUMNS, "max_context", "kv_cache_dtype", "products")} | keys
     return {"rules": rules, "prompts": prompts, "checkpoint": checkpoint_hash, "dtype": dtype, "shard": shard, **keys}
 
 

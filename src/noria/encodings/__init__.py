@@ -161,7 +161,7 @@ def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:
 
 def check_block(block: Block, content: torch.Tensor, path: str) -> None:
     """Raises InputError, naming file and parameter, for bytes of a block [nbytes] that its encodings do not make."""
-    for parameter in block.encoded:
+    for parameter in block.fielded:
         pieces = content[parameter.offset : parameter.offset + parameter.nbytes].view(parameter.pieces, -1)
         try:
             check(parameter, pieces)

@@ -1,14 +1,16 @@
 """A block's bytes as tensors: its parameters as they are stored, and as a model computes with them.
 
-Knows layouts, nothing of encodings, tiers or steps.
+Knows layouts, nothing of tiers or steps; of encodings the fields of those that are multiplied as they are stored.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from noria.blocks import Block, Parameter
+from noria.kernels.fp8 import Fp8Matrix, Fp8Weight
 from noria.pieces import Field
 
 TORCH_DTYPES = {
@@ -18,7 +20,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 FIELD_DTYPES = TORCH_DTYPES | {"uint8": torch.uint8}  # of an encoded cache's arrays too
-Parameters = dict[str, torch.Tensor]
+# Tensors; of what is multiplied as it is stored an Fp8Weight.
+Parameters = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,30 @@ def named(buffer: torch.Tensor, fields: Iterable[Field]) -> Parameters:
 
 
 def views(buffer: torch.Tensor, block: Block) -> Parameters:
-    """What a model computes with of the plain parameters, as views into `buffer` ([block.nbytes] uint8)."""
+    """What a model computes with of the parameters that are not decoded, as views into `buffer` ([block.nbytes] uint8)."""
     found: Parameters = {}
     numbers = stored(buffer, block)
     for parameter in block.parameters:
-        found |= _computed(numbers[parameter.name], parameter) if parameter.plain else {}
+        if parameter.plain:
+            found |= _computed(numbers[parameter.name], parameter)
+        elif parameter.multiplied:
+            found[parameter.name] = _multiplied(numbers[parameter.name][0], parameter)
     return found
+
+
+def _multiplied(piece: torch.Tensor, parameter: Parameter) -> Fp8Weight:
+    """Codes and scales of a parameter's matrices, as views into its only piece [bytes]."""
+    matrices = []
+    for number, _ in enumerate(parameter.piece.matrices):
+        fields = parameter.piece.fields_of(number)
+        its = {name: _field(piece, one) for name, one in fields.items()}
+        matrices.append(Fp8Matrix(its["codes"], its["scales"]))
+    rows, columns = parameter.settings.get("block_size", (1, parameter.shape[1]))
+    return Fp8Weight(tuple(matrices), (rows, columns))
+
+
+def _field(piece: torch.Tensor, one: Field) -> torch.Tensor:
+    return piece[one.offset : one.offset + one.nbytes].view(FIELD_DTYPES[one.dtype]).view(one.shape)
 
 
 def place(buffer: torch.Tensor, block: Block) -> Parameters | Undecoded:

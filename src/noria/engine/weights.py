@@ -145,7 +145,7 @@ class Weights:
         slot = self._held[name].slot
         if name not in slot.views:
             block, unseen = self._homes[name].block, self._homes[name].unseen
-            if block.encoded:
+            if block.encoded or unseen:
                 return self._decoder.parameters(name, Undecoded(block, slot.buffer[: block.nbytes]), unseen)
             slot.views[name] = views(slot.buffer, block)
         return slot.views[name]

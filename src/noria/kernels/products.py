@@ -87,7 +87,8 @@ def fitted(its: ProductTile, shared: int, of_weights: torch.dtype) -> ProductTil
 
 
 @lru_cache
-def _shared(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of it."""
     if device.type != "cuda":
         return 1 << 30
     properties = torch.cuda.get_device_properties(device)
@@ -108,7 +109,7 @@ def product(
     """
     (outputs, inputs), rows = weight.shape, len(hidden)
     found = torch.empty(rows, outputs, dtype=dtype or hidden.dtype, device=hidden.device)
-    its = fitted(its or tile_of(rows, outputs, weight.dtype), _shared(hidden.device), weight.dtype)
+    its = fitted(its or tile_of(rows, outputs, weight.dtype), shared_memory(hidden.device), weight.dtype)
     if rows:
         multiply_in_order[(triton.cdiv(outputs, its.columns), triton.cdiv(rows, its.rows))](
             hidden, weight, weight if bias is None else bias, found, rows, outputs, inputs, hidden.stride(0),

@@ -7,15 +7,17 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from noria import attention, encodings, kinds
+from noria.blocks import Block
 from noria.config import Config
-from noria.kernels import drawing, in_order
+from noria.errors import require
+from noria.kernels import drawing, fp8, in_order
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
@@ -80,6 +82,23 @@ def build_sampling(here: ThisRank, shape: ModelShape, dtype: str) -> str:
 def build_products(here: ThisRank, dtype: str) -> str:
     """Builds the kernel of products of fixed order; returns why some rank has none. Collective."""
     return _build_or_say(here, dtype, in_order.refuses, "products of few rows are torch's")
+
+
+def build_fp8(here: ThisRank, blocks: Mapping[str, Block], dtype: str) -> None:
+    """Builds and tries the kernels of products in fp8. Raises InputError, on every rank, where one cannot compute them.
+
+    Collective.
+    """
+    weights = [one for block in blocks.values() for one in block.fielded if one.multiplied]
+    if not weights:
+        return
+    found: dict[tuple[int, int], None] = {}
+    for one in weights:
+        rows, columns = one.settings.get("block_size", (1, 0))
+        found[rows, columns] = None
+    whys = _on_first_of_nodes(here, lambda: fp8.refuses(here.device, getattr(torch, dtype), tuple(found)))
+    rank, why = next(((rank, why) for rank, why in enumerate(whys) if why), (0, ""))
+    require(not why, f'products is fp8, and rank {rank} cannot compute them: {why}: set products = "auto"')
 
 
 def _build_or_say(here: ThisRank, dtype: str, refuses: Callable[[torch.device, torch.dtype], str], instead: str) -> str:

@@ -87,12 +87,12 @@ def products_in_one_order(dtype: torch.dtype) -> Iterator[bool]:
 
 
 def products(blocks: Mapping[str, Block]) -> list[Product]:
-    """The different products of a model's layers and head, but those of experts and routers and in a dtype of their own."""
+    """The different products of layers and head, but those of experts and routers, in fp8 and in a dtype of their own."""
     found: dict[Product, None] = {}
     for name, block in blocks.items():
         names = {parameter.name for parameter in block.parameters}
         for parameter in block.parameters if name != "embed" else ():
-            if parameter.own_dtype is not None or parameter.name == "router":
+            if parameter.own_dtype is not None or parameter.name == "router" or parameter.multiplied:
                 continue
             for tensor, shape in parameter.computed.items():
                 if len(shape) == 2:

@@ -17,6 +17,7 @@ _DEFAULTS = {
     "rules": OLD_RULES,
     "shard": WHOLE,
     "kv_cache_dtype": "auto",
+    "products": "auto",
     **{f"sampling.{key.name}": OPEN.get(key.name, key.default) for key in fields(Sampling)},
 }
 

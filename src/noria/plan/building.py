@@ -58,6 +58,7 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         graph_rows=sizes.graph_rows,
         decoded_pages=sizes.decoded_pages,
         kv_cache_dtype=problem.config.kv_cache_dtype,
+        products=problem.config.products,
     )
 
 

@@ -31,7 +31,7 @@ class Plan:
     used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
     that stream from CPU memory are coded without loss while they load. graph_rows: decode steps of so many rows at most are
     captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
-    cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept.
+    cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
     """
 
     num_ranks: int
@@ -60,6 +60,7 @@ class Plan:
     graph_rows: int = 0
     decoded_pages: int = 0
     kv_cache_dtype: str = "auto"
+    products: str = "auto"
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""
@@ -104,7 +105,7 @@ class Plan:
         head = (
             f"plan: {plural(self.num_ranks, 'rank')}, {plural(self.laps, 'lap')}, {plural(self.groups, 'group')}, steps of"
             f" {plural(self.step_tokens, 'token')} in {self.microbatches}+ microbatches of {self.microbatch_tokens},"
-            f" {self.dtype}, {self.schedule},"
+            f" {self.dtype}{f' with products in {self.products}' * (self.products != 'auto')}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
             + (f" in {self.kv_cache_dtype}" if self.kv_cache_dtype != "auto" else "")
             + (f" and {states:,} states" if states else "")
