@@ -13,11 +13,13 @@ from transformers import AutoTokenizer
 import tiny_models
 import tiny_tokenizers
 from counts import count, full, some
+from noria import kinds
 from noria.__main__ import main
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.errors import InputError
+from noria.models import TYPES, WRAPPERS
 from noria.rows.tokenizer import Tokenizer, tokenizer_of
-from noria.rows.tokenizer_classes import CLASSES
+from noria.rows.tokenizer_classes import _OF_MODEL, _OVERRULED, AS_IS, CLASSES
 
 transformers.logging.set_verbosity_error()
 PIECES = [
@@ -232,6 +234,20 @@ BUILT = [
     ("llama, legacy", "CodeLlamaTokenizer", "llama", {"prefix_token": "<extra>", "fill_token": None}),
     ("unigram", "LlamaTokenizer", "llama", {}),
     ("wordpiece", "PreTrainedTokenizerFast", "gpt2", {"clean_up_tokenization_spaces": True}),
+    ("llama without a prefix space", "GemmaTokenizerFast", "gemma3", {"pad_token": "[PAD]", "mask_token": None}),
+    ("llama, legacy", "GemmaTokenizer", "gemma4", {}),
+    ("llama", "GemmaTokenizer", "llama", {"add_bos_token": True, "unk_token": "<|end|>"}),
+    ("llama", None, "gemma2", {}),
+    ("gpt2", "CohereTokenizerFast", "cohere2", {"pad_token": "[PAD]"}),
+    ("llama3", "CohereTokenizer", "cohere", {"add_prefix_space": True, "cls_token": "<|x|>"}),
+    ("gpt2", "CodeGenTokenizer", "phi", {"add_prefix_space": True}),
+    ("llama3", "CodeGenTokenizerFast", "llama", {"pad_token": "[PAD]"}),
+    ("llama3", "GPT2Tokenizer", "starcoder2", {}),
+    ("llama3", "GPTNeoXTokenizerFast", "olmo2", {}),
+    ("llama, legacy", "LlamaTokenizer", "ernie4_5_moe", {}),
+    ("llama3", "GPT2Tokenizer", "minimax_m2", {}),
+    ("llama3", "GPT2Tokenizer", "granite", {}),
+    ("llama3", "Qwen2Tokenizer", "qwen2_moe", {}),
 ]
 
 
@@ -303,7 +319,9 @@ def test_a_padding_of_tokenizer_json_names_the_padding_token_and_pads_nothing(tm
 
 
 MODELS = ["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "gpt2", "opt"]
+MODELS += ["gemma3", "cohere", "phi", "nemotron", "olmo2", "gpt_neox", "ernie4_5_moe", "glm4_moe"]
 NAMED = [None, "PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "CodeLlamaTokenizer"]
+NAMED += ["GemmaTokenizer", "CohereTokenizerFast", "CodeGenTokenizer"]
 
 
 @pytest.mark.parametrize("seed", range(count(300)))
@@ -338,6 +356,16 @@ def known_to_transformers():
         for name, kind in kinds.items()
         if isinstance(kind, type) and kind.__module__ != "transformers.models.auto.tokenization_auto"
     }
+
+
+def test_each_family_has_the_class_that_transformers_gives_it():
+    from transformers.models.auto import tokenization_auto as auto
+
+    families = {*kinds.names("models"), *WRAPPERS, *TYPES}
+    given = {name: auto.TOKENIZER_MAPPING_NAMES.get(name) for name in families}
+    given = {name: AS_IS if kind == "MistralCommonBackend" else kind for name, kind in given.items() if kind}
+    assert {name: _OF_MODEL[name] for name in families & {*_OF_MODEL}} == given
+    assert {*_OVERRULED} == families & auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from noria.checkpoint.published import form_of
 from noria.checkpoint.sources import Plan, check_tied, left_over, plan_of, shared
 from noria.checkpoint.summary import forms_words
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
+from noria.checkpoint.vocabularies import file_names, has_tokenizer, tokenizer_files
 from noria.checkpoint.writer import Header, file_nbytes, replacing, write_checkpoint
 from noria.errors import InputError, require
 from noria.model import ModelShape
@@ -111,10 +112,11 @@ def _convert(
     blocks = {name: model_block(family, shape, name, dtype) for name in block_names(shape)}
     encoder = PieceEncoder(plan, forms if callable(forms) else chosen_by_name(forms), shape.tied, reader)
     blocks = {name: fields.lay_out(encoder.lay_out(block, dtype), dtype) for name, block in blocks.items()}
-    more = (generation[0] if generation else "{}", directory.tokenizer(), str(adapter or ""))
+    tokenizer, made_of = tokenizer_files(directory)
+    more = (generation[0] if generation else "{}", tokenizer, str(adapter or ""))
     header = Header(shape.family, dtype, directory.name, config_text, *more)
     _check_space(target, file_nbytes(blocks, header))
-    notes += _tokenizer_notes(header) + (adapter.notes if adapter else [])
+    notes += made_of + _tokenizer_notes(header) + (adapter.notes if adapter else [])
     encoded = fields.chunks if fields else encoder.chunks
     source_of = _ParameterBytes(plan, encoded, reader, sum(block.nbytes for block in blocks.values()), progress)
     remedy = "what was written is removed: make room, or name a file on another disk, and convert again"
@@ -122,7 +124,9 @@ def _convert(
         write_checkpoint(temporary, header, blocks, shared(plan), source_of.chunks)
         with open_checkpoint(temporary):
             pass  # what was written reads back as a checkpoint
-        used = {tensor.shard for tensor in tensors.values()} | {directory.path / name for name in _TEXTS}
+        used = {tensor.shard for tensor in tensors.values()} | {
+            directory.path / name for name in (*_TEXTS, *file_names())
+        }
         used |= set(adapter.files) if adapter else set()
         refuse_changed({path: look for path, look in before.items() if path in used}, "converted")
     return Converted(shape, dtype, target.stat().st_size, notes, forms_words([*blocks.values()]))
@@ -182,7 +186,7 @@ def _choose_dtype(family: ModuleType, shape: ModelShape, plan: Plan, dtype: str)
 
 
 def _tokenizer_notes(header: Header) -> list[str]:
-    if "tokenizer.json" in header.tokenizer or {"vocab.json", "merges.txt"} <= set(header.tokenizer):
+    if has_tokenizer(header.tokenizer):
         return []
     made = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
     return [

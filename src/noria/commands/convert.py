@@ -14,6 +14,7 @@ from noria.checkpoint.convert import convert
 from noria.checkpoint.encoding import Choose
 from noria.checkpoint.hugging_face import Directory
 from noria.checkpoint.quantization import GROUP_SIZES, WORDS, compressed, quantization
+from noria.checkpoint.vocabularies import tokenizer_files
 from noria.desk.examination import doubts
 from noria.errors import InputError, require
 from noria.limits import CODED, DTYPES
@@ -98,7 +99,7 @@ def _check_tokenizer(source: Path) -> None:
     found = [directory.json(name) for name in ("config.json", "generation_config.json")]
     config, generation = (tree[1] if tree else {} for tree in found)
     try:
-        Tokenizer(directory.tokenizer(), config, generation)
+        Tokenizer(tokenizer_files(directory)[0], config, generation)
     except InputError as error:
         raise InputError(
             f"{source}: {error} (if all rows have token_ids, convert it without its tokenizer's files)"

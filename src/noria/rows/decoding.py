@@ -5,10 +5,11 @@ kind take the space away from the first token of all, and a character may be cut
 """
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from noria.tools.text import byte_letters
 
 CUT = "\N{REPLACEMENT CHARACTER}"  # how a character that is not whole yet is decoded
 _NEAR = 8  # tokens with a text: see Writer.context
@@ -59,18 +60,10 @@ def spelled(piece: str, is_byte_level: bool) -> bytes:
     `▁` a space."""
     if is_byte_level:
         with contextlib.suppress(KeyError):
-            return bytes(map(_byte_letters().__getitem__, piece))
+            return bytes(map(byte_letters().__getitem__, piece))
     elif _BYTE(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode(errors="replace")
-
-
-@functools.cache
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters of bytes: printable ones of Latin-1 stand for themselves, the others for letters from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def common_length(one: str, other: str) -> int:

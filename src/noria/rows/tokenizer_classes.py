@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import PreTokenizer
 from tokenizers.processors import PostProcessor
@@ -19,16 +19,20 @@ from noria.errors import InputError
 AS_IS = "TokenizersBackend"
 # What AutoTokenizer takes where the settings name no class, or another than this for a model of this type.
 _OF_MODEL = {
-    "mistral": AS_IS,
-    "mixtral": AS_IS,
-    "phi3": AS_IS,
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "qwen3_moe": "Qwen2Tokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "opt": "GPT2Tokenizer",
+    model_type: name
+    for name, model_types in {
+        AS_IS: "beam ernie4_5_moe glm4 glm4_moe glm4_moe_lite glm4v_moe granite granitemoe kimi_k25 mimo_v2_flash minimax_m2"
+        " ministral3 mistral mistral3 mixtral nemotron olmo2 olmo3 phi3 phimoe stablelm",
+        "CohereTokenizer": "cohere cohere2",
+        "GemmaTokenizer": "gemma2 gemma3 gemma3_text",
+        "GPT2Tokenizer": "gpt2 opt phi starcoder2",
+        "GPTNeoXTokenizer": "gpt_neox olmoe",
+        "Qwen2Tokenizer": "qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl",
+    }.items()
+    for model_type in model_types.split()
 }
-_OVERRULED = ("phi3", "qwen2")  # models whose published settings name a wrong class
+# Models whose published settings name a wrong class.
+_OVERRULED = ("ernie4_5_moe", "minimax_m2", "nemotron", "phi3", "phimoe", "qwen2")
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -161,6 +165,31 @@ def _gpt_neox(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Bac
     return backend
 
 
+def _codegen(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Backend:
+    backend = _gpt2(vocab, merges, keys)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _cohere(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Backend:
+    """Each digit is a word."""
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=bool(keys.get("add_prefix_space")))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend = _byte_level(vocab, merges, pre_tokenizers.Sequence([digits, letters]))
+    backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def _gemma(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Backend:
+    """Nothing is put before a text."""
+    model = models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=keys["unk_token"])
+    backend = Backend(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
 def _qwen2(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Backend:
     spaced = bool(keys.get("add_prefix_space"))
     words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")
@@ -172,10 +201,22 @@ def _qwen2(vocab: Vocabulary, merges: Merges, keys: Mapping[str, Any]) -> Backen
 
 _END = "<|endoftext|>"
 _LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_GEMMA = {
+    "unk_token": "<unk>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_COHERE = {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}
+_COHERE |= {"cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
 _INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>"}
 _INFILLING |= {"fill_token": "<FILL_ME>"}
 CLASSES = {
     AS_IS: TokenizerClass(),
+    "CodeGenTokenizer": TokenizerClass(_codegen, {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
+    "CohereTokenizer": TokenizerClass(_cohere, _COHERE),
+    "GemmaTokenizer": TokenizerClass(_gemma, _GEMMA),
     "LlamaTokenizer": TokenizerClass(_llama, _LLAMA),
     "CodeLlamaTokenizer": TokenizerClass(_code_llama, _LLAMA | _INFILLING, tuple(_INFILLING), {"add_bos_token": True}),
     "GPT2Tokenizer": TokenizerClass(_gpt2, {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
@@ -190,9 +231,9 @@ CLASSES = {
 _OTHERS = frozenset(
     (
         "Albert Bart Barthez Bartpho Bert BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot "
-        "BlenderbotSmall ByT5 CLIP CTRL Camembert Canine Clvp CodeGen Cohere Cpm CpmAnt DPRContextEncoder "
+        "BlenderbotSmall ByT5 CLIP CTRL Camembert Canine Clvp Cpm CpmAnt DPRContextEncoder "
         "DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia DistilBert Esm Esmc FSMT FastSpeech2Conformer Flaubert "
-        "Funnel GPTNeoXJapanese GPTSw3 Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert M2M100 "
+        "Funnel GPTNeoXJapanese GPTSw3 Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert M2M100 "
         "MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus "
         "Perceiver Phobert Pop2Piano ProphetNet Qwen3_5 Rag Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T "
         "Siglip Siglip2 Speech2Text SpeechT5 Splinter SqueezeBert T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC "

@@ -3,6 +3,7 @@
 Knows no file and no terminal.
 """
 
+import functools
 import json
 import math
 import re
@@ -85,3 +86,11 @@ def short(value: object) -> str:
     """A wrong value as an error message shows it."""
     text = repr(value[:50] if isinstance(value, str | list) else value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+@functools.cache
+def byte_letters() -> dict[str, int]:
+    """GPT-2's letters of bytes: printable ones of Latin-1 stand for themselves, the others for letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
