@@ -75,6 +75,7 @@ ALLOWED = {
         "kernels/trying.py",
         "kernels/routing.py",
         "kernels/placed.py",
+        "kernels/coded.py",
         "kernels/scoring.py",
         "kernels/decode_",
         "kernels/norm.py",

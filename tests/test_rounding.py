@@ -19,7 +19,7 @@ from noria.encodings._cached import settings_of
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
 from noria.engine.parameters import FIELD_DTYPES
-from noria.engine.rounding import RoundedArray, RoundedAttention
+from noria.engine.rounding import RoundedArray, RoundedAttention, RoundedRows
 from noria.kernels import lists
 from noria.kernels.work import Packing
 from noria.step import PAGE_TOKENS, Run, Span
@@ -169,6 +169,28 @@ def test_rows_that_are_arrays_are_cut_as_spans_are():
             lists.make(whole, Packing(2, 2, 8))  # checks them
             shared = [np.append(one.shared, 0)[one.prefixes].tolist() for one in (rows, whole)]
             assert shared[0] == shared[1]
+
+
+def test_a_kind_that_decodes_in_its_tiles_gets_the_rows_whose_keys_are_read_a_few_times():
+    def chunk(count, length, page):
+        return Span(0, count, length, (Run(page, 8 * 16),))
+
+    own, held = Recording(), object()
+    own.held = held
+    over, before = (RoundedAttention(own, 1000, 1, torch.uint8, CPU, in_tiles) for in_tiles in (True, False))
+    assert over.held is held and not hasattr(before, "held")  # which graphs need
+    many = [chunk(1, 900, page * 128) for page in range(40)]
+    for spans, ahead in (
+        ([chunk(1, 900, 0)], False),
+        ([chunk(192, 1000, 0)], False),
+        ([chunk(193, 1000, 0)], True),
+        ([chunk(1000, 1000, 0)], True),
+        ([*many, chunk(1000, 1000, 40 * 128)], False),
+    ):
+        rows = ragged(spans)
+        for plan in (over.of_rows(rows, CPU), over.prepare(spans, CPU)):
+            assert isinstance(plan, RoundedRows) == ahead
+        assert isinstance(before.of_rows(rows, CPU), RoundedRows)
 
 
 def test_what_no_query_sees_is_not_decoded():

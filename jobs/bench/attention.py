@@ -1,10 +1,11 @@
 """The attention kernel over work items beside a copy's rate, a product's rate and torch's flash kernel, on one GPU:
 
-    python jobs/bench/attention.py [--dtype bfloat16] [--only decode] [--sweep [--compile 0/8]]
+    python jobs/bench/attention.py [--dtype bfloat16] [--cache int8] [--only decode] [--sweep [--compile 0/8]]
 
 Prints a JSON line a case. 32 query heads, 8 key heads, head dim 128. `share`: of the time that the case takes at least,
 its keys at the copy's rate or its products at that of 8192 x 8192 x 8192, whichever is longer; both rates are measured
 first. Kernels are timed behind one that sleeps, so that the host's launches cost nothing, as in a captured graph.
+--cache: keys and values in fewer bits, decoded by the kernel; `before_ms`: where whole pages are decoded before.
 --sweep tries warps, stages, tiles, orders of programs and splits; eight processes with --compile fill Triton's cache
 before.
 """
@@ -12,20 +13,27 @@ before.
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from noria.arrays import ENCODINGS
+from noria.attention import items as kind
+from noria.engine.rounding import RoundedArray, RoundedAttention
 from noria.kernels import attend, lists
 from noria.kernels.attend import Tuned, Tuning
+from noria.kernels.coded import zeros
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import KEY_BLOCK, LEAST_TILE, NONE, SECTION, WIDE_TILE, Packing, RaggedRows
+from noria.step import PAGE_TOKENS
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 KEY_NBYTES = KEY_HEADS * DIM * 2 * 2  # a key and its value
 SCALE = DIM**-0.5
+SHAPE = HeadShape(HEADS, KEY_HEADS, DIM, DIM)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,24 @@ def tensors(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
     return tuple(torch.empty(size, device=device(), dtype=dtype).normal_() for size in (sizes, cache, cache))
 
 
+def rounded(case: Case, cache: str, plain: Sequence[torch.Tensor]) -> list[RoundedArray]:
+    """Keys and values in fewer bits."""
+    entry, found = attend.arrays(SHAPE, ENCODINGS[cache]), []
+    for array, numbers in zip(entry, plain, strict=True):
+        found.append(RoundedArray(array, zeros(array, case.cache_rows, device()).fields))
+        for first in range(0, case.cache_rows, 1 << 16):
+            part = numbers[first : first + (1 << 16)]
+            found[-1].write(torch.arange(first, first + len(part), device=device()), part)
+    return found
+
+
+def before(case: Case, dtype: torch.dtype, queries: torch.Tensor, *coded: RoundedArray) -> float:
+    """Milliseconds where pages are decoded into a buffer of 512 MiB, as runs have it, and attended to there."""
+    over = RoundedAttention(kind, 2**29 // (PAGE_TOKENS * KEY_NBYTES), KEY_NBYTES, dtype, device())
+    plan = over.of_rows(case.rows, device())
+    return timed(lambda: over.attention(plan, queries, coded[0], coded[1], Scoring(SCALE)))
+
+
 def flash(case: Case, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float | None:
     """Milliseconds of torch's kernel, which reads one run a row."""
     rows = case.rows
@@ -132,7 +158,7 @@ def flash(case: Case, queries: torch.Tensor, keys: torch.Tensor, values: torch.T
     return timed(lambda: torch.ops.aten._flash_attention_forward(*given, **named))
 
 
-def items(case: Case, its_packing: Packing, tuned: Tuned, *given: torch.Tensor) -> Callable[[], torch.Tensor]:
+def items(case: Case, its_packing: Packing, tuned: Tuned | None, *given: Any) -> Callable[[], torch.Tensor]:
     on_device = attend.to_device(lists.make(case.rows, its_packing), device())
     queries, keys, values = given
     return lambda: attend.attend(on_device, queries, keys, values, Scoring(SCALE), tuned)
@@ -151,9 +177,10 @@ def variants(case: Case) -> Iterator[tuple[int, int, Tuning, Tuning]]:
     splits = (1, 264, 1 << 20) if int(case.rows.lengths.max()) > SECTION else (264,)
     for stages, one_loop, widest, programs in itertools.product((2, 3, 4), (False, True), tiles, splits):
         yield widest, programs, Tuning(4, stages, one_loop, True), wide
+    yield tiles[0], splits[-1], Tuning(8, 3, False, True), wide
 
 
-def sweep(case: Case, least_ms: float, given: tuple[torch.Tensor, ...], part: tuple[int, int] | None) -> None:
+def sweep(case: Case, least_ms: float, given: tuple[Any, ...], part: tuple[int, int] | None) -> None:
     """All variants; or one part of them once, to have them compiled."""
     for number, (widest, programs, least, wide) in enumerate(variants(case)):
         its_packing = Packing(HEADS // KEY_HEADS, KEY_HEADS, programs, widest=widest)
@@ -171,6 +198,7 @@ def sweep(case: Case, least_ms: float, given: tuple[torch.Tensor, ...], part: tu
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    arguments.add_argument("--cache", choices=sorted(ENCODINGS), help="how keys and values are kept")
     arguments.add_argument("--only", default="", help="cases whose name has this in it")
     arguments.add_argument("--sweep", action="store_true")
     arguments.add_argument("--compile", metavar="I/N", help="with --sweep: run this part of the variants once each")
@@ -187,14 +215,36 @@ def main() -> None:
     for case in cases():
         if given.only not in case.name:
             continue
-        at_least = {"copy": case.nbytes / copy / 1e9, "product": case.flops / product / 1e9}
+        kept = (
+            sum(array.nbytes(given.dtype) for array in attend.arrays(SHAPE, ENCODINGS[given.cache]))
+            if given.cache
+            else 0
+        )
+        at_least = {
+            "copy": case.nbytes * (kept or KEY_NBYTES) / KEY_NBYTES / copy / 1e9,
+            "product": case.flops / product / 1e9,
+        }
         by = max(at_least, key=at_least.__getitem__)
-        its = tensors(case, dtype)
+        its: tuple[Any, ...] = tensors(case, dtype)
+        if given.cache:
+            its = its[0], *rounded(case, given.cache, its[1:])
         if given.sweep:
             sweep(case, at_least[by], its, part)
         else:
-            its_packing = attend.packing(device(), HeadShape(HEADS, KEY_HEADS, DIM, DIM))
-            ms, flash_ms = timed(items(case, its_packing, attend.tuning, *its)), flash(case, *its)
+            its_packing = attend.packing(device(), SHAPE)
+            ms = timed(items(case, its_packing, None, *its))
+            if given.cache:
+                before_ms = before(case, dtype, *its)
+                say(
+                    case=case.name,
+                    cache=given.cache,
+                    ms=round(ms, 4),
+                    share=round(at_least[by] / ms, 3),
+                    of=by,
+                    before_ms=round(before_ms, 4),
+                )
+                continue
+            flash_ms = flash(case, *its)
             against = {"flash_ms": round(flash_ms, 4), "times_flash": round(flash_ms / ms, 2)} if flash_ms else {}
             say(case=case.name, ms=round(ms, 4), share=round(at_least[by] / ms, 3), of=by, **against)
 

@@ -7,17 +7,26 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs triton")
+
+import item_checks
 from noria import config
 from noria.arrays import ENCODINGS, encoded, keys_and_values
+from noria.attention import items
 from noria.encodings import _cached
 from noria.engine.parameters import FIELD_DTYPES
-from noria.engine.rounding import RoundedArray
+from noria.engine.rounding import RoundedArray, RoundedAttention, RoundedRows
+from noria.kernels import attend
+from noria.kernels.coded import zeros
+from noria.kernels.scoring import HeadShape, Scoring
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
 
 pytestmark = pytest.mark.gpu
 KINDS = sorted(ENCODINGS)
+HEADS = [HeadShape(32, 8, 128, 128), HeadShape(14, 2, 64, 64), HeadShape(6, 1, 80, 80), HeadShape(4, 4, 192, 128)]
+HEADS += [HeadShape(8, 2, 96, 96), HeadShape(4, 2, 256, 256)]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,12 +53,13 @@ logprobs = 2
 CASES = {
     "whole": {},
     "chunks": {"step_tokens": 96, "microbatch_tokens": 40, "prefix_sharing": False},
+    "no-graphs": {"graphs": False},
     "cache-everywhere": {"cache": {"gpu": 40, "cpu": 30, "disk": 30}, "groups": 2, "laps": 2},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 80)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 80), (torch.float16, 96)])
 def test_a_gpu_rounds_and_decodes_to_the_bits_of_the_cpu(kind, dtype, size):
     for array in encoded(keys_and_values(3, size), ENCODINGS[kind]):
         new, found = (torch.randn(700, 3, size) * torch.logspace(-3, 2, 700)[:, None, None]).to(dtype), []
@@ -67,6 +77,32 @@ def test_a_gpu_rounds_and_decodes_to_the_bits_of_the_cpu(kind, dtype, size):
             found.append([*(one.cpu() for one in fields.values()), decoded.cpu()])
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_decodes_itself_to_the_bits_of_what_is_decoded_before(kind, heads, dtype):
+    device, windows, found = torch.device("cuda", 0), frozenset([None, 150]), []
+    assert items.refuses(device, dtype, heads, windows) == ""
+    assert items.refuses_coded(device, dtype, heads, windows, ENCODINGS[kind]) == ""
+    rows, draw = item_checks.MIXED, torch.Generator().manual_seed(1)
+    keys, values = (
+        RoundedArray(array, zeros(array, item_checks.MIXED_ROWS, device).fields)
+        for array in attend.arrays(heads, ENCODINGS[kind])
+    )
+    for its in (keys, values):
+        new = torch.randn(item_checks.MIXED_ROWS, *its.array.row, generator=draw)
+        its.write(torch.arange(len(new), device=device), new.to(device, dtype))
+    queries = torch.randn(int(rows.counts.sum()), heads.num_heads, heads.dim, generator=draw).to(device, dtype)
+    for window in windows:
+        for in_tiles in (False, True):
+            over = RoundedAttention(items, 400, 2 * heads.num_key_heads * 512 * 2, dtype, device, in_tiles)
+            plan = over.of_rows(rows, device)
+            assert isinstance(plan, RoundedRows) != in_tiles
+            found.append(over.attention(plan, queries, keys, values, Scoring(heads.dim**-0.5, window)))
+        assert found[-1].isfinite().all()
+        assert torch.equal(found[-2].view(torch.int16), found[-1].view(torch.int16))
 
 
 def rows():

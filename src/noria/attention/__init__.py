@@ -36,15 +36,33 @@ def fitting(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> tupl
     It is built, which takes seconds the first time. A layer with one array of tokens takes values from its keys; a fast
     kind would not know how wide.
     """
+    needs = _needs(shape)
+    if needs is None:
+        return kinds.load("attention", ORDER[-1]), "values lie within keys"
+    return choose(device, dtype, needs) if needs else (kinds.load("attention", ORDER[-1]), "no layer attends")
+
+
+def decodes_ahead(kind: ModuleType, device: torch.device, dtype: torch.dtype, shape: ModelShape) -> str:
+    """Why a model's cache in fewer bits is decoded before this kind attends to it; empty where the kind does that itself, tile
+    by tile. It is built then."""
+    if not hasattr(kind, "refuses_coded"):
+        return f"{kinds.name_of(kind)} reads plain caches"
+    needs, form = _needs(shape) or {}, shape.cache_encoding
+    refusals = (kind.refuses_coded(device, dtype, heads, frozenset(its), form) for heads, its in needs.items())
+    return next(filter(None, refusals), "")
+
+
+def _needs(shape: ModelShape) -> dict[HeadShape, set[int | None]] | None:
+    """The shapes of the heads of a model's layers, each with its windows; None where values lie within keys."""
     needs: dict[HeadShape, set[int | None]] = {}
     for layer in range(shape.num_layers):
         arrays = [array for array in shape.arrays(layer) if array.per == "token"]
         if arrays and {2} != {len(arrays), *(len(array.row) for array in arrays)}:
-            return kinds.load("attention", ORDER[-1]), "values lie within keys"
+            return None
         if arrays:
             (key_heads, dim), (_, width) = (array.row for array in arrays)
             needs.setdefault(HeadShape(shape.num_heads, key_heads, dim, width), set()).add(arrays[0].window)
-    return choose(device, dtype, needs) if needs else (kinds.load("attention", ORDER[-1]), "no layer attends")
+    return needs
 
 
 def choose(

@@ -13,6 +13,8 @@ from noria import kinds
 from noria.attention import sdpa
 from noria.attention._lists import HeldLists, Lists
 from noria.attention._ragged import ragged
+from noria.kernels import coded
+from noria.kernels.coded import Coded
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.trying import tried
 from noria.kernels.work import WIDE_TILE, RaggedRows
@@ -52,6 +54,39 @@ def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows
     return tried(trial)
 
 
+@lru_cache
+def refuses_coded(
+    device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None], form: str
+) -> str:
+    """Why such heads, which are computed here, do not attend to a cache in this form; empty where they do. What they need is
+    built then."""
+
+    def trial() -> str:
+        for window in windows:
+            _kernel().build(device, dtype, heads, window, form)
+        return "" if _same_bits(device, dtype, heads, form) else "it gives other bits than what is decoded before"
+
+    return tried(trial)
+
+
+def _same_bits(device: torch.device, dtype: torch.dtype, heads: HeadShape, form: str) -> bool:
+    """Whether a row's keys and values attend alike coded and decoded before."""
+    rounded, draw = kinds.load("kernels", "rounded"), torch.Generator().manual_seed(0)
+    spans, pages = [Span(0, 3, 200, (Run(0, 16),))], torch.arange(16, device=device)
+    rows, plain, codes = PAGE_TOKENS * len(pages), [], []
+    for array in _kernel().arrays(heads, form):
+        its = coded.zeros(array, rows, device)
+        new = torch.randn(rows, *array.row, generator=draw) * torch.logspace(-2, 1, rows)[:, None, None]
+        rounded.write(form, its.fields, array.group, torch.arange(rows, device=device), new.to(device, dtype))
+        plain.append(torch.empty(rows, *array.row, dtype=dtype, device=device))
+        rounded.decode(form, its.fields, array.group, pages, plain[-1])
+        codes.append(its)
+    plan, scores = prepare(spans, device), Scoring(heads.dim**-0.5)
+    queries = torch.randn(3, heads.num_heads, heads.dim, generator=draw).to(device, dtype)
+    expected = attention(plan, queries, plain[0], plain[1], scores)
+    return torch.equal(attention(plan, queries, codes[0], codes[1], scores), expected)
+
+
 def _largest_error(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> float:
     """The largest difference to what sdpa gives for one row of two sections, which few programs share."""
     spans, draw = [Span(0, 3, 1100, (Run(0, 70),))], torch.Generator().manual_seed(0)
@@ -83,13 +118,14 @@ def held(device: torch.device) -> HeldLists:
 def attention(
     plan: Lists | HeldLists,
     queries: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    key_cache: torch.Tensor | Coded,
+    value_cache: torch.Tensor | Coded,
     scores: Scoring,
 ) -> torch.Tensor:
     """[T, H, Dv]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
 
-    queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie.
+    queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie;
+    or both of them coded, where `refuses_coded` does not refuse it.
     """
     kernel, heads = _kernel(), HeadShape.of(queries, key_cache, value_cache)
     its_lists = plan.of(heads, scores.window, lambda: kernel.packing(plan.device, heads, scores.window))

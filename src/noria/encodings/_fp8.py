@@ -20,14 +20,14 @@ def encode(numbers: torch.Tensor, block: Block, settings: Mapping[str, object]) 
     """The nearest codes under scales that make the largest number of each block the largest code."""
     numbers = numbers.float()
     require(bool(torch.isfinite(numbers).all()), "a number is infinite or none: e4m3 has finite ones alone")
-    return _under(_scales.stored(_scales.largest(numbers, *block) / LARGEST, settings), numbers, block)
+    return _under(_scales.stored(_scales.quotient(_scales.largest(numbers, *block), LARGEST), settings), numbers, block)
 
 
 def quick(numbers: torch.Tensor, block: Block, settings: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """The same whatever the numbers: a block that has one that is none gets a scale that is none."""
     numbers = numbers.float()
     largest = _scales.largest(numbers, *block)
-    found = _under(_scales.stored(largest / LARGEST, settings), numbers, block)
+    found = _under(_scales.stored(_scales.quotient(largest, LARGEST), settings), numbers, block)
     nothing = 255 if found["scales"].dtype == torch.uint8 else torch.nan
     return found | {"scales": found["scales"].masked_fill_(~torch.isfinite(largest), nothing)}
 

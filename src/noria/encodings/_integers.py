@@ -71,9 +71,10 @@ def quick(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict
     inputs, top = numbers.shape[1], 2**bits - 1
     groups = _groups.grouped(numbers.to(_scales.wide(numbers.dtype)), _group(bits, settings, inputs))
     least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-    wanted = (
-        torch.where(most > -least, most, least) / -(2 ** (bits - 1)) if settings["symmetric"] else (most - least) / top
-    )
+    if settings["symmetric"]:
+        wanted = torch.where(most > -least, most, least) / -(2 ** (bits - 1))
+    else:
+        wanted = _scales.quotient(most - least, top)
     stored = wanted.masked_fill_(wanted.abs() < LEAST[settings["scale_dtype"]], LEAST[settings["scale_dtype"]])
     stored = stored.to(_scale_dtype(settings))
     scales = stored.to(groups.dtype)

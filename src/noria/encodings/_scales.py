@@ -32,6 +32,11 @@ def values(stored: torch.Tensor) -> torch.Tensor:
     return bits.masked_fill(stored == 0, _HALF).view(torch.float32)
 
 
+def quotient(numbers: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Numbers divided by one, to the same bits on every device: torch on CUDA takes a Python number's reciprocal as a factor."""
+    return numbers / numbers.new_full((), divisor)
+
+
 def stored(scales: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
     """Scales as they are stored, none of them 0: float32, or the powers of two that are no smaller."""
     scales = scales.float().clamp(min=torch.finfo(torch.float32).tiny)

@@ -89,11 +89,11 @@ def build(
     layers = [layer for stage in stages for layer in stage]
     tiers = _open_tiers(plan, shape, layers, streams, scratch)
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages, plan.state_rows)
-    kind, _ = attention.fitting(streams.device, dtype, shape)
+    kind = _over(attention.fitting(streams.device, dtype, shape)[0], plan, shape, layers, streams)
     spare = _spare(plan, kind, weights, layers, streams, meters.say)
     held = plan.pools["gpu"]["pages"] + bool(spare), plan.pools["gpu"]["states"] + bool(spare)
     cache = KvCache(shape, layers, held, plan.dtype, streams, staging, meters.traffic)
-    network = Network(kinds.load("models", shape.family), _over(kind, plan, shape, layers, streams), shape)
+    network = Network(kinds.load("models", shape.family), kind, shape)
     moved = Moved(weights, cache, _activations(plan, shape, stages, streams, meters.traffic))
     batches = Batches(network, dtype, streams.device, tiers, spare)
     sampler = Sampler(streams.device, by_kernels=not drawing.refuses(streams.device, dtype, shape.vocab_size))
@@ -104,7 +104,7 @@ def build(
 
 def _spare(
     plan: Plan,
-    kind: ModuleType,
+    kind: Attention,
     weights: Weights,
     layers: Sequence[int],
     streams: Streams,
@@ -120,12 +120,14 @@ def _spare(
     return Spare(plan.pools["gpu"]["pages"], plan.pools["gpu"]["states"], plan.graph_rows)
 
 
-def _over(kind: Attention, plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams) -> Attention:
+def _over(kind: ModuleType, plan: Plan, shape: ModelShape, layers: Sequence[int], streams: Streams) -> Attention:
     """The kind of attention over the cache of these layers as it is kept."""
     if not shape.cache_encoding:
         return kind
     decoded = max((shape.decoded_nbytes([range(layer, layer + 1)], plan.dtype) for layer in layers), default=0)
-    return RoundedAttention(kind, plan.decoded_pages, decoded, TORCH_DTYPES[plan.dtype], streams.device)
+    dtype, device = TORCH_DTYPES[plan.dtype], streams.device
+    in_tiles = not attention.decodes_ahead(kind, device, dtype, shape)
+    return RoundedAttention(kind, plan.decoded_pages, decoded, dtype, device, in_tiles)
 
 
 def _open_tiers(

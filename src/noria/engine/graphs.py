@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,12 +46,16 @@ class Graph:
     replay: Callable[[], None] | None = None
 
 
-def refused(kind: ModuleType, weights: Weights, layers: Iterable[int], streams: Streams) -> str:
+def refused(kind: Any, weights: Weights, layers: Iterable[int], streams: Streams) -> str:
     """Why no steps through these layers are captured, with this kind of attention; empty where they are."""
     if capturer_of(streams) is None:
         return "the device has none"
     if not hasattr(kind, "held"):
-        return f"attention {kinds.name_of(kind)} has none"
+        return (
+            f"attention {kinds.name_of(kind)} has none"
+            if isinstance(kind, ModuleType)
+            else "the cache is decoded before"
+        )
     return "" if weights.stay(map(layer_name, layers)) else "weights are loaded or decoded in each step"
 
 

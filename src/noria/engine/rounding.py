@@ -1,10 +1,11 @@
-"""A cache in fewer bits: a row is rounded when it is written, and decoded, a page at a time, before it is attended to.
+"""A cache in fewer bits: a row is rounded when it is written, and decoded as it is attended to, or a page at a time before.
 
-What is stored is an encoding's (encodings/), a matrix of all heads and tokens; the pages that some rows of a microbatch need
-are decoded into one buffer, which any kind of attention reads as it reads a plain cache. Knows no steps and no tiers.
+What is stored is an encoding's (encodings/), a matrix of all heads and tokens. A kind of attention may decode it itself; else
+the pages that some rows of a microbatch need are decoded into one buffer, which any kind reads as it reads a plain cache.
+Knows no steps and no tiers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import prod
@@ -17,6 +18,7 @@ from noria import encodings
 from noria.arrays import Array
 from noria.attention._ragged import ragged
 from noria.engine.batch import Attention, to_device
+from noria.kernels.coded import Coded
 from noria.kernels.scoring import Scoring
 from noria.kernels.work import NONE, RaggedRows
 from noria.limits import RUN_PAGES
@@ -25,15 +27,15 @@ from noria.models._rotary import Rotary
 from noria.step import PAGE_TOKENS, Run, Span
 
 BLOCK = RUN_PAGES * PAGE_TOKENS  # tokens at whose multiples runs begin
+QUERIES = 32  # of a row, that read a key together: of a tile of 128 rows, where 4 heads share keys
+TIMES_READ = 6  # so often keys are decoded as they are read, in less time than once before and written down
 
 
 @dataclass(frozen=True)
-class RoundedArray:
+class RoundedArray(Coded):
     """An encoded array of a layer's cache: its fields [pages * 16, Hkv, ...] by name. width: of its numbers those that are
     meant (None: all)."""
 
-    array: Array
-    fields: Mapping[str, torch.Tensor]
     width: int | None = None
 
     def write(self, places: torch.Tensor, new: torch.Tensor) -> None:
@@ -100,28 +102,41 @@ class SomeRows:
 class RoundedAttention:
     """A kind of attention over what lies encoded: like a module of attention/, but that keys and values are RoundedArrays.
 
-    The pages of as many rows as find room in a buffer of `pages` pages, for the widest layer, are decoded at once.
+    The pages of as many rows as find room in a buffer of `pages` pages, for the widest layer, are decoded at once. in_tiles: the
+    kind decodes what it attends to itself, which takes less where a row's queries read its keys a few times.
     """
 
-    def __init__(self, kind: Attention, pages: int, token_nbytes: int, dtype: torch.dtype, device: torch.device):
-        self._kind, self._pages, self._dtype = kind, pages, dtype
+    def __init__(
+        self,
+        kind: Attention,
+        pages: int,
+        token_nbytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        in_tiles: bool = False,
+    ):
+        self._kind, self._pages, self._dtype, self._in_tiles = kind, pages, dtype, in_tiles
         self._buffer = torch.empty(pages * PAGE_TOKENS * token_nbytes, dtype=torch.uint8, device=device)
         if hasattr(kind, "of_rows"):
             self.of_rows = self._of_rows
+        if in_tiles:
+            self.held = kind.held
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self._buffer.nbytes
 
-    def prepare(self, spans: list[Span], device: torch.device) -> RoundedRows:
+    def prepare(self, spans: list[Span], device: torch.device) -> Any:
         """How the rows of a microbatch attend."""
         if hasattr(self._kind, "of_rows"):
             return self._of_rows(ragged(spans), device)
         return RoundedRows(lambda window: self._of_spans([_seen(span, window) for span in spans], device))
 
-    def _of_rows(self, rows: RaggedRows, device: torch.device) -> RoundedRows:
-        """The same, of rows that are arrays already."""
+    def _of_rows(self, rows: RaggedRows, device: torch.device) -> Any:
+        """The same, of rows that are arrays already: RoundedRows, or a plan of the kind's own."""
+        if self._in_tiles and _times_read(rows) <= TIMES_READ:
+            return self._kind.of_rows(rows, device)
         return RoundedRows(lambda window: self._of_arrays(rows if window is None else _in_view(rows, window), device))
 
     def _of_spans(self, spans: list[Span], device: torch.device) -> Parts:
@@ -167,13 +182,15 @@ class RoundedAttention:
 
     def attention(
         self,
-        plan: RoundedRows,
+        plan: Any,
         queries: torch.Tensor,
         keys: RoundedArray,
         values: RoundedArray,
         scores: Scoring,
     ) -> torch.Tensor:
         """[T, H, Dv]: as the kind gives it for the decoded numbers."""
+        if not isinstance(plan, RoundedRows):
+            return self._kind.attention(plan, queries, keys, values, scores)
         found = []
         for part in plan.of(scores.window):
             rows = len(part.pages) * PAGE_TOKENS
@@ -215,6 +232,11 @@ def cut_rows(owners: np.ndarray, starts: np.ndarray, pages: np.ndarray, most: in
         parts.append(_placed(slice(row, last), slice(begin, stop), starts[begin:stop], new[: stop - begin]))
         row = last
     return parts
+
+
+def _times_read(rows: RaggedRows) -> float:
+    """How many times the queries of the rows read a key, on average."""
+    return float(rows.lengths @ -(-rows.counts // QUERIES) / rows.lengths.sum())
 
 
 def _before(owners: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 import triton
 
-from noria.kernels import items
+from noria.arrays import KEY_GROUP, Array, encoded
+from noria.kernels import coded, items
+from noria.kernels.coded import Coded
 from noria.kernels.placed import DeviceWork, to_device
+from noria.kernels.rounded import FORMS
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import (
     KEY_BLOCK,
@@ -60,6 +63,11 @@ def partial_nbytes(slots: int, heads: int, width: int) -> int:
     return slots * heads * (width + 2) * 4
 
 
+def coded_tuning(launch: Launch, widest: int) -> Tuning:
+    """The same of a cache in fewer bits, for which rows are bound by what decodes it: no masks where none are needed."""
+    return replace(tuning(launch, widest), one_loop=False)
+
+
 def tuning(launch: Launch, widest: int) -> Tuning:
     """The fastest on an H200. `widest`: the wider of a key and a value, padded."""
     few = launch.tile == LEAST_TILE
@@ -68,8 +76,9 @@ def tuning(launch: Launch, widest: int) -> Tuning:
     return Tuning(4, 3, True, True) if few else Tuning(8, 3, False, False)
 
 
-def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: int | None) -> None:
-    """Compiles what lists of such heads may launch, with no items: all but what soft caps and sinks need."""
+def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: int | None, form: str = "") -> None:
+    """Compiles what lists of such heads may launch, with no items: all but what soft caps and sinks need. form: of a cache in
+    fewer bits."""
     tiles = {LEAST_TILE, packing(device, heads).widest}
     none, no_merges = np.empty((0, len(Item)), np.int32), np.empty((0, len(Merge)), np.int32)
     launches = tuple(
@@ -78,24 +87,36 @@ def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: in
     one = np.zeros((1, PIECE_COLUMNS), np.int32)  # so that the lists lie somewhere
     lists = Work(one[:, 0], one[:, 0], one, (Wave(launches, no_merges),), 0)
     queries = torch.empty(1, heads.num_heads, heads.dim, dtype=dtype, device=device)
-    keys, values = (
-        torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in (heads.dim, heads.width)
-    )
+    sizes = heads.dim, heads.width
+    keys: torch.Tensor | Coded
+    values: torch.Tensor | Coded
+    if form:
+        keys, values = (coded.zeros(array, 1, device) for array in arrays(heads, form))
+    else:
+        keys, values = (torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in sizes)
     attend(to_device(lists, device), queries, keys, values, Scoring(1.0, window))
+
+
+def arrays(heads: HeadShape, form: str) -> tuple[Array, ...]:
+    """What a layer of such heads leaves in a cache in fewer bits: a key and a value."""
+    rows = ((heads.num_key_heads, size) for size in (heads.dim, heads.width))
+    found = encoded(tuple(map(Array, ("key", "value"), rows)), form)
+    assert not isinstance(found, int)
+    return found
 
 
 def attend(
     lists: DeviceWork,
     queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: torch.Tensor | Coded,
+    values: torch.Tensor | Coded,
     scores: Scoring,
-    tuned: Tuned = tuning,
+    tuned: Tuned | None = None,
 ) -> torch.Tensor:
     """[T, H, V]: each query attends to its own row's keys up to itself.
 
-    queries [T, H, D]; keys [rows, Hkv, D] and values [rows, Hkv, V] of one layer, in which the new tokens already lie.
-    The last dimension of each is contiguous; the others have any stride.
+    queries [T, H, D]; keys [rows, Hkv, D] and values [rows, Hkv, V] of one layer, in which the new tokens already lie;
+    both may be coded, in one form. The last dimension of each is contiguous; the others have any stride.
     """
     (tokens, heads, dim), width = queries.shape, values.shape[2]
     attended = queries.new_empty(tokens, heads, width)
@@ -107,14 +128,16 @@ def attend(
     pads = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
     of_state = state, sinks, lists.work.slots * heads, *of_scores
     options = scores.window is not None, scores.soft_cap is not None, scores.sinks is not None
+    of_cache, strides, form = _cache(keys, values)
+    tuned = tuned or (coded_tuning if form else tuning)
     for launches, merges in lists.waves:
         for launch, its_items in launches:
             its = _fitting(tuned(launch, max(pads)), launch.tile, pads, queries.device)
             items.attend_items[(len(launch.items) * keys.shape[1],)](
-                queries, keys, values, attended, lists.order, lists.positions, its_items, lists.pieces,
+                queries, *of_cache, attended, lists.order, lists.positions, its_items, lists.pieces,
                 *of_state, soften, scores.window or 0,
-                *queries.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
-                heads, heads // keys.shape[1], dim, width, *pads, launch.tile, launch.many, launch.partial, *options,
+                *queries.stride()[:2], *strides,
+                heads, heads // keys.shape[1], dim, width, *pads, form, launch.tile, launch.many, launch.partial, *options,
                 its.one_loop, its.heads_first, num_warps=its.warps, num_stages=its.stages, enable_fp_fusion=False,
             )  # fmt: skip
         if len(merges):
@@ -123,6 +146,21 @@ def attend(
                 num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
     return attended
+
+
+def _cache(keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> tuple[list[torch.Tensor], list[int], int]:
+    """Keys and values, scales and zeros of the keys, of the values; strides of keys and values; the form (0: they are plain)."""
+    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
+        return [keys, values, *[keys] * 4], [*keys.stride()[:2], *values.stride()[:2]], 0
+    assert isinstance(keys, Coded) and isinstance(values, Coded) and keys.form == values.form, (
+        "both or none, in one form"
+    )
+    groups = keys.array.group, values.array.group
+    assert groups == (KEY_GROUP, -1), f"keys and values in groups of {groups[0]} and {groups[1]}"
+    fields = [its.fields[name] for name in ("codes", "scales") for its in (keys, values)]
+    codes, zeros = fields[:2], [its.fields.get("zeros", its.fields["codes"]) for its in (keys, values)]
+    more = [fields[2], zeros[0], fields[3], zeros[1]]
+    return [*codes, *more], [stride for one in codes for stride in one.stride()[:2]], FORMS[keys.form]
 
 
 def _fitting(its: Tuning, tile: int, pads: tuple[int, int], device: torch.device) -> Tuning:

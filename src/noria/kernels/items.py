@@ -8,6 +8,7 @@ all variants give a row the same bits: they differ in masks that let everything 
 import triton
 import triton.language as tl
 
+from noria.kernels.decode_tiles import KEY_SCALED, key_block, of_head, value_block
 from noria.kernels.work import KEY_BLOCK, PIECE_COLUMNS, Item, Merge
 from noria.kernels.work import SECTION as SECTION_KEYS
 
@@ -68,29 +69,16 @@ def _store(state, rows, slot, ahead, head, valid, sums, maximum, weight, HEADS: 
 
 
 @triton.jit
-def _read(pointers, seen, within, MASKED: tl.constexpr, PADDED: tl.constexpr):
-    """A block of the cache; without masks where all of it is there."""
-    if MASKED:
-        block = tl.load(pointers, mask=seen & within, other=0.0)
-    elif PADDED:
-        block = tl.load(pointers, mask=within, other=0.0)
-    else:
-        block = tl.load(pointers)
-    return block
-
-
-@triton.jit
 def _blocks(
     begin, end, zeroth, stop, query, sums, maximum, weight, keys, values, position, window, scale, soften,
-    key_row: tl.constexpr, value_row: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    key_row: tl.constexpr, value_row: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FORM: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The keys at positions `begin .. end`, block after block; position 0 would be in cache row `zeroth`."""
-    n, d, v = tl.arange(0, BLOCK), tl.arange(0, query.shape[1]), tl.arange(0, sums.shape[1])
+    n = tl.arange(0, BLOCK)
     for at in tl.range(begin, end, BLOCK):
         seen = at + n < stop
-        key_at = keys + (zeroth + at) * key_row + n[None, :] * key_row + d[:, None]
-        score = tl.dot(query, _read(key_at, seen[None, :], (d < D)[:, None], MASKED, D < query.shape[1]))
+        score = tl.dot(query, key_block(keys, zeroth + at, seen, D, query.shape[1], key_row, query.dtype, FORM, MASKED))
         if CAP:  # the capped score is cap * tanh; tanh - 1 does as well, because a constant in exponents cancels
             score = -2.0 / (tl.exp2(score * soften) + 1.0)
         if MASKED:
@@ -101,8 +89,7 @@ def _blocks(
         top = tl.maximum(maximum, tl.max(score, 1))
         share, old = tl.exp2((score - top[:, None]) * scale), tl.exp2((maximum - top) * scale)
         weight, maximum = tl.fma(weight, old, tl.sum(share, 1)), top
-        value_at = values + (zeroth + at) * value_row + n[:, None] * value_row + v[None, :]
-        value = _read(value_at, seen[:, None], (v < V)[None, :], MASKED, V < sums.shape[1])
+        value = value_block(values, zeroth + at, seen, V, sums.shape[1], value_row, query.dtype, FORM, MASKED)
         sums = tl.dot(share.to(value.dtype), value, sums * old[:, None])
     return sums, maximum, weight
 
@@ -111,7 +98,7 @@ def _blocks(
 def _pieces(
     first, last, pieces, start, stop, lowest, highest,
     query, sums, maximum, weight, keys, values, position, window, scale, soften,
-    key_row: tl.constexpr, value_row: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    key_row: tl.constexpr, value_row: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FORM: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Pieces of one section: without masks where all queries, from `lowest` to `highest`, see a whole block."""
@@ -129,16 +116,16 @@ def _pieces(
                 begin = tl.minimum(tl.maximum(low, (highest - window + BLOCK) // BLOCK * BLOCK), high)
                 sums, maximum, weight = _blocks(
                     low, begin, zeroth, high, query, sums, maximum, weight, keys, values, position, window, scale, soften,
-                    key_row, value_row, D, V, True, WINDOW, CAP,
+                    key_row, value_row, D, V, FORM, True, WINDOW, CAP,
                 )  # fmt: skip
             end = tl.maximum(begin, tl.minimum(high, lowest + 1) // BLOCK * BLOCK)
             sums, maximum, weight = _blocks(
                 begin, end, zeroth, high, query, sums, maximum, weight, keys, values, position, window, scale, soften,
-                key_row, value_row, D, V, False, WINDOW, CAP,
+                key_row, value_row, D, V, FORM, False, WINDOW, CAP,
             )  # fmt: skip
         sums, maximum, weight = _blocks(
             end, high, zeroth, high, query, sums, maximum, weight, keys, values, position, window, scale, soften,
-            key_row, value_row, D, V, True, WINDOW, CAP,
+            key_row, value_row, D, V, FORM, True, WINDOW, CAP,
         )  # fmt: skip
     return sums, maximum, weight
 
@@ -148,7 +135,8 @@ def _sections(
     item, state, state_rows, ahead, head, valid, pieces,
     query, keys, values, position, window, scale, soften,
     key_row: tl.constexpr, value_row: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    VPAD: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ONE_LOOP: tl.constexpr,
+    FORM: tl.constexpr, VPAD: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """An item of several sections, each folded into the total as it ends.
 
@@ -176,7 +164,7 @@ def _sections(
         sums, maximum, weight = _pieces(
             piece, border, pieces, start, stop, lowest, highest,
             query, sums, maximum, weight, keys, values, position, window, scale, soften,
-            key_row, value_row, D, V, WINDOW, CAP, ONE_LOOP,
+            key_row, value_row, D, V, FORM, WINDOW, CAP, ONE_LOOP,
         )  # fmt: skip
         piece = border
         if PARTIAL:  # noqa: SIM102
@@ -190,10 +178,10 @@ def _sections(
 
 @triton.jit(do_not_specialize=["window", "state_rows"], do_not_specialize_on_alignment=LISTS)
 def attend_items(
-    queries, keys, values, attended, order, positions, items, pieces, state, sinks, state_rows, scale, per_unit, shift, soften,
-    window, query_row, query_head, key_row: tl.constexpr, key_head: tl.constexpr,
-    value_row: tl.constexpr, value_head: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, VPAD: tl.constexpr, TILE: tl.constexpr,
+    queries, keys, values, key_scales, key_zeros, value_scales, value_zeros, attended, order, positions, items, pieces, state,
+    sinks, state_rows, scale, per_unit, shift, soften, window, query_row, query_head, key_row: tl.constexpr,
+    key_head: tl.constexpr, value_row: tl.constexpr, value_head: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, VPAD: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
     MANY: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
     ONE_LOOP: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -213,11 +201,12 @@ def attend_items(
     position = tl.load(positions + place, mask=valid, other=-1)
     query_at = queries + token * query_row + head * query_head
     query = tl.load(query_at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    keys, values, to = keys + of_keys * key_head, values + of_keys * value_head, tl.load(item + SECTION_TO)
+    keys = of_head(keys, key_scales, key_zeros, of_keys, key_head, D, KEY_SCALED, FORM)
+    values, to = of_head(values, value_scales, value_zeros, of_keys, value_head, V, V, FORM), tl.load(item + SECTION_TO)
     if MANY:
         sums, maximum, weight = _sections(
             item, state, state_rows, ahead, head, valid, pieces, query, keys, values, position, window, scale, soften,
-            key_row, value_row, HEADS, D, V, VPAD, PARTIAL, WINDOW, CAP, ONE_LOOP,
+            key_row, value_row, HEADS, D, V, FORM, VPAD, PARTIAL, WINDOW, CAP, ONE_LOOP,
         )  # fmt: skip
     else:
         slot = tl.load(item + SECTION_FROM)
@@ -226,7 +215,7 @@ def attend_items(
             tl.load(item + FIRST_PIECE), tl.load(item + LAST_PIECE), pieces,
             tl.load(item + START), tl.load(item + STOP), tl.load(item + LOWEST), tl.load(item + HIGHEST),
             query, sums, maximum, weight, keys, values, position, window, scale, soften,
-            key_row, value_row, D, V, WINDOW, CAP, ONE_LOOP,
+            key_row, value_row, D, V, FORM, WINDOW, CAP, ONE_LOOP,
         )  # fmt: skip
         if PARTIAL:
             _store(state, state_rows, to, ahead, head, valid, sums, maximum, weight, HEADS, V)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from noria.kernels.coded import Coded
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -18,7 +20,7 @@ class HeadShape:
     width: int
 
     @classmethod
-    def of(cls, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> "HeadShape":
+    def of(cls, queries: torch.Tensor, keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> "HeadShape":
         """Of queries [T, H, D] and caches [rows, Hkv, D] and [rows, Hkv, Dv]."""
         return cls(queries.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
 

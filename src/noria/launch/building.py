@@ -123,10 +123,15 @@ def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     arrays = {array for layer in range(shape.num_layers) for array in shape.arrays(layer) if array.encoding}
     if here.device.type != "cuda" or not arrays:
         return
-    found = _on_first_of_nodes(
-        here, lambda: encodings.without_cache_kernels(arrays, here.device, getattr(torch, dtype))
-    )
-    here.say(*dict.fromkeys(line for lines in found for line in lines))
+    its_dtype = getattr(torch, dtype)
+
+    def build() -> list[str]:
+        kind, _ = attention.fitting(here.device, its_dtype, shape)
+        why = attention.decodes_ahead(kind, here.device, its_dtype, shape)
+        said = [f"the cache is decoded before attention, not within it: {why}"] if why else []
+        return encodings.without_cache_kernels(arrays, here.device, its_dtype) + said
+
+    here.say(*dict.fromkeys(line for lines in _on_first_of_nodes(here, build) for line in lines))
 
 
 def build_mixtures(here: ThisRank, shape: ModelShape, dtype: str) -> None:

@@ -1,0 +1,130 @@
+"""Blocks of keys and values as the program loads them that attends to them (Triton): plain, or decoded in registers.
+
+Of a cache in fewer bits, to the bits of rounded.py, which decodes whole pages before: each number is a code less its zero,
+times its scale, in float32, rounded once to the dtype of the run.
+"""
+
+import triton
+import triton.language as tl
+
+from noria.arrays import KEY_GROUP
+from noria.kernels.decode_fp8 import e8m0
+from noria.kernels.rounded import FORMS
+from noria.kernels.work import KEY_BLOCK
+
+BLOCK, KEY_SCALED = tl.constexpr(KEY_BLOCK), tl.constexpr(KEY_GROUP)
+MIDDLE = tl.constexpr(2.0**23 + 128)  # of codes of 8 bits, as `_above` gives them
+INT4, INT8, FP8 = tl.constexpr(FORMS["int4"]), tl.constexpr(FORMS["int8"]), tl.constexpr(FORMS["fp8_block"])
+
+
+@triton.jit
+def of_head(codes, scales, zeros, head, STRIDE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr):
+    """Where the numbers of a head begin, or its fields: codes, or what is plain, STRIDE apart, groups one after another."""
+    if FORM:
+        first = head * ((D + GROUP - 1) // GROUP)
+        fields = (codes + head * STRIDE, scales + first, zeros + first)
+    else:
+        fields = codes + head * STRIDE
+    return fields
+
+
+@triton.jit
+def _held(pointers, seen, columns, LAST: tl.constexpr, MASKED: tl.constexpr):
+    """Fields of some rows [N, 1] and columns [1, M], those up to LAST; without masks where all are there."""
+    if MASKED:
+        found = tl.load(pointers, mask=seen & (columns < LAST), other=0)
+    elif LAST < columns.shape[1]:
+        found = tl.load(pointers, mask=columns < LAST, other=0)
+    else:
+        found = tl.load(pointers)
+    return found
+
+
+@triton.jit
+def _spread(of_groups, COLUMNS: tl.constexpr):
+    """What groups [N, G] have, as each of their numbers [N, COLUMNS] has it."""
+    ROWS: tl.constexpr = of_groups.shape[0]
+    GROUPS: tl.constexpr = of_groups.shape[1]
+    each = tl.broadcast_to(of_groups[:, :, None], (ROWS, GROUPS, COLUMNS // GROUPS))
+    return tl.reshape(each, (ROWS, COLUMNS))
+
+
+@triton.jit
+def _above(code):
+    """2 ** 23 and a code, in float32: its bits are the code's, where a conversion would take several times as long."""
+    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decoded(
+    fields, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    FORM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Numbers [N, PAD], the D of one head in each of the rows `first + 0 .. N` that are `seen` [N]; others are any, but finite.
+
+    fields: codes, scales and zeros of the head. ROW: bytes of the codes of all heads of a row. GROUP: numbers that share a scale.
+    """
+    PADDED: tl.constexpr = min(GROUP, PAD)
+    WIDTH: tl.constexpr = (D + 1) // 2 if FORM == INT4 else D
+    BYTES: tl.constexpr = PAD // 2 if FORM == INT4 else PAD
+    SCALES: tl.constexpr = (D + GROUP - 1) // GROUP
+    codes, scales, zeros = fields
+    row, column, group = (
+        tl.arange(0, seen.shape[0])[:, None],
+        tl.arange(0, BYTES)[None, :],
+        tl.arange(0, PAD // PADDED)[None, :],
+    )
+    at = first * (ROW // WIDTH * SCALES) + row * (ROW // WIDTH * SCALES) + group
+    code = _held(codes + first * ROW + row * ROW + column, seen[:, None], column, WIDTH, MASKED)
+    scale = _held(scales + at, seen[:, None], group, SCALES, MASKED)
+    if FORM == INT4:
+        scale = _spread(scale.to(tl.float32), BYTES)
+        zero = _spread(_above(_held(zeros + at, seen[:, None], group, SCALES, MASKED)), BYTES)
+        lows, highs = (_above(code & 15) - zero) * scale, (_above(code >> 4) - zero) * scale
+        numbers = tl.interleave(lows.to(KIND), highs.to(KIND))
+    elif FORM == INT8:
+        numbers = ((_above(code) - MIDDLE) * _spread(scale.to(tl.float32), PAD)).to(KIND)
+    else:
+        number = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        numbers = (number * _spread(e8m0(scale), PAD)).to(KIND)
+    return numbers
+
+
+@triton.jit
+def _read(pointers, seen, within, MASKED: tl.constexpr, PADDED: tl.constexpr):
+    """A block of the cache; without masks where all of it is there."""
+    if MASKED:
+        block = tl.load(pointers, mask=seen & within, other=0.0)
+    elif PADDED:
+        block = tl.load(pointers, mask=within, other=0.0)
+    else:
+        block = tl.load(pointers)
+    return block
+
+
+@triton.jit
+def key_block(
+    keys, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A block of keys [PAD, BLOCK], in columns: those from cache row `first` on."""
+    if FORM:
+        block = tl.trans(decoded(keys, first, seen, D, PAD, ROW, KEY_SCALED, KIND, FORM, MASKED))
+    else:
+        n, d = tl.arange(0, BLOCK)[None, :], tl.arange(0, PAD)[:, None]
+        block = _read(keys + first * ROW + n * ROW + d, seen[None, :], d < D, MASKED, D < PAD)
+    return block
+
+
+@triton.jit
+def value_block(
+    values, first, seen, V: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A block of values [BLOCK, PAD], in rows."""
+    if FORM:
+        block = decoded(values, first, seen, V, PAD, ROW, PAD, KIND, FORM, MASKED)
+    else:
+        n, v = tl.arange(0, BLOCK)[:, None], tl.arange(0, PAD)[None, :]
+        block = _read(values + first * ROW + n * ROW + v, seen[:, None], v < V, MASKED, V < PAD)
+    return block
