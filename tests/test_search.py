@@ -73,14 +73,28 @@ def split(draw):
     return {tier: float(part) for tier, part in (("gpu", share), ("cpu", 100 - share)) if part}
 
 
+def cut_up(num_layers, num_stages, draw):
+    """Numbers of layers as a user might give them: equal ones, of which some are moved from one stage to another."""
+    counts = [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
+    for _ in range(draw.randint(1, 4)):
+        giver, taker = (draw.choice([0, -1, draw.randrange(num_stages)]) for _ in range(2))
+        moved = min(draw.randint(1, 3), counts[giver] - 1)
+        counts[giver] -= moved
+        counts[taker] += moved
+    return counts
+
+
 def values_of(case, draw):
     """A value for each key, as a user might give it."""
     made, num_ranks, on_device, on_host, _, _ = CASES[case]
     step = int(2 ** draw.uniform(8, 16))
     budget = {"gpu": f"{draw.uniform(0.1, on_device):.2f}GiB", "cpu": f"{draw.uniform(0.1, on_host):.2f}GiB"}
     sizes = {"gpu": f"{draw.uniform(0.1, on_device):.2f}GiB", "cpu": f"{on_host}GiB"}
+    laps = draw.randint(1, max(made[0].num_layers // num_ranks, 1)) if num_ranks > 1 else 1
+    cuts = ["greedy", "balanced", *(cut_up(made[0].num_layers, num_ranks * count, draw) for count in (1, laps))]
     return {
-        "laps": draw.randint(1, max(made[0].num_layers // num_ranks, 1)) if num_ranks > 1 else 1,
+        "laps": laps,
+        "partition": draw.choice(cuts),
         "groups": draw.randint(num_ranks, 3 * num_ranks + 1),
         "step_tokens": step,
         "microbatch_tokens": max(int(step * 2 ** -draw.uniform(0, 5)), 1),
@@ -96,7 +110,14 @@ def values_of(case, draw):
 def rival(case, draw):
     """Some of the keys."""
     chance = draw.choice([0.15, 0.4, 0.8])
-    return {name: value for name, value in values_of(case, draw).items() if draw.random() < chance}
+    return fitted(case, {name: value for name, value in values_of(case, draw).items() if draw.random() < chance})
+
+
+def fitted(case, flags):
+    """With as many laps as a list of layers has."""
+    if isinstance(flags.get("partition"), list):
+        return flags | {"laps": len(flags["partition"]) // CASES[case][1]}
+    return flags
 
 
 def made_better(case, flags, found, draw, rounds):
@@ -104,8 +125,8 @@ def made_better(case, flags, found, draw, rounds):
     for _ in range(rounds):
         for name, value in values_of(case, draw).items():
             for other in (flags | {name: value}, {key: had for key, had in flags.items() if key != name}):
-                if (reached := speed(case, other)) > found:
-                    flags, found = other, reached
+                if (reached := speed(case, fitted(case, other))) > found:
+                    flags, found = fitted(case, other), reached
     return found
 
 

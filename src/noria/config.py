@@ -32,10 +32,9 @@ class Pipeline:
     microbatches: int = key("minimum number of microbatches in a step (K)", 1)
     step_tokens: int | None = key("maximum number of new tokens in one step of a group (default: planned)")
     microbatch_tokens: int | None = key("maximum number of new tokens in one microbatch (default: planned)")
-    partition: str | list[int] = key(
+    partition: str | list[int] | None = key(
         "layers per virtual stage: greedy (equal numbers, the first stages get the remainder), balanced (counts the cost of"
-        " head and embedding), or a list such as 10,10,11,9",
-        "greedy",
+        " head and embedding), or a list such as 10,10,11,9 (default: planned)"
     )
     schedule: str | None = key(
         "how copies overlap compute: sequential (no overlap), single_batch (the weights and cache of the next layer load"
@@ -78,7 +77,7 @@ class Pipeline:
                 f"pipeline.partition is {self.partition!r}{nearest(self.partition, known)}; it is greedy, balanced or"
                 " a list of layer counts",
             )
-        else:
+        elif self.partition is not None:
             counts = all(isinstance(count, int) and count >= 1 for count in self.partition)
             require(counts, f"pipeline.partition is {self.partition}: every virtual stage needs at least 1 layer")
 

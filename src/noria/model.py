@@ -58,12 +58,12 @@ class ModelShape:
         entry = self.cache[layer]
         return entry if isinstance(entry, int) else layer
 
-    @property
+    @cached_property
     def has_states(self) -> bool:
         """Whether some layer has arrays per sequence."""
         return any(array.per == "sequence" for layer in range(self.num_layers) for array in self.arrays(layer))
 
-    @property
+    @cached_property
     def tied_layers(self) -> tuple[tuple[int, ...], ...]:
         """Groups of layers of which the others read the first one's cache: they are on one rank."""
         groups: dict[int, list[int]] = {}

@@ -29,7 +29,7 @@ DECODING_SHARE = 32  # of the device's memory, a block that needs no more is dec
 
 def build(problem: Problem, candidate: Candidate) -> Plan:
     """The plan of one candidate. Raises InputError if it does not fit."""
-    cut, sizes = problem.cut(candidate.laps), sizes_of(problem, candidate)
+    cut, sizes = problem.cut(candidate.laps, candidate.ends), sizes_of(problem, candidate)
     pages = cache_pages(problem, sizes, candidate)
     tables, ranks = sizes.tables(pages), range(problem.num_ranks)
     return Plan(
@@ -64,7 +64,8 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
 
 def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     """A candidate's buffers and the tiers of its blocks. Raises InputError if the blocks find no room."""
-    slots, cut = 1 if _schedule(problem, candidate) == "sequential" else SLOTS, problem.cut(candidate.laps)
+    slots = 1 if _schedule(problem, candidate) == "sequential" else SLOTS
+    cut = problem.cut(candidate.laps, candidate.ends)
     step_tokens = problem.step_tokens(candidate)
     sizes = Sizes(
         cut,

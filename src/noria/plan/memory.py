@@ -121,6 +121,15 @@ class Sizes:
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
+        if (rank, tier) not in self._all_fixed:
+            self._all_fixed[rank, tier] = self._fixed(rank, tier)
+        return dict(self._all_fixed[rank, tier])
+
+    @cached_property
+    def _all_fixed(self) -> dict[tuple[int, str], dict[str, int]]:
+        return {}
+
+    def _fixed(self, rank: int, tier: str) -> dict[str, int]:
         held, borders = self._held(rank), self.cut.share(rank).borders
         items = {"weights": held.by_tier[tier]}
         if tier == "gpu":

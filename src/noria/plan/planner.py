@@ -24,8 +24,8 @@ def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     """Refuses settings of the pipeline that contradict each other or the model. Raises InputError."""
     pipeline, laps = config.pipeline, config.pipeline.laps or 1
     # Where laps are open, the candidates for a plan say whether some number of them keeps tied layers together.
-    ties = shape.tied_layers if pipeline.laps or not isinstance(pipeline.partition, str) else ()
-    partition(shape.num_layers, num_ranks * laps, pipeline.partition, ties=ties, num_ranks=num_ranks)
+    ties = shape.tied_layers if pipeline.laps or isinstance(pipeline.partition, list) else ()
+    partition(shape.num_layers, num_ranks * laps, pipeline.partition or "greedy", ties=ties, num_ranks=num_ranks)
     check_list(config.placement.weights, shape.num_layers)
     if pipeline.blocking:
         check_blocking(num_ranks, pipeline.groups or num_ranks)

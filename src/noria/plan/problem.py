@@ -19,6 +19,7 @@ from noria.tools.values import parse_nbytes
 
 PROMPT_TOKENS = 512  # of a row, where nobody looked
 LEAST_STEP_TOKENS, CPU_STEP_TOKENS = 256, 512
+EVEN = (0.0, 0.0)
 STEP_TOKENS = 2**16  # at most: a run is stopped between steps
 
 
@@ -46,6 +47,7 @@ class Candidate:
     prefill_rounds: in which the prompts of all rows that are generated at once are computed. rows: these rows; on_device:
     the part of their pages on the device, the others are in CPU memory. What the device has left holds blocks; decoded:
     encoded ones are decoded while they load; coded: those that stream from CPU memory are coded without loss meanwhile.
+    ends: what the first and the last virtual stage are taken to carry beside their layers, in layers, so that they have fewer.
     """
 
     laps: int
@@ -57,6 +59,7 @@ class Candidate:
     activations: str = "gpu"
     decoded: bool = False
     coded: bool = False
+    ends: tuple[float, float] = EVEN
 
 
 @dataclass(frozen=True)
@@ -117,20 +120,36 @@ class Problem:
     def longest(self) -> int:
         return pages_for(self.shape.max_positions)
 
-    def cut(self, laps: int) -> Cut:
-        """The model cut into virtual stages with so many laps. Raises InputError where it cannot be cut so."""
-        if laps not in self._cuts:
-            shape, how = self.shape, self.config.pipeline.partition
-            extra, ties = head_in_layers(self.blocks), shape.tied_layers
-            stages = partition(shape.num_layers, self.num_ranks * laps, how, extra, ties, self.num_ranks)
+    def cut(self, laps: int, ends: tuple[float, float] = EVEN) -> Cut:
+        """The model cut into virtual stages with so many laps; `ends`: see Candidate. Raises InputError where it cannot be so."""
+        if (laps, ends) not in self._cuts:
+            shape, asked = self.shape, self.config.pipeline.partition
+            extra, how = (ends, "balanced") if asked is None else (self.head_in_layers, asked)
+            number = self.num_ranks * laps
+            stages = partition(shape.num_layers, number, how, extra, shape.tied_layers, self.num_ranks)
+            self._cuts[laps, ends] = self.cut_into(tuple(stages))
+        return self._cuts[laps, ends]
+
+    def cut_into(self, stages: tuple[range, ...]) -> Cut:
+        """The model cut into these virtual stages."""
+        if stages not in self._cuts_into:
             kinds = self._layer_kinds
-            self._cuts[laps] = Cut(shape, self.blocks, kinds, self.dtype, self.num_ranks, tuple(stages))
-        return self._cuts[laps]
+            self._cuts_into[stages] = Cut(self.shape, self.blocks, kinds, self.dtype, self.num_ranks, stages)
+        return self._cuts_into[stages]
 
     @cached_property
-    def _cuts(self) -> dict[int, Cut]:
-        """By laps: many candidates have the same."""
+    def _cuts(self) -> dict[tuple[int, tuple[float, float]], Cut]:
+        """By laps and ends: many candidates have the same."""
         return {}
+
+    @cached_property
+    def _cuts_into(self) -> dict[tuple[range, ...], Cut]:
+        return {}
+
+    @cached_property
+    def head_in_layers(self) -> tuple[float, float]:
+        """What embedding and head weigh."""
+        return head_in_layers(self.blocks)
 
     @cached_property
     def _layer_kinds(self) -> tuple[int, ...]:

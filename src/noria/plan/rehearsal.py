@@ -108,7 +108,7 @@ def rehearsed(problem: Problem, plan: Plan, known: Rates) -> Plan:
 
 
 def _round_seconds(problem: Problem, plan: Plan, known: Rates, turn: Round) -> float:
-    visits, cut = [], problem.cut(plan.laps)
+    visits, cut = [], problem.cut_into(tuple(plan.ranges()))
     for rank in range(plan.num_ranks):
         used = costs.resources(plan, problem.shape, load_of(plan, cut, rank), known, turn)
         visits.append(costs.rank_seconds(plan, used)[0] / (plan.groups * plan.laps))

@@ -48,7 +48,7 @@ def _others(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
     pipeline, placement = config.pipeline, config.placement
     cut = replace(pipeline, laps=pipeline.laps or plan.laps, groups=pipeline.groups or plan.groups)
     num_ranks, longest = plan.num_ranks, max(len(layers) for layers in plan.ranges())
-    if pipeline.laps is None and isinstance(pipeline.partition, str):
+    if pipeline.laps is None and not isinstance(pipeline.partition, list):
         for laps in _except(plan.laps, 1, plan.laps // 2, 2 * plan.laps, plan.laps * longest):
             yield plural(laps, "lap"), replace(config, pipeline=replace(pipeline, laps=laps))
     if pipeline.groups is None and not pipeline.blocking:

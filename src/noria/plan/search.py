@@ -15,7 +15,7 @@ from noria.errors import InputError
 from noria.plan import costs
 from noria.plan.building import build
 from noria.plan.plan import Plan
-from noria.plan.problem import STEP_TOKENS, Candidate, Problem
+from noria.plan.problem import EVEN, STEP_TOKENS, Candidate, Problem
 from noria.plan.rates import Rates
 from noria.plan.shares import is_budget
 
@@ -24,6 +24,7 @@ GAIN = 1.001  # times as fast, for which a number is moved
 SIMPLER = 0.99  # of the tokens/s: what each departure from the plain plan must at least be worth
 HALVINGS = 5  # of the part of the cache that finds room on the device
 FACTORS = (1.02, 1.1, 1.4, 2.0)
+LAYERS = (1.0, -1.0, 3.0, -3.0)  # that a stage is taken to carry more
 PARTS = (0.02, 0.1, 0.3, 1.0)  # of the cache
 Value = tuple[
     bool, float
@@ -54,7 +55,7 @@ class Tried:
             plan = build(problem, candidate)
         except InputError:
             return (False, 0.0), None
-        predicted = costs.predict(plan, problem.cut(candidate.laps), self.known, workload)
+        predicted = costs.predict(plan, problem.cut(candidate.laps, candidate.ends), self.known, workload)
         plan = replace(plan, predicted=predicted)
         return (plan.holds(workload.longest), predicted["tokens_per_second"] * SIMPLER ** _departures(plan)), plan
 
@@ -229,12 +230,23 @@ def _other_laps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     return [replace(here, laps=count) for count in laps[max(place - 2, 0) : place + 3]]
 
 
+def _other_ends(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Fewer or more layers on the first and on the last rank: where the embedding or the head has taken memory or time."""
+    if problem.config.pipeline.partition is not None or problem.num_ranks == 1:
+        return []
+    first, last = here.ends
+    ends = [problem.head_in_layers, EVEN, *((first + step, last + step) for step in LAYERS)]
+    ends += chain(*(((first + step, last), (first, last + step)) for step in LAYERS))
+    cuts = {problem.cut(here.laps, one).stages: one for one in reversed(ends)}
+    return [replace(here, ends=one) for one in cuts.values()]
+
+
 def _other_activations(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     return [replace(here, activations=tier) for tier in _activations(problem)]
 
 
 MOVES: tuple[Callable[[Problem, Candidate], Iterable[Candidate]], ...] = (
-    *(_other_rows, _other_parts, _other_rounds, _other_microbatches, _other_groups, _other_laps, _other_activations),
+    *(_other_rows, _other_parts, _other_rounds, _other_microbatches, _other_groups, _other_laps, _other_ends, _other_activations),
 )
 
 
@@ -268,7 +280,7 @@ def _laps(problem: Problem) -> list[int]:
         problem.shape.num_layers // problem.num_ranks,
         problem.config.pipeline,
     )
-    if asked or problem.num_ranks == 1 or not isinstance(how.partition, str):
+    if asked or problem.num_ranks == 1 or isinstance(how.partition, list):
         listed = len(how.partition) // problem.num_ranks if isinstance(how.partition, list) else 1
         return [asked or max(listed, 1)]
     counts = sorted({most // layers for layers in range(1, most + 1)})

@@ -66,7 +66,8 @@ def _tried(name: str, change: str, plan: Plan, make: Any) -> Bought:
 def _one_more(problem: Problem, known: Rates) -> Plan:
     """With one rank more, each with as much memory; as many laps and groups where that many ranks can have them."""
     config = problem.config
-    as_asked = replace(config, pipeline=replace(config.pipeline, partition="greedy"))
+    how = config.pipeline.partition
+    as_asked = replace(config, pipeline=replace(config.pipeline, partition=None if isinstance(how, list) else how))
     free = replace(as_asked, pipeline=replace(as_asked.pipeline, groups=None, laps=None))
     more = replace(problem, num_ranks=problem.num_ranks + 1, config=as_asked)
     try:
