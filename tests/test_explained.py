@@ -66,7 +66,8 @@ def test_memory_is_a_table_whose_rows_sum_up(streamed):
     for (rank, tier), row in zip([(0, "gpu"), (0, "cpu"), (1, "gpu"), (1, "cpu")], cells, strict=True):
         held = plan.memory[rank][tier]
         assert row[2:4] == [nbytes_words(problem.limits[tier]), nbytes_words(sum(held.values()))]
-        assert row[4] == ("0 of 4" if tier == "gpu" else "4 of 4")
+        layers = sum(name.startswith("layers/") for name in plan.weight_tiers[rank])
+        assert row[4] == f"{0 if tier == 'gpu' else layers} of {layers}"
         assert [cell for cell in row[5:] if cell != "-"] == [nbytes_words(held[name]) for name in held if held[name]]
 
 

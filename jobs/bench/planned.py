@@ -3,10 +3,11 @@
     python jobs/bench/planned.py [--case NAME ...] [--times 3] [--rivals 4] [--seconds 500]
     mpirun -n 2 python jobs/bench/planned.py ...
 
-All runs in one process a rank, which loads a model of few layers each time. Prints a JSON line a case: tokens/s predicted
-and measured, overall and of each phase (the median of several runs), and the share by which the measured one is off; with
---rivals the measured tokens/s of the fastest other plans as well, and how many times as fast the best of them is. Cases need
-a GPU, or --device cpu.
+All runs in one process a rank, which loads a model of few layers each time; a first, short one builds what the process
+builds once. Prints a JSON line a case: tokens/s predicted and measured, overall and of each phase (the median of several
+runs), and the share by which the measured one is off; milliseconds of a round by term, planned and measured; rounds, planned
+and measured; tokens/s of each run. With --rivals also the measured tokens/s of other plans, and how many times as fast the
+best of them is. Cases need a GPU, or --device cpu. The first line has the machine's rates.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ from resident import LLAMA_8B
 from noria import config
 from noria.communicator import Communicator
 from noria.launch import mpi
+from noria.plan.kept import all_kept, folder_of
+from noria.report.busy import measured_seconds, planned_seconds
 from noria.run import run
+
+PHASES = ("prefill", "decode")
 
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -53,7 +58,8 @@ QWEN3_30B = {
     "torch_dtype": "bfloat16",
 }
 OPT_30B = streamed.config_of("opt-30b")
-LLAMA_TINY = LLAMA_8B | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 8000}
+LLAMA_SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 16000}
+LLAMA_TINY = LLAMA_8B | LLAMA_SMALL
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Case:
     flags: dict[str, Any] = field(default_factory=dict)
 
 
-ON_CPU = {"weights": "cpu=100"}
+ON_CPU = {"weights": {"cpu": 100.0}}
 CASES = {
     "dense, resident": Case(LLAMA_8B, 16, 1024, 512, 64),
     "dense, few rows": Case(LLAMA_8B, 16, 16, 512, 256),
@@ -80,13 +86,13 @@ CASES = {
     "dense, streamed and coded": Case(LLAMA_8B, 16, 192, 512, 12, ON_CPU),
     "dense, half of it resident": Case(OPT_30B, 16, 192, 512, 12, {"gpu_memory": "16GiB"}),
     "mixture, streamed": Case(QWEN3_30B, 16, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
-    "dense, cache in CPU memory": Case(OPT_30B, 16, 128, 1024, 12, {"cache": "cpu=100"}),
-    "dense, on disk": Case(OPT_30B, 8, 192, 512, 4, {"weights": "disk=100", "stage": True}),
+    "dense, cache in CPU memory": Case(OPT_30B, 16, 128, 1024, 12, {"cache": {"cpu": 100.0}}),
+    "dense, on disk": Case(OPT_30B, 8, 192, 512, 4, {"weights": {"disk": 100.0}, "stage": True}),
 }
 CPU_CASES = {
     "few rows": Case(LLAMA_TINY, 8, 16, 64, 64),
-    "many rows": Case(LLAMA_TINY, 8, 512, 64, 32),
-    "long prompts": Case(LLAMA_TINY, 8, 32, 1024, 16),
+    "many rows": Case(LLAMA_TINY, 8, 256, 64, 32),
+    "long prompts": Case(LLAMA_TINY, 8, 12, 1024, 32),
     "float64": Case(LLAMA_TINY, 4, 64, 64, 32, {"dtype": "float64"}),
     "long answers": Case(LLAMA_TINY, 4, 64, 16, 256),
     "one row": Case(LLAMA_TINY, 8, 1, 64, 128),
@@ -94,7 +100,7 @@ CPU_CASES = {
 
 
 def measure(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any]) -> dict[str, Any]:
-    """One run: its plan, and tokens/s overall, of prefill and of decode, of the slowest rank."""
+    """One run: its plan, tokens/s overall, of prefill and of decode, of the slowest rank; seconds by term, and rounds."""
     files = {"random_weights": str(folder / "config.json"), "prompts": str(folder / "prompts.jsonl")}
     more = {"output": str(folder / "run.h5"), "overwrite": True, "ignore_eos": True}
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -104,17 +110,21 @@ def measure(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any])
         timing = {name: column[:] for name, column in output["timing"].items()}
         plan, generated = json.loads(output.attrs["plan"]), len(output["tokens"])
     found = {"overall": generated / float(timing["seconds"].max())}
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         seconds = float(timing[f"{phase}_seconds"].max())
         found[phase] = float(timing[f"{phase}_tokens"].max()) / seconds if seconds else 0.0
-    return {"plan": plan, "measured": found}
+    busy = {phase: measured_seconds(timing, phase, plan["groups"]) for phase in PHASES}
+    rounds = {
+        phase: [int(timing[f"{phase}_rounds"].max()), float(timing[f"{phase}_seconds"].max())] for phase in PHASES
+    }
+    return {"plan": plan, "measured": found, "busy": busy, "rounds": rounds}
 
 
 def repeated(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any], times: int) -> dict[str, Any]:
     """Several runs of one plan: the medians."""
     runs = [measure(comm, folder, case, flags) for _ in range(times)]
     measured = {key: statistics.median(one["measured"][key] for one in runs) for key in runs[0]["measured"]}
-    return {"plan": runs[-1]["plan"], "measured": measured}
+    return runs[-1] | {"measured": measured, "each": [round(one["measured"]["overall"], 1) for one in runs]}
 
 
 def beside(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, list[float]]:
@@ -125,6 +135,22 @@ def beside(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, l
         name: [round(value, 1), round(measured[name], 1), round(measured[name] / value - 1, 3)]
         for name, value in planned.items()
     }
+
+
+def by_term(found: dict[str, Any]) -> dict[str, Any]:
+    """Of each phase milliseconds of a round, planned and measured by term, and rounds and their seconds."""
+    told: dict[str, Any] = {}
+    for phase in PHASES:
+        predicted = found["plan"]["predicted"]
+        planned, measured = planned_seconds(predicted["terms"], phase), found["busy"][phase]
+        names = dict.fromkeys((*planned, *measured))
+        terms = {name: [round(1e3 * one.get(name, 0.0), 3) for one in (planned, measured)] for name in names}
+        parts = {name: round(1e3 * seconds, 3) for name, seconds in predicted["terms"][phase].items() if seconds}
+        count, seconds = found["rounds"][phase]
+        rounds = [round(predicted["rounds"][phase], 1), count]
+        whole = [round(1e3 * predicted[phase]["round_seconds"], 3), round(1e3 * seconds / max(count, 1), 3)]
+        told[phase] = {"rounds": rounds, "a round": whole, "terms": terms, "planned": parts}
+    return told
 
 
 def others(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -157,7 +183,9 @@ def measured_rivals(
     return rivals
 
 
-def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def inputs(comm: Communicator, case: Case) -> Iterator[Path]:
+    """A folder with the model's config and the prompts, for all ranks."""
     with tempfile.TemporaryDirectory() as own:
         folder = Path(comm.bcast(own)) if comm.Get_size() > 1 else Path(own)
         if comm.Get_rank() == 0:
@@ -168,15 +196,32 @@ def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespac
                 rows = lengths.rows(asked, case.rows, shape["vocab_size"], shape["max_position_embeddings"])
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         comm.Barrier()
+        yield folder
+        comm.Barrier()
+
+
+def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    with inputs(comm, case) as folder:
         found = repeated(comm, folder, case, {"device": arguments.device}, arguments.times)
         line: dict[str, Any] = {"off": beside(found["plan"]["predicted"], found["measured"])}
+        line["terms"], line["each"] = by_term(found), found["each"]
         line["plan"] = {key: found["plan"][key] for key in ("laps", "groups", "step_tokens", "microbatch_tokens")}
         if arguments.rivals:
             rivals = measured_rivals(comm, folder, case, found, arguments.rivals)
             best = max((one["tokens_per_second"] for one in rivals), default=0.0)
             line |= {"rivals": rivals, "best_rival": round(best / found["measured"]["overall"], 3)}
-        comm.Barrier()
     return {"bench": "planned", "case": name, "ranks": comm.Get_size(), "times": arguments.times} | line
+
+
+def warm(comm: Communicator, arguments: argparse.Namespace, cases: Iterable[Case]) -> None:
+    """Runs of few rows: kernels are built and the machine is measured once a process."""
+    shapes = {case.shape["model_type"]: Case(case.shape, 2, 8, 64, 4) for case in cases}
+    for case in shapes.values():
+        with inputs(comm, case) as folder:
+            measure(comm, folder, case, {"device": arguments.device})
+            found = all_kept(folder_of(folder / "run.h5"))
+    if comm.Get_rank() == 0:
+        print(json.dumps({"bench": "planned", "rates": found[0].rates.to_toml() if found else None}), flush=True)
 
 
 def main() -> None:
@@ -184,11 +229,16 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=[*CASES, *CPU_CASES])
     parser.add_argument("--times", type=int, default=3, help="runs of a case, of which the median counts")
     parser.add_argument("--rivals", type=int, default=0, help="other plans that are measured too, once each")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the cases have")
     parser.add_argument("--seconds", type=float, default=500.0, help="no new case begins after these")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     arguments = parser.parse_args()
     cases, comm, began = CPU_CASES if arguments.device == "cpu" else CASES, mpi.start(), time.perf_counter()
-    for name in arguments.case or cases:
+    if arguments.layers:
+        cases = {name: replace(case, layers=min(case.layers, arguments.layers)) for name, case in cases.items()}
+    names = arguments.case or [*cases]
+    warm(comm, arguments, [cases[name] for name in names])
+    for name in names:
         if comm.bcast(time.perf_counter() - began) < arguments.seconds:
             line = tell(comm, name, cases[name], arguments)
             if comm.Get_rank() == 0:

@@ -226,8 +226,9 @@ class Probe:
 
     def _matmul(self, dtype: torch.dtype) -> dict[str, float]:
         size, make = (8192, torch.randn) if self._cuda else (2048, torch.ones)  # what is in it changes a GPU's clock
-        # In turn, and on a GPU each too large for its caches: a run reads every matrix anew.
-        weights = itertools.cycle([make(size, size, device=self._device).to(dtype) for _ in range(2)])
+        # In turn, and together too large for caches: a run reads every matrix anew.
+        number = 2 if self._cuda else 8
+        weights = itertools.cycle([make(size, size, device=self._device).to(dtype) for _ in range(number)])
         found = {}
         for rows in ROWS:
             hidden = make(rows, size, device=self._device).to(dtype)

@@ -61,29 +61,40 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "decoding": terms.decoding(plan.groups * load.decoded + passes * again + cache_decoded(work, turn), rates),
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not turn.chunk_tokens
-        else terms.launches(passes * work.layers, passes * work.mixtures, rates),
-        "host": terms.host(plan.groups, sampled, _waits(plan)),
+        else terms.launches(passes * work.layers, passes * work.mixtures, rates)
+        + terms.calls(plan.groups * work.layers * calls_of(plan, turn), dtype, rates),
+        "host": terms.host(plan.groups, sampled, _waits(plan, rates)),
     }
 
 
-def rank_seconds(plan: Plan, used: Mapping[str, float]) -> tuple[float, str]:
+def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[float, str]:
     """Seconds of a rank's round from its terms, and the term that binds.
 
     A single group waits while rank 0 takes its results and composes its next step, unless that is composed ahead; of several
     the others go on meanwhile.
-    Without overlap times add up: `sequential`, and `single_batch` for microbatches whose cache is elsewhere.
+    Without overlap times add up: `sequential`, and `single_batch` for microbatches whose cache is elsewhere. A CPU computes,
+    copies and does the host's work in one thread.
     """
-    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * _waits(plan)
+    products, wait = max(PRODUCTS, key=used.__getitem__), ("host",) * _waits(plan, rates)
     on_device, on_host = (products, *KERNELS, *wait), ("launches", "host")
     compute = max((on_device, on_host), key=lambda names: sum(used[name] for name in names))
-    engines = (("link",), ("disk",), compute) if _overlaps(plan) else (("link", "disk", *compute),)
+    engines: tuple[tuple[str, ...], ...] = (("link",), ("disk",), compute)
+    if not _overlaps(plan):
+        engines = (("link", "disk", *compute),)
+    elif rates.device == "CPU":
+        engines = ("disk",), ("link", products, *KERNELS, *on_host)
     slowest = max(engines, key=lambda names: sum(used[name] for name in names))
     return sum(used[name] for name in slowest), max(slowest, key=used.__getitem__)
 
 
-def _waits(plan: Plan) -> bool:
+def _waits(plan: Plan, rates: Rates) -> bool:
     """Whether nothing is computed between a step's results and the next step."""
-    return plan.groups == 1 and not plan.composes_ahead
+    return rates.device == "CPU" or (plan.groups == 1 and not plan.composes_ahead)
+
+
+def calls_of(plan: Plan, turn: Round) -> float:
+    """Calls of attention of a group's step, where each computes a chunk, or decoding rows of one length."""
+    return (min(turn.lengths, turn.rows) + turn.chunk_rows) / plan.groups
 
 
 def _overlaps(plan: Plan) -> bool:
@@ -103,7 +114,7 @@ class Took:
 def seconds(plan: Plan, cut: Cut, ranks: Mapping[Load, int], rates: Rates, turn: Round) -> Took:
     """What a round takes, on ranks that have this to do."""
     used = {load: resources(plan, cut.shape, load, rates, turn) for load in ranks}
-    each = {load: rank_seconds(plan, one) for load, one in used.items()}
+    each = {load: rank_seconds(plan, one, rates) for load, one in used.items()}
     longest, binds = max(each.values())
     most = {name: max(one[name] for one in used.values()) for name in TERMS}
     if cut.num_ranks == 1:

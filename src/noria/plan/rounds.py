@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from noria.step import pages_for
 
+TRIES = 3  # to find how many rows decode beside chunks
 MANY = 4  # times as many rows as are in flight: from there on a slot that gets free is filled at once
 FILLS = (1 / 6, 1 / 2, 5 / 6)  # of the new tokens, that lie behind a row where a decode round is looked at
 
@@ -54,7 +55,7 @@ class Round:
 
     `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
     average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed. `shared`: of the context, tokens that
-    other rows of the step look at too.
+    other rows of the step look at too. `lengths`: how many lengths the decoding rows have.
     """
 
     rows: float
@@ -64,6 +65,7 @@ class Round:
     chunk_context: float = 0.0
     chunk_cached: float = 0.0
     shared: float = 0.0
+    lengths: float = 1.0
 
     @property
     def tokens(self) -> float:
@@ -99,32 +101,49 @@ def decoding(rows: float, workload: Workload) -> Round:
 def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int) -> Rounds:
     """The rounds of all rows, at most so many of them at once, with so many tokens in a round and in a chunk of one row.
 
+    What rows take that decode beside chunks, a token each, is not there for chunks.
+    """
+    found = _rounds_of(workload, most_rows, round_tokens, round_tokens, chunk)
+    for _ in range(TRIES):
+        left = max(round_tokens - found.prefill.rows, round_tokens / 16)
+        found = _rounds_of(workload, most_rows, round_tokens, left, chunk)
+    return found
+
+
+def _rounds_of(workload: Workload, most_rows: int, round_tokens: int, left: float, chunk: int) -> Rounds:
+    """The same, where on average so many of a round's tokens are left for chunks.
+
     Rows whose prompts are computed in the first of several rounds decode in the others, and a slot that gets free has the
     next row at once: where a wave's prompts take K rounds, (K - 1) / K of the rows decode in each of them, half as many in
-    the first wave, which fills the slots.
+    the first wave, which fills the slots. Where K is more than the new tokens, rows end while others begin.
     """
     num_rows, prompt, after = workload.num_rows, workload.computed_tokens, max(workload.new_tokens - 1, 0.0)
     times = num_rows / most_rows
     waves = -(-num_rows // most_rows) if times < MANY else times  # few rows of one length end together
     rows = num_rows / waves
     pieces = max(-(-prompt // chunk), 1.0)
-    filled = _rounds(most_rows, prompt, round_tokens, pieces)
+    filled = _rounds(most_rows * prompt, round_tokens, left, pieces)
     rest = num_rows - most_rows * (num_rows // most_rows) if times < MANY else 0
-    prefills = waves * filled if not rest else (waves - 1) * filled + _rounds(rest, prompt, round_tokens, pieces)
+    prefills = waves * filled if not rest else (waves - 1) * filled + _rounds(rest * prompt, round_tokens, left, pieces)
     each = prefills / waves
     beside = min(each - 1, after)  # rounds of chunks in which a row of the first wave decodes, at most
-    riding = rows * (beside / 2 + (waves - 1) * beside)
+    first = after - after * (after + 1) / (2 * each) if each - 1 > after else beside / 2  # of the first wave
+    riding = rows * (first + (waves - 1) * beside)
     alone = waves * max(after - beside, 0.0) + beside
-    left = max(waves * rows * after - riding, 0.0)
+    later = max(waves * rows * after - riding, 0.0)
     context = workload.prompt_tokens + workload.new_tokens / 2
     begun = rows * waves / prefills
+    lengths = max(min(each, rows), 1.0) if workload.longest <= workload.pages else rows
     shared = workload.shared_tokens
     cached = shared + prompt * (pieces - 1) / (2 * pieces)
-    filling = Round(riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared)
-    last = Round(left / alone if alone else rows, context, shared=shared)
+    filling = Round(
+        riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared, lengths
+    )
+    last = Round(later / alone if alone else rows, context, shared=shared, lengths=lengths)
     return Rounds(prefills, filling, alone, last, workload.new_tokens)
 
 
-def _rounds(rows: float, prompt: float, round_tokens: int, pieces: float) -> float:
-    """Rounds in which so many rows are begun."""
-    return max(-(-rows * prompt // round_tokens), pieces, 1.0)
+def _rounds(tokens: float, round_tokens: int, left: float, pieces: float) -> float:
+    """Rounds in which prompts of so many tokens are computed: whole ones, and what decoding rows push into a further one, which
+    is little more than a decode round."""
+    return max(-(-tokens // round_tokens), tokens / left, pieces, 1.0)

@@ -23,6 +23,9 @@ CHUNK_SHARE, CHUNK_HALF = 0.58, 310.0
 # kernels (half precisions on a GPU) and one by one.
 PASSES, PLAIN_PASSES = 1.3, 4.0
 HALF = ("bfloat16", "float16")
+# The same on a CPU: of products in runs; of attention of chunks, for contexts of 64 to 1,024 tokens; of a copy's rate, of
+# decoding rows. A call of attention takes 0.6 of what the small operations of a layer take (one thread of an EPYC).
+CPU_MATMUL_SHARE, CPU_CHUNK_SHARE, CPU_CACHE_SHARE, CALL_SHARE = 0.95, 0.36, 0.45, 0.6
 # What a layer takes on the device however few tokens there are: some 14 kernels, one after another.
 LAYER_SECONDS = 35e-6
 # The passes of experts (sorting, gathering, summing pairs of token and expert; tiles not full), and what a layer of them takes
@@ -68,7 +71,8 @@ def decoding(nbytes: float, rates: Rates) -> float:
 
 def matmul(flops: float, rows: float, dtype: str, rates: Rates) -> float:
     """Products of so many rows each."""
-    return flops / (rates.matmul_at(dtype, rows) * MATMUL_SHARE)
+    share = CPU_MATMUL_SHARE if rates.device == "CPU" else MATMUL_SHARE
+    return flops / (rates.matmul_at(dtype, rows) * share)
 
 
 def own_context(context: float, shared: float) -> float:
@@ -78,12 +82,13 @@ def own_context(context: float, shared: float) -> float:
 
 def cache_reading(nbytes: float, rates: Rates) -> float:
     """Attention of decoding rows: it reads their cache once."""
-    return nbytes / (rates.device_memory * CACHE_SHARE)
+    return nbytes / (rates.device_memory * (CPU_CACHE_SHARE if rates.device == "CPU" else CACHE_SHARE))
 
 
 def chunks(flops: float, context: float, dtype: str, rates: Rates) -> float:
     """Attention of chunks of prompts, whose tokens look at so many others on average."""
-    return flops / (rates.matmul[dtype] * CHUNK_SHARE * (context + 1) / (context + CHUNK_HALF))
+    share = CPU_CHUNK_SHARE if rates.device == "CPU" else CHUNK_SHARE * (context + 1) / (context + CHUNK_HALF)
+    return flops / (rates.matmul[dtype] * share)
 
 
 def elementwise(nbytes: float, expert_nbytes: float, dtype: str, rates: Rates) -> float:
@@ -104,6 +109,12 @@ def sampling(logits: float, rates: Rates) -> float:
 def launches(layers: float, mixtures: float, rates: Rates) -> float:
     """The host's time for the kernels of so many layers and microbatches; `mixtures`: those of them with experts."""
     return layers * rates.layer_seconds * LAUNCHES + mixtures * MIXTURE_LAUNCHES
+
+
+def calls(number: float, dtype: str, rates: Rates) -> float:
+    """The host's time for calls of attention; none where one kernel computes all rows."""
+    by_items = dtype in HALF and rates.device != "CPU"
+    return 0.0 if by_items else number * rates.layer_seconds * CALL_SHARE
 
 
 def replays(groups: int) -> float:

@@ -25,8 +25,8 @@ NOTES = {
 def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term]:
     """The terms of a phase's round: on the rank where they are longest, in the rounds that were looked at."""
     predicted = plan.get("predicted")
-    planned = _planned(predicted.get("terms") if isinstance(predicted, Mapping) else None, phase)
-    measured = _measured(timings, phase, number(plan, "groups"))
+    planned = planned_seconds(predicted.get("terms") if isinstance(predicted, Mapping) else None, phase)
+    measured = measured_seconds(timings, phase, number(plan, "groups"))
     on_cpu = isinstance(predicted, Mapping) and predicted.get("device") == "CPU"  # there compute is what the host does
     for name in measured:
         if not (on_cpu and name == "launches"):
@@ -37,7 +37,7 @@ def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term
                 yield replace(found, is_hidden=hidden)
 
 
-def _planned(terms: object, phase: str) -> dict[str, float]:
+def planned_seconds(terms: object, phase: str) -> dict[str, float]:
     """Seconds of a round by what can be measured: products, attention and other kernels are the device's compute."""
     found = {name: number(terms, phase, name) for name in ("link", "disk", "launches", "host", "ring")}
     products = [number(terms, phase, name) or 0.0 for name in ("matmul", "device memory")]
@@ -45,7 +45,7 @@ def _planned(terms: object, phase: str) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds} | {"compute": max(products) + sum(kernels)}
 
 
-def _measured(timings: Timings, phase: str, groups: float | None) -> dict[str, float]:
+def measured_seconds(timings: Timings, phase: str, groups: float | None) -> dict[str, float]:
     """Seconds of a round, the most of any rank; `host` of rank 0; `ring`: a group's way, by what ranks compute and send."""
     rounds, all_rounds = timings.get(f"{phase}_watched_rounds"), timings.get(f"{phase}_rounds", np.zeros(0))
     if rounds is None or not len(rounds) or not (rounds > 0).all() or (all_rounds == 1).any():

@@ -1,0 +1,148 @@
+"""The neighbours of a candidate: each number a little more or less, as far as the user left it open.
+
+Knows nothing of what candidates are worth.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
+
+from noria.errors import InputError
+from noria.plan.problem import EVEN, Candidate, Problem
+
+MOST = 2**14  # tokens of a microbatch: products gain nothing from more
+FACTORS = (1.02, 1.1, 1.4, 2.0)
+LAYERS = (1.0, -1.0, 3.0, -3.0)  # that a stage is taken to carry more
+PARTS = (0.02, 0.1, 0.3, 1.0)  # of the cache
+
+
+def _other_rows(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """More or fewer rows at once, among them those of whole waves, with the same part of the cache on the device or the same
+    number of its pages."""
+    most, rows = problem.workload.num_rows, here.rows
+    waves = -(-most // rows)
+    counts = [-(-most // count) for count in (waves - 1, waves, waves + 1) if count > 0]
+    counts += [round(rows * factor) for factor in FACTORS] + [int(rows / factor) for factor in FACTORS]
+    found = [replace(here, rows=count) for count in dict.fromkeys(counts) if 1 <= count <= most]
+    if not is_cache_open(problem):
+        return found
+    # the same with as many pages on the device as before
+    return [*found, *(replace(one, on_device=min(here.on_device * rows / one.rows, 1.0)) for one in found)]
+
+
+def _other_parts(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """More or less of the cache on the device."""
+    if not is_cache_open(problem):
+        return []
+    parts = [min(max(here.on_device + sign * part, 0.0), 1.0) for part in PARTS for sign in (1, -1)]
+    return [replace(here, on_device=part) for part in dict.fromkeys(parts)]
+
+
+def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Larger or smaller steps."""
+    if problem.config.pipeline.step_tokens or problem.machine.device == "cpu":
+        return []
+    rounds = here.prefill_rounds
+    counts = dict.fromkeys((1, rounds // 2, rounds - 1, rounds + 1, 2 * rounds))
+    return [replace(here, prefill_rounds=count) for count in counts if count >= 1]
+
+
+def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Larger or smaller microbatches; what smaller ones leave of memory may hold a few more rows."""
+    if problem.config.pipeline.microbatch_tokens or problem.machine.device == "cpu":
+        return []
+    tokens, most = min(here.microbatch_tokens, problem.step_tokens(here)), problem.workload.num_rows
+    counts = [count for count in (tokens // 2, 2 * tokens // 3, 3 * tokens // 2, 2 * tokens) if 64 <= count <= MOST]
+    more = [min(round(here.rows * factor), most) for factor in FACTORS[:2]]
+    found = [replace(here, microbatch_tokens=count) for count in counts]
+    return [*found, *(replace(one, rows=rows) for one in found for rows in more if one.microbatch_tokens < tokens)]
+
+
+def _other_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """One group more or less, and two a rank; the ring is full with a group a rank."""
+    if problem.config.pipeline.groups or problem.config.pipeline.blocking or problem.machine.device == "cpu":
+        return []
+    ranks = problem.num_ranks
+    counts = dict.fromkeys((here.groups - 1, here.groups + 1, ranks, ranks + 1, 2 * ranks))
+    return [replace(here, groups=count) for count in counts if count >= ranks]
+
+
+def _other_laps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    counts = laps(problem)
+    place = counts.index(here.laps)
+    return [replace(here, laps=count) for count in counts[max(place - 2, 0) : place + 3]]
+
+
+def _other_ends(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Fewer or more layers on the first and on the last rank: where the embedding or the head has taken memory or time."""
+    if problem.config.pipeline.partition is not None or problem.num_ranks == 1:
+        return []
+    first, last = here.ends
+    ends = [problem.head_in_layers, EVEN, *((first + step, last + step) for step in LAYERS)]
+    ends += chain(*(((first + step, last), (first, last + step)) for step in LAYERS))
+    cuts = {problem.cut(here.laps, one).stages: one for one in reversed(ends)}
+    return [replace(here, ends=one) for one in cuts.values()]
+
+
+def _other_activations(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    return [replace(here, activations=tier) for tier in activations(problem)]
+
+
+MOVES: tuple[Callable[[Problem, Candidate], Iterable[Candidate]], ...] = (
+    *(
+        _other_rows,
+        _other_parts,
+        _other_rounds,
+        _other_microbatches,
+        _other_groups,
+        _other_laps,
+        _other_ends,
+        _other_activations,
+    ),
+)
+
+
+def is_cache_open(problem: Problem) -> bool:
+    return problem.config.placement.cache is None and problem.machine.device != "cpu"
+
+
+def activations(problem: Problem) -> list[str]:
+    """Where hidden states may be: elsewhere than on the device only where that is another memory."""
+    asked = problem.config.placement.activations
+    return [asked] if asked else ["gpu"] if problem.machine.device == "cpu" else ["gpu", "cpu"]
+
+
+def groups(problem: Problem) -> tuple[int, ...]:
+    """Numbers of groups to begin with: the ring is full with a group a rank, one more hides the hop and rank 0's own work.
+
+    A single GPU stays busy with two groups, but reads its weights for each of them.
+    """
+    pipeline = problem.config.pipeline
+    if pipeline.groups or pipeline.blocking:
+        return (pipeline.groups or problem.num_ranks,)
+    if problem.num_ranks == 1:
+        return (1,) if problem.machine.device == "cpu" else (2, 1)
+    return (problem.num_ranks + 1,)
+
+
+def laps(problem: Problem) -> list[int]:
+    """Numbers of laps that give visits of different lengths, as far as they can be cut so."""
+    asked, most, how = (
+        problem.config.pipeline.laps,
+        problem.shape.num_layers // problem.num_ranks,
+        problem.config.pipeline,
+    )
+    if asked or problem.num_ranks == 1 or isinstance(how.partition, list):
+        listed = len(how.partition) // problem.num_ranks if isinstance(how.partition, list) else 1
+        return [asked or max(listed, 1)]
+    counts = sorted({most // layers for layers in range(1, most + 1)})
+    return [laps for laps in counts if _is_cut(problem, laps)] or [1]
+
+
+def _is_cut(problem: Problem, laps: int) -> bool:
+    """Whether so many laps keep tied layers together."""
+    try:
+        problem.cut(laps)
+    except InputError:
+        return False
+    return True
