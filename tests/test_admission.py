@@ -107,6 +107,7 @@ def test_every_row_ends_once_with_its_own_tokens_whatever_the_groups_and_budgets
         data.draw(st.integers(1, step_tokens)),
         data.draw(st.integers(1, 3)),
         LIMIT,
+        gathers=data.draw(st.booleans()),
     )
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 90)), max_size=25))
     prompts = [prompt(row, length, max_new_tokens=new) for row, (length, new) in enumerate(shapes)]

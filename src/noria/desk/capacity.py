@@ -24,6 +24,7 @@ def capacity_of(plan: Plan, shape: ModelShape, sharing: bool) -> Capacity:
         plan.state_rows,
         sharing,
         costs_of(plan),
+        plan.graph_rows > 0,
     )
 
 

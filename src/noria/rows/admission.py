@@ -13,6 +13,7 @@ from noria.masks import Pending
 from noria.rows.beginnings import Lead
 from noria.rows.composing import Changes, compose
 from noria.rows.flight import Flight
+from noria.rows.gathering import Gathering
 from noria.rows.guides import Making, MaskMemory
 from noria.rows.level import Level
 from noria.rows.making import Maker, Source
@@ -52,6 +53,7 @@ class Admission:
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
         self._capacity, self._slots = capacity, Slots(capacity)
         self._level = Level(capacity.groups, capacity.costs)
+        self._gathering = Gathering(capacity.groups, capacity.gathers)
         firsts = (group * capacity.step_tokens for group in range(capacity.groups))
         self._flights = [Flight(first, self._end_token_ids, capacity.max_positions) for first in firsts]
         self.step_tokens = capacity.step_tokens  # of the next steps: at most as many, for which there is room
@@ -125,7 +127,8 @@ class Admission:
                 chunks.append((sequence, self._take_chunk(sequence, budget)))
                 budget -= chunks[-1][1]
         admitted = []
-        while budget > 0 and (new := self._admit(group)):
+        opens = self._gathering.opens(group, decoding, bool(chunks), self._queue.num_left)
+        while opens and budget > 0 and (new := self._admit(group)):
             admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
             chunks.append((new, self._take_chunk(new, budget)))
             budget -= chunks[-1][1]
@@ -214,6 +217,7 @@ class Admission:
         """The sequence is out of flight; those that waited for what it computes are in line again."""
         self._flights[group].leave(sequence)
         self._slots.leave(group, sequence)
+        self._gathering.left(group)
         if sequence.lead is not None:
             self._leading.remove(sequence)
             self._queue.unpark(sequence.lead)
@@ -254,6 +258,7 @@ class Admission:
                 self._begun(group, sequence)
                 return sequence
             else:
+                self._gathering.full(group)
                 break
         return None
 

@@ -22,6 +22,7 @@ class Capacity:
     pages in one tier; in one beyond the device at most `slot_pages`, as its microbatch has. tier_states: the states of each
     tier, where the family has arrays per sequence; then a microbatch has at most `state_rows` rows (else 0).
     sharing: rows that begin alike share the pages of that. costs: of steps, which several ranks should see in equal times.
+    gathers: rows are admitted several at once, since steps without prompts cost less.
     """
 
     groups: int
@@ -38,6 +39,7 @@ class Capacity:
     state_rows: int = 0
     sharing: bool = True
     costs: StepCosts | None = None
+    gathers: bool = False
 
     @property
     def tiers(self) -> tuple[int, ...]:
