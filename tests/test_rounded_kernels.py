@@ -61,7 +61,7 @@ def test_rows_are_rounded_and_pages_decoded_to_the_bits_of_the_plain_way(kind, o
     plain, other = opened(kind, heads, size, of), opened(kind, heads, size, of)
     new, places = numbers(heads, size, dtype), torch.randperm(96, generator=torch.Generator().manual_seed(1))[:21]
     plain.write(places, new)
-    kernels.write(other.array.encoding, other.fields, other.array.group, places, new)
+    kernels.write(other.array.encoding, places, (other.fields, other.array.group, new))
     for name, one in plain.fields.items():
         assert torch.equal(other.fields[name].float(), one.float()), name
     pages, found = torch.tensor([4, 0, 5, 1]), [torch.zeros(64, heads, size, dtype=dtype) for _ in range(2)]
@@ -71,11 +71,38 @@ def test_rows_are_rounded_and_pages_decoded_to_the_bits_of_the_plain_way(kind, o
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_are_rounded_by_one_launch_to_the_bits_of_the_plain_way(kind, monkeypatch):
+    launched = []
+    monkeypatch.setattr(kernels, "round_rows", Counting(kernels.round_rows, launched))
+    new = numbers(2, 80, torch.float16), numbers(2, 128, torch.float16)
+    both = [[opened(kind, 2, 80, "key"), opened(kind, 2, 128, "value")] for _ in range(2)]
+    places = torch.randperm(96, generator=torch.Generator().manual_seed(1))[:21]
+    for its, rows in zip(both[0], new, strict=True):
+        its.write(places, rows)
+    given = ((its.fields, its.array.group, rows) for its, rows in zip(both[1], new, strict=True))
+    kernels.write(ENCODINGS[kind], places, *given)
+    for one, other in zip(*both, strict=True):
+        assert all(torch.equal(one.fields[name].float(), other.fields[name].float()) for name in one.fields)
+    assert len(launched) == 1
+
+
+class Counting:
+    """A kernel, and a list to which each launch adds its grid."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
 def test_a_number_that_is_none_makes_its_own_group_none_and_no_other(kind, wrong):
     its, new = opened(kind, 2, 128, "key"), numbers(2, 128, torch.float32)
     new[1, 0, 5] = wrong
-    kernels.write(its.array.encoding, its.fields, its.array.group, torch.arange(21), new)
+    kernels.write(its.array.encoding, torch.arange(21), (its.fields, its.array.group, new))
     found = torch.zeros(32, 2, 128)
     kernels.decode(its.array.encoding, its.fields, its.array.group, torch.tensor([0, 1]), found)
     sick = ~torch.isfinite(found[:21])

@@ -271,7 +271,7 @@ def test_an_encoding_of_a_cache_is_one_of_parameters_too():
 
 def test_kernels_that_cannot_be_there_are_done_without_and_the_reason_is_said_once():
     arrays = encoded(keys_and_values(2, 64), "int8")
-    (said,) = _cached.without_kernels(arrays, CPU, torch.bfloat16)
+    (said,) = _cached.without_kernels([arrays], CPU, torch.bfloat16)
     assert said.startswith("the cache is rounded and decoded by torch") and said.endswith(
         "CUDA device, this is the CPU"
     )

@@ -77,7 +77,7 @@ def _same_bits(device: torch.device, dtype: torch.dtype, heads: HeadShape, form:
     for array in _kernel().arrays(heads, form):
         its = coded.zeros(array, rows, device)
         new = torch.randn(rows, *array.row, generator=draw) * torch.logspace(-2, 1, rows)[:, None, None]
-        rounded.write(form, its.fields, array.group, torch.arange(rows, device=device), new.to(device, dtype))
+        rounded.write(form, torch.arange(rows, device=device), (its.fields, array.group, new.to(device, dtype)))
         plain.append(torch.empty(rows, *array.row, dtype=dtype, device=device))
         rounded.decode(form, its.fields, array.group, pages, plain[-1])
         codes.append(its)

@@ -4,10 +4,10 @@ launch and to the bits of the plain way.
 An encoded array of a layer's cache (arrays.py) has fields [rows, Hkv, ...]: a matrix of all tokens and heads.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,7 @@ from noria.kernels.trying import tried
 from noria.step import PAGE_TOKENS
 
 Fields = Mapping[str, torch.Tensor]
+Rows: TypeAlias = tuple[Array, Fields, torch.Tensor]  # of an array: its fields, and new rows [T, Hkv, D]
 TRIED_PAGES = 5  # with which kernels are tried
 
 
@@ -30,12 +31,24 @@ def settings_of(array: Array) -> dict[str, Any]:
     return {"group_size": array.group, "symmetric": symmetric, "permuted": False, "scale_dtype": "bfloat16"}
 
 
-def write(array: Array, fields: Fields, places: torch.Tensor, new: torch.Tensor) -> None:
-    """Rounds new rows [T, Hkv, D] and writes them to their places [T]."""
-    (_kernel_write if _by_kernels(array, new) else plain_write)(array, fields, places, new)
+def write(places: torch.Tensor, *given: Rows) -> None:
+    """Rounds new rows [T, Hkv, D] of some arrays and writes them to their places [T]; two of one encoding by one kernel."""
+    if all(_by_kernels(array, new) for array, _, new in given) and _alike(given):
+        _kernel_write(places, *given)
+        return
+    for array, fields, new in given:
+        if _by_kernels(array, new):
+            _kernel_write(places, (array, fields, new))
+        else:
+            plain_write(places, (array, fields, new))
 
 
-def plain_write(array: Array, fields: Fields, places: torch.Tensor, new: torch.Tensor) -> None:
+def _alike(given: tuple[Rows, ...]) -> bool:
+    return len(given) == 2 and len({(array.encoding, *new.shape[:2], new.dtype) for array, _, new in given}) == 1
+
+
+def plain_write(places: torch.Tensor, given: Rows) -> None:
+    array, fields, new = given
     rounded = kinds.load("encodings", array.encoding or "").quick(new.reshape(-1, new.shape[-1]), settings_of(array))
     for name, its in rounded.items():
         fields[name].index_copy_(0, places, its.view(len(places), *fields[name].shape[1:]))
@@ -55,9 +68,14 @@ def plain_decode(array: Array, fields: Fields, pages: torch.Tensor, into: torch.
     its_decode(taken, settings_of(array), into.view(1, -1, into.shape[-1]))
 
 
-def without_kernels(arrays: Collection[Array], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Builds the kernels of these encoded arrays. A line for each reason for which torch does without them."""
-    found = dict.fromkeys(refuses(array, device, dtype) for array in arrays)
+def without_kernels(entries: Collection[Sequence[Array]], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Builds the kernels of the encoded arrays of layers. A line for each reason for which torch does without them."""
+    found = dict.fromkeys(refuses(array, device, dtype) for entry in entries for array in entry)
+    nowhere = torch.zeros(0, dtype=torch.int64, device=device)
+    for entry in entries:  # what rounds all of a layer's together
+        rows = [torch.zeros(0, *_heads(array), dtype=dtype, device=device) for array in entry]
+        fields = [{name: _empty(kept, 1, device) for name, kept in array.fields.items()} for array in entry]
+        write(nowhere, *zip(entry, fields, rows, strict=True))
     return [f"the cache is rounded and decoded by torch, slower than by its kernels: {why}" for why in found if why]
 
 
@@ -77,7 +95,7 @@ def refuses(array: Array, device: torch.device, dtype: torch.dtype) -> str:
 
 def _gives_the_same(array: Array, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels and torch leave the same codes of some rows, and make the same numbers of them."""
-    rows, heads = TRIED_PAGES * PAGE_TOKENS, array.row if len(array.row) > 1 else (1, *array.row)
+    rows, heads = TRIED_PAGES * PAGE_TOKENS, _heads(array)
     draw = torch.Generator().manual_seed(0)
     new = (
         torch.randn(rows - 9, *heads, generator=draw)
@@ -89,19 +107,24 @@ def _gives_the_same(array: Array, device: torch.device, dtype: torch.dtype) -> b
     for ways in ((plain_write, plain_decode), (_kernel_write, _kernel_decode)):
         fields = {name: _empty(kept, rows, device) for name, kept in array.fields.items()}
         into = torch.zeros(rows, *heads, dtype=dtype, device=device)
-        ways[0](array, fields, places, new)
+        ways[0](places, (array, fields, new))
         ways[1](array, fields, pages.to(device), into)
         made.append([*(its.view(torch.uint8) for its in fields.values()), into])
     return all(torch.equal(one, other) for one, other in zip(*made, strict=True))
 
 
+def _heads(array: Array) -> tuple[int, ...]:
+    """Hkv and D: a row of one vector is of one head."""
+    return array.row if len(array.row) > 1 else (1, *array.row)
+
+
 def _empty(kept: Array, rows: int, device: torch.device) -> torch.Tensor:
-    heads = kept.row if len(kept.row) > 1 else (1, *kept.row)
-    return torch.zeros(rows, *heads, dtype=getattr(torch, kept.computed("")), device=device)
+    return torch.zeros(rows, *_heads(kept), dtype=getattr(torch, kept.computed("")), device=device)
 
 
-def _kernel_write(array: Array, fields: Fields, places: torch.Tensor, new: torch.Tensor) -> None:
-    _kernel().write(array.encoding, fields, array.group, places, new.contiguous())
+def _kernel_write(places: torch.Tensor, *given: Rows) -> None:
+    rows = ((fields, array.group, new.contiguous()) for array, fields, new in given)
+    _kernel().write(given[0][0].encoding, places, *rows)
 
 
 def _kernel_decode(array: Array, fields: Fields, pages: torch.Tensor, into: torch.Tensor) -> None:

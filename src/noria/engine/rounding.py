@@ -40,7 +40,7 @@ class RoundedArray(Coded):
 
     def write(self, places: torch.Tensor, new: torch.Tensor) -> None:
         """Rounds new rows [T, Hkv, D] and writes them to their places [T]."""
-        encodings.write_rows(self.array, self.fields, places, new)
+        encodings.write_rows(places, (self.array, self.fields, new))
 
     def decode(self, pages: torch.Tensor, into: torch.Tensor) -> None:
         """Decodes pages [P], one after another, into [P * 16, Hkv, D]."""
@@ -57,8 +57,7 @@ def rotate_and_round(
     """Like _fused.rotate_and_write: queries [T, H, D] as they attend, once the `new` of each token is rounded and written."""
     made = [queries.new_empty(len(its), *its.shape[1:] if its.dim() == 3 else (1, its.shape[1])) for its in new]
     turned = _fused.rotate_and_write(queries, rotary, new, made, torch.arange(len(queries), device=queries.device))
-    for array, its in zip(arrays, made, strict=True):
-        array.write(places, its)
+    encodings.write_rows(places, *((array.array, array.fields, its) for array, its in zip(arrays, made, strict=True)))
     return turned
 
 

@@ -5,6 +5,7 @@ int8, or int4 with zeros. R rows of D numbers, of all heads and tokens; groups o
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -115,13 +116,13 @@ def steps_of(least, most, FORM: tl.constexpr):
     return bits, (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["places"])
-def round_rows(
-    new, places, codes, scales, zeros, rows, heads, numbers, width, groups, GROUP: tl.constexpr, FORM: tl.constexpr,
+@triton.jit
+def round_group(
+    new, places, codes, scales, zeros, rows, heads, group, numbers, width, groups, GROUP: tl.constexpr, FORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A group of some rows [R] of `heads` a token, into the places of their tokens. COLUMNS: of a group, padded."""
-    row, group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     target = tl.load(places + row // heads, mask=is_row, other=0) * heads + row % heads
     first = group * GROUP
@@ -158,6 +159,27 @@ def round_rows(
             tl.store(zeros + scale_at, zero.to(tl.uint8), mask=is_row)
 
 
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["places"])
+def round_rows(
+    places, rows, heads, keys, key_codes, key_scales, key_zeros, key_numbers, key_width, key_groups,
+    values, value_codes, value_scales, value_zeros, value_numbers, value_width, value_groups,
+    KEY_GROUP: tl.constexpr, KEY_COLUMNS: tl.constexpr, VALUE_GROUP: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Groups of some rows of two arrays, a group a program: those of the keys, then, if there are BOTH, those of the values."""
+    group = tl.program_id(1)
+    if group < key_groups:
+        round_group(
+            keys, places, key_codes, key_scales, key_zeros, rows, heads, group, key_numbers, key_width, key_groups,
+            KEY_GROUP, FORM, ROWS, KEY_COLUMNS,
+        )  # fmt: skip
+    elif BOTH:
+        round_group(
+            values, places, value_codes, value_scales, value_zeros, rows, heads, group - key_groups, value_numbers,
+            value_width, value_groups, VALUE_GROUP, FORM, ROWS, VALUE_COLUMNS,
+        )  # fmt: skip
+
+
 def decode(form: str, fields: Mapping[str, torch.Tensor], group: int, pages: torch.Tensor, into: torch.Tensor) -> None:
     """Pages [P] of fields [rows, Hkv, ...] into [P * page's tokens, Hkv, D]; on the current stream."""
     codes, scales, numbers = fields["codes"], fields["scales"], into.shape[-1]
@@ -170,14 +192,20 @@ def decode(form: str, fields: Mapping[str, torch.Tensor], group: int, pages: tor
     )  # fmt: skip
 
 
-def write(form: str, fields: Mapping[str, torch.Tensor], group: int, places: torch.Tensor, new: torch.Tensor) -> None:
-    """Rounds rows [T, Hkv, D] without gaps into fields [rows, Hkv, ...], at their places [T]; on the current stream."""
-    codes, scales, (tokens, heads, numbers) = fields["codes"], fields["scales"], new.shape
-    stored = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales
-    size = min(group if group > 0 else numbers, numbers)
-    columns = max(triton.next_power_of_2(size), 2)
-    tile = max(TILE // columns // 2, 1)
-    round_rows[(triton.cdiv(tokens * heads, tile), scales.shape[-1])](
-        new, places, codes, stored, fields.get("zeros", codes), tokens * heads, heads, numbers, codes.shape[-1],
-        scales.shape[-1], size, FORMS[form], tile, columns, num_warps=4,
-    )  # fmt: skip
+def write(form: str, places: torch.Tensor, *given: tuple[Mapping[str, torch.Tensor], int, torch.Tensor]) -> None:
+    """Rounds rows [T, Hkv, D] without gaps into fields [rows, Hkv, ...], at their places [T]: of one array or two, each given
+    as its fields, its group and its rows; on the current stream."""
+    tokens, heads, _ = given[0][2].shape
+    arguments, sizes = list[Any](), list[int]()
+    for fields, group, new in given:
+        codes, scales, numbers = fields["codes"], fields["scales"], new.shape[2]
+        stored = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales
+        size = min(group if group > 0 else numbers, numbers)
+        arguments += [new, codes, stored, fields.get("zeros", codes), numbers, codes.shape[-1], scales.shape[-1]]
+        sizes += [size, max(triton.next_power_of_2(size), 2)]
+    tile = max(TILE // max(sizes[1::2]) // 2, 1)
+    groups = sum(fields["scales"].shape[-1] for fields, _, _ in given)
+    more = 3 - len(given)  # one array stands for both
+    round_rows[(triton.cdiv(tokens * heads, tile), groups)](
+        places, tokens * heads, heads, *arguments * more, *sizes * more, FORMS[form], tile, more == 1, num_warps=4
+    )

@@ -120,8 +120,9 @@ def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
 
 def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     """Builds the kernels of a cache in fewer bits; says where torch rounds and decodes it, and why. Collective."""
-    arrays = {array for layer in range(shape.num_layers) for array in shape.arrays(layer) if array.encoding}
-    if here.device.type != "cuda" or not arrays:
+    every = (tuple(array for array in shape.arrays(layer) if array.encoding) for layer in range(shape.num_layers))
+    entries = {*filter(None, every)}
+    if here.device.type != "cuda" or not entries:
         return
     its_dtype = getattr(torch, dtype)
 
@@ -129,7 +130,7 @@ def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
         kind, _ = attention.fitting(here.device, its_dtype, shape)
         why = attention.decodes_ahead(kind, here.device, its_dtype, shape)
         said = [f"the cache is decoded before attention, not within it: {why}"] if why else []
-        return encodings.without_cache_kernels(arrays, here.device, its_dtype) + said
+        return encodings.without_cache_kernels(entries, here.device, its_dtype) + said
 
     here.say(*dict.fromkeys(line for lines in _on_first_of_nodes(here, build) for line in lines))
 
