@@ -1,9 +1,10 @@
 """Weights and caches in fewer bits: how fast rounds are, and what they cost in error and in bits a character.
 
-    python jobs/bench/encoded.py rounds [--shape opt-30b] [--prompts 64] [--forms plain exponent fp8 int4] [-- flags]
+    python jobs/bench/encoded.py rounds [--shape opt-30b] [--prompts 64] [--forms plain exponent fp8 int4] [--layers 24]
+        [--ranks 2] [-- flags]
     python jobs/bench/encoded.py quality --text kjv.txt [--characters 40000] [--only bfloat16 "cache int4"]
 
-`rounds` (one GPU): all weights on the CPU, random ones, as streamed.py does it: a JSON line a form with the share of the link
+`rounds` (a GPU a rank): all weights on the CPU, random ones, as in streamed.py: a JSON line a form with the share of the link
 that decode rounds reach and how many times as fast as plain bfloat16 they are. `quality` (any machine): the demo model in
 each form, the relative error of the weights that are encoded (Frobenius), and bits a character of chapters that it was not
 trained on, by prompt_logprobs. inputs/demo/README.md says how kjv.txt is made. FlexGen's form is a minimum and a step of
@@ -65,17 +66,18 @@ def rounds(arguments: argparse.Namespace) -> None:
     plain, config_of = None, streamed.config_of
     arguments.constant, arguments.mixed, arguments.link, arguments.disk = False, False, True, None
     given = arguments.flags
+    cut = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
     for form in arguments.forms:
         said, flags = ROUNDS[form]
         streamed.config_of = lambda *shape, said=said: (
-            config_of(*shape) | ({"quantization_config": said} if said else {})
+            config_of(*shape) | cut | ({"quantization_config": said} if said else {})
         )
         arguments.flags = ["--dtype", "bfloat16", "--weights", "cpu=100", *flags, *given]
         with tempfile.TemporaryDirectory() as folder:
-            figures = streamed.run(Path(folder), arguments, 1)
+            figures = streamed.run(Path(folder), arguments, arguments.ranks)
         seconds = figures["decode_seconds_a_round"]
         plain = seconds if form == "plain" else plain
-        line = {"bench": "encoded", "form": form, "shape": arguments.shape, **figures}
+        line = {"bench": "encoded", "form": form, "shape": arguments.shape, "ranks": arguments.ranks, **figures}
         print(json.dumps(line | {"times_as_fast": round(plain / seconds, 3) if plain else None}), flush=True)
 
 
@@ -186,6 +188,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     timed = commands.add_parser("rounds")
     timed.add_argument("--shape", choices=streamed.SHAPES, default="opt-30b")
+    timed.add_argument("--layers", type=int, help="of the shape, the first so many (default: all)")
+    timed.add_argument("--ranks", type=int, default=1, help="GPUs (default: 1)")
     timed.add_argument("--forms", nargs="+", choices=ROUNDS, default=["plain", "exponent", "fp8", "int4"])
     streamed.lengths.add_arguments(timed, prompts=64, max_new_tokens=8)
     timed.add_argument("flags", nargs="*", help="flags of noria run, after --")
