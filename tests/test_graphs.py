@@ -1,6 +1,7 @@
 """Decode steps as graphs on the CPU: a capturer that reruns the function that it recorded, over the same memory."""
 
 # ruff: noqa: F811 -- the folder of test_same is a fixture here
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -14,9 +15,12 @@ import world
 from captured import captured
 from noria import attention, config, kinds
 from noria.checkpoint.convert import convert
+from noria.checkpoint.quantization import quantization
+from noria.engine.decoding import Decoder
 from noria.engine.graphs import Graphs
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.plan import building, search
 from noria.run import run
 from test_same import RUN, compare, folder  # noqa: F401
 
@@ -117,6 +121,48 @@ def test_states_go_through_graphs_as_they_do_otherwise(tmp_path, monkeypatch):
         replays = graphs.replays
         alone(tmp_path, "plain", graphs=False)
     assert replays == graphs.replays > 5
+    assert same(tmp_path, "graphs", "plain")
+
+
+@contextlib.contextmanager
+def spoiled(graphs, monkeypatch):
+    """Before a graph is captured and after each replay, the memory in which weights are decoded holds what nobody wants: of
+    a real one the decoding that it captured is all that it does, and it says nothing to the host."""
+    decoders, begin, capture = [], Decoder.__init__, graphs.capture
+
+    def begun(self, *arguments):
+        begin(self, *arguments)
+        decoders.append(self)
+
+    def spoil():
+        for decoder in decoders:
+            decoder.buffer.fill_(255)
+
+    def captured(call):
+        spoil()
+        again = capture(call)
+        return lambda: (spoil(), again(), spoil())
+
+    monkeypatch.setattr(Decoder, "__init__", begun)
+    monkeypatch.setattr(graphs, "capture", captured)
+    monkeypatch.setattr(search, "_coded_best", lambda tried, here: here)  # not decoded while they are loaded
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1, 1 << 60], ids=["whole blocks", "a parameter at a time"])
+def test_graphs_decode_all_weights_that_they_need_and_steps_beside_them_their_own(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(building, "DECODING_SHARE", share)
+    config_json = tiny_models.LLAMA | {"num_hidden_layers": 1}  # what was decoded last is what comes next
+    tiny_models.write_directory(tmp_path / "hf", config_json, tiny_models.state(config_json, torch.float64))
+    convert(tmp_path / "hf", tmp_path / "model.h5", forms=quantization("int4"))
+    rows = [{"token_ids": [row + 3] * (3 + row), "max_new_tokens": 3 + row, "logprobs": 1} for row in range(7)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.toml").write_text(RUN)
+    with captured() as graphs, spoiled(graphs, monkeypatch):
+        alone(tmp_path, "graphs", step_tokens=9, microbatch_tokens=9)
+        assert graphs.replays > 5
+        alone(tmp_path, "plain", step_tokens=9, microbatch_tokens=9, graphs=False)
     assert same(tmp_path, "graphs", "plain")
 
 

@@ -65,6 +65,10 @@ class Decoder:
             self._now = (name,)
         return views(held.buffer, held.block) | self._decoded | self._pieces(held)
 
+    def forget(self) -> None:
+        """What is asked for next is decoded, whatever was decoded before."""
+        self._now, self._wanted, self._within = (), None, {}
+
     def _pieces(self, held: Undecoded) -> dict[str, "SomePieces"]:
         """What stands for the tensors of a whole block's parameters in several pieces."""
         several = [(parameter, pieces) for parameter, pieces in _encoded(held) if parameter.pieces > 1]

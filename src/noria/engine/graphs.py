@@ -56,7 +56,7 @@ def refused(kind: Any, weights: Weights, layers: Iterable[int], streams: Streams
             if isinstance(kind, ModuleType)
             else "the cache is decoded before"
         )
-    return "" if weights.stay(map(layer_name, layers)) else "weights are loaded or decoded in each step"
+    return "" if weights.stay(map(layer_name, layers)) else "weights are loaded in each step"
 
 
 class Graphs:
@@ -103,6 +103,7 @@ class Graphs:
         assert graph.replay is not None and graph.after is not None
         begin, mark = self._trace.mark(), self._gauge.mark()
         graph.replay()
+        self._weights.forget()
         self._plain, self._replayed = self._plain - 1, self._replayed + 1
         if self._captured == captured:
             self._gauge.took("launches", time.perf_counter() - began)
@@ -153,7 +154,11 @@ class Graphs:
         self._seconds += time.perf_counter() - began
 
     def _compute(self, graph: Graph, padded: Padded, layers: range) -> None:
-        """The layers, from `hidden` to `after`: nothing here depends on what a step is, but for its size."""
+        """The layers, from `hidden` to `after`: nothing here depends on what a step is, but for its size.
+
+        Encoded weights are decoded here too: all of them, each time.
+        """
+        self._weights.forget()
         its, part = self._microbatch(graph, padded), graph.hidden
         for layer in layers:
             part = self._layer(layer, its, part)

@@ -103,8 +103,12 @@ class Weights:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def stay(self, names: Iterable[str]) -> bool:
-        """Whether these blocks are on the device for the run, as they are computed with."""
-        return all(name in self._resident for name in names)
+        """Whether these blocks are on the device for the run."""
+        return all(name in self._resident or name in self._undecoded for name in names)
+
+    def forget(self) -> None:
+        """What is decoded now may be written over, or must be decoded again: a graph holds all decoding that it needs."""
+        self._decoder.forget()
 
     def begin(self, round: int, lap: int, group: int, empty: bool = False) -> None:
         """A visit begins, or is passed over because the group has nothing to compute."""
