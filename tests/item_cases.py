@@ -17,6 +17,7 @@ class Heads:
     key_heads: int
     dim: int
     width: int
+    within: bool = False  # a value is the first numbers of its key
 
 
 def ragged(counts, lengths, runs, prefixes=None, shared=(), parents=(), firsts=None):

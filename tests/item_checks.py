@@ -19,6 +19,7 @@ NONE = work.NONE
 
 
 def packing(heads, programs=1000, window=None, widest=work.WIDE_TILE, most_slots=1 << 16):
+    widest = work.LEAST_TILE if heads.within else widest
     return work.Packing(heads.heads // heads.key_heads, heads.key_heads, programs, most_slots, widest, window)
 
 
@@ -28,7 +29,7 @@ def tensors(heads, tokens, rows, dtype, device, seed=0):
     queries = torch.randn(tokens, heads.heads + 3, heads.dim, generator=generator).to(device, dtype)[:, : heads.heads]
     keys = torch.randn(rows, heads.key_heads, heads.dim, generator=generator).to(device, dtype)
     values = torch.randn(rows, heads.key_heads, heads.width, generator=generator).to(device, dtype)
-    return queries, keys, values
+    return queries, keys, keys[..., : heads.width] if heads.within else values
 
 
 def attended(rows, its_packing, queries, keys, values, scores):
@@ -70,6 +71,7 @@ def errors(heads, dtype, device, scores, rows=MIXED, cache_rows=MIXED_ROWS, prog
     """The errors of the items and of torch's sdpa in this dtype, against float64. The latter knows no cap and no sinks."""
     queries, keys, values = tensors(heads, int(rows.counts.sum()), cache_rows, dtype, device)
     keys, values = unused_is_nan(rows, keys, values)
+    values = keys[..., : heads.width] if heads.within else values
     found = attended(rows, packing(heads, programs), queries, keys, values, scores)
     host = [tensor.double().cpu().numpy() for tensor in (queries, keys, values)]
     sinks = None if scores.sinks is None else scores.sinks.cpu().numpy()

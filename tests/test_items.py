@@ -35,7 +35,13 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-HEADS = [Heads(8, 2, 16, 16), Heads(3, 1, 24, 40), Heads(7, 1, 8, 16), Heads(66, 1, 16, 16)]
+HEADS = [
+    Heads(8, 2, 16, 16),
+    Heads(3, 1, 24, 40),
+    Heads(7, 1, 8, 16),
+    Heads(66, 1, 16, 16),
+    Heads(20, 1, 40, 32, within=True),
+]
 # Positions around the borders of blocks, sections and beginnings.
 ONES = [0, 1, 63, 64, 100, 1023, 1024, 1087, 1088, 1100, 1159]
 
@@ -63,9 +69,15 @@ def test_it_is_dense_softmax_for_rows_of_every_kind_in_one_step(heads, programs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scores", [Scoring(0.25), Scoring(0.25, window=700, sinks=torch.ones(1))])
-def test_a_row_has_the_same_bits_however_it_is_computed(scores):
-    heads = Heads(1, 1, 16, 16)
+@pytest.mark.parametrize(
+    ("heads", "scores"),
+    [
+        (Heads(1, 1, 16, 16), Scoring(0.25)),
+        (Heads(1, 1, 16, 16), Scoring(0.25, window=700, sinks=torch.ones(1))),
+        (Heads(1, 1, 24, 16, within=True), Scoring(0.25)),
+    ],
+)
+def test_a_row_has_the_same_bits_however_it_is_computed(heads, scores):
     assert item_checks.other_bits(heads, torch.float16, CPU, scores, 1160, programs=(1, 1 << 20), ones=ONES) == []
 
 
@@ -104,6 +116,28 @@ def test_lists_in_memory_that_stays_give_the_same_bits_though_the_form_of_other_
         assert held.take(items.prepare(spans, CPU)) or number in (1, 2)
         found.append(items.attention(held, *given, Scoring(0.3)))
         assert found[0].equal(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("num_heads", [6, 64, 80, 128])
+def test_values_within_keys_are_read_with_them_by_heads_in_parts_of_at_most_64(num_heads, monkeypatch):
+    seen, launch = [], attend.attend
+    monkeypatch.setattr(
+        attend,
+        "attend",
+        lambda lists, queries, keys, *more: launch(lists, queries, seen.append(keys.shape[1]) or keys, *more),
+    )
+    spans = dense.behind_beginnings(dense.CASES["prompts beside decoding rows"])
+    queries, keys, _ = dense.tensors(spans, num_heads, 1, 24, torch.float32, pages=dense.most_pages(spans))
+    given = queries, keys, keys[..., :16]
+    found = items.attention(items.prepare(spans, CPU), *given, Scoring(0.3))
+    torch.testing.assert_close(found.double(), dense.attention(spans, *given, 0.3, None), rtol=0, atol=1e-5)
+    assert seen == [{6: 1, 64: 1, 80: 2, 128: 2}[num_heads]]
+    built = items._unbuilt.__wrapped__(
+        CPU, torch.float16, HeadShape(num_heads, 1, 24, 16, within=True), frozenset([None])
+    )
+    assert built == ""
 
 
 @pytest.mark.slow

@@ -148,14 +148,17 @@ def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_eve
         return refusal if heads.dim > 256 else ""
 
     monkeypatch.setattr(items, "refuses", refuses)
-    plain, wide, latent = keys_and_values(2, 64), keys_and_values(1, 512), (Array("latent", (64,)),)
+    plain, wide, unsaid = keys_and_values(2, 64), keys_and_values(1, 512), (Array("latent", (64,)),)
+    latents = [(Array("latent", (size + 64,), value=size),) for size in (128, 512)]
     state, windowed = (Array("state", (3, 3), "sequence"),), keys_and_values(2, 64, 7)
     for cache, kind, why in (
         ((plain, plain, 0), "items", ""),
         ((plain, state), "items", ""),
         (((Array("key", (2, 64)), Array("value", (2, 32))), plain), "items", ""),
         ((plain, wide), "sdpa", f"not items: {refusal}"),
-        ((plain, latent), "sdpa", "values lie within keys"),
+        ((plain, unsaid), "sdpa", "a layer's arrays do not say what its keys and values are"),
+        ((latents[0],), "items", ""),
+        ((plain, latents[1]), "sdpa", f"not items: {refusal}"),
         ((state,), "sdpa", "no layer attends"),
         ((plain, windowed), "items", ""),
     ):

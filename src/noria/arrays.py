@@ -20,7 +20,8 @@ class Array:
 
     dtype: its own, never narrower than the run's (None: the run's). window: how many of the last tokens are read (None:
     all); pages keep the others too. encoding: how its rows are kept, a kind of encodings/ (None: as they are computed), with
-    a scale for each `group` numbers of the last dimension (-1: one for all of them). exact: of its dtype in any run.
+    a scale for each `group` numbers of the last dimension (-1: one for all of them). exact: of its dtype in any run. value:
+    how many of its first numbers are the value, of keys that have no values beside them.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Array:
     encoding: str | None = None
     group: int = -1
     exact: bool = False
+    value: int | None = None
 
     def computed(self, dtype: str) -> str:
         """Its dtype in a run of this dtype."""

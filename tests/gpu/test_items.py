@@ -25,7 +25,10 @@ HEADS = [
     Heads(6, 2, 192, 128),
     Heads(71, 1, 64, 64),
     Heads(4, 2, 256, 256),
+    Heads(64, 1, 576, 512, within=True),
+    Heads(16, 1, 320, 256, within=True),
 ]
+LATENT = HEADS[-2]
 LENGTH = 2055  # three sections, the last one of seven keys
 
 
@@ -54,12 +57,27 @@ def test_its_error_is_that_of_torchs_own_attention(heads, dtype, number):
         (LLAMA, torch.bfloat16, None),
         (LLAMA, torch.float16, 700),
         (HEADS[1], torch.float16, 700),
-        (HEADS[-1], torch.bfloat16, None),
+        (HEADS[6], torch.bfloat16, None),
     ],
 )
 def test_a_row_has_the_same_bits_however_it_is_computed(heads, dtype, window, widest):
     scores = Scoring(0.1, window, sinks=None if window is None else torch.ones(heads.heads, device=device()))
     assert item_checks.other_bits(heads, dtype, device(), scores, LENGTH, widest=widest) == []
+
+
+def test_a_row_has_the_same_bits_however_it_attends_to_latents():
+    assert (
+        item_checks.other_bits(
+            LATENT, torch.bfloat16, device(), Scoring(0.1), LENGTH, ones=[0, 63, 64, 1023, 1024, 2054]
+        )
+        == []
+    )
+
+
+def test_heads_of_latents_are_computed_in_parts_of_64():
+    for num_heads in (20, 128):
+        heads = HeadShape(num_heads, 1, 576, 512, within=True)
+        assert attention.choose(device(), torch.bfloat16, {heads: [None]})[0] is items
 
 
 def test_wide_heads_are_packed_into_narrow_tiles():

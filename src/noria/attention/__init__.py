@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from noria import kinds
+from noria.arrays import Array
 from noria.kernels.scoring import HeadShape
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Span
@@ -33,12 +34,11 @@ ORDER = ("items", "sdpa")  # the fastest first; the last one does everything
 def fitting(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> tuple[ModuleType, str]:
     """The fastest kind that attends in all layers of a model in this dtype on this device; and why no faster one does.
 
-    It is built, which takes seconds the first time. A layer with one array of tokens takes values from its keys; a fast
-    kind would not know how wide.
+    It is built, which takes seconds the first time.
     """
     needs = _needs(shape)
     if needs is None:
-        return kinds.load("attention", ORDER[-1]), "values lie within keys"
+        return kinds.load("attention", ORDER[-1]), "a layer's arrays do not say what its keys and values are"
     return choose(device, dtype, needs) if needs else (kinds.load("attention", ORDER[-1]), "no layer attends")
 
 
@@ -53,16 +53,28 @@ def decodes_ahead(kind: ModuleType, device: torch.device, dtype: torch.dtype, sh
 
 
 def _needs(shape: ModelShape) -> dict[HeadShape, set[int | None]] | None:
-    """The shapes of the heads of a model's layers, each with its windows; None where values lie within keys."""
+    """The shapes of the heads of a model's layers, each with its windows; None where they are not known."""
     needs: dict[HeadShape, set[int | None]] = {}
     for layer in range(shape.num_layers):
         arrays = [array for array in shape.arrays(layer) if array.per == "token"]
-        if arrays and {2} != {len(arrays), *(len(array.row) for array in arrays)}:
+        if not arrays:
+            continue
+        heads = _heads(shape.num_heads, arrays)
+        if heads is None:
             return None
-        if arrays:
-            (key_heads, dim), (_, width) = (array.row for array in arrays)
-            needs.setdefault(HeadShape(shape.num_heads, key_heads, dim, width), set()).add(arrays[0].window)
+        needs.setdefault(heads, set()).add(arrays[0].window)
     return needs
+
+
+def _heads(num_heads: int, arrays: list[Array]) -> HeadShape | None:
+    """Of a layer with these arrays of tokens; None where they do not say what a key and a value are."""
+    rows = [array.row for array in arrays]
+    if len(rows) == 1 and len(rows[0]) == 1 and arrays[0].value:
+        return HeadShape(num_heads, 1, *rows[0], arrays[0].value, within=True)
+    if {2} != {len(rows), *map(len, rows)}:
+        return None
+    (key_heads, dim), (_, width) = rows
+    return HeadShape(num_heads, key_heads, dim, width)
 
 
 def choose(

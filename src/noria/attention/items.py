@@ -4,6 +4,7 @@ A plan is the rows of a microbatch; lists are made of it when the first layer of
 serve all others. Knows nothing of models and steps.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -17,11 +18,13 @@ from noria.kernels import coded
 from noria.kernels.coded import Coded
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.trying import tried
-from noria.kernels.work import WIDE_TILE, RaggedRows
+from noria.kernels.work import LEAST_TILE, WIDE_TILE, RaggedRows
 from noria.step import PAGE_TOKENS, Run, Span
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
+WIDEST_LATENT = 512  # of a value within a key, and WIDEST_REST of the key's other numbers
+WIDEST_REST = 128
 CAPABILITY = (8, 0)  # Ampere
 LARGEST_ERROR = 0.1  # of attended numbers of about 1 in half precisions: more is no rounding
 
@@ -32,13 +35,24 @@ def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows:
         return f"it needs a CUDA device, this is the {device.type.upper()}"
     if dtype not in DTYPES:
         return f"it computes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if any(size % 8 or not 8 <= size <= WIDEST_HEAD for size in (heads.dim, heads.width)):
-        return f"it computes head sizes of 8 to {WIDEST_HEAD} in steps of 8, not {heads.dim} and {heads.width}"
-    if heads.group > WIDE_TILE:
-        return f"it computes {WIDE_TILE} heads to a key head, not {heads.group}"
+    if why := _too_wide(heads):
+        return why
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "it needs a GPU of compute capability 8.0"
     return _unbuilt(device, dtype, heads, windows)
+
+
+def _too_wide(heads: HeadShape) -> str:
+    """Why heads of these sizes are not computed; empty where they are."""
+    if heads.within:
+        rest = heads.dim - heads.width
+        if heads.num_key_heads > 1 or rest % 8 or heads.width % 8 or rest > WIDEST_REST or heads.width > WIDEST_LATENT:
+            most = f"of up to {WIDEST_LATENT} numbers with up to {WIDEST_REST} more, in steps of 8"
+            return f"it computes values within one key head {most}, not {heads.width} and {rest}"
+        return ""
+    if any(size % 8 or not 8 <= size <= WIDEST_HEAD for size in (heads.dim, heads.width)):
+        return f"it computes head sizes of 8 to {WIDEST_HEAD} in steps of 8, not {heads.dim} and {heads.width}"
+    return f"it computes {WIDE_TILE} heads to a key head, not {heads.group}" if heads.group > WIDE_TILE else ""
 
 
 @lru_cache
@@ -48,7 +62,7 @@ def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows
     def trial() -> str:
         largest = _largest_error(device, dtype, heads)
         for window in windows:
-            _kernel().build(device, dtype, heads, window)
+            _kernel().build(device, dtype, _in_parts(heads), window)
         return "" if largest < LARGEST_ERROR else "it gives other results than sdpa"
 
     return tried(trial)
@@ -60,6 +74,8 @@ def refuses_coded(
 ) -> str:
     """Why such heads, which are computed here, do not attend to a cache in this form; empty where they do. What they need is
     built then."""
+    if heads.within:
+        return "values lie within keys"
 
     def trial() -> str:
         for window in windows:
@@ -95,6 +111,7 @@ def _largest_error(device: torch.device, dtype: torch.dtype, heads: HeadShape) -
         torch.randn(70 * PAGE_TOKENS, heads.num_key_heads, size, generator=draw).to(device, dtype)
         for size in (heads.dim, heads.width)
     )
+    values = keys[..., : heads.width] if heads.within else values
     scores = Scoring(heads.dim**-0.5)
     found = attention(prepare(spans, device), queries, keys, values, scores)
     return float((found - sdpa.attention(sdpa.prepare(spans, device), queries, keys, values, scores)).abs().max())
@@ -125,12 +142,30 @@ def attention(
     """[T, H, Dv]: each query attends to its own sequence's keys up to itself, the last `window` of them if given.
 
     queries [T, H, D]; caches [rows, Hkv, D] and [rows, Hkv, Dv] of one layer, in which the new tokens already lie;
-    or both of them coded, where `refuses_coded` does not refuse it.
+    or both of them coded, where `refuses_coded` does not refuse it; or values the first numbers of the keys.
     """
     kernel, heads = _kernel(), HeadShape.of(queries, key_cache, value_cache)
+    if heads.within:
+        heads = _in_parts(heads)
+        key_cache, value_cache = (_shared(its, heads.num_key_heads) for its in (key_cache, value_cache))
     its_lists = plan.of(heads, scores.window, lambda: kernel.packing(plan.device, heads, scores.window))
     attended: torch.Tensor = kernel.attend(its_lists, queries, key_cache, value_cache, scores)
     return attended
+
+
+def _shared(cache: torch.Tensor | Coded, heads: int) -> torch.Tensor:
+    """[rows, heads, ...]: one key head as so many in the same memory."""
+    assert isinstance(cache, torch.Tensor), "values lie within plain keys alone"
+    return cache.expand(-1, heads, -1)
+
+
+def _in_parts(heads: HeadShape) -> HeadShape:
+    """Wide values leave no registers for wide tiles: their one key head as several, each for as many queries as a tile holds."""
+    if not heads.within:
+        return heads
+    group = heads.num_heads
+    parts = next(parts for parts in range(-(-group // LEAST_TILE), group + 1) if group % parts == 0)
+    return replace(heads, num_key_heads=parts)
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from noria.kernels import coded, items
 from noria.kernels.coded import Coded
 from noria.kernels.placed import DeviceWork, to_device
 from noria.kernels.rounded import FORMS
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import VALUES_WITHIN, HeadShape, Scoring, lie_within
 from noria.kernels.work import (
     KEY_BLOCK,
     LEAST_TILE,
@@ -90,7 +90,10 @@ def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: in
     sizes = heads.dim, heads.width
     keys: torch.Tensor | Coded
     values: torch.Tensor | Coded
-    if form:
+    if heads.within:
+        keys = torch.empty(1, heads.num_key_heads, heads.dim, dtype=dtype, device=device)
+        values = keys[..., : heads.width]
+    elif form:
         keys, values = (coded.zeros(array, 1, device) for array in arrays(heads, form))
     else:
         keys, values = (torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in sizes)
@@ -116,7 +119,8 @@ def attend(
     """[T, H, V]: each query attends to its own row's keys up to itself.
 
     queries [T, H, D]; keys [rows, Hkv, D] and values [rows, Hkv, V] of one layer, in which the new tokens already lie;
-    both may be coded, in one form. The last dimension of each is contiguous; the others have any stride.
+    both may be coded, in one form, or values be the first numbers of the keys, which are then read once. The last dimension
+    of each is contiguous; the others have any stride.
     """
     (tokens, heads, dim), width = queries.shape, values.shape[2]
     attended = queries.new_empty(tokens, heads, width)
@@ -125,14 +129,15 @@ def attend(
     )
     soften, of_scores = _in_powers_of_two(scores)
     sinks = state if scores.sinks is None else scores.sinks
-    pads = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(width))
+    of_cache, strides, form = _cache(keys, values)
+    own = dim - width if form == VALUES_WITHIN else dim  # numbers of a key that are read for its score alone
+    pads = max(16, triton.next_power_of_2(own)), max(16, triton.next_power_of_2(width))
     of_state = state, sinks, lists.work.slots * heads, *of_scores
     options = scores.window is not None, scores.soft_cap is not None, scores.sinks is not None
-    of_cache, strides, form = _cache(keys, values)
-    tuned = tuned or (coded_tuning if form else tuning)
+    tuned = tuned or (coded_tuning if form > 0 else tuning)
     for launches, merges in lists.waves:
         for launch, its_items in launches:
-            its = _fitting(tuned(launch, max(pads)), launch.tile, pads, queries.device)
+            its = _fitting(tuned(launch, max(pads)), launch.tile * (max(dim, pads[0])), sum(pads), queries.device)
             items.attend_items[(len(launch.items) * keys.shape[1],)](
                 queries, *of_cache, attended, lists.order, lists.positions, its_items, lists.pieces,
                 *of_state, soften, scores.window or 0,
@@ -151,7 +156,8 @@ def attend(
 def _cache(keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> tuple[list[torch.Tensor], list[int], int]:
     """Keys and values, scales and zeros of the keys, of the values; strides of keys and values; the form (0: they are plain)."""
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
-        return [keys, values, *[keys] * 4], [*keys.stride()[:2], *values.stride()[:2]], 0
+        form = VALUES_WITHIN if lie_within(values, keys) else 0
+        return [keys, values, *[keys] * 4], [*keys.stride()[:2], *values.stride()[:2]], form
     assert isinstance(keys, Coded) and isinstance(values, Coded) and keys.form == values.form, (
         "both or none, in one form"
     )
@@ -163,13 +169,14 @@ def _cache(keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> tuple[li
     return [*codes, *more], [stride for one in codes for stride in one.stride()[:2]], FORMS[keys.form]
 
 
-def _fitting(its: Tuning, tile: int, pads: tuple[int, int], device: torch.device) -> Tuning:
-    """As many stages as the shared memory of the device holds blocks of keys and values beside a tile of queries."""
+def _fitting(its: Tuning, queries: int, numbers: int, device: torch.device) -> Tuning:
+    """As many stages as the shared memory of the device holds blocks of keys and values, `numbers` a key, beside so many
+    numbers of queries."""
     if device.type != "cuda":
         return its
     properties = torch.cuda.get_device_properties(device)
     shared: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    stages = (shared - tile * pads[0] * 2) // (KEY_BLOCK * sum(pads) * 2)
+    stages = (shared - queries * 2) // (KEY_BLOCK * numbers * 2)
     return replace(its, stages=max(1, min(its.stages, stages)))
 
 

@@ -20,7 +20,7 @@ INT4, INT8, FP8 = tl.constexpr(FORMS["int4"]), tl.constexpr(FORMS["int8"]), tl.c
 @triton.jit
 def of_head(codes, scales, zeros, head, STRIDE: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr):
     """Where the numbers of a head begin, or its fields: codes, or what is plain, STRIDE apart, groups one after another."""
-    if FORM:
+    if FORM > 0:
         first = head * ((D + GROUP - 1) // GROUP)
         fields = (codes + head * STRIDE, scales + first, zeros + first)
     else:

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from noria.kernels.decode_tiles import KEY_SCALED, key_block, of_head, value_block
+from noria.kernels.scoring import VALUES_WITHIN
 from noria.kernels.work import KEY_BLOCK, PIECE_COLUMNS, Item, Merge
 from noria.kernels.work import SECTION as SECTION_KEYS
 
 BLOCK, SECTION = tl.constexpr(KEY_BLOCK), tl.constexpr(SECTION_KEYS)
+WITHIN = tl.constexpr(VALUES_WITHIN)
 # A maximum before the first key: finite, so that a block without visible keys leaves no NaN.
 FAR = tl.constexpr(-1.0e38)
 COLUMNS, OF_MERGE, OF_PIECE = tl.constexpr(len(Item)), tl.constexpr(len(Merge)), tl.constexpr(PIECE_COLUMNS)
@@ -78,7 +80,14 @@ def _blocks(
     n = tl.arange(0, BLOCK)
     for at in tl.range(begin, end, BLOCK):
         seen = at + n < stop
-        score = tl.dot(query, key_block(keys, zeroth + at, seen, D, query.shape[1], key_row, query.dtype, FORM, MASKED))
+        if FORM == WITHIN:  # what is read for scores is the value too
+            its, rest = query
+            value = value_block(keys, zeroth + at, seen, V, sums.shape[1], key_row, its.dtype, 0, MASKED)
+            last = key_block(keys + V, zeroth + at, seen, D - V, rest.shape[1], key_row, its.dtype, 0, MASKED)
+            score = tl.dot(its, tl.trans(value), tl.dot(rest, last))
+        else:
+            block = key_block(keys, zeroth + at, seen, D, query.shape[1], key_row, query.dtype, FORM, MASKED)
+            score = tl.dot(query, block)
         if CAP:  # the capped score is cap * tanh; tanh - 1 does as well, because a constant in exponents cancels
             score = -2.0 / (tl.exp2(score * soften) + 1.0)
         if MASKED:
@@ -89,8 +98,9 @@ def _blocks(
         top = tl.maximum(maximum, tl.max(score, 1))
         share, old = tl.exp2((score - top[:, None]) * scale), tl.exp2((maximum - top) * scale)
         weight, maximum = tl.fma(weight, old, tl.sum(share, 1)), top
-        value = value_block(values, zeroth + at, seen, V, sums.shape[1], value_row, query.dtype, FORM, MASKED)
-        sums = tl.dot(share.to(value.dtype), value, sums * old[:, None])
+        if FORM != WITHIN:
+            value = value_block(values, zeroth + at, seen, V, sums.shape[1], value_row, query.dtype, FORM, MASKED)
+        sums = tl.dot(share.to(value.dtype), value, sums * old[:, None])  # type: ignore[possibly-undefined]
     return sums, maximum, weight
 
 
@@ -185,7 +195,10 @@ def attend_items(
     MANY: tl.constexpr, PARTIAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
     ONE_LOOP: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One item and key head a program. Row m of its tile is query m // GROUP of the item, head m % GROUP of the key head's."""
+    """One item and key head a program. Row m of its tile is query m // GROUP of the item, head m % GROUP of the key head's.
+
+    FORM: of a cache in fewer bits; or WITHIN, where the first V numbers of a key are its value, and PAD is of the others.
+    """
     if HEADS_FIRST:
         of_keys, number = tl.program_id(0) % (HEADS // GROUP), tl.program_id(0) // (HEADS // GROUP)
     else:
@@ -200,7 +213,13 @@ def attend_items(
     token = tl.load(order + place, mask=valid, other=0).to(tl.int64)
     position = tl.load(positions + place, mask=valid, other=-1)
     query_at = queries + token * query_row + head * query_head
-    query = tl.load(query_at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    if FORM == WITHIN:
+        query = (
+            tl.load(query_at[:, None] + v[None, :], mask=valid[:, None] & (v < V)[None, :], other=0.0),
+            tl.load(query_at[:, None] + V + d[None, :], mask=valid[:, None] & (d < D - V)[None, :], other=0.0),
+        )
+    else:
+        query = tl.load(query_at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
     keys = of_head(keys, key_scales, key_zeros, of_keys, key_head, D, KEY_SCALED, FORM)
     values, to = of_head(values, value_scales, value_zeros, of_keys, value_head, V, V, FORM), tl.load(item + SECTION_TO)
     if MANY:

@@ -9,20 +9,23 @@ import torch
 
 from noria.kernels.coded import Coded
 
+VALUES_WITHIN = -1  # a form of keys and values: the first numbers of a key are its value (others: rounded.FORMS)
+
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The heads of a layer; `dim` and `width`: numbers of a key and of a value."""
+    """The heads of a layer; `dim` and `width`: numbers of a key and of a value. within: a value is the first of its key's."""
 
     num_heads: int
     num_key_heads: int
     dim: int
     width: int
+    within: bool = False
 
     @classmethod
     def of(cls, queries: torch.Tensor, keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> "HeadShape":
         """Of queries [T, H, D] and caches [rows, Hkv, D] and [rows, Hkv, Dv]."""
-        return cls(queries.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
+        return cls(queries.shape[1], keys.shape[1], keys.shape[2], values.shape[2], lie_within(values, keys))
 
     @property
     def group(self) -> int:
@@ -43,3 +46,11 @@ class Scoring:
     def plain(self) -> bool:
         """Whether exponents are those of the scaled products alone."""
         return self.soft_cap is None and self.sinks is None
+
+
+def lie_within(values: torch.Tensor | Coded, keys: torch.Tensor | Coded) -> bool:
+    """Whether values are the first numbers of the keys, in the same memory."""
+    if not (isinstance(values, torch.Tensor) and isinstance(keys, torch.Tensor)):
+        return False
+    same = values.data_ptr() == keys.data_ptr() and values.stride() == keys.stride()
+    return same and values.shape[2] < keys.shape[2]

@@ -90,7 +90,7 @@ def shape(family: str, config: read.Keys, experts: Experts, pairs: bool = True) 
         head_dim=its.rank + its.turned,
         mixture_size=max(found.mixture_size, its.work_size(heads)),
         details={**found.details, "latent": its},
-        cache=((Array("latent", (its.rank + its.turned,)),),) * found.num_layers,
+        cache=((Array("latent", (its.rank + its.turned,), value=its.rank),),) * found.num_layers,
     )
 
 
