@@ -71,6 +71,19 @@ def _store(state, rows, slot, ahead, head, valid, sums, maximum, weight, HEADS: 
 
 
 @triton.jit
+def _query(rows, valid, D: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, VPAD: tl.constexpr, FORM: tl.constexpr):
+    """A tile of queries that begin at `rows`: as one, or where values lie within keys what meets the value, and the rest."""
+    d, v = tl.arange(0, PAD), tl.arange(0, VPAD)
+    if FORM == WITHIN:
+        its = tl.load(rows[:, None] + v[None, :], mask=valid[:, None] & (v < V)[None, :], other=0.0)
+        rest = tl.load(rows[:, None] + V + d[None, :], mask=valid[:, None] & (d < D - V)[None, :], other=0.0)
+        query = its, rest
+    else:
+        query = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    return query
+
+
+@triton.jit
 def _blocks(
     begin, end, zeroth, stop, query, sums, maximum, weight, keys, values, position, window, scale, soften,
     key_row: tl.constexpr, value_row: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FORM: tl.constexpr,
@@ -207,19 +220,13 @@ def attend_items(
     item = items + number * COLUMNS
     if tl.load(item + COUNT) == 0:  # what fills a list
         return
-    ahead, d, v = tl.arange(0, TILE) // GROUP, tl.arange(0, PAD), tl.arange(0, VPAD)
+    ahead, v = tl.arange(0, TILE) // GROUP, tl.arange(0, VPAD)
     head, valid = of_keys * GROUP + tl.arange(0, TILE) % GROUP, ahead < tl.load(item + COUNT)
     place = tl.load(item + FIRST) + ahead
     token = tl.load(order + place, mask=valid, other=0).to(tl.int64)
     position = tl.load(positions + place, mask=valid, other=-1)
     query_at = queries + token * query_row + head * query_head
-    if FORM == WITHIN:
-        query = (
-            tl.load(query_at[:, None] + v[None, :], mask=valid[:, None] & (v < V)[None, :], other=0.0),
-            tl.load(query_at[:, None] + V + d[None, :], mask=valid[:, None] & (d < D - V)[None, :], other=0.0),
-        )
-    else:
-        query = tl.load(query_at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    query = _query(query_at, valid, D, V, PAD, VPAD, FORM)
     keys = of_head(keys, key_scales, key_zeros, of_keys, key_head, D, KEY_SCALED, FORM)
     values, to = of_head(values, value_scales, value_zeros, of_keys, value_head, V, V, FORM), tl.load(item + SECTION_TO)
     if MANY:
