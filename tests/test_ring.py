@@ -1,5 +1,6 @@
 """The ring among real ranks, and what its pieces do in one process."""
 
+import contextlib
 import json
 import re
 import sys
@@ -312,3 +313,48 @@ def test_one_rank_needs_no_transport():
 
     name, _ = transports.choose(OneRank(), torch.device("cuda"), "mpi_device")
     assert transports.open_transport(name, OneRank(), CPU) is None
+
+
+def test_whoever_waits_does_the_work_and_outside_its_own_modes():
+    """From thread to thread takes longer than most messages."""
+    seen, modes = [], []
+
+    @contextlib.contextmanager
+    def outside():
+        modes.append("in")
+        yield
+        modes.append("out")
+
+    def work():
+        for _ in range(200):
+            seen.append((threading.current_thread().name, len(modes) % 2))
+            yield
+
+    communication = Communication(outside=outside)
+    communication.start(work()).wait()
+    communication.close()
+    mine = [mode for name, mode in seen if name == threading.current_thread().name]
+    assert len(mine) > 190 and set(mine) == {1}
+
+
+def test_work_that_is_begun_while_other_work_waits_takes_its_first_step_in_the_thread_that_begins_it():
+    stepped, done = [], threading.Event()
+
+    def waits():
+        while not done.is_set():
+            yield
+
+    def begins():
+        stepped.append(threading.current_thread().name)
+        yield
+
+    communication = Communication()
+    communication.start(waits())
+    while not communication._live:
+        time.sleep(1e-3)
+    for _ in range(20):
+        communication.start(begins())
+        time.sleep(1e-3)
+    done.set()
+    communication.close()
+    assert stepped.count(threading.current_thread().name) > 10, "but where the thread is at it"

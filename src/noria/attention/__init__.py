@@ -19,10 +19,6 @@ from noria.step import PAGE_TOKENS, Span
 class HeldPlan(Protocol):
     """A plan in memory that stays where it is, which a kind's `held` makes: for calls that are recorded once."""
 
-    def expect(self, plan: Any) -> None:
-        """Does what can be done before this plan is taken, without the device."""
-        ...
-
     def take(self, plan: Any) -> bool:
         """What this plan has takes the place of what was there; False where it had no room: record the calls anew."""
         ...

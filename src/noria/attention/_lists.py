@@ -59,11 +59,6 @@ class HeldLists:
         self._held: dict[Name, _InPlace] = {}
         self._plan: Lists | None = None
 
-    def expect(self, plan: Lists) -> None:
-        """Makes the lists of a plan that is to be taken later."""
-        for name, its in self._held.items():
-            plan.work(name, lambda its=its: its.packing)  # type: ignore[misc]
-
     def take(self, plan: Lists) -> bool:
         """The lists of this plan take the place of those before, in copies that the host does not wait for.
 

@@ -107,6 +107,7 @@ class Executor:
             self.trace.compute("embed", begin, batch.step.round, lap, group)
         else:
             num_tokens = batch.step.num_tokens
+            self._stage.expect(batch, layers)
             hidden = self._wait("waiting for hidden states", lambda: self._ring.receive(group, lap, num_tokens))
         if self._place.answers(lap):
             after = self._stage.forward(batch, layers, hidden)

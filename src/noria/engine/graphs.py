@@ -44,6 +44,8 @@ class Graph:
     lists: HeldPlan
     after: Arrays | None = None
     replay: Callable[[], None] | None = None
+    holds: Padded | None = None  # the step whose numbers and lists it has
+    outgrown: bool = False  # these have other memory than what was captured: it is to be captured anew
 
 
 def refused(kind: Any, weights: Weights, layers: Iterable[int], streams: Streams) -> str:
@@ -87,11 +89,12 @@ class Graphs:
         captured = [size for _, size in self._graphs if own <= size <= MORE * own]
         return min(captured, default=own) if self._came[own] <= SEEN else own
 
-    def expect(self, padded: Padded) -> None:
-        """Does what can be done for a step before its hidden states are there: most ranks wait for these."""
-        for (_, size), graph in self._graphs.items():
-            if size == padded.size:
-                graph.lists.expect(padded.plan)
+    def expect(self, padded: Padded, layers: range) -> None:
+        """Queues what can be queued for a visit before its hidden states are there: for these most ranks wait, and one copy and
+        one call are left when they come."""
+        graph = self._graphs.get((layers.start, padded.size))
+        if graph is not None:
+            self._try(padded, lambda: self._fill(graph, padded))
 
     def forward(self, padded: Padded, layers: range, hidden: Arrays, at: tuple[int, int, int]) -> Arrays | None:
         """What these layers make of hidden states in a visit (round, lap, group), valid until the next one; None: the step is
@@ -117,20 +120,37 @@ class Graphs:
         name = layers.start, padded.size
         if self.off or (name not in self._graphs and self._came[padded.size] <= SEEN):
             return None
+        return self._graphs[name] if self._try(padded, lambda: self._put(padded, layers, hidden)) else None
+
+    def _put(self, padded: Padded, layers: range, hidden: Arrays) -> None:
+        name = layers.start, padded.size
+        graph = self._graphs.get(name) or self._graphs.setdefault(name, self._begun(padded, hidden))
+        for held, array in zip(graph.hidden, hidden, strict=True):
+            held[: len(array)].copy_(array)
+        self._fill(graph, padded)
+        if graph.outgrown or graph.replay is None:
+            self._capture(graph, padded, layers)
+        graph.holds = None  # its memory may be another step's from now on
+
+    def _fill(self, graph: Graph, padded: Padded) -> None:
+        """What the step differs by, but for hidden states, goes where the graph finds it."""
+        if graph.holds is not padded:
+            graph.outgrown |= not graph.lists.take(padded.plan)
+            graph.numbers.copy_(padded.numbers)
+            graph.holds = padded
+
+    def _try(self, padded: Padded, do: Callable[[], None]) -> bool:
+        """Whether it could be done. If not there are no more graphs, and steps go the other way: whatever torch, Triton and the
+        driver raise."""
         try:
-            graph = self._graphs.get(name) or self._graphs.setdefault(name, self._begun(padded, hidden))
-            for held, array in zip(graph.hidden, hidden, strict=True):
-                held[: len(array)].copy_(array)
-            if not graph.lists.take(padded.plan) or graph.replay is None:
-                self._capture(graph, padded, layers)
-        except Exception as error:  # noqa: BLE001 -- whatever torch, Triton and the driver raise: the step goes the other way
+            do()
+            return True
+        except Exception as error:  # noqa: BLE001
             words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._say(f"no more graphs: {plural(padded.size, 'row')} could not be captured: {words}")
             self.off = True
             self._graphs.clear()
-            return None
-        graph.numbers.copy_(padded.numbers)
-        return graph
+            return False
 
     def words(self) -> list[str]:
         """What was done, for people; nothing where there was nothing to do."""
@@ -150,6 +170,8 @@ class Graphs:
         graph.numbers.copy_(padded.aside)
         assert self._capturer is not None
         graph.replay = self._capturer.capture(lambda: self._compute(graph, padded, layers))
+        graph.numbers.copy_(padded.numbers)
+        graph.outgrown = False
         self._captured += 1
         self._seconds += time.perf_counter() - began
 

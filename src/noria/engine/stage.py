@@ -103,8 +103,6 @@ class Stage:
         needed = self._activations.needed(step.sample_rows, step.score_rows)
         borders = refined(step.borders.tolist(), step.counts.tolist(), self._most_tokens)
         batch = self._batches.make(step, borders, needed)
-        if batch.padded is not None:
-            self._graphs.expect(batch.padded)
         batch.token_ids = fed(batch.token_ids, self._drawn) if step.awaits else batch.token_ids
         return batch
 
@@ -124,6 +122,11 @@ class Stage:
         arrays = (array[tokens].astype(np.int64) for array in (step.token_ids, positions_of(step)))
         ids, positions = map(torch.from_numpy, arrays)
         return tuple(array.pin_memory() for array in self._layers.embed(parameters, ids, positions))
+
+    def expect(self, batch: Batch, layers: range) -> None:
+        """Does what can be done for these layers before the step's hidden states are there."""
+        if batch.padded is not None:
+            self._graphs.expect(batch.padded, layers)
 
     def forward(self, batch: Batch, layers: range, hidden: Hidden, output: Arrays | None = None) -> Hidden:
         """The step after these layers; each layer's weights serve all microbatches of the step.

@@ -46,7 +46,7 @@ class Ring(BaseRing):
         self._results: dict[int, Ticket[bytes]] = {}
         self._masks: dict[int, Ticket[bytes]] = {}
         eager = EAGER_BESIDE_GPU if streams.device.type == "cuda" else EAGER_AWAITED
-        self._communication = Communication(streams.set_device, eager)
+        self._communication = Communication(streams.set_device, eager, lambda: torch.inference_mode(False))
         if place.rank:
             self._headers.append(self._communication.ticket())
             self._communication.start(self._relay_headers(self._headers[0]))

@@ -21,8 +21,16 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def message(data: torch.Tensor) -> tuple[MPI.buffer, MPI.Datatype]:
-    """How MPI is told of a uint8 tensor, on any device: an address and a length."""
-    return MPI.buffer.fromaddress(data.data_ptr(), data.numel()), MPI.BYTE
+    """How MPI is told of a contiguous tensor of MAX_MESSAGE_NBYTES at most, on any device: an address and a length."""
+    return MPI.buffer.fromaddress(data.data_ptr(), data.nbytes), MPI.BYTE
+
+
+def messages(tensor: torch.Tensor) -> list[tuple[MPI.buffer, MPI.Datatype]]:
+    """The same of one of any size, which travels as several messages where it is too large for one."""
+    assert tensor.is_contiguous(), "a message is one run of bytes"
+    if tensor.nbytes <= MAX_MESSAGE_NBYTES:
+        return [message(tensor)]
+    return [message(piece) for piece in bytes_of(tensor).split(MAX_MESSAGE_NBYTES)]
 
 
 def completed(requests: list[MPI.Request]) -> Generator[None, None, None]:
@@ -59,13 +67,11 @@ class MpiDevice:
         """Sends the tensor once the event `ready` has completed; until the generator ends nobody may write to it."""
         while not ready.query():  # MPI knows nothing of streams
             yield
-        pieces = bytes_of(tensor).split(MAX_MESSAGE_NBYTES)
-        yield from completed([self.isend(message(piece), dest, tag) for piece in pieces])
+        yield from completed([self.isend(one, dest, tag) for one in messages(tensor)])
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Generator[None, None, None]:
         """Receives exactly the tensor's bytes; its memory is MPI's from the first step until the generator ends."""
-        pieces = bytes_of(tensor).split(MAX_MESSAGE_NBYTES)
-        yield from completed([self.irecv(message(piece), source, tag) for piece in pieces])
+        yield from completed([self.irecv(one, source, tag) for one in messages(tensor)])
 
     def send_bytes(self, data: bytes, dest: int, tag: int) -> Generator[None, None, None]:
         """Sends a small host message."""
