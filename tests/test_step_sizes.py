@@ -74,6 +74,22 @@ def test_two_smaller_sizes_that_are_no_faster_end_the_search_at_the_planned_size
     assert adapted(Prompts(rate(2000)), 1000)[1] == MOST
 
 
+def test_slow_first_steps_of_a_run_are_not_taken_for_a_wrong_size():
+    first = [True] * 5
+
+    def seconds(tokens):
+        return tokens / (500 if first and first.pop() else 1000)
+
+    prompts = Prompts(seconds)
+    assert adapted(prompts, 1000) == ([], MOST) and set(prompts.sizes) == {MOST}
+
+
+def test_a_half_that_is_slower_ends_the_search():
+    prompts = Prompts(lambda tokens: (tokens + MOST / 2) / 700)
+    said, size = adapted(prompts, 1000)
+    assert size == MOST and set(prompts.sizes) == {MOST, MOST // 2} and len(said) == 1
+
+
 def test_a_half_that_is_faster_is_kept_and_its_halves_tried():
     prompts = Prompts(rate(1000, cliff=3000))
     said, size = adapted(prompts, 1000)
@@ -110,7 +126,7 @@ def test_a_size_that_the_user_asked_for_stays():
 def test_rows_are_the_same_whatever_sizes_a_run_comes_to(tmp_path, capsys, monkeypatch, groups):
     small_run.write_files(tmp_path)
     (tmp_path / "prompts.jsonl").write_text(
-        "".join(f'{{"id": "{row}", "token_ids": {[5 + row % 9] * 60}}}\n' for row in range(70))
+        "".join(f'{{"id": "{row}", "token_ids": {[5 + row % 9] * 60}}}\n' for row in range(120))
     )
     flags = ["--dtype", "float64", "--groups", groups, "--max-new-tokens", "3", "--cache", "gpu=64 pages"]
     assert main(small_run.command(tmp_path, "fixed.h5", *flags, "--step-tokens", "64")) == 0
@@ -119,6 +135,7 @@ def test_rows_are_the_same_whatever_sizes_a_run_comes_to(tmp_path, capsys, monke
     monkeypatch.setattr(step_sizes, "LEAST_TOKENS", 64)
     monkeypatch.setattr(step_sizes, "FULL", 0.05)
     monkeypatch.setattr(step_sizes, "BETTER", 0.0)
+    monkeypatch.setattr(step_sizes, "SLOWER", 0.0)
     monkeypatch.setattr(step_sizes, "OFF", -1.0)
     capsys.readouterr()
     assert main(small_run.command(tmp_path, "adapted.h5", *flags)) == 0

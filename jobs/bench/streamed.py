@@ -3,7 +3,9 @@
     python jobs/bench/streamed.py --ranks 1 2 [--shape opt-30b] [--prompts 128] [--mixed] [-- flags of noria run]
 
 Prints one JSON line a run: seconds of a decode round and of prefill, bytes over each link in a decode round, and what share
-of the link's own rate, measured on all GPUs at once just before, that is. Starts mpirun itself.
+of the link's own rate, measured on all GPUs at once just before, that is; and what all links together carry of what the run
+itself has measured of them, all at once, from the same kind of memory (a fresh NORIA_CACHE makes it measure). Starts mpirun
+itself.
 """
 
 import argparse
@@ -16,6 +18,9 @@ from pathlib import Path
 import h5py
 import lengths
 import xxhash
+
+from noria.output.stored_rates import stored_rates
+from noria.plan import rates
 
 SHAPES = {  # hidden size, layers, heads
     "opt-6.7b": (4096, 32, 32),
@@ -62,14 +67,15 @@ print(max(rates))
 """
 
 
-def config_of(shape: str, constant: bool = False) -> dict:
+def config_of(shape: str, constant: bool = False, cut: int | None = None) -> dict:
+    """The config of a shape, `cut` to so many layers."""
     hidden, layers, heads = SHAPES[shape]
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
         "hidden_size": hidden,
         "word_embed_proj_dim": hidden,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": cut or layers,
         "num_attention_heads": heads,
         "ffn_dim": 4 * hidden,
         "vocab_size": 50272,
@@ -97,7 +103,7 @@ def disk_rate(folder: str) -> float:
 
 def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
     """One job; what its output measured."""
-    (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant)))
+    (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant, arguments.layers)))
     with (folder / "prompts.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in lengths.rows(arguments, arguments.prompts, 50000, CONTEXT))
     link = link_rate(ranks) if arguments.link else None
@@ -110,10 +116,18 @@ def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
         timing = {name: column[:] for name, column in output["timing"].items()}
         plan = json.loads(output.attrs["plan"])
         figures = {"tokens": xxhash.xxh3_64_hexdigest(output["tokens"][:].tobytes())}
+    figures |= of_all_links(timing, rates.parse(stored_rates(folder / "run.h5") or ""))
     found = figures | measured(timing, plan, link, disk, arguments.prompts)
     if arguments.mixed:  # rows end one after another: few rounds are full
         del found["full_round_tokens_per_second"]
     return found
+
+
+def of_all_links(timing: dict, known: rates.Rates) -> dict:
+    """Bytes a second over the links of all ranks in decode, and of what they gave together when the run began."""
+    together = float(timing["decode_host_to_gpu_nbytes"].sum()) / max(float(timing["decode_seconds"].max()), 1e-9)
+    own = len(timing["decode_seconds"]) * known.host_to_device
+    return {"own_links": round(own / 1e9, 2), "share_of_own_links": round(together / own, 4)}
 
 
 def measured(timing: dict, plan: dict, link: float | None, disk: float | None, prompts: int) -> dict:
@@ -159,6 +173,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="opt-30b")
     lengths.add_arguments(parser, prompts=128, max_new_tokens=32)
     parser.add_argument("--no-link", dest="link", action="store_false", help="do not measure the link")
+    parser.add_argument("--layers", type=int, default=None, help="so many layers of the shape")
     parser.add_argument("--constant", action="store_true", help="weights that are all the same")
     parser.add_argument("--disk", metavar="FOLDER", help="measure direct reads in this folder too")
     parser.add_argument("flags", nargs="*", help="flags of noria run, after --")

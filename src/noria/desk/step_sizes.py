@@ -15,6 +15,7 @@ from noria.step import Result, Step
 
 OFF = 0.25  # of the plan's speed of prefill: from there on other sizes are tried
 BETTER = 1.03  # times as fast, for a smaller size to be kept
+SLOWER = 0.9  # times as fast as the best, from where on still smaller sizes are not tried
 FULL = 0.9  # of a round's tokens: smaller ones say nothing
 ROUNDS, SECONDS = 3, 1.0  # full rounds of a size, and their time, before its speed is known
 LEAST_TOKENS = 256  # of a step that is tried
@@ -39,7 +40,8 @@ class Sized(Steps, Protocol):
 
 
 class StepSizes:
-    """The steps of an admission: at first of the planned size, then of halves of it, until two are no faster than the best.
+    """The steps of an admission: at first of the planned size; where that is off twice in a row, since first steps of a run
+    are slow, then of halves of it, until one is slower, or two are no faster, than the best.
 
     Rank 0 calls `compose` for group 0 of a round when the results of that group's last step are there: so long a round takes.
     """
@@ -51,7 +53,7 @@ class StepSizes:
         self._groups, self._planned = plan.groups, plan.predicted["prefill"]["tokens_per_second"]
         self._best = admission.step_tokens
         self._speeds: dict[int, float] = {}  # of the sizes that were tried
-        self._settled = False
+        self._settled, self._doubted = False, False
         self._began: float | None = None  # of the round that is under way
         self._tokens = self._rows = 0  # in it; rows that decode
         self._begin_size()
@@ -94,12 +96,15 @@ class StepSizes:
         """`speed`: of the present size, in steps of which so many tokens are rows that decode."""
         size = self._admission.step_tokens
         self._speeds[size] = speed
-        if size == self._best and abs(speed / self._planned - 1) <= OFF:
+        as_planned = abs(speed / self._planned - 1) <= OFF
+        if len(self._speeds) == 1 and (as_planned or not self._doubted):
+            self._doubted = not as_planned
             self._begin_size()
             return
         if speed > BETTER * self._speeds[self._best]:
             self._best = size
-        if size // 2 >= max(LEAST_TOKENS, 2 * decoding, self._best // 4):
+        is_slower = speed < SLOWER * self._speeds[self._best]
+        if not is_slower and size // 2 >= max(LEAST_TOKENS, 2 * decoding, self._best // 4):
             self._admission.step_tokens = size // 2
             self._begin_size()
             return
