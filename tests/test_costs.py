@@ -357,3 +357,34 @@ def test_without_the_others_a_term_is_what_binds():
     problem = Problem(run, *OPT_30B, "float16", 1, HERE, 128, Workload(128, 512, 32))
     for binds, changed in slow.items():
         assert planner.make(problem, replace(KNOWN, **changed)).predicted["prefill"]["binds"] == binds
+
+
+def mixture_plan(rows, made=QWEN3_30B, num_ranks=1, **flags):
+    """The plan of so many rows of 512 + 64 tokens."""
+    load = Workload(rows, 512, 64)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "compress_weights": "off"} | flags)
+    return planner.make(Problem(run, *made, "bfloat16", num_ranks, HERE, rows, load), KNOWN)
+
+
+def test_few_rows_of_a_streamed_mixture_have_their_expected_experts_alone_cross_the_link():
+    plan, (_, blocks) = mixture_plan(8, **CPU), QWEN3_30B
+    streamed = sum(block.nbytes for name, block in blocks.items() if name != "embed")
+    experts = 48 * 128 * 3 * 768 * 2048 * 2
+    moved = streamed - experts * (1 - 8 / 128) ** 8  # what none of the 8 tokens goes to stays
+    link = plan.predicted["terms"]["decode"]["link"]
+    assert link == pytest.approx(moved / KNOWN.host_to_device + 48 * 0.2e-3, rel=1e-3)
+    assert link < plan.predicted["decode"]["round_seconds"] < 0.65 * streamed / KNOWN.host_to_device
+    assert costs.weights_nbytes(plan, blocks, 0, costs.touched(QWEN3_30B[0], 8))["link"] == pytest.approx(
+        moved, rel=1e-3
+    )
+
+
+def test_chosen_experts_are_loaded_for_as_many_tokens_as_that_is_faster():
+    most = mixture_plan(8, **CPU).chosen_tokens
+    assert 16 < most < 100
+    streamed = sum(block.nbytes for name, block in QWEN3_30B[1].items() if name != "embed") / KNOWN.host_to_device
+    few, many = (mixture_plan(rows, **CPU).predicted["terms"]["decode"]["link"] for rows in (most, most + 8))
+    assert few < 0.97 * streamed and many == pytest.approx(streamed, rel=1e-3)
+    assert mixture_plan(8, LLAMA_8B, **CPU).chosen_tokens == 0, "it has no experts"
+    assert mixture_plan(8).chosen_tokens == 0, "its layers stay on the device"
+    assert mixture_plan(64, num_ranks=2, **CPU).chosen_tokens > 16, "of several groups one is left in the end"

@@ -96,7 +96,7 @@ def test_streamed_blocks_are_the_checkpoints_whenever_they_are_used_although_eve
     for round in range(3):
         for group in range(2):
             empty = (round, group) == (1, 0)
-            weights.begin(round, 0, group, empty)
+            weights.begin(round, 0, group, tokens=int(not empty))
             for name in [] if empty else names:
                 for key, value in weights.wait(name).items():
                     assert torch.equal(value, expected[f"{name}/{key}"]), (round, group, name, key)
@@ -159,7 +159,7 @@ def test_loads_in_vain_are_at_most_the_slots_at_the_end_and_where_a_last_group_i
         passed_over += empty[-1] and computing > 0 and each_group[0] and any(streamed[1:])
         for lap, names in enumerate(visits):
             for group in range(groups):
-                weights.begin(round, lap, group, empty[group])
+                weights.begin(round, lap, group, tokens=int(not empty[group]))
                 for name in [] if empty[group] else names:
                     if not ahead:
                         weights.load(name)

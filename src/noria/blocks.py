@@ -136,6 +136,11 @@ class Block:
         return sum(parameter.computed_nbytes for parameter in self.parameters if parameter.pieces > 1)
 
     @cached_property
+    def stored_expert_nbytes(self) -> int:
+        """Bytes of experts as they are stored."""
+        return sum(parameter.nbytes for parameter in self.parameters if parameter.pieces > 1)
+
+    @cached_property
     def between_nbytes(self) -> int:
         """Bytes that one token takes as inputs and outputs of all products, with every expert."""
         return sum(parameter.between_nbytes for parameter in self.parameters)

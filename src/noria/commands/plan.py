@@ -223,10 +223,12 @@ def _moved(plan: Plan, problem: Problem) -> list[str]:
     lines, rows, shape = [], plan.predicted["rows"], problem.shape
     turn = costs.decoding(rows, problem.workload)
     for rank in range(plan.num_ranks):
-        moved = costs.weights_nbytes(plan, problem.blocks, rank)
+        chosen = plan.groups == 1 and turn.tokens <= plan.chosen_tokens
+        moved = costs.weights_nbytes(plan, problem.blocks, rank, costs.touched(shape, turn.tokens) if chosen else 1.0)
         if moved["link"]:
             disk = f", {moved['disk'] / 1e9:.2f} GB of them from disk" if moved["disk"] else ""
-            lines.append(f"rank {rank}: {moved['link'] / 1e9:.2f} GB of weights to the GPU a round{disk}")
+            only = ", of experts those that are chosen" if chosen else ""
+            lines.append(f"rank {rank}: {moved['link'] / 1e9:.2f} GB of weights to the GPU a round{disk}{only}")
         cache = costs.cache_nbytes(plan, shape, rank, turn)
         for tier in (tier for tier in cache if cache[tier]["load"]):
             loaded, stored = cache[tier]["load"] / 1e9, cache[tier]["store"] / 1e6

@@ -1,6 +1,7 @@
 """A rank's engine as its plan has it: its place in the ring, its weights, its cache and its stage."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
@@ -61,7 +62,8 @@ def load(
     stages, ahead = stages_of(rank, plan.num_ranks, plan.ranges()), plan.schedule != "sequential"
     decoding = Decoding(plan.decoding_room, plan.decoded, plan.coded)
     loader = Loader(checkpoint, plan.weight_tiers[rank], plan.dtype, streams, scratch, decoding, meters.say)
-    return weights_of(loader.load(), stages, plan.groups, plan.weight_slots, streams, meters.traffic, ahead)
+    placed = replace(loader.load(), chosen_tokens=plan.chosen_tokens)
+    return weights_of(placed, stages, plan.groups, plan.weight_slots, streams, meters.traffic, ahead)
 
 
 def weights_of(

@@ -73,7 +73,7 @@ class Executor:
                     empty = not steps[group].step.num_tokens
                     if lap == group == 0 and (take_in is None or empty):
                         self._book()  # what the round before computed is there, or this step could not be
-                    self._stage.begin(round, lap, group, empty)
+                    self._stage.begin(round, lap, group, steps[group].step.num_tokens)
                     self.timing.visits += lap == 0 and not empty
                     if not empty:
                         self._visit(steps[group], group, lap, layers, take_in)

@@ -109,8 +109,10 @@ class Gauge:
             self.idled(name, begin, self._streams.mark())
 
     def idled(self, name: str, begin: Mark, end: Mark) -> None:
-        """The device stood still between these marks, one of IDLE was not there."""
-        self._add(f"idle_{name}", begin, end)
+        """The device stood still between these marks, one of IDLE was not there; "experts": weights, in the midst of a layer."""
+        if name == "experts":
+            self._add("compute_stopped", begin, end)
+        self._add(f"idle_{'weights' if name == 'experts' else name}", begin, end)
 
     def copied(self, lane: str, begin: Mark, end: Mark) -> None:
         """Copies of a lane lie between these marks."""
@@ -155,6 +157,7 @@ class Gauge:
             columns[f"{phase}_watched_rounds"] = float(self._rounds[counted])
             for name in ("watched", *NAMES, *(f"idle_{one}" for one in IDLE)):
                 columns[f"{phase}_{name}_seconds"] = self._seconds[counted, name]
+            columns[f"{phase}_compute_seconds"] -= self._seconds[counted, "compute_stopped"]
         return columns
 
     def _add(self, name: str, begin: Mark, end: Mark) -> None:

@@ -81,10 +81,10 @@ class Stage:
         )
         return self._device.type == "cuda" and gathers
 
-    def begin(self, round: int, lap: int, group: int, empty: bool) -> None:
-        """A visit begins, or is passed over because the group has nothing to compute."""
+    def begin(self, round: int, lap: int, group: int, tokens: int) -> None:
+        """A visit of a step of so many tokens begins, or is passed over because the group has nothing to compute."""
         self._at = round, lap, group
-        self._weights.begin(round, lap, group, empty)
+        self._weights.begin(round, lap, group, tokens)
 
     def close(self) -> None:
         """Lets go of the tiers, when nothing is to be computed any more; says how long that took where they were large."""

@@ -3,13 +3,16 @@
 Knows blocks, bytes and tiers, not what a layer computes nor what a schedule is.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from noria.blocks import Block
+from noria.blocks import Block, Parameter
+from noria.engine.chosen import Runs, Tail, WithAwaited, experts_of, runs_of, without_experts
 from noria.engine.cycle import Cycle
 from noria.engine.decoding import Computed, Decoder, Decoding
 from noria.engine.parameters import Parameters, Undecoded, views
@@ -43,22 +46,26 @@ class WeightSlot:
 
 @dataclass
 class Coming:
-    """A block on its way into a slot, or there."""
+    """A block on its way into a slot, or there. experts: those of them that are, where they do not come with it."""
 
     name: str
     slot: WeightSlot
     transfer: Transfer
+    nbytes: int
+    experts: set[int] | None = None
 
 
 @dataclass(frozen=True)
 class Placed:
     """A rank's blocks where its plan has them: those that stay, the homes of the streamed ones, and the tiers to be closed
-    besides the homes' own. room: bytes in which encoded parameters are decoded, where they need so many."""
+    besides the homes' own. room: bytes in which encoded parameters are decoded, where they need so many. chosen_tokens: of a
+    single group's step, for which streamed blocks come without their experts (chosen.py)."""
 
     resident: Mapping[str, Parameters | Undecoded]
     homes: Mapping[str, Home]
     tiers: Sequence[Tier] = ()
     room: int = Decoding().room
+    chosen_tokens: int = 0
 
 
 class Weights:
@@ -92,6 +99,8 @@ class Weights:
         self._ahead: deque[Coming] = deque()
         self._held: dict[str, Coming] = {}
         self._at = (0, 0, 0)
+        self._tail = Tail(placed.chosen_tokens)
+        self._came: set[str] = set()  # blocks that have been here whole: on disk they are checked then
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +119,14 @@ class Weights:
         """What is decoded now may be written over, or must be decoded again: a graph holds all decoding that it needs."""
         self._decoder.forget()
 
-    def begin(self, round: int, lap: int, group: int, empty: bool = False) -> None:
-        """A visit begins, or is passed over because the group has nothing to compute."""
+    def begin(self, round: int, lap: int, group: int, tokens: int = 1) -> None:
+        """A visit of a step of so many tokens begins, or is passed over because the group has nothing to compute."""
         if (round, lap) != self._at[:2]:
             for name in list(self._held):
                 self._release(name)
         self._at = round, lap, group
-        if empty and lap == 0 and self._cycle:
+        self._tail.visit(group, tokens)
+        if not tokens and lap == 0 and self._cycle:
             needed = self._cycle.skip(round, group, [coming.name for coming in self._ahead])
             while not needed and self._ahead and self._ahead[0].transfer.settled:  # the host waits for no other here
                 self._drop()
@@ -135,8 +145,11 @@ class Weights:
             home = self._homes[name]
             after = [] if slot.free is None else [slot.free]
             self._streams.label(slot.buffer, name)
-            transfer = home.tier.load([(home.offset, slot.buffer[: home.block.nbytes])], after)
-            self._ahead.append(Coming(name, slot, transfer))
+            runs, leaves = [(0, home.block.nbytes)], name in self._came and self._tail.leaves_experts()
+            if leaves:
+                runs = without_experts(home.block)
+            transfer = home.tier.load(_pieces(home, slot, runs), after)
+            self._ahead.append(Coming(name, slot, transfer, _nbytes(runs), set() if leaves else None))
 
     def wait(self, name: str) -> Computed:
         """The parameters of a block, ready to be used on the compute stream."""
@@ -146,13 +159,38 @@ class Weights:
             if name in self._undecoded:
                 return self._decoder.parameters(name, self._undecoded[name])
             self._held[name] = self._arrive(name)
-        slot = self._held[name].slot
+        coming, block = self._held[name], self._homes[name].block
+        found = self._computed(name, coming.slot)
+        if coming.experts is None:
+            return found
+        return WithAwaited(
+            found, {key: partial(self._bring, coming, one) for one in experts_of(block) for key in one.computed}
+        )
+
+    def _computed(self, name: str, slot: WeightSlot) -> Computed:
+        """The parameters of a block that has come into a slot."""
         if name not in slot.views:
             block, unseen = self._homes[name].block, self._homes[name].unseen
             if block.encoded or unseen:
                 return self._decoder.parameters(name, Undecoded(block, slot.buffer[: block.nbytes]), unseen)
             slot.views[name] = views(slot.buffer, block)
         return slot.views[name]
+
+    def _bring(self, coming: Coming, parameter: Parameter, chosen: torch.Tensor) -> None:
+        """Loads the experts that are chosen and not there. What to copy depends on the choice: the host waits for it."""
+        began = time.perf_counter()
+        wanted = chosen.cpu().unique().tolist()
+        self._streams.took("launches", began - time.perf_counter())  # within a layer, but nothing is launched
+        assert coming.experts is not None
+        missing = [expert for expert in wanted if expert not in coming.experts]
+        if not missing:
+            return
+        home, slot, runs = self._homes[coming.name], coming.slot, runs_of(parameter, missing)
+        transfer = home.tier.load(_pieces(home, slot, runs), [] if slot.free is None else [slot.free])
+        with self._streams.waiting("experts"):
+            self._streams.wait(transfer.event())
+        coming.experts.update(missing)
+        self._count(home, _nbytes(runs))
 
     def done(self, name: str) -> None:
         """This visit has queued all its work with the block. Its slot goes free unless another group needs it."""
@@ -173,17 +211,22 @@ class Weights:
                 coming, home = self._ahead.popleft(), self._homes[name]
                 with self._streams.waiting("weights"):
                     self._streams.wait(coming.transfer.event())
-                for link in home.links:
-                    self._traffic.add(link, home.block.nbytes)
+                self._count(home, coming.nbytes)
+                if coming.experts is None:
+                    self._came.add(name)
                 return coming
             self._drop()
+
+    def _count(self, home: Home, nbytes: int) -> None:
+        for link in home.links:
+            self._traffic.add(link, nbytes)
 
     def _drop(self) -> Event:
         """The oldest load ahead is in vain: its slot goes free after the event returned."""
         coming = self._ahead.popleft()
         event = coming.slot.free = coming.transfer.event()
         self._free.append(coming.slot)
-        self._traffic.weights_unused += self._homes[coming.name].block.nbytes
+        self._traffic.weights_unused += coming.nbytes
         return event
 
     def _release(self, name: str) -> None:
@@ -199,3 +242,12 @@ class Weights:
         while self._ahead:
             self._drop().synchronize()
         return sum(tier.close() for tier in self._tiers.values())
+
+
+def _pieces(home: Home, slot: WeightSlot, runs: Runs) -> list[tuple[int, torch.Tensor]]:
+    """Where these bytes of a block lie in its tier, and in a slot."""
+    return [(home.offset + first, slot.buffer[first : first + nbytes]) for first, nbytes in runs]
+
+
+def _nbytes(runs: Runs) -> int:
+    return sum(nbytes for _, nbytes in runs)

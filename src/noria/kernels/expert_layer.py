@@ -3,8 +3,9 @@
 X experts, E hidden, I intermediate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -28,6 +29,17 @@ class Gate:
     shift: float = 0.0
     alternating: bool = False
     wide: bool = False
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """Stands for matrices of which those that tokens chose come when it is known which.
+
+    After `bring` of the choices [T, C] `there` has these, as a tensor or as what decodes them, and of the others anything.
+    """
+
+    there: Any
+    bring: Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pair
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from noria.kernels import in_order
-from noria.kernels.expert_layer import ExpertLayer, Gate
+from noria.kernels.expert_layer import Awaited, ExpertLayer, Gate
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _fused, _gates, _routing, _tiles
@@ -195,7 +195,7 @@ def mixture(
     gate: Gate = SWIGLU,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides, or Some.
+    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides, Some or Awaited.
 
     biases: [X, 2 * I] of gates and ups, [X, E] of downs. A token's sum is over its choices in their order, whatever other
     tokens there are. On CUDA in half precisions by tiles of sorted pairs, where the host waits for nothing; where these
@@ -204,7 +204,7 @@ def mixture(
     layer = _all_or_some(hidden, chosen, ExpertLayer(gate_up, down, gate, biases))
     if _tiles.fits(hidden, layer):
         return _tiles.mix(hidden, chosen, weights, layer)
-    pairs = pairs_of(chosen, len(gate_up))
+    pairs = pairs_of(chosen, len(layer.gate_up))
     products = products_of(hidden[pairs.tokens], pairs, layer)
     return (_by_choice(products, pairs) * weights.to(hidden.dtype)[:, :, None]).sum(dim=1)
 
@@ -217,20 +217,23 @@ def mixture_of_weighted(
     if _tiles.fits(hidden, layer):
         rows = hidden[:, None] * weights.to(hidden.dtype)[:, :, None]
         return _tiles.mix(rows.flatten(0, 1), chosen, None, layer)
-    pairs = pairs_of(chosen, len(gate_up))
+    pairs = pairs_of(chosen, len(layer.gate_up))
     rows = hidden[pairs.tokens] * weights.to(hidden.dtype).flatten()[pairs.order, None]
     return _by_choice(products_of(rows, pairs, layer), pairs).sum(dim=1)
 
 
-def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: AnyLayer) -> AnyLayer:
+def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> AnyLayer:
     """Matrices that are decoded where they are chosen: on a GPU all at once where there is room, unless rows are few."""
     its = layer.gate_up
+    if isinstance(its, Awaited):
+        its.bring(chosen)
+        return replace(layer, gate_up=its.there, down=layer.down.there)
     if isinstance(its, torch.Tensor) or not hidden.is_cuda or its.most < len(its):
         return layer
     if chosen.numel() <= len(its) and _tiles.fits(hidden, layer):
         return layer
     every = range(len(its))
-    return ExpertLayer(its.of(every), cast("Some", layer.down).of(every), layer.gate, layer.biases)
+    return ExpertLayer(its.of(every), layer.down.of(every), layer.gate, layer.biases)
 
 
 def products_of(rows: torch.Tensor, pairs: Pairs, layer: AnyLayer) -> torch.Tensor:

@@ -21,13 +21,14 @@ from noria.plan.loads import (
     microbatches,
     ring_nbytes,
     states_nbytes,
+    touched,
     weights_nbytes,
 )
 from noria.plan.plan import Plan
 from noria.plan.rates import Rates
 from noria.plan.rounds import Round, Rounds, Workload, decoding, rounds_of
 
-__all__ = ["Round", "Workload", "cache_nbytes", "decoding", "ring_nbytes", "weights_nbytes"]
+__all__ = ["Round", "Workload", "cache_nbytes", "decoding", "ring_nbytes", "touched", "weights_nbytes"]
 PRODUCTS, KERNELS = ("matmul", "device memory"), ("attention", "other kernels", "decoding")
 TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 
@@ -37,16 +38,16 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, turn)
     passes, sampled = plan.groups * cuts, turn.all_rows
     tokens = max(turn.tokens / passes, 1)
-    touched = 1 - (1 - share) ** tokens  # of the experts, by any token of a microbatch
+    read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
     cache, (received, sent) = cache_moved(plan, work.token, work.state, turn), states_nbytes(load, cuts, turn)
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
-    read = passes * (work.read - (1 - touched) * work.expert_read)
+    read = passes * (work.read - (1 - read_experts) * work.expert_read)
     flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
     context = terms.own_context(turn.context, turn.shared)
     seen = turn.rows * context * (work.decoded or work.token) + 2 * sampled * work.state  # states are read and written
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
-    again = load.decoded_again - (1 - touched) * load.expert_decoded_again
+    again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
     return {
         "link": terms.link(loaded, stored, rates),
@@ -87,6 +88,52 @@ def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[f
     return sum(used[name] for name in slowest), max(slowest, key=used.__getitem__)
 
 
+@dataclass(frozen=True)
+class Way:
+    """What a rank's round takes: seconds by term, seconds of all, and the term that binds."""
+
+    terms: Mapping[str, float]
+    seconds: float
+    binds: str
+
+
+def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
+    """A rank's round with whole blocks, or where that is faster with the chosen experts of streamed ones alone."""
+    whole = whole_blocks(plan, shape, load, rates, turn)
+    if not load.mixtures:
+        return whole
+    return min(whole, chosen_experts(plan, shape, load, rates, turn), key=lambda way: way.seconds)
+
+
+def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
+    used = resources(plan, shape, load, rates, turn)
+    return Way(used, *rank_seconds(plan, used, rates))
+
+
+def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
+    """A round of a single group whose experts are loaded when they are chosen: copies and what is computed take turns."""
+    used = resources(plan, shape, load.with_chosen(touched(shape, turn.tokens)), rates, turn)
+    used["link"] += terms.choosing(load.mixtures)
+    computed, binds = rank_seconds(plan, used | {"link": 0.0, "disk": 0.0}, rates)
+    copied = max(("link", "disk"), key=used.__getitem__)
+    return Way(used, computed + used[copied], copied if used[copied] > computed else binds)
+
+
+def chosen_tokens(plan: Plan, cut: Cut, rates: Rates, workload: Workload) -> int:
+    """The most tokens of a step for which chosen experts alone are faster than whole blocks, where one group is left; 0: none."""
+    alone, least, most = replace(plan, groups=1), 0, plan.step_tokens
+    ranks = [load for load in loads(alone, cut) if load.mixtures]
+
+    def gains(tokens: int) -> bool:
+        given = [(alone, cut.shape, load, rates, decoding(tokens, workload)) for load in ranks]
+        return all(chosen_experts(*its).seconds < whole_blocks(*its).seconds for its in given)
+
+    while least < most and ranks:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if gains(middle) else (least, middle - 1)
+    return least
+
+
 def _waits(plan: Plan, rates: Rates) -> bool:
     """Whether nothing is computed between a step's results and the next step."""
     return rates.device == "CPU" or (plan.groups == 1 and not plan.composes_ahead)
@@ -113,16 +160,15 @@ class Took:
 
 def seconds(plan: Plan, cut: Cut, ranks: Mapping[Load, int], rates: Rates, turn: Round) -> Took:
     """What a round takes, on ranks that have this to do."""
-    used = {load: resources(plan, cut.shape, load, rates, turn) for load in ranks}
-    each = {load: rank_seconds(plan, one, rates) for load, one in used.items()}
-    longest, binds = max(each.values())
-    most = {name: max(one[name] for one in used.values()) for name in TERMS}
+    ways = {load: of_rank(plan, cut.shape, load, rates, turn) for load in ranks}
+    longest, binds = max((way.seconds, way.binds) for way in ways.values())
+    most = {name: max(way.terms[name] for way in ways.values()) for name in TERMS}
     if cut.num_ranks == 1:
         return Took(longest, binds, most)
     message = terms.hop(turn.tokens / plan.groups * max(cut.sent), rates)
     hops = cut.num_ranks * plan.laps * message
     turn_over = most["host"] * (plan.groups > 1)  # rank 0's, between a group's result and its next step
-    way = (sum(count * each[load][0] for load, count in ranks.items()) + turn_over) / plan.groups + hops
+    way = (sum(count * ways[load].seconds for load, count in ranks.items()) + turn_over) / plan.groups + hops
     ring = max(way, plan.laps * turn.tokens * max(cut.sent) / rates.hop)
     return Took(max(ring, longest), "ring" if ring > longest else binds, most | {"ring": ring})
 

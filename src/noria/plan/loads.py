@@ -4,7 +4,7 @@ Pure arithmetic.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from noria.blocks import Block, layer_name
 from noria.bundle import borders_of
@@ -23,6 +23,8 @@ class Load:
     weights, from_disk: bytes of streamed blocks that pass the link, and of those that come from disk. travelling: bytes of a
     token that are received and sent over the link at visits, and between all layers. decoded: what a visit reads and writes to
     decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts.
+    experts: of the bytes that pass the link and of those from disk, those of experts, which may be loaded when they are chosen;
+    mixtures: streamed blocks that have any.
     """
 
     work: Tasks
@@ -32,6 +34,18 @@ class Load:
     decoded: int = 0
     decoded_again: int = 0
     expert_decoded_again: int = 0
+    experts: tuple[int, int] = (0, 0)
+    mixtures: int = 0
+
+    def with_chosen(self, share: float) -> "Load":
+        """With this share of the experts alone."""
+        link, disk = (round((1 - share) * nbytes) for nbytes in self.experts)
+        return replace(self, weights=self.weights - link, from_disk=self.from_disk - disk)
+
+
+def touched(shape: ModelShape, tokens: float) -> float:
+    """Of a layer's experts, those that any of so many tokens goes to."""
+    return 1 - (1 - shape.experts_share) ** tokens
 
 
 def once(plan: Plan, rank: int, lap: int) -> bool:
@@ -39,14 +53,16 @@ def once(plan: Plan, rank: int, lap: int) -> bool:
     return loaded_once(len(_streamed_of(plan, rank, lap)), plan.groups, plan.weight_slots)
 
 
-def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int) -> dict[str, int]:
-    """Bytes of weights a round that go to the rank's device ("link") and come from disk ("disk")."""
+def weights_nbytes(plan: Plan, blocks: Mapping[str, Block], rank: int, share: float = 1.0) -> dict[str, int]:
+    """Bytes of weights a round that go to the rank's device ("link") and come from disk ("disk"), with such a share of the
+    experts."""
     moved, tiers = {"link": 0, "disk": 0}, plan.weight_tiers[rank]
     for lap in range(plan.laps) if plan.weight_slots else ():
         names = _streamed_of(plan, rank, lap)
         times = 1 if loaded_once(len(names), plan.groups, plan.weight_slots) else plan.groups
         for name in names:
-            nbytes = times * _held(plan, blocks[name], tiers[name]).nbytes
+            held = _held(plan, blocks[name], tiers[name])
+            nbytes = times * (held.nbytes - round((1 - share) * held.stored_expert_nbytes))
             moved["link"] += nbytes
             moved["disk"] += nbytes * (tiers[name] == "disk")
     return moved
@@ -56,7 +72,13 @@ def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     """What a rank has to do."""
     share, moved = cut.share(rank), weights_nbytes(plan, cut.blocks, rank)
     travelling = share.travelling if plan.activations == "cpu" else (0, 0, 0, 0)
-    return Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, cut.blocks, rank))
+    load = Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, cut.blocks, rank))
+    if plan.groups > 1 or not share.work.mixtures or not plan.weight_slots:
+        return load
+    rest = weights_nbytes(plan, cut.blocks, rank, 0.0)
+    streamed = [name for lap in range(plan.laps) for name in _streamed_of(plan, rank, lap)]
+    mixtures = sum(cut.blocks[name].expert_numbers > 0 for name in streamed)
+    return replace(load, experts=(moved["link"] - rest["link"], moved["disk"] - rest["disk"]), mixtures=mixtures)
 
 
 def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int]:

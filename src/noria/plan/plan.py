@@ -32,6 +32,8 @@ class Plan:
     that stream from CPU memory are coded without loss while they load. graph_rows: decode steps of so many rows at most are
     captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
     cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
+    chosen_tokens: where a single group has a step of at most so many, streamed layers come without their experts, and those
+    that are chosen follow.
     """
 
     num_ranks: int
@@ -61,6 +63,7 @@ class Plan:
     decoded_pages: int = 0
     kv_cache_dtype: str = "auto"
     products: str = "auto"
+    chosen_tokens: int = 0
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""
@@ -112,8 +115,13 @@ class Plan:
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
         said = "plan: weights that stream from CPU memory are coded without loss while they load (--compress-weights off: not)"
-        coded = [said] if self.coded else []
-        return [head, *ranks, *coded, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
+        notes = [said] if self.coded else []
+        if self.chosen_tokens:
+            notes.append(
+                f"plan: where one group of at most {plural(self.chosen_tokens, 'token')} is left, streamed layers load the"
+                " experts that are chosen and no others"
+            )
+        return [head, *ranks, *notes, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
 
     def _too_small_lines(self) -> list[str]:
         """A warning where rows that are known find no room."""

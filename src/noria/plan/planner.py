@@ -10,7 +10,7 @@ from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
 from noria.order import check_blocking
-from noria.plan import rates, search
+from noria.plan import costs, rates, search
 from noria.plan.building import check_disk
 from noria.plan.placement import partition
 from noria.plan.plan import Plan
@@ -45,7 +45,8 @@ def make(problem: Problem, known: rates.Rates | None = None) -> Plan:
     known = known or rates_of(problem.config, problem.machine.device, problem.num_ranks)
     plan = search.best(problem, known)
     check_disk(problem, plan)
-    return plan
+    cut = problem.cut_into(tuple(plan.ranges()))
+    return replace(plan, chosen_tokens=costs.chosen_tokens(plan, cut, known, problem.workload))
 
 
 def rates_of(config: Config, device: str, num_ranks: int) -> rates.Rates:

@@ -110,8 +110,8 @@ def rehearsed(problem: Problem, plan: Plan, known: Rates) -> Plan:
 def _round_seconds(problem: Problem, plan: Plan, known: Rates, turn: Round) -> float:
     visits, cut = [], problem.cut_into(tuple(plan.ranges()))
     for rank in range(plan.num_ranks):
-        used = costs.resources(plan, problem.shape, load_of(plan, cut, rank), known, turn)
-        visits.append(costs.rank_seconds(plan, used, known)[0] / (plan.groups * plan.laps))
+        way = costs.of_rank(plan, problem.shape, load_of(plan, cut, rank), known, turn)
+        visits.append(way.seconds / (plan.groups * plan.laps))
     hop = terms.hop(turn.tokens / plan.groups * max(cut.sent), known)
     return Rehearsal(plan, visits, hop, known.hop_seconds).round_seconds()
 

@@ -32,6 +32,9 @@ LAYER_SECONDS = 35e-6
 # on the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, by tiles; the host's share
 # was measured with grouped products).
 MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 1.1, 0.01e-3, 0.4e-3
+# Where experts are loaded when they are chosen, the host reads the choice and queues their copies, one for some neighbours, and
+# the link and the device stand still meanwhile: an estimate for a layer.
+CHOOSING_SECONDS = 0.2e-3
 # A layer's views, checks and kernels, in what the machine's `layer_seconds` is (kernels alone): a step of 256 rows and 32
 # layers takes 17 to 22 ms on the host. A graph of all of them: 1.2 to 1.9 ms with what is put into its buffers.
 LAUNCHES, GRAPH_SECONDS = 3.7, 1.3e-3
@@ -115,6 +118,11 @@ def calls(number: float, dtype: str, rates: Rates) -> float:
     """The host's time for calls of attention; none where one kernel computes all rows."""
     by_items = dtype in HALF and rates.device != "CPU"
     return 0.0 if by_items else number * rates.layer_seconds * CALL_SHARE
+
+
+def choosing(mixtures: float) -> float:
+    """The time between a router's choice and the copies of its experts, of so many layers."""
+    return mixtures * CHOOSING_SECONDS
 
 
 def replays(groups: int) -> float:
