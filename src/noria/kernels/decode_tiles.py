@@ -1,7 +1,7 @@
 """Blocks of keys and values as the program loads them that attends to them (Triton): plain, or decoded in registers.
 
 Of a cache in fewer bits, to the bits of rounded.py, which decodes whole pages before: each number is a code less its zero,
-times its scale, in float32, rounded once to the dtype of the run.
+times its scale, rounded once to the dtype of the run: a product of bfloat16 numbers is that as well as one of float32 ones.
 """
 
 import triton
@@ -56,6 +56,22 @@ def _above(code):
 
 
 @triton.jit
+def _nibbles(words, zero, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Codes of 4 bits less their zeros: of words [N, M] of eight, those from the FIRST on, STEP apart, one after another."""
+    if STEP == 8:
+        found = _above((words >> (4 * FIRST)) & 15) - zero
+    else:
+        found = tl.interleave(_nibbles(words, zero, FIRST, 2 * STEP), _nibbles(words, zero, FIRST + STEP, 2 * STEP))
+    return found
+
+
+@triton.jit
+def _scaled(numbers, scale, KIND: tl.constexpr):
+    """Whole numbers or e4m3 ones, in float32, times their scales; by bfloat16 products two at a time."""
+    return numbers.to(KIND) * scale.to(KIND) if KIND == tl.bfloat16 else (numbers * scale.to(tl.float32)).to(KIND)
+
+
+@triton.jit
 def decoded(
     fields, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     FORM: tl.constexpr, MASKED: tl.constexpr,
@@ -65,28 +81,25 @@ def decoded(
     fields: codes, scales and zeros of the head. ROW: bytes of the codes of all heads of a row. GROUP: numbers that share a scale.
     """
     PADDED: tl.constexpr = min(GROUP, PAD)
-    WIDTH: tl.constexpr = (D + 1) // 2 if FORM == INT4 else D
-    BYTES: tl.constexpr = PAD // 2 if FORM == INT4 else PAD
+    WIDTH: tl.constexpr = D // 2 if FORM == INT4 else D
+    LOADED: tl.constexpr = 8 if FORM == INT4 else 1  # numbers of what is loaded at once: words of 4 bytes
     SCALES: tl.constexpr = (D + GROUP - 1) // GROUP
     codes, scales, zeros = fields
-    row, column, group = (
-        tl.arange(0, seen.shape[0])[:, None],
-        tl.arange(0, BYTES)[None, :],
-        tl.arange(0, PAD // PADDED)[None, :],
-    )
-    at = first * (ROW // WIDTH * SCALES) + row * (ROW // WIDTH * SCALES) + group
-    code = _held(codes + first * ROW + row * ROW + column, seen[:, None], column, WIDTH, MASKED)
-    scale = _held(scales + at, seen[:, None], group, SCALES, MASKED)
+    row, column = tl.arange(0, seen.shape[0])[:, None], tl.arange(0, PAD // LOADED)[None, :]
+    of_row, group = ROW // WIDTH * SCALES, tl.arange(0, PAD // PADDED)[None, :]
+    at, inside = first * of_row + row * of_row + group, seen[:, None]
+    scale = _spread(_held(scales + at, inside, group, SCALES, MASKED), PAD)
+    of_codes = codes + first * ROW
     if FORM == INT4:
-        scale = _spread(scale.to(tl.float32), BYTES)
-        zero = _spread(_above(_held(zeros + at, seen[:, None], group, SCALES, MASKED)), BYTES)
-        lows, highs = (_above(code & 15) - zero) * scale, (_above(code >> 4) - zero) * scale
-        numbers = tl.interleave(lows.to(KIND), highs.to(KIND))
+        words = of_codes.to(tl.pointer_type(tl.uint32)) + row * (ROW // 4) + column
+        zero = _spread(_above(_held(zeros + at, inside, group, SCALES, MASKED)), PAD // LOADED)
+        numbers = _scaled(_nibbles(_held(words, inside, column, D // LOADED, MASKED), zero, 0, 1), scale, KIND)
     elif FORM == INT8:
-        numbers = ((_above(code) - MIDDLE) * _spread(scale.to(tl.float32), PAD)).to(KIND)
+        code = _held(of_codes + row * ROW + column, inside, column, D, MASKED)
+        numbers = _scaled(_above(code) - MIDDLE, scale, KIND)
     else:
-        number = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        numbers = (number * _spread(e8m0(scale), PAD)).to(KIND)
+        code = _held(of_codes + row * ROW + column, inside, column, D, MASKED)
+        numbers = _scaled(code.to(tl.float8e4nv, bitcast=True).to(tl.float32), e8m0(scale), KIND)
     return numbers
 
 
