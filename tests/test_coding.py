@@ -25,6 +25,7 @@ from noria.pieces import Matrix, Wanted
 from noria.plan import search
 from noria.plan.problem import Problem
 from noria.run import run
+from noria.tools.direct import DirectFile
 
 CPU = torch.device("cpu")
 CONFIG = tiny_models.LLAMA | {"hidden_size": 128, "intermediate_size": 200}
@@ -53,12 +54,12 @@ def convert_of(folder, tensors):
     return folder / "model.h5"
 
 
-def streamed(path, decoding, dtype="bfloat16", tiers=None, say=lambda line: None):
+def streamed(path, decoding, dtype="bfloat16", tiers=None, say=lambda line: None, scratch=None):
     """Bits of all that two rounds compute with, layouts of the streamed blocks, and the bytes that passed the link."""
     found, traffic, streams = {}, Traffic(), LateStreams(CPU)
     with open_checkpoint(path) as checkpoint:
         tiers = dict.fromkeys(NAMES, "cpu") | {"embed": "cpu"} | (tiers or {})
-        placed = Loader(checkpoint, tiers, dtype, streams, None, decoding, say).load()
+        placed = Loader(checkpoint, tiers, dtype, streams, scratch, decoding, say).load()
         weights = weights_of(placed, [range(len(NAMES) - 1)], 1, 2, streams, traffic)
         for round in range(2):
             weights.begin(round, 0, 0)
@@ -104,6 +105,25 @@ def test_only_what_streams_from_cpu_memory_in_bfloat16_is_coded(model):
     wide, layouts, _ = streamed(model, Decoding(coded=True), dtype="float32")
     assert not any(block.encoded for block in layouts.values())
     assert torch.equal(wide["0/head/lm_head"].bfloat16().view(torch.int16), found["0/head/lm_head"])
+
+
+@pytest.mark.parametrize("tiers", [dict.fromkeys(NAMES, "disk"), {"layers/0001": "disk", "head": "disk"}])
+def test_what_goes_to_scratch_is_coded_too_and_takes_no_more_of_the_disk_than_it_needs(
+    model, tiers, tmp_path, monkeypatch
+):
+    sizes, close = [], DirectFile.close
+
+    def closed(file):
+        sizes.extend([file.look()[0]] * (file.path != model and file._buffered is not None))
+        close(file)
+
+    monkeypatch.setattr(DirectFile, "close", closed)
+    plain, layouts, moved = streamed(model, Decoding(), tiers=tiers, scratch=tmp_path)
+    found, coded, less = streamed(model, Decoding(coded=True), tiers=tiers, scratch=tmp_path)
+    assert same(found, plain) and all(coded[name].nbytes < layouts[name].nbytes for name in NAMES)
+    assert 0.68 < less / moved < 0.85
+    wanted = [sum(its[name].nbytes for name in tiers) for its in (layouts, coded)]
+    assert sizes == wanted and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("room", [1 << 30, 1])
@@ -181,7 +201,8 @@ def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", [{"weights": {"cpu": 100}}, {"weights": {"disk": 100}, "stage": True}])
+def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_path, monkeypatch, capsys, where):
     """As a GPU would be planned: here on the CPU, which no plan has so."""
     monkeypatch.setattr(Problem, "may_code", property(lambda its: its.config.placement.compress_weights != "off"))
     monkeypatch.setattr(search, "_coded_best", lambda tried, here: replace(here, coded=True))
@@ -192,8 +213,8 @@ def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_p
     monkeypatch.setattr(coding, "coded", lambda block, content: calls.append(block.name) or right(block, content))
     for asked in ("off", "auto"):
         keys = {"model": path, "prompts": tmp_path / "p.jsonl", "output": tmp_path / f"{asked}.h5"}
-        flags = {"device": "cpu", "dtype": "bfloat16", "max_new_tokens": 6, "weights": {"cpu": 100}}
-        flags |= {"compress_weights": asked}
+        flags = {"device": "cpu", "dtype": "bfloat16", "max_new_tokens": 6, "scratch": str(tmp_path)}
+        flags |= where | {"compress_weights": asked}
         run(config.load(None, {key: str(its) for key, its in keys.items()} | flags), Solo())
         with open_generations(keys["output"]) as file:
             tokens = [row.token_ids.tolist() for row in file.rows()]

@@ -62,6 +62,17 @@ def test_other_weights_are_not(flags):
     assert not make(**flags).coded
 
 
+def test_what_is_copied_to_scratch_is_coded_where_that_gains():
+    disk = {"weights": {"disk": 100.0}, "stage": True}
+    plan, plain = make(**disk), make(compress_weights="off", **disk)
+    assert plan.coded and plan.coded_tiers == ("cpu", "disk") and not plain.coded
+    assert make(**CPU).coded_tiers == ("cpu",)
+    terms, others = (its.predicted["terms"]["decode"] for its in (plan, plain))
+    assert terms["disk"] / others["disk"] == pytest.approx(11.4 / 16, abs=0.01)
+    assert plan.predicted["tokens_per_second"] > 1.3 * plain.predicted["tokens_per_second"]
+    assert "CPU memory and scratch are coded without loss" in "\n".join(plan.lines())
+
+
 def test_never_on_the_cpu_itself():
     problem = problem_of(device="cpu", memory=100 * GiB, **CPU)
     assert not problem.may_code and not planner.make(problem, rates.assumed("cpu")).coded

@@ -109,8 +109,8 @@ class Placement:
         " $SLURM_TMPDIR; else $TMPDIR, else the output's folder)"
     )
     compress_weights: str = key(
-        "code bfloat16 weights that stream from CPU memory to a GPU without loss while they load: where the plan gains by"
-        " it and the load takes at most a tenth longer, or not at all",
+        "code bfloat16 weights that stream to a GPU from CPU memory, or from scratch by stage, without loss while they load:"
+        " where the plan gains by it and the load takes at most a tenth longer, or not at all",
         "auto",
         ("auto", "off"),
     )

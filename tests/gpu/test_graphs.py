@@ -12,6 +12,7 @@ from noria import config
 from noria.engine.capturing import Capturer
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.plan import building, search
 from noria.run import run
 from noria.streams import streams_of
 
@@ -126,6 +127,31 @@ def test_groups_of_rows_take_turns_in_the_same_graphs(folder, capfd):
     found, said = generate(folder, "groups", "many.jsonl", capfd, groups=3)
     expected, _ = generate(folder, "many-plain", "many.jsonl", capfd, graphs=False)
     assert found == expected and any("decode visits" in line for line in said), said
+
+
+ENCODED = {
+    "int4": LLAMA | {"quantization_config": {"quant_method": "int4"}},
+    "mxfp4": LLAMA | {"quantization_config": {"quant_method": "mxfp4"}},
+    "fp8 experts": MIXTURE | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1, 1 << 60], ids=["whole", "in parts"])
+@pytest.mark.parametrize("model", ENCODED)
+def test_weights_that_stay_encoded_are_decoded_within_the_graph_to_the_same_bits(
+    tmp_path, model, share, monkeypatch, capfd
+):
+    monkeypatch.setattr(building, "DECODING_SHARE", share)
+    monkeypatch.setattr(search, "_coded_best", lambda tried, here: here)  # not decoded while they are loaded
+    (tmp_path / "config.json").write_text(json.dumps(ENCODED[model]))
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows("other")))
+    replayed, said = generate(tmp_path, "graphs", "rows.jsonl", capfd)
+    plain, _ = generate(tmp_path, "plain", "rows.jsonl", capfd, graphs=False)
+    assert replayed == plain
+    found = re.search(r"graphs: (\d+) of (\d+) decode visits", " ".join(said))
+    assert found and int(found[1]) > 0.6 * int(found[2]), said
 
 
 @torch.inference_mode()

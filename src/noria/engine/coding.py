@@ -30,7 +30,7 @@ class Coder:
         self._read = nbytes, seconds
 
     def put(self, block: Block, host: torch.Tensor, target: torch.Tensor) -> Block:
-        """Copies a plain block [nbytes] into memory of as many bytes, coded if it may be; its layout there."""
+        """Copies a plain block [nbytes] into memory of as many bytes (or its own), coded if it may be; its layout there."""
         made, began = None, time.perf_counter()
         if not self._stopped:
             try:
@@ -38,7 +38,8 @@ class Coder:
             except RuntimeError as error:  # of the device: memory too
                 self._stop(f"coding them without loss failed ({(str(error).splitlines() or [''])[0][:200]})")
         if made is None:
-            target.copy_(host)
+            if target is not host:
+                target.copy_(host)
             return block
         layout, content = made
         target[: layout.nbytes].copy_(content)

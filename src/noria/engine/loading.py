@@ -79,11 +79,10 @@ class Loader:
         return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
 
     def _is_coded(self, name: str) -> bool:
-        """Whether a block may be coded on its way into CPU memory."""
+        """Whether a block may be coded on its way into CPU memory, or to scratch."""
         target = self._targets[name]
-        return (
-            self._coder is not None and name in self._homes and not self._is_cast(name) and target.coded is not target
-        )
+        streams = self._tiers[name] != "gpu" and name != "embed"
+        return self._coder is not None and streams and not self._is_cast(name) and target.coded is not target
 
     def _target(self, name: str) -> Block:
         """A block's layout where it is placed."""
@@ -160,6 +159,12 @@ class Loader:
             its = into if parameter.pieces == 1 else {key: value[first : first + count] for key, value in into.items()}
             encodings.decode(parameter, pieces[first : first + count].to(self._streams.device), its)
 
+    def _recoded(self, name: str, host: torch.Tensor) -> torch.Tensor:
+        """What goes to scratch of a block's bytes."""
+        if self._coder and self._is_coded(name):
+            self._targets[name] = self._coder.put(self._targets[name], host, host)
+        return host[: self._targets[name].nbytes]
+
     def _open_disk(self) -> None:
         names = [name for name, tier in self._tiers.items() if tier == "disk"]
         if not names:
@@ -167,7 +172,8 @@ class Loader:
         if self._scratch is None:
             regions = checkpoint_regions(self._checkpoint, names)
         else:
-            regions = copied_regions(self._checkpoint, names, self._scratch)
+            heard = self._coder.was_read if self._coder else lambda nbytes, seconds: None
+            regions = copied_regions(self._checkpoint, names, self._scratch, recoded=self._recoded, heard=heard)
         largest = max(self._targets[name].nbytes for name in names)
         unseen = str(self._checkpoint.path) if self._scratch is None else None
         disk, offset = Disk(regions, self._streams, slot_nbytes=min(DISK_SLOT_NBYTES, largest)), 0

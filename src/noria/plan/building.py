@@ -8,7 +8,7 @@ from noria.blocks import dtype_of
 from noria.errors import InputError, require
 from noria.limits import DISK_NBYTES, GRAPH_ROWS, TIERS, padded_rows
 from noria.plan.memory import Sizes
-from noria.plan.plan import Plan
+from noria.plan.plan import Plan, coded_tiers
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, refused, reserved
@@ -55,6 +55,7 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         decoding_room=sizes.decoding_room,
         decoded=sizes.decoded,
         coded=sizes.coded,
+        staged=sizes.staged,
         graph_rows=sizes.graph_rows,
         decoded_pages=sizes.decoded_pages,
         kv_cache_dtype=problem.config.kv_cache_dtype,
@@ -93,7 +94,8 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     )  # it would take their room
     decoded = decoded and any(tier == "gpu" for name, tier in placed if name in problem.weighed.encoded)
     coded = candidate.coded and problem.may_code
-    coded = coded and any(tier == "cpu" for name, tier in placed if name in problem.weighed.coded)
+    tiers = coded_tiers(coded, sizes.staged)
+    coded = any(tier in tiers for name, tier in placed if name in problem.weighed.coded)
     sizes = replace(sizes, weight_tiers=held, weight_slots=slots * streams, decoded=decoded, coded=coded)
     sizes = replace(sizes, graph_rows=0 if streams or problem.elsewhere(candidate) else _graph_rows(problem, sizes))
     while sizes.graph_rows and not _graphs_fit(problem, sizes):

@@ -96,7 +96,7 @@ def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, i
 def _held(plan: Plan, block: Block, tier: str) -> Block:
     """The layout of a block in a tier."""
     cast = block.cast(plan.dtype)
-    return cast.coded if plan.coded and tier == "cpu" and not block.changes(plan.dtype) else cast
+    return cast.coded if tier in plan.coded_tiers and not block.changes(plan.dtype) else cast
 
 
 def loads(plan: Plan, cut: Cut) -> dict[Load, int]:

@@ -22,6 +22,7 @@ from noria.limits import (
 )
 from noria.model import ModelShape
 from noria.plan.cut import Cut
+from noria.plan.plan import coded_tiers
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
@@ -159,9 +160,10 @@ class Sizes:
 
     def _count(self, rank: int) -> Occupied:
         by_tier, slot, passing, decoding = dict.fromkeys(("", *TIERS), 0), 0, [], 0
+        tiers = coded_tiers(self.coded, self.staged)
         for name, tier in zip(self.cut.share(rank).names, self.weight_tiers[rank], strict=True):
             encoded, whole = self.weighed.encoded.get(name), self.decoded and tier == "gpu"
-            coded = self.weighed.coded.get(name) if self.coded and tier in ("", "cpu") else None
+            coded = self.weighed.coded.get(name) if tier in ("", *tiers) and tiers else None
             by_tier[tier] += self.weighed.decoded[name] if encoded and whole else self.weighed.held[name]
             if tier not in ("", "gpu") and name != "embed":
                 slot = max(slot, self.weighed.held[name])

@@ -19,6 +19,11 @@ def rate_words(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.1f}" if rate >= 10 else f"{rate:.3g}"
 
 
+def coded_tiers(coded: bool, staged: bool) -> tuple[str, ...]:
+    """The tiers whose blocks are coded on their way there, if any are; the disk's where they are copied to scratch."""
+    return ("cpu", *["disk"] * staged) if coded else ()
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every choice of a run.
@@ -29,7 +34,8 @@ class Plan:
     microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
     memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
     used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
-    that stream from CPU memory are coded without loss while they load. graph_rows: decode steps of so many rows at most are
+    that stream from CPU memory, or from scratch (`staged`: weights on disk are copied there), are coded without loss while they
+    load. graph_rows: decode steps of so many rows at most are
     captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
     cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
     chosen_tokens: where a single group has a step of at most so many, streamed layers come without their experts, and those
@@ -59,6 +65,7 @@ class Plan:
     decoding_room: int = 0
     decoded: bool = False
     coded: bool = False
+    staged: bool = False
     graph_rows: int = 0
     decoded_pages: int = 0
     kv_cache_dtype: str = "auto"
@@ -76,6 +83,11 @@ class Plan:
     def holds(self, pages: int) -> bool:
         """Whether a row of so many pages finds room: all of them are in one tier."""
         return self.most_pages >= pages
+
+    @property
+    def coded_tiers(self) -> tuple[str, ...]:
+        """The tiers whose blocks are coded without loss on their way there."""
+        return coded_tiers(self.coded, self.staged)
 
     @property
     def composes_ahead(self) -> bool:
@@ -114,7 +126,8 @@ class Plan:
             + (f" and {states:,} states" if states else "")
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
-        said = "plan: weights that stream from CPU memory are coded without loss while they load (--compress-weights off: not)"
+        where = " and ".join({"cpu": "CPU memory", "disk": "scratch"}[tier] for tier in self.coded_tiers)
+        said = f"plan: weights that stream from {where} are coded without loss while they load (--compress-weights off: not)"
         notes = [said] if self.coded else []
         if self.chosen_tokens:
             notes.append(

@@ -67,6 +67,11 @@ class DirectFile:
         if done < len(data):
             raise OSError(errno.EIO, f"{self.path}: only {done} of {len(data)} bytes were written at byte {offset}")
 
+    def end(self, nbytes: int) -> None:
+        """The file ends after so many bytes: what was reserved behind them is free again."""
+        assert self._buffered is not None, f"{self.path} is closed"
+        os.ftruncate(self._buffered, nbytes)
+
     def _transfer(self, call: Callable[..., int], doing: str, offset: int, data: memoryview, needed: int) -> int:
         done = 0
         while done < needed:
