@@ -84,10 +84,12 @@ def _departures(problem: Problem, plan: Plan) -> int:
 
 
 def _fastest(tried: Tried, candidates: Iterable[Candidate]) -> Iterable[Candidate]:
-    """The fastest candidate of those that have their blocks and their cache alike; none that does not fit."""
-    found: dict[tuple[int, int, bool, bool], Candidate] = {}
+    """The fastest candidate of those that have their blocks and their cache alike, of all rows at once and of waves; none that
+    does not fit."""
+    found: dict[tuple[int, int, bool, bool, bool], Candidate] = {}
     for candidate in candidates:
-        kind = candidate.laps, candidate.groups, candidate.on_device > 0, candidate.coded
+        whole = candidate.rows >= tried.problem.workload.num_rows
+        kind = candidate.laps, candidate.groups, candidate.on_device > 0, candidate.coded, whole
         if tried.plan(candidate):
             found[kind] = max(found.get(kind, candidate), candidate, key=tried.value)
     return found.values()
