@@ -23,7 +23,7 @@ SHORTEST_BESIDE = 2e-4  # seconds; while nobody waits: a poll takes the interpre
 # Seconds after which a thread that runs Python lets another one run: by default 5 ms, for which a message would wait at either
 # end whenever the main thread composes a step or launches a layer.
 SWITCH = 1e-4
-SLICE = 0.05  # seconds; the communication thread looks this often whether it is to end
+SLICE = 0.05  # seconds; who waits for the thread's end looks this often whether it has failed
 
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Communication:
         self.check()
         self._new.append((work, ticket))
         with self._outside():
-            begun = self._live and self._take_turn(self._begin_new, blocking=False)
+            begun = self._take_turn(self._begin_new, blocking=False)
         if not begun:
             self._wake.set()
         return ticket
@@ -133,7 +133,6 @@ class Communication:
         finally:
             with self._counting:
                 self._num_waits -= 1
-            self._wake.set()
 
     def check(self) -> None:
         """Raises CommunicationError when work has failed, or was told to."""
@@ -179,16 +178,15 @@ class Communication:
         while not (self._abandoned or self._error):
             self._wake.clear()
             if self._num_waits:
-                self._wake.wait(SLICE)  # until nobody waits, who would do it
-                last = time.monotonic()
+                self._wake.wait(
+                    LONGEST_PAUSE
+                )  # whoever waits does it; afterwards it has better things to do than to wake this
             elif self._take_turn(self._advance):
                 last = time.monotonic()
-            elif self._live:
-                _rest(time.monotonic() - last, EAGER, lambda seconds: self._wake.wait(max(seconds, SHORTEST_BESIDE)))
-            elif self._closing and not self._new:
+            elif self._closing and not self._live and not self._new:
                 return
             else:
-                self._wake.wait(SLICE)
+                _rest(time.monotonic() - last, EAGER, lambda seconds: self._wake.wait(max(seconds, SHORTEST_BESIDE)))
 
     def _take_turn(self, do: Callable[[], bool], blocking: bool = True) -> bool:
         """What `do` returns, done by this thread alone; False where another one is at it and this one is not to wait.
