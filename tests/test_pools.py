@@ -8,9 +8,9 @@ from noria.plan.pools import Usual
 SIZES = st.integers(0, 60)
 
 
-@given(st.integers(1, 7), st.integers(0, 4), SIZES, SIZES, st.integers(0, 5000))
-def test_no_page_more_would_find_room(pages, states, page, state, nbytes):
-    usual = Usual(pages, states)
+@given(st.integers(1, 7), st.integers(0, 4), SIZES, SIZES, st.integers(0, 5000), st.integers(0, 3))
+def test_no_page_more_would_find_room(pages, states, page, state, nbytes, prompts):
+    usual = Usual(pages, states, prompts)
     found = usual.fitting(nbytes, page, state)
     if not pages * page + states * state:
         assert found == 1 << 62
@@ -24,6 +24,10 @@ def test_every_usual_prompt_that_has_pages_has_its_states_and_one_more_beginning
     usual = Usual(pages, states)
     assert usual.states_beside(count) >= (count // pages) * states + 1
     assert usual.pools({"gpu": count, "cpu": 0})["cpu"] == {"pages": 0, "states": 0}
+
+
+def test_some_prompts_have_a_state_more_among_them():
+    assert [Usual(2, 1, 3).states_beside(count) for count in (1, 4, 6, 7, 12)] == [2, 3, 5, 6, 9]
 
 
 def test_a_family_without_states_has_none():

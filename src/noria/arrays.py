@@ -7,10 +7,12 @@ from math import prod
 from typing import TypeAlias
 
 from noria.blocks import DTYPE_NBYTES, round_up, wider
+from noria.limits import RUN_PAGES
 from noria.pieces import FIELD_NBYTES, VIEW_ALIGNMENT
 from noria.step import PAGE_TOKENS
 
 KEY_GROUP = 64  # numbers of a key, along its head, that share a scale where a cache is encoded; those of a value all do
+BLOCK_TOKENS = RUN_PAGES * PAGE_TOKENS  # attention's block of keys
 ENCODINGS = {"fp8": "fp8_block", "int8": "int8", "int4": "int4"}  # of kv_cache_dtype
 
 
@@ -19,9 +21,10 @@ class Array:
     """One array of a layer's cache: a `row` of this shape for each token, or for each sequence (a state).
 
     dtype: its own, never narrower than the run's (None: the run's). window: how many of the last tokens are read (None:
-    all); pages keep the others too. encoding: how its rows are kept, a kind of encodings/ (None: as they are computed), with
-    a scale for each `group` numbers of the last dimension (-1: one for all of them). exact: of its dtype in any run. value:
-    how many of its first numbers are the value, of keys that have no values beside them.
+    all); pages keep the others too, unless each sequence has a `ring` of so many tokens instead (0: none). encoding: how its
+    rows are kept, a kind of encodings/ (None: as they are computed), with a scale for each `group` numbers of the last
+    dimension (-1: one for all of them). exact: of its dtype in any run. value: how many of its first numbers are the value, of
+    keys that have no values beside them.
     """
 
     name: str
@@ -33,16 +36,24 @@ class Array:
     group: int = -1
     exact: bool = False
     value: int | None = None
+    ring: int = 0
+
+    @property
+    def kept(self) -> str:
+        """What it takes room for: a token, or a sequence."""
+        return "sequence" if self.ring else self.per
 
     def computed(self, dtype: str) -> str:
         """Its dtype in a run of this dtype."""
         return self.dtype if self.exact and self.dtype else wider(self.dtype, dtype)
 
     def nbytes(self, dtype: str) -> int:
-        """Bytes that a row takes in a run of this dtype; of a state with what keeps the next one aligned."""
+        """Bytes that a row takes in a run of this dtype; of a state with what keeps the next one aligned; of a ring all of it."""
         if self.encoding:
             return sum(field.nbytes(dtype) for field in self.fields.values())
         nbytes = prod(self.row) * FIELD_NBYTES[self.computed(dtype)]
+        if self.ring:
+            return self.ring * nbytes
         return nbytes if self.per == "token" else round_up(nbytes, VIEW_ALIGNMENT)
 
     def decoded_nbytes(self, dtype: str) -> int:
@@ -105,6 +116,33 @@ def encoded(entry: Entry, encoding: str) -> Entry:
     )
 
 
+def ring_of(window: int) -> int:
+    """Tokens of a ring for this window: whole blocks of keys, as many as hold what a query sees and the block of the next."""
+    return round_up(window, BLOCK_TOKENS) + BLOCK_TOKENS
+
+
+def ringed(cache: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries, with a ring a sequence for arrays that are read by a window. A layer whose cache others read keeps all: they
+    look at tokens of a chunk that its ring holds no more. So does what is encoded."""
+    read = {entry for entry in cache if isinstance(entry, int)}
+    return tuple(
+        entry if isinstance(entry, int) or layer in read else tuple(map(_in_ring, entry))
+        for layer, entry in enumerate(cache)
+    )
+
+
+def unringed(cache: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries without rings."""
+    return tuple(
+        entry if isinstance(entry, int) else tuple(replace(array, ring=0) for array in entry) for entry in cache
+    )
+
+
+def _in_ring(array: Array) -> Array:
+    windowed = array.per == "token" and array.window is not None and not array.encoding
+    return replace(array, ring=ring_of(array.window or 0)) if windowed else array
+
+
 def stored(entry: tuple[Array, ...]) -> tuple[Array, ...]:
     """The arrays that a cache has of these: of encoded ones their fields."""
     return tuple(kept for array in entry for kept in (array.fields.values() if array.encoding else (array,)))
@@ -112,7 +150,7 @@ def stored(entry: tuple[Array, ...]) -> tuple[Array, ...]:
 
 def nbytes(arrays: tuple[Array, ...], dtype: str, per: str = "token") -> int:
     """Bytes that a token, or a sequence, leaves in these arrays."""
-    return sum(array.nbytes(dtype) for array in arrays if array.per == per)
+    return sum(array.nbytes(dtype) for array in arrays if array.kept == per)
 
 
 def attended(arrays: tuple[Array, ...]) -> int:
@@ -134,4 +172,4 @@ class Layout:
         for layer, arrays in layers.items():
             for array in arrays:
                 self.offsets[layer, array.name] = self.nbytes
-                self.nbytes += rows[array.per] * array.nbytes(dtype)
+                self.nbytes += rows[array.kept] * array.nbytes(dtype)

@@ -5,6 +5,7 @@ TIERS = ("gpu", "cpu", "disk")
 MAX_GROUPS = 8_000  # MPI promises tags up to 32767: three kinds of messages are numbered by group
 
 RUN_PAGES = 4  # every run of pages of a row but its last is a multiple of it: 64 tokens, attention's key block
+BESIDE_RINGS = 128  # tokens that a chunk may take beside the rings of windows, more than it has and a ring holds
 
 MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
 HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts

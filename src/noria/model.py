@@ -1,13 +1,13 @@
 """What the program around a model knows of it: its sizes, and what a run reads of it. Knows no torch and no file format."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Protocol
 
-from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes, stored
+from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes, ringed, stored, unringed
 from noria.blocks import DTYPE_NBYTES, Block
 
 MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
@@ -60,8 +60,27 @@ class ModelShape:
 
     @cached_property
     def has_states(self) -> bool:
-        """Whether some layer has arrays per sequence."""
-        return any(array.per == "sequence" for layer in range(self.num_layers) for array in self.arrays(layer))
+        """Whether some layer has what each sequence takes room for: arrays per sequence, or rings of windows."""
+        return any(array.kept == "sequence" for layer in range(self.num_layers) for array in self.arrays(layer))
+
+    @cached_property
+    def rings(self) -> dict[int, int]:
+        """window -> tokens of the ring that a sequence has in each layer of this window."""
+        arrays = (array for layer in range(self.num_layers) for array in self.arrays(layer))
+        return {array.window: array.ring for array in arrays if array.ring and array.window is not None}
+
+    def ring_row(self, layers: Iterable[range], dtype: str) -> int:
+        """The most bytes that a token takes in the rings of one of these layers."""
+        own = (self.arrays(layer) for span in layers for layer in span)
+        return max((sum(a.nbytes(dtype) // a.ring for a in arrays if a.ring) for arrays in own), default=0)
+
+    def with_rings(self) -> "ModelShape":
+        """The shape, where windowed layers keep their window alone."""
+        return replace(self, cache=ringed(self.cache))
+
+    def without_rings(self) -> "ModelShape":
+        """The shape, where all layers keep all tokens."""
+        return replace(self, cache=unringed(self.cache)) if self.rings else self
 
     @cached_property
     def tied_layers(self) -> tuple[tuple[int, ...], ...]:

@@ -87,7 +87,8 @@ def build(
     plan: Plan, shape: ModelShape, weights: Weights, ring: AnyRing, streams: Streams, meters: Meters, scratch: Path
 ) -> Executor:
     """This rank's engine: its cache (what of it lives on disk: in `scratch`) and stage around its weights, in the ring."""
-    dtype, stages = TORCH_DTYPES[plan.dtype], stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
+    shape, dtype = plan.kept(shape), TORCH_DTYPES[plan.dtype]
+    stages = stages_of(ring.place.rank, plan.num_ranks, plan.ranges())
     layers = [layer for stage in stages for layer in stage]
     tiers = _open_tiers(plan, shape, layers, streams, scratch)
     staging = Staging(tiers, plan.cache_slots, plan.cache_slot_pages, plan.state_rows)

@@ -7,17 +7,19 @@ T tokens, S samples, P scores.
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from noria.engine import states
+from noria.engine import rings, states
 from noria.engine.kv_cache import Staged, TierPages
 from noria.engine.padding import Padded, Spare, padded
 from noria.engine.page_table import PageTable
+from noria.engine.rings import RingRows
 from noria.engine.states import States
 from noria.kernels.work import RaggedRows
 from noria.limits import padded_rows
@@ -25,8 +27,8 @@ from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Run, Span, Step
 
 HeadRows: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]  # as activations.OnDevice.needed returns them
-# Of a microbatch: as attention sees it, and what to move for that.
-Placed: TypeAlias = tuple[list[Span] | RaggedRows, Staged | None]
+# Of a microbatch: as attention sees it, what to move for that, and where its rows lie in rings, by window.
+Placed: TypeAlias = tuple[list[Span] | RaggedRows, Staged | None, dict[int, RingRows]]
 
 
 _NONE = np.empty(0, np.int64)
@@ -55,6 +57,7 @@ class Microbatch:
     attention_plan: object
     staged: Staged | None  # what of the cache to move, where its pages are not on the device
     states: States | None = None  # of its rows, where the family has arrays per sequence
+    rings: Mapping[int, RingRows] = field(default_factory=dict)  # by window, where layers keep theirs alone
 
 
 @dataclass
@@ -117,8 +120,7 @@ class Batches:
         head = sample_rows, score_rows, score_ids, of_head, needed_rows
         batch = Batch(step, ids, positions, *head, self._microbatches(positions, placed, rest), borders)
         if whole is not None and self._spare is not None:
-            plan = self._plan(self._ragged(whole, slice(None)))
-            batch.padded = Padded(step.num_tokens, len(whole.slots), padding, plan, self._spare)
+            batch.padded = Padded(step.num_tokens, len(whole.slots), padding, self._plans(whole), self._spare)
         return batch
 
     def cut(self, batch: Batch, borders: list[int], kept: int = 0) -> None:
@@ -132,9 +134,15 @@ class Batches:
         """The step with rows of nobody, if all that it does is one microbatch of rows with a token each, on the device."""
         rows = len(step.slots)
         alike = 0 < rows == step.num_tokens and len(borders) == 2 and not len(step.score_rows)
+        alike = alike and not rings.turns(self._network.shape, step)
         if self._spare is None or not self.pads or not alike or rows > self._spare.rows or self._stages(step, 0):
             return None
         return padded(step, self._spare, self.size_of(rows))
+
+    def _plans(self, whole: Step) -> dict[int, object]:
+        """Attention's plans of a padded step: of pages as 0, and of rings by window."""
+        in_pages = self._plan(self._ragged(whole, slice(None)))
+        return {0: in_pages, **rings.plans_of(self._network.shape, whole, self._plan)}
 
     def _stages(self, step: Step, row: int) -> bool:
         """Whether a row's pages are elsewhere. Those of a microbatch are all in one tier."""
@@ -146,11 +154,12 @@ class Batches:
         arrays: list[np.ndarray] = []
         for first, last in itertools.pairwise(borders):
             if self._by_rows and last > first and not self._stages(step, first):
-                placed.append((self._ragged(step, slice(first, last)), None))
+                placed.append((self._ragged(step, slice(first, last)), None, self._rings(step, first, last, None)))
                 arrays += self._numbers(step, slice(first, last))[1:]
                 continue
             spans, staged = to_staging(self._pages.spans(step, first, last), self._elsewhere)
-            placed.append((spans, states.moved(step, first, last, staged)))
+            staged = states.moved(step, first, last, staged)
+            placed.append((spans, staged, self._rings(step, first, last, staged)))
             arrays += [cache_rows(spans), *states.arrays_of(step, first, last, staged)]
         return placed, arrays
 
@@ -175,19 +184,28 @@ class Batches:
         """The microbatches from the step's token `first` on."""
         network, microbatches = self._network, []
         each = len(arrays) // max(len(placed), 1)
-        for (rows, staged), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
+        for (rows, staged, in_rings), place in zip(placed, range(0, len(arrays), each or 1), strict=True):
             its_rows, *of_states = arrays[place : place + each]
             last = first + len(its_rows)
             its_positions = positions[first:last]
             positional = network.model.positional(network.shape, its_positions, self.dtype)
             plan = self._plan(rows)
             its_states = states.on_device(of_states)
-            microbatches.append(Microbatch(first, last, its_positions, its_rows, positional, plan, staged, its_states))
+            microbatches.append(
+                Microbatch(first, last, its_positions, its_rows, positional, plan, staged, its_states, in_rings)
+            )
             first = last
         return tuple(microbatches)
 
+    def _rings(self, step: Step, first: int, last: int, staged: Staged | None) -> dict[int, RingRows]:
+        """Of rows `first .. last` of a step, where they lie in the rings of windowed layers, or will in a staging slot."""
+        put = partial(to_device, device=self._device)
+        return rings.of_step(self._network.shape, step, first, last, staged, plan=self._plan, put=put)
+
     def _plan(self, rows: list[Span] | RaggedRows) -> object:
         """Attention's plan of a microbatch."""
+        if isinstance(rows, RaggedRows) and not self._by_rows:
+            rows = rings.spans_of(rows)
         if isinstance(rows, RaggedRows):
             return self._network.attention.of_rows(rows, self._device)
         return self._network.attention.prepare(rows, self._device)

@@ -24,6 +24,7 @@ from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.layers import Layers
 from noria.engine.padding import Padded
+from noria.engine.rings import RingRows
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
 from noria.limits import padded_rows
@@ -41,7 +42,7 @@ class Graph:
 
     numbers: torch.Tensor  # as Padded.numbers
     hidden: Arrays
-    lists: HeldPlan
+    lists: dict[int, HeldPlan]  # as Padded.plans
     after: Arrays | None = None
     replay: Callable[[], None] | None = None
     holds: Padded | None = None  # the step whose numbers and lists it has
@@ -135,7 +136,8 @@ class Graphs:
     def _fill(self, graph: Graph, padded: Padded) -> None:
         """What the step differs by, but for hidden states, goes where the graph finds it."""
         if graph.holds is not padded:
-            graph.outgrown |= not graph.lists.take(padded.plan)
+            took = [lists.take(padded.plans[window]) for window, lists in graph.lists.items()]
+            graph.outgrown |= not all(took)
             graph.numbers.copy_(padded.numbers)
             graph.holds = padded
 
@@ -163,7 +165,8 @@ class Graphs:
     def _begun(self, padded: Padded, hidden: Arrays) -> Graph:
         """Memory for a size. What rows that pad it hold is zeros, or what other steps left."""
         its_hidden = tuple(array.new_zeros(padded.size, *array.shape[1:]) for array in hidden)
-        return Graph(torch.empty_like(padded.numbers), its_hidden, self._network.attention.held(self._device))
+        lists = {window: self._network.attention.held(self._device) for window in padded.plans}
+        return Graph(torch.empty_like(padded.numbers), its_hidden, lists)
 
     def _capture(self, graph: Graph, padded: Padded, layers: range) -> None:
         began = time.perf_counter()
@@ -194,7 +197,13 @@ class Graphs:
         sizes = [size] * 2 + ([size + 1] + [size] * 3) * padded.has_states
         positions, rows, *of_states = graph.numbers.split(sizes)
         positional = network.model.positional(network.shape, positions, self._dtype)
-        return Microbatch(0, size, positions, rows, positional, graph.lists, None, states.on_device(of_states))
+        its_states = states.on_device(of_states)
+        rings = {
+            window: RingRows(its_states.writes * ring + positions % ring, graph.lists[window])
+            for window, ring in network.shape.rings.items()
+            if its_states is not None
+        }
+        return Microbatch(0, size, positions, rows, positional, graph.lists[0], None, its_states, rings)
 
     def _layer(self, layer: int, its: Microbatch, part: Arrays) -> Arrays:
         parameters, entry = self._weights.wait(layer_name(layer)), self._layers.entry(layer)

@@ -84,7 +84,8 @@ class StagingSlot:
 
 
 class KvCache:
-    """The arrays of this rank's layers, each `[page * token][row]`, so that a run of pages is a view, or `[state][row]`.
+    """The arrays of this rank's layers, each `[page * token][row]`, so that a run of pages is a view, or `[state][row]`, of
+    rings `[state * token][row]`.
 
     held: how many pages and states live on the device; `staging` says where the others are.
     """
@@ -130,8 +131,8 @@ class KvCache:
         views = {}
         for array in self._arrays[layer]:
             start, kind = layout.offsets[layer, array.name], FIELD_DTYPES[array.computed(self._dtype)]
-            rows = num_pages * PAGE_TOKENS if array.per == "token" else num_states
-            nbytes = array.nbytes(self._dtype)
+            rows = num_pages * PAGE_TOKENS if array.kept == "token" else num_states * (array.ring or 1)
+            nbytes = array.nbytes(self._dtype) // (array.ring or 1)
             whole = buffer[start : start + rows * nbytes].view(kind).view(rows, nbytes // kind.itemsize)
             heads = [1] * (array.per == "token" and len(array.row) == 1)  # one vector a token: one key head
             views[array.name] = whole[:, : prod(array.row)].view(rows, *heads, *array.row)
@@ -212,7 +213,7 @@ class KvCache:
             nbytes = array.nbytes(self._dtype)
             there = self._in_tier[held.first].offsets[layer, array.name]
             here = self._in_slot[layer].offsets[layer, array.name]
-            for tier_row, row, count in rows.get(array.per, ()):
+            for tier_row, row, count in rows.get(array.kept, ()):
                 start = here + row * nbytes
                 pieces.append((there + tier_row * nbytes, slot.buffer[start : start + count * nbytes]))
         return pieces

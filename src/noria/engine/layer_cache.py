@@ -8,6 +8,7 @@ import torch
 
 from noria.arrays import Array
 from noria.engine.batch import Attention, Microbatch
+from noria.engine.rings import RingRows, made_apart
 from noria.engine.rounding import RoundedArray, rotate_and_round
 from noria.engine.states import States
 from noria.kernels.scoring import Scoring
@@ -23,7 +24,7 @@ class LayerCache:
     Asserts that a family keeps to what it says.
     """
 
-    __slots__ = ("_after", "_arrays", "_kind", "_microbatch", "_of_states", "_of_tokens", "_tied")
+    __slots__ = ("_after", "_arrays", "_kind", "_made", "_microbatch", "_of_states", "_of_tokens", "_rings", "_tied")
 
     def __init__(
         self,
@@ -41,6 +42,9 @@ class LayerCache:
         self._of_tokens = [array.name for array in entry if array.per == "token"]
         self._of_states = [array.name for array in entry if array.per == "sequence" and not tied]
         self._after: dict[str, torch.Tensor] = {}
+        window = next((array.window for array in entry if array.ring), None)
+        self._rings: RingRows | None = None if window is None else microbatch.rings[window]
+        self._made: dict[str, torch.Tensor] = {}  # of rows beside the rings
 
     @property
     def starts(self) -> torch.Tensor:
@@ -71,20 +75,31 @@ class LayerCache:
         **rows: torch.Tensor,
     ) -> torch.Tensor:
         """[T, H, Dv]: writes the new tokens' rows to their places, and attends."""
-        its, arrays = self._microbatch, self._arrays
         assert not (rows and self._tied), f"a layer that reads another's cache gives rows of {', '.join(rows)}"
-        if rotary is not None or rows:
-            there = [self._array(name, self._of_tokens) for name in rows]
-            making = Rotary() if rotary is None else Rotary(*rotary)
-            write = rotate_and_round if isinstance(next(iter(there), None), RoundedArray) else _fused.rotate_and_write
-            queries = write(queries, making, [*rows.values()], there, its.rows)
-        names = iter(rows or self._of_tokens)
-        keys = arrays[next(names)]
-        taken = arrays.get(next(names, ""), keys)
-        if values is not None:
-            taken = _first(keys, values) if isinstance(values, int) else self._array(values, self._of_tokens)
+        its, rings = self._microbatch, self._rings
         scores = Scoring(queries.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap, sinks)
-        return self._kind.attention(its.attention_plan, queries, keys, taken, scores)
+        names, making = [*(rows or self._of_tokens)], Rotary() if rotary is None else Rotary(*rotary)
+
+        def attended(plan: Any, queries: torch.Tensor, arrays: Mapping[str, Any]) -> torch.Tensor:
+            keys = arrays[names[0]]
+            taken = arrays[names[1]] if len(names) > 1 else keys
+            if values is not None:
+                taken = _first(keys, values) if isinstance(values, int) else arrays[values]
+            found: torch.Tensor = self._kind.attention(plan, queries, keys, taken, scores)
+            return found
+
+        if isinstance(values, str):
+            self._array(values, self._of_tokens)
+        into = {name: self._array(name, self._of_tokens) for name in rows}
+        if rings is not None and rings.parts:
+            queries, self._made = made_apart(queries, making, rows)
+            return rings.attend(queries, self._made, into, attended)
+        places, plan = (its.rows, its.attention_plan) if rings is None else (rings.places, rings.plan)
+        if rotary is not None or rows:
+            rounded = isinstance(next(iter(into.values()), None), RoundedArray)
+            write = rotate_and_round if rounded else _fused.rotate_and_write
+            queries = write(queries, making, [*rows.values()], [*into.values()], places)
+        return attended(plan, queries, self._arrays)
 
     def before(self, name: str) -> torch.Tensor:
         """[N, ...]: a copy of the rows' states, zeros for those that begin."""
@@ -111,6 +126,8 @@ class LayerCache:
         )
         for name, rows in self._after.items():
             self._arrays[name].index_copy_(0, self._states.writes, rows)
+        if self._made and self._rings is not None:
+            self._rings.keep(self._made, {name: self._arrays[name] for name in self._made})
 
     def _array(self, name: str, known: list[str]) -> Any:
         assert name in known, f"the layer's cache has no such array {name!r}; it has {', '.join(known) or 'none'}"

@@ -3,6 +3,7 @@
 S rows of such a step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +28,14 @@ class Padded:
     """A step as graphs take it.
 
     numbers: int64 on the device, one after another: positions [S], cache rows [S], and where the family has states starts
-    [S + 1], kept, reads and writes [S]. plan: of attention. tokens: of the step, which come first.
+    [S + 1], kept, reads and writes [S]. plans: of attention, in pages as 0, in rings by window. tokens: of the step, which
+    come first.
     """
 
     tokens: int
     size: int
     numbers: torch.Tensor
-    plan: object
+    plans: Mapping[int, object]
     spare: Spare
 
     @property

@@ -18,11 +18,11 @@ from noria import encodings
 from noria.arrays import Array
 from noria.attention._ragged import ragged
 from noria.engine.batch import Attention, to_device
+from noria.engine.rings import made_apart
 from noria.kernels.coded import Coded
 from noria.kernels.scoring import Scoring
 from noria.kernels.work import NONE, RaggedRows
 from noria.limits import RUN_PAGES
-from noria.models import _fused
 from noria.models._rotary import Rotary
 from noria.step import PAGE_TOKENS, Run, Span
 
@@ -55,9 +55,9 @@ def rotate_and_round(
     places: torch.Tensor,
 ) -> torch.Tensor:
     """Like _fused.rotate_and_write: queries [T, H, D] as they attend, once the `new` of each token is rounded and written."""
-    made = [queries.new_empty(len(its), *its.shape[1:] if its.dim() == 3 else (1, its.shape[1])) for its in new]
-    turned = _fused.rotate_and_write(queries, rotary, new, made, torch.arange(len(queries), device=queries.device))
-    encodings.write_rows(places, *((array.array, array.fields, its) for array, its in zip(arrays, made, strict=True)))
+    turned, made = made_apart(queries, rotary, dict(enumerate(new)))
+    its = ((array.array, array.fields, its) for array, its in zip(arrays, made.values(), strict=True))
+    encodings.write_rows(places, *its)
     return turned
 
 

@@ -24,6 +24,7 @@ GRAPHS_ROOM = 4  # times the rows that are counted on: of these graphs are captu
 LEAST_GRAPH = 16  # rows for which graphs are worth their room
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device
+SHARING_ROWS = 8  # for which a ring more is kept, where rows begin alike
 DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
 
 
@@ -60,6 +61,8 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         decoded_pages=sizes.decoded_pages,
         kv_cache_dtype=problem.config.kv_cache_dtype,
         products=problem.config.products,
+        rings=bool(problem.shape.rings),
+        windows=problem.windows,
     )
 
 
@@ -83,7 +86,9 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         decoded=candidate.decoded,
         coded=candidate.coded,
     )
-    sizes = replace(sizes, state_rows=_state_rows(problem, sizes), decoded_pages=_decoded_pages(problem, sizes))
+    sizes = replace(
+        sizes, state_rows=_state_rows(problem, sizes, candidate), decoded_pages=_decoded_pages(problem, sizes)
+    )
     if problem.elsewhere(candidate):
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(problem, sizes, slots))
     held = {rank: _weight_tiers(problem, sizes, candidate, rank, slots) for rank in cut.counts}
@@ -227,14 +232,19 @@ def _usual(problem: Problem) -> Usual:
     """What the rows of a usual prompt hold: a state of a shared beginning beside their own, where there is one."""
     n, pages = problem.config.sampling.n, problem.workload.pages
     shared = n > 1 or problem.workload.shared_tokens > 0
+    if problem.shape.rings and n == 1:  # as large as what a row has of its own: few rows are to lack room for them
+        return Usual(pages, 1, SHARING_ROWS * shared)
     return Usual(n * pages, (n + shared) * problem.shape.has_states)
 
 
-def _state_rows(problem: Problem, sizes: Sizes) -> int:
-    """Rows of a microbatch, whose states in a layer take a 64th of the device; 0 where the family has none."""
+def _state_rows(problem: Problem, sizes: Sizes, candidate: Candidate) -> int:
+    """Rows of a microbatch, whose states in a layer take a 64th of the device; 0 where the family has none. Rings on the device
+    are computed with where they lie, however many."""
     state = sizes.layer_nbytes(0, 1)
     if not state:
         return 0
+    if problem.shape.rings and not problem.elsewhere(candidate):
+        return sizes.microbatch_tokens
     room = problem.limits["gpu"] // 64 // state
     return max(min(room, sizes.microbatch_tokens, problem.workload.num_rows), 1)
 

@@ -21,8 +21,8 @@ class Tasks:
 
     numbers, read, between: of all layers, and of their experts alone (`expert_`): multiplied, read by products, and a
     token's inputs and outputs of products. logits: of a sampled row. token, state: of the cache that the layers have of a
-    token and of a sequence. attended: numbers that a query head multiplies for each token that it looks at. decoded: of what
-    a token leaves, decoded, where the cache is encoded.
+    token and of a sequence, rings: of the latter what is read and not written anew. attended: numbers that a query head
+    multiplies for each token that it looks at. decoded: of what a token leaves, decoded, where the cache is encoded.
     """
 
     layers: int
@@ -39,6 +39,7 @@ class Tasks:
     state: int
     attended: int
     decoded: int = 0
+    rings: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Portion:
 
     borders: the different bundles before, between and after its layers; received, sent: those of visits, kept: those
     between two visits of its own. travelling: bytes of a token received and sent at visits, and between all layers.
-    decoding_row: bytes that a token of an encoded cache takes in a layer while it is decoded.
+    decoding_row: bytes that a token of an encoded cache takes in a layer while it is decoded; ring_row: that one takes in a ring.
     """
 
     names: tuple[str, ...]
@@ -61,6 +62,7 @@ class Portion:
     kept: tuple[Bundle, ...]
     travelling: tuple[int, int, int, int]
     decoding_row: int = 0
+    ring_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Cut:
             different(sent[:-1]),
             (token_nbytes(received), token_nbytes(sent), token_nbytes(inner[0]), token_nbytes(inner[1])),
             max((self._decoding_row(layer) for layer in layers), default=0),
+            self.shape.ring_row(visits, self.dtype),
         )
 
     def _decoding_row(self, layer: range) -> int:
@@ -186,4 +189,5 @@ def work_of(
         shape.cache_nbytes(visits, dtype, "sequence"),
         shape.attended(visits),
         shape.decoded_nbytes(visits, dtype),
+        shape.cache_nbytes(visits, dtype, "sequence") if shape.rings else 0,
     )

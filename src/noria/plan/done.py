@@ -24,7 +24,7 @@ def with_work(
     flops: of products and of attention, two for each number that is multiplied; what a window hides counts too.
     memory_nbytes: weights that each microbatch reads, the cache that each row reads, and what is copied from and to the host.
     """
-    stages, found = plan.ranges(), []
+    stages, found, shape = plan.ranges(), [], plan.kept(shape)
     for rank, of_rank in enumerate(counts):
         names = blocks_of(rank, plan.num_ranks, stages)
         work = work_of(shape, blocks, names, stages_of(rank, plan.num_ranks, stages), plan.dtype)
@@ -45,5 +45,5 @@ def _nbytes(work: Tasks, shape: ModelShape, counts: Counts, phase: str) -> float
     passes, tokens = counts[f"{phase}_passes"], counts[f"{phase}_tokens"]
     touched = 1 - (1 - shape.experts_share) ** (tokens / max(passes, 1))  # of the experts, by any token of a microbatch
     weights = passes * (work.read - (1 - touched) * work.expert_read)
-    cache = counts[f"{phase}_seen"] * work.token + 2 * counts[f"{phase}_sampled"] * work.state
+    cache = counts[f"{phase}_seen"] * work.token + counts[f"{phase}_sampled"] * (2 * work.state - work.rings)
     return float(weights + cache + sum(counts[f"{phase}_{link}_nbytes"] for link in ("host_to_gpu", "gpu_to_host")))

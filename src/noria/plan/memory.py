@@ -12,6 +12,7 @@ from noria.bundle import most_nbytes, turns
 from noria.kernels.work import SECTION
 from noria.limits import (
     ACTIVATION_SLOTS,
+    BESIDE_RINGS,
     DISK_NBYTES,
     DRAW_NBYTES,
     GRAPHS_NBYTES,
@@ -142,8 +143,7 @@ class Sizes:
             slots = ACTIVATION_SLOTS * (self.activations == "cpu")
             items["graphs"] = self.graphs(rank)
             items["activation slots"] = slots * most_nbytes(borders, self.microbatch_tokens)
-            states = self.layer_nbytes(0, self.state_rows, rank)
-            items["work space"] = self._work_space(rank) + 3 * states  # before, after, and what a layer makes of them
+            items["work space"] = self._work_space(rank) + self._of_states(rank)
         elif tier == "cpu":
             items["disk slots"] = DISK_NBYTES * (held.by_tier["disk"] > 0)
             items["messages"] = self._messages(rank) if self.activations == "cpu" else 0
@@ -223,6 +223,14 @@ class Sizes:
         work += self.graph_rows * max(3 * share.widest, shape.mixture_size) * DTYPE_NBYTES[dtype]
         work += attention_nbytes(shape, dtype, self.graph_rows)
         return work + self.page(rank) + self.state(rank) + GRAPHS_NBYTES
+
+    def _of_states(self, rank: int) -> int:
+        """What a layer makes of states: before, after, and between. Of rings: what is new of a microbatch, what of it lies beside
+        them, what goes there from other rings, and what is copied."""
+        if not (rings := self.cut.shape.rings):
+            return 3 * self.layer_nbytes(0, self.state_rows, rank)
+        tokens = 5 * self.microbatch_tokens + max(rings.values()) + BESIDE_RINGS
+        return tokens * self.cut.share(rank).ring_row
 
     def _work_space(self, rank: int) -> int:
         shape, dtype, share, is_last = (

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from noria.limits import HOST_NBYTES, TIERS
+from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words, plural
 
@@ -40,6 +41,7 @@ class Plan:
     cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
     chosen_tokens: where a single group has a step of at most so many, streamed layers come without their experts, and those
     that are chosen follow.
+    rings: windowed layers keep their window alone, in what counts as states; windows: of them, in words.
     """
 
     num_ranks: int
@@ -71,10 +73,16 @@ class Plan:
     kv_cache_dtype: str = "auto"
     products: str = "auto"
     chosen_tokens: int = 0
+    rings: bool = False
+    windows: str = ""
 
     def of_pool(self, name: str) -> dict[str, int]:
         """tier -> how many pages, or states, it has."""
         return {tier: pools[name] for tier, pools in self.pools.items()}
+
+    def kept(self, shape: ModelShape) -> ModelShape:
+        """The model's shape with what its layers keep."""
+        return shape.with_rings() if self.rings else shape
 
     def ranges(self) -> list[range]:
         """The layers of each virtual stage."""
@@ -123,12 +131,12 @@ class Plan:
             f" {self.dtype}{f' with products in {self.products}' * (self.products != 'auto')}, {self.schedule},"
             f" cache for {self.num_pages * PAGE_TOKENS:,} tokens"
             + (f" in {self.kv_cache_dtype}" if self.kv_cache_dtype != "auto" else "")
-            + (f" and {states:,} states" if states else "")
+            + (f" and {states:,} {'windows' if self.rings else 'states'}" if states else "")
         )
         ranks = (line for rank in range(self.num_ranks) for line in self._rank_lines(rank) if memory)
         where = " and ".join({"cpu": "CPU memory", "disk": "scratch"}[tier] for tier in self.coded_tiers)
         said = f"plan: weights that stream from {where} are coded without loss while they load (--compress-weights off: not)"
-        notes = [said] if self.coded else []
+        notes = [f"plan: {self.windows}"] * bool(self.windows) + [said] * self.coded
         if self.chosen_tokens:
             notes.append(
                 f"plan: where one group of at most {plural(self.chosen_tokens, 'token')} is left, streamed layers load the"

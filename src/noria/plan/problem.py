@@ -1,13 +1,14 @@
 """What a plan is made for: the run, the machine, and what one candidate fixes before memory is counted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from noria.blocks import Block, layer_name
 from noria.config import Config
 from noria.errors import require
 from noria.model import ModelShape
+from noria.plan import windows
 from noria.plan.cut import Cut
 from noria.plan.memory import Weighed, head_in_layers, weigh
 from noria.plan.placement import partition
@@ -67,6 +68,7 @@ class Problem:
     """What every candidate has in common: a run of `num_rows` prompts in `dtype`, on the ranks' machines.
 
     `looked_at` says how long the rows are, if somebody looked. `longest`: pages of the longest row that there can be.
+    `shape` comes to have rings in windowed layers, or none, whichever takes less; `windows` says so.
     """
 
     config: Config
@@ -77,6 +79,12 @@ class Problem:
     machine: Machine
     num_rows: int
     looked_at: Workload | None = None
+    windows: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        shape, said = windows.keeping(self.shape, self.workload, self.dtype, self.config.sampling.ignore_eos)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "windows", said)
 
     @cached_property
     def workload(self) -> Workload:
