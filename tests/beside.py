@@ -1,9 +1,10 @@
-"""A family beside transformers in float64, its own casts to float32 raised (wide.py), and in float32."""
+"""A family beside transformers in float64, its own casts to float32 raised (wide.py), and in float32; what its config asks for."""
 
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import safetensors
 import torch
 
@@ -11,6 +12,9 @@ import decoders
 import families
 import mixtures
 import wide
+from noria import models
+from noria.errors import InputError
+from noria.model import ModelShape
 from noria.step import Run
 from whole import Whole, tokens_of
 
@@ -43,6 +47,26 @@ def check(name: str) -> None:
     theirs = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     error, their_error = ((logits.double() - exact).abs().max() for logits in (narrow, theirs))
     assert error <= max(2 * their_error, 1e-5)
+
+
+def shape_of(name: str, **keys: object) -> ModelShape:
+    """The sizes of a config with other keys."""
+    config = CONFIGS[name] | keys
+    return models.for_config(config).shape(config)
+
+
+def check_refused(name: str, keys: dict[str, object], words: str) -> None:
+    """Asserts that a config with these keys is refused in a line with these words."""
+    with pytest.raises(InputError) as error:
+        shape_of(name, **keys)
+    assert words in str(error.value) and len(str(error.value)) < 300
+
+
+def check_unknown_key(name: str) -> None:
+    """Asserts that a key that the family does not know is refused by its name and value, unless it asks for nothing."""
+    assert shape_of(name, unheard_of=None) == shape_of(name)
+    with pytest.raises(InputError, match=r"config.json: unheard_of is \[1\]: Noria does not know"):
+        shape_of(name, unheard_of=[1])
 
 
 def _in_chunks(whole, token_ids, atol, exact):

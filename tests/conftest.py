@@ -32,6 +32,16 @@ def _no_mpi_in_this_process():
     )
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes on one thread, without gradients."""
+    import torch
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+
+
 def _mpi_is_up():
     return getattr(sys.modules.get("mpi4py.MPI"), "__file__", None) is not None  # a stand-in has no file
 

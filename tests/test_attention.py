@@ -12,16 +12,11 @@ from noria.kernels.work import KEY_BLOCK, Packing
 from noria.limits import RUN_PAGES
 from noria.step import PAGE_TOKENS, Run, Span
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 HEADS = [(4, 4, 16), (6, 2, 8), (4, 1, 20)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture

@@ -16,15 +16,10 @@ from noria.pieces import Encoded, Matrix, Wanted
 from noria.step import Run
 from test_models import CONFIGS, FAMILIES, Whole, random_model, tokens_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 FP8 = "fp8_channel"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
 
 
 def encoded(block, computed):

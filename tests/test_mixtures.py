@@ -7,6 +7,7 @@ import torch
 
 import beside
 import wide
+from beside import shape_of
 from mixtures import CONFIGS, GLM4_MOE
 from noria import models
 from noria.blocks import lay_out
@@ -15,22 +16,12 @@ from noria.models._refused import OBSTACLES
 from noria.step import Run
 from whole import Whole, tokens_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name):
     beside.check(name)
-
-
-def shape_of(name, **keys):
-    config = CONFIGS[name] | keys
-    return models.for_config(config).shape(config)
 
 
 @pytest.mark.parametrize(
@@ -78,16 +69,12 @@ def shape_of(name, **keys):
     ],
 )  # fmt: skip
 def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):
-    with pytest.raises(InputError) as error:
-        shape_of(name, **keys)
-    assert words in str(error.value) and len(str(error.value)) < 300
+    beside.check_refused(name, keys, words)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name == CONFIGS[name]["model_type"]])
 def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
-    assert shape_of(name, unheard_of=None) == shape_of(name)
-    with pytest.raises(InputError, match=r"config.json: unheard_of is \[1\]: Noria does not know"):
-        shape_of(name, unheard_of=[1])
+    beside.check_unknown_key(name)
 
 
 @pytest.mark.parametrize("name", OBSTACLES)

@@ -23,15 +23,10 @@ from noria.models._sources import Transposed
 from noria.step import Run
 from whole import Whole, tokens_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One of each family, for the tests that need not see every setting.
 FAMILIES = [name for name in CONFIGS if name == CONFIGS[name]["model_type"]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
 
 
 @cache

@@ -24,15 +24,10 @@ from noria.kernels import lists
 from noria.kernels.work import Packing
 from noria.step import PAGE_TOKENS, Run, Span
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 KINDS = sorted(ENCODINGS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
 
 
 def opened(kind, array, pages):
