@@ -29,6 +29,7 @@ WRAPPERS = {
     "qwen3_vl": ("qwen3_vl_text",),
     "glm4v_moe": ("glm4v_moe_text",),
 }
+OF_IMAGES = ("vision_", "image_", "video_")  # how keys begin that the text model does not read
 FLAT = ("qwen2_vl", "qwen2_5_vl")  # of these it may have the text model's keys among its own
 # Other names of a family. Where all is text, the three numbers of a position that models of images have are equal.
 TYPES = {
@@ -46,7 +47,8 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if known is None:
         return config
     flat = config["model_type"] in FLAT and "text_config" not in config
-    text = {**config, "model_type": None} if flat else config.get("text_config")
+    its = {key: value for key, value in config.items() if not key.startswith(OF_IMAGES)}
+    text = {**its, "model_type": None} if flat else config.get("text_config")
     if not isinstance(text, Mapping):
         raise InputError(
             f"config.json: text_config is {shown(text)}: it must be an object, the text model's config.json"

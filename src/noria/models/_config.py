@@ -32,8 +32,15 @@ WITHOUT_EFFECT = frozenset(
     " tokenizer_class prefix _attn_implementation _attn_implementation_autoset _commit_hash unsloth_version unsloth_fixed"
     " quantization_config compression_config quantization"  # checkpoint/published/ reads them
     " use_return_dict is_decoder tf_legacy_loss pruned_heads chunk_size_feed_forward max_length min_length do_sample"
-    " temperature top_k top_p num_return_sequences".split()
+    " temperature top_k top_p num_return_sequences"
+    # what transformers 4 writes of every model
+    " bad_words_ids begin_suppress_tokens cross_attention_hidden_size diversity_penalty early_stopping"
+    " encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty"
+    " no_repeat_ngram_size num_beam_groups num_beams output_scores remove_invalid_values repetition_penalty"
+    " return_dict_in_generate suppress_tokens tie_encoder_decoder torchscript typical_p use_bfloat16"
+    " gradient_checkpointing neftune_noise_alpha transformers.js_config".split()
 )
+OFF = frozenset(("add_cross_attention", "is_encoder_decoder"))  # which no decoder asks for
 
 
 class Keys(Mapping[str, Any]):
@@ -61,7 +68,8 @@ class Keys(Mapping[str, Any]):
     def refuse_others(self, *without_effect: str) -> None:
         """Raises InputError for a key that nobody read and that is not known to be without effect here."""
         known = self._read | WITHOUT_EFFECT | {*without_effect}
-        others = [key for key in self if key not in known and self._config[key] is not None]
+        given = {key: value for key, value in self._config.items() if key not in known and value is not None}
+        others = [key for key, value in given.items() if key not in OFF or value is not False]
         if others:
             raise InputError(
                 f"config.json: {shown(others[0])[1:-1]} is {shown(self._config[others[0]])}: Noria does not know what it"

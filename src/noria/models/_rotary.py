@@ -70,8 +70,8 @@ def settings(config: Mapping[str, Any]) -> tuple[float, Scaling]:
         return theta, _longrope(parameters, float(context), most)
     factors = [read.number(parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
     require(
-        factors[1] < factors[2],
-        f"config.json: low_freq_factor ({factors[1]}) must be below high_freq_factor ({factors[2]})",
+        factors[1] <= factors[2],
+        f"config.json: low_freq_factor ({factors[1]}) must not be above high_freq_factor ({factors[2]})",
     )
     return theta, ("llama3", *factors, float(context))
 

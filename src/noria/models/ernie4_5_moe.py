@@ -32,7 +32,7 @@ DEFAULTS = {
 SYNONYMS = {"num_experts": "moe_num_experts", "num_local_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
 MODULES = _decoder.MODULES | {"correction": (Itself("mlp.moe_statics.e_score_correction_bias"),)}
 # Of training, and of a layer behind the last, for drafts alone.
-WITHOUT_EFFECT = "moe_capacity moe_use_aux_free moe_gate moe_aux_loss_lambda num_nextn_predict_layers use_rmsnorm"
+WITHOUT_EFFECT = "moe_capacity moe_use_aux_free moe_aux_loss_lambda num_nextn_predict_layers use_rmsnorm"
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -46,6 +46,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     shared = inner * read.whole(keys, "moe_num_shared_experts", 2)
     experts = Experts(number, inner, _sparse(keys), routing, shared, corrected=True, wide=True)
     found = _decoder.shape("ernie4_5_moe", keys, _decoder.Variant(experts=experts))
+    read.one_of(keys, "moe_gate", "topk", ("topk", "top2_fused"))  # two ways to compute the same
     keys.refuse_others(*WITHOUT_EFFECT.split())
     return found
 

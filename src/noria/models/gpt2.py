@@ -20,32 +20,36 @@ from noria.models._sources import Transposed
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
 ALIASES = (("transformer.", ""),)  # the first published checkpoints
+SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")  # of models that classify
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    read.only(config, "add_cross_attention", False, "Noria computes GPT-2 only as a decoder")
-    hidden_size, num_heads = read.integer(config, "n_embd", 768), read.integer(config, "n_head", 12)
+    keys = read.keys_of(config, {})
+    read.only(keys, "add_cross_attention", False, "Noria computes GPT-2 only as a decoder")
+    hidden_size, num_heads = read.integer(keys, "n_embd", 768), read.integer(keys, "n_head", 12)
     read.multiple(("n_embd", hidden_size), ("n_head", num_heads))
     details = {
-        "inner": read.integer(config, "n_inner", 4 * hidden_size),
-        "activation": read.one_of(config, "activation_function", "gelu_new", tuple(ACTIVATIONS)),
-        "norm_eps": read.number(config, "layer_norm_epsilon", 1e-5),
-        "scaled": read.flag(config, "scale_attn_weights", True),
-        "scaled_by_layer": read.flag(config, "scale_attn_by_inverse_layer_idx", False),
+        "inner": read.integer(keys, "n_inner", 4 * hidden_size),
+        "activation": read.one_of(keys, "activation_function", "gelu_new", tuple(ACTIVATIONS)),
+        "norm_eps": read.number(keys, "layer_norm_epsilon", 1e-5),
+        "scaled": read.flag(keys, "scale_attn_weights", True),
+        "scaled_by_layer": read.flag(keys, "scale_attn_by_inverse_layer_idx", False),
     }
-    return ModelShape(
+    made = ModelShape(
         "gpt2",
-        num_layers=read.integer(config, "n_layer", 12, read.MAX_LAYERS),
+        num_layers=read.integer(keys, "n_layer", 12, read.MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        vocab_size=read.integer(config, "vocab_size", 50257),
-        max_positions=read.integer(config, "n_positions", 1024),
-        tied=read.flag(config, "tie_word_embeddings", True),
+        vocab_size=read.integer(keys, "vocab_size", 50257),
+        max_positions=read.integer(keys, "n_positions", 1024),
+        tied=read.flag(keys, "tie_word_embeddings", True),
         details=details,
     )
+    keys.refuse_others("n_ctx", "attn_pdrop", "reorder_and_upcast_attn", *(f"summary_{name}" for name in SUMMARY))
+    return made
 
 
 def embed_parameters(shape: ModelShape) -> dict[str, tuple[int, ...]]:

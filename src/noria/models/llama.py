@@ -13,6 +13,9 @@ ARCHITECTURES = ("LlamaForCausalLM",)
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    biases = read.flag(config, "attention_bias", False)
-    mlp_bias = read.flag(config, "mlp_bias", False)
-    return _decoder.shape("llama", config, _decoder.Variant(qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias))
+    keys = read.keys_of(config, {})
+    biases, mlp_bias = read.flag(keys, "attention_bias", False), read.flag(keys, "mlp_bias", False)
+    made = _decoder.shape("llama", keys, _decoder.Variant(qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias))
+    read.only(keys, "rope_interleaved", False, "Noria computes this family only with halves of heads turned together")
+    keys.refuse_others("max_sequence_length", "is_llama_config")
+    return made

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from noria.model import ModelShape
+from noria.models import _config as read
 from noria.models import _decoder, _sources
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
@@ -15,6 +16,8 @@ DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embe
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    config = DEFAULTS | dict(config)
-    window = _decoder.window_of(config, range(_decoder.num_layers(config)))
-    return _decoder.shape("mistral", config, _decoder.Variant(window=window))
+    keys = read.keys_of(config, DEFAULTS)
+    window = _decoder.window_of(keys, range(_decoder.num_layers(keys)))
+    made = _decoder.shape("mistral", keys, _decoder.Variant(window=window))
+    keys.refuse_others()
+    return made

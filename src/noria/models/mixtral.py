@@ -26,14 +26,16 @@ EXPERTS = partial(_experts.sources, "block_sparse_moe.experts", "w1", "w3", "w2"
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    config = DEFAULTS | dict(config)
+    config = read.keys_of(config, DEFAULTS)
     layers = range(_decoder.num_layers(config))
     number, chosen = _routing.counts(config, "num_local_experts")
     routing = _routing.Routing(chosen, before="softmax", normalized=True)
     experts = Experts(number, read.integer(config, "intermediate_size"), layers, routing)
-    return _decoder.shape(
+    made = _decoder.shape(
         "mixtral", config, _decoder.Variant(window=_decoder.window_of(config, layers), experts=experts)
     )
+    config.refuse_others("router_jitter_noise")
+    return made
 
 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own

@@ -23,30 +23,33 @@ POSITION_OFFSET = 2  # row of the position table that belongs to position 0
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    hidden_size, num_heads = read.integer(config, "hidden_size"), read.integer(config, "num_attention_heads")
+    keys = read.keys_of(config, {})
+    hidden_size, num_heads = read.integer(keys, "hidden_size"), read.integer(keys, "num_attention_heads")
     read.multiple(("hidden_size", hidden_size), ("num_attention_heads", num_heads))
-    before = read.flag(config, "do_layer_norm_before", True)
+    before = read.flag(keys, "do_layer_norm_before", True)
     details = {
-        "ffn_dim": read.integer(config, "ffn_dim"),
-        "embed_dim": read.integer(config, "word_embed_proj_dim", hidden_size),
-        "activation": read.one_of(config, "activation_function", "relu", tuple(ACTIVATIONS)),
-        "biases": read.flag(config, "enable_bias", True),
+        "ffn_dim": read.integer(keys, "ffn_dim"),
+        "embed_dim": read.integer(keys, "word_embed_proj_dim", hidden_size),
+        "activation": read.one_of(keys, "activation_function", "relu", tuple(ACTIVATIONS)),
+        "biases": read.flag(keys, "enable_bias", True),
         "norm_before": before,
-        "norm_weights": read.flag(config, "layer_norm_elementwise_affine", True),
-        "final_norm": before and not read.flag(config, "_remove_final_layer_norm", False),
+        "norm_weights": read.flag(keys, "layer_norm_elementwise_affine", True),
+        "final_norm": before and not read.flag(keys, "_remove_final_layer_norm", False),
     }
-    return ModelShape(
+    made = ModelShape(
         "opt",
-        num_layers=read.integer(config, "num_hidden_layers", most=read.MAX_LAYERS),
+        num_layers=read.integer(keys, "num_hidden_layers", most=read.MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        vocab_size=read.integer(config, "vocab_size"),
-        max_positions=read.integer(config, "max_position_embeddings", 2048),
-        tied=read.flag(config, "tie_word_embeddings", True),
+        vocab_size=read.integer(keys, "vocab_size"),
+        max_positions=read.integer(keys, "max_position_embeddings", 2048),
+        tied=read.flag(keys, "tie_word_embeddings", True),
         details=details,
     )
+    keys.refuse_others("activation_dropout", "dropout", "init_std", "layerdrop")
+    return made
 
 
 def _projected(shape: ModelShape) -> bool:

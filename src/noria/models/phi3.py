@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from noria.model import ModelShape
+from noria.models import _config as read
 from noria.models import _decoder
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 
@@ -14,9 +15,20 @@ MODULES = _decoder.MODULES | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.g
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    config = _with_longrope(DEFAULTS | dict(config))
-    window = _decoder.window_of(config, range(_decoder.num_layers(config)))
-    return _decoder.shape("phi3", config, _decoder.Variant(window=window, partly_rotated=True))
+    keys = read.keys_of(_with_longrope(dict(config)), DEFAULTS)
+    window = _decoder.window_of(keys, range(_decoder.num_layers(keys)))
+    made = _decoder.shape("phi3", keys, _decoder.Variant(window=window, partly_rotated=True))
+    only = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    }
+    for key, value in only.items():
+        read.only(keys, key, value, f"Noria computes this family only with {value}")
+    keys.refuse_others("original_max_position_embeddings")  # which some ropes have of their own
+    return made
 
 
 def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,11 @@ DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
-    config = DEFAULTS | dict(config)
+    config = read.keys_of(config, DEFAULTS)
     biases = read.flag(config, "attention_bias", False)
     window = qwen2.window(config)
-    return _decoder.shape(
+    made = _decoder.shape(
         "qwen3", config, _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window)
     )
+    config.refuse_others(*qwen2.OF_WINDOWS)
+    return made

@@ -35,7 +35,11 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     window = _decoder.window_of(config, range(_decoder.num_layers(config))) if windowed else None
     biases = read.flag(config, "attention_bias", False)
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts)
-    return _decoder.shape("qwen3_moe", config, variant)
+    made = _decoder.shape("qwen3_moe", config, variant)
+    for key, value in (("qkv_bias", biases), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
+        read.only(config, key, value, f"Noria computes this family only with {value}")
+    config.refuse_others(*qwen2.OF_WINDOWS, "intermediate_size")  # of dense layers, which there may be none of
+    return made
 
 
 def sparse_layers(config: Mapping[str, Any]) -> frozenset[int]:

@@ -21,6 +21,8 @@ DEFAULTS = {
     "max_position_embeddings": 4096,
     "partial_rotary_factor": 0.25,
 }
+# The makers' own code read them, with these values; transformers' does not.
+WITHOUT_EFFECT = ("norm_eps", "rotary_scaling_factor")
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -30,7 +32,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     variant = _decoder.Variant(qkv_bias=read.flag(keys, "use_qkv_bias", False), partly_rotated=True)
     found = _general.with_layer_norms("stablelm", keys, variant, "layer_norm_eps")
     head_norms, parallel = read.flag(keys, "qk_layernorm", False), read.flag(keys, "use_parallel_residual", False)
-    keys.refuse_others()
+    keys.refuse_others(*WITHOUT_EFFECT)
     counts = {"query_norm": found.num_heads, "key_norm": found.num_kv_heads}
     return _general.described(
         found,

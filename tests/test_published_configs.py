@@ -1,0 +1,68 @@
+"""Published config.json files: every key is used, known to be without effect, or refused by its name and value."""
+
+import copy
+
+import pytest
+
+from noria.checkpoint.checkpoint import model_shape
+from noria.errors import InputError
+from published_configs import CONFIGS
+
+WORDS = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "scoring_func",
+    "topk_method",
+    "moe_gate",
+)
+NEVER_READ = {("gemma2", "hidden_act"), ("starcoder2", "activation_function")}  # beside the key that is
+
+
+def text_of(config):
+    return config.get("text_config", config)
+
+
+def refused(config, name):
+    with pytest.raises(InputError) as error:
+        model_shape(config, name)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_published_config_is_taken_with_every_key_that_it_has(name):
+    _, shape = model_shape(CONFIGS[name], name)
+    assert shape.num_layers and shape.vocab_size
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_key_that_nobody_knows_is_refused_by_its_name_and_value(name):
+    config = copy.deepcopy(CONFIGS[name])
+    text_of(config)["use_unheard_of"] = "attention"
+    assert "use_unheard_of is 'attention'" in refused(config, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_word_that_is_not_known_is_refused_by_its_key_and_value(name):
+    changed = []
+    for key in WORDS:
+        config = copy.deepcopy(CONFIGS[name])
+        if isinstance(text_of(config).get(key), str) and (name, key) not in NEVER_READ:
+            text_of(config)[key] = "unheard_of"
+            changed.append((config, key))
+    for place in ("rope_scaling", "rope_parameters"):
+        config = copy.deepcopy(CONFIGS[name])
+        rope = text_of(config).get(place)
+        if isinstance(rope, dict):
+            rope["rope_type"] = "unheard_of"
+            changed.append((config, "rope type"))
+    config = copy.deepcopy(CONFIGS[name])
+    if text_of(config).get("layer_types"):
+        text_of(config)["layer_types"][-1] = "unheard_of"
+        changed.append((config, "layer_types"))
+    for config, words in changed:
+        message = refused(config, name)
+        assert words in message and ("unheard_of" in message or words == "layer_types"), message
