@@ -503,3 +503,49 @@ def test_a_resumed_run_tells_the_date_of_its_first_start(tmp_path, monkeypatch):
     assert main(["run", *arguments[:4], "--output", "two.h5", *arguments[6:], "--max-new-tokens", "2"]) == 0
     with open_generations("two.h5") as file:
         assert next(iter(file.rows())).prompt_token_ids.tolist() != expected
+
+
+DEVELOPED = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+KNOWN_ROLES = "{% for m in messages %}{% if m.role in roles %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+DEVELOPERS = {
+    "one that loses the role": (KNOWN_ROLES.replace("roles", "['system', 'user']"), "<system>Be brief.<user>Why?"),
+    "one that refuses the role": (
+        "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('roles') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "<system>Be brief.<user>Why?",
+    ),
+    "one that knows the role": (KNOWN_ROLES.replace("roles", "['developer', 'user']"), "<developer>Be brief.<user>Why?"),
+    "one that prints any role": ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "<developer>Be brief.<user>Why?"),
+    "one that reads parts": (
+        "{% for m in messages %}{% if m.role != 'developer' %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %}{% endfor %}",
+        "<system>Be brief.<user>Why?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEVELOPERS)
+def test_what_a_developer_says_is_a_systems_where_the_template_does_not_have_the_role(name):
+    source, text = DEVELOPERS[name]
+    parts = name == "one that reads parts"
+    talk = [one | {"content": [{"type": "text", "text": one["content"]}]} if parts else one for one in DEVELOPED]
+    assert chat_of(files_with(source)).render(talk) == text
+
+
+def test_what_a_template_loses_of_a_developer_and_of_a_system_is_the_rows_error():
+    chat = chat_of(files_with("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"))
+    with pytest.raises(
+        InputError, match="loses messages of role 'developer', and of role 'system' too: give their text"
+    ):
+        chat.render(DEVELOPED)
+    assert chat.render(DEVELOPED[1:]) == "Why?"
+    both = [{"role": "system", "content": "First."}, *DEVELOPED]
+    first_alone = "{{ messages[0].content }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(InputError, match="loses messages of role 'developer'"):
+        chat_of(files_with(first_alone)).render(both)
+
+
+def test_what_a_template_refuses_beside_the_role_is_said_as_it_says_it():
+    source = "{% if messages[1].content != 'Why not?' %}{{ raise_exception('ask why not') }}{% endif %}"
+    with pytest.raises(InputError, match="ask why not"):
+        chat_of(files_with(source)).render(DEVELOPED)

@@ -1,11 +1,18 @@
 """Published config.json files: every key is used, known to be without effect, or refused by its name and value."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 
+import decoders
+import families
+import mixtures
+from noria import kinds
 from noria.checkpoint.checkpoint import model_shape
 from noria.errors import InputError
+from noria.models._refused import OBSTACLES
 from published_configs import CONFIGS
 
 WORDS = (
@@ -66,3 +73,14 @@ def test_a_word_that_is_not_known_is_refused_by_its_key_and_value(name):
     for config, words in changed:
         message = refused(config, name)
         assert words in message and ("unheard_of" in message or words == "layer_types"), message
+
+
+def test_each_family_has_a_row_in_the_table_and_each_row_its_test():
+    table = (Path(kinds.__file__).parent / "models" / "README.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `(\w+)\.py` \|", table, re.MULTILINE)
+    compared = set()
+    for configs in (decoders.CONFIGS, mixtures.CONFIGS, families.CONFIGS):
+        compared |= {config["model_type"] for config in configs.values()}
+    assert sorted(rows) == kinds.names("models")
+    assert not {*rows} - compared
+    assert not OBSTACLES.keys() & {*rows}

@@ -42,7 +42,14 @@ def tokenizer_of(kind):
     return Tokenizer({"tokenizer.json": backend.to_str().encode()}, {}, {"eos_token_id": END})
 
 
-TOKENIZERS = {kind: tokenizer_of(kind) for kind in ("tokens", "special", "text")}
+def channels():
+    """The demo's tokenizer with the tokens around Gemma 4's thinking, whose first is followed by a word."""
+    backend = Backend.from_file(str(DEMO / "tokenizer.json"))
+    backend.add_tokens([AddedToken(text, special=True) for text in ("<|channel>", "<channel|>")])
+    return Tokenizer({"tokenizer.json": backend.to_str().encode()}, {}, {"eos_token_id": END})
+
+
+TOKENIZERS = {kind: tokenizer_of(kind) for kind in ("tokens", "special", "text")} | {"channels": channels()}
 
 
 def ids_of(tokenizer, text):
@@ -125,6 +132,34 @@ def test_thinking_is_kept_apart_from_the_text(kind, case):
     (row,) = run(kind, prompt, said, max_new_tokens=length)
     assert (row.reasoning, row.text, row.finish_reason) == (reasoning, text, reason), row.error
     assert row.token_ids.tolist() == ids_of(TOKENIZERS[kind], said)
+
+
+CHANNEL = ["<|channel>thought", "<channel|>"]
+IN_CHANNELS = {
+    "thought": ("?", "<|channel>thought\nI add.\n<channel|>2 it is^", "I add.", "2 it is", "stop"),
+    "closed by the prompt": ("?<|channel>thought\n<channel|>", "2 it is^", "", "2 it is", "stop"),
+    "opened by the prompt": ("?<|channel>thought\n", "I add.<channel|>2^", "I add.", "2", "stop"),
+    "nothing thought": ("?", "<|channel>thought\n<channel|>2^", "", "2", "stop"),
+    "not closed": ("?", "<|channel>thought\nI add", "I add", "", "length"),
+    "none": ("?", " It is 2^", "", " It is 2", "stop"),
+}
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("case", IN_CHANNELS)
+def test_a_marker_may_be_a_token_and_a_word(case, skip):
+    prompt, said, reasoning, text, reason = IN_CHANNELS[case]
+    length = len(ids_of(TOKENIZERS["channels"], said))
+    (row,) = run("channels", prompt, said, markers=CHANNEL, skip_special_tokens=skip, max_new_tokens=length)
+    assert (row.reasoning, row.text.removesuffix("</s>"), row.finish_reason) == (reasoning, text, reason), row.error
+
+
+def test_the_markers_of_gemma_4_and_hy3_are_found_by_their_templates_and_tokens():
+    template = "{{ '<|turn>model\n' }}{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}"
+    assert markers_of([template], {}) == CHANNEL
+    assert markers_of(["<|start|>assistant<|channel|>final<|message|>"], {}) == []
+    tokens = ["<think:opensource>", "</think:opensource>"]
+    assert markers_of(["{{ '<think{}>'.format(own) }}"], dict.fromkeys(tokens, 7)) == tokens
 
 
 @pytest.mark.parametrize("kind", ["tokens", "text"])

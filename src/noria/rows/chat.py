@@ -13,7 +13,7 @@ from typing import Any
 from noria.errors import InputError, require
 from noria.model import MORE_TEMPLATES, OpenModel
 from noria.rows.continuing import FIELDS, Continued
-from noria.rows.forms import formed, reads_parts_alone
+from noria.rows.forms import formed, heard, reads_parts_alone
 from noria.rows.prompts import Prompt
 from noria.rows.template import Template, template_helper
 from noria.rows.tokenizer import Tokenizer, checked_ids, prompt_token_ids
@@ -90,9 +90,12 @@ class Chat:
         if not self.sources:
             raise InputError(f"the model has no chat template: {_REMEDY}")
         require(not self.error, self.error)
-        messages = formed(
-            [_with_reasoning(message) for message in messages], lambda formed: self._rendered(formed, asked)
-        )
+
+        def rendered(tried: list[dict[str, Any]]) -> str:
+            return self._rendered(tried, asked)
+
+        messages = [_with_reasoning(message) for message in messages]
+        messages = formed(heard(messages, lambda tried: rendered(formed(tried, rendered))), rendered)
         if not asked.continue_final_message:
             return self._rendered(messages, asked)
         end = Continued(messages, asked.continue_final_message, self._template(asked.tools).source)

@@ -1,5 +1,5 @@
 """The forms that a message may have and a template may want: content as a text or as parts, a tool call's arguments as
-an object or as JSON text.
+an object or as JSON text, what a developer says as a developer's or as a system's.
 
 Which one a template reads is found out by trying it on the conversation with marks in the place of the user's texts.
 Knows no template's source and no tokenizer.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, TypeAlias
 
+from noria.errors import require
 from noria.rows.template import TemplateError, TemplateStopped
 
 Render: TypeAlias = Callable[[list[dict[str, Any]]], str]  # the text of messages
@@ -39,6 +40,39 @@ def reads_parts_alone(render: Callable[[list[dict[str, Any]]], str]) -> bool:
         if said is None or (mark in said) == isinstance(content, str):
             return False
     return True
+
+
+def heard(messages: list[dict[str, Any]], render: Render) -> list[dict[str, Any]]:
+    """The messages with those of a developer as a system's, where the template behind `render` loses or refuses the role.
+
+    Raises InputError where it loses them as a system's too; TemplateStopped as `formed`.
+    """
+    if not any(message["role"] == "developer" for message in messages):
+        return messages
+    as_system = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+    found = [_hears(messages, messages, render), _hears(as_system, messages, render)]
+    if found[0] or found == [None, None]:  # what a template refuses either way is said when it is rendered
+        return messages
+    require(
+        found[1],
+        "the model's chat template loses messages of role 'developer', and of role 'system' too: give their text in a"
+        " user's message",
+    )
+    return as_system
+
+
+def _hears(messages: list[dict[str, Any]], given: list[dict[str, Any]], render: Render) -> bool | None:
+    """Whether the template prints all that a developer says in the `given` messages; None: it does not take them."""
+    marks = {place: _MARK.format(place) for place, message in enumerate(given) if message["role"] == "developer"}
+    said = _tried(render, [_saying(message, marks.get(place)) for place, message in enumerate(messages)])
+    return None if said is None else all(mark in said for mark in marks.values())
+
+
+def _saying(message: dict[str, Any], mark: str | None) -> dict[str, Any]:
+    if mark is None:
+        return message
+    content = [{"type": "text", "text": mark}] if isinstance(message.get("content"), list) else mark
+    return message | {"content": content}
 
 
 def _wanted(messages: list[dict[str, Any]]) -> Iterator[str]:

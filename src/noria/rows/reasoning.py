@@ -21,6 +21,8 @@ KNOWN = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    ("<|channel>thought", "<channel|>"),
+    ("<think:opensource>", "</think:opensource>"),
 )
 _TAIL = 4096  # tokens of a prompt that are looked at for an open marker
 _MOST_BLANK = 16  # tokens of whitespace after which no thinking begins any more
@@ -37,11 +39,13 @@ def markers_of(templates: Iterable[str], added_tokens: Mapping[str, int]) -> lis
 
 @dataclass(frozen=True)
 class Marker:
-    """`token`: its token id, where it is one of its own; `token_ids`: how the tokenizer writes it."""
+    """`token`: its token id, where it is one of its own; `token_ids`: how the tokenizer writes it; `shown`: how a text has
+    it where special tokens are left out."""
 
     text: str
     token: int | None
     token_ids: tuple[int, ...]
+    shown: str
 
 
 class Markers:
@@ -49,8 +53,10 @@ class Markers:
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer):
         added = tokenizer.added_ids
+        ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         self.start, self.end = (
-            Marker(text, added.get(text), tuple(tokenizer.encode(text, add_special_tokens=False))) for text in texts
+            Marker(text, added.get(text), its, tokenizer.decode(its).strip())
+            for text, its in zip(texts, ids, strict=True)
         )
         self.tokenizer = tokenizer
 
@@ -144,7 +150,8 @@ class Reasoning:
         inside = token_ids[self.begin : self.close]
         thought, rest = write(prompt + list(token_ids[: self.begin]), inside), ""
         if self._markers.start.token is None and not self._opened:
-            thought = thought.lstrip().removeprefix(self._markers.start.text)
+            start, thought = self._markers.start, thought.lstrip()
+            thought = thought.removeprefix(start.text if thought.startswith(start.text) else start.shown)
         if self.answer is None:
             return thought.strip(), ""
         if self._markers.end.token is None:
