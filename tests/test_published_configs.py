@@ -1,14 +1,17 @@
 """Published config.json files: every key is used, known to be without effect, or refused by its name and value."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import decoders
 import families
 import mixtures
+from counts import some
 from noria import kinds
 from noria.checkpoint.checkpoint import model_shape
 from noria.errors import InputError
@@ -73,6 +76,18 @@ def test_a_word_that_is_not_known_is_refused_by_its_key_and_value(name):
     for config, words in changed:
         message = refused(config, name)
         assert words in message and ("unheard_of" in message or words == "layer_types"), message
+
+
+ALL = {**families.CONFIGS, **decoders.CONFIGS, **mixtures.CONFIGS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", some(ALL))
+def test_every_key_that_transformers_writes_is_taken(name):
+    written = AutoConfig.for_model(**ALL[name])
+    for config in (written.to_dict(), written.to_diff_dict()):
+        _, shape = model_shape(json.loads(json.dumps(config, default=str)), name)
+        assert shape.num_layers == model_shape(ALL[name], name)[1].num_layers
 
 
 def test_each_family_has_a_row_in_the_table_and_each_row_its_test():

@@ -48,7 +48,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         tied=read.flag(keys, "tie_word_embeddings", True),
         details=details,
     )
-    keys.refuse_others("activation_dropout", "dropout", "init_std", "layerdrop")
+    keys.refuse_others("activation_dropout", "dropout", "init_std", "layerdrop", "_remove_final_layer_norm")
     return made
 
 

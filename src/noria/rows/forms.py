@@ -49,12 +49,15 @@ def heard(messages: list[dict[str, Any]], render: Render) -> list[dict[str, Any]
     """
     if not any(message["role"] == "developer" for message in messages):
         return messages
+    known = _hears(messages, messages, render)
+    if known:
+        return messages
     as_system = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
-    found = [_hears(messages, messages, render), _hears(as_system, messages, render)]
-    if found[0] or found == [None, None]:  # what a template refuses either way is said when it is rendered
+    found = _hears(as_system, messages, render)
+    if known is None and found is None:  # what a template refuses either way is said when it is rendered
         return messages
     require(
-        found[1],
+        found,
         "the model's chat template loses messages of role 'developer', and of role 'system' too: give their text in a"
         " user's message",
     )
