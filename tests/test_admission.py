@@ -49,11 +49,11 @@ class Engine:
         self.limits, self.slots, self.seen = limits, {}, {}
 
     def answer(self, step):
-        for slot in step.released:
-            del self.slots[slot], self.seen[slot]
+        left = {self.slots.pop(slot): self.seen.pop(slot) for slot in step.released}
         for admitted in step.admitted:
             assert admitted.slot not in self.slots
-            self.seen[admitted.slot] = []
+            moved = admitted.slot not in step.slots.tolist()  # to another group, with its pages and what lies in them
+            self.seen[admitted.slot] = left.pop(admitted.runs) if moved else []
         for one in (*step.admitted, *step.grown):
             before = pages_of(self.slots.pop(one.slot, ()))
             held = {page for runs in self.slots.values() for page in pages_of(runs)}

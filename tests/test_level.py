@@ -1,6 +1,7 @@
 """Steps of nearly equal time: how long ranks idle with a real admission, old sizes beside new ones, and that rows stay the same."""
 
 import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,11 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import small_run
 import test_admission
+import tiny_models
+from noria.__main__ import main
+from noria.checkpoint.convert import convert
+from noria.desk import capacity
 from noria.desk.capacity import costs_of
 from noria.rows.level import LEAST_TOKENS, Level, StepCosts
-from noria.rows.slots import Capacity
+from noria.rows.slots import Capacity, Slots
 from pipeline import Cost, simulate
+from test_states import turns  # noqa: F401
 
 # A Llama-8B shape on two H200s, as measured: 2.5 ms of weights and launches, 35,000 prompt tokens/s on one GPU, 1,024 rows of
 # 576 tokens in 25 ms of attention; the last stage has the head and samples.
@@ -94,7 +101,7 @@ def test_steps_of_all_groups_get_longer_together():
 
 
 def test_costs_come_from_the_plan_of_resident_ranks():
-    terms = {"decode": {"launches": 14e-3, "device memory": 6e-3}}
+    terms = {"decode": {"launches": 14e-3, "device memory": 6e-3, "host": 3e-3}}
     predicted = {
         "prefill": {"tokens_per_second": 60_000},
         "decode": {"round_seconds": 30e-3},
@@ -102,16 +109,73 @@ def test_costs_come_from_the_plan_of_resident_ranks():
         "rows": 800,
     }
     plan = SimpleNamespace(num_ranks=2, groups=3, weight_slots=0, predicted=predicted)
-    assert costs_of(plan) == StepCosts(2, pytest.approx(60_000 * 14e-3 / 3), pytest.approx(60_000 * 16e-3 / 800))
+    step, row, turn = (pytest.approx(60_000 * one) for one in (14e-3 / 3, 16e-3 / 800, 1e-3))
+    assert costs_of(plan) == StepCosts(2, step, row, turn)
     for change in ({"num_ranks": 1}, {"weight_slots": 3}, {"predicted": {}}):
         assert costs_of(SimpleNamespace(**(vars(plan) | change))) is None
+
+
+def test_a_group_gives_its_rows_to_the_emptiest_others_where_rounds_get_shorter():
+    """Three steps of 100 and a row each become two, which two ranks compute side by side."""
+    level = Level(3, StepCosts(2, 100, 1.0))
+    level.took(0, 40, 40)
+    assert level.spread(2, [10, 14, 8]) == [6, 2, 0]
+    assert level.spread(0, [1, 14, 14]) == [0, 1, 0]
+    assert level.spread(1, [10, 0, 8]) == level.spread(0, [20, 0, 0]) == [], "nothing to give, or nobody to take"
+    assert level.spread(0, [30, 30, 30]) == [], "more rows than a step has had"
+    assert level.spread(0, [10, 14, 0]) == [], "one step at a time leaves one of two ranks without work"
+    level = Level(3, StepCosts(2, 100, 1.0, turn=200))
+    level.took(0, 40, 40)
+    assert level.spread(2, [10, 14, 8]) == [], "a turn between steps is hidden behind the third group's"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "share"), [(3, 0.97), (4, 0.9)])
+def test_the_tail_of_a_run_is_shorter_where_groups_give_their_rows_away(groups, share):
+    capacity = Capacity(groups, 20_000, 2048, 2048, 1, 8192, sharing=False)
+    its_turns = [1e9, (HOST + 2 * HOP) / STAGE.token]
+    costs = [replace(COSTS, turn=turn) for turn in its_turns]
+    old, new = (simulate(mixed(128), replace(capacity, costs=one), [STAGE, STAGE], HOP, HOST).seconds for one in costs)
+    assert new < share * old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [False, True])
+def test_rows_that_go_to_another_group_keep_all_that_they_have(tmp_path, monkeypatch, turns, states):  # noqa: F811
+    """Penalties, which count their tokens, least lengths and random numbers, as in one group."""
+    if states:
+        tiny_models.write_directory(tmp_path / "hf", turns.CONFIG, turns.random_state(turns.CONFIG))
+        convert(tmp_path / "hf", tmp_path / "model.h5")
+    else:
+        small_run.write_model(tmp_path, "model.h5")
+    keys = [
+        {"repetition_penalty": 1.4, "presence_penalty": 0.3},
+        {"logit_bias": {"9": 1.5}, "temperature": 0.0},
+        {"min_new_tokens": 5, "stop_token_ids": [9, 30, 41]},
+        {"logprobs": 2, "frequency_penalty": -0.5},
+    ]
+    rows = [
+        {"token_ids": [5 + row, 6, 7] * (1 + row % 3), "max_new_tokens": 6 + 5 * row % 31, **keys[row % 4]}
+        for row in range(14)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moves, plain = [], Slots.move
+    monkeypatch.setattr(Slots, "move", lambda self, *given: moves.append(given) or plain(self, *given))
+    flags = ["--dtype", "float64", "--no-ignore-eos"]
+    assert main(small_run.command(tmp_path, "one.h5", *flags, "--groups", "1")) == 0
+    assert not moves
+    monkeypatch.setattr(capacity, "costs_of", lambda plan: StepCosts(2, 1000.0, 1.0))
+    assert main(small_run.command(tmp_path, "moved.h5", *flags, "--groups", "4")) == 0
+    assert len(moves) > 2
+    assert small_run.rows_of(tmp_path / "moved.h5") == small_run.rows_of(tmp_path / "one.h5")
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_every_row_has_the_same_tokens_whatever_steps_cost(data):
     """As a property of the admission, with an engine that answers from what steps carry."""
-    its = StepCosts(data.draw(st.integers(2, 5)), data.draw(st.floats(0, 50)), data.draw(st.floats(1, 9)))
+    turn = data.draw(st.sampled_from([0.0, 5.0, 1e9]))
+    its = StepCosts(data.draw(st.integers(2, 5)), data.draw(st.floats(0, 50)), data.draw(st.floats(1, 9)), turn)
     limits = Capacity(
         data.draw(st.integers(2, 4)), 96, data.draw(st.integers(8, 300)), 64, 1, test_admission.LIMIT, costs=its
     )

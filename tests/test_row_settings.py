@@ -213,3 +213,18 @@ def test_columns_of_slots_are_those_of_their_last_rows():
             columns.put(slot, RowSettings.from_header(dict(zip(names, rows[slot], strict=True))))
     slots = np.array([*rows, 7])
     assert columns.of(slots).tolist() == [*rows.values(), [0.0] * 4] and len(rows) > 64
+
+
+def test_a_row_that_goes_on_elsewhere_knows_what_it_has_generated():
+    """`shared`: tokens of its prompt and its own, that no step will carry."""
+    words = {"temperature": 0.0, "prompt_length": 2, "bad_words": [[7, 8, 9]], "presence_penalty": 0.5}
+    before, after = RowSettings.from_header(words), RowSettings.from_header(words | {"shared": [1, 2, 7, 8]})
+    before.add([1, 2, 7, 8], 0)
+    for row in (before, after):
+        assert row.bad_words.banned().tolist() == [9]
+        assert dict(zip(row.counts.ids.tolist(), row.counts.generated.tolist(), strict=True)) == {
+            1: 0,
+            2: 0,
+            7: 1,
+            8: 1,
+        }

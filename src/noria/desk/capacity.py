@@ -36,4 +36,6 @@ def costs_of(plan: Plan) -> StepCosts | None:
     prefill, decode, terms = (plan.predicted[name] for name in ("prefill", "decode", "terms"))
     speed, seconds, rows = prefill["tokens_per_second"], decode["round_seconds"], plan.predicted["rows"]
     step = min(max(terms["decode"]["launches"], terms["decode"]["device memory"]), seconds)
-    return StepCosts(plan.num_ranks, speed * step / plan.groups, max(speed * (seconds - step) / rows, 1.0))
+    turn = terms["decode"].get("host", 0.0)
+    each = (speed * part / plan.groups for part in (step, turn))
+    return StepCosts(plan.num_ranks, next(each), max(speed * (seconds - step) / rows, 1.0), next(each))

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def _is_prefill(steps: Sequence[Step]) -> bool:
     """Whether a round of these steps computes any chunk of a prompt."""
-    return any(step.admitted or step.num_tokens > len(step.slots) for step in steps)
+    return any((step.num_tokens and step.admitted) or step.num_tokens > len(step.slots) for step in steps)
 
 
 def _phase(steps: Sequence[Step]) -> str:

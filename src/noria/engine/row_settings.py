@@ -119,9 +119,9 @@ class RowSettings:
         )
         if row.repetition_penalty != 1 or row.presence_penalty or row.frequency_penalty:
             row.counts = Counts(row.prompt_length)
-            row.counts.add(settings.get("shared", []), 0)
         if settings.get("bad_words"):
             row.bad_words = BadWords(settings["bad_words"], row.prompt_length)
+        row.add(settings.get("shared", []), 0)
         edits = len(bias), len(row.banned), len(row.allowed), row.follows, settings.get("masked")
         row.edited = any(edits)
         row.greedy = row.temperature == 0 and not row.edited

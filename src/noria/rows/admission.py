@@ -5,7 +5,7 @@ Rank 0 alone has one. Knows tokens; nothing of devices, messages or files.
 
 from array import array
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
@@ -119,6 +119,7 @@ class Admission:
             self._over = self.done
         if self._over:
             return Step(round, group, Word.STOP)
+        moved = self._spread(group)
         grown, flight = self._grow(group), self._flights[group]
         chunks, decoding = list[tuple[Sequence, int]](), len(flight.ready())
         budget = self._level.most(group, decoding, self.step_tokens) - decoding
@@ -126,10 +127,10 @@ class Admission:
             if budget > 0 and sequence.num_tokens > sequence.cached:
                 chunks.append((sequence, self._take_chunk(sequence, budget)))
                 budget -= chunks[-1][1]
-        admitted = []
+        admitted = [self._admitted(one) for one in moved]
         opens = self._gathering.opens(group, decoding, bool(chunks), self._queue.num_left)
         while opens and budget > 0 and (new := self._admit(group)):
-            admitted.append(Admitted(new.slot, new.runs, sampler_settings(new, self._end_token_ids)))
+            admitted.append(self._admitted(new))
             chunks.append((new, self._take_chunk(new, budget)))
             budget -= chunks[-1][1]
         changes = Changes(self._slots.released(group), tuple(admitted), grown)
@@ -137,6 +138,22 @@ class Admission:
         self._level.took(group, step.num_tokens, decoding)
         self._led()
         return step if flight.awaits else self.mask(step)
+
+    def _admitted(self, sequence: Sequence) -> Admitted:
+        return Admitted(sequence.slot, sequence.runs, sampler_settings(sequence, self._end_token_ids))
+
+    def _spread(self, group: int) -> list[Sequence]:
+        """The sequences of the group, if they go to other groups because none follow: they have slots there."""
+        if self._capacity.costs is None or self._may_admit or any(flight.filling for flight in self._flights):
+            return []
+        rows, flights = list(self._slots.active[group].values()), self._flights
+        left = iter(rows)
+        for other, count in enumerate(self._level.spread(group, [len(active) for active in self._slots.active])):
+            for sequence in islice(left, count):
+                flights[group].give(sequence)
+                self._slots.move(sequence, group, other)
+                flights[other].enter(sequence)
+        return rows if not self._slots.active[group] else []
 
     def _grow(self, group: int) -> tuple[Grown, ...]:
         """More pages for sequences that outgrow theirs. Where none are free, the youngest of the group returns to the line."""

@@ -117,6 +117,13 @@ class Flight:
             del self._keys[where]
         self._rows["serial"][at] = _NOBODY
 
+    def give(self, sequence: Sequence) -> None:
+        """A sequence, of which no step is under way, leaves for another flight, which it may enter with all that it has."""
+        at = sequence.slot - self._first_slot
+        if sequence.slot not in self.filling:
+            sequence.cached, sequence.reads = int(self._rows["cached"][at]), int(self._rows["reads"][at])
+        self.leave(sequence)
+
     def tell(self, sequence: Sequence) -> None:
         """The sequence gets the tokens that it lacks."""
         at = sequence.slot - self._first_slot

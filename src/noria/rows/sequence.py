@@ -121,7 +121,7 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
     The keys of config.Sampling that concern logits; `bad_words`: token ids that may not be sampled one after another;
     `masked`: masks may come with its steps (masks.py); `allowed`: ids that alone may be sampled; `banned`: ids that may not
     be sampled before min_new_tokens; `prompt_length`; `shared`: the tokens that the row's steps will not carry, where
-    penalties must know them.
+    penalties or bad words must know them.
     """
     sampling, default = sequence.sampling, _DEFAULT
     settings: dict[str, Any] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
@@ -142,6 +142,8 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
         settings["min_new_tokens"] = sampling.min_new_tokens
     settings["prompt_length"] = len(sequence.prompt_token_ids)
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    if any(getattr(sampling, name) != getattr(default, name) for name in penalties):
-        settings["shared"] = sequence.prompt_token_ids[: sequence.cached]
+    if sequence.cached and (
+        sequence.bad_words or any(getattr(sampling, name) != getattr(default, name) for name in penalties)
+    ):
+        settings["shared"] = (sequence.prompt_token_ids + sequence.token_ids)[: sequence.cached]
     return settings

@@ -172,6 +172,21 @@ class Slots:
         same = (one for one in self.active[group].values() if one.tier == beside.tier)
         return max(same, key=lambda one: one.order)
 
+    def move(self, sequence: Sequence, group: int, other: int) -> None:
+        """The sequence goes from a group to another one with all that it has, but for its slot: it gets one there."""
+        del self.active[group][sequence.slot]
+        self._released[group].append(sequence.slot)
+        self._free[group].append(sequence.slot)
+        sequence.slot = self._free[other].pop()
+        self.active[other][sequence.slot] = sequence
+        for of_group, count in (
+            (self._pages_of_group, sequence.num_own_pages),
+            (self._states_of_group, int(sequence.state != NO_STATE)),
+        ):
+            if count:
+                of_group[group][sequence.tier] -= count
+                of_group[other][sequence.tier] += count
+
     def ended(self, sequence: Sequence, running: Iterable[int]) -> None:
         """A sequence that left has ended: what it has needed tells what others will, with so many tokens of those in flight."""
         self.reservations.ended(len(sequence.token_ids), running)
