@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,7 @@ def test_a_constraint_is_compiled_once_and_the_last_are_kept(monkeypatch):
 
 @pytest.mark.parametrize(("worth", "expected"), [(10.0, 3), (0.0, 1)])
 def test_many_rows_of_a_constraint_are_copies_of_several(monkeypatch, worth, expected):
-    for name, value in {"COPIES": 2, "MOST_THREADS": 3, "WORTH_SECONDS": worth}.items():
+    for name, value in {"COPIES": 2, "MOST_COMPILED": 3, "WORTH_SECONDS": worth}.items():
         monkeypatch.setattr(module, name, value)
     constraints, compiled = Constraints(TOKENIZER, 2048), []
     compile = constraints._compile
@@ -248,6 +249,20 @@ def test_many_rows_of_a_constraint_are_copies_of_several(monkeypatch, worth, exp
     for place, matcher in enumerate(matchers):
         word = "abc" if place % 2 else "xyz"
         assert matcher.consume_tokens(ids(word[0])) and takes(matcher, word[1:])
+
+
+def test_a_tokenizer_that_is_slow_to_read_does_not_make_constraints_slow_to_compile(monkeypatch):
+    library = module.llguidance()
+    read = library.LLTokenizer
+
+    def slowly(*given, **named):
+        time.sleep(2 * module.WORTH_SECONDS)
+        return read(*given, **named)
+
+    monkeypatch.setattr(library, "LLTokenizer", slowly)
+    constraints = Constraints(TOKENIZER, 2048)
+    places = {constraints.copy({"choice": ["abc", "xyz"]})[1] for _ in range(2 * module.COPIES)}
+    assert places == {0, 1}
 
 
 def test_rows_of_one_constraint_do_not_share_their_place_in_it(constraints):

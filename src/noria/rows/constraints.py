@@ -4,6 +4,7 @@ Each distinct constraint is compiled once and the last of them are kept; nothing
 own limits bound what one takes. Opens no file, follows no reference out of a schema. Knows no rows and no steps.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -22,7 +23,8 @@ from noria.tools.text import one_line
 HOW_TO_GET = "structured output needs llguidance: pip install 'llguidance>=1.8'"
 MOST_KEPT = 128  # constraints that are compiled
 MOST_THREADS = 8  # that make masks
-COPIES = 32  # of a compiled constraint, one after another, before the next is copied
+MOST_COMPILED = 32  # times a constraint that many rows have, so that threads find rows which need not wait
+COPIES = 8  # of a compiled constraint, one after another, before the next is copied
 WORTH_SECONDS = 0.2  # what takes longer is compiled once, however many rows have it
 _MOST_SAID = 300  # characters of an error
 # What JSON may have between its parts: bounded, so that a row cannot go on with blanks for ever.
@@ -40,8 +42,8 @@ def llguidance() -> Any:
 
 @dataclass
 class _Compiled:
-    """One constraint: its matchers, or why there is none. Copies of a matcher make their masks one after another, whatever
-    threads there are: many rows are copies of several."""
+    """One constraint: its matchers, or why there is none. A matcher and its copies hold one lock in turn while they make masks,
+    whatever threads there are: many rows are copies of several."""
 
     found: list[Any]
     seconds: float  # that compiling it took
@@ -51,7 +53,7 @@ class _Compiled:
         """A matcher at the beginning of a text, and of which it is a copy; `again` compiles one more. Raises InputError."""
         if isinstance(self.found[0], InputError):
             raise InputError(str(self.found[0]))
-        place, self.copies = self.copies // COPIES % MOST_THREADS, self.copies + 1
+        place, self.copies = self.copies // COPIES % MOST_COMPILED, self.copies + 1
         if place >= len(self.found) and self.seconds < WORTH_SECONDS:
             self.found.append(again())
         place = min(place, len(self.found) - 1)
@@ -76,6 +78,8 @@ class Constraints:
         """The same, and which of the constraint's compiled matchers it is a copy of: copies of one wait for one another."""
         source = json.dumps(constraint, sort_keys=True)
         if source not in self._compiled:
+            with contextlib.suppress(InputError):
+                self._reader  # noqa: B018 - made once: its half a second is no part of the first constraint's time
             began = time.perf_counter()
             found = self._result(constraint)
             self._compiled[source] = _Compiled([found], time.perf_counter() - began)
