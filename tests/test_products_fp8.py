@@ -71,7 +71,9 @@ def test_codes_of_activations_are_those_of_torch_to_the_bit():
         assert torch.equal(found[~sick], wanted[~sick])
 
 
-@pytest.mark.parametrize("its", [*products_fp8.FEW_ROWS.values(), products_fp8.SOME_ROWS, products_fp8.MANY_ROWS])
+@pytest.mark.parametrize(
+    "its", [*products_fp8.FEW_ROWS.values(), products_fp8.SOME_ROWS, products_fp8.MANY_ROWS, products_fp8.WIDE_ROWS]
+)
 def test_tiles_of_any_size_give_one_result(its):
     weight, draw = weight_of((150,), 300, (128, 128)), torch.Generator().manual_seed(0)
     hidden = torch.randn(70, 300, generator=draw).half()

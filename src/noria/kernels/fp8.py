@@ -21,7 +21,7 @@ LARGEST = 448.0  # of e4m3
 HALVES = (torch.bfloat16, torch.float16)
 CAPABILITY = (8, 9)  # Ada and Hopper multiply e4m3
 LEAST_COLUMNS = 32  # of a block: inputs that an instruction takes
-LARGEST_ERROR = 0.05  # of sums of about 1: float16 beside float32
+LARGEST_ERROR = 0.03  # beside sums and 1: bfloat16 beside float32, sums of tensor cores
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ def rounded(hidden: torch.Tensor, columns: int) -> torch.Tensor:
     """
     inputs = hidden.shape[1]
     largest = F.pad(hidden.abs(), (0, -inputs % columns)).unflatten(1, (-1, columns)).amax(2)
-    scales = _spread((largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny), columns, inputs)
+    # torch divides by a number of Python on a GPU by multiplying: another last bit, which decides between two codes as near
+    scales = _spread(
+        (largest / largest.new_full((), LARGEST)).clamp(min=torch.finfo(torch.float32).tiny), columns, inputs
+    )
     codes = (hidden / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return codes.to(hidden.dtype) * scales
 
@@ -132,7 +135,7 @@ def wrong(device: torch.device, dtype: torch.dtype, block: tuple[int, int], inpu
     matrix = Fp8Matrix(codes.to(torch.float8_e4m3fn).view(torch.uint8).to(device), scales)
     weight, bias = Fp8Weight((matrix,), (tall, wide or inputs)), torch.randn(outputs, generator=draw).to(device, dtype)
     found, exact = _kernel().product(hidden, weight, bias), reference(hidden.float(), weight, bias.float())
-    if not float((found.float() - exact).abs().max()) < LARGEST_ERROR:
+    if not float(((found.float() - exact).abs() / (1 + exact.abs())).max()) < LARGEST_ERROR:
         return "they give other results than torch"
     alone = all(torch.equal(_kernel().product(hidden[:few], weight, bias), found[:few]) for few in (1, 70))
     return "" if alone else "what a row gets depends on the number of rows"

@@ -15,7 +15,9 @@ from noria.kernels.rounded import e4m3_code
 
 ROUNDED = 2048  # numbers of a tile that is rounded
 FEW_ROWS = {2112: ProductTile(64, 16, 128, 4, 5), 1 << 31: ProductTile(64, 32, 128, 4, 5)}  # by the most outputs
-SOME_ROWS, MANY_ROWS = ProductTile(64, 128, 128, 4, 4), ProductTile(128, 128, 128, 8, 4)
+SOME_ROWS = ProductTile(64, 128, 128, 4, 4)
+MANY_ROWS = ProductTile(128, 128, 128, 8, 4)  # of sums a block, which are kept beside the sums of all
+WIDE_ROWS = ProductTile(128, 256, 128, 8, 3)  # of sums of all alone
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,11 +52,12 @@ def round_rows(
 def multiply_codes(
     given, given_scales, codes, scales, bias, product, rows, outputs, inputs, groups, block_rows, block_columns,
     first_column, product_row, HAS_BIAS: tl.constexpr, POWERS: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ONE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of given [rows, inputs] times codes [outputs, inputs]. BLOCKS: scales change along the inputs.
 
-    WHOLE: inputs are whole blocks. The product's columns begin at `first_column` of its rows.
+    WHOLE: inputs are whole blocks. ONE: all columns of a tile are in one block of outputs. The product's columns begin at
+    `first_column` of its rows.
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column, at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
@@ -62,6 +65,7 @@ def multiply_codes(
     left_at = given + row.to(tl.int64)[:, None] * inputs + at[None, :]
     right_at = codes + column.to(tl.int64)[None, :] * inputs + at[:, None]
     left_scale, right_scale = given_scales + row * groups, scales + (column // block_rows) * groups
+    tile_scale = scales + (tl.program_id(0) * COLUMNS // block_rows) * groups
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, inputs, BLOCK):
         if WHOLE:
@@ -75,10 +79,13 @@ def multiply_codes(
         if BLOCKS:
             group = begin // block_columns
             ours = tl.load(left_scale + group, mask=there, other=0.0)
-            theirs = tl.load(right_scale + group, mask=wanted, other=0)
+            theirs = tl.load(tile_scale + group) if ONE else tl.load(right_scale + group, mask=wanted, other=0)
             if POWERS:
                 theirs = e8m0(theirs)
-            sums += tl.dot(left, right) * (ours[:, None] * theirs[None, :])
+            if ONE:
+                sums += tl.dot(left, right) * (ours * theirs)[:, None]
+            else:
+                sums += tl.dot(left, right) * (ours[:, None] * theirs[None, :])
         else:
             sums += tl.dot(left, right)
         left_at += BLOCK
@@ -94,11 +101,13 @@ def multiply_codes(
     tl.store(to, sums.to(product.dtype.element_ty), mask=there[:, None] & wanted[None, :])
 
 
-def tile_of(rows: int, outputs: int) -> ProductTile:
-    """The tile for so many rows and outputs; it changes no bit."""
+def tile_of(rows: int, outputs: int, blocks: bool) -> ProductTile:
+    """The tile for so many rows and outputs; it changes no bit. blocks: scales change along the inputs."""
     if rows <= LEAST_ROWS:
         return next(its for most, its in FEW_ROWS.items() if outputs <= most)
-    return SOME_ROWS if rows <= 4 * LEAST_ROWS else MANY_ROWS
+    if rows <= 4 * LEAST_ROWS:
+        return SOME_ROWS
+    return MANY_ROWS if blocks or outputs < WIDE_ROWS.columns else WIDE_ROWS
 
 
 def block_of(columns: int) -> int:
@@ -128,7 +137,15 @@ def product(
     if rows:
         rounded = round_hidden(hidden, weight.block[1])
         for matrix in weight.matrices:
-            _multiply(rounded, matrix, weight.block, bias, found, first, its or tile_of(rows, len(matrix.codes)))
+            _multiply(
+                rounded,
+                matrix,
+                weight.block,
+                bias,
+                found,
+                first,
+                its or tile_of(rows, len(matrix.codes), rounded[1].shape[1] > 1),
+            )
             first += len(matrix.codes)
     return found
 
@@ -149,6 +166,6 @@ def _multiply(
     multiply_codes[(triton.cdiv(outputs, its.columns), triton.cdiv(rows, its.rows))](
         codes, scales, matrix.codes, matrix.scales, found if bias is None else bias, found, rows, outputs, inputs,
         groups, *block, first, found.stride(0), bias is not None, matrix.scales.dtype == torch.uint8, groups > 1,
-        inputs % depth == 0, its.rows, its.columns, depth, num_warps=its.warps, num_stages=its.stages,
-        enable_fp_fusion=False,
+        inputs % depth == 0, block[0] % its.columns == 0, its.rows, its.columns, depth, num_warps=its.warps,
+        num_stages=its.stages,
     )  # fmt: skip
