@@ -28,6 +28,7 @@ from noria.pieces import Encoded, Field, Matrix
 
 WEIGHT = ".weight"
 AHEAD = 2  # matrices that are read beside the one on its way to the file
+ANNOUNCED = 32  # matrices before that, which the system reads meanwhile
 
 
 class FieldSources:
@@ -110,14 +111,21 @@ class FieldSources:
         places = [
             (piece, number) for piece in range(parameter.pieces) for number in range(len(parameter.piece.matrices))
         ]
+        self._announce(found[: AHEAD + ANNOUNCED])
         with ThreadPoolExecutor(AHEAD) as pool:
             read = partial(self._fields, kind, parameter)
             coming = deque(pool.submit(read, one) for one in found[:AHEAD])
-            for place, later in zip_longest(places, found[AHEAD:]):
+            for at, (place, later) in enumerate(zip_longest(places, found[AHEAD:])):
                 fields = coming.popleft().result()
+                self._announce(found[at + AHEAD + ANNOUNCED :][:1])
                 if later:
                     coming.append(pool.submit(read, later))
                 yield from _bytes(parameter, place[1], fields)
+
+    def _announce(self, found: Sequence[Published]) -> None:
+        for one in found:
+            for tensor in one.tensors:
+                self._reader.announce(tensor)
 
     def _fields(self, kind: ModuleType, parameter: Parameter, matrix: Published) -> Fields:
         """The fields of a matrix, by their names in its encoding."""

@@ -9,6 +9,7 @@ the model's size. Extents are checked here against hostile headers. The tests wr
 """
 
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -25,6 +26,7 @@ from noria.errors import InputError
 from noria.tools.container import read_full
 
 CHUNK_NBYTES = 4 << 20
+AHEAD_NBYTES = 64 << 20  # of a file, that the system is asked to read before they are wanted
 MAX_HEADER_NBYTES = 100_000_000  # as the format says
 # The dtypes of safetensors by the words that torch has for them, and the dtype that their bytes are read as: codes of 8
 # bits, which stand for numbers, are read as bytes.
@@ -147,11 +149,20 @@ class Reader:
             read_full(file.fileno(), content.numpy().data, tensor.offset, tensor.shard)
         return content.view(tensor.read_as).view(tensor.shape)
 
+    def announce(self, tensor: Tensor) -> None:
+        """Reading a tensor of safetensors begins, and is not waited for."""
+        if tensor.shard.suffix == ".safetensors":
+            with tensor.shard.open("rb", buffering=0) as file:
+                _announce(file.fileno(), tensor.offset, tensor.size * tensor.read_as.itemsize)
+
     def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
         dtype = tensor.read_as
         nbytes = tensor.size * dtype.itemsize
         with tensor.shard.open("rb", buffering=0) as file:
+            _announce(file.fileno(), tensor.offset, min(AHEAD_NBYTES, nbytes))
             for begin in range(0, nbytes, CHUNK_NBYTES):
+                ahead = begin + AHEAD_NBYTES
+                _announce(file.fileno(), tensor.offset + ahead, min(CHUNK_NBYTES, nbytes - ahead))
                 view = memoryview(self._buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
                 read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
                 yield torch.frombuffer(view, dtype=dtype)
@@ -166,6 +177,11 @@ class Reader:
         flat = flat[first : first + tensor.size]
         for chunk in flat.split(CHUNK_NBYTES // flat.element_size()):
             yield chunk.clone()  # a view would keep the whole file mapped
+
+
+def _announce(descriptor: int, offset: int, nbytes: int) -> None:
+    if nbytes > 0:
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

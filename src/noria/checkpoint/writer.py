@@ -26,6 +26,7 @@ from noria.tools.writing import writing
 
 Chunks = Callable[[Block, Parameter], Iterable[memoryview]]
 Place = tuple[str, str]  # block and parameter
+BEHIND_NBYTES = 32 << 20  # after so many bytes the system is asked to write them to the disk, beside what follows
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _fill(
     offsets: Mapping[Place, int],
     chunks: Chunks,
 ) -> dict[str, str]:
-    digests = {name: xxhash.xxh3_128() for name in blocks}
+    digests, written = {name: xxhash.xxh3_128() for name in blocks}, 0
     for place, others in order.items():
         block = blocks[place[0]]
         parameter = next(parameter for parameter in block.parameters if parameter.name == place[1])
@@ -209,7 +210,10 @@ def _fill(
             _write(path, descriptor, chunk, offsets[place] + at)
             for digest in mine:
                 digest.update(chunk)
-            at += len(chunk)
+            at, written = at + len(chunk), written + len(chunk)
+            if written >= BEHIND_NBYTES:
+                _begin_writing(descriptor)
+                written = 0
         assert at == round_up(parameter.nbytes), (place, at, parameter.nbytes)
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
@@ -226,6 +230,11 @@ def _write(path: Path, descriptor: int, chunk: memoryview, offset: int) -> None:
         with writing(path, len(chunk)):
             count = os.pwrite(descriptor, chunk[: 1 << 30], offset)
         chunk, offset = chunk[count:], offset + count
+
+
+def _begin_writing(descriptor: int) -> None:
+    """What was written goes to the disk, which is not waited for; the cache lets go of what is there already."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _store_checksums(path: Path, checksums: Mapping[str, str]) -> None:
