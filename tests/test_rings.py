@@ -1,5 +1,6 @@
 """Rows whose keys lie in rings attend as over all their keys, however they are cut into steps and whoever computed what they begin with."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,11 @@ from counts import count
 from noria.arrays import Array, keys_and_values, ring_of, ringed
 from noria.attention import sdpa
 from noria.engine.batch import to_device
-from noria.engine.rings import RowsInRings, in_rings, seen, spans_of
+from noria.engine.kv_cache import Staged, TierPages
+from noria.engine.rings import RowsInRings, in_rings, seen, spans_of, stored
 from noria.kernels.scoring import Scoring
-from noria.step import Run, Span
+from noria.model import ModelShape
+from noria.step import Run, Span, Step
 
 CPU = torch.device("cpu")
 PUT = partial(to_device, device=CPU)
@@ -140,3 +143,18 @@ def test_a_ring_is_counted_as_what_a_sequence_leaves():
 @pytest.mark.parametrize("window", [9, 64, 1000])
 def test_a_ring_takes_no_more_than_a_block_beside_its_window(window):
     assert window + 64 <= ring_of(window) < window + 128
+
+
+def test_of_a_ring_that_is_staged_new_tokens_alone_are_stored_but_all_of_what_a_chunk_wrote():
+    shape = ModelShape("llama", 1, 8, 2, 2, 8, 32, 512, False, cache=(keys_and_values(2, 8, 100),)).with_rings()
+    step = Step(0, 0, slots=np.arange(4), counts=np.array([1, 7, 1, 1]), positions=np.array([400, 0, 300, 5]))
+    step = replace(step, reads=np.array([11, -1, 13, 14]), writes=np.array([11, 12, 16, 14]), kept=step.counts)
+    staged = Staged(TierPages(0, 0, None, (), (), 10, 9), 0, {}, {})
+    found = stored(shape, step, 0, 4, staged).ring_stores[100]
+    assert found == [
+        (192 + 400 % 192, 400 % 192, 1),
+        (2 * 192, 192, 192),
+        (6 * 192, 2 * 192, 192),
+        (4 * 192 + 5, 3 * 192 + 5, 1),
+    ]
+    assert stored(shape, step, 0, 4, None) is None

@@ -21,7 +21,9 @@ from noria.checkpoint.convert import convert
 from noria.engine import assembly
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
+from noria.plan import windows
 from noria.rows.sequence import Sequence
+from noria.rows.slots import Slots
 from noria.run import run
 
 LONG = {"max_position_embeddings": 700}
@@ -85,20 +87,30 @@ def rows_of(folder, name):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("windows")
-    for name, its in CONFIGS.items():
-        (folder / name).mkdir()
-        families.save(its, folder / name / "hf")
-        convert(folder / name / "hf", folder / name / "model.h5", "float64")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts()))
     (folder / "run.toml").write_text(RUN)
     torch.set_num_threads(1)
     return folder
 
 
+class Expected(dict):
+    """Of each family that is asked for the rows of one undisturbed run, which are transformers'."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
+        its = self.folder / name
+        its.mkdir()
+        families.save(CONFIGS[name], its / "hf")
+        convert(its / "hf", its / "model.h5", "float64")
+        self[name] = _checked(self.folder, name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def expected(folder):
-    """Of each family the rows of one undisturbed run, which are transformers'."""
-    return {name: _checked(folder, name) for name in CONFIGS}
+    return Expected(folder)
 
 
 def _checked(folder, name):
@@ -134,7 +146,8 @@ TIERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_gives_the_tokens_of_transformers_in_small_chunks_too(folder, expected, name):
-    compare(alone(folder, "chunks", name, step_tokens=170, microbatch_tokens=110, groups=2), expected[name])
+    wanted = expected[name]
+    compare(alone(folder, "chunks", name, step_tokens=170, microbatch_tokens=110, groups=2), wanted)
 
 
 @pytest.mark.slow
@@ -142,13 +155,15 @@ def test_every_family_gives_the_tokens_of_transformers_in_small_chunks_too(folde
 def test_rings_may_be_in_any_tier(folder, expected, monkeypatch, case):
     monkeypatch.setattr(streams, "streams_of", LateStreams)  # every copy as late as its events allow
     for name in ("gemma3_text", "mimo_v2_flash"):
-        compare(alone(folder, "tier", name, **TIERS[case], overwrite=True), expected[name])
+        wanted = expected[name]
+        compare(alone(folder, "tier", name, **TIERS[case], overwrite=True), wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.world
 def test_ranks_and_laps_give_the_same(folder, expected):
     models = ["gemma3_text", "gpt_oss"]
+    assert all(expected[model] for model in models)
     world.call(3, windows_worker.work, folder, models, timeout=300)
     for model in models:
         for case in windows_worker.NAMES:
@@ -157,23 +172,46 @@ def test_ranks_and_laps_give_the_same(folder, expected):
 
 @pytest.mark.slow
 def test_decode_steps_that_are_captured_give_the_same(folder, expected):
+    wanted = expected["gemma3_text"]
     with captured() as graphs:
-        compare(alone(folder, "captured", "gemma3_text"), expected["gemma3_text"])
+        compare(alone(folder, "captured", "gemma3_text"), wanted)
     assert graphs.replays > 100
 
 
 @pytest.mark.slow
 def test_rows_that_return_to_the_line_begin_with_rings_of_their_own(folder, expected, monkeypatch):
+    wanted = expected["gemma3_text"]
     returned, give_back = [], Sequence.give_back
     monkeypatch.setattr(Sequence, "give_back", lambda one: (returned.append(one), give_back(one)))
     monkeypatch.setattr("noria.rows.reservations.Reservations.first", lambda self, one: one.num_tokens + 1)
-    compare(alone(folder, "returned", "gemma3_text", cache={"gpu": "50 pages"}), expected["gemma3_text"])
+    compare(alone(folder, "returned", "gemma3_text", cache={"gpu": "50 pages"}), wanted)
     assert returned
 
 
 @pytest.mark.slow
-def test_what_the_plan_counts_is_allocated(folder, monkeypatch):
+def test_more_rows_are_in_flight_in_the_same_memory(folder, expected, monkeypatch):
+    """Of 24 rows of 310 tokens, in room for 2,000 tokens in all layers: 6 that keep all; with windows 128 of theirs in two of three."""
+    assert expected["gemma3_text"]
+    random, in_flight, take = np.random.default_rng(4), [], Slots.take
+    rows = [{"token_ids": random.integers(4, 90, 300).tolist(), "max_new_tokens": 10} for _ in range(24)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        Slots, "take", lambda slots, *given: (take(slots, *given), in_flight.append(slots.num_active))[0]
+    )
+    room = {"cache": {"gpu": "2250KiB"}, "prompts": str(folder / "long.jsonl")}
+    alone(folder, "many", "gemma3_text", **room)
+    with_windows = max(in_flight)
+    in_flight.clear()
+    monkeypatch.setattr(windows, "keeping", lambda shape, *_: (shape.without_rings(), ""))
+    flags = {"model": folder / "gemma3_text" / "model.h5", "output": folder / "few.h5", "scratch": folder}
+    assert run(config.load(folder / "run.toml", {key: str(file) for key, file in flags.items()} | room), Solo()) == 0
+    assert max(in_flight) == 2000 // 320 == 6 and with_windows == 9
+
+
+@pytest.mark.slow
+def test_what_the_plan_counts_is_allocated(folder, expected, monkeypatch):
     """The cache's bytes, and no layer with a window has pages."""
+    assert expected["gemma3_text"]
     caches, opened = [], assembly.KvCache
     monkeypatch.setattr(assembly, "KvCache", lambda *given: caches.append(opened(*given)) or caches[-1])
     alone(folder, "counted", "gemma3_text")

@@ -158,7 +158,7 @@ class Batches:
                 arrays += self._numbers(step, slice(first, last))[1:]
                 continue
             spans, staged = to_staging(self._pages.spans(step, first, last), self._elsewhere)
-            staged = states.moved(step, first, last, staged)
+            staged = rings.stored(self._network.shape, step, first, last, states.moved(step, first, last, staged))
             placed.append((spans, staged, self._rings(step, first, last, staged)))
             arrays += [cache_rows(spans), *states.arrays_of(step, first, last, staged)]
         return placed, arrays

@@ -61,13 +61,14 @@ ALL_ON_DEVICE = Staging()
 class Staged:
     """A microbatch whose pages are in another tier: what to load before it is computed, and what to store after it.
 
-    loads, stores: of the arrays per token and of those per sequence.
+    loads, stores: of the arrays per token and of those per sequence. ring_stores: of rings by window, in tokens: the new ones.
     """
 
     held: TierPages
     num_pages: int  # of a staging slot
     loads: Mapping[str, Triples]
     stores: Mapping[str, Triples]
+    ring_stores: Mapping[int, Triples] = field(default_factory=dict)
 
 
 @dataclass
@@ -187,7 +188,7 @@ class KvCache:
             return
         slot, held, computed = self._staged.pop((layer, microbatch)), staged.held, self._streams.event()
         slot.busy = [computed]
-        if pieces := self._pieces(layer, slot, held, staged.stores):
+        if pieces := self._pieces(layer, slot, held, staged.stores, staged.ring_stores):
             stored = self._stored[layer] = held.tier.store(pieces, [computed])
             slot.busy = [stored]
             self._count(held.store_links, pieces)
@@ -206,14 +207,23 @@ class KvCache:
             stored.event().synchronize()
         return sum(held.tier.close() for held in self._staging.tiers)
 
-    def _pieces(self, layer: int, slot: StagingSlot, held: TierPages, rows: Mapping[str, Triples]) -> list[Piece]:
-        """The runs of rows of all arrays of a layer."""
+    def _pieces(
+        self,
+        layer: int,
+        slot: StagingSlot,
+        held: TierPages,
+        rows: Mapping[str, Triples],
+        of_rings: Mapping[int, Triples] | None = None,
+    ) -> list[Piece]:
+        """The runs of rows of all arrays of a layer; of rings whole ones, unless it is said of which tokens."""
         pieces = []
         for array in self._arrays[layer]:
-            nbytes = array.nbytes(self._dtype)
+            nbytes, its = array.nbytes(self._dtype), rows.get(array.kept, ())
+            if array.ring and of_rings and array.window is not None:
+                nbytes, its = nbytes // array.ring, of_rings[array.window]
             there = self._in_tier[held.first].offsets[layer, array.name]
             here = self._in_slot[layer].offsets[layer, array.name]
-            for tier_row, row, count in rows.get(array.kept, ()):
+            for tier_row, row, count in its:
                 start = here + row * nbytes
                 pieces.append((there + tier_row * nbytes, slot.buffer[start : start + count * nbytes]))
         return pieces

@@ -7,7 +7,7 @@ T tokens and R rows of a microbatch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -127,6 +127,21 @@ def of_step(
         return {}
     rows = _rows(step, first, last, staged)
     return {window: in_rings(window, ring, rows, plan, put) for window, ring in shape.rings.items()}
+
+
+def stored(shape: ModelShape, step: Step, first: int, last: int, staged: Staged | None) -> Staged | None:
+    """What to move, where new tokens alone are stored of the rings of rows `first .. last`; all of one that a chunk wrote, or
+    that has what another had."""
+    if staged is None or not shape.rings:
+        return staged
+    rows, held = _rows(step, first, last, None), staged.held
+    one, ids = (rows.counts == 1) & (rows.reads == rows.writes), rows.writes - held.first_state
+    found = {}
+    for window, ring in shape.rings.items():
+        at, places = np.where(one, rows.positions % ring, 0), np.arange(len(ids))
+        numbers = np.stack([ids * ring + at, places * ring + at, np.where(one, 1, ring)], axis=1)
+        found[window] = [*map(tuple, numbers.tolist())]
+    return replace(staged, ring_stores=found)
 
 
 def plans_of(shape: ModelShape, step: Step, plan: Planned) -> dict[int, Any]:

@@ -39,7 +39,10 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     passes, sampled = plan.groups * cuts, turn.all_rows
     tokens = max(turn.tokens / passes, 1)
     read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
-    cache, (received, sent) = cache_moved(plan, work.token, work.state, turn), states_nbytes(load, cuts, turn)
+    cache, (received, sent) = (
+        cache_moved(plan, work.token, work.state, turn, (work.rings, work.ring_token)),
+        states_nbytes(load, cuts, turn),
+    )
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
     read = passes * (work.read - (1 - read_experts) * work.expert_read)

@@ -21,8 +21,8 @@ class Tasks:
 
     numbers, read, between: of all layers, and of their experts alone (`expert_`): multiplied, read by products, and a
     token's inputs and outputs of products. logits: of a sampled row. token, state: of the cache that the layers have of a
-    token and of a sequence, rings: of the latter what is read and not written anew. attended: numbers that a query head
-    multiplies for each token that it looks at. decoded: of what a token leaves, decoded, where the cache is encoded.
+    token and of a sequence, rings: of the latter those of windows, ring_token: a token in them. attended: numbers that a
+    query head multiplies for each token that it looks at. decoded: of what a token leaves, decoded, where the cache is encoded.
     """
 
     layers: int
@@ -40,6 +40,7 @@ class Tasks:
     attended: int
     decoded: int = 0
     rings: int = 0
+    ring_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,4 +191,5 @@ def work_of(
         shape.attended(visits),
         shape.decoded_nbytes(visits, dtype),
         shape.cache_nbytes(visits, dtype, "sequence") if shape.rings else 0,
+        shape.without_rings().cache_nbytes(visits, dtype) - shape.cache_nbytes(visits, dtype) if shape.rings else 0,
     )

@@ -113,19 +113,23 @@ def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
 def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
     """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
     layers = _layers_of(plan, rank)
-    return cache_moved(
-        plan, shape.cache_nbytes(layers, plan.dtype), shape.cache_nbytes(layers, plan.dtype, "sequence"), turn
-    )
+    token, state = (shape.cache_nbytes(layers, plan.dtype, per) for per in ("token", "sequence"))
+    rings = (state, shape.without_rings().cache_nbytes(layers, plan.dtype) - token) if shape.rings else (0, 0)
+    return cache_moved(plan, token, state, turn, rings)
 
 
-def cache_moved(plan: Plan, token: int, state: int, turn: Round) -> dict[str, dict[str, float]]:
-    """The same, where the rank's layers have so many bytes of a token and of a sequence."""
+def cache_moved(
+    plan: Plan, token: int, state: int, turn: Round, rings: tuple[int, int] = (0, 0)
+) -> dict[str, dict[str, float]]:
+    """The same, where the rank's layers have so many bytes of a token and of a sequence; of these in rings, and of a token there,
+    which is all that a decoding row stores of them."""
     moved = {}
     for tier in ("cpu", "disk"):
         share = plan.of_pool("pages").get(tier, 0) / max(plan.num_pages, 1)
         seen = turn.rows * turn.context + turn.chunk_rows * turn.chunk_cached
         loaded = (seen * token + turn.rows * state) * share
-        moved[tier] = {"load": loaded, "store": (turn.tokens * token + turn.all_rows * state) * share}
+        stored = turn.tokens * token + turn.all_rows * state - turn.rows * (rings[0] - rings[1])
+        moved[tier] = {"load": loaded, "store": stored * share}
     return moved
 
 
