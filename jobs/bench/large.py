@@ -99,8 +99,9 @@ class Case:
     flags: tuple[str, ...] = ()
 
 
+STREAMED = ("--weights", "cpu=100", "--groups", "2")  # each group decodes a layer's experts again
 CASES = {
-    "deepseek-v3": Case(DEEPSEEK_V3 | {"first_k_dense_replace": 1}, 8, 2, 512, 512, 16, ("--weights", "cpu=100")),
+    "deepseek-v3": Case(DEEPSEEK_V3 | {"first_k_dense_replace": 1}, 8, 2, 512, 512, 16, STREAMED),
     "glm-5": Case(GLM_5, 41, 2, 256, 512, 8),
     "gpt-oss-120b": Case(GPT_OSS_120B, 36, 1, 512, 512, 128),
     "gpt-oss-120b-streamed": Case(GPT_OSS_120B, 36, 1, 256, 512, 12, ("--gpu-memory", "40GiB")),
