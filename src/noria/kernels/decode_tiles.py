@@ -72,27 +72,50 @@ def _scaled(numbers, scale, KIND: tl.constexpr):
 
 
 @triton.jit
+def _groups(
+    fields, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr
+):
+    """Scales and zeros [N, groups] of one head in each of the rows `first + 0 .. N` that are `seen` [N]."""
+    SCALES: tl.constexpr = (D + GROUP - 1) // GROUP
+    of_row: tl.constexpr = ROW // (D // 2 if FORM == INT4 else D) * SCALES
+    _, scales, zeros = fields
+    GROUPS: tl.constexpr = PAD // min(GROUP, PAD)
+    row, group = tl.arange(0, seen.shape[0])[:, None], tl.arange(0, GROUPS)[None, :]
+    at, inside = first * of_row + row * of_row + group, seen[:, None] & (group < SCALES)
+    scale = tl.load(scales + at, mask=inside, other=0)
+    return scale, tl.load(zeros + at, mask=inside, other=0) if FORM == INT4 else scale
+
+
+@triton.jit
+def scales_of(
+    keys, values, first, seen, query, D: tl.constexpr, V: tl.constexpr, VPAD: tl.constexpr, key_row: tl.constexpr,
+    value_row: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Scales and zeros of a block of keys and of one of values, as they are loaded; nothing where these are plain."""
+    if FORM > 0:
+        of_keys = _groups(keys, first, seen, D, query.shape[1], key_row, KEY_SCALED, FORM)
+        found = (of_keys, _groups(values, first, seen, V, VPAD, value_row, VPAD, FORM))
+    else:
+        found = (0, 0)
+    return found
+
+
+@triton.jit
 def decoded(
-    fields, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    fields, groups, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr,
     FORM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Numbers [N, PAD], the D of one head in each of the rows `first + 0 .. N` that are `seen` [N]; others are any, but finite.
 
-    fields: codes, scales and zeros of the head. ROW: bytes of the codes of all heads of a row. GROUP: numbers that share a scale.
+    fields: codes, scales and zeros of the head. groups: as `_groups` has loaded them. ROW: bytes of the codes of a row.
     """
-    PADDED: tl.constexpr = min(GROUP, PAD)
-    WIDTH: tl.constexpr = D // 2 if FORM == INT4 else D
     LOADED: tl.constexpr = 8 if FORM == INT4 else 1  # numbers of what is loaded at once: words of 4 bytes
-    SCALES: tl.constexpr = (D + GROUP - 1) // GROUP
-    codes, scales, zeros = fields
     row, column = tl.arange(0, seen.shape[0])[:, None], tl.arange(0, PAD // LOADED)[None, :]
-    of_row, group = ROW // WIDTH * SCALES, tl.arange(0, PAD // PADDED)[None, :]
-    at, inside = first * of_row + row * of_row + group, seen[:, None]
-    scale = _spread(_held(scales + at, inside, group, SCALES, MASKED), PAD)
-    of_codes = codes + first * ROW
+    of_codes, inside = fields[0] + first * ROW, seen[:, None]
+    scale = _spread(groups[0], PAD)
     if FORM == INT4:
         words = of_codes.to(tl.pointer_type(tl.uint32)) + row * (ROW // 4) + column
-        zero = _spread(_above(_held(zeros + at, inside, group, SCALES, MASKED)), PAD // LOADED)
+        zero = _spread(_above(groups[1]), PAD // LOADED)
         numbers = _scaled(_nibbles(_held(words, inside, column, D // LOADED, MASKED), zero, 0, 1), scale, KIND)
     elif FORM == INT8:
         code = _held(of_codes + row * ROW + column, inside, column, D, MASKED)
@@ -117,12 +140,12 @@ def _read(pointers, seen, within, MASKED: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def key_block(
-    keys, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    keys, scales, first, seen, D: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys [PAD, BLOCK], in columns: those from cache row `first` on."""
-    if FORM:
-        block = tl.trans(decoded(keys, first, seen, D, PAD, ROW, KEY_SCALED, KIND, FORM, MASKED))
+    """A block of keys [PAD, BLOCK], in columns: those from cache row `first` on. scales: of `scales_of`."""
+    if FORM > 0:
+        block = tl.trans(decoded(keys, scales[0], first, seen, D, PAD, ROW, KIND, FORM, MASKED))
     else:
         n, d = tl.arange(0, BLOCK)[None, :], tl.arange(0, PAD)[:, None]
         block = _read(keys + first * ROW + n * ROW + d, seen[None, :], d < D, MASKED, D < PAD)
@@ -131,12 +154,12 @@ def key_block(
 
 @triton.jit
 def value_block(
-    values, first, seen, V: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    values, scales, first, seen, V: tl.constexpr, PAD: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of values [BLOCK, PAD], in rows."""
-    if FORM:
-        block = decoded(values, first, seen, V, PAD, ROW, PAD, KIND, FORM, MASKED)
+    if FORM > 0:
+        block = decoded(values, scales[1], first, seen, V, PAD, ROW, KIND, FORM, MASKED)
     else:
         n, v = tl.arange(0, BLOCK)[:, None], tl.arange(0, PAD)[None, :]
         block = _read(values + first * ROW + n * ROW + v, seen[:, None], v < V, MASKED, V < PAD)

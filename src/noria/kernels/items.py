@@ -8,7 +8,7 @@ all variants give a row the same bits: they differ in masks that let everything 
 import triton
 import triton.language as tl
 
-from noria.kernels.decode_tiles import KEY_SCALED, key_block, of_head, value_block
+from noria.kernels.decode_tiles import KEY_SCALED, key_block, of_head, scales_of, value_block
 from noria.kernels.scoring import VALUES_WITHIN
 from noria.kernels.work import KEY_BLOCK, PIECE_COLUMNS, Item, Merge
 from noria.kernels.work import SECTION as SECTION_KEYS
@@ -90,16 +90,20 @@ def _blocks(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The keys at positions `begin .. end`, block after block; position 0 would be in cache row `zeroth`."""
+    VPAD: tl.constexpr = sums.shape[1]
     n = tl.arange(0, BLOCK)
+    coming = scales_of(keys, values, zeroth + begin, n + begin < stop, query, D, V, VPAD, key_row, value_row, FORM)
     for at in tl.range(begin, end, BLOCK):
-        seen = at + n < stop
+        # scales of the next block are loaded while this one is computed with: they are too small to be copied ahead
+        seen, ahead, scales = at + n < stop, at + BLOCK, coming
+        coming = scales_of(keys, values, zeroth + ahead, n + ahead < stop, query, D, V, VPAD, key_row, value_row, FORM)
         if FORM == WITHIN:  # what is read for scores is the value too
             its, rest = query
-            value = value_block(keys, zeroth + at, seen, V, sums.shape[1], key_row, its.dtype, 0, MASKED)
-            last = key_block(keys + V, zeroth + at, seen, D - V, rest.shape[1], key_row, its.dtype, 0, MASKED)
+            value = value_block(keys, scales, zeroth + at, seen, V, VPAD, key_row, its.dtype, 0, MASKED)
+            last = key_block(keys + V, scales, zeroth + at, seen, D - V, rest.shape[1], key_row, its.dtype, 0, MASKED)
             score = tl.dot(its, tl.trans(value), tl.dot(rest, last))
         else:
-            block = key_block(keys, zeroth + at, seen, D, query.shape[1], key_row, query.dtype, FORM, MASKED)
+            block = key_block(keys, scales, zeroth + at, seen, D, query.shape[1], key_row, query.dtype, FORM, MASKED)
             score = tl.dot(query, block)
         if CAP:  # the capped score is cap * tanh; tanh - 1 does as well, because a constant in exponents cancels
             score = -2.0 / (tl.exp2(score * soften) + 1.0)
@@ -112,7 +116,7 @@ def _blocks(
         share, old = tl.exp2((score - top[:, None]) * scale), tl.exp2((maximum - top) * scale)
         weight, maximum = tl.fma(weight, old, tl.sum(share, 1)), top
         if FORM != WITHIN:
-            value = value_block(values, zeroth + at, seen, V, sums.shape[1], value_row, query.dtype, FORM, MASKED)
+            value = value_block(values, scales, zeroth + at, seen, V, VPAD, value_row, query.dtype, FORM, MASKED)
         sums = tl.dot(share.to(value.dtype), value, sums * old[:, None])  # type: ignore[possibly-undefined]
     return sums, maximum, weight
 
