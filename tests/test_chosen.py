@@ -20,7 +20,7 @@ from noria.engine.assembly import weights_of
 from noria.engine.chosen import Tail, runs_of, without_experts
 from noria.engine.loading import Loader
 from noria.engine.timing import Traffic
-from noria.kernels.expert_layer import Awaited
+from noria.kernels.expert_layer import Arriving
 from noria.launch.mpi import Solo
 from noria.models import _routing
 from noria.output.generations import open_generations
@@ -211,14 +211,14 @@ def test_an_expert_that_nobody_chose_is_not_there_and_a_chosen_one_is_loaded_onc
         )  # fmt: skip
         expected, buffer = resident.wait(name), streamed._free[0].buffer
         streamed.begin(0, 0, 0, tokens=1)
-        assert not isinstance(streamed.wait(name)["experts.gate_up"], Awaited), "the first time all come"
+        assert not isinstance(streamed.wait(name)["experts.gate_up"], Arriving), "the first time all come"
         streamed.done(name)
         traffic.end_round(prefill=True)
         buffer.fill_(7)
         streamed.begin(1, 0, 0, tokens=1)
         found, brought = streamed.wait(name), set()
         for choices in ([[3, 4], [4, 9]], [[9, 3], [3, 4]], [[15, 4]]):
-            assert isinstance(found["experts.gate_up"], Awaited)
+            assert isinstance(found["experts.gate_up"], Arriving)
             found["experts.gate_up"].bring(torch.tensor(choices))
             brought |= {one for pair in choices for one in pair}
             check(found, expected, sorted(brought))
@@ -238,7 +238,7 @@ def check(found, expected, experts):
     """These experts, and all else, are as they are where all are on the device."""
     assert {*found} == {*expected}
     for name in found:
-        here, whole = (one.there if isinstance(one, Awaited) else one for one in (found[name], expected[name]))
+        here, whole = (one.there if isinstance(one, Arriving) else one for one in (found[name], expected[name]))
         if name.startswith("experts."):
             here, whole = (
                 one[experts] if isinstance(one, torch.Tensor) else one.of(experts).clone() for one in (here, whole)

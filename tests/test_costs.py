@@ -372,7 +372,7 @@ def test_few_rows_of_a_streamed_mixture_have_their_expected_experts_alone_cross_
     experts = 48 * 128 * 3 * 768 * 2048 * 2
     moved = streamed - experts * (1 - 8 / 128) ** 8  # what none of the 8 tokens goes to stays
     link = plan.predicted["terms"]["decode"]["link"]
-    assert link == pytest.approx(moved / KNOWN.host_to_device + 48 * 0.2e-3, rel=1e-3)
+    assert link == pytest.approx(moved / KNOWN.host_to_device + 48 * 0.3e-3, rel=1e-3)
     assert link < plan.predicted["decode"]["round_seconds"] < 0.65 * streamed / KNOWN.host_to_device
     assert costs.weights_nbytes(plan, blocks, 0, costs.touched(QWEN3_30B[0], 8))["link"] == pytest.approx(
         moved, rel=1e-3

@@ -92,6 +92,21 @@ def test_a_device_waits_from_when_it_has_computed_what_was_queued():
     assert columns["prefill_idle_input_seconds"] == 0
 
 
+def test_what_a_layer_waits_for_its_experts_is_not_computing():
+    clock = Clock()
+    gauge = Gauge(clock)
+    gauge.end_round("decode")
+    begin = gauge.mark()
+    clock.now += 2 * 10**9
+    with clock.waiting("experts"):
+        clock.now += 5 * 10**9
+    clock.now += 10**9
+    gauge.computed(begin)
+    gauge.end_round("decode")
+    columns = gauge.columns()
+    assert (columns["decode_compute_seconds"], columns["decode_idle_weights_seconds"]) == (3.0, 5.0)
+
+
 def test_after_some_rounds_every_eighth_is_looked_at():
     clock = Clock()
     gauge, marked = Gauge(clock), []

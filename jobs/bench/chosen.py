@@ -4,7 +4,8 @@
 
 Prints one JSON line a form and way: seconds of a decode round and what the plan said, bytes over the link in all decode rounds,
 those of the experts that the routers chose and of the rest of each layer, and whether tokens and log-probabilities are the
-bits of whole layers. Weights are random, so that tokens go to more experts than those of a trained model may.
+bits of whole layers. Weights are random, so that tokens go to more experts than those of a trained model may. The first blocks
+of the first decode round set out whole, while prompts were computed.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from noria.blocks import Block, Parameter
-from noria.kernels.expert_layer import Awaited
+from noria.kernels.expert_layer import Arriving
 
 Runs = list[tuple[int, int]]  # of bytes in a block: offset and length
 
@@ -57,15 +57,15 @@ def runs_of(parameter: Parameter, pieces: Iterable[int]) -> Runs:
     return runs
 
 
-class WithAwaited(Mapping[str, Any]):
-    """The parameters of a layer, of which some are Awaited."""
+class WithArriving(Mapping[str, Any]):
+    """The parameters of a layer, of which some are Arriving."""
 
     def __init__(self, given: Mapping[str, Any], bring: Mapping[str, Callable[[torch.Tensor], None]]):
         self._given, self._bring = given, bring
 
     def __getitem__(self, name: str) -> Any:
         there = self._given[name]
-        return Awaited(there, self._bring[name]) if name in self._bring else there
+        return Arriving(there, self._bring[name]) if name in self._bring else there
 
     def __contains__(self, name: object) -> bool:
         return name in self._given

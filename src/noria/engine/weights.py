@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from noria.blocks import Block, Parameter
-from noria.engine.chosen import Runs, Tail, WithAwaited, experts_of, runs_of, without_experts
+from noria.engine.chosen import Runs, Tail, WithArriving, experts_of, runs_of, without_experts
 from noria.engine.cycle import Cycle
 from noria.engine.decoding import Computed, Decoder, Decoding
 from noria.engine.parameters import Parameters, Undecoded, views
@@ -163,7 +163,7 @@ class Weights:
         found = self._computed(name, coming.slot)
         if coming.experts is None:
             return found
-        return WithAwaited(
+        return WithArriving(
             found, {key: partial(self._bring, coming, one) for one in experts_of(block) for key in one.computed}
         )
 

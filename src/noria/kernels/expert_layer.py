@@ -32,7 +32,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Awaited:
+class Arriving:
     """Stands for matrices of which those that tokens chose come when it is known which.
 
     After `bring` of the choices [T, C] `there` has these, as a tensor or as what decodes them, and of the others anything.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from noria.kernels import in_order
-from noria.kernels.expert_layer import Awaited, ExpertLayer, Gate
+from noria.kernels.expert_layer import Arriving, ExpertLayer, Gate
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _fused, _gates, _routing, _tiles
@@ -195,7 +195,7 @@ def mixture(
     gate: Gate = SWIGLU,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], in any strides, Some or Awaited.
+    """[T, E]: each token's weighted sum over its experts; gate_up [X, 2 * I, E], down [X, E, I], any strides, Some or Arriving.
 
     biases: [X, 2 * I] of gates and ups, [X, E] of downs. A token's sum is over its choices in their order, whatever other
     tokens there are. On CUDA in half precisions by tiles of sorted pairs, where the host waits for nothing; where these
@@ -225,7 +225,7 @@ def mixture_of_weighted(
 def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> AnyLayer:
     """Matrices that are decoded where they are chosen: on a GPU all at once where there is room, unless rows are few."""
     its = layer.gate_up
-    if isinstance(its, Awaited):
+    if isinstance(its, Arriving):
         its.bring(chosen)
         return replace(layer, gate_up=its.there, down=layer.down.there)
     if isinstance(its, torch.Tensor) or not hidden.is_cuda or its.most < len(its):
