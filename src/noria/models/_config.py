@@ -40,6 +40,8 @@ WITHOUT_EFFECT = frozenset(
     " return_dict_in_generate suppress_tokens tie_encoder_decoder torchscript typical_p use_bfloat16"
     " gradient_checkpointing neftune_noise_alpha transformers.js_config".split()
 )
+# Of windows, which Qwen's families read, and Llama's, Mistral's and Phi-3's do not.
+OF_WINDOWS = ("use_sliding_window", "max_window_layers", "layer_types")
 OFF = frozenset(("add_cross_attention", "is_encoder_decoder"))  # which no decoder asks for
 
 

@@ -17,5 +17,5 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     biases, mlp_bias = read.flag(keys, "attention_bias", False), read.flag(keys, "mlp_bias", False)
     made = _decoder.shape("llama", keys, _decoder.Variant(qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias))
     read.only(keys, "rope_interleaved", False, "Noria computes this family only with halves of heads turned together")
-    keys.refuse_others("max_sequence_length", "is_llama_config", "layer_types")
+    keys.refuse_others("max_sequence_length", "is_llama_config", "sliding_window", *read.OF_WINDOWS)
     return made

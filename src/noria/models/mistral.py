@@ -19,5 +19,5 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     keys = read.keys_of(config, DEFAULTS)
     window = _decoder.window_of(keys, range(_decoder.num_layers(keys)))
     made = _decoder.shape("mistral", keys, _decoder.Variant(window=window))
-    keys.refuse_others("layer_types")
+    keys.refuse_others(*read.OF_WINDOWS)
     return made

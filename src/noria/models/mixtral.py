@@ -34,7 +34,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     made = _decoder.shape(
         "mixtral", config, _decoder.Variant(window=_decoder.window_of(config, layers), experts=experts)
     )
-    config.refuse_others("router_jitter_noise", "layer_types")
+    config.refuse_others("router_jitter_noise", *read.OF_WINDOWS)
     return made
 
 

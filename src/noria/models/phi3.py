@@ -27,7 +27,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     }
     for key, value in only.items():
         read.only(keys, key, value, f"Noria computes this family only with {value}")
-    keys.refuse_others("layer_types", "original_max_position_embeddings")  # which some ropes have of their own
+    keys.refuse_others(*read.OF_WINDOWS, "original_max_position_embeddings")  # which some ropes have of their own
     return made
 
 

@@ -12,7 +12,6 @@ from noria.models._decoder import *  # noqa: F403 - all that a family has beside
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 ALIASES = _decoder.ALIASES + _sources.IN_WRAPPERS  # type: ignore[assignment]  # of text with images
 # What a config.json that leaves them out means.
-OF_WINDOWS = ("sliding_window", "max_window_layers", "layer_types")  # read where use_sliding_window asks for them
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 
 
@@ -21,7 +20,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     keys = read.keys_of(config, DEFAULTS)
     made = _decoder.shape("qwen2", keys, _decoder.Variant(qkv_bias=True, window=window(keys)))
     read.only(keys, "use_mrope", False, "Noria computes the text of this family, whose positions are one number")
-    keys.refuse_others(*OF_WINDOWS)
+    keys.refuse_others("sliding_window", *read.OF_WINDOWS)  # read where use_sliding_window asks for them
     return made
 
 

@@ -21,5 +21,5 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     made = _decoder.shape(
         "qwen3", config, _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window)
     )
-    config.refuse_others(*qwen2.OF_WINDOWS)
+    config.refuse_others("sliding_window", *read.OF_WINDOWS)
     return made

@@ -38,7 +38,8 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     made = _decoder.shape("qwen3_moe", config, variant)
     for key, value in (("qkv_bias", biases), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
         read.only(config, key, value, f"Noria computes this family only with {value}")
-    config.refuse_others(*qwen2.OF_WINDOWS, "intermediate_size")  # of dense layers, which there may be none of
+    # intermediate_size is of dense layers, which there may be none of
+    config.refuse_others("sliding_window", "intermediate_size", *read.OF_WINDOWS)
     return made
 
 
