@@ -6,7 +6,7 @@ Cases: `shared`: 512 prompts of 2,000 shared and 200 own tokens, 64 generated; `
 shuffled; `limit`: 2,048 prompts of 128 tokens, a limit of 4,096, ends at 300 on average by V / 300 random stop_token_ids;
 `limit-24`: the same with --gpu-memory 24GiB. Each runs as it is and then beside itself: without sharing (--no-prefix-sharing), or
 with reservations of the limit. Prints one JSON line a run; the second of a pair says how many times as fast the first was.
-Starts noria itself.
+rows_in_flight: the median of the steps composed while other rows wait, without the first quarter of these. Starts noria itself.
 """
 
 import argparse
@@ -27,6 +27,17 @@ SHARED, OWN, GENERATED = 2000, 200, 64
 PROMPT, LIMIT, ENDS_AT, NUM_ROWS = 128, 4096, 300, 2048
 # What the run of the second kind does before it begins: no number of ended rows is enough to judge others by.
 AT_LIMIT = "import noria.rows.reservations as r; r.ENOUGH = 1 << 62; "
+# What each of a bench's runs does: it keeps how many rows are in flight at each step composed while others wait.
+WATCH = """
+import atexit, json, noria.rows.admission as watched
+counts, plain = [], watched.Admission.compose
+def compose(self, *place):
+    if self._queue.first() is not None:
+        counts.append(self.num_active)
+    return plain(self, *place)
+watched.Admission.compose = compose
+atexit.register(lambda: open({path!r}, "w").write(json.dumps(counts)))
+"""
 START = "import sys; from noria.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -56,7 +67,8 @@ def run(folder: Path, flags: list[str], before: str = "") -> dict:
         "--output",
         folder / "run.h5",
     ]
-    command = [sys.executable, "-c", before + START, "run", *files, "--ignore-eos", "--overwrite", *flags]
+    watch = WATCH.format(path=str(folder / "counts.json"))
+    command = [sys.executable, "-c", watch + before + START, "run", *files, "--ignore-eos", "--overwrite", *flags]
     subprocess.run([str(word) for word in command], check=True, timeout=560, env=os.environ)
     with h5py.File(folder / "run.h5") as output:
         generated, prompts = len(output["tokens"]), len(output["prompt_tokens"])
@@ -64,6 +76,7 @@ def run(folder: Path, flags: list[str], before: str = "") -> dict:
         rounds = float(output["timing/rounds"][:].max())
         device = json.loads(output.attrs["devices"])[0]
     computed = prompts - shared + generated
+    counts = json.loads((folder / "counts.json").read_text())
     return {
         "device": device,
         "generated_tokens": generated,
@@ -72,6 +85,7 @@ def run(folder: Path, flags: list[str], before: str = "") -> dict:
         "generated_per_second": round(generated / seconds, 1),
         "computed_per_second": round(computed / seconds, 1),
         "rows_a_round": round(generated / rounds, 1),
+        "rows_in_flight": int(np.median(counts[len(counts) // 4 :])) if counts else 0,
     }
 
 
