@@ -23,8 +23,9 @@ if type(compiled.attend_items).__name__ != "InterpretedFunction":
     pytest.skip("the kernels were imported before, to be compiled", allow_module_level=True)
 
 import dense
+import rounded
 from item_cases import Heads, ragged
-from noria.arrays import ENCODINGS, stored
+from noria.arrays import ENCODINGS, Array, encoded, stored
 from noria.attention import items
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
@@ -33,6 +34,7 @@ from noria.engine.rounding import RoundedArray, RoundedAttention, RoundedRows
 from noria.kernels.coded import zeros
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import Packing
+from noria.step import PAGE_TOKENS
 
 CPU = torch.device("cpu")
 KINDS = sorted(ENCODINGS)
@@ -130,3 +132,30 @@ def test_a_layer_attends_alike_in_either_way_and_by_lists_that_stay(kind):
 def test_the_kind_builds_what_it_launches_and_finds_the_same_bits(kind):
     given = CPU, torch.float16, HeadShape(6, 2, 80, 16), frozenset([None, 7]), ENCODINGS[kind]
     assert items.refuses_coded.__wrapped__(*given) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_programs")
+def test_latents_are_decoded_before_and_then_read_once_as_keys_and_values(monkeypatch):
+    within, launch = [], attend.attend
+
+    def spy(lists, queries, keys, values, *more):
+        within.append(HeadShape.of(queries, keys, values).within)
+        return launch(lists, queries, keys, values, *more)
+
+    monkeypatch.setattr(attend, "attend", spy)
+    spans = dense.in_blocks(dense.CASES["prompts beside decoding rows"])
+    tokens, rows = sum(span.count for span in spans), dense.most_pages(spans) * PAGE_TOKENS
+    entry, latent = encoded((Array("latent", (40,), value=32),), "int8"), torch.randn(rows, 40)
+    arrays = {one.name: torch.zeros(rows, 1, *one.row, dtype=FIELD_DTYPES[one.computed("")]) for one in stored(entry)}
+    its = RoundedArray(entry[0], {name: arrays[one.name] for name, one in entry[0].fields.items()})
+    its.write(torch.arange(rows), latent[:, None])
+    over, places = RoundedAttention(items, 200, 160, torch.float32, CPU), torch.from_numpy(cache_rows(spans))
+    microbatch = Microbatch(0, tokens, torch.arange(tokens), places, None, over.prepare(spans, CPU), None)
+    queries, new = torch.randn(tokens, 4, 40), torch.randn(tokens, 40)
+    found = LayerCache(over, microbatch, arrays, entry).attend(queries, scale=0.3, values=32, latent=new)
+    latent[places] = new
+    back = torch.from_numpy(rounded.rounded(latent.double().numpy(), "int8", "key"))[:, None]
+    expected = dense.attention(spans, queries.double(), back, back[..., :32], 0.3, None)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+    assert within and all(within)

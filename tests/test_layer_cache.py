@@ -6,7 +6,7 @@ import torch
 
 import dense
 from noria import attention, kinds
-from noria.arrays import Array, keys_and_values
+from noria.arrays import Array, encoded, keys_and_values
 from noria.attention import items, sdpa
 from noria.engine import states
 from noria.engine.batch import Microbatch, cache_rows
@@ -166,6 +166,12 @@ def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_eve
         found, said = attention.fitting(CPU, torch.bfloat16, shape)
         assert (kinds.name_of(found), said) == (kind, why), cache
     assert asked[-1] == (HeadShape(4, 2, 64, 64), {None, 7})
+
+
+def test_latents_in_fewer_bits_are_decoded_before_they_are_attended_to():
+    cache = (encoded((Array("latent", (96,), value=64),), "int8"),)
+    shape = ModelShape("llama", 1, 64, 4, 2, 64, 100, 100, False, cache=cache)
+    assert attention.decodes_ahead(items, CPU, torch.bfloat16, shape) == "values lie within keys"
 
 
 def test_a_layer_finds_its_sequences_states_and_leaves_new_ones_only_when_it_has_returned():
