@@ -70,7 +70,9 @@ def test_decoding_is_counted_and_the_link_carries_what_is_kept():
     assert loads.cache_nbytes(plan, shape, 0, turn)["cpu"]["load"] == pytest.approx((5000 + 200) * of_token)
     work = cut_of(plan, (shape, OPT_30B[1])).share(0).work
     assert loads.cache_decoded(work, turn) == (5000 + 200 + 60) * (of_token + 48 * 7168 * 2 * 2)
-    assert plan.predicted["terms"]["decode"]["decoding"] > 0 == plain.predicted["terms"]["decode"]["decoding"]
+    assert loads.cache_decoded(work, turn, in_tiles=True) == (200 + 60) * (of_token + 48 * 7168 * 2 * 2)
+    assert plan.predicted["terms"]["prefill"]["decoding"] > 0 == plain.predicted["terms"]["prefill"]["decoding"]
+    assert plan.predicted["terms"]["decode"]["decoding"] == 0  # attention decodes what single queries read
     said, before = (one.lines()[0] for one in (plan, plain))
     assert f"{plan.num_pages * 16:,} tokens in int8" in said and "int8" not in before
 

@@ -51,6 +51,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     seen = turn.rows * context * (work.decoded or work.token) + sampled * (
         2 * work.state - work.rings
     )  # states are written too
+    in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates)
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
@@ -64,7 +65,9 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "other kernels": terms.elementwise(between, chosen, dtype, rates)
         + terms.least(passes * work.layers, passes * work.mixtures, rates)
         + terms.sampling(sampled * work.logits, rates),
-        "decoding": terms.decoding(plan.groups * load.decoded + passes * again + cache_decoded(work, turn), rates),
+        "decoding": terms.decoding(
+            plan.groups * load.decoded + passes * again + cache_decoded(work, turn, in_tiles), rates
+        ),
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not turn.chunk_tokens
         else terms.launches(passes * work.layers, passes * work.mixtures, rates)

@@ -133,10 +133,10 @@ def cache_moved(
     return moved
 
 
-def cache_decoded(work: Tasks, turn: Round) -> float:
-    """Bytes that a rank reads and writes in a round to decode the cache of the rows that attend, where it is encoded: of
-    those that share a beginning as if each had its own."""
-    tokens = turn.rows * turn.context + turn.chunk_rows * turn.chunk_cached + turn.chunk_tokens
+def cache_decoded(work: Tasks, turn: Round, in_tiles: bool = False) -> float:
+    """Bytes that a rank reads and writes in a round to decode the cache before attention, where it is encoded, of the rows that
+    attend: of those that share a beginning as if each had its own. in_tiles: attention decodes that of decoding rows itself."""
+    tokens = turn.rows * turn.context * (not in_tiles) + turn.chunk_rows * turn.chunk_cached + turn.chunk_tokens
     return tokens * (work.token + work.decoded) * (work.decoded > 0)
 
 

@@ -84,8 +84,14 @@ def own_context(context: float, shared: float) -> float:
 
 
 def cache_reading(nbytes: float, rates: Rates) -> float:
-    """Attention of decoding rows: it reads their cache once."""
+    """Attention of decoding rows: it reads their cache once. Of one in fewer bits, which it decodes meanwhile, what it decodes is
+    counted: fewer bytes are read, but the decoding binds."""
     return nbytes / (rates.device_memory * (CPU_CACHE_SHARE if rates.device == "CPU" else CACHE_SHARE))
+
+
+def decodes_in_tiles(dtype: str, rates: Rates) -> bool:
+    """Whether attention decodes a cache in fewer bits itself, as it reads it."""
+    return dtype in HALF and rates.device != "CPU"
 
 
 def chunks(flops: float, context: float, dtype: str, rates: Rates) -> float:
