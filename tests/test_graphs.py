@@ -17,7 +17,7 @@ from noria import attention, config, kinds
 from noria.checkpoint.convert import convert
 from noria.checkpoint.quantization import quantization
 from noria.engine.decoding import Decoder
-from noria.engine.graphs import Graphs
+from noria.engine.graphs import OFTEN, Graphs
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import building, search
@@ -189,5 +189,5 @@ def test_a_step_goes_by_the_next_larger_graph_until_its_own_size_has_come_often_
         * 6
     )
     graphs._graphs = {(0, 64): None, (0, 128): None}
-    assert [graphs.size_of(rows) for rows in (33, 64, 65, 100, 129, 20)] == [64, 64, 128, 128, 160, 24]
-    assert [graphs.size_of(33) for _ in range(3)] == [64, 40, 40]
+    assert [graphs.size_of(rows) for rows in (33, 64, 65, 100, 129, 20, 3)] == [64, 64, 128, 128, 160, 64, 64]
+    assert [graphs.size_of(33) for _ in range(OFTEN + 1)] == [64] * (OFTEN - 1) + [40, 40]

@@ -140,6 +140,24 @@ def test_while_a_thread_waits_polls_follow_each_other_without_a_pause(monkeypatc
     assert len(counts) <= 2 and len(seen) == 1000, "a pause that had begun, and none later"
 
 
+def test_a_thread_that_waits_where_no_core_is_short_polls_without_giving_its_own_away(monkeypatch):
+    rests, left = [], [1000]
+    monkeypatch.setattr(communication_module, "_rest", lambda *_: rests.append(threading.current_thread().name))
+
+    def awaited():
+        while left[0]:
+            left[0] -= 1
+            yield
+
+    for spins in (False, True):
+        communication = Communication(eager=60.0, spins=spins)
+        communication.start(awaited()).wait()
+        communication.close()
+        assert (threading.current_thread().name in rests) != spins
+        rests.clear()
+        left[0] = 1000
+
+
 def test_work_that_goes_on_is_polled_without_a_pause_again(monkeypatch):
     pauses, seen, ready = [], [], threading.Event()
     monkeypatch.setattr(communication_module, "pause", lambda idle: pauses.append(idle) or 1e-4)

@@ -16,7 +16,7 @@ import torch
 
 from noria import transports
 from noria.launch import launcher, mpi
-from noria.ring.communication import Communication
+from noria.ring.ring import communication_of
 from noria.streams import streams_of
 
 SIZES_MIB = (1, 4, 16, 64, 256)
@@ -82,7 +82,7 @@ def main() -> None:
     streams = streams_of(device)
     name, reason = transports.choose(comm, device, arguments.transport)
     transport = transports.open_transport(name, comm, device)
-    communication = Communication(streams.set_device)
+    communication = communication_of(streams)
     gbps, alone_gbps, plain_gbps, wrong = {}, {}, {}, 0
     for size in arguments.sizes:
         shape = (arguments.messages, size << 20)

@@ -49,6 +49,7 @@ from noria.report.terms import PHASES
 from noria.ring.heartbeat import SILENCE
 from noria.ring.ring import AnyRing
 from noria.rows.template import template_helper
+from noria.tools.garbage import set_aside
 from noria.tools.helper import Helper
 from noria.tools.provenance import now, segment_of
 
@@ -127,7 +128,8 @@ def _generate(
             watchdog.begin("building its kernels")
             with exact_bits(config, here, model, plan.dtype) as exact:
                 executor = _build(config, here, plan, model, ring, meters, watchdog)
-                timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
+                with set_aside():
+                    timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
             ran |= exact
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = _gathered(here, plan, model, asdict(timing) | meters.columns())

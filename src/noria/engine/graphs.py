@@ -32,8 +32,10 @@ from noria.ring.messages import Arrays
 from noria.streams import Streams
 from noria.tools.text import nbytes_words, plural
 
-MORE = 2  # times as many rows as a step has may be computed in its place: few rows cost what reading weights costs
+MORE = 2  # times as many rows as a step has may be computed in its place, or
+FEW = 64  # rows in place of fewer: they cost what reading weights costs
 SEEN = 2  # times that a size must have come before it is captured: what comes once may never come again
+OFTEN = 32  # the same where a larger graph serves: what it takes longer in so many steps is what a capture takes
 
 
 @dataclass
@@ -87,8 +89,8 @@ class Graphs:
         """The size to which a step of so many rows is padded: of the next larger graph, until its own has been captured."""
         own = padded_rows(rows)
         self._came[own] += 1
-        captured = [size for _, size in self._graphs if own <= size <= MORE * own]
-        return min(captured, default=own) if self._came[own] <= SEEN else own
+        captured = [size for _, size in self._graphs if own <= size <= max(MORE * own, FEW)]
+        return min(captured, default=own) if self._came[own] <= OFTEN else own
 
     def expect(self, padded: Padded, layers: range) -> None:
         """Queues what can be queued for a visit before its hidden states are there: for these most ranks wait, and one copy and

@@ -58,7 +58,8 @@ class Ticket(Generic[T]):
 
 class Communication:
     """Owns the thread. `prepare` is called in it first: it binds the thread to its device. eager: seconds of polls without a
-    pause by a thread that waits. outside: in which other threads do work, for modes that they may be in.
+    pause by a thread that waits. spins: it keeps its core meanwhile, which nobody else needs. outside: in which other threads
+    do work, for modes that they may be in.
 
     Who waits for work does all that there is, until its own has ended: from thread to thread takes longer than most messages.
     """
@@ -67,9 +68,10 @@ class Communication:
         self,
         prepare: Callable[[], None] = lambda: None,
         eager: float = EAGER_AWAITED,
+        spins: bool = False,
         outside: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ):
-        self._prepare, self._eager, self._outside = prepare, eager, outside
+        self._prepare, self._eager, self._spins, self._outside = prepare, eager, spins, outside
         self._new: deque[tuple[Generator[None, None, Any], Ticket[Any]]] = deque()
         self._live: list[tuple[Generator[None, None, Any], Ticket[Any]]] = []
         self._wake = threading.Event()
@@ -128,8 +130,8 @@ class Communication:
                     self.check()
                     if self._take_turn(self._advance):
                         last = time.monotonic()
-                    else:
-                        _rest(time.monotonic() - last, self._eager)
+                    elif (idle := time.monotonic() - last) > self._eager or not self._spins:
+                        _rest(idle, self._eager)
         finally:
             with self._counting:
                 self._num_waits -= 1
@@ -238,7 +240,7 @@ def _rest(idle: float, eager: float, sleep: Callable[[float], object] = time.sle
     if idle > eager:
         sleep(pause(idle))
     else:
-        time.sleep(0)  # some us: the core and the interpreter go to whoever needs them, who may be the other rank
+        time.sleep(0)  # 15 to 65 us: the core and the interpreter go to whoever needs them, who may be the other rank
 
 
 def pause(idle: float) -> float:
