@@ -128,8 +128,7 @@ def _generate(
             watchdog.begin("building its kernels")
             with exact_bits(config, here, model, plan.dtype) as exact:
                 executor = _build(config, here, plan, model, ring, meters, watchdog)
-                with set_aside():
-                    timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
+                timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
             ran |= exact
         watchdog.begin("writing the output" if here.rank == 0 else "waiting for rank 0 to write the output")
         timings = _gathered(here, plan, model, asdict(timing) | meters.columns())
@@ -190,6 +189,7 @@ def _build(
     return build(plan, model.shape, weights, ring, here.streams, meters, scratch)
 
 
+@set_aside()
 def _execute(
     here: ThisRank,
     executor: Executor,
