@@ -41,8 +41,8 @@ def with_products(opened: OpenModel, products: str) -> dict[str, Block]:
     )
     require(
         marked,
-        f"products is {products}: no matrix of {opened.path}'s layers is stored in fp8 ({which}): convert the model with"
-        ' --quantization fp8, or set products = "auto"',
+        f"products is {products}: no matrix of {opened.path}'s layers is stored in fp8 ({which}): convert the model in full"
+        ' precision with --quantization fp8, or set products = "auto"',
     )
     return blocks
 
