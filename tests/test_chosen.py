@@ -160,7 +160,10 @@ def test_tokens_are_those_of_whole_blocks_in_fewer_bytes_in_every_tier_form_and_
     assert chosen == whole and plan["chosen_tokens"] == 4
     for link in ("host_to_gpu", "disk_to_host") if "disk" in weights else ("host_to_gpu",):
         assert 0 < loaded[f"decode_{link}_nbytes"][0] < loaded_whole[f"decode_{link}_nbytes"][0]
-        assert loaded[f"prefill_{link}_nbytes"][0] == loaded_whole[f"prefill_{link}_nbytes"][0]
+        saved = loaded_whole[f"prefill_{link}_nbytes"][0] - loaded[f"prefill_{link}_nbytes"][0]
+        assert saved == 0 if keys["groups"] == 1 else saved >= 0, (
+            "a group's few tokens may come before another's prompts"
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
