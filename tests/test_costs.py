@@ -183,7 +183,7 @@ def test_what_cpu_memory_does_not_hold_is_read_from_disk():
     machine = Machine("cuda", 125 * GiB, 30 * GiB)
     plan = plan_of(OPT_175B, 2, 256, machine, ROWS)
     assert_fits(plan, machine)
-    assert "disk" in tiers_of(plan) and plan.predicted["decode"]["binds"] == "disk"
+    assert "disk" in tiers_of(plan) and plan.predicted["decode"]["binds"] in ("disk", "ring")
 
 
 def test_random_weights_that_fit_no_memory_are_refused_with_what_is_missing_and_the_way_out():
@@ -318,6 +318,25 @@ def test_rounds_of_opt_30b_take_what_they_took(num_ranks, load, flags, prefill, 
 )
 def test_resident_runs_are_as_fast_as_they_were(made, num_ranks, load, speed):
     assert predicted(made, num_ranks, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.15)
+
+
+# Cut to 16 layers, several runs in one process (jobs/bench/planned.py), on machines whose products were 1 to 4 % faster.
+LLAMA_16 = llama(16, 4096, 32, 8, 14336, 128256)
+MIXTURE_16 = llama(16, 2048, 32, 4, 768, 151936, experts=128)
+
+
+@pytest.mark.parametrize(
+    ("made", "load", "speed"),
+    [
+        (LLAMA_16, Workload(1024, 512, 64), 8222),
+        (LLAMA_16, Workload(16, 512, 256), 4708),
+        (LLAMA_16, Workload(4096, 64, 32), 23704),
+        (MIXTURE_16, Workload(512, 512, 64), 15453),
+        (MIXTURE_16, Workload(16, 512, 128), 3093),
+    ],
+)
+def test_short_resident_runs_are_as_fast_as_they_were(made, load, speed):
+    assert predicted(made, 1, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.12)
 
 
 def planned(dtype, rows=100, **flags):

@@ -27,7 +27,7 @@ def made(kind, machine, shape=OPT_30B[0], **flags):
     return planner.make(problem)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("int8", 1.85), ("fp8", 1.8), ("int4", 3.5)])
+@pytest.mark.parametrize(("kind", "least"), [("int8", 1.8), ("fp8", 1.8), ("int4", 3.5)])
 @pytest.mark.parametrize(
     ("machine", "flags"),
     [

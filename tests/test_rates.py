@@ -48,7 +48,9 @@ def test_a_product_between_two_measured_numbers_of_rows_lies_on_their_line():
     half = replace(MEASURED, matmul_rows={"bfloat16": {16: 6e13}})
     assert half.matmul_at("bfloat16", 4) == pytest.approx(1.5e13), "as long as 16 rows take"
     noisy = replace(MEASURED, matmul_rows={"bfloat16": {16: 6e13, 1024: 8e14, 4096: 7.6e14}})
-    assert [noisy.matmul_at("bfloat16", rows) for rows in (1024, 2048, 1e5)] == [8e14] * 3, "more rows are never slower"
+    assert [noisy.matmul_at("bfloat16", rows) for rows in (1024, 2048, 1e5)] == [7.6e14] * 3, (
+        "a clock that does not last"
+    )
 
 
 def test_what_is_measured_in_part_keeps_the_rest_of_what_was_measured_before():

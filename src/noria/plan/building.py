@@ -18,6 +18,7 @@ from noria.step import PAGE_TOKENS
 from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 
+LARGE_HEAD = 1.5  # layers; smaller ones are streamed as layers are
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
 GRAPHS_ROOM = 4  # times the rows that are counted on: of these graphs are captured too
@@ -142,22 +143,36 @@ def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: in
     """The tier of each of the rank's blocks, in the order of visits. Raises InputError if they find no room."""
     names, shares = sizes.cut.share(rank).names, problem.config.placement.weights
     if shares is None:
-        return _filled(problem, sizes, candidate, rank, slots)
+        return _filled(problem, _with_head(problem, sizes, candidate, rank), candidate, rank, slots)
     if is_listed(shares):
         return list(by_list(names, shares).values())
     if is_budget(shares):
-        return _budgeted(problem, sizes, rank, [budgets_of(shares, "placement.weights")], problem.nbytes)
+        return _budgeted(problem, names, rank, [budgets_of(shares, "placement.weights")], problem.nbytes)
     moved = [problem.nbytes[name] for name in names if name != "embed"]
     embed = ["gpu" if shares.get("gpu") else "cpu"] * ("embed" in names)
     return embed + by_share(moved, shares)
 
 
+def _with_head(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int) -> Sizes:
+    """The sizes with a head on the device that is so large that buffers for it would take as much, if it finds room."""
+    names = sizes.cut.share(rank).names
+    layers = [problem.nbytes[name] for name in names if name.startswith("layers/")]
+    if "head" not in names or problem.nbytes["head"] < LARGE_HEAD * max(layers, default=0):
+        return sizes
+    with_head = replace(sizes, weight_tiers={rank: ["gpu" if name == "head" else "" for name in names]})
+    used = with_head.table(rank, reserved(problem, sizes, candidate))["gpu"]
+    return with_head if sum(used.values()) + SLOTS * max(layers) <= problem.limits["gpu"] else sizes
+
+
 def _filled(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> list[str]:
     """On the device what it holds beside the reserved pages, the buffers and work space; then CPU memory, then disk.
 
-    The buffers of loading count in CPU memory where a block passes them. Raises InputError where the others are too much.
+    A head that `sizes` have there stays. The buffers of loading count in CPU memory where a block passes them. Raises
+    InputError where the others are too much.
     """
-    names, limits = sizes.cut.share(rank).names, problem.limits
+    limits, kept = problem.limits, [*sizes.weight_tiers[rank]]
+    names = [name for name, tier in zip(sizes.cut.share(rank).names, kept, strict=True) if not tier]
+    kept = kept[len(names) :]
     on_device = {**problem.nbytes, **(problem.weighed.decoded if sizes.decoded else {})}
     for tier, items in sizes.table(rank, {}).items():
         if tier != "disk" and sum(items.values()) > limits[tier]:
@@ -170,7 +185,7 @@ def _filled(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slo
         used = sum(sum(table[tier].values()) for tier in ("gpu", "cpu")) + loading
         free |= {"gpu": max(min(free["gpu"], problem.machine.memory_nbytes - used), 0), "cpu": 0}
     if sum(on_device[name] for name in names) <= free["gpu"]:
-        return ["gpu"] * len(names)
+        return ["gpu"] * (len(names) + len(kept))
     largest = max((problem.nbytes[name] for name in names if name != "embed"), default=0)
     beside = max(free["gpu"] - slots * largest, 0)
     budgets = [{"gpu": beside, "cpu": max(free["cpu"] - less, 0)} for less in dict.fromkeys((0, loading))]
@@ -179,22 +194,22 @@ def _filled(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slo
         budgets.append({"gpu": beside, "cpu": max(free["cpu"] - less, 0), "disk": 1 << 62})
 
     def fits(tiers: list[str]) -> bool:
-        table = replace(sizes, weight_tiers={rank: tiers}).table(rank, pages)
+        table = replace(sizes, weight_tiers={rank: tiers + kept}).table(rank, pages)
         return sum(table["cpu"].values()) <= limits["cpu"]
 
-    return _budgeted(problem, sizes, rank, budgets, on_device, fits)
+    return _budgeted(problem, names, rank, budgets, on_device, fits) + kept
 
 
 def _budgeted(
     problem: Problem,
-    sizes: Sizes,
+    names: Sequence[str],
     rank: int,
     budgets: Sequence[Mapping[str, int]],
     nbytes: Mapping[str, int],
     fits: Callable[[list[str]], bool] = lambda tiers: True,
 ) -> list[str]:
-    """The tiers of the rank's blocks by the first of these budgets that holds all. Raises InputError if none does."""
-    names, refusal = sizes.cut.share(rank).names, InputError("")
+    """The tiers of these blocks of a rank by the first of these budgets that holds all. Raises InputError if none does."""
+    refusal = InputError("")
     for budget in budgets:
         left, embed = dict(budget), []
         if "embed" in names:

@@ -11,7 +11,7 @@ from typing import Any
 
 from noria.model import ModelShape
 from noria.plan import terms
-from noria.plan.cut import Cut
+from noria.plan.cut import Cut, Tasks
 from noria.plan.loads import (
     Load,
     cache_decoded,
@@ -29,7 +29,7 @@ from noria.plan.rates import Rates
 from noria.plan.rounds import Round, Rounds, Workload, decoding, rounds_of
 
 __all__ = ["Round", "Workload", "cache_nbytes", "decoding", "ring_nbytes", "touched", "weights_nbytes"]
-PRODUCTS, KERNELS = ("matmul", "device memory"), ("attention", "other kernels", "decoding")
+PRODUCTS, KERNELS = ("matmul", "device memory"), ("attention", "other kernels", "decoding", "host not hidden")
 TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 
 
@@ -55,11 +55,12 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
+    launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {
         "link": terms.link(loaded, stored, rates),
         "disk": terms.disk(load.from_disk + cache["disk"]["load"], cache["disk"]["store"], rates),
         "device memory": terms.device_memory(read + loaded + stored, rates),
-        "matmul": terms.matmul(flops, tokens, dtype, rates)
+        "matmul": terms.matmul(flops, tokens, dtype, rates, load.weights > 0)
         + terms.matmul(2 * sampled * work.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
         "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, turn.chunk_context, dtype, rates),
         "other kernels": terms.elementwise(between, chosen, dtype, rates)
@@ -68,12 +69,21 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "decoding": terms.decoding(
             plan.groups * load.decoded + passes * again + cache_decoded(work, turn, in_tiles), rates
         ),
+        "host not hidden": _not_hidden(plan, work, turn, launched) if rates.device != "CPU" else 0.0,
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not turn.chunk_tokens
-        else terms.launches(passes * work.layers, passes * work.mixtures, rates)
-        + terms.calls(plan.groups * work.layers * calls_of(plan, turn), dtype, rates),
-        "host": terms.host(plan.groups, sampled, _waits(plan, rates)),
+        else launched + terms.calls(plan.groups * work.layers * calls_of(plan, turn), dtype, rates),
+        "host": terms.host(plan.groups, sampled, _waits(plan, rates))
+        + terms.prompts(turn.chunk_rows, plan.num_ranks > 1 and rates.device != "CPU"),
     }
+
+
+def _not_hidden(plan: Plan, work: Tasks, turn: Round, launched: float) -> float:
+    """What a rank's device waits for its host in a round."""
+    changed = terms.changes(turn.chunk_rows, turn.ended)
+    if plan.num_ranks > 1:
+        return terms.steps_in_ring(plan.groups, plan.laps, work.logits > 0) + changed
+    return changed + launched * terms.SHOWN_LAUNCHES * (turn.chunk_tokens > 0)
 
 
 def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[float, str]:
@@ -219,8 +229,10 @@ def planned_rounds(plan: Plan, workload: Workload) -> Rounds:
 
 
 def rows_in_flight(plan: Plan, workload: Workload) -> int:
-    """Rows that are generated at once: what the cache holds, at least one."""
-    held = sum(pages // workload.own_pages for pages in plan.of_pool("pages").values())
+    """Rows that are generated at once: what the cache holds, at least one; each group has an equal share of each tier."""
+    pages, own = plan.of_pool("pages").values(), workload.own_pages
+    shares = plan.groups * sum(count // plan.groups // own for count in pages)
+    held = max(shares, min(sum(count // own for count in pages), plan.groups))
     return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 

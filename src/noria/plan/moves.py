@@ -63,8 +63,22 @@ def _other_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     if problem.config.pipeline.groups or problem.config.pipeline.blocking or problem.machine.device == "cpu":
         return []
     ranks = problem.num_ranks
-    counts = dict.fromkeys((here.groups - 1, here.groups + 1, ranks, ranks + 1, 2 * ranks))
-    return [replace(here, groups=count) for count in counts if count >= ranks]
+    part = max(here.groups // 8, 2)
+    counts = dict.fromkeys((here.groups - 1, here.groups + 1, here.groups - part, here.groups + part))
+    counts |= dict.fromkeys((ranks, ranks + 1, 2 * ranks))
+    found = [replace(here, groups=count) for count in counts if count >= ranks]
+    return [*found, *_even(problem, here)]
+
+
+def _even(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Groups that have equal parts of the rows of a whole wave, of as many waves as here and of one less."""
+    most, ranks = problem.workload.num_rows, problem.num_ranks
+    if ranks == 1:
+        return
+    waves = -(-most // here.rows)
+    for rows in (-(-most // count) for count in (waves, waves - 1) if count > 0):
+        left = sorted(range(ranks, 2 * ranks + 1), key=lambda count: (-rows % count, count))  # slots without a row
+        yield from (replace(here, groups=count, rows=rows) for count in left[:3])
 
 
 def _other_laps(problem: Problem, here: Candidate) -> Iterable[Candidate]:

@@ -17,6 +17,7 @@ from noria.tools.keys import nearest
 from noria.tools.toml import parse_toml, read_toml
 
 MAX_MACHINE_FILE = 2**16  # bytes
+LASTING_ROWS = 4096  # of a product that takes so long that a GPU's clock is as in a run
 CHECKED, DOUBTED, CONFIRMED = "checked", "doubted", "confirmed"  # standings: see Rates
 
 
@@ -81,13 +82,16 @@ class Rates:
         """flop/s of a product of so many rows: as measured, and between two measured numbers on a line of logarithms.
 
         With fewer rows than the fewest that were measured the time stays; a machine without rows has one figure. More rows
-        are never slower: what was measured so is the noise of a machine.
+        are never slower, and where many were measured fewer are never faster than these: what was measured otherwise is the
+        noise of a machine, whose clock is higher in short measurements.
         """
         measured = sorted(self.matmul_rows.get(dtype, {}).items())
         if not measured:
             return self.matmul[dtype]
         fastest = itertools.accumulate((speed for _, speed in measured), max)
-        known = [(count, speed) for (count, _), speed in zip(measured, fastest, strict=True)]
+        most, lasting = measured[-1]
+        limit = lasting if most >= LASTING_ROWS else math.inf
+        known = [(count, min(speed, limit)) for (count, _), speed in zip(measured, fastest, strict=True)]
         if rows <= known[0][0]:
             return known[0][1] * rows / known[0][0]
         for (fewer, slow), (more, fast) in itertools.pairwise(known):

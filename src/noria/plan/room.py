@@ -35,8 +35,16 @@ def reserved(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, 
     split = {tier: share / 100 for tier, share in (asked or {}).items()}
     split = split or {"gpu": candidate.on_device, "cpu": 1 - candidate.on_device}
     pages = problem.pages(candidate.rows, candidate.groups)
-    more = problem.workload.pages * (asked is None and 0 < candidate.on_device < 1)
-    return {tier: round(pages * share) + more * (tier == "cpu") for tier, share in split.items()}
+    counts = {tier: round(pages * share) for tier, share in split.items()}
+    if asked is None and 0 < candidate.on_device < 1:
+        counts["gpu"] -= counts["gpu"] % _unit(problem, candidate.groups)
+        counts["cpu"] = pages - counts["gpu"]
+    return counts
+
+
+def _unit(problem: Problem, groups: int) -> int:
+    """Pages of a row of each group: a row's pages are all in one tier, where each group has an equal share."""
+    return groups * problem.workload.pages
 
 
 def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[str, int]) -> dict[str, int]:
@@ -45,10 +53,11 @@ def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[s
     if asked is None:  # where all rows are in the cache at once, it may hold longer ones too
         elsewhere = problem.elsewhere(candidate)
         whole = candidate.rows >= problem.workload.num_rows or not elsewhere
-        more = problem.workload.pages * (candidate.on_device > 0)  # a row's pages are all in one tier
-        most = cap if whole else min(problem.pages(candidate.rows, candidate.groups) + more, cap)
+        most = cap if whole else problem.pages(candidate.rows, candidate.groups)
         on_device = max(min(room["gpu"], most), 0)  # more than was reserved, where there is room left
-        return {"gpu": on_device, "cpu": max(min(room["cpu"], most - on_device), 0) * elsewhere, "disk": 0}
+        used = on_device // _unit(problem, sizes.groups) * _unit(problem, sizes.groups)
+        beside = min(room["cpu"], most - used, cap - on_device)
+        return {"gpu": on_device, "cpu": max(beside, 0) * elsewhere, "disk": 0}
     held = [tier for tier in TIERS if asked.get(tier)]
     if is_budget(asked):
         return _budgeted_pages(problem, sizes, asked, held, room)

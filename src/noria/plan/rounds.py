@@ -56,6 +56,7 @@ class Round:
     `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
     average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed. `shared`: of the context, tokens that
     other rows of the step look at too. `lengths`: how many lengths the decoding rows have.
+    `ended`: rows that end.
     """
 
     rows: float
@@ -66,6 +67,7 @@ class Round:
     chunk_cached: float = 0.0
     shared: float = 0.0
     lengths: float = 1.0
+    ended: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -134,12 +136,15 @@ def _rounds_of(workload: Workload, most_rows: int, round_tokens: int, left: floa
     context = workload.prompt_tokens + workload.new_tokens / 2
     begun = rows * waves / prefills
     lengths = max(min(each, rows), 1.0) if workload.longest <= workload.pages else rows
+    early = rows * (waves - 1 + max(1 - after / each, 0.0) * (each - 1 > after))  # they end while others begin
     shared = workload.shared_tokens
     cached = shared + prompt * (pieces - 1) / (2 * pieces)
     filling = Round(
         riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared, lengths
     )
-    last = Round(later / alone if alone else rows, context, shared=shared, lengths=lengths)
+    filling = replace(filling, ended=early / prefills)
+    ended = (rows * waves - early) / alone if alone else 0.0
+    last = Round(later / alone if alone else rows, context, shared=shared, lengths=lengths, ended=ended)
     return Rounds(prefills, filling, alone, last, workload.new_tokens)
 
 

@@ -17,6 +17,7 @@ from noria.plan.building import build
 from noria.plan.plan import Plan
 from noria.plan.problem import STEP_TOKENS, Candidate, Problem
 from noria.plan.rates import Rates
+from noria.plan.rounds import MANY
 from noria.plan.shares import is_budget
 
 MICROBATCH_TOKENS = 4096
@@ -84,15 +85,16 @@ def _departures(problem: Problem, plan: Plan) -> int:
 
 
 def _fastest(tried: Tried, candidates: Iterable[Candidate]) -> Iterable[Candidate]:
-    """The fastest candidate of those that have their blocks and their cache alike, of all rows at once and of waves; none that
-    does not fit."""
-    found: dict[tuple[int, int, bool, bool, bool], Candidate] = {}
+    """The fastest candidate of those that have their blocks and their cache alike, and of those with as many waves: one, a few,
+    many; none that does not fit."""
+    found: dict[tuple[object, ...], Candidate] = {}
     for candidate in candidates:
-        whole = candidate.rows >= tried.problem.workload.num_rows
-        kind = candidate.laps, candidate.groups, candidate.on_device > 0, candidate.coded, whole
-        if tried.plan(candidate):
-            found[kind] = max(found.get(kind, candidate), candidate, key=tried.value)
-    return found.values()
+        waves = tried.problem.workload.num_rows / candidate.rows
+        alike = candidate.laps, candidate.groups, candidate.on_device > 0, candidate.coded
+        for kind in (alike, ("waves", waves > 1, waves >= MANY)):
+            if tried.plan(candidate):
+                found[kind] = max(found.get(kind, candidate), candidate, key=tried.value)
+    return dict.fromkeys(found.values())
 
 
 def _corners(tried: Tried) -> Iterator[Iterable[Candidate]]:

@@ -6,9 +6,9 @@ jobs/bench/README.md). Knows no plan and no model.
 
 from noria.plan.rates import Rates
 
-# Products within layers, in runs of seconds: a step of 16,384 tokens of a Llama-8B shape takes 430 ms, the prefill of 65,536
-# tokens of an OPT-30B shape with streamed random weights 7.45 s.
-MATMUL_SHARE = 0.87
+# Products within layers, in runs of seconds: steps of 16,384 tokens of Llama-8B shapes compute 11.4 us a token and 16 layers.
+# Beside copies: the prefill of 65,536 tokens of an OPT-30B shape with streamed random weights takes 7.45 s.
+MATMUL_SHARE, STREAMED_SHARE = 0.92, 0.84
 # A product of one row reads its matrix at 0.88 of a copy's rate.
 WEIGHTS_SHARE = 0.88
 # Attention of decoding rows by items reads the cache at 1.0 of a copy's rate (1,024 rows x 576 tokens, 64 x 4,096), with few
@@ -43,6 +43,16 @@ LOGIT_NBYTES = 27
 # Rank 0 takes a step's results and composes the next: 1.4 ms for 256 rows, 3.5 for 1,024. A single group whose steps are not
 # composed ahead also waits until it sees that a result is there.
 STEP_SECONDS, ROW_SECONDS, WAIT_SECONDS = 0.7e-3, 2.8e-6, 0.7e-3
+# A row that begins or ends, whatever is hidden: 4,096 rows of 64 + 32 tokens take 0.8 s more than all steps of them.
+CHANGE_SECONDS = 0.1e-3
+# Rank 0 takes a prompt in: 17 to 27 ms of a step of 100 to 114 prompts of 512 tokens; 30 ms of a round of 27 prompts in a ring,
+# whose thread takes the interpreter in turn.
+PROMPT_SECONDS, RING_PROMPT_SECONDS = 0.2e-3, 0.9e-3
+# Of the launches of a step with chunks, the part that a GPU alone waits for: a round takes 40, 23 and 70 ms more than it
+# computes, where 55, 32 and 90 ms are launches.
+SHOWN_LAUNCHES = 0.75
+# In a ring a visit of a step begins when its input is there: 0.8 ms of the host; and the last one draws: 1.2 ms.
+INPUT_SECONDS, DRAW_SECONDS = 0.8e-3, 1.2e-3
 
 HAND_OVER_SECONDS = 0.15e-3  # to the communication thread, and until it polls: 0.1 to 0.2 ms a message
 
@@ -72,9 +82,9 @@ def decoding(nbytes: float, rates: Rates) -> float:
     return device_memory(nbytes, rates) / (CPU_DECODING_SHARE if rates.device == "CPU" else 1)
 
 
-def matmul(flops: float, rows: float, dtype: str, rates: Rates) -> float:
-    """Products of so many rows each."""
-    share = CPU_MATMUL_SHARE if rates.device == "CPU" else MATMUL_SHARE
+def matmul(flops: float, rows: float, dtype: str, rates: Rates, streamed: bool = False) -> float:
+    """Products of so many rows each; `streamed`: beside copies of weights."""
+    share = CPU_MATMUL_SHARE if rates.device == "CPU" else STREAMED_SHARE if streamed else MATMUL_SHARE
     return flops / (rates.matmul_at(dtype, rows) * share)
 
 
@@ -139,6 +149,21 @@ def replays(groups: int) -> float:
 def host(groups: int, rows: float, waits: bool) -> float:
     """Rank 0's time between the results of all groups' steps and the next ones; `waits`: until it sees that one is there."""
     return groups * STEP_SECONDS + rows * ROW_SECONDS + waits * WAIT_SECONDS
+
+
+def prompts(begun: float, in_ring: bool) -> float:
+    """Rank 0's time for prompts that it takes in."""
+    return begun * (RING_PROMPT_SECONDS if in_ring else PROMPT_SECONDS)
+
+
+def changes(begun: float, ended: float) -> float:
+    """What the device waits for rows that begin and that end."""
+    return (begun + ended) * CHANGE_SECONDS
+
+
+def steps_in_ring(groups: int, laps: int, draws: bool) -> float:
+    """What a rank's device waits for its host in the steps of these groups, in each lap."""
+    return groups * (laps * INPUT_SECONDS + draws * DRAW_SECONDS)
 
 
 def hop(nbytes: float, rates: Rates) -> float:
