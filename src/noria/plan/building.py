@@ -11,14 +11,13 @@ from noria.plan.memory import Sizes
 from noria.plan.plan import Plan, coded_tiers
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
-from noria.plan.room import cache_pages, refused, reserved
+from noria.plan.room import cache_pages, refused, reserved, with_head
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
 from noria.plan.terms import HALF
 from noria.step import PAGE_TOKENS
 from noria.tools.listed import is_listed
 from noria.tools.text import nbytes_words
 
-LARGE_HEAD = 1.5  # layers; smaller ones are streamed as layers are
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
 GRAPHS_ROOM = 4  # times the rows that are counted on: of these graphs are captured too
@@ -143,7 +142,7 @@ def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: in
     """The tier of each of the rank's blocks, in the order of visits. Raises InputError if they find no room."""
     names, shares = sizes.cut.share(rank).names, problem.config.placement.weights
     if shares is None:
-        return _filled(problem, _with_head(problem, sizes, candidate, rank), candidate, rank, slots)
+        return _filled(problem, with_head(problem, sizes, candidate, rank, slots), candidate, rank, slots)
     if is_listed(shares):
         return list(by_list(names, shares).values())
     if is_budget(shares):
@@ -151,17 +150,6 @@ def _weight_tiers(problem: Problem, sizes: Sizes, candidate: Candidate, rank: in
     moved = [problem.nbytes[name] for name in names if name != "embed"]
     embed = ["gpu" if shares.get("gpu") else "cpu"] * ("embed" in names)
     return embed + by_share(moved, shares)
-
-
-def _with_head(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int) -> Sizes:
-    """The sizes with a head on the device that is so large that buffers for it would take as much, if it finds room."""
-    names = sizes.cut.share(rank).names
-    layers = [problem.nbytes[name] for name in names if name.startswith("layers/")]
-    if "head" not in names or problem.nbytes["head"] < LARGE_HEAD * max(layers, default=0):
-        return sizes
-    with_head = replace(sizes, weight_tiers={rank: ["gpu" if name == "head" else "" for name in names]})
-    used = with_head.table(rank, reserved(problem, sizes, candidate))["gpu"]
-    return with_head if sum(used.values()) + SLOTS * max(layers) <= problem.limits["gpu"] else sizes
 
 
 def _filled(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> list[str]:

@@ -1,6 +1,7 @@
 """How many pages of the cache each tier holds beside all else that a candidate has there, or why it does not fit."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from noria.errors import InputError, require
 from noria.limits import TIERS
@@ -10,6 +11,8 @@ from noria.plan.shares import amounts, budgets_of, is_budget
 from noria.step import PAGE_TOKENS
 from noria.tools.text import nbytes_words
 from noria.tools.values import parse_pages
+
+LARGE_HEAD = 1.5  # layers; smaller ones are streamed as layers are
 
 
 def cache_pages(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, int]:
@@ -40,6 +43,17 @@ def reserved(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, 
         counts["gpu"] -= counts["gpu"] % _unit(problem, candidate.groups)
         counts["cpu"] = pages - counts["gpu"]
     return counts
+
+
+def with_head(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, slots: int) -> Sizes:
+    """The sizes with a head on the device that is so large that buffers for it would take as much, if it finds room."""
+    names = sizes.cut.share(rank).names
+    layers = [problem.nbytes[name] for name in names if name.startswith("layers/")]
+    if "head" not in names or problem.nbytes["head"] < LARGE_HEAD * max(layers, default=0):
+        return sizes
+    with_head = replace(sizes, weight_tiers={rank: ["gpu" if name == "head" else "" for name in names]})
+    used = with_head.table(rank, reserved(problem, sizes, candidate))["gpu"]
+    return with_head if sum(used.values()) + slots * max(layers) <= problem.limits["gpu"] else sizes
 
 
 def _unit(problem: Problem, groups: int) -> int:
