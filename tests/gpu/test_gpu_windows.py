@@ -8,8 +8,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from test_bits import FAMILIES, RUN, hashes
 
+from bits import FAMILIES, RUN, hashes
 from noria import config
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations

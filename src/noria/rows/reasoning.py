@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
+from noria.errors import InputError
 from noria.rows.ends import StopTexts
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import Sampling
@@ -48,6 +49,14 @@ class Marker:
     shown: str
 
 
+def _shown(text: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A marker as texts have it; as it is given, where the tokenizer cannot write it: prompts and rows then say so."""
+    try:
+        return tokenizer.decode(token_ids).strip()
+    except InputError:
+        return text
+
+
 class Markers:
     """The two markers of a run, and what the rows' prompts say of them."""
 
@@ -55,7 +64,7 @@ class Markers:
         added = tokenizer.added_ids
         ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         self.start, self.end = (
-            Marker(text, added.get(text), its, tokenizer.decode(its).strip())
+            Marker(text, added.get(text), its, _shown(text, its, tokenizer))
             for text, its in zip(texts, ids, strict=True)
         )
         self.tokenizer = tokenizer
