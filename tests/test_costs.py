@@ -320,7 +320,7 @@ def test_resident_runs_are_as_fast_as_they_were(made, num_ranks, load, speed):
     assert predicted(made, num_ranks, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.15)
 
 
-# Cut to 16 layers, several runs in one process (jobs/bench/planned.py), on machines whose products were 1 to 4 % faster.
+# Cut to 16 layers, medians of three runs in one process (jobs/bench/planned.py), which were not there when the terms were set.
 LLAMA_16 = llama(16, 4096, 32, 8, 14336, 128256)
 MIXTURE_16 = llama(16, 2048, 32, 4, 768, 151936, experts=128)
 
@@ -328,15 +328,15 @@ MIXTURE_16 = llama(16, 2048, 32, 4, 768, 151936, experts=128)
 @pytest.mark.parametrize(
     ("made", "load", "speed"),
     [
-        (LLAMA_16, Workload(1024, 512, 64), 8222),
-        (LLAMA_16, Workload(16, 512, 256), 4708),
-        (LLAMA_16, Workload(4096, 64, 32), 23704),
-        (MIXTURE_16, Workload(512, 512, 64), 15453),
-        (MIXTURE_16, Workload(16, 512, 128), 3093),
+        (LLAMA_16, Workload(1024, 512, 64), 8172),
+        (LLAMA_16, Workload(16, 512, 256), 4664),
+        (LLAMA_16, Workload(4096, 64, 32), 22947),
+        (MIXTURE_16, Workload(512, 512, 64), 14455),
+        (MIXTURE_16, Workload(16, 512, 128), 3297),
     ],
 )
 def test_short_resident_runs_are_as_fast_as_they_were(made, load, speed):
-    assert predicted(made, 1, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.12)
+    assert predicted(made, 1, load, "bfloat16")["tokens_per_second"] == pytest.approx(speed, rel=0.15)
 
 
 def planned(dtype, rows=100, **flags):

@@ -177,8 +177,8 @@ def test_a_kind_that_decodes_in_its_tiles_gets_the_rows_whose_keys_are_read_a_fe
     many = [chunk(1, 900, page * 128) for page in range(40)]
     for spans, ahead in (
         ([chunk(1, 900, 0)], False),
-        ([chunk(192, 1000, 0)], False),
-        ([chunk(193, 1000, 0)], True),
+        ([chunk(96, 1000, 0)], False),
+        ([chunk(97, 1000, 0)], True),
         ([chunk(1000, 1000, 0)], True),
         ([*many, chunk(1000, 1000, 40 * 128)], False),
     ):
