@@ -169,9 +169,10 @@ def ring_cases(comm):
 
 
 def late_cases(comm):
-    for kind in (Ring, Hasty):
+    # Of several laps, a ring that has lost a wait posts receives out of order: MPI writes longer messages than there is room for.
+    for kind, laps in ((Ring, 2), (Hasty, 1)):
         transport = transports()["mpi_device"].TRANSPORT(comm, CPU)
-        place = Place(comm.Get_rank(), comm.Get_size(), 5, 2)
+        place = Place(comm.Get_rank(), comm.Get_size(), 5, laps)
         ring = kind(Late(transport), shape_of(place, torch.float32), STREAMS)
         yield f"late {kind.__name__}", wrong_inputs(ring, torch.float32, seed=1)
         transport.close()
