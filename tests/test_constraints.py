@@ -82,7 +82,10 @@ WRONG = [
     ({"json": {}, "json_object": True}, "has json and json_object: a row has one"),
     ({"structural_tag": "x"}, "has 'structural_tag', which is not in Noria"),
     ({"whitespace_pattern": " "}, "has 'whitespace_pattern', which is not in Noria"),
-    ({"jsn": {}}, "has 'jsn', which is not one of its keys"),
+    (
+        {"jsn": {}},
+        "has 'jsn', which is not one of its keys, json, json_object, regex, choice, grammar, disable_any_whitespace",
+    ),
     ({"json": [1]}, "json is '[1]': it must be a JSON schema"),
     ({"json": "{"}, "json is a text that is not JSON"),
     ({"json_object": 3}, "json_object is '3': it must be true"),

@@ -331,6 +331,7 @@ def test_links_pipes_folders_and_the_output_itself_are_refused(output, target, t
         assert words in capsys.readouterr().err, name
     assert not target.exists() and output.read_bytes() == whole
     assert noria(output, target, "--format", "openai") == 2
+    assert "not --format openai" in capsys.readouterr().err
     assert noria(tmp_path / "no" / "run.h5", target) == 2
     assert "there is no folder" in capsys.readouterr().err
 

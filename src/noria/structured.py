@@ -38,7 +38,7 @@ def check_structured(value: Mapping[str, Any]) -> None:
         neutral = _QUIET.get(name, _THEIRS.get(name, ()))
         if name in KINDS or name == _COMPACT or one is None or one in neutral:
             continue
-        why = "is not in Noria" if name in _THEIRS else f"is not one of its keys, {', '.join(KINDS)}"
+        why = "is not in Noria" if name in _THEIRS else f"is not one of its keys, {', '.join((*KINDS, _COMPACT))}"
         raise InputError(f"{_NAME} has {str(name)[:40]!r}, which {why}: take it out")
     given = _kinds(value)
     require(len(given) <= 1, f"{_NAME} has {' and '.join(given)}: a row has one constraint, give one of them")

@@ -129,7 +129,11 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise InputError(
             "--errors is for --format openai: rows with errors are among the others, or --status error exports them"
         )
-    if arguments.follow and (arguments.format != "rows" or not arguments.file.endswith((".jsonl", "-"))):
+    if arguments.follow and arguments.format != "rows":
+        raise InputError(
+            f"--follow writes rows as JSON lines, not --format {arguments.format}: noria export makes that when the run is whole"
+        )
+    if arguments.follow and not arguments.file.endswith((".jsonl", "-")):
         raise InputError(
             "--follow writes rows as JSON lines: name a file .jsonl, or - for stdout; noria export makes the other formats"
             " when the run is whole"
