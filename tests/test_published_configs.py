@@ -56,6 +56,13 @@ def test_a_key_that_nobody_knows_is_refused_by_its_name_and_value(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_notes_of_whoever_wrote_a_config_and_ids_of_its_tokenizer_are_taken(name):
+    config = copy.deepcopy(CONFIGS[name])
+    text_of(config).update({"_model_name_or_path": "a run's own name", "unk_token_id": 0})
+    model_shape(config, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_word_that_is_not_known_is_refused_by_its_key_and_value(name):
     changed = []
     for key in WORDS:

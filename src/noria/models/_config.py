@@ -68,10 +68,15 @@ class Keys(Mapping[str, Any]):
         return made
 
     def refuse_others(self, *without_effect: str) -> None:
-        """Raises InputError for a key that nobody read and that is not known to be without effect here."""
+        """Raises InputError for a key that nobody read and that is not known to be without effect here.
+
+        What begins with `_` is a note of whoever wrote the file, what ends with `_token_id` is the tokenizer's: neither says how
+        anything is computed.
+        """
         known = self._read | WITHOUT_EFFECT | {*without_effect}
         given = {key: value for key, value in self._config.items() if key not in known and value is not None}
-        others = [key for key, value in given.items() if key not in OFF or value is not False]
+        asking = (key for key in given if not (key.startswith("_") or key.endswith("_token_id")))
+        others = [key for key in asking if key not in OFF or given[key] is not False]
         if others:
             raise InputError(
                 f"config.json: {shown(others[0])[1:-1]} is {shown(self._config[others[0]])}: Noria does not know what it"
