@@ -174,18 +174,12 @@ class Slots:
 
     def move(self, sequence: Sequence, group: int, other: int) -> None:
         """The sequence goes from a group to another one with all that it has, but for its slot: it gets one there."""
-        del self.active[group][sequence.slot]
-        self._released[group].append(sequence.slot)
-        self._free[group].append(sequence.slot)
+        self._vacate(group, sequence)
         sequence.slot = self._free[other].pop()
         self.active[other][sequence.slot] = sequence
-        for of_group, count in (
-            (self._pages_of_group, sequence.num_own_pages),
-            (self._states_of_group, int(sequence.state != NO_STATE)),
-        ):
-            if count:
-                of_group[group][sequence.tier] -= count
-                of_group[other][sequence.tier] += count
+        self._pages_of_group[other][sequence.tier] += sequence.num_own_pages
+        if sequence.state != NO_STATE:
+            self._states_of_group[other][sequence.tier] += 1
 
     def ended(self, sequence: Sequence, running: Iterable[int]) -> None:
         """A sequence that left has ended: what it has needed tells what others will, with so many tokens of those in flight."""
@@ -193,14 +187,19 @@ class Slots:
 
     def leave(self, group: int, sequence: Sequence) -> None:
         """The sequence gives back its slot and its pages; what it should have computed for others, and has not, is gone."""
-        del self.active[group][sequence.slot]
+        self._vacate(group, sequence)
         self.pages[sequence.tier].release(sequence.runs)
         self.prefixes.drop(sequence.beginning, sequence.tier)
         if sequence.lead is not None:
             self.prefixes.abandon(sequence.lead)
-        self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
         if sequence.state != NO_STATE:
             self.states[sequence.tier].release((Run(sequence.state, 1),))
+
+    def _vacate(self, group: int, sequence: Sequence) -> None:
+        """The group has the sequence no longer: its slot is free, and what it holds is no part of the group's share."""
+        del self.active[group][sequence.slot]
+        self._pages_of_group[group][sequence.tier] -= sequence.num_own_pages
+        if sequence.state != NO_STATE:
             self._states_of_group[group][sequence.tier] -= 1
         self._released[group].append(sequence.slot)
         self._free[group].append(sequence.slot)
