@@ -1,4 +1,5 @@
-"""Runs whose bits are compared on a GPU: families at true widths with few layers, a run file, and a hash of each row."""
+"""Runs on a GPU: a Llama of 1.1 billion parameters; families at true widths with few layers whose bits are compared, a run file,
+and a hash of each row."""
 
 import hashlib
 
@@ -6,6 +7,15 @@ import numpy as np
 
 from noria.output.generations import open_generations
 
+LLAMA_1B = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 COMMON = {
     "vocab_size": 32000,
     "num_hidden_layers": 4,

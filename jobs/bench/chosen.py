@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import h5py
 import torch
+from planned import QWEN3_30B
 
 from noria import config
 from noria.blocks import Block
@@ -28,23 +29,6 @@ from noria.models import _routing
 from noria.plan import costs
 from noria.run import run
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1000000.0,
-    "torch_dtype": "bfloat16",
-}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
 
 
@@ -68,7 +52,9 @@ def watched(whole: bool) -> Iterator[list[torch.Tensor]]:
 def measured(folder: Path, arguments: argparse.Namespace, form: str, whole: bool) -> tuple[dict[str, Any], list[Any]]:
     """The figures of a run, and its tokens with their log-probabilities."""
     name = f"{form}-{'whole' if whole else 'chosen'}"
-    shape = SHAPE | {"num_hidden_layers": arguments.layers} | ({"quantization_config": FP8} if form == "fp8" else {})
+    shape = (
+        QWEN3_30B | {"num_hidden_layers": arguments.layers} | ({"quantization_config": FP8} if form == "fp8" else {})
+    )
     (folder / "config.json").write_text(json.dumps(shape))
     files = {"random_weights": "config.json", "prompts": "prompts.jsonl", "output": f"{name}.h5"}
     keys: dict[str, Any] = {key: str(folder / file) for key, file in files.items()}
@@ -121,7 +107,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=("plain", "exponent", "fp8"), default=["plain"])
     arguments = parser.parse_args()
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(10, SHAPE["vocab_size"], (arguments.rows, arguments.prompt_tokens), generator=draw).tolist()
+    ids = torch.randint(10, QWEN3_30B["vocab_size"], (arguments.rows, arguments.prompt_tokens), generator=draw).tolist()
     for form in arguments.forms:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

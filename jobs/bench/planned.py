@@ -36,7 +36,7 @@ from noria.run import run
 
 PHASES = ("prefill", "decode")
 
-QWEN3_30B = {
+QWEN3_30B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "vocab_size": 151936,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import world
+from bits import LLAMA_1B
 from mpirun import describe, mpirun
 from noria import attention, kinds
 from noria.blocks import layer_name
@@ -35,15 +36,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.world]
 ROOT = Path(__file__).parent.parent.parent
 RANKS = [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
 DEMO = ["--prompts", ROOT / "inputs/demo/prompts.jsonl", "--max-new-tokens", "32", "--seed", "5"]
-LLAMA_1B = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
 
 
 def generate(num_ranks, output, model, *flags, fresh=False):

@@ -11,21 +11,13 @@ import pytest
 import torch
 
 import world
+from bits import LLAMA_1B
 from mpirun import describe
 from noria.checkpoint.convert import convert
 from noria.output.generations import open_generations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.world]
-DENSE = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
-MIXTURE = DENSE | {
+MIXTURE = LLAMA_1B | {
     "num_hidden_layers": 8,
     "moe_intermediate_size": 768,
     "num_experts": 32,
@@ -47,7 +39,7 @@ def model(request, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp(request.param)
     kind = getattr(transformers, request.param)
-    keys = DENSE if request.param == "LlamaForCausalLM" else MIXTURE
+    keys = LLAMA_1B if request.param == "LlamaForCausalLM" else MIXTURE
     torch.manual_seed(1)
     with torch.device("cuda"):
         kind(kind.config_class(**keys, tie_word_embeddings=False, initializer_range=0.03)).bfloat16().save_pretrained(
