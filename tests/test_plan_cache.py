@@ -10,10 +10,11 @@ from noria.engine.assembly import _over
 from noria.engine.kv_cache import KvCache
 from noria.errors import InputError
 from noria.model import ModelShape
-from noria.plan import loads, planner
-from noria.plan.costs import Workload
+from noria.plan import loads, planner, terms
+from noria.plan.costs import Workload, resources
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine, Problem
+from noria.plan.rates import Rates
 from noria.plan.rounds import Round
 from noria.streams import CpuStreams
 from test_costs import OPT_30B, cut_of
@@ -75,6 +76,20 @@ def test_decoding_is_counted_and_the_link_carries_what_is_kept():
     assert plan.predicted["terms"]["decode"]["decoding"] == 0  # attention decodes what single queries read
     said, before = (one.lines()[0] for one in (plan, plain))
     assert f"{plan.num_pages * 16:,} tokens in int8" in said and "int8" not in before
+
+
+def test_values_that_lie_within_keys_are_decoded_before_attention_and_captured_in_no_graph():
+    machine = Machine("cuda", 139 * GiB, 128 * GiB)
+    latents = ModelShape(
+        "opt", 48, 7168, 56, 1, 576, 50272, 2048, True, cache=((Array("latent", (576,), value=512),),) * 48
+    )
+    plan, plain = (made(kind, machine, latents, weights={"gpu": 100.0}) for kind in ("int8", "auto"))
+    shape, of_token = with_cache(latents, "int8"), 48 * (576 + 2 * 9 + 576 * 2)
+    load = loads.load_of(plan, cut_of(plan, (shape, OPT_30B[1])), 0)
+    told = resources(plan, shape, load, Rates(), Round(10, 500))["decoding"]
+    assert told == pytest.approx(terms.decoding(10 * 500 * of_token, Rates()))
+    assert plan.graph_rows == 0 < plain.graph_rows and not plain.predicted["terms"]["decode"]["decoding"]
+    assert made("int8", machine, weights={"gpu": 100.0}).graph_rows > 0  # attention decodes what it reads
 
 
 def test_a_cache_that_is_never_rounded_is_refused_with_the_reason():

@@ -100,6 +100,11 @@ class ModelShape:
         entries = map(self.arrays, range(self.num_layers))
         return next((array.encoding for entry in entries for array in entry if array.encoding), "")
 
+    @cached_property
+    def values_within(self) -> bool:
+        """Whether some layer has no values beside its keys: they lie within them."""
+        return any(array.value for layer in range(self.num_layers) for array in self.arrays(layer))
+
     def decoded_nbytes(self, layers: Iterable[range], dtype: str) -> int:
         """Bytes of what a token leaves in the caches that these layers read, decoded; 0 where nothing is encoded."""
         return _between(self._decoded[dtype], layers)

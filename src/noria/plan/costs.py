@@ -51,7 +51,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     seen = turn.rows * context * (work.decoded or work.token) + sampled * (
         2 * work.state - work.rings
     )  # states are written too
-    in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates)
+    in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
     between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between

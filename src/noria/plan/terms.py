@@ -99,9 +99,9 @@ def cache_reading(nbytes: float, rates: Rates) -> float:
     return nbytes / (rates.device_memory * (CPU_CACHE_SHARE if rates.device == "CPU" else CACHE_SHARE))
 
 
-def decodes_in_tiles(dtype: str, rates: Rates) -> bool:
-    """Whether attention decodes a cache in fewer bits itself, as it reads it."""
-    return dtype in HALF and rates.device != "CPU"
+def decodes_in_tiles(dtype: str, rates: Rates, values_within: bool = False) -> bool:
+    """Whether attention decodes a cache in fewer bits itself, as it reads it; values that lie within keys are decoded before."""
+    return dtype in HALF and rates.device != "CPU" and not values_within
 
 
 def chunks(flops: float, context: float, dtype: str, rates: Rates) -> float:
