@@ -1,9 +1,10 @@
 import threading
+import time
 
 import pytest
 
 from noria.errors import InputError
-from noria.rows.encoded_ahead import AHEAD, EncodedAhead
+from noria.rows.encoded_ahead import AHEAD, EARLY, EARLY_LENGTH, EncodedAhead
 from noria.rows.prompts import Prompt
 
 ROWS = 3 * AHEAD
@@ -59,15 +60,48 @@ def test_what_reading_raises_comes_behind_the_rows_before_it():
 
 
 def test_what_nobody_asks_for_is_not_kept():
-    ahead = EncodedAhead(prompts(), encode, lambda prompt: True)
-    for _ in ahead.prompts:
-        assert len(ahead._coming) <= AHEAD + 1
+    ahead = EncodedAhead(prompts(2 * EARLY), encode, lambda prompt: True)
+    for prompt in ahead.prompts:
+        assert len(ahead._coming) <= max(AHEAD + 1, EARLY - prompt.row)
     assert not ahead._coming
 
 
-def test_rows_that_need_no_encoding_are_not_read_before_they_are_asked_for():
+def test_rows_that_need_no_encoding_are_not_read_before_they_are_asked_for_but_the_first():
     read = []
-    noted = (read.append(prompt.row) or prompt for prompt in prompts())
+    noted = (read.append(prompt.row) or prompt for prompt in prompts(EARLY + 50))
     ahead = EncodedAhead(noted, encode, lambda prompt: False)
+    ahead._early.result(20)
+    assert len(read) == EARLY
     for prompt in ahead.prompts:
-        assert read[-1] == prompt.row
+        assert read[-1] == max(prompt.row, EARLY - 1)
+
+
+@pytest.mark.parametrize("end", [lambda ahead: next(ahead.prompts), lambda ahead: ahead.close()])
+def test_reading_early_ends_when_the_first_is_asked_for_or_nobody_asks_any_more(end):
+    reached, goes_on, read = threading.Event(), threading.Event(), []
+
+    def slowly():
+        for prompt in prompts(EARLY):
+            read.append(prompt.row)
+            if prompt.row == 5:
+                reached.set()
+                assert goes_on.wait(20)
+            yield prompt
+
+    ahead = EncodedAhead(slowly(), encode, lambda prompt: False)
+    assert reached.wait(20)
+    asks = threading.Thread(target=end, args=(ahead,))
+    asks.start()
+    while not ahead._asked.is_set():
+        time.sleep(0.001)
+    goes_on.set()
+    asks.join(20)
+    ahead._early.result(20)
+    assert read == [*range(6)]
+
+
+def test_long_prompts_are_not_all_read_early():
+    long = (Prompt(row, str(row), "x" * (EARLY_LENGTH // 4), None, {}, "", None) for row in range(50))
+    ahead = EncodedAhead(long, encode, lambda prompt: False)
+    ahead._early.result(20)
+    assert len(ahead._ahead) == 4 and len([*ahead.prompts]) == 50

@@ -119,11 +119,11 @@ class Desk:
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
         todo = lambda prompt: prompt.token_ids is None and not prompt.error and (prompt.row, 0) not in done  # noqa: E731
         prompts = noted(self._prompts(), self._note)
-        ahead = EncodedAhead(prompts, begun.encoder(self._encoder(plan.num_ranks)), todo)
+        self._ahead = EncodedAhead(prompts, begun.encoder(self._encoder(plan.num_ranks)), todo)
         source = Source(
-            ahead.prompts,
+            self._ahead.prompts,
             len(self._rows) - len(done) // self.sampling.n,
-            ahead.encode,
+            self._ahead.encode,
             self._finish,
             self._tokenizer,
             begun.take_up,
@@ -159,6 +159,7 @@ class Desk:
 
     def leave(self) -> None:
         """Says how far a run came that stops before its end."""
+        self._ahead.close()
         with self.lock, self._tending:
             self._seal()
             self._merging = True  # nothing is left to tend
@@ -169,6 +170,7 @@ class Desk:
     def withdraw(self, kind: object, error: BaseException | None, trace: object) -> None:
         """The way out after an error: a run that was refused before any row was sealed leaves nothing behind; one whose
         input changed seals what it has, which is of that input as it was."""
+        self._ahead.close()
         if isinstance(error, Changed):
             log(0, 1, f"stopping ({error.path} changed): {self.stop('input changed')[0]}")
         if isinstance(error, InputError) and not self._parts.parts:
@@ -247,6 +249,7 @@ class Desk:
 
     def close(self, attrs: Mapping[str, Any], timings: Sequence[Mapping[str, float]]) -> None:
         """Merges the parts into the output, with a column of `timings` (one a rank) each, and says what was done."""
+        self._ahead.close()
         columns = {name: np.array([timing[name] for timing in timings]) for name in timings[0]}
         with self.lock, self._tending:
             self._seal()

@@ -177,6 +177,10 @@ def _take_format(value: dict[str, Any], own: dict[str, Any], other: Any) -> list
 def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:
     """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(
+        issubclass(kind, dict | list) for kind in set(map(type, held))
+    ):  # thousands of token ids: not one by one
+        return left < 0
     return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 
 
@@ -202,10 +206,13 @@ def _whole_ids(token_ids: Any) -> Any:
 def _token_ids_error(token_ids: Any) -> str | None:
     if not isinstance(token_ids, list):
         return f"token_ids is {short(token_ids)}: it must be a list of integers"
-    for place, token_id in enumerate(token_ids):
-        if type(token_id) is not int or not 0 <= token_id < 2**31:
-            return f"token_ids[{place}] is {short(token_id)}: it must be an integer from 0"
-    return None if token_ids else "token_ids is empty"
+    if not token_ids:
+        return "token_ids is empty"
+    if {int}.issuperset(map(type, token_ids)) and min(token_ids) >= 0 and max(token_ids) < 2**31:
+        return None
+    wrong = (place for place, one in enumerate(token_ids) if type(one) is not int or not 0 <= one < 2**31)
+    place = next(wrong)
+    return f"token_ids[{place}] is {short(token_ids[place])}: it must be an integer from 0"
 
 
 def _sampling(own: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -101,9 +101,9 @@ class Tokenizer:
         return Writer(decode, partial(self._piece, left_out=self._special if skip_special_tokens else ()))
 
     def _piece(self, token_id: int, left_out: Container[int]) -> str | None:
-        if self._backend is None or token_id in left_out:
-            return None
-        return self._backend.id_to_token(int(token_id))
+        if self._backend is None:
+            return ""  # as none has a text, none need be looked for among thousands
+        return None if token_id in left_out else self._backend.id_to_token(int(token_id))
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens that stand alone; a character that is cut becomes U+FFFD.
