@@ -56,6 +56,16 @@ def test_a_key_that_nobody_knows_is_refused_by_its_name_and_value(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_what_an_earlier_version_took_has_its_shape_without_the_key_and_a_line_that_names_it(name):
+    config, notes = copy.deepcopy(CONFIGS[name]), []
+    text_of(config).update({"use_unheard_of": "attention", "more_unheard_of": 2})
+    family, shape = model_shape(config, name, notes)
+    assert (family, shape) == model_shape(CONFIGS[name], name)
+    (note,) = notes
+    assert "use_unheard_of is 'attention' (and more_unheard_of): Noria does not" in note and "\n" not in note
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_notes_of_whoever_wrote_a_config_and_ids_of_its_tokenizer_are_taken(name):
     config = copy.deepcopy(CONFIGS[name])
     text_of(config).update({"_model_name_or_path": "a run's own name", "unk_token_id": 0})

@@ -168,6 +168,7 @@ class OpenModel(Protocol):
     header_hash: str
     adapter: str  # name and hash of the adapter that was merged into it; "" of none
     nbytes: int
+    notes: list[str]
 
     def read_block(self, name: str, into: bytearray | memoryview) -> None: ...
 

@@ -32,6 +32,7 @@ from noria.tools.damage import damaged_is_input_error
 FORMAT = "noria-checkpoint"
 VERSION = 2  # 1: all parameters are plain and of the checkpoint's dtype
 CHECKSUM = "xxh3_128"  # attribute of a block's group: 32 hexadecimal digits over the block's bytes, padding included
+KEYS = "config_keys"  # attribute: "known" where the version that converted it refused other keys of config.json
 # The files of a tokenizer; vocab.json and merges.txt where there is no tokenizer.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,12 +60,10 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     return tree
 
 
-def model_shape(config: dict[str, Any], where: str) -> tuple[ModuleType, ModelShape]:
-    """The model family's module and the sizes in `config` (of a config.json). Raises InputError naming `where`."""
+def model_shape(config: dict[str, Any], where: str, notes: list[str] | None = None) -> tuple[ModuleType, ModelShape]:
+    """As models.shape_of. Raises InputError naming `where`."""
     try:
-        text = models.text_of(config)
-        family = models.for_config(text)
-        return family, family.shape(text)
+        return models.shape_of(config, notes)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -98,11 +97,11 @@ class Checkpoint:
 
     shape, family, dtype: what the model is; version: of the file's format; config, generation_config: its own JSON
     objects; blocks: layouts by name; tokenizer: bytes by file name; header_hash: the same for the same model wherever it
-    lies; adapter: name and hash of the one that was merged into it; nbytes: of all blocks.
+    lies; adapter: name and hash of the one that was merged into it; nbytes: of all blocks; notes: for the user, a line each.
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path, self.notes = Path(path), list[str]()
         self._files = LinkedFiles(self.path)
         try:
             with damaged_is_input_error(self.path):
@@ -126,7 +125,8 @@ class Checkpoint:
         texts = {name: text_attribute(root, name, self.path) for name in ("config", "generation_config")}
         self.config = parse_json(texts["config"], f"{self.path}: config")
         self.generation_config = parse_json(texts["generation_config"], f"{self.path}: generation_config")
-        module, self.shape = model_shape(self.config, str(self.path))
+        notes = None if KEYS in root.attrs else self.notes
+        module, self.shape = model_shape(self.config, str(self.path), notes)
         self.family = self.shape.family
         family = text_attribute(root, "family", self.path)
         if family != self.family:

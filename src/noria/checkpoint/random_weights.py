@@ -35,7 +35,7 @@ class RandomCheckpoint:
     def __init__(self, config: dict[str, Any], dtype: str):
         if dtype not in DTYPE_NBYTES:
             raise InputError(f"random weights: dtype is {dtype!r}; known: {', '.join(DTYPE_NBYTES)}")
-        self.path, self.adapter = Path("random weights"), ""
+        self.path, self.adapter, self.notes = Path("random weights"), "", list[str]()
         self.config, self.dtype = config, dtype
         self.generation_config: dict[str, Any] = {}
         self.tokenizer: dict[str, bytes] = {}

@@ -28,6 +28,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         f"head        {nbytes_words(blocks['head'].nbytes)}: {_parameters([blocks['head']], checkpoint.dtype)}",
         f"tokenizer   {texts or 'none: prompts must be token_ids'}",
         f"hash        {checkpoint.header_hash}",
+        *(f"note        {note}" for note in checkpoint.notes),
     ]
 
 
@@ -49,6 +50,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocabulary": shape.vocab_size,
         "positions": shape.max_positions,
         "hash": checkpoint.header_hash,
+        "notes": checkpoint.notes,
     }
 
 

@@ -16,7 +16,7 @@ import xxhash
 from h5py import h5a, h5d, h5p, h5s
 
 from noria.blocks import ALIGNMENT, Block, Parameter, round_up
-from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, VERSION
+from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, KEYS, VERSION
 from noria.checkpoint.forms import stored_as, write_form
 from noria.errors import InputError
 from noria.tools import atomic
@@ -120,6 +120,7 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
             family=header.family,
             dtype=header.dtype,
             source=header.source,
+            **{KEYS: "known"},
         )
         file.attrs.update(config=header.config, generation_config=header.generation_config)
         file.attrs.update({"adapter": header.adapter} if header.adapter else {})

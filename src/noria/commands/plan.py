@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         problem = _problem(config, checkpoint, num_ranks, num_rows, workload, known, device)
         asked = Planned(problem, known.needed(problem.dtype, problem.may_use_disk), source, checkpoint.dtype)
         if not arguments.json:
-            for line in asked.lines():
+            for line in [*asked.lines(), *(("note", note) for note in checkpoint.notes)]:
                 _say(*line)
         forms = forms_of(checkpoint.blocks, checkpoint.dtype)
         try:

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
              f" context {shape.max_positions:,}")  # fmt: skip
         tokenizer = tokenizer_of(checkpoint)
         chat = Chat(checkpoint.tokenizer, tokenizer.special_tokens, datetime.now(), helper)
-        for doubt in doubts(tokenizer, chat, shape.vocab_size):
+        for doubt in [*checkpoint.notes, *doubts(tokenizer, chat, shape.vocab_size)]:
             _say("note", doubt)
         by_model = taken(checkpoint.generation_config, config.sampling)
         for line in told(checkpoint.generation_config, config.sampling, by_model):

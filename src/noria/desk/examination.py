@@ -96,7 +96,7 @@ def examine(config: Config, num_ranks: int, device: str, helper: Helper | None =
             said = check_rendering(config, files, own, num_rows, at)
         names, code = prompt_files(files, by_file), outcome.code(config.job.fail_on_errors) if outcome else 0
         shape, blocks = checkpoint.shape, checkpoint.blocks
-        said = [*said, *(changed or [])]
+        said = [*checkpoint.notes, *said, *(changed or [])]
         found = state, num_rows, shape, blocks, dtype, files, prompts_hash, names, load, own, said, code
         return Examined(*found, mended=changed is not None)
 

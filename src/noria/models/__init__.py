@@ -9,7 +9,8 @@ from typing import Any
 
 from noria import kinds
 from noria.errors import InputError, require
-from noria.models._config import MAX_SHOWN, shown
+from noria.model import ModelShape
+from noria.models._config import MAX_SHOWN, UnknownKeys, shown
 from noria.models._refused import OBSTACLES
 
 # Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
@@ -86,3 +87,23 @@ def for_config(config: Mapping[str, Any]) -> ModuleType:
     known = ", ".join(families)
     wanted = ", ".join(architectures)[:MAX_SHOWN] or "no architectures"
     raise InputError(f"config.json: no model family for {wanted} (model_type {shown(model_type)}); known: {known}")
+
+
+def shape_of(config: Mapping[str, Any], notes: list[str] | None = None) -> tuple[ModuleType, ModelShape]:
+    """The family and the sizes of the (text) model with this config.json.
+
+    Raises InputError for what no family computes, and for a key that nobody knows. With `notes` such keys are left out,
+    and a line that names them is added there: for what an earlier version took.
+    """
+    text = text_of(config)
+    family = for_config(text)
+    try:
+        return family, family.shape(text)
+    except UnknownKeys as unknown:
+        if notes is None:
+            raise
+        notes.append(
+            f"{unknown.words}: Noria does not know what it asks for in this family, and does not use it, like the earlier"
+            " version that converted this model; if the model's numbers depend on it, its results are wrong"
+        )
+        return family, family.shape({key: value for key, value in text.items() if key not in unknown.keys})

@@ -23,6 +23,18 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
+class UnknownKeys(InputError):
+    """A config.json has keys that nobody knows: `keys`, in its order. `words` name them, with the first one's value."""
+
+    def __init__(self, keys: list[str], value: object):
+        others = f" (and {shown(', '.join(keys[1:]))[1:-1]})" if keys[1:] else ""
+        self.keys, self.words = keys, f"config.json: {shown(keys[0])[1:-1]} is {shown(value)}{others}"
+        super().__init__(
+            f"{self.words}: Noria does not know what it asks for in this family, a later version may; remove it if the"
+            " model's numbers do not depend on it"
+        )
+
+
 # What says nothing of the numbers that a model computes: how it is found, made, trained, sampled and shown.
 WITHOUT_EFFECT = frozenset(
     "architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache"
@@ -68,7 +80,7 @@ class Keys(Mapping[str, Any]):
         return made
 
     def refuse_others(self, *without_effect: str) -> None:
-        """Raises InputError for a key that nobody read and that is not known to be without effect here.
+        """Raises UnknownKeys for keys that nobody read and that are not known to be without effect here.
 
         What begins with `_` is a note of whoever wrote the file, what ends with `_token_id` is the tokenizer's: neither says how
         anything is computed.
@@ -78,10 +90,7 @@ class Keys(Mapping[str, Any]):
         asking = (key for key in given if not (key.startswith("_") or key.endswith("_token_id")))
         others = [key for key in asking if key not in OFF or given[key] is not False]
         if others:
-            raise InputError(
-                f"config.json: {shown(others[0])[1:-1]} is {shown(self._config[others[0]])}: Noria does not know what it"
-                " asks for in this family; remove it if the model's numbers do not depend on it"
-            )
+            raise UnknownKeys(others, self._config[others[0]])
 
 
 def keys_of(config: Mapping[str, Any], defaults: Mapping[str, Any], synonyms: Mapping[str, str] | None = None) -> Keys:
