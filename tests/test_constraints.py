@@ -1,6 +1,7 @@
 """What structured_outputs may be, what llguidance makes of it, and what is said of what it cannot do."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from noria.errors import InputError
 from noria.names import refusal
 from noria.rows import constraints as module
 from noria.rows.constraints import Constraints
+from noria.rows.guides import Guide
 from noria.rows.prompts import open_prompts
 from noria.rows.schema_errors import place_of
 from noria.rows.tokenizer import Tokenizer
@@ -194,6 +196,39 @@ def test_a_schema_that_cannot_be_done_is_refused_with_the_place_of_the_keyword(c
         constraints.matcher({"json": schema})
     assert str(refused.value).startswith(f"structured_outputs.json: llguidance cannot do {place}: ")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+BESIDE = {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"n": {"$ref": "#/$defs/a", "type": "object"}}}}}
+INSIDE = {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (BESIDE, "#/$defs/a/properties/n/$ref: it leads back to where it stands, beside other keys or in allOf"),
+        (INSIDE, "#/$defs/a/allOf/0/$ref: it leads back to where it stands, beside other keys or in allOf"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "a/$ref: it leads to a place that is not in the schema"),
+        ({"items": {"$ref": "https://a.b/c"}}, "it leads out of the schema, and nothing is fetched: put what it names"),
+    ],
+)
+def test_references_that_cannot_be_followed_are_told_in_words_of_their_own(constraints, schema, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        constraints.matcher({"json": schema})
+
+
+def test_a_recursive_reference_that_stands_alone_is_followed(constraints):
+    tree = {"properties": {"n": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}, "required": ["n"]}
+    closed = {"type": "object", "additionalProperties": False}
+    matcher = constraints.matcher({"json": {"$ref": "#/$defs/a", "$defs": {"a": tree | closed}}})
+    assert takes(matcher, '{"n": {"n": null}}')
+
+
+def test_a_reference_that_leads_to_itself_alone_is_told_when_no_token_can_come(constraints):
+    matcher = constraints.matcher({"json": {"$ref": "#"}})
+    guide = Guide(None, matcher, [1])
+    matcher.compute_bitmask()
+    guide.fail()
+    assert guide.error.endswith("no token can come next, as where a $ref leads to itself alone")
 
 
 def test_the_search_for_a_keyword_is_bounded_by_what_it_compiles():

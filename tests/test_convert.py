@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -23,6 +24,7 @@ from noria.checkpoint import convert as convert_module
 from noria.checkpoint import tensor_files
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.desk.examination import doubts
 from noria.errors import InputError
 from tiny_models import LLAMA, OPT, fused, state, write_directory
 
@@ -578,6 +580,17 @@ def test_the_command_tells_of_texts_that_cannot_be_used(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "noria: end token 5000 is not in the model's vocabulary of 101: no row can end with it" in said
     assert "noria: the model's chat template cannot be used: " in said
+
+
+@pytest.mark.parametrize(
+    ("size", "vocab_size", "doubted"),
+    [(2048, 101, True), (2048, 2048, False), (2048, 2112, False), (2048, 32000, True), (0, 32000, False)],
+)
+def test_a_tokenizer_of_far_fewer_ids_or_of_more_than_the_model_has_is_told(size, vocab_size, doubted):
+    tokenizer, chat = SimpleNamespace(vocab_size=size, end_token_ids=(1,)), SimpleNamespace(error="")
+    said = [f"the tokenizer has {size:,} ids, the model's vocabulary {vocab_size:,}: "] * doubted
+    found = doubts(tokenizer, chat, vocab_size)
+    assert len(found) == len(said) and all(line.startswith(words) for line, words in zip(found, said, strict=True))
 
 
 def test_hdf5_alone_reads_true_values_of_each_dtype(tmp_path):

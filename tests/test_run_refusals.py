@@ -121,6 +121,20 @@ def test_a_newer_checkpoint_is_refused_with_both_versions(refusal, folder):
         (["--modle", "x"], "noria run does not know '--modle'; did you mean '--model'?"),
         (["--max_new_tokens=3"], "did you mean '--max-new-tokens'?"),
         (["one.toml", "two.toml"], "noria run does not know 'two.toml'"),
+        (
+            ["--export", "a.jsonl", "b.csv"],
+            "b.csv is read as the run file: --export takes one value, give it once for each: --export a.jsonl --export b.csv\n",
+        ),
+        (
+            ["one.toml", "--export", "a.jsonl", "b.csv"],
+            "'b.csv': --export takes one value, give it once for each: --export a.jsonl --export b.csv\n",
+        ),
+        (
+            ["--export", "a.jsonl", "b.csv", "one.toml"],
+            "'one.toml': --export takes one value, give it once for each: --export a.jsonl --export b.csv\n",
+        ),
+        (["one.toml", "--output", "a.h5", "b.h5"], "does not know 'b.h5': --output takes one value\n"),
+        (["one.toml", "--ignore-eos", "b.h5"], "does not know 'b.h5'\n"),
         (["nowhere.toml"], "run file nowhere.toml: No such file or directory"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--prompts", "prompts.docx"], ".jsonl"),

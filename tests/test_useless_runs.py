@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,4 +220,28 @@ def test_rows_at_the_limit_are_counted_where_nobody_said_one(tmp_path, header, m
     fill(parts, rows)
     assert outcome_of_parts(parts.parts, select(parts.parts)).lines() == [
         f"2 of 6 rows ended at max_new_tokens ({most}): raise it if they should go on"
+    ]
+
+
+BLANK = '{"a":' + " " * 32 + "1"
+HINT = '; most of their text is blanks: "disable_any_whitespace": true in structured_outputs leaves none'
+
+
+@pytest.mark.parametrize(
+    ("structured", "text", "hint"),
+    [
+        ({"json": {}}, BLANK, HINT),
+        (None, BLANK, HINT),  # rows may have constraints of their own
+        (None, "a" + " " * 32, ""),
+        ({"json": {}}, '{"a": 1, "b": [2,', ""),
+        ({"json": {}, "disable_any_whitespace": True}, BLANK, ""),
+        ({"regex": ".*"}, BLANK, ""),
+    ],
+)
+def test_rows_of_json_that_ended_in_blanks_are_told_how_to_have_none(tmp_path, structured, text, hint):
+    rows = [replace(make_row(row, num_tokens=9), text=text) for row in range(4)]
+    parts = Parts(tmp_path / "o.h5", {"sampling.max_new_tokens": 9, "sampling.structured_outputs": structured})
+    fill(parts, rows)
+    assert outcome_of_parts(parts.parts, select(parts.parts)).lines() == [
+        f"2 of 4 rows ended at max_new_tokens (9): raise it if they should go on{hint}"
     ]

@@ -107,7 +107,8 @@ def _start(name: str, argv: list[str], *more: object) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise InputError(f"noria {name} does not know {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
+        meant = parser.behind(argv, unknown[0]) or nearest(unknown[0].split("=")[0], flags)
+        raise InputError(f"noria {name} does not know {unknown[0]!r}{meant}")
     return command.run(arguments, *more)
 
 

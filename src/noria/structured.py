@@ -32,6 +32,11 @@ def is_compact(value: Mapping[str, Any]) -> bool:
     return bool(value.get(_COMPACT))
 
 
+def may_have_blanks(value: Mapping[str, Any]) -> bool:
+    """Whether rows of a run with this value may be JSON with whitespace between its parts: by it, or by their own."""
+    return kind_of(value) in (None, "json", "json_object") and not is_compact(value)
+
+
 def check_structured(value: Mapping[str, Any]) -> None:
     """Raises InputError for what is not one constraint that can be read, of at most MAX_NBYTES. {} asks for nothing."""
     for name, one in value.items():

@@ -9,6 +9,8 @@ from typing import Any
 
 from noria import config as configuration
 from noria.config import SECTIONS, Config
+from noria.errors import InputError
+from noria.output.export import SUFFIXES
 from noria.rows.prompt_files import files_of
 from noria.tools.keys import WORDS, types_of
 
@@ -50,6 +52,12 @@ def load(arguments: argparse.Namespace, *own: str) -> Config:
     run_file, prompts = flags.pop("run_file", None), flags.get("prompts", [])
     if run_file is None and len(prompts) > 1 and prompts[-1].endswith(".toml"):
         run_file, flags["prompts"] = prompts[-1], prompts[:-1]  # --prompts FILE RUN.toml
+    exported = flags.get("export")
+    if exported and run_file is not None and run_file.endswith(SUFFIXES):
+        first, flag = exported[-1], "--export"
+        raise InputError(
+            f"{run_file} is read as the run file: {flag} takes one value, give it once for each: {flag} {first} {flag} {run_file}"
+        )
     if len(flags.get("prompts", [])) == 1:
         flags["prompts"] = flags["prompts"][0]
     config = configuration.load(run_file, flags)

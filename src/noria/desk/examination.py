@@ -41,6 +41,8 @@ from noria.sampling import OLD_RULES, Sampling
 from noria.tools.helper import Helper
 from noria.tools.text import plural
 
+LEAST_SHARE = 0.8  # of a model's vocabulary that a tokenizer of its own has: published ones are padded by less than 3 %
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -134,6 +136,12 @@ def doubts(tokenizer: Tokenizer, chat: Chat, vocab_size: int) -> list[str]:
     if not tokenizer.end_token_ids:
         said.append(
             "config.json, generation_config.json and the tokenizer name no end token: rows end at max_new_tokens"
+        )
+    size = tokenizer.vocab_size
+    if size > vocab_size or 0 < size < LEAST_SHARE * vocab_size:
+        said.append(
+            f"the tokenizer has {size:,} ids, the model's vocabulary {vocab_size:,}: the ids of its texts may not be this"
+            " model's; if its files are of another model, convert again with those of this one"
         )
     return said + ([chat.error] if chat.error else [])
 

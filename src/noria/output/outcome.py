@@ -16,6 +16,7 @@ from noria.output.generations import Generation, Generations, blocks, open_gener
 from noria.output.schema import FINISH_REASON, STATUS
 from noria.output.sealed import Part, Selection
 from noria.sampling import OPEN
+from noria.structured import may_have_blanks
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import plural, printable
 
@@ -77,6 +78,8 @@ class Outcome:
         self.reasons = Reasons()
         most = header.get("sampling.max_new_tokens")
         self._most: int = OPEN["max_new_tokens"] if most is None else most
+        self._json = may_have_blanks(header.get("sampling.structured_outputs") or {})
+        self._cut_texts: list[str] = []  # of the first rows that were cut short
         self._wanted = header.get("sampling.ignore_eos", False)  # by a run that goes on to the end of every row
 
     def add(self, file: Generations, positions: np.ndarray | None = None) -> None:
@@ -93,6 +96,8 @@ class Outcome:
             self.finish_reasons[name] += int(count)
         cut = (reason == FINISH_REASON.index("length")) & (lengths[positions] == self._most)
         self.num_cut += int(cut.sum())
+        for position in positions[cut][: EXAMPLES - len(self._cut_texts)]:
+            self._cut_texts += [one.text for one in file.read(int(position), int(position) + 1)]
         self._add_errors(file, positions[status == STATUS.index("error")])
         for position in positions[status == STATUS.index("done")][: EXAMPLES - len(self.examples)]:
             self.examples += file.read(int(position), int(position) + 1)
@@ -115,12 +120,23 @@ class Outcome:
         if not self.num_cut or not self._most or self._wanted:
             return []
         of = f"{self.num_cut:,} of {plural(self.num_rows, 'row')}"
-        return [f"{of} ended at max_new_tokens ({self._most:,}): raise it if they should go on"]
+        line = f"{of} ended at max_new_tokens ({self._most:,}): raise it if they should go on"
+        blank = self._json and self._cut_texts and all(map(_is_blank_json, self._cut_texts))
+        return [
+            line
+            + '; most of their text is blanks: "disable_any_whitespace": true in structured_outputs leaves none'
+            * bool(blank)
+        ]
 
     def code(self, fail_on_errors: bool = False) -> int:
         """The exit code of a command that leaves the output whole."""
         wrong = self.num_errors > 0 and (fail_on_errors or self.num_errors == self.num_rows)
         return ROWS_IN_ERROR if wrong else 0
+
+
+def _is_blank_json(text: str) -> bool:
+    """Whether a text begins as JSON does, and has more blanks than other characters."""
+    return text.lstrip().startswith(("{", "[")) and sum(map(str.isspace, text)) > len(text) / 2
 
 
 def outcome_of(output: str | Path) -> Outcome:

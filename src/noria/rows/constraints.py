@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from noria.errors import InputError
-from noria.rows.schema_errors import place_of
+from noria.rows.schema_errors import place_of, plainly
 from noria.rows.tokenizer import Tokenizer
 from noria.structured import is_compact, kind_of, schema_of
 from noria.tools.text import one_line
@@ -133,7 +133,7 @@ class Constraints:
         found = made(schema)
         if isinstance(found, str):
             where = place_of(schema, lambda part: error if isinstance(error := made(part), str) else "")
-            raise InputError(f"structured_outputs.json: llguidance cannot do {where}: {found}")
+            raise InputError(f"structured_outputs.json: llguidance cannot do {where}: {plainly(where, found)}")
         return found
 
     def _of_grammar(self, source: Callable[[], str]) -> Any:

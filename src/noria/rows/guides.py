@@ -109,6 +109,7 @@ class Guide:
     def fail(self) -> None:
         """The matcher has given up: it says why."""
         said = one_line(self.matcher.get_error()).partition(" <")[0][:300]
+        said = "no token can come next, as where a $ref leads to itself alone" if said == "NoExtensionBias" else said
         self.error = f"structured_outputs: llguidance gave up, because no text fits or its limits are reached: {said}"
 
 

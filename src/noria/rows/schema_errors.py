@@ -20,6 +20,14 @@ _SCHEMAS = (
     "propertyNames",
 )
 
+# How llguidance's errors of references begin, or what they have, in words that say what to do.
+_OF_REFERENCES = {
+    "circular references with sibling keys": "it leads back to where it stands, beside other keys or in allOf: a recursive"
+    " $ref has to be alone in its object, which may be one of anyOf",
+    "is not present in a registry": "it leads out of the schema, and nothing is fetched: put what it names into $defs",
+    "Pointer": "it leads to a place that is not in the schema",
+}
+
 Place = tuple[str, ...]
 
 
@@ -37,6 +45,12 @@ def place_of(schema: Any, error_of: Callable[[Any], str]) -> str:
             if one not in _DEFINITIONS and tries.error(without) != named:
                 return _written((*where, one))
     return _written(where)
+
+
+def plainly(place: str, said: str) -> str:
+    """What is wrong at a place, where `said` is llguidance's own word."""
+    words = (text for part, text in _OF_REFERENCES.items() if place.endswith("$ref") and part in said)
+    return next(words, said)
 
 
 class _Tries:
