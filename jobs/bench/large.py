@@ -3,8 +3,9 @@
     python jobs/bench/large.py [--case deepseek-v3 glm-5 gpt-oss-120b ...] [--layers 8] [-- flags of noria run]
 
 Prints one JSON line a case: seconds of a decode round, bytes over each GPU's link in it, their share of the link's own rate
-(measured on all GPUs of the case at once just before), what was predicted, and what the whole model would take at that
-rate. Starts mpirun itself. --tiny runs shapes of the same kinds on the CPU, to try the script.
+(as the run itself measured it, and unless --no-link measured by threads of one process just before; each on all GPUs of the
+case at once), what was predicted, and what the whole model would take at that rate. Starts mpirun itself. --tiny runs shapes
+of the same kinds on the CPU, to try the script.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import streamed
 
 from noria.checkpoint.random_weights import random_checkpoint
 from noria.output.generations import open_generations
+from noria.output.stored_rates import stored_rates
+from noria.plan import rates
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 ROUTED = {"n_shared_experts": 1, "num_experts_per_tok": 8, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
@@ -69,15 +72,6 @@ QWEN3_235B = {
     "quantization_config": FP8,
 }  # fmt: skip
 OPT_175B = streamed.config_of("opt-175b") | {"quantization_config": {"quant_method": "int4", "group_size": 64}}
-COPY = """
-import time, torch
-one, other = (torch.ones(4 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-rates = []
-for repeat in range(5):
-    torch.cuda.synchronize(); before = time.perf_counter(); one.copy_(other); torch.cuda.synchronize()
-    rates.append(2 * one.numel() / (time.perf_counter() - before))
-print(sorted(rates)[2])
-"""
 TINY = {  # sizes that stand for those of a published config.json
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "q_lora_rank": 128, "kv_lora_rank": 128,
@@ -102,11 +96,11 @@ class Case:
 STREAMED = ("--weights", "cpu=100", "--groups", "2")  # each group decodes a layer's experts again
 CASES = {
     "deepseek-v3": Case(DEEPSEEK_V3 | {"first_k_dense_replace": 1}, 8, 2, 512, 512, 16, STREAMED),
-    "glm-5": Case(GLM_5, 41, 2, 256, 512, 8),
-    "gpt-oss-120b": Case(GPT_OSS_120B, 36, 1, 512, 512, 128),
-    "gpt-oss-120b-streamed": Case(GPT_OSS_120B, 36, 1, 256, 512, 12, ("--gpu-memory", "40GiB")),
-    "qwen3-235b": Case(QWEN3_235B, 94, 2, 512, 512, 32, ("--gpu-memory", "72GiB")),
-    "opt-175b": Case(OPT_175B, 96, 2, 64, 256, 32, ("--gpu-memory", "72GiB")),
+    "glm-5": Case(GLM_5, 39, 2, 128, 512, 6),  # the most layers that find room in two GPUs of 141 GB and 256 GiB
+    "gpt-oss-120b": Case(GPT_OSS_120B, 36, 1, 512, 512, 64),
+    "gpt-oss-120b-streamed": Case(GPT_OSS_120B, 36, 1, 256, 512, 8, ("--gpu-memory", "40GiB")),
+    "qwen3-235b": Case(QWEN3_235B, 94, 2, 256, 512, 8, ("--gpu-memory", "72GiB")),
+    "opt-175b": Case(OPT_175B, 96, 2, 64, 256, 16, ("--gpu-memory", "72GiB")),
 }
 
 
@@ -137,11 +131,13 @@ def run(folder: Path, case: Case, flags: list[str]) -> tuple[dict[str, Any], dic
     before = time.perf_counter()
     subprocess.run([*launch, *noria], check=True, timeout=560, cwd=folder)
     seconds = time.perf_counter() - before
+    known = rates.parse(stored_rates(folder / "run.h5") or "")
     with open_generations(folder / "run.h5") as output:
         bits = str(output.attrs.get("exact_bits", "of a CPU"))
     with h5py.File(folder / "run.h5") as output:
         timing = {name: column[:] for name, column in output["timing"].items()}
         found = {"plan": json.loads(output.attrs["plan"]), "generated": len(output["tokens"]), "exact_bits": bits}
+        found["rates"] = known
     return timing, found, seconds
 
 
@@ -172,6 +168,9 @@ def figures(case: Case, timing: dict[str, Any], found: dict[str, Any], link: flo
         "peak_host_gib": [round(float(value) / 2**30, 1) for value in timing["peak_host_nbytes"]],
         "exact_bits": found["exact_bits"],
     }  # fmt: skip
+    own = found["rates"].host_to_device
+    if own:
+        line |= {"own_link": round(own / 1e9, 2), "share_of_own_links": [round(one / own, 3) for one in links]}
     if link:
         line |= {"link": round(link / 1e9, 2), "share_of_links": [round(one / link, 3) for one in links]}
     return line | whole(case, sum(links))
@@ -194,9 +193,8 @@ def whole(case: Case, links: float) -> dict[str, Any]:
     return found
 
 
-def bound(case: Case, line: dict[str, Any]) -> dict[str, Any]:
-    """Of a resident model: how much of a decode round its weights would take at the rate of a copy."""
-    rate = float(subprocess.run([sys.executable, "-c", COPY], check=True, capture_output=True, text=True).stdout)
+def bound(case: Case, line: dict[str, Any], rate: float) -> dict[str, Any]:
+    """Of a resident model: how much of a decode round its weights would take at the rate at which the device copies."""
     config = config_of(case, case.layers)
     nbytes = sum(
         block.nbytes
@@ -212,7 +210,7 @@ def tell(name: str, case: Case, arguments: argparse.Namespace) -> None:
         timing, found, seconds = run(Path(folder), case, arguments.flags)
     line = figures(case, timing, found, link)
     if not (arguments.tiny or any(line["gb_a_round"])):
-        line |= bound(case, line)
+        line |= bound(case, line, found["rates"].device_memory)
     asked = {"bench": "large", "case": name, "layers": case.layers, "ranks": case.ranks, "rows": case.rows}
     asked |= {"tokens": [case.prompt_tokens, case.new_tokens], "seconds": round(seconds, 1)}
     asked |= {
