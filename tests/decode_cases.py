@@ -162,3 +162,26 @@ def all_fields(case: Case) -> dict[str, torch.Tensor]:
 def kernel(encoding: str):
     """What decodes it on a CUDA device."""
     return importlib.import_module(f"noria.kernels.{kinds.load('encodings', encoding).KERNEL}").decode
+
+
+def other_bytes(case: Case, device: torch.device) -> list[str]:
+    """The fields that a kernel makes otherwise on the device than torch on the CPU, of pieces with gaps between them."""
+    kind, draw = kinds.load("encodings", case.encoding), torch.Generator().manual_seed(1)
+    whole = torch.randn(4, case.shape[0] + 3, case.shape[1], generator=draw) * 0.02
+    whole *= torch.randn(whole.shape, generator=draw).exp()
+    numbers = whole.bfloat16()[:, 2:-1]
+    numbers[1] = 0
+    numbers[2].view(torch.int16).random_(-(1 << 15), 1 << 15, generator=draw)  # any bits: more escapes than find room
+    numbers[3] *= torch.logspace(-30, 30, case.shape[1]).bfloat16()
+    made = [kind.encode(its, {}) for its in numbers]
+    encode = importlib.import_module(f"noria.kernels.{kind.ENCODER}").encode
+    found = encode(numbers.to(device), {})
+    wanted = {name: pad_sequence([its[name] for its in made], batch_first=True) for name in made[0]}
+    assert found.keys() == wanted.keys() and all(its.device.type == device.type for its in found.values())
+    same = {
+        name: its.dtype == found[name].dtype and torch.equal(its, found[name].cpu()) for name, its in wanted.items()
+    }
+    return [name for name, right in same.items() if not right]
+
+
+CODED = [Case("exponent", shape) for shape in (*SHAPES, (9, 455), (64, 512), (1, 4096), (3, 4096))]

@@ -179,25 +179,30 @@ def test_coding_that_fails_leaves_the_rest_plain_with_one_line(model, monkeypatc
             raise torch.OutOfMemoryError("no memory\nat all")
         return right(encoding, matrices, numbers, settings)
 
-    calls, said, right = [], [], encodings.encode
-    monkeypatch.setattr(encodings, "encode", failing)
+    calls, said, right = [], [], encodings.encode_pieces
+    monkeypatch.setattr(encodings, "encode_pieces", failing)
     found, layouts, _ = streamed(model, Decoding(coded=True), say=said.append)
     assert same(found, streamed(model, Decoding())[0])
     assert layouts["layers/0000"].encoded and not layouts["layers/0001"].encoded and not layouts["head"].encoded
-    assert len(said) == 1 and "failed (no memory); noria convert --compress-weights exponent does it once" in said[0]
+    assert "failed (no memory); noria convert --compress-weights exponent does it once" in said[0]
+    assert len(said) == 2 and "weights that stream were coded without loss: 0.0 GB to 0.0 GB" in said[1]
 
 
-@pytest.mark.parametrize(("seconds", "stops"), [(0.5, False), (1.05, False), (1.2, True)])
-def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, seconds, stops):
+@pytest.mark.parametrize(("seconds", "rate", "stops"), [(0.5, 2.0, False), (1.05, 1.0, False), (1.2, 0.8, True)])
+def test_coding_that_takes_longer_than_reading_stops_with_one_line(monkeypatch, seconds, rate, stops):
     monkeypatch.setattr(coding, "LONGER", 1.1)
     said = []
-    coder = coding.Coder(CPU, said.append)
+    coder = coding.Coder(LateStreams(CPU), said.append)
     coder.was_read(10**9, 1.0)
-    coder._count(10**9, 99.0)  # kernels were built
-    coder._count(10**9, seconds)
+    coder._count(10**9, 7 * 10**8, 99.0)  # the device's memory is new
+    coder._count(10**9, 7 * 10**8, seconds)
     assert coder._stopped == stops and len(said) == stops
     if stops:
         assert "takes longer (0.8 GB/s) than reading (1.0 GB/s); noria convert" in said[0]
+    coder.close()
+    assert said[-1] == f"weights that stream were coded without loss: 2.0 GB to 1.4 GB, {rate} GB/s (read at 1.0 GB/s)"
+    coder.close()
+    assert said[-1] == f"weights that stream were coded without loss: 2.0 GB to 1.4 GB, {rate} GB/s (read at 1.0 GB/s)"
 
 
 @pytest.mark.slow
@@ -210,7 +215,7 @@ def test_a_run_whose_plan_is_so_gives_the_tokens_of_one_that_is_not(model, tmp_p
     path = convert_of(tmp_path, tensors)
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"token_ids": [5 + row, 9, 17]}) for row in range(3)))
     found, right, calls = [], coding.coded, []
-    monkeypatch.setattr(coding, "coded", lambda block, content: calls.append(block.name) or right(block, content))
+    monkeypatch.setattr(coding, "coded", lambda block, *its: calls.append(block.name) or right(block, *its))
     for asked in ("off", "auto"):
         keys = {"model": path, "prompts": tmp_path / "p.jsonl", "output": tmp_path / f"{asked}.h5"}
         flags = {"device": "cpu", "dtype": "bfloat16", "max_new_tokens": 6, "scratch": str(tmp_path)}

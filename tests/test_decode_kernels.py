@@ -18,6 +18,7 @@ if torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) >= "2.4.0" o
 
 import decode_cases
 from counts import some
+from noria.encodings import _kernels
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,19 @@ def test_fields_of_any_bytes_are_decoded_within_their_memory():
 @pytest.mark.parametrize("case", some(decode_cases.CASES), ids=str)
 def test_pieces_that_a_list_on_the_device_names_are_decoded_and_no_others(case):
     assert decode_cases.listed_bits(case, torch.device("cpu"), torch.float16) == 0
+
+
+@pytest.mark.parametrize("case", decode_cases.CODED[2:9:3], ids=str)
+def test_a_kernel_gives_the_bytes_of_its_encoding(case):
+    assert decode_cases.other_bytes(case, torch.device("cpu")) == []
+
+
+def test_a_kernel_that_gives_other_bytes_is_not_used():
+    def wrong(numbers, settings):
+        fields = kernel(numbers, settings)
+        fields["escapes"][0, 0] ^= 1
+        return fields
+
+    kernel = _kernels._encoding_kernel("exponent")
+    assert _kernels.encodes_the_same("exponent", kernel, torch.device("cpu"))
+    assert not _kernels.encodes_the_same("exponent", wrong, torch.device("cpu"))

@@ -207,3 +207,18 @@ def test_escapes_out_of_order_or_bounds_are_refused(number):
     around = torch.zeros(2, 32, 300, dtype=torch.bfloat16)
     exponent.decode(fields, {}, around[:, 1:31])
     assert not bits(around[:, 0]).any() and not bits(around[:, 31]).any()
+
+
+def test_pieces_are_encoded_together_with_room_for_the_most_escapes():
+    """Of matrices that lie as they are and transposed."""
+    matrices = Matrix("", (20, 30)), Matrix("", (30, 30), transposed=True)
+    pieces = torch.stack([rare((50, 30)), normal((50, 30)), torch.zeros(50, 30, dtype=torch.bfloat16)])
+    numbers = pieces[:, :20], pieces[:, 20:].transpose(1, 2)
+    together = encodings.encode_pieces("exponent", matrices, numbers, {})
+    made = [encodings.encode("exponent", matrices, [its[piece] for its in numbers], {}) for piece in range(3)]
+    lengths = {name: max(len(its[name]) for its in made) for name in made[0]}
+    fitted = encodings.fitted(encodings.capacity("exponent", matrices, "bfloat16", {}), lengths)
+    assert torch.equal(
+        encodings.packed_pieces(fitted, together), torch.stack([encodings.packed(fitted, its) for its in made])
+    )
+    assert together["0.escapes"].shape == (3, lengths["0.escapes"]) and not together["0.escapes"][2].any()

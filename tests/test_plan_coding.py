@@ -47,6 +47,15 @@ def test_streamed_weights_are_coded_where_the_link_binds():
     assert "coded" not in "\n".join(plain.lines())
 
 
+def test_the_plan_says_where_it_could_code_what_streams_and_does_not():
+    said = "stay as they are: coded without loss they would come no faster"
+    for coded in (True, False):
+        plan = building.build(problem_of(**CPU), Candidate(1, 1, 1, 4096, 64, 1.0, "gpu", coded=coded))
+        assert (said in "\n".join(plan.lines())) != plan.coded == coded
+    others = [make(memory=60 * GiB), make(compress_weights="off", **CPU), make(weights={"disk": 100.0})]
+    assert not any(said in "\n".join(plan.lines()) for plan in others)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -238,6 +238,34 @@ def test_memory_of_which_a_piece_cannot_be_locked_stays_unlocked(monkeypatch):
     assert not driver.locked and tier.close() == 0
 
 
+@pytest.mark.parametrize("registered", [True, False])
+def test_memory_is_locked_ahead_of_what_is_stored_there_and_unlocked_whatever_comes(monkeypatch, registered):
+    driver, begun = Driver(), threading.Event()
+    driven(monkeypatch, driver)
+    tier, data = locking_tier(5 * 8192, 8192), numbers(9000, 4)
+    lock = driver.cudaHostRegister
+    driver.cudaHostRegister = lambda *its: begun.wait(5) and lock(*its)
+    tier.register_ahead()
+    threading.Timer(0.05, begun.set).start()
+    assert not driver.locked
+    tier.store([(8000, data)])
+    assert {tier.memory.data_ptr() + piece * 8192 for piece in (0, 1, 2)} <= driver.locked.keys()
+    assert torch.equal(tier.memory[8000:17000], data)
+    if registered:
+        tier.register()
+    assert tier.close() == 5 * 8192 and not driver.locked
+
+
+def test_memory_of_which_a_piece_cannot_be_locked_ahead_stays_unlocked(monkeypatch):
+    driver = Driver(refused=[3])
+    driven(monkeypatch, driver)
+    tier = locking_tier(5 * 8192 + 17, 8192)
+    tier.register_ahead()
+    with pytest.raises(OSError, match=r"40977 bytes.*CUDA error 2.*ulimit -l"):
+        tier.register()
+    assert not driver.locked and tier.close() == 0
+
+
 def test_no_copy_crosses_from_one_locked_piece_to_the_next():
     streams, seen = CpuStreams(CPU), []
     tier = Cpu(40_000, streams, piece_nbytes=8192)

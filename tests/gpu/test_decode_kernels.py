@@ -19,6 +19,7 @@ def test_a_kernel_gives_the_bits_of_its_encoding(dtype):
 def test_kernels_are_built_here(dtype):
     for encoding in {case.encoding for case in decode_cases.CASES}:
         assert _kernels.decoder(encoding, torch.device("cuda:0"), dtype)[1] == ""
+        assert _kernels.encoder(encoding, torch.device("cuda:0"))[1] == ""
 
 
 @pytest.mark.parametrize("dtype", decode_cases.DTYPES)
@@ -36,3 +37,7 @@ def test_fields_of_any_bytes_are_decoded_within_their_memory(dtype):
 def test_pieces_that_a_list_on_the_device_names_are_decoded_and_no_others():
     wrong = [case for case in decode_cases.CASES if decode_cases.listed_bits(case, torch.device("cuda"), torch.float16)]
     assert wrong == []
+
+
+def test_a_kernel_gives_the_bytes_of_its_encoding():
+    assert [case for case in decode_cases.CODED if decode_cases.other_bytes(case, torch.device("cuda"))] == []

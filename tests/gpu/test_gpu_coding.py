@@ -16,6 +16,9 @@ from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import search
 from noria.run import run
+from noria.streams import CudaStreams
+from noria.tiers.cpu import Cpu
+from noria.tools.pinned import Fixed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -45,6 +48,30 @@ def test_a_block_is_coded_on_the_device():
     layout, made = coding.coded(block, content.cuda())
     assert [one.name for one in layout.encoded] == ["qkv", "experts"] and made.is_cuda
     assert 0.69 < layout.nbytes / block.nbytes < 0.73
+    its_layout, its = coding.coded(block, content)
+    assert its_layout == layout and torch.equal(its, made.cpu())
+
+
+def test_blocks_that_follow_one_another_come_to_their_places_in_locked_memory():
+    block = lay_out("layers/0000", {"qkv": (1536, 1024), "norm": (1024,), "experts": (8, 512, 1024)}, "bfloat16")
+    streams, said = CudaStreams(torch.device("cuda", 0)), []
+    coder, memory = coding.Coder(streams, said.append), Cpu(5 * block.nbytes, streams, piece_nbytes=1 << 22)
+    host = Fixed((block.nbytes,), torch.uint8, streams.device, in_host=True)
+    memory.register_ahead()
+    made = []
+    for number in range(5):
+        host.tensor.copy_(numbers((block.nbytes // 2,), number).view(torch.uint8))
+        made.append(coding.coded(block, host.tensor.clone()))
+        offset = number * block.nbytes
+        layout = coder.put(block, host.tensor, lambda its, after, at=offset: memory.store([(at, its)], [after]).event())
+        assert layout == made[-1][0]
+    coder.close()
+    memory.register()
+    for number, (layout, content) in enumerate(made):
+        assert torch.equal(memory.memory[number * block.nbytes :][: layout.nbytes], content), number
+    assert said[-1].startswith("weights that stream were coded without loss"), said
+    host.close()
+    assert memory.close() == 5 * block.nbytes
 
 
 def test_streamed_runs_in_bfloat16_give_the_same_tokens_coded_or_not(tmp_path, monkeypatch, capsys):

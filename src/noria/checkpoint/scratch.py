@@ -44,19 +44,20 @@ def copied_regions(
     copied: Callable[[int], None] = lambda nbytes: None,
     recoded: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, memory: memory,
     heard: Callable[[int, float], None] = lambda nbytes, seconds: None,
+    device: torch.device | None = None,
 ) -> list[Region]:
     """Copies the blocks, checked, into one nameless file in `folder`: a region a block, in the order of `names`.
 
     The file is gone when its regions' tier is closed, or the process ends in any way. `copied` hears of each block's
-    bytes. `recoded`: what is written of a block's bytes, the first ones of their memory, which it may write to. `heard`: as
-    read_ahead has it. Raises InputError, with the numbers, if the folder has no room for them.
+    bytes. `recoded`: what is written of a block's bytes, the first ones of their memory, which it may write to. `heard`,
+    `device`: as read_ahead has them. Raises InputError, with the numbers, if the folder has no room for them.
     """
     names = list(names)
     file = scratch_file(folder, sum(checkpoint.blocks[name].nbytes for name in names), "placement.weights.disk")
     regions, offset = [], 0
     try:
         with ThreadPoolExecutor(NUM_THREADS, "scratch") as pool:
-            for name, memory in read_ahead(checkpoint, names, heard=heard):
+            for name, memory in read_ahead(checkpoint, names, device=device, heard=heard):
                 view = recoded(name, memory).numpy().data
                 writes = [pool.submit(file.write, offset + begin, view[begin:end]) for begin, end in chunks(len(view))]
                 for write in writes:

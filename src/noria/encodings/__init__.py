@@ -15,6 +15,8 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
     most(fields, settings) -> float                             if it has it: no number of such fields is larger
     KERNEL                          if it has one: the file of kernels/ whose `decode` gives the same bits on CUDA
+    ENCODER                         if it has one: the file of kernels/ whose `encode` of P matrices [P, outputs, inputs] gives
+                                    the same bytes on CUDA: fields [P, ...], of variable ones as many as the longest has
 
 `dtype` is that of the numbers where they are plain, `settings` what a file says of the encoding beside it (a group's
 size). Knows layouts and tensors; no file, no block's place.
@@ -82,6 +84,19 @@ def encode(
     return found
 
 
+def encode_pieces(
+    encoding: str, matrices: Sequence[Matrix], numbers: Sequence[torch.Tensor], settings: Mapping[str, Any]
+) -> Fields:
+    """The fields [P, ...] of P pieces by name, of the numbers [P, outputs, inputs] of each of their matrices, on their device;
+    variable ones are as long as the longest, zeros behind the others. By a kernel on a CUDA device, where there is one."""
+    layout, found = Piece(0, (), tuple(matrices)), Fields()
+    for number, (matrix, its) in enumerate(zip(matrices, numbers, strict=True)):
+        its_encode, _ = _kernels.encoder(encoding, its.device)
+        fields = its_encode(its.transpose(1, 2) if matrix.transposed else its, settings)
+        found |= {layout.prefix(number) + name: value for name, value in fields.items()}
+    return found
+
+
 def _encoded(kind: ModuleType, numbers: torch.Tensor, settings: Mapping[str, Any], pool: Executor | None) -> Fields:
     """The fields of a matrix, whose outputs are encoded some by some where that changes nothing."""
     rows: int = kind.rows(settings) if hasattr(kind, "rows") else 0
@@ -94,13 +109,19 @@ def _encoded(kind: ModuleType, numbers: torch.Tensor, settings: Mapping[str, Any
 
 def packed(piece: Piece, fields: Fields) -> torch.Tensor:
     """The bytes of a piece on its fields' device: uint8 [nbytes], zeros where they leave room."""
-    whole = torch.zeros(piece.nbytes, dtype=torch.uint8, device=next(iter(fields.values())).device)
+    return packed_pieces(piece, {name: its[None] for name, its in fields.items()})[0]
+
+
+def packed_pieces(piece: Piece, fields: Fields) -> torch.Tensor:
+    """The same of P pieces, whose fields are [P, ...]: uint8 [P, nbytes]."""
+    some = next(iter(fields.values()))
+    whole = torch.zeros(len(some), piece.nbytes, dtype=torch.uint8, device=some.device)
     for one in piece.fields:
-        its, room = fields[one.name], one.shape
+        its, room = fields[one.name][0], one.shape
         right = its.dtype == getattr(torch, one.dtype) and its.shape[1:] == room[1:] and len(its) <= room[0]
         assert right, f"field {one.name} is {its.dtype} {list(its.shape)}, it is {one.dtype} {list(room)} at most"
-        content = its.contiguous().view(-1).view(torch.uint8)
-        whole[one.offset : one.offset + len(content)] = content
+        content = fields[one.name].reshape(len(some), -1).view(torch.uint8)
+        whole[:, one.offset : one.offset + content.shape[1]] = content
     return whole
 
 
@@ -145,9 +166,12 @@ def decode_matrices(
 
 
 def without_kernel(names: Iterable[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Builds the kernels of these encodings for this device. A line for each that torch decodes though it has one."""
-    found = {name: _kernels.decoder(name, device, dtype)[1] for name in sorted({*names})}
-    return [f"{name} is decoded by torch, slower than by its kernel: {why}" for name, why in found.items() if why]
+    """Builds the kernels of these encodings for this device. A line for each that torch decodes, or codes, though it has one."""
+    found = {}
+    for name in sorted({*names}):
+        found[f"{name} is decoded"] = _kernels.decoder(name, device, dtype)[1]
+        found[f"{name} is coded"] = _kernels.encoder(name, device)[1]
+    return [f"{what} by torch, slower than by its kernel: {why}" for what, why in found.items() if why]
 
 
 def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:

@@ -24,6 +24,7 @@ ROOM = 8  # numbers for which there is one escape
 VARIABLE: tuple[str, ...] = ("escapes",)
 DEFAULTS: dict[str, Any] = {}
 KERNEL = "decode_exponent"
+ENCODER = "encode_exponent"
 _ONES = 0x0101010101010101  # the lowest bit of each of 8 bytes
 _GATHER = 0x0102040810204080  # times bytes of which each is 0 or 1: the highest byte has them as bits
 

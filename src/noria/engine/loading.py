@@ -46,7 +46,7 @@ class Loader:
     ):
         self._checkpoint, self._tiers, self._streams, self._scratch = checkpoint, dict(tiers), streams, scratch
         self._dtype, self._decoding = dtype, decoding or Decoding()
-        self._coder = Coder(streams.device, say) if self._decoding.coded and dtype == "bfloat16" else None
+        self._coder = Coder(streams, say) if self._decoding.coded and dtype == "bfloat16" else None
         self._targets = {name: self._target(name) for name in tiers}
         self._resident: dict[str, Parameters | Undecoded] = {}
         self._homes: dict[str, Home] = {}
@@ -58,25 +58,58 @@ class Loader:
         Raises InputError for a block that is damaged, or a scratch folder without room.
         """
         memory = self._host_memory()
+        try:
+            self._read(memory, loaded)
+            self._open_disk()
+            if self._coder:
+                self._coder.close()
+        except BaseException:
+            if self._coder:
+                self._coder.finish()
+            if memory is not None:
+                memory.close()
+            raise
+        return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
+
+    def _read(self, memory: Cpu | None, loaded: Callable[[int], None]) -> None:
+        """All blocks but those of the disk tier; `memory` is that of the cpu tier, where there are any."""
         straight = {
             name: region for name, region in self._regions.items() if not (self._is_cast(name) or self._is_coded(name))
         }
         straight |= self._on_this_device()
         names = sorted((name for name, tier in self._tiers.items() if tier != "disk"), key=lambda name: name == "embed")
-        heard = self._coder.was_read if self._coder else lambda nbytes, seconds: None
-        for name, host in read_ahead(self._checkpoint, names, into=straight, device=self._streams.device, heard=heard):
+        if memory is not None and any(self._is_coded(name) for name in names):
+            memory.register_ahead()
+        for name, host in read_ahead(
+            self._checkpoint, names, into=straight, device=self._streams.device, heard=self._heard
+        ):
             if self._tiers[name] == "gpu" and name not in self._resident:
                 self._put_on_device(name, host)
-            elif self._coder and self._is_coded(name):
-                layout = self._coder.put(self._targets[name], host, self._regions[name])
-                self._homes[name] = replace(self._homes[name], block=layout)
+            elif self._is_coded(name):
+                self._code(name, host)
             elif name in self._regions and self._is_cast(name):
                 self._cast(name, host, self._regions[name])
             loaded(self._checkpoint.blocks[name].nbytes)
+        if self._coder:
+            self._coder.finish()
         if memory is not None:
             memory.register()
-        self._open_disk()
-        return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
+
+    def _heard(self, nbytes: int, seconds: float) -> None:
+        if self._coder:
+            self._coder.was_read(nbytes, seconds)
+
+    def _code(self, name: str, host: torch.Tensor) -> None:
+        """Puts a block into CPU memory, coded if it may be."""
+        assert self._coder is not None
+        home = self._homes[name]
+        layout = self._coder.put(
+            self._targets[name], host, lambda its, after: home.tier.store([(home.offset, its)], [after]).event()
+        )
+        if layout is None:
+            self._regions[name].copy_(host)
+        else:
+            self._homes[name] = replace(home, block=layout)
 
     def _is_coded(self, name: str) -> bool:
         """Whether a block may be coded on its way into CPU memory, or to scratch."""
@@ -162,7 +195,13 @@ class Loader:
     def _recoded(self, name: str, host: torch.Tensor) -> torch.Tensor:
         """What goes to scratch of a block's bytes."""
         if self._coder and self._is_coded(name):
-            self._targets[name] = self._coder.put(self._targets[name], host, host)
+            layout = self._coder.put(
+                self._targets[name],
+                host,
+                lambda its, after: self._streams.copy("store", [(host[: len(its)], its)], [after]),
+            )
+            self._coder.finish()
+            self._targets[name] = layout or self._targets[name]
         return host[: self._targets[name].nbytes]
 
     def _open_disk(self) -> None:
@@ -172,8 +211,10 @@ class Loader:
         if self._scratch is None:
             regions = checkpoint_regions(self._checkpoint, names)
         else:
-            heard = self._coder.was_read if self._coder else lambda nbytes, seconds: None
-            regions = copied_regions(self._checkpoint, names, self._scratch, recoded=self._recoded, heard=heard)
+            device = self._streams.device if self._coder else None
+            regions = copied_regions(
+                self._checkpoint, names, self._scratch, recoded=self._recoded, heard=self._heard, device=device
+            )
         largest = max(self._targets[name].nbytes for name in names)
         unseen = str(self._checkpoint.path) if self._scratch is None else None
         disk, offset = Disk(regions, self._streams, slot_nbytes=min(DISK_SLOT_NBYTES, largest)), 0

@@ -56,6 +56,7 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
         decoding_room=sizes.decoding_room,
         decoded=sizes.decoded,
         coded=sizes.coded,
+        may_code=problem.may_code,
         staged=sizes.staged,
         graph_rows=sizes.graph_rows,
         decoded_pages=sizes.decoded_pages,

@@ -36,7 +36,7 @@ class Plan:
     memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
     used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
     that stream from CPU memory, or from scratch (`staged`: weights on disk are copied there), are coded without loss while they
-    load. graph_rows: decode steps of so many rows at most are
+    load; may_code: they could be. graph_rows: decode steps of so many rows at most are
     captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
     cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
     chosen_tokens: where a single group has a step of at most so many, streamed layers come without their experts, and those
@@ -67,6 +67,7 @@ class Plan:
     decoding_room: int = 0
     decoded: bool = False
     coded: bool = False
+    may_code: bool = False
     staged: bool = False
     graph_rows: int = 0
     decoded_pages: int = 0
@@ -137,12 +138,18 @@ class Plan:
         where = " and ".join({"cpu": "CPU memory", "disk": "scratch"}[tier] for tier in self.coded_tiers)
         said = f"plan: weights that stream from {where} are coded without loss while they load (--compress-weights off: not)"
         notes = [f"plan: {self.windows}"] * bool(self.windows) + [said] * self.coded
+        if self.may_code and not self.coded and self._streams("cpu", *["disk"] * self.staged):
+            notes.append("plan: weights that stream stay as they are: coded without loss they would come no faster")
         if self.chosen_tokens:
             notes.append(
                 f"plan: where one group of at most {plural(self.chosen_tokens, 'token')} is left, streamed layers load the"
                 " experts that are chosen and no others"
             )
         return [head, *ranks, *notes, *(self._predicted_lines() if predicted else ()), *self._too_small_lines()]
+
+    def _streams(self, *tiers: str) -> bool:
+        """Whether blocks stream from one of these tiers."""
+        return any(tier in tiers for held in self.weight_tiers for name, tier in held.items() if name != "embed")
 
     def _too_small_lines(self) -> list[str]:
         """A warning where rows that are known find no room."""

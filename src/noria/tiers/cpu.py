@@ -33,6 +33,10 @@ class Cpu:
         """Page-locks the memory, once it is filled or touched. Raises OSError if the system refuses."""
         self._host.register(self._streams.device)
 
+    def register_ahead(self) -> None:
+        """Begins to page-lock the memory beside what fills it; `register` ends that."""
+        self._host.register_ahead(self._streams.device)
+
     def load(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies to the device: (offset here, the device's bytes)."""
         pieces = list(pieces)
@@ -43,6 +47,8 @@ class Cpu:
     def store(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies from the device: (offset here, the device's bytes)."""
         pieces = list(pieces)
+        for offset, data in pieces:
+            self._host.wait_registered(offset, offset + data.numel())
         self.nbytes_stored += total_nbytes(pieces)
         pairs = [pair for offset, data in pieces for pair in self._parts(offset, data)]
         return Transfer(self._streams.copy("store", pairs, after))

@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 PIECE_NBYTES = 1 << 30  # of a tier's memory: what one thread page-locks, unlocks and gives back at a time
 _TOUCH_NBYTES = 64 << 20
-_THREADS = 16
+_THREADS, _AHEAD_THREADS = 16, 8  # all that there are, and beside others that read
 
 
 class HostMemory:
@@ -32,6 +32,7 @@ class HostMemory:
         self.nbytes, self.piece_nbytes = nbytes, piece_nbytes or max(nbytes, 1)
         assert piece_nbytes is None or piece_nbytes % mmap.PAGESIZE == 0, piece_nbytes
         self._locked: list[torch.Tensor] = []
+        self._ahead: list[Future[int]] = []
         try:
             pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -45,6 +46,18 @@ class HostMemory:
         """Zeroes the memory, by several threads: a first touch costs far more than a later one."""
         _by_threads(torch.Tensor.zero_, self.memory.split(_TOUCH_NBYTES))
 
+    def register_ahead(self, device: torch.device) -> None:
+        """Begins to page-lock the memory, one piece after another, beside what the caller does; `register` ends it."""
+        if device.type == "cuda" and not self._ahead and not self._locked and self.nbytes:
+            pool = ThreadPoolExecutor(min(_AHEAD_THREADS, len(os.sched_getaffinity(0))), "lock")
+            self._ahead = [pool.submit(_lock, piece, device) for piece in self.memory.split(self.piece_nbytes)]
+            pool.shutdown(wait=False)
+
+    def wait_registered(self, begin: int, end: int) -> None:
+        """Waits until these bytes are page-locked, or cannot be, where that has begun."""
+        for code in self._ahead[begin // self.piece_nbytes : -(-end // self.piece_nbytes)]:
+            code.result()
+
     def register(self, device: torch.device) -> None:
         """Page-locks the memory for copies of a CUDA device; touch it first. Does nothing for another device.
 
@@ -53,8 +66,7 @@ class HostMemory:
         if device.type != "cuda" or self._locked or not self.nbytes:
             return
         pieces = self.memory.split(self.piece_nbytes)
-        codes = _by_threads(lambda piece: _lock(piece, device), pieces)
-        self._locked = [piece for piece, code in zip(pieces, codes, strict=True) if not code]
+        codes = self._locked_ahead() or self._keep(_by_threads(lambda piece: _lock(piece, device), pieces))
         code = next(filter(None, codes), 0)
         if code:
             self._unlock()
@@ -63,6 +75,17 @@ class HostMemory:
                 f" {code}): raise the limit of locked memory (ulimit -l unlimited) or the job's memory, or lower"
                 " placement.weights.cpu and placement.cache.cpu"
             )
+
+    def _locked_ahead(self) -> list[int]:
+        """CUDA's code of each piece that was page-locked ahead, when none is under way any more."""
+        codes, self._ahead = [code.result() for code in self._ahead], []
+        return self._keep(codes)
+
+    def _keep(self, codes: list[int]) -> list[int]:
+        """Notes the pieces that CUDA took."""
+        pieces = self.memory.split(self.piece_nbytes)
+        self._locked += [piece for piece, code in zip(pieces, codes, strict=False) if not code]
+        return codes
 
     def close(self) -> int:
         """Unlocks the memory and lets go of it. No copy may be under way. Returns the bytes that were page-locked.
@@ -77,6 +100,7 @@ class HostMemory:
         return nbytes
 
     def _unlock(self) -> int:
+        self._locked_ahead()
         locked, self._locked = self._locked, []
         _by_threads(lambda piece: torch.cuda.cudart().cudaHostUnregister(piece.data_ptr()), locked)
         return sum(piece.numel() for piece in locked)
