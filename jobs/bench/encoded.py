@@ -5,10 +5,12 @@
     python jobs/bench/encoded.py quality --text kjv.txt [--characters 40000] [--only bfloat16 "cache int4"]
 
 `rounds` (a GPU a rank): all weights on the CPU, random ones, as in streamed.py: a JSON line a form with the share of the link
-that decode rounds reach and how many times as fast as plain bfloat16 they are. `quality` (any machine): the demo model in
-each form, the relative error of the weights that are encoded (Frobenius), and bits a character of chapters that it was not
-trained on, by prompt_logprobs. inputs/demo/README.md says how kjv.txt is made. FlexGen's form is a minimum and a step of
-float16 for each 64 inputs. `cache int8`: plain weights with --kv-cache-dtype int8; bits are those of a key and value together.
+that decode rounds reach and how many times as fast as plain bfloat16 they are. The link is measured once, before. `exponent` is
+coded while it loads even where that takes longer than a run may: the log tells the rate of coding. `quality` (any machine): the
+demo model in each form, the relative error of the weights that are encoded (Frobenius), and bits a character of chapters that
+it was not trained on, by prompt_logprobs. inputs/demo/README.md says how kjv.txt is made. FlexGen's form is a minimum and a
+step of float16 for each 64 inputs. `cache int8`: plain weights with --kv-cache-dtype int8; bits are those of a key and value
+together.
 """
 
 import argparse
@@ -46,6 +48,8 @@ ROUNDS: dict[str, tuple[dict[str, Any] | None, list[str]]] = {  # what config.js
     "int4": ({"quant_method": "int4"}, []),
     "mxfp4": ({"quant_method": "mxfp4"}, []),
 }
+# Random weights are made faster than files are read, which what is coded while it loads must keep up with.
+CODES = ("-c", "from noria.engine import coding; coding.LONGER = 1e9; from noria.__main__ import main; exit(main())")
 CACHES = {f"cache {kind}": kind for kind in ENCODINGS}
 QUALITY: dict[str, tuple[str, dict[str, Any]] | None] = {
     "bfloat16": None,
@@ -64,7 +68,8 @@ QUALITY: dict[str, tuple[str, dict[str, Any]] | None] = {
 def rounds(arguments: argparse.Namespace) -> None:
     """A run a form."""
     plain, config_of = None, streamed.config_of
-    arguments.constant, arguments.mixed, arguments.link, arguments.disk = False, False, True, None
+    arguments.constant, arguments.mixed, arguments.disk = False, False, None
+    link = streamed.link_rate(arguments.ranks)
     given = arguments.flags
     cut = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
     for form in arguments.forms:
@@ -74,7 +79,8 @@ def rounds(arguments: argparse.Namespace) -> None:
         )
         arguments.flags = ["--dtype", "bfloat16", "--weights", "cpu=100", *flags, *given]
         with tempfile.TemporaryDirectory() as folder:
-            figures = streamed.run(Path(folder), arguments, arguments.ranks)
+            program = CODES if form == "exponent" else streamed.NORIA
+            figures = streamed.run(Path(folder), arguments, arguments.ranks, link, program)
         seconds = figures["decode_seconds_a_round"]
         plain = seconds if form == "plain" else plain
         line = {"bench": "encoded", "form": form, "shape": arguments.shape, "ranks": arguments.ranks, **figures}

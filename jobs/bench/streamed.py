@@ -29,6 +29,7 @@ SHAPES = {  # hidden size, layers, heads
     "opt-175b": (12288, 96, 96),
 }
 CONTEXT = 2048
+NORIA = ("-m", "noria")
 LINK = """
 import threading, time, torch
 def rate(device, found):
@@ -101,15 +102,16 @@ def disk_rate(folder: str) -> float:
     return float(done.stdout)
 
 
-def run(folder: Path, arguments: argparse.Namespace, ranks: int) -> dict:
-    """One job; what its output measured."""
+def run(
+    folder: Path, arguments: argparse.Namespace, ranks: int, link: float | None, program: tuple[str, str] = NORIA
+) -> dict:
+    """One job; what its output measured, beside a link of so many bytes a second. program: how Python starts Noria."""
     (folder / "config.json").write_text(json.dumps(config_of(arguments.shape, arguments.constant, arguments.layers)))
     with (folder / "prompts.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in lengths.rows(arguments, arguments.prompts, 50000, CONTEXT))
-    link = link_rate(ranks) if arguments.link else None
     disk = disk_rate(arguments.disk) if arguments.disk else None
     files = ["--random-weights", "config.json", "--prompts", "prompts.jsonl", "--output", "run.h5", "--overwrite"]
-    noria = [sys.executable, "-m", "noria", "run", *files, "--dtype", "float16", "--ignore-eos", *arguments.flags]
+    noria = [sys.executable, *program, "run", *files, "--dtype", "float16", "--ignore-eos", *arguments.flags]
     launch = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
     subprocess.run([*launch, *noria], check=True, timeout=560, cwd=folder)
     with h5py.File(folder / "run.h5") as output:
@@ -180,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            figures = run(Path(folder), arguments, ranks)
+            figures = run(Path(folder), arguments, ranks, link_rate(ranks) if arguments.link else None)
         asked = {"ranks": ranks, "shape": arguments.shape, "prompts": arguments.prompts, "mixed": arguments.mixed}
         asked |= {"flags": arguments.flags}
         print(json.dumps({"bench": "streamed", **asked, **figures}), flush=True)
