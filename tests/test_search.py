@@ -60,11 +60,15 @@ def rates_of(case):
     return replace(rates.Rates(), **CASES[case][5])
 
 
-def speed(case, flags):
-    try:
-        return planner.make(problem_of(case, **flags), rates_of(case)).predicted["tokens_per_second"]
-    except InputError:
-        return 0.0
+def speed(case, flags, known=None):
+    """Tokens/s of the plan with these flags; known: by flags, what was planned already."""
+    known, name = {} if known is None else known, repr(sorted(flags.items()))
+    if name not in known:
+        try:
+            known[name] = planner.make(problem_of(case, **flags), rates_of(case)).predicted["tokens_per_second"]
+        except InputError:
+            known[name] = 0.0
+    return known[name]
 
 
 def split(draw):
@@ -120,25 +124,31 @@ def fitted(case, flags):
     return flags
 
 
-def made_better(case, flags, found, draw, rounds):
-    """The speed of the best plan that is found by changing a key at a time, or leaving it out."""
+def made_better(case, flags, known, draw, rounds):
+    """The best plan that is found by changing a key at a time, or leaving it out: its speed and flags."""
+    found = speed(case, flags, known)
     for _ in range(rounds):
         for name, value in values_of(case, draw).items():
             for other in (flags | {name: value}, {key: had for key, had in flags.items() if key != name}):
-                if (reached := speed(case, fitted(case, other))) > found:
+                if (reached := speed(case, fitted(case, other), known)) > found:
                     flags, found = fitted(case, other), reached
-    return found
+    return found, flags
+
+
+def best_rival(case, count, best, rounds):
+    """The fastest of so many random plans, and of what so many of the best of them become: its speed and flags."""
+    draw, known = random.Random(case), {}
+    tried = [(speed(case, flags, known), flags) for flags in (rival(case, draw) for _ in range(count))]
+    tried.sort(key=lambda one: -one[0])
+    made = (made_better(case, flags, known, draw, rounds) for _, flags in tried[:best])
+    return max(tried[0], *made, key=lambda one: one[0]) if best else tried[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_plan_that_a_user_could_ask_for_is_faster(case):
-    count, best, rounds = (500, 10, 3) if full() else (2, 0, 0)
-    draw, own = random.Random(case), speed(case, {})
-    tried = [(speed(case, flags), flags) for flags in (rival(case, draw) for _ in range(count))]
-    tried.sort(key=lambda one: -one[0])
-    found = [tried[0][0], *(made_better(case, flags, reached, draw, rounds) for reached, flags in tried[:best])]
-    assert own > 0 and max(found) <= 1.02 * own, (max(found) / own, tried[0])
+    own, (found, flags) = speed(case, {}), best_rival(case, *((500, 10, 3) if full() else (2, 0, 0)))
+    assert own > 0 and found <= 1.02 * own, (found / own, flags)
 
 
 def test_opt_175b_on_two_gpus_and_256_gib_takes_no_longer_than_45_seconds():

@@ -74,6 +74,8 @@ def typed(array: Array, dtype: str) -> Array:
 
 def most_nbytes(borders: Sequence[Bundle], num_tokens: int) -> int:
     """Bytes of a buffer for any message of so many tokens at these borders, and for the next one to be aligned behind it."""
+    if len(borders) == 1:  # hidden states alone: asked for again and again
+        return round_up(borders[0].nbytes(num_tokens), VIEW_ALIGNMENT)
     different = {id(border): border for border in borders}.values()
     return max((round_up(border.nbytes(num_tokens), VIEW_ALIGNMENT) for border in different), default=0)
 

@@ -30,9 +30,18 @@ DECODING_SHARE = 32  # of the device's memory, a block that needs no more is dec
 
 def build(problem: Problem, candidate: Candidate) -> Plan:
     """The plan of one candidate. Raises InputError if it does not fit."""
-    cut, sizes = problem.cut(candidate.laps, candidate.ends), sizes_of(problem, candidate)
-    pages = cache_pages(problem, sizes, candidate)
-    tables, ranks = sizes.tables(pages), range(problem.num_ranks)
+    return plan_of(problem, candidate, *sized(problem, candidate))
+
+
+def sized(problem: Problem, candidate: Candidate) -> tuple[Sizes, dict[str, int]]:
+    """What decides the plan of a candidate: its sizes, and pages of the cache by tier. Raises InputError if it does not fit."""
+    sizes = sizes_of(problem, candidate)
+    return sizes, cache_pages(problem, sizes, candidate)
+
+
+def plan_of(problem: Problem, candidate: Candidate, sizes: Sizes, pages: Mapping[str, int]) -> Plan:
+    """The plan of a candidate that has come to these sizes and pages."""
+    cut, tables, ranks = sizes.cut, sizes.tables(pages), range(problem.num_ranks)
     return Plan(
         num_ranks=problem.num_ranks,
         laps=candidate.laps,
@@ -70,8 +79,7 @@ def build(problem: Problem, candidate: Candidate) -> Plan:
 def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     """A candidate's buffers and the tiers of its blocks. Raises InputError if the blocks find no room."""
     slots = 1 if _schedule(problem, candidate) == "sequential" else SLOTS
-    cut = problem.cut(candidate.laps, candidate.ends)
-    step_tokens = problem.step_tokens(candidate)
+    cut, step_tokens = problem.cut(candidate.laps, candidate.ends), problem.step_tokens(candidate)
     sizes = Sizes(
         cut,
         problem.weighed,
@@ -87,17 +95,15 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
         decoded=candidate.decoded,
         coded=candidate.coded,
     )
-    sizes = replace(
-        sizes, state_rows=_state_rows(problem, sizes, candidate), decoded_pages=_decoded_pages(problem, sizes)
-    )
+    rows = _state_rows(problem, sizes, candidate)
+    sizes = replace(sizes, state_rows=rows, decoded_pages=_decoded_pages(problem, sizes))
     if problem.elsewhere(candidate):
         sizes = replace(sizes, cache_slots=slots, cache_slot_pages=_slot_pages(problem, sizes, slots))
     held = {rank: _weight_tiers(problem, sizes, candidate, rank, slots) for rank in cut.counts}
     placed = [*chain(*(zip(cut.share(rank).names, tiers, strict=True) for rank, tiers in held.items()))]
     streams = any(tier != "gpu" for name, tier in placed if name != "embed")
-    decoded = candidate.decoded and not (
-        streams and problem.config.placement.weights is None
-    )  # it would take their room
+    takes_room = streams and problem.config.placement.weights is None
+    decoded = candidate.decoded and not takes_room
     decoded = decoded and any(tier == "gpu" for name, tier in placed if name in problem.weighed.encoded)
     coded = candidate.coded and problem.may_code
     tiers = coded_tiers(coded, sizes.staged)

@@ -6,6 +6,7 @@ Ranks that have the same are counted as one. Pure arithmetic.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from noria.blocks import Block
 from noria.bundle import Bundle, borders_of, token_nbytes, within
@@ -106,6 +107,11 @@ class Cut:
     def share(self, rank: int) -> Portion:
         """What a rank has, but for its names where another has the same."""
         return self._shares[self.alike[rank]]
+
+    @cached_property
+    def counted(self) -> dict[object, Any]:
+        """What was counted of ranks so far, by what decides it (plan/memory.py): many candidates have it in common."""
+        return {}
 
     @cached_property
     def cache_rows(self) -> frozenset[CacheRow]:

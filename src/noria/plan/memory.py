@@ -6,6 +6,7 @@ Arithmetic on sizes alone: no torch, no MPI, no GPU.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from noria.blocks import DTYPE_NBYTES, Block
 from noria.bundle import most_nbytes, turns
@@ -100,6 +101,11 @@ class Sizes:
     graph_rows: int = 0
     decoded_pages: int = 0
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that sets them apart from other sizes of the same model."""
+        return self.cut.stages, *self._tiers.values(), self._places
+
     def page(self, rank: int) -> int:
         """Bytes of one page of the cache in all layers of the rank."""
         return PAGE_TOKENS * self.cut.share(rank).work.token
@@ -123,13 +129,25 @@ class Sizes:
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
-        if (rank, tier) not in self._all_fixed:
-            self._all_fixed[rank, tier] = self._fixed(rank, tier)
-        return dict(self._all_fixed[rank, tier])
+        counted, tiers = self.cut.counted, self._tiers[self.cut.alike[rank]]
+        if (key := (rank, tier, tiers, self._places)) not in counted:
+            counted[key] = self._fixed(rank, tier)
+        return dict(counted[key])
 
     @cached_property
-    def _all_fixed(self) -> dict[tuple[int, str], dict[str, int]]:
-        return {}
+    def _tiers(self) -> dict[int, tuple[str, ...]]:
+        return {rank: tuple(tiers) for rank, tiers in self.weight_tiers.items()}
+
+    @cached_property
+    def _places(self) -> tuple[object, ...]:
+        """What sizes of one cut differ by, but for the tiers of blocks."""
+        slots = self.weight_slots, self.cache_slots, self.cache_slot_pages, self.state_rows, self.decoded_pages
+        steps = self.groups, self.step_tokens, self.microbatch_tokens, self.graph_rows
+        return slots, steps, self.activations, self._ways
+
+    @property
+    def _ways(self) -> tuple[object, ...]:
+        return self.decoded, self.coded, self.staged, self.decoding_room, self.device
 
     def _fixed(self, rank: int, tier: str) -> dict[str, int]:
         held, borders = self._held(rank), self.cut.share(rank).borders
@@ -152,11 +170,10 @@ class Sizes:
         return {purpose: nbytes for purpose, nbytes in items.items() if nbytes or (tier, purpose) == ("gpu", "weights")}
 
     def _held(self, rank: int) -> Occupied:
-        return self._all_held[self.cut.alike[rank]]
-
-    @cached_property
-    def _all_held(self) -> dict[int, Occupied]:
-        return {rank: self._count(rank) for rank in self.weight_tiers}
+        counted, first = self.cut.counted, self.cut.alike[rank]
+        if (key := (first, self._tiers[first], self._ways)) not in counted:
+            counted[key] = self._count(first)
+        return cast(Occupied, counted[key])
 
     def _count(self, rank: int) -> Occupied:
         by_tier, slot, passing, decoding = dict.fromkeys(("", *TIERS), 0), 0, [], 0
@@ -233,12 +250,8 @@ class Sizes:
         return tokens * self.cut.share(rank).ring_row
 
     def _work_space(self, rank: int) -> int:
-        shape, dtype, share, is_last = (
-            self.cut.shape,
-            self.cut.dtype,
-            self.cut.share(rank),
-            rank == self.cut.num_ranks - 1,
-        )
+        shape, dtype, share = self.cut.shape, self.cut.dtype, self.cut.share(rank)
+        is_last = rank == self.cut.num_ranks - 1
         itemsize, micro = DTYPE_NBYTES[dtype], self.microbatch_tokens
         # In CPU memory: all but the rows that the head needs, which are those of a whole step where prompts are scored.
         on_device = 2 if self.activations == "gpu" else 2 * is_last
@@ -247,9 +260,8 @@ class Sizes:
         work += attention_nbytes(shape, dtype, micro) * (self.device == "cuda")
         work += micro * ROUNDING_PASSES * share.decoding_row
         if is_last:
-            work += LOGITS_ROWS * shape.vocab_size * (itemsize + 4) + min(
-                DRAW_NBYTES, 64 * LOGITS_ROWS * shape.vocab_size
-            )
+            logits = LOGITS_ROWS * shape.vocab_size
+            work += logits * (itemsize + 4) + min(DRAW_NBYTES, 64 * logits)
         return work
 
 

@@ -13,7 +13,8 @@ from itertools import chain
 
 from noria.errors import InputError
 from noria.plan import costs, moves
-from noria.plan.building import build
+from noria.plan.building import build, plan_of, sized
+from noria.plan.cut import Cut
 from noria.plan.plan import Plan
 from noria.plan.problem import STEP_TOKENS, Candidate, Problem
 from noria.plan.rates import Rates
@@ -31,11 +32,12 @@ Value = tuple[
 
 @dataclass
 class Tried:
-    """Candidates with their plans: each is built once."""
+    """Candidates with their plans: each is built once, and those that come to the same plan are predicted once."""
 
     problem: Problem
     known: Rates
     plans: dict[Candidate, tuple[Value, Plan | None]] = field(default_factory=dict)
+    same: dict[object, tuple[Value, Plan | None]] = field(default_factory=dict)
 
     def value(self, candidate: Candidate) -> Value:
         if candidate not in self.plans:
@@ -48,17 +50,20 @@ class Tried:
         return self.plans[candidate][1]
 
     def _tried(self, candidate: Candidate) -> tuple[Value, Plan | None]:
-        problem, workload = self.problem, self.problem.workload
         try:
-            plan = build(problem, candidate)
+            sizes, pages = sized(self.problem, candidate)
         except InputError:
             return (False, 0.0), None
-        predicted = costs.predict(plan, problem.cut(candidate.laps, candidate.ends), self.known, workload)
-        plan = replace(plan, predicted=predicted)
-        return (
-            plan.holds(workload.longest),
-            predicted["tokens_per_second"] * SIMPLER ** _departures(problem, plan),
-        ), plan
+        key = sizes.key, *pages.values()
+        if key not in self.same:
+            self.same[key] = self._predicted(plan_of(self.problem, candidate, sizes, pages), sizes.cut)
+        return self.same[key]
+
+    def _predicted(self, plan: Plan, cut: Cut) -> tuple[Value, Plan | None]:
+        problem, workload = self.problem, self.problem.workload
+        plan = replace(plan, predicted=costs.predict(plan, cut, self.known, workload))
+        speed = plan.predicted["tokens_per_second"] * SIMPLER ** _departures(problem, plan)
+        return (plan.holds(workload.longest), speed), plan
 
 
 def best(problem: Problem, known: Rates) -> Plan:
