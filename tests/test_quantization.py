@@ -17,6 +17,7 @@ from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.quantization import GROUP_SIZES, WORDS, quantization
 from noria.checkpoint.random_weights import random_checkpoint
+from noria.encodings import exponent
 from noria.engine.decoding import Decoder
 from noria.engine.parameters import Undecoded
 from noria.errors import InputError
@@ -126,6 +127,7 @@ def test_a_number_that_is_none_is_refused_with_its_tensor(folder, tmp_path):
 def test_fields_do_not_depend_on_how_many_threads_make_them(monkeypatch):
     numbers, matrices = torch.randn(300, 96, generator=torch.Generator().manual_seed(1)), [Matrix("", (300, 96))]
     monkeypatch.setattr(encodings, "ENCODED_NUMBERS", 20_000)
+    monkeypatch.setattr(exponent, "DECODED_NUMBERS", 8192)
     with ThreadPoolExecutor(3) as pool:
         for name in kinds.names("encodings"):
             settings = kinds.load("encodings", name).DEFAULTS

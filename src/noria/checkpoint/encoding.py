@@ -70,9 +70,10 @@ class PieceEncoder:
         if not room:
             return Encoded(encoding, settings, piece)
         lengths = dict.fromkeys(room, 0)  # the most of all pieces: they are of one size
-        for number in range(parameter.pieces):
-            fields = self._encode(block, parameter, Encoded(encoding, settings, piece), number)
-            lengths = {name: max(length, len(fields[name])) for name, length in lengths.items()}
+        with _threads() as pool:
+            for number in range(parameter.pieces):
+                fields = self._encode(block, parameter, Encoded(encoding, settings, piece), number, pool)
+                lengths = {name: max(length, len(fields[name])) for name, length in lengths.items()}
         if any(lengths[name] > room[name] for name in room):
             return None
         return Encoded(encoding, settings, encodings.fitted(piece, lengths))
@@ -121,10 +122,15 @@ class PieceEncoder:
         """The bytes of an encoded parameter, piece by piece."""
         form = parameter.encoded
         assert form is not None, parameter
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with _threads() as pool:
             for number in range(parameter.pieces):
                 fields = self._encode(block, parameter, form, number, pool)
                 yield encodings.packed(parameter.piece, fields).numpy().data
+
+
+def _threads() -> ThreadPoolExecutor:
+    """A thread a core, in each of which torch has one."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _check_range(numbers: Sequence[torch.Tensor], dtype: str) -> None:

@@ -6,6 +6,8 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
     VARIABLE                        names of the fields that may be shorter along their first dimension
     DEFAULTS                        settings that are not said
     encode(numbers, settings) -> {name: tensor}                 on their device; variable fields as long as they need
+    BY_PARTS                        if it has it and it is True: `encode` takes a third argument, like `map`, which it gives parts
+                                    of its work that threads may do at once
     rows(settings) -> int           if it has it: so many outputs (or a multiple) are encoded like a matrix of their own, and
                                     fields are those of all, one after another; 0: there are none
     decode(fields, settings, into)  fields [P, ...] of P pieces into [P, outputs, inputs], on any device; whatever they
@@ -99,6 +101,8 @@ def encode_pieces(
 
 def _encoded(kind: ModuleType, numbers: torch.Tensor, settings: Mapping[str, Any], pool: Executor | None) -> Fields:
     """The fields of a matrix, whose outputs are encoded some by some where that changes nothing."""
+    if pool is not None and getattr(kind, "BY_PARTS", False):
+        return kind.encode(numbers, settings, pool.map)
     rows: int = kind.rows(settings) if hasattr(kind, "rows") else 0
     if pool is None or not rows or not numbers.numel():
         return kind.encode(numbers, settings)
