@@ -46,13 +46,13 @@ FAMILIES = {
         "num_key_value_heads": 4,
     },
     "qwen3_moe": COMMON
-    | {  # of Qwen3-30B-A3B
+    | {  # of Qwen3-30B-A3B with 32 of its 128 experts
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
-        "num_experts": 128,
+        "num_experts": 32,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
         "num_attention_heads": 32,
@@ -71,7 +71,7 @@ FAMILIES = {
         "sliding_window": 512,
     },
     "gpt_oss": COMMON
-    | {  # of gpt-oss-120b with 32 of its 128 experts: sinks, biases, a window in every second layer, experts in MXFP4
+    | {  # of gpt-oss-120b with 8 of its 128 experts: sinks, biases, a window in every second layer, experts in MXFP4
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "hidden_size": 2880,
@@ -79,7 +79,7 @@ FAMILIES = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "head_dim": 64,
-        "num_local_experts": 32,
+        "num_local_experts": 8,
         "num_experts_per_tok": 4,
         "sliding_window": 128,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -89,16 +89,15 @@ FAMILIES = {
         },
     },
     "glm4_moe": COMMON
-    | {  # of GLM-4.5-Air with 32 of its 128 experts: routed by sigmoid with a correction, a shared expert, a dense layer
+    | {  # of GLM-4.5-Air with 8 of its 128 experts: routed by sigmoid with a correction, a shared expert, a dense layer
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
-        "num_hidden_layers": 3,
         "hidden_size": 4096,
         "intermediate_size": 10944,
         "moe_intermediate_size": 1408,
-        "n_routed_experts": 32,
+        "n_routed_experts": 8,
         "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
+        "num_experts_per_tok": 4,
         "norm_topk_prob": True,
         "first_k_dense_replace": 1,
         "num_attention_heads": 96,
@@ -107,18 +106,17 @@ FAMILIES = {
         "attention_bias": True,
     },
     "deepseek_v3": COMMON
-    | {  # with 16 of its 256 experts: latent attention, groups of experts
+    | {  # with 8 of its 256 experts: latent attention, groups of experts
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "num_hidden_layers": 3,
         "hidden_size": 7168,
         "intermediate_size": 18432,
         "moe_intermediate_size": 2048,
-        "n_routed_experts": 16,
+        "n_routed_experts": 8,
         "n_shared_experts": 1,
-        "num_experts_per_tok": 4,
-        "n_group": 8,
-        "topk_group": 4,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
         "norm_topk_prob": True,
         "first_k_dense_replace": 1,
         "num_attention_heads": 128,
@@ -130,16 +128,15 @@ FAMILIES = {
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     },
     "glm_moe_dsa": COMMON
-    | {  # of GLM-5 with 16 of its 256 experts, as far as its indexer selects every key
+    | {  # of GLM-5 with 8 of its 256 experts, as far as its indexer selects every key
         "architectures": ["GlmMoeDsaForCausalLM"],
         "model_type": "glm_moe_dsa",
-        "num_hidden_layers": 2,
         "hidden_size": 6144,
         "intermediate_size": 12288,
         "moe_intermediate_size": 2048,
-        "n_routed_experts": 16,
+        "n_routed_experts": 8,
         "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
+        "num_experts_per_tok": 4,
         "norm_topk_prob": True,
         "first_k_dense_replace": 1,
         "num_attention_heads": 64,

@@ -18,7 +18,7 @@ CASES = {
         "microbatches": {"microbatches": 3, "groups": 2},
         "laps": {"laps": 3, "groups": 2},
         "weights-cpu": {"weights": {"cpu": 100}, "laps": 2},
-        "weights-disk": {"weights": {"gpu": 30, "disk": 70}, "stage": True, "schedule": "sequential"},
+        "weights-disk": {"weights": {"gpu": 70, "disk": 30}, "stage": True, "schedule": "sequential"},
         "cache-cpu": {"cache": {"cpu": 100}, "microbatches": 2},
         "cache-everywhere": {"cache": {"gpu": 40, "cpu": 30, "disk": 30}, "weights": HALF},
         "hidden-cpu": {"activations": "cpu", "microbatch_tokens": 64},
@@ -42,8 +42,11 @@ def flags(folder, name, prompts, keys=()):
     return {key: str(folder / file) for key, file in files.items()} | dict(keys)
 
 
-def work(comm, folder):
+def work(comm, folder, only=None):
+    """All cases, or the one of this name."""
     for name, (keys, prompts) in cases(comm.Get_size()).items():
+        if only not in (None, name):
+            continue
         assert run(config.load(folder / "run.toml", flags(folder, name, prompts, keys)), comm) == 0
         if comm.Get_rank() == 0:
             print(name, flush=True)
