@@ -252,6 +252,13 @@ def test_launches_that_the_device_hides_are_not_off():
         assert one.is_off == off and one.note
 
 
+def test_on_a_cpu_launches_are_a_part_of_what_a_layer_computes():
+    plan = PLAN | {"predicted": PLAN["predicted"] | {"device": "CPU"}}
+    timing = {name: np.array(values, float) for name, values in TIMING.items()}
+    found = {one.name: (one.planned, one.measured) for one in terms(plan, timing, 10_000, True)}
+    assert found["decode, compute"] == ("300 ms", "210 ms") and "decode, launches" not in found
+
+
 def test_a_phase_of_a_single_step_is_not_held_against_its_plan():
     one_step = {f"prefill_{name}": [value] * 2 for name, value in (("rounds", 1), ("watched_rounds", 1))}
     timing = {name: np.array(values, float) for name, values in (TIMING | one_step).items()}

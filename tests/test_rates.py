@@ -53,6 +53,12 @@ def test_a_product_between_two_measured_numbers_of_rows_lies_on_their_line():
     )
 
 
+def test_a_cpu_may_multiply_some_rows_slower_than_fewer():
+    cpu = replace(rates.assumed("cpu"), matmul_rows={"float32": {1: 4e10, 4: 1.6e11, 16: 1.2e11, 4096: 1.2e12}})
+    assert [cpu.matmul_at("float32", rows) for rows in (4, 16)] == [1.6e11, 1.2e11]
+    assert replace(cpu, device="NVIDIA H200").matmul_at("float32", 16) == 1.6e11
+
+
 def test_what_is_measured_in_part_keeps_the_rest_of_what_was_measured_before():
     old = replace(MEASURED, assumed=("hop", "hop_seconds"), transport="", disk_read=3e9)
     new = replace(

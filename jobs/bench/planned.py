@@ -113,7 +113,7 @@ def measure(comm: Communicator, folder: Path, case: Case, flags: dict[str, Any])
     for phase in PHASES:
         seconds = float(timing[f"{phase}_seconds"].max())
         found[phase] = float(timing[f"{phase}_tokens"].max()) / seconds if seconds else 0.0
-    busy = {phase: measured_seconds(timing, phase, plan["groups"]) for phase in PHASES}
+    busy = {phase: measured_seconds(timing, phase, plan) for phase in PHASES}
     rounds = {
         phase: [int(timing[f"{phase}_rounds"].max()), float(timing[f"{phase}_seconds"].max())] for phase in PHASES
     }
@@ -142,7 +142,7 @@ def by_term(found: dict[str, Any]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for phase in PHASES:
         predicted = found["plan"]["predicted"]
-        planned, measured = planned_seconds(predicted["terms"], phase), found["busy"][phase]
+        planned, measured = planned_seconds(predicted, phase), found["busy"][phase]
         names = dict.fromkeys((*planned, *measured))
         terms = {name: [round(1e3 * one.get(name, 0.0), 3) for one in (planned, measured)] for name in names}
         parts = {name: round(1e3 * seconds, 3) for name, seconds in predicted["terms"][phase].items() if seconds}

@@ -36,7 +36,12 @@ GROUPS = {  # of figures that are measured together
 }
 LEAST_BATCHES = 3  # of calls that are timed together: of three, the machine's other work spoils one at most
 OPERATIONS = 20  # small ones, such as a layer has
+MEMORY_SHARE = 16  # of host memory, one part in so many
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
+CPU_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)  # a library multiplies few rows in several ways
+UNCACHED_NBYTES = (
+    512 << 20
+)  # of matrices: the caches of a server hold up to 320 MiB, and a run's weights find none there
 MESSAGE_NBYTES = 16 << 20
 SMALL_NBYTES = 16 << 10
 Say = Callable[[str, float, str], None]
@@ -226,19 +231,24 @@ class Probe:
 
     def _matmul(self, dtype: torch.dtype) -> dict[str, float]:
         size, make = (8192, torch.randn) if self._cuda else (2048, torch.ones)  # what is in it changes a GPU's clock
-        # In turn, and together too large for caches: a run reads every matrix anew.
-        number = 2 if self._cuda else 8
+        # In turn, and those of all ranks of a host together too large for caches: a run reads every matrix anew.
+        number = 2 if self._cuda else self._uncached(size**2 * dtype.itemsize)
         weights = itertools.cycle([make(size, size, device=self._device).to(dtype) for _ in range(number)])
-        found = {}
-        for rows in ROWS:
+        found, counts = {}, ROWS if self._cuda else CPU_ROWS
+        for rows in counts:
             hidden = make(rows, size, device=self._device).to(dtype)
             multiply = partial(lambda hidden: torch.nn.functional.linear(hidden, next(weights)), hidden)
-            times = self._timed(multiply, self._seconds / len(ROWS))
+            times = self._timed(multiply, self._seconds / len(counts))
             # The threads of a CPU wait for the one that another program keeps from its core.
             found[str(rows)] = 2 * rows * size**2 / (median if self._cuda else min)(times)
             if 2 * min(times) > self._seconds:
                 break
         return found
+
+    def _uncached(self, nbytes: int) -> int:
+        """Matrices of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
+        room = launcher.host_memory(self._location) // MEMORY_SHARE
+        return max(min(UNCACHED_NBYTES // self._location.ranks_on_host, room) // nbytes, 4)
 
     def _disk(self) -> dict[str, float]:
         read, write = disk_rates(self._folder, self._seconds, self._location.ranks_on_host)

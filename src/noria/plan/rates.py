@@ -81,14 +81,16 @@ class Rates:
     def matmul_at(self, dtype: str, rows: float) -> float:
         """flop/s of a product of so many rows: as measured, and between two measured numbers on a line of logarithms.
 
-        With fewer rows than the fewest that were measured the time stays; a machine without rows has one figure. More rows
-        are never slower, and where many were measured fewer are never faster than these: what was measured otherwise is the
-        noise of a machine, whose clock is higher in short measurements.
+        With fewer rows than the fewest that were measured the time stays; a machine without rows has one figure. On a GPU more
+        rows are never slower: what was measured otherwise is noise. A CPU's library has a way of its own for few rows, beside
+        which a few more are slower. Where many were measured fewer are never faster than these: in short measurements a
+        machine's clock is higher.
         """
         measured = sorted(self.matmul_rows.get(dtype, {}).items())
         if not measured:
             return self.matmul[dtype]
-        fastest = itertools.accumulate((speed for _, speed in measured), max)
+        speeds = [speed for _, speed in measured]
+        fastest = speeds if self.device == "CPU" else itertools.accumulate(speeds, max)
         most, lasting = measured[-1]
         limit = lasting if most >= LASTING_ROWS else math.inf
         known = [(count, min(speed, limit)) for (count, _), speed in zip(measured, fastest, strict=True)]

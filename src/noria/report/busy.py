@@ -24,36 +24,44 @@ NOTES = {
 
 def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term]:
     """The terms of a phase's round: on the rank where they are longest, in the rounds that were looked at."""
-    predicted = plan.get("predicted")
-    planned = planned_seconds(predicted.get("terms") if isinstance(predicted, Mapping) else None, phase)
-    measured = measured_seconds(timings, phase, number(plan, "groups"))
-    on_cpu = isinstance(predicted, Mapping) and predicted.get("device") == "CPU"  # there compute is what the host does
+    planned = planned_seconds(plan.get("predicted"), phase)
+    measured = measured_seconds(timings, phase, plan)
     for name in measured:
-        if not (on_cpu and name == "launches"):
-            words = f"{phase}, {name}"
-            found = term(words, planned.get(name), measured[name], seconds_words, NOTES.get(name, ""))
-            if found is not None:
-                hidden = name == "launches" and measured[name] < HIDDEN * measured["compute"]
-                yield replace(found, is_hidden=hidden)
+        words = f"{phase}, {name}"
+        found = term(words, planned.get(name), measured[name], seconds_words, NOTES.get(name, ""))
+        if found is not None:
+            hidden = name == "launches" and measured[name] < HIDDEN * measured["compute"]
+            yield replace(found, is_hidden=hidden)
 
 
-def planned_seconds(terms: object, phase: str) -> dict[str, float]:
-    """Seconds of a round by what can be measured: products, attention and other kernels are the device's compute."""
+def _on_cpu(predicted: object) -> bool:
+    """Whether one thread launches and computes, so that a layer's time is both."""
+    return isinstance(predicted, Mapping) and predicted.get("device") == "CPU"
+
+
+def planned_seconds(predicted: object, phase: str) -> dict[str, float]:
+    """Seconds of a round by what can be measured: products, attention and other kernels are the device's compute, and on a CPU
+    launches too."""
+    terms = predicted.get("terms") if isinstance(predicted, Mapping) else None
     found = {name: number(terms, phase, name) for name in ("link", "disk", "launches", "host", "ring")}
     products = [number(terms, phase, name) or 0.0 for name in ("matmul", "device memory")]
     kernels = [number(terms, phase, name) or 0.0 for name in KERNELS]
+    if _on_cpu(predicted):
+        kernels.append(found.pop("launches") or 0.0)
     return {name: seconds for name, seconds in found.items() if seconds} | {"compute": max(products) + sum(kernels)}
 
 
-def measured_seconds(timings: Timings, phase: str, groups: float | None) -> dict[str, float]:
+def measured_seconds(timings: Timings, phase: str, plan: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a round, the most of any rank; `host` of rank 0; `ring`: a group's way, by what ranks compute and send."""
+    groups = number(plan, "groups")
     rounds, all_rounds = timings.get(f"{phase}_watched_rounds"), timings.get(f"{phase}_rounds", np.zeros(0))
     if rounds is None or not len(rounds) or not (rounds > 0).all() or (all_rounds == 1).any():
         return {}  # a single step says nothing of others: it waits for what is loaded ahead in them
     of_ranks = {name: _a_round(timings, phase, name, rounds) for name in ("load", "store", "disk", "compute", "hops")}
     link = np.maximum(of_ranks["load"], of_ranks["store"])
     found = {"link": link.max(), "disk": of_ranks["disk"].max(), "compute": of_ranks["compute"].max()}
-    found["launches"] = _a_round(timings, phase, "launches", rounds).max()
+    if not _on_cpu(plan.get("predicted")):
+        found["launches"] = _a_round(timings, phase, "launches", rounds).max()
     found["host"] = _a_round(timings, phase, "host", rounds)[0]
     if len(rounds) > 1 and groups:
         longest = np.maximum(np.maximum(link, of_ranks["disk"]), of_ranks["compute"])
