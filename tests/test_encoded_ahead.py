@@ -1,5 +1,4 @@
 import threading
-import time
 
 import pytest
 
@@ -61,8 +60,8 @@ def test_what_reading_raises_comes_behind_the_rows_before_it():
 
 def test_what_nobody_asks_for_is_not_kept():
     ahead = EncodedAhead(prompts(2 * EARLY), encode, lambda prompt: True)
-    for prompt in ahead.prompts:
-        assert len(ahead._coming) <= max(AHEAD + 1, EARLY - prompt.row)
+    for _ in ahead.prompts:
+        assert len(ahead._coming) <= EARLY + AHEAD + 1
     assert not ahead._coming
 
 
@@ -76,32 +75,38 @@ def test_rows_that_need_no_encoding_are_not_read_before_they_are_asked_for_but_t
         assert read[-1] == max(prompt.row, EARLY - 1)
 
 
-@pytest.mark.parametrize("end", [lambda ahead: next(ahead.prompts), lambda ahead: ahead.close()])
-def test_reading_early_ends_when_the_first_is_asked_for_or_nobody_asks_any_more(end):
+def slow(count, at, reached, goes_on, read):
+    """Prompts, of which number `at` comes when it may."""
+    for prompt in prompts(count):
+        read.append(prompt.row)
+        if prompt.row == at:
+            reached.set()
+            assert goes_on.wait(20)
+        yield prompt
+
+
+def test_reading_early_ends_where_nobody_asks_any_more():
     reached, goes_on, read = threading.Event(), threading.Event(), []
-
-    def slowly():
-        for prompt in prompts(EARLY):
-            read.append(prompt.row)
-            if prompt.row == 5:
-                reached.set()
-                assert goes_on.wait(20)
-            yield prompt
-
-    ahead = EncodedAhead(slowly(), encode, lambda prompt: False)
+    ahead = EncodedAhead(slow(EARLY, 5, reached, goes_on, read), encode, lambda prompt: False)
     assert reached.wait(20)
-    asks = threading.Thread(target=end, args=(ahead,))
-    asks.start()
-    while not ahead._asked.is_set():
-        time.sleep(0.001)
+    ahead.close()
     goes_on.set()
-    asks.join(20)
     ahead._early.result(20)
     assert read == [*range(6)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_who_asks_while_the_thread_reads_early_gets_every_prompt_in_its_order(wanted):
+    for attempt in range(20):
+        reached, goes_on, read = threading.Event(), threading.Event(), []
+        goes_on.set()
+        ahead = EncodedAhead(slow(EARLY + 50, 5, reached, goes_on, read), encode, lambda prompt: wanted)
+        found = [prompt.row for prompt in ahead.prompts]
+        assert found == read == [*range(EARLY + 50)], attempt
 
 
 def test_long_prompts_are_not_all_read_early():
     long = (Prompt(row, str(row), "x" * (EARLY_LENGTH // 4), None, {}, "", None) for row in range(50))
     ahead = EncodedAhead(long, encode, lambda prompt: False)
     ahead._early.result(20)
-    assert len(ahead._ahead) == 4 and len([*ahead.prompts]) == 50
+    assert len(ahead._ahead) == 5 and len([*ahead.prompts]) == 50

@@ -12,6 +12,7 @@ from noria.launch import exact
 from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
 from noria.launch.mpi import Solo
+from noria.limits import LOGITS_ROWS, padded_rows
 from noria.model import ModelShape
 from noria.streams import streams_of
 from test_launcher import RUN
@@ -43,6 +44,13 @@ def test_the_norms_of_a_model_are_compared_too(monkeypatch):
     monkeypatch.setattr(F, "rms_norm", lambda hidden, *given: norm(hidden, *given) * (1 + 0.01 * (len(hidden) == 1)))
     said = "torch's rms_norm of 64 depends on the number of rows"
     assert exact.norms_differing(its, CPU, torch.float16) == said
+
+
+def test_logits_of_each_number_of_rows_that_a_run_may_have_are_computed_before_it():
+    seen = []
+    linear = lambda hidden, weight, bias: seen.append((len(hidden), *weight.shape))  # noqa: E731
+    exact.compute_logits(exact.products(Opened.blocks), CPU, torch.bfloat16, linear)
+    assert seen == sorted({(padded_rows(rows), 100, 64) for rows in range(1, LOGITS_ROWS + 1)})
 
 
 @pytest.fixture
@@ -142,6 +150,7 @@ def on_cuda(monkeypatch, library):
         monkeypatch.setattr(exact._tiles, "refuses", lambda *given: refused)
         monkeypatch.setattr(exact, "differing", lambda *given: found)
         monkeypatch.setattr(exact, "norms_differing", lambda *given: "")
+        monkeypatch.setattr(exact, "compute_logits", lambda *given: None)
         streams = streams_of(CPU)
         streams.device = torch.device("cuda", 0)
         here = ThisRank(Solo(), Location("host", 0, 1), streams)

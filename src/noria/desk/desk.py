@@ -117,7 +117,7 @@ class Desk:
         done = parts.done() if config.job.retry_errors else parts.finished()
         begun = Begun(parts)
         self._progress = Progress(num_rows, len(done), lengths=self._lengths)
-        todo = lambda prompt: prompt.token_ids is None and not prompt.error and (prompt.row, 0) not in done  # noqa: E731
+        todo = lambda prompt: not prompt.error and (prompt.row, 0) not in done  # noqa: E731
         prompts = noted(self._prompts(), self._note)
         self._ahead = EncodedAhead(prompts, begun.encoder(self._encoder(plan.num_ranks)), todo)
         source = Source(

@@ -17,3 +17,9 @@ def is_shortage(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+
+
+def give_back(device: torch.device) -> None:
+    """Lets go of memory that torch keeps for later: what had too little may be a library beside it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

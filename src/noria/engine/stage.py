@@ -4,7 +4,7 @@ Knows the model, its weights and its cache; nothing of the ring, of rounds or of
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TypeVar
@@ -20,11 +20,11 @@ from noria.engine.graphs import Graphs
 from noria.engine.kv_cache import KvCache
 from noria.engine.layer_cache import LayerCache
 from noria.engine.layers import Layers
+from noria.engine.logits import Logits
 from noria.engine.sampler import Sampler
-from noria.engine.shortage import is_shortage
+from noria.engine.shortage import give_back, is_shortage
 from noria.engine.timing import Meters
 from noria.engine.weights import Weights
-from noria.limits import LOGITS_ROWS
 from noria.masks import Masks
 from noria.ring.messages import Answer, Arrays, Hidden
 from noria.schedules import Actions, Cell, resumed
@@ -69,7 +69,7 @@ class Stage:
         self._at = 0, 0, 0  # the round, lap and group of the visit
         self._drawn = sampler.nothing.token_ids  # [S] what was sampled last, on the device
         self._most_tokens: int | None = None  # of a microbatch, where memory has been short
-        self._logits_rows = LOGITS_ROWS
+        self._logits = Logits(self._head, self._device, self._say)
         self._graphs = Graphs(network, batches.dtype, moved.weights, moved.cache, streams, meters)
         batches.size_of = self._graphs.size_of
 
@@ -222,13 +222,8 @@ class Stage:
             f" continues with {len(batch.microbatches) - failed} microbatches of at most {most} tokens"
             " (lower pipeline.microbatch_tokens to start like that)"
         )
-        self._give_back()
+        give_back(self._device)
         self._activations.cut(old, batch.microbatches, failed)
-
-    def _give_back(self) -> None:
-        """Lets go of memory that torch keeps for later: what had too little may be a library beside it."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def sample(self, batch: Batch, hidden: Hidden, masks: Masks | None = None) -> Answer:
         """The step's result, for all of the step's hidden states or what is needed of them.
@@ -248,40 +243,19 @@ class Stage:
             self._trace.compute("sample", begin, *self._at)
             return drawn
 
-        pieces = self._of_logits(hidden.arrays, batch.sample_rows, draw) or [sampler.nothing]
+        pieces = self._logits.of(hidden.arrays, batch.sample_rows, draw) or [sampler.nothing]
         score = lambda chunk, logits: sampler.score(logits, batch.score_ids[chunk])  # noqa: E731
-        scores = self._of_logits(hidden.arrays, batch.score_rows, score)
+        scores = self._logits.of(hidden.arrays, batch.score_rows, score)
         self._weights.done("head")
         result = pieces[0] if len(pieces) == 1 else Result.joined(pieces, torch.cat)
         result = replace(result, prompt_logprobs=torch.cat(scores)) if scores else result
         self._drawn = result.token_ids
         return Answer(result.map(_to_host), self._streams.event())
 
-    def _of_logits(self, hidden: Arrays, rows: torch.Tensor, use: Callable[[slice, torch.Tensor], T]) -> list[T]:
-        """What `use(rows, logits [_, V])` returns for the hidden states at these places, LOGITS_ROWS at a time.
-
-        Fewer where memory does not suffice: `use` must not mind to be called again.
-        """
-        found, start = list[T](), 0
-        while start < len(rows):
-            count = min(self._logits_rows, len(rows) - start)
-            chunk = slice(start, start + count)
-            try:
-                found.append(use(chunk, self._head(hidden, rows[chunk])))
-                start += count
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if count == 1 or not is_shortage(error):
-                    raise
-            self._logits_rows = count // 2
-            self._say(f"out of memory: logits of {self._logits_rows} rows at a time from now on")
-            self._give_back()
-        return found
-
-    def _head(self, hidden: Arrays, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [_, V] of these rows of hidden."""
+    def _head(self, hidden: Arrays) -> torch.Tensor:
+        """Logits [_, V] of hidden states, all of them."""
         parameters, begin, mark = self._weights.wait("head"), self._trace.mark(), self._gauge.mark()
-        logits = self._layers.head(parameters, tuple(array[rows] for array in hidden))
+        logits = self._layers.head(parameters, hidden)
         self._gauge.computed(mark)
         self._trace.compute("head", begin, *self._at)
         return logits

@@ -17,7 +17,7 @@ from noria.kernels import in_order
 from noria.launch.building import build_attention, build_products, build_sampling
 from noria.launch.choosing import FEW, MANY, SOME, Linear, Product, chosen_products, differs, multiply, tensors_of
 from noria.launch.here import ThisRank
-from noria.limits import LOGITS_ROWS
+from noria.limits import LOGITS_ROWS, padded_rows
 from noria.model import OpenModel
 from noria.models import _tiles
 
@@ -56,6 +56,7 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             chosen = {} if multiplied else chosen_products(its, here.device, kind)
             held.enter_context(in_order.products_by_kernel(chosen))
             why = differing(its, here.device, kind) or norms_differing(norms(model.blocks), here.device, kind)
+            compute_logits(its, here.device, kind)
             torch.cuda.empty_cache()  # of what was compared
         said = here.comm.allgather(why)
         rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))
@@ -112,6 +113,18 @@ def differing(its: Iterable[Product], device: torch.device, dtype: torch.dtype, 
         if not same:
             return f"the product of {outputs:,} x {inputs:,}{' with its bias' * has_bias} depends on the number of rows"
     return ""
+
+
+def compute_logits(its: Iterable[Product], device: torch.device, dtype: torch.dtype, linear: Linear = multiply) -> None:
+    """Computes those of the products that give logits for each number of rows that they get in a run: what computes them is
+    loaded then, and not when the device is to do something else."""
+    sizes = sorted({padded_rows(rows) for rows in range(1, LOGITS_ROWS + 1)})
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for product in its:
+            if product[-1] == LOGITS_ROWS:
+                hidden, weight, bias = tensors_of(product, device, dtype)
+                for size in sizes:
+                    linear(hidden[:size], weight, bias)
 
 
 def norms(blocks: Mapping[str, Block]) -> list[tuple[str, int]]:
