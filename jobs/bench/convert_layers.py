@@ -18,198 +18,15 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import torch
 from convert_published import drop_cache, timed
-from safetensors.torch import save_file
+from layer_files import SHAPES, directory_of, write_directory
 
-VOCAB, SHARD = 1024, 16  # token ids; experts in a file
-MLA = {
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 0,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": VOCAB,
-}
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-INT4 = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-    ],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-        }
-    },
-    "quantization_status": "compressed",
-}
-GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_experts_per_tok": 4,
-    "sliding_window": 128,
-    "vocab_size": VOCAB,
-    "tie_word_embeddings": False,
-    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
-}
 E2M1 = np.outer((1, -1), (0, 0.5, 1, 1.5, 2, 3, 4, 6)).ravel().astype(np.float32)
 E4M3 = np.array(
     [(1 - 2 * (c >> 7)) * (c % 8 / 8 + (c % 128 > 7)) * 2.0 ** (max(c >> 3 & 15, 1) - 7) for c in range(256)],
     np.float32,
 )
 E2M1[8] = E4M3[128] = -0.0
-
-
-# ---- the directory
-
-
-def fp8(random, outputs, inputs):
-    codes = random.integers(0, 256, (outputs, inputs), np.uint8)
-    codes[(codes & 127) == 127] = 0  # no number
-    scales = random.random((-(-outputs // 128), -(-inputs // 128)), np.float32) + 1e-3
-    return {"weight": torch.from_numpy(codes).view(torch.float8_e4m3fn), "weight_scale_inv": torch.from_numpy(scales)}
-
-
-def int4(random, outputs, inputs):
-    codes = random.integers(-(2**31), 2**31, (outputs, inputs // 8), np.int64).astype(np.int32)
-    scales = torch.from_numpy(random.random((outputs, inputs // 32), np.float32) + 1e-3).bfloat16()
-    shape = torch.tensor([outputs, inputs])
-    return {"weight_packed": torch.from_numpy(codes), "weight_scale": scales, "weight_shape": shape}
-
-
-def plain(random, outputs, inputs):
-    return {"weight": torch.from_numpy(random.random((outputs, inputs), np.float32)).bfloat16()}
-
-
-def named(prefix, tensors):
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def ends(random, prefix, hidden):
-    tensors = named(f"{prefix}model.embed_tokens", plain(random, VOCAB, hidden))
-    tensors |= named(f"{prefix}lm_head", plain(random, VOCAB, hidden))
-    return tensors | {f"{prefix}model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
-
-
-def latent_files(random, config, prefix, attention, expert):
-    """Shards of a model of latent attention; `attention` and `expert` make matrices."""
-    yield ends(random, prefix, config["hidden_size"])
-    hidden, inner, heads = config["hidden_size"], config["moe_intermediate_size"], config["num_attention_heads"]
-    ups = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    shapes = {
-        "q_a_proj": (1536, hidden),
-        "q_b_proj": (heads * 192, 1536),
-        "kv_a_proj_with_mqa": (576, hidden),
-        "kv_b_proj": (heads * 256, 512),
-        "o_proj": (hidden, heads * 128),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
-    for layer in range(config["num_hidden_layers"]):
-        top = f"{prefix}model.layers.{layer}"
-        tensors = {f"{top}.{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
-        tensors |= named(f"{top}.mlp.gate", plain(random, config["n_routed_experts"], hidden))
-        tensors[f"{top}.mlp.gate.e_score_correction_bias"] = torch.zeros(config["n_routed_experts"])
-        for name, shape in shapes.items():
-            tensors |= named(f"{top}.self_attn.{name}", attention(random, *shape))
-        for name, shape in ups.items():
-            tensors |= named(f"{top}.mlp.shared_experts.{name}", attention(random, *shape))
-        for number in range(config["n_routed_experts"]):
-            for name, shape in ups.items():
-                tensors |= named(f"{top}.mlp.experts.{number}.{name}", expert(random, *shape))
-            if number % SHARD == SHARD - 1 or number == config["n_routed_experts"] - 1:
-                yield tensors
-                tensors = {}
-
-
-def gpt_oss_files(random, config):
-    yield ends(random, "", 2880)
-    heads = {"q_proj": (4096, 2880), "k_proj": (512, 2880), "v_proj": (512, 2880), "o_proj": (2880, 4096)}
-    experts = config["num_local_experts"]
-    for layer in range(config["num_hidden_layers"]):
-        top, tensors = f"model.layers.{layer}", {}
-        for name, shape in {f"self_attn.{name}": shape for name, shape in heads.items()}.items():
-            tensors |= named(f"{top}.{name}", plain(random, *shape))
-            tensors[f"{top}.{name}.bias"] = torch.zeros(shape[0], dtype=torch.bfloat16)
-        tensors |= named(f"{top}.mlp.router", plain(random, experts, 2880))
-        tensors[f"{top}.mlp.router.bias"] = torch.zeros(experts, dtype=torch.bfloat16)
-        tensors[f"{top}.self_attn.sinks"] = torch.zeros(64, dtype=torch.bfloat16)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{top}.{name}.weight"] = torch.ones(2880, dtype=torch.bfloat16)
-        for name, outputs in (("gate_up_proj", 5760), ("down_proj", 2880)):
-            place = f"{top}.mlp.experts.{name}"
-            blocks = random.integers(0, 256, (experts, outputs, 90, 16), np.uint8)
-            scales = random.integers(110, 130, (experts, outputs, 90), np.uint8)
-            tensors |= {f"{place}_blocks": torch.from_numpy(blocks), f"{place}_scales": torch.from_numpy(scales)}
-            tensors[f"{place}_bias"] = torch.zeros(experts, outputs, dtype=torch.bfloat16)
-        yield tensors
-
-
-def directory_of(name, layers, experts):
-    """config.json, the shards, and the text model's config."""
-    random = np.random.default_rng(0)
-    if name == "gpt-oss":
-        config = GPT_OSS | {"num_hidden_layers": layers, "num_local_experts": experts or 128}
-        config["layer_types"] = ["sliding_attention", "full_attention"] * layers
-        config["layer_types"] = config["layer_types"][:layers]
-        return config, gpt_oss_files(random, config)
-    sizes = MLA | {"num_hidden_layers": layers}
-    if name == "deepseek-v3":
-        more = {"n_routed_experts": experts or 256, "num_attention_heads": 128, "num_key_value_heads": 128}
-        more |= {
-            "n_group": 1 if experts else 8,
-            "topk_group": 1 if experts else 4,
-            "routed_scaling_factor": 2.5,
-            "model_type": "deepseek_v3",
-        }
-        config = sizes | more | {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": FP8}
-        return config, latent_files(random, config, "", fp8, fp8)
-    more = {"n_routed_experts": experts or 384, "num_attention_heads": 64, "num_key_value_heads": 64}
-    more |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "model_type": "kimi_k2"}
-    text = sizes | more | {"quantization_config": INT4}
-    config = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text}
-    return config, latent_files(random, text, "language_model.", plain, int4)
-
-
-def write_directory(folder, config, files):
-    folder.mkdir()
-    weight_map, written = {}, 0
-    for number, tensors in enumerate(files):
-        name = f"model-{number:05d}.safetensors"
-        save_file(tensors, folder / name)
-        weight_map |= dict.fromkeys(tensors, name)
-        written += (folder / name).stat().st_size
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
-    return written
-
-
-# ---- readers of their own
 
 
 DTYPES = {"F8_E4M3": "u1", "U8": "u1", "I32": "<i4", "F32": "<f4", "BF16": "<u2", "I64": "<i8"}
@@ -327,19 +144,17 @@ def compare(name, folder, model, layers, experts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=("deepseek-v3", "gpt-oss", "kimi-k2.5"))
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--experts", type=int, help="fewer than the model has")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         source, model = Path(name) / "hf", Path(name) / "model.h5"
-        config, files = directory_of(arguments.shape, arguments.layers, arguments.experts)
+        config, files, experts = directory_of(arguments.shape, arguments.layers, arguments.experts)
         nbytes = write_directory(source, config, files)
         drop_cache(source)
         seconds, most = timed([sys.executable, "-m", "noria", "convert", source, model])
-        text = config.get("text_config", config)
-        experts = text.get("num_local_experts") or text["n_routed_experts"]
         compared, different = compare(arguments.shape, source, model, arguments.layers, experts)
         found = {
             "shape": arguments.shape,
