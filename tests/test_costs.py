@@ -121,6 +121,25 @@ def test_without_overlap_times_add_up():
     assert slow.predicted["decode"]["round_seconds"] > fast.predicted["decode"]["round_seconds"]
 
 
+def test_chunks_wait_for_the_copies_of_rows_that_decode_beside_them():
+    """16 layers of an OPT-30B shape with 16 GiB of an H200 and the cache in CPU memory: a prefill round takes 1.036 s, of which
+    the link is busy for 0.622 and layers compute for 0.449."""
+    made, load = opt(16, 7168, 56), Workload(192, 512, 12)
+    sizes = {"weights": {"gpu": "5GiB", "cpu": "30GiB"}, "cache": {"cpu": 100.0}}
+    flags = {"step_tokens": 14336, "microbatch_tokens": 2047, "groups": 1, "activations": "gpu"}
+    plan = plan_of(made, 1, 192, Machine("cuda", 16 * GiB, 120 * GiB), load, **sizes, **flags)
+    cut = cut_of(plan, made)
+    ((its, _),) = loads.loads(plan, cut).items()
+
+    def round_of(rows):
+        turn = Round(rows, 518, 14000, 28, 256)
+        return costs.whole_blocks(plan, cut.shape, its, rates.Rates(), turn)
+
+    mixed, alone = round_of(77), round_of(0)
+    assert mixed.seconds == pytest.approx(1.036, rel=0.15) and mixed.seconds > mixed.terms["link"] + 0.4
+    assert alone.seconds < 0.7, "with nothing to load but weights"
+
+
 def test_rates_come_back_from_the_file_that_they_were_written_to(tmp_path):
     path = tmp_path / "machine.toml"
     measured = rates.Rates(device='H"200', host_to_device=12.3e9, hop_seconds=2e-5)

@@ -15,6 +15,7 @@ from noria.plan.cut import Cut, Tasks
 from noria.plan.loads import (
     Load,
     cache_decoded,
+    cache_elsewhere,
     cache_moved,
     cache_nbytes,
     loads,
@@ -27,6 +28,7 @@ from noria.plan.loads import (
 from noria.plan.plan import Plan
 from noria.plan.rates import Rates
 from noria.plan.rounds import Round, Rounds, Workload, decoding, rounds_of
+from noria.step import PAGE_TOKENS
 
 __all__ = ["Round", "Workload", "cache_nbytes", "decoding", "ring_nbytes", "touched", "weights_nbytes"]
 PRODUCTS, KERNELS = ("matmul", "device memory"), ("attention", "other kernels", "decoding", "host not hidden")
@@ -125,7 +127,22 @@ def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round
 
 def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
     used = resources(plan, shape, load, rates, turn)
-    return Way(used, *rank_seconds(plan, used, rates))
+    seconds, binds = rank_seconds(plan, used, rates)
+    if not _copies_first(plan, turn):
+        return Way(used, seconds, binds)
+    hidden = dict.fromkeys(("link", "host not hidden"), 0.0)  # the host queues chunks while the device waits for copies
+    computed, binds = rank_seconds(plan, used | hidden, rates)
+    return Way(used, *max((seconds, binds), (computed + used["link"], "link" if used["link"] > computed else binds)))
+
+
+def _copies_first(plan: Plan, turn: Round) -> bool:
+    """Whether a layer copies before it computes chunks, and the link has nothing to do meanwhile.
+
+    Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, all but the
+    first of these wait behind the weights of a layer to come, whose slot the layer before has just let go.
+    """
+    tokens = cache_elsewhere(plan) * turn.rows * turn.context / plan.groups
+    return turn.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
 
 
 def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:

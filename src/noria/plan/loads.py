@@ -149,13 +149,18 @@ def states_nbytes(load: Load, cuts: float, turn: Round) -> tuple[float, float]:
     return turn.tokens * received, turn.tokens * sent
 
 
+def cache_elsewhere(plan: Plan) -> float:
+    """The part of the cache that is not on the device."""
+    return 1 - plan.of_pool("pages").get("gpu", 0) / max(plan.num_pages, 1)
+
+
 def microbatches(plan: Plan, turn: Round) -> float:
     """Microbatches of a group's step."""
     tokens, rows = turn.tokens / plan.groups, turn.all_rows / plan.groups
     count = max(plan.microbatches, -(-tokens // plan.microbatch_tokens))
     if plan.state_rows:
         count = max(count, -(-rows // plan.state_rows))
-    elsewhere = 1 - plan.of_pool("pages").get("gpu", 0) / max(plan.num_pages, 1)
+    elsewhere = cache_elsewhere(plan)
     if elsewhere and plan.cache_slot_pages:
         tokens = turn.rows * turn.context + turn.chunk_rows * 2 * turn.chunk_context
         pages = elsewhere * max(tokens / plan.groups, rows) / PAGE_TOKENS
