@@ -175,6 +175,17 @@ def layer_norm_each(shape: ModelShape, weight: torch.Tensor, heads: torch.Tensor
     return (normed * weight.view(heads.shape[1:])).to(heads.dtype)
 
 
+def split_normed(
+    shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _heads.split; queries and keys have a LayerNorm of each head, if the layer has one."""
+    queries, keys, values = _heads.split(shape, parameters, normed)
+    if "query_norm" in parameters:
+        queries = layer_norm_each(shape, parameters["query_norm"], queries)
+        keys = layer_norm_each(shape, parameters["key_norm"], keys)
+    return queries, keys, values
+
+
 def mlp(shape: ModelShape, parameters: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
     """[T, E] of normed hidden states [T, E]: a feed-forward without a gate."""
     inner = linear(normed, parameters["up"], parameters.get("up_bias"))

@@ -1,4 +1,4 @@
-"""A layer's heads: its norm, queries, keys and values of it, norms of heads, and the product behind attention.
+"""A layer's heads: its norm, queries, keys and values of it, norms of heads, ways to attend, and the product behind attention.
 
 Functions of tensors: nothing of ranks, streams or files. T tokens, H heads, Hkv key/value heads, D head dim, Dv that of a
 value, E hidden.
@@ -10,8 +10,10 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _fused
+from noria.models._cache import Cache
 from noria.models._fused import Norming
 from noria.models._linear import linear
+from noria.models._rotary import Rotary
 
 
 def norm(shape: ModelShape, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -77,6 +79,33 @@ def norm_across(
         for name, heads in (("query_norm", queries), ("key_norm", keys))
     )
     return next(normed), next(normed)
+
+
+def attend_across(
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    normed: torch.Tensor,
+    positional: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
+) -> torch.Tensor:
+    """[T, H, D] from normed hidden states [T, E], where norms go over all heads (OLMo 2, MiniMax-M2)."""
+    queries, keys, values = split(shape, parameters, normed)
+    queries, keys = norm_across(shape, parameters, queries, keys)
+    return cache.attend(queries, key=keys, value=values, rotary=positional)
+
+
+def attend_pairs(
+    shape: ModelShape,
+    index: int,
+    parameters: Mapping[str, torch.Tensor],
+    normed: torch.Tensor,
+    positional: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
+) -> torch.Tensor:
+    """[T, H, D] from normed hidden states [T, E], where neighbours in a head are turned together (GLM-4, ERNIE 4.5)."""
+    queries, keys, values = split(shape, parameters, normed)
+    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
 
 
 def project_out(parameters: Mapping[str, torch.Tensor], attended: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,8 @@ import torch
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _heads, _routing
-from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
-from noria.models._rotary import Rotary
 from noria.models._sources import Itself
 from noria.pieces import Wanted
 
@@ -80,17 +78,4 @@ def positional(  # type: ignore[no-redef]  # its own
     return _decoder.positional(shape, positions, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _attend(
-    shape: ModelShape,
-    index: int,
-    parameters: Mapping[str, torch.Tensor],
-    normed: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache,
-) -> torch.Tensor:
-    """[T, H, D] from normed hidden states [T, E]."""
-    queries, keys, values = _heads.split(shape, parameters, normed)
-    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
-
-
-layer = partial(_decoder.layer, attention=_attend)
+layer = partial(_decoder.layer, attention=_heads.attend_pairs)

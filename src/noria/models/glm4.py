@@ -4,14 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _general, _heads
-from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
-from noria.models._rotary import Rotary
 
 ARCHITECTURES = ("Glm4ForCausalLM",)
 # What a config.json that leaves them out means.
@@ -40,17 +36,4 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     return _general.described(found, "attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm")
 
 
-def _attend(
-    shape: ModelShape,
-    index: int,
-    parameters: Mapping[str, torch.Tensor],
-    normed: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache,
-) -> torch.Tensor:
-    """[T, H, D] from normed hidden states [T, E]."""
-    queries, keys, values = _heads.split(shape, parameters, normed)
-    return cache.attend(queries, key=keys, value=values, rotary=Rotary(*positional, pairs=True))
-
-
-layer = partial(_general.layer, halves=_general.Halves(_attend))
+layer = partial(_general.layer, halves=_general.Halves(_heads.attend_pairs))

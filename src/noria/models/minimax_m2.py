@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _heads, _routing
-from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
 from noria.models._sources import Itself
@@ -80,18 +77,4 @@ def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  
     return _decoder.sources(shape, block_name, MODULES, EXPERTS)
 
 
-def _attend(
-    shape: ModelShape,
-    index: int,
-    parameters: Mapping[str, torch.Tensor],
-    normed: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache,
-) -> torch.Tensor:
-    """[T, H, D] from normed hidden states [T, E]."""
-    queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _heads.norm_across(shape, parameters, queries, keys)
-    return cache.attend(queries, key=keys, value=values, rotary=positional)
-
-
-layer = partial(_decoder.layer, attention=_attend)
+layer = partial(_decoder.layer, attention=_heads.attend_across)

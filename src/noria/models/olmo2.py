@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _decoder, _general, _heads
-from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 
 ARCHITECTURES = ("Olmo2ForCausalLM",)
@@ -37,18 +34,4 @@ def with_norms(found: ModelShape) -> ModelShape:
     return _general.described(found, "after_attention_norm", "after_mlp_norm", norms=across)
 
 
-def _attend(
-    shape: ModelShape,
-    index: int,
-    parameters: Mapping[str, torch.Tensor],
-    normed: torch.Tensor,
-    positional: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache,
-) -> torch.Tensor:
-    """[T, H, D] from hidden states [T, E]."""
-    queries, keys, values = _heads.split(shape, parameters, normed)
-    queries, keys = _heads.norm_across(shape, parameters, queries, keys)
-    return cache.attend(queries, key=keys, value=values, rotary=positional)
-
-
-layer = partial(_general.layer, halves=_general.Halves(_attend))
+layer = partial(_general.layer, halves=_general.Halves(_heads.attend_across))

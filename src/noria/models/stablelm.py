@@ -8,7 +8,7 @@ import torch
 
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _general, _heads
+from noria.models import _decoder, _general
 from noria.models._cache import Cache
 from noria.models._general import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._general import layer_norm_head as head  # type: ignore[assignment]  # noqa: F401
@@ -60,10 +60,7 @@ def _attend(
     cache: Cache,
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]; each head has a LayerNorm of its own."""
-    queries, keys, values = _heads.split(shape, parameters, normed)
-    if "query_norm" in parameters:
-        queries = _general.layer_norm_each(shape, parameters["query_norm"], queries)
-        keys = _general.layer_norm_each(shape, parameters["key_norm"], keys)
+    queries, keys, values = _general.split_normed(shape, parameters, normed)
     return cache.attend(queries, key=keys, value=values, rotary=positional)
 
 
