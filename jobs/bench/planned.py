@@ -82,12 +82,12 @@ CASES = {
     "dense, long prompts": Case(LLAMA_8B, 16, 48, 6000, 64),
     "mixture, resident": Case(QWEN3_30B, 16, 512, 512, 64),
     "mixture, few rows": Case(QWEN3_30B, 16, 16, 512, 128),
-    "dense, streamed": Case(OPT_30B, 16, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
-    "dense, streamed and coded": Case(LLAMA_8B, 16, 192, 512, 12, ON_CPU),
-    "dense, half of it resident": Case(OPT_30B, 16, 192, 512, 12, {"gpu_memory": "16GiB"}),
-    "mixture, streamed": Case(QWEN3_30B, 16, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
-    "dense, cache in CPU memory": Case(OPT_30B, 16, 128, 1024, 12, {"cache": {"cpu": 100.0}}),
-    "dense, on disk": Case(OPT_30B, 8, 192, 512, 4, {"weights": {"disk": 100.0}, "stage": True}),
+    "dense, streamed": Case(OPT_30B, 8, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
+    "dense, streamed and coded": Case(LLAMA_8B, 8, 192, 512, 12, ON_CPU),
+    "dense, half of it resident": Case(OPT_30B, 8, 96, 512, 12, {"gpu_memory": "12GiB"}),
+    "mixture, streamed": Case(QWEN3_30B, 8, 192, 512, 12, ON_CPU | {"compress_weights": "off"}),
+    "dense, cache in CPU memory": Case(OPT_30B, 8, 64, 1024, 12, {"cache": {"cpu": 100.0}}),
+    "dense, on disk": Case(OPT_30B, 2, 192, 512, 4, {"weights": {"disk": 100.0}, "stage": True}),
 }
 CPU_CASES = {
     "few rows": Case(LLAMA_TINY, 8, 16, 64, 64),
