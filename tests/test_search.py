@@ -151,6 +151,19 @@ def test_no_plan_that_a_user_could_ask_for_is_faster(case):
     assert own > 0 and found <= 1.02 * own, (found / own, flags)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "flags"),
+    [
+        ("7B, cache-bound", {"microbatch_tokens": 2127}),
+        ("7B on a small GPU", {"microbatch_tokens": 446, "cache": {"gpu": 100.0}}),
+    ],
+)
+def test_rivals_that_have_beaten_the_planner_do_so_no_more(case, flags):
+    """Steps between one prompt and two; larger microbatches where blocks are coded, and a row less for them."""
+    assert speed(case, flags) <= 1.01 * speed(case, {})
+
+
 def test_opt_175b_on_two_gpus_and_256_gib_takes_no_longer_than_45_seconds():
     assert planner.make(problem_of("175B on two GPUs"), rates_of("175B on two GPUs")).predicted["seconds"] <= 45
 

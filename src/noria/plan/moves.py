@@ -48,14 +48,24 @@ def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 
 def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """Larger or smaller microbatches; what smaller ones leave of memory may hold a few more rows."""
+    """Larger or smaller microbatches. What smaller ones leave of memory may hold a few more rows, and more yet where a step is
+    one of them; for larger ones a few rows less may make room."""
     if problem.config.pipeline.microbatch_tokens or problem.machine.device == "cpu":
         return []
-    tokens, most = min(here.microbatch_tokens, problem.step_tokens(here)), problem.workload.num_rows
+    step, most = problem.step_tokens(here), problem.workload.num_rows
+    tokens = min(here.microbatch_tokens, step)
     counts = [count for count in (tokens // 2, 2 * tokens // 3, 3 * tokens // 2, 2 * tokens) if 64 <= count <= MOST]
-    more = [min(round(here.rows * factor), most) for factor in FACTORS[:2]]
     found = [replace(here, microbatch_tokens=count) for count in counts]
-    return [*found, *(replace(one, rows=rows) for one in found for rows in more if one.microbatch_tokens < tokens)]
+    fewer, more = ([one for one in found if (one.microbatch_tokens < tokens) == less] for less in (True, False))
+    of_rows = [(one, min(round(here.rows * factor), most)) for one in fewer for factor in FACTORS[:2]]
+    of_rows += [(one, max(int(here.rows / factor), 1)) for one in more for factor in FACTORS[:2]]
+    found += [replace(one, rows=rows) for one, rows in of_rows]
+    if problem.config.pipeline.step_tokens:
+        return found
+    return [
+        *found,
+        *(replace(one, prefill_rounds=here.prefill_rounds * step // one.microbatch_tokens) for one in fewer),
+    ]
 
 
 def _other_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:

@@ -114,7 +114,7 @@ class Problem:
             return asked or max(CPU_STEP_TOKENS, least)
         in_group, prompt = -(-candidate.rows // candidate.groups), max(round(self.workload.prompt_tokens), 1)
         tokens = max(-(-in_group * prompt // candidate.prefill_rounds), in_group)
-        tokens = -(-tokens // prompt) * prompt if tokens > prompt else tokens
+        tokens = -(-tokens // prompt) * prompt if tokens > 2 * prompt else tokens  # more of them are whole prompts
         return max(min(tokens, STEP_TOKENS), LEAST_STEP_TOKENS, least)
 
     def elsewhere(self, candidate: Candidate) -> bool:

@@ -172,7 +172,8 @@ def _descended(tried: Tried, start: Candidate) -> Candidate:
             (roomy, speed), (has_room, fastest) = tried.value(other), tried.value(found)
             if (roomy, speed) > (has_room, fastest * GAIN):
                 found = other
-    return _coded_best(tried, found)
+        found = _coded_best(tried, found)
+    return found
 
 
 def _coded_best(tried: Tried, here: Candidate) -> Candidate:
