@@ -65,6 +65,22 @@ def test_what_an_earlier_version_took_has_its_shape_without_the_key_and_a_line_t
     assert "use_unheard_of is 'attention' (and more_unheard_of): Noria does not" in note and "\n" not in note
 
 
+ROPES = ("rope_scaling", "rope_parameters")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if any(text_of(CONFIGS[name]).get(rope) for rope in ROPES)])
+def test_so_has_one_with_a_key_of_its_rope_beside_another(name):
+    config, notes = copy.deepcopy(CONFIGS[name]), []
+    text = text_of(config)
+    rope = next(text[rope] for rope in ROPES if text.get(rope))
+    for place in [one for one in rope.values() if isinstance(one, dict)] or [rope]:
+        place["unheard_of"] = 1
+    text["use_unheard_of"] = "attention"
+    assert model_shape(config, name, notes) == model_shape(CONFIGS[name], name)
+    assert "unheard_of of rope_scaling is 1: Noria does not" in notes[0] and "use_unheard_of is" in notes[1]
+    assert "unheard_of of rope_scaling is 1: Noria does not know what it asks for" in refused(config, name)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_notes_of_whoever_wrote_a_config_and_ids_of_its_tokenizer_are_taken(name):
     config = copy.deepcopy(CONFIGS[name])

@@ -97,13 +97,15 @@ def shape_of(config: Mapping[str, Any], notes: list[str] | None = None) -> tuple
     """
     text = text_of(config)
     family = for_config(text)
-    try:
-        return family, family.shape(text)
-    except UnknownKeys as unknown:
-        if notes is None:
-            raise
-        notes.append(
-            f"{unknown.words}: Noria does not know what it asks for in this family, and does not use it, like the earlier"
-            " version that converted this model; if the model's numbers depend on it, its results are wrong"
-        )
-        return family, family.shape({key: value for key, value in text.items() if key not in unknown.keys})
+    while True:
+        try:
+            return family, family.shape(text)
+        except UnknownKeys as unknown:
+            rest = unknown.left_out(text)
+            if notes is None or rest == text:
+                raise
+            text = rest
+            notes.append(
+                f"{unknown.words}: Noria does not know what it asks for in this family, and does not use it, like the earlier"
+                " version that converted this model; if the model's numbers depend on it, its results are wrong"
+            )

@@ -24,15 +24,31 @@ def shown(value: object) -> str:
 
 
 class UnknownKeys(InputError):
-    """A config.json has keys that nobody knows: `keys`, in its order. `words` name them, with the first one's value."""
+    """A config.json has keys that nobody knows: `keys`, in its order, at its top or `inside` objects of these names. `words`
+    name them, with the first one's value."""
 
-    def __init__(self, keys: list[str], value: object):
+    def __init__(self, keys: list[str], value: object, inside: tuple[str, ...] = ()):
         others = f" (and {shown(', '.join(keys[1:]))[1:-1]})" if keys[1:] else ""
-        self.keys, self.words = keys, f"config.json: {shown(keys[0])[1:-1]} is {shown(value)}{others}"
+        place = f" of {inside[0]}" if inside else ""
+        self.keys, self.inside = keys, inside
+        self.words = f"config.json: {shown(keys[0])[1:-1]}{place} is {shown(value)}{others}"
         super().__init__(
             f"{self.words}: Noria does not know what it asks for in this family, a later version may; remove it if the"
             " model's numbers do not depend on it"
         )
+
+    def left_out(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config without them."""
+        if not self.inside:
+            return {key: value for key, value in config.items() if key not in self.keys}
+        return {key: _without(value, self.keys) if key in self.inside else value for key, value in config.items()}
+
+
+def _without(value: Any, keys: list[str]) -> Any:
+    """An object without these keys, nor those inside it."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without(one, keys) for key, one in value.items() if key not in keys}
 
 
 # What says nothing of the numbers that a model computes: how it is found, made, trained, sampled and shown.

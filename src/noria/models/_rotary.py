@@ -151,11 +151,8 @@ def end_words(scaling: Scaling) -> str:
 def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(parameters, Mapping), f"config.json: rope_scaling is {read.shown(parameters)}: no object")
-    for key, value in parameters.items():
-        require(
-            key in KEYS or value is None,
-            f"config.json: {read.shown(key)[1:-1]} of rope_scaling is {read.shown(value)}: Noria does not know what it asks for",
-        )
+    if unknown := [key for key, value in parameters.items() if key not in KEYS and value is not None]:
+        raise read.UnknownKeys(unknown, parameters[unknown[0]], ("rope_scaling", "rope_parameters"))
     return parameters
 
 
