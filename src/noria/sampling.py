@@ -5,6 +5,7 @@ Knows no model.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -142,6 +143,11 @@ class Sampling:
     @property
     def stop_texts(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """stop_token_ids, to look each token up in: rows may have hundreds."""
+        return frozenset(self.stop_token_ids or ())
 
     @property
     def most_new_tokens(self) -> int:

@@ -31,7 +31,7 @@ def finish_reason(
 
 def ends(token_id: int, sampling: Sampling, end_token_ids: Container[int]) -> bool:
     """Whether this token ends a sequence."""
-    return (not sampling.ignore_eos and token_id in end_token_ids) or token_id in (sampling.stop_token_ids or ())
+    return (not sampling.ignore_eos and token_id in end_token_ids) or token_id in sampling.stop_ids
 
 
 def with_special_stops(sampling: Sampling, special_ids: Mapping[str, int]) -> Sampling:
