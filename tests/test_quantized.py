@@ -19,7 +19,7 @@ from counts import full, some
 from noria import encodings, kinds, models
 from noria.__main__ import main
 from noria.blocks import layer_name
-from noria.checkpoint import tensor_files, writer
+from noria.checkpoint import filling, tensor_files
 from noria.checkpoint.checkpoint import model_shape, open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.fields import FieldSources
@@ -29,6 +29,7 @@ from noria.checkpoint.tensor_files import Reader
 from noria.engine.parameters import stored, views
 from noria.errors import InputError
 from noria.step import Run
+from noria.tools import direct
 from quantized import AWQ, FLOAT4, FLOAT8, FORMS, FP8, GPTQ, INT4, INT8, MODELS, compressed
 from test_convert import MEASURE
 from whole import Whole, tokens_of
@@ -767,7 +768,7 @@ def test_memory_is_that_of_a_few_matrices_whatever_the_model_s_size(tmp_path, se
     ]
     grown = int(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
     print(f"{grown / 1e6:.0f} MB")
-    assert grown < 40e6, f"grew by {grown / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+    assert grown < 48e6, f"grew by {grown / 1e6:.0f} MB for {size / 1e6:.0f} MB"
 
 
 def test_what_is_read_is_asked_for_before_and_what_is_written_begins_to_go_to_the_disk_meanwhile(tmp_path, monkeypatch):
@@ -783,7 +784,9 @@ def test_what_is_read_is_asked_for_before_and_what_is_written_begins_to_go_to_th
         advise(descriptor, offset, nbytes, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", heard)
-    monkeypatch.setattr(writer, "BEHIND_NBYTES", 10_000)
+    monkeypatch.setattr(direct, "_open_direct", lambda descriptor, writable: None)
+    monkeypatch.setattr(filling, "BEHIND_NBYTES", 8000)
+    monkeypatch.setattr(filling, "PIECE_NBYTES", 8192)
     monkeypatch.setattr(tensor_files, "AHEAD_NBYTES", 4096)
     monkeypatch.setattr(tensor_files, "CHUNK_NBYTES", 4096)
     quantized.write(tmp_path / "hf", config, quantized.FP8, quantized.fp8_block())

@@ -1,4 +1,4 @@
-"""Writes a checkpoint: HDF5 lays out the datasets, plain pwrite fills them, a rename makes the file appear whole.
+"""Writes a checkpoint: HDF5 lays out the datasets, filling.py fills them, a rename makes the file appear whole.
 
 Where the bytes come from is the caller's: `chunks(block, parameter)` gives them in any pieces. checkpoint.py reads.
 """
@@ -17,6 +17,7 @@ from h5py import h5a, h5d, h5p, h5s
 
 from noria.blocks import ALIGNMENT, Block, Parameter, round_up
 from noria.checkpoint.checkpoint import CHECKSUM, FORMAT, KEYS, VERSION
+from noria.checkpoint.filling import ExtentWriter
 from noria.checkpoint.forms import stored_as, write_form
 from noria.errors import InputError
 from noria.tools import atomic
@@ -26,7 +27,6 @@ from noria.tools.writing import writing
 
 Chunks = Callable[[Block, Parameter], Iterable[memoryview]]
 Place = tuple[str, str]  # block and parameter
-BEHIND_NBYTES = 32 << 20  # after so many bytes the system is asked to write them to the disk, beside what follows
 
 
 @dataclass(frozen=True)
@@ -201,21 +201,21 @@ def _fill(
     offsets: Mapping[Place, int],
     chunks: Chunks,
 ) -> dict[str, str]:
-    digests, written = {name: xxhash.xxh3_128() for name in blocks}, 0
-    for place, others in order.items():
-        block = blocks[place[0]]
-        parameter = next(parameter for parameter in block.parameters if parameter.name == place[1])
-        mine = [digests[name] for name, _ in (place, *others)]
-        at = 0
-        for chunk in _padded(chunks(block, parameter), parameter.nbytes):
-            _write(path, descriptor, chunk, offsets[place] + at)
-            for digest in mine:
-                digest.update(chunk)
-            at, written = at + len(chunk), written + len(chunk)
-            if written >= BEHIND_NBYTES:
-                _begin_writing(descriptor)
-                written = 0
-        assert at == round_up(parameter.nbytes), (place, at, parameter.nbytes)
+    digests = {name: xxhash.xxh3_128() for name in blocks}
+    with writing(path):
+        os.fsync(descriptor)  # what HDF5 wrote is in the page cache
+    with ExtentWriter(path, descriptor) as filling:
+        for place, others in order.items():
+            block = blocks[place[0]]
+            parameter = next(parameter for parameter in block.parameters if parameter.name == place[1])
+            mine = [digests[name] for name, _ in (place, *others)]
+            at = 0
+            for chunk in _padded(chunks(block, parameter), parameter.nbytes):
+                filling.put(offsets[place] + at, chunk)
+                for digest in mine:
+                    digest.update(chunk)
+                at += len(chunk)
+            assert at == round_up(parameter.nbytes), (place, at, parameter.nbytes)
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
@@ -224,18 +224,6 @@ def _padded(chunks: Iterable[memoryview], nbytes: int) -> Iterator[memoryview]:
         yield memoryview(chunk).cast("B")
     if round_up(nbytes) > nbytes:
         yield memoryview(bytes(round_up(nbytes) - nbytes))
-
-
-def _write(path: Path, descriptor: int, chunk: memoryview, offset: int) -> None:
-    while len(chunk):
-        with writing(path, len(chunk)):
-            count = os.pwrite(descriptor, chunk[: 1 << 30], offset)
-        chunk, offset = chunk[count:], offset + count
-
-
-def _begin_writing(descriptor: int) -> None:
-    """What was written goes to the disk, which is not waited for; the cache lets go of what is there already."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _store_checksums(path: Path, checksums: Mapping[str, str]) -> None:
