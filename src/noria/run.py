@@ -53,9 +53,8 @@ from noria.tools.garbage import set_aside
 from noria.tools.helper import Helper
 from noria.tools.provenance import now, segment_of
 
-TOLD_SECONDS = (
-    5.0  # of prefill and decode together, before a run ends with where its time went: noria report shows it of all runs
-)
+# Of prefill and decode together, from which on a run ends with where its time went: noria report shows it of all runs.
+TOLD_SECONDS = 5.0
 NOT_AS_PLANNED = 1  # exit code of a whole run under job.strict that differed from its plan
 
 

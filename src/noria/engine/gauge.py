@@ -82,9 +82,8 @@ class Gauge:
         self._round = 0
         self._counts: defaultdict[str, float] = defaultdict(float)  # of this round
         self._spans: list[tuple[str, Mark, Mark]] = []
-        self._pending: deque[tuple[str, str, Mark, Mark]] = (
-            deque()
-        )  # of rounds before, that the device may not have passed
+        # Of rounds before, that the device may not have passed.
+        self._pending: deque[tuple[str, str, Mark, Mark]] = deque()
         self._seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._rounds: Counter[str] = Counter()
         self._latest = ""  # the phase under which the last round is counted, if it is

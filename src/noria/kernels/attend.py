@@ -42,9 +42,8 @@ class Tuning:
     warps: int
     stages: int
     one_loop: bool  # all blocks with their masks in one loop, which never drains: for rows bound by memory
-    heads_first: (
-        bool  # neighbours share an item; else a head, so that the keys in flight are few and stay in the L2 cache
-    )
+    # Neighbours share an item; else a head, so that the keys in flight are few and stay in the L2 cache.
+    heads_first: bool
 
 
 Tuned: TypeAlias = Callable[[Launch, int], Tuning]

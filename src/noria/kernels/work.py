@@ -104,8 +104,7 @@ class Work:
 
     order: np.ndarray  # [T] int32: the token row at each place
     positions: np.ndarray  # [T] int32: its position
-    pieces: (
-        np.ndarray
-    )  # [N, 4] int32: first cache row, its position, keys, how many pieces follow in the section, itself too
+    # [N, 4] int32: first cache row, its position, keys, how many pieces follow in the section, itself too
+    pieces: np.ndarray
     waves: tuple[Wave, ...]
     slots: int

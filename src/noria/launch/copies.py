@@ -17,9 +17,8 @@ from noria.tools.pinned import HostMemory
 IN_FLIGHT = 2  # copies on their way at any moment in each direction, as many as a run queues ahead
 LEAST_COPIES = 4  # in each direction, however slow the link is
 BLOCK_NBYTES = 128 << 20  # of a copy; they go through a larger buffer in turn, whose pages are not all equally near
-Lanes: TypeAlias = Mapping[
-    str, tuple[torch.Tensor, torch.Tensor]
-]  # lane -> (destination, source), bytes of equal sizes
+# lane -> (destination, source), bytes of equal sizes
+Lanes: TypeAlias = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Buffers:

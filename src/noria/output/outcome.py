@@ -20,9 +20,8 @@ from noria.structured import may_have_blanks
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import plural, printable
 
-ROWS_IN_ERROR = (
-    65  # exit code (EX_DATAERR) of a whole output of which all rows, or with fail_on_errors some, are errors
-)
+# Exit code (EX_DATAERR) of a whole output of which all rows, or with fail_on_errors some, are errors.
+ROWS_IN_ERROR = 65
 EXAMPLES = 3  # rows that are kept to be shown
 _SHOWN = 5  # reasons
 _MAX_REASONS = 1000  # that are told apart

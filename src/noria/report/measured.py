@@ -15,9 +15,8 @@ from noria.report.busy import busy
 from noria.report.terms import PHASES, Term, Timings, number, term
 from noria.tools.text import nbytes_words, seconds_words
 
-MIN_ROUNDS = (
-    3  # of a phase, before its speed says anything: its first round waits for what is loaded ahead in the others
-)
+# Of a phase, before its speed says anything: its first round waits for what is loaded ahead in the others.
+MIN_ROUNDS = 3
 LINKS = {
     "disk_to_host": "disk to CPU memory",
     "host_to_gpu": "CPU memory to GPU",

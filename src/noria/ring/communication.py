@@ -180,9 +180,8 @@ class Communication:
         while not (self._abandoned or self._error):
             self._wake.clear()
             if self._num_waits:
-                self._wake.wait(
-                    LONGEST_PAUSE
-                )  # whoever waits does it; afterwards it has better things to do than to wake this
+                # Whoever waits does the work; afterwards it has better things to do than to wake this thread.
+                self._wake.wait(LONGEST_PAUSE)
             elif self._take_turn(self._advance):
                 last = time.monotonic()
             elif self._closing and not self._live and not self._new:

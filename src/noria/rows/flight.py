@@ -61,9 +61,8 @@ class Flight:
         self._order = np.empty(0, np.int64)  # of those in the arrays, as they follow one another in a step
         self._keys: list[tuple[tuple[int, ...], int]] = []  # by which they do: rows of one beginning side by side
         self._serials = count()
-        self._under_way: deque[tuple[np.ndarray, np.ndarray]] = (
-            deque()
-        )  # serials of each step's rows, and of its samples
+        # Serials of each step's rows, and of its samples.
+        self._under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()
 
     def enter(self, sequence: Sequence) -> None:
         """A sequence got a slot, and computes what it has."""

@@ -225,9 +225,8 @@ def made(
     samples = sorted(wants)
     forced = np.array([wants[sample][1].forced for sample in samples], np.int32)
     masked = [wants[sample] for sample in samples if wants[sample][1].forced == ANY]
-    order = sorted(
-        range(len(masked)), key=lambda row: masked[row][0].copy_of
-    )  # threads take those that follow one another
+    # Threads take those that follow one another.
+    order = sorted(range(len(masked)), key=lambda row: masked[row][0].copy_of)
     by_matcher = [(masked[row][1].matcher, row) for row in order if masked[row][1].matcher is not None]
     words = constraints.mask_width if by_matcher else -(-vocab_size // 32)
     bits = (memory or MaskMemory()).of(len(masked), words)

@@ -177,9 +177,8 @@ def _take_format(value: dict[str, Any], own: dict[str, Any], other: Any) -> list
 def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:
     """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if not any(
-        issubclass(kind, dict | list) for kind in set(map(type, held))
-    ):  # thousands of token ids: not one by one
+    kinds = set(map(type, held))  # by kind: thousands of token ids are not looked at one by one
+    if not any(issubclass(kind, dict | list) for kind in kinds):
         return left < 0
     return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
 

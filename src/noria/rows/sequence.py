@@ -50,9 +50,8 @@ class Sequence:
     state: int = NO_STATE  # its own, where the family has arrays per sequence
     reads: int = NO_STATE  # what its next step begins from
     tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
-    blocks: list[PromptBlock] = field(
-        default_factory=list
-    )  # of its prompt, while it is in line: those that it may share
+    # Of its prompt, while it is in line: those that it may share.
+    blocks: list[PromptBlock] = field(default_factory=list)
     beginning: PromptBlock | None = None  # the last block that it shares, while it is in flight
     lead: Lead | None = None  # what it computes for others too
     place: tuple[int, ...] = ()  # among the rows of a step: tier, shared runs of pages

@@ -75,9 +75,8 @@ class Disk:
         host.touch()
         host.register(streams.device)
         self._host: HostMemory | None = host  # None: closed
-        self._free: queue.Queue[tuple[torch.Tensor, Event | None]] = (
-            queue.Queue()
-        )  # (slot, event after which it may be used)
+        # (slot, event after which it may be used)
+        self._free: queue.Queue[tuple[torch.Tensor, Event | None]] = queue.Queue()
         for slot in host.memory.split(self._slot_nbytes):
             self._free.put((slot, None))
         self._num_slots = num_slots

@@ -65,9 +65,8 @@ def _messages(fd: int, address: int) -> Iterator[tuple[int, bytes]]:
     else:
         at, width = 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0), 1 << (flags & 3)
         pieces = [(address + at + width, int.from_bytes(start[at : at + width], "little"))]
-    kind_nbytes, before = (
-        (2, 8) if old else (1, 6 if flags & 4 else 4)
-    )  # bytes of a message's type, and before its data
+    # Bytes of a message's type, and before its data.
+    kind_nbytes, before = (2, 8) if old else (1, 6 if flags & 4 else 4)
     for begin, nbytes in pieces:  # grows while it is walked
         content, place = _read(fd, begin, nbytes), 0
         while place + before <= len(content):
