@@ -37,7 +37,7 @@ def cut(
     return [*borders, len(counts)]
 
 
-def cut_tokens(counts: np.ndarray, microbatch_tokens: int, least: int, most_rows: int = 0) -> list[int]:
+def cut_tokens(counts: np.ndarray, microbatch_tokens: int, least: int, most_rows: int) -> list[int]:
     """`cut` without pages, of counts [R]: a search for each microbatch, not a look at each row."""
     ends, borders = np.cumsum(counts), [0]
     target = min(microbatch_tokens, -(-int(ends[-1]) // least)) if len(counts) else 0

@@ -35,7 +35,6 @@ class _Reading:
 def read_ahead(
     checkpoint: OpenModel,
     names: Iterable[str],
-    threads: int = NUM_THREADS,
     into: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | None = None,
     heard: Callable[[int, float], None] = lambda nbytes, seconds: None,
@@ -56,7 +55,7 @@ def read_ahead(
     waiting = deque(names)
     coming: deque[_Reading] = deque()
     began = time.perf_counter()
-    pool = ThreadPoolExecutor(threads, "read")
+    pool = ThreadPoolExecutor(NUM_THREADS, "read")
     try:
         while waiting or coming:
             while waiting and len(coming) < LOADING_BUFFERS and (waiting[0] in into or free):

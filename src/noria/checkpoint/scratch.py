@@ -41,16 +41,15 @@ def copied_regions(
     checkpoint: OpenModel,
     names: Iterable[str],
     folder: str | Path,
-    copied: Callable[[int], None] = lambda nbytes: None,
     recoded: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, memory: memory,
     heard: Callable[[int, float], None] = lambda nbytes, seconds: None,
     device: torch.device | None = None,
 ) -> list[Region]:
     """Copies the blocks, checked, into one nameless file in `folder`: a region a block, in the order of `names`.
 
-    The file is gone when its regions' tier is closed, or the process ends in any way. `copied` hears of each block's
-    bytes. `recoded`: what is written of a block's bytes, the first ones of their memory, which it may write to. `heard`,
-    `device`: as read_ahead has them. Raises InputError, with the numbers, if the folder has no room for them.
+    The file is gone when its regions' tier is closed, or the process ends in any way. `recoded`: what is written of a
+    block's bytes, the first ones of their memory, which it may write to. `heard`, `device`: as read_ahead has them. Raises
+    InputError, with the numbers, if the folder has no room for them.
     """
     names = list(names)
     file = scratch_file(folder, sum(checkpoint.blocks[name].nbytes for name in names), "placement.weights.disk")
@@ -64,7 +63,6 @@ def copied_regions(
                     write.result()
                 regions.append(Region(file, offset, len(view)))
                 offset += len(view)
-                copied(checkpoint.blocks[name].nbytes)
         file.end(offset)
     except BaseException:
         file.close()
@@ -72,6 +70,6 @@ def copied_regions(
     return regions
 
 
-def scratch_region(folder: str | Path, nbytes: int, key: str = "placement.cache.disk") -> list[Region]:
-    """One nameless file of `nbytes` to write and read, its space reserved. Raises InputError, naming `key`, if full."""
-    return [Region(scratch_file(folder, nbytes, key), 0, nbytes)]
+def scratch_region(folder: str | Path, nbytes: int) -> list[Region]:
+    """One nameless file of `nbytes` for the cache, its space reserved. Raises InputError, naming the key, if full."""
+    return [Region(scratch_file(folder, nbytes, "placement.cache.disk"), 0, nbytes)]

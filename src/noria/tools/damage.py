@@ -35,7 +35,7 @@ def has_signature(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def what_it_is(path: Path, error: Exception | None = None) -> str:
+def what_it_is(path: Path, error: Exception) -> str:
     """In words, what kind of file lies there that is not a Noria output that opens."""
     try:
         with path.open("rb") as file:

@@ -75,7 +75,7 @@ def parse_pages(text: str) -> int | None:
     return int(digits) if word == "pages" and digits.isascii() and digits.isdigit() and len(digits) < 16 else None
 
 
-def check_shares(name: str, shares: dict[str, Any], of_blocks: bool = False) -> None:
+def check_shares(name: str, shares: dict[str, Any], of_blocks: bool) -> None:
     """Raises InputError unless these are shares in % with sum 100, or sizes, by tier.
 
     `of_blocks`: they may list blocks; else they may give pages.

@@ -46,12 +46,12 @@ def write_error(error: OSError, path: str | Path, nbytes: int | None = None, rem
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, nbytes: int | None = None, remedy: str | None = None) -> Iterator[None]:
+def writing(path: str | Path, nbytes: int | None = None) -> Iterator[None]:
     """Makes a WriteError of an OSError of the body, which does nothing else than to write to `path`."""
     try:
         yield
     except OSError as error:
-        raise write_error(error, path, nbytes, remedy) from error
+        raise write_error(error, path, nbytes) from error
 
 
 @contextlib.contextmanager
