@@ -141,17 +141,6 @@ def test_a_disk_reads_after_what_it_was_told_to_write(tmp_path, streams):
     tier.close()
 
 
-def test_bytes_are_counted(tmp_path, streams):
-    memory, file = cpu(tmp_path, streams), disk(tmp_path, streams, True)
-    for tier in (memory, file):
-        streams.wait(tier.store([(0, numbers(1000, 1)), (5000, numbers(24, 1))]).event())
-        load(tier, streams, 0, 100)
-    assert (memory.nbytes_loaded, memory.nbytes_stored) == (100, 1024)
-    assert (file.nbytes_read, file.nbytes_written) == (100, 1024)
-    memory.close()
-    file.close()
-
-
 def test_a_view_outlives_the_memory_tier(tmp_path):
     tier = cpu(tmp_path, CpuStreams(CPU))
     view = tier.memory[10:20]

@@ -8,22 +8,21 @@ from collections.abc import Iterator
 import torch
 
 from noria.streams import Streams
-from noria.tiers import Events, Pieces, Transfer, total_nbytes
+from noria.tiers import Events, Pieces, Transfer
 from noria.tools.pinned import PIECE_NBYTES, HostMemory
 
 
 class Cpu:
     """Exactly `nbytes` of host memory. memory: uint8 [nbytes], to be filled by the caller before `register`.
 
-    nbytes_loaded, nbytes_stored: bytes that went to the device and came from it. Any thread may load and store; two
-    transfers of the same bytes are in order only if they are on the same lane, or one comes `after` the other's event.
+    Any thread may load and store; two transfers of the same bytes are in order only if they are on the same lane, or one
+    comes `after` the other's event.
     """
 
     def __init__(self, nbytes: int, streams: Streams, piece_nbytes: int = PIECE_NBYTES):
         """Raises OSError if the address space does not have them."""
         self._host, self._streams = HostMemory(nbytes, piece_nbytes), streams
         self.memory, self.nbytes = self._host.memory, nbytes
-        self.nbytes_loaded = self.nbytes_stored = 0
 
     def touch(self) -> None:
         """Zeroes the memory: for what no one fills before it is registered."""
@@ -39,8 +38,6 @@ class Cpu:
 
     def load(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies to the device: (offset here, the device's bytes)."""
-        pieces = list(pieces)
-        self.nbytes_loaded += total_nbytes(pieces)
         pairs = [(part, here) for offset, data in pieces for here, part in self._parts(offset, data)]
         return Transfer(self._streams.copy("load", pairs, after))
 
@@ -49,7 +46,6 @@ class Cpu:
         pieces = list(pieces)
         for offset, data in pieces:
             self._host.wait_registered(offset, offset + data.numel())
-        self.nbytes_stored += total_nbytes(pieces)
         pairs = [pair for offset, data in pieces for pair in self._parts(offset, data)]
         return Transfer(self._streams.copy("store", pairs, after))
 

@@ -17,7 +17,7 @@ from noria.blocks import ALIGNMENT, round_up
 from noria.errors import Changed, InputError
 from noria.limits import DISK_SLOT_NBYTES, DISK_SLOTS, DISK_THREADS
 from noria.streams import Event, Streams
-from noria.tiers import Events, Pieces, Transfer, total_nbytes
+from noria.tiers import Events, Pieces, Transfer
 from noria.tiers._regions import Check, Chunk, Region, Regions, Stretch, covers, exact, in_tasks, read, write
 from noria.tools.busy import Busy
 from noria.tools.pinned import HostMemory
@@ -53,8 +53,8 @@ class _Passage:
 class Disk:
     """Regions of files. Owns their files, and `num_slots` slots of `slot_nbytes` of host memory.
 
-    nbytes_read, nbytes_written: bytes asked for (loads, stores). A slot need not hold a whole transfer: a large one
-    passes in several. A transfer that fails raises at its wait; what a store fails to write, at every later one's.
+    A slot need not hold a whole transfer: a large one passes in several. A transfer that fails raises at its wait; what a
+    store fails to write, at every later one's.
     """
 
     def __init__(
@@ -69,7 +69,6 @@ class Disk:
         self._regions, self._streams = Regions(regions), streams
         self._busy = Busy(partial(streams.took, "disk"))
         self.nbytes = self._regions.nbytes
-        self.nbytes_read = self.nbytes_written = 0
         self._slot_nbytes = max(round_up(slot_nbytes), 2 * ALIGNMENT)
         host = HostMemory(self._slot_nbytes * num_slots)
         host.touch()
@@ -106,10 +105,6 @@ class Disk:
         assert not ranges or (ranges[0][0] >= 0 and max(end for _, end in ranges) <= self.nbytes), (ranges, self.nbytes)
         passage = _Passage(lane, pieces, list(after), ranges)
         with self._lock:
-            if lane == "load":
-                self.nbytes_read += total_nbytes(pieces)
-            else:
-                self.nbytes_written += total_nbytes(pieces)
             self._under_way = [other for other in self._under_way if not other.over.is_set()]
             passage.earlier = [
                 other for other in self._under_way if "store" in (lane, other.lane) and _overlap(ranges, other.ranges)
