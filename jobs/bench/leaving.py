@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from noria.output.parts import parts_folder
-from noria.output.sealed import scan
+from noria.output.sealed import parts_folder, scan
 
 LAYERS, HEAD, CONTEXT, ROWS = 64, 128, 2048, 32
 START_SECONDS, GONE_SECONDS = 240.0, 60.0

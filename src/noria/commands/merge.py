@@ -12,7 +12,7 @@ from pathlib import Path
 from noria.launch.schedulers import job_ids
 from noria.output.merge_shards import merge_shards
 from noria.output.outcome import outcome_of
-from noria.output.parts import to_stderr
+from noria.output.sealed import to_stderr
 from noria.tools.lock import OutputLock
 from noria.tools.provenance import now
 from noria.tools.text import plural, printable

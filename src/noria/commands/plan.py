@@ -25,13 +25,13 @@ from noria.desk.products import check_products
 from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.plan import costs, planner
-from noria.plan.costs import Workload
 from noria.plan.explained import binding_words, memory_lines, plan_as_dict, rehearsed_words, stage_words, term_lines
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
 from noria.plan.rehearsal import rehearsed
 from noria.plan.rivals import Rival, rivals
+from noria.plan.rounds import Workload
 from noria.plan.script import clock, script_lines
 from noria.plan.stored import stored_as
 from noria.plan.what_if import Bought, bought

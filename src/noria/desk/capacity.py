@@ -2,7 +2,7 @@
 
 from noria.limits import TIERS
 from noria.model import ModelShape
-from noria.plan.planner import Plan
+from noria.plan.plan import Plan
 from noria.rows.level import StepCosts
 from noria.rows.slots import Capacity
 

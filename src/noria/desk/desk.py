@@ -30,7 +30,7 @@ from noria.output.merge import merge
 from noria.output.outcome import how_to_read, outcome_of
 from noria.output.parts import Parts
 from noria.output.segments import history
-from noria.plan.planner import Plan
+from noria.plan.plan import Plan
 from noria.rows import sequence as sequences
 from noria.rows.admission import Admission
 from noria.rows.chat import Encoder, encoder_of

@@ -12,8 +12,8 @@ from noria.config import Config
 from noria.desk.identity import another_run
 from noria.desk.records import num_cut, take_up
 from noria.errors import InputError
-from noria.output.generations import Generation
 from noria.output.parts import Parts
+from noria.output.schema import Generation
 from noria.output.sealed import gather, parts_folder, scan, scan_one, select
 from noria.output.target import probe_output, reopen
 from noria.rows.chat import Encoder, tells_date

@@ -30,7 +30,7 @@ from noria.model import ModelShape, OpenModel
 from noria.output.outcome import outcome_of
 from noria.output.target import probe_output
 from noria.plan import planner
-from noria.plan.costs import Workload
+from noria.plan.rounds import Workload
 from noria.rows.chat import Chat, Encoder, encoder_of
 from noria.rows.making import unknown_ids
 from noria.rows.model_sampling import told

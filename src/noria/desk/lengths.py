@@ -4,7 +4,7 @@ from itertools import islice
 
 from noria.config import Config
 from noria.errors import InputError
-from noria.plan.costs import Workload
+from noria.plan.rounds import Workload
 from noria.rows.beginnings import BLOCK_TOKENS, Beginnings, PromptBlock
 from noria.rows.chat import Encoder
 from noria.rows.making import kept_tokens, of_row

@@ -16,7 +16,7 @@ from noria.desk.identity import Identity
 from noria.desk.records import CUT, num_cut
 from noria.errors import InputError, require
 from noria.output.agreement import differing
-from noria.output.generations import Generation
+from noria.output.schema import Generation
 from noria.output.sealed import Part, parts_folder, scan, scan_one
 from noria.rows.making import of_row
 from noria.rows.prompt_files import PromptFiles, extends

@@ -13,7 +13,7 @@ from noria.desk.identity import Identity
 from noria.desk.records import text_again
 from noria.errors import InputError
 from noria.output.agreement import differing
-from noria.output.generations import Generation
+from noria.output.schema import Generation
 from noria.output.target import begun_with
 from noria.rows.making import of_row
 from noria.rows.prompt_files import PromptFiles, extends

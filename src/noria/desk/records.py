@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from noria.errors import InputError
-from noria.output.generations import Generation
+from noria.output.schema import Generation
 from noria.rows import sequence as sequences
 from noria.rows.ends import StopTexts, ends, with_special_stops
 from noria.rows.prompts import json_text

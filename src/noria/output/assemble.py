@@ -11,8 +11,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from noria.output.generations import Generation, Generations, open_generations
-from noria.output.schema import FORMAT, VERSION, RowWriter, checksums, scores_together, write_attrs
+from noria.output.generations import Generations, open_generations
+from noria.output.schema import FORMAT, VERSION, Generation, RowWriter, checksums, scores_together, write_attrs
 from noria.output.sealed import Part, Selection, gather
 from noria.tools.atomic import GuardedFile, fsync, replacing
 from noria.tools.trailer import append_trailer

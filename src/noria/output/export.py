@@ -17,8 +17,8 @@ from noria.errors import InputError
 from noria.output.export_openai import HIDDEN, NoTexts, TokenTexts, is_error, responses
 from noria.output.export_rows import ExportedRows, Origin, origin_of, rows_so_far
 from noria.output.export_tables import check_pyarrow, write_csv, write_parquet
-from noria.output.generations import Generation, Generations, open_generations, stored_checksums, verify_checksums
-from noria.output.schema import own_columns
+from noria.output.generations import Generations, open_generations, stored_checksums, verify_checksums
+from noria.output.schema import Generation, own_columns
 from noria.output.sealed import part_files, parts_folder, to_stderr
 from noria.output.wanted import WantedRows
 from noria.tools.atomic import check_file, real, replacing

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noria.errors import InputError
-from noria.output.generations import Generation, Generations
+from noria.output.generations import Generations
+from noria.output.schema import Generation
 from noria.output.sealed import gather, parts_folder, scan, select
 from noria.output.segments import read_segments
 from noria.output.wanted import WantedRows

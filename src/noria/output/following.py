@@ -16,8 +16,9 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.export import as_object, line_of
-from noria.output.generations import Generation, Generations, NewerVersion, open_generations
+from noria.output.generations import Generations, NewerVersion, open_generations
 from noria.output.growing import GrowingFile, GrowingStream, digest_of
+from noria.output.schema import Generation
 from noria.output.sealed import MAX_SAMPLES, TODO, Part, gather, part_files, parts_folder, scan_one, select
 from noria.output.wanted import WantedRows
 from noria.tools.looking import Looker

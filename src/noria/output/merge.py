@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from noria.output.assemble import Chosen, assemble
-from noria.output.generations import Generation, Generations
+from noria.output.generations import Generations
 from noria.output.parts import Parts
-from noria.output.schema import STATUS
+from noria.output.schema import STATUS, Generation
 from noria.output.sealed import ERROR, Part, Selection, select
 from noria.tools.text import plural
 

@@ -16,7 +16,8 @@ import xxhash
 from noria.errors import InputError
 from noria.output.export import KINDS, as_object
 from noria.output.export_tables import columns_of, record_batches
-from noria.output.generations import Generation, Generations, blocks, open_generations
+from noria.output.generations import Generations, blocks, open_generations
+from noria.output.schema import Generation
 from noria.output.sealed import parts_folder, scan, select
 from noria.output.timings import timings_of
 from noria.tools.damage import damaged_is_input_error

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from noria.output.generations import Generation, Generations, blocks, open_generations
-from noria.output.schema import FINISH_REASON, STATUS
+from noria.output.generations import Generations, blocks, open_generations
+from noria.output.schema import FINISH_REASON, STATUS, Generation
 from noria.output.sealed import Part, Selection
 from noria.sampling import OPEN
 from noria.structured import may_have_blanks

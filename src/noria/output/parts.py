@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 
 from noria.output.agreement import difference, differing
-from noria.output.generations import Generation, open_generations
-from noria.output.schema import FORMAT, STATUS, VERSION, RowWriter, scores_of, write_attrs
+from noria.output.generations import open_generations
+from noria.output.schema import FORMAT, STATUS, VERSION, Generation, RowWriter, scores_of, write_attrs
 from noria.output.sealed import (
     DONE,
     PART_NAME,

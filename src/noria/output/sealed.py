@@ -16,15 +16,8 @@ from typing import Any
 import numpy as np
 
 from noria.errors import InputError
-from noria.output.generations import (
-    Generation,
-    Generations,
-    NewerVersion,
-    blocks,
-    open_generations,
-    verify_checksums,
-)
-from noria.output.schema import STATUS, Scores
+from noria.output.generations import Generations, NewerVersion, blocks, open_generations, verify_checksums
+from noria.output.schema import STATUS, Generation, Scores
 from noria.tools.atomic import real
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.looking import Looker

@@ -13,9 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from noria.output.generations import Generation, Generations, open_generations, verify_checksums
+from noria.output.generations import Generations, open_generations, verify_checksums
 from noria.output.outcome import Outcome, how_to_read
-from noria.output.schema import FORMAT
+from noria.output.schema import FORMAT, Generation
 from noria.output.segments import segment_lines, segments_of
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.text import nbytes_words, plural

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from noria.output import opened
-from noria.output.generations import Generation
 from noria.output.opened import Output
-from noria.output.schema import STATUS
+from noria.output.schema import STATUS, Generation
 from noria.output.segments import segment_lines
 from noria.output.summary import Summary, seconds_of, summary_of
 from noria.output.unfinished import is_unfinished, summary_of_unfinished

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from noria.errors import InputError
-from noria.output.generations import Generation
+from noria.output.schema import Generation
 from noria.report.charts import bars, lengths_chart, ranks_chart, speeds_chart
 from noria.report.counted import Lengths
 from noria.report.facts import Errors, Facts

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from noria.output.generations import Generation
+from noria.output.schema import Generation
 from noria.plan.plan import rate_words
 from noria.report.counted import Lengths, Speed
 from noria.report.facts import Facts
