@@ -10,21 +10,21 @@ from noria.rows.slots import Capacity
 def capacity_of(plan: Plan, shape: ModelShape, sharing: bool) -> Capacity:
     """The capacity of a run of this plan; `sharing`: rows that begin alike share the pages of that."""
     return Capacity(
-        plan.groups,
-        plan.num_pages,
-        plan.step_tokens,
-        plan.microbatch_tokens,
-        plan.microbatches,
-        shape.max_positions,
-        shape.vocab_size,
-        tuple(plan.pools[tier]["pages"] for tier in TIERS),
-        plan.cache_slot_pages,
-        shape.end_words,
-        tuple(plan.pools[tier]["states"] for tier in TIERS),
-        plan.state_rows,
-        sharing,
-        costs_of(plan),
-        plan.graph_rows > 0,
+        groups=plan.groups,
+        num_pages=plan.num_pages,
+        step_tokens=plan.step_tokens,
+        microbatch_tokens=plan.microbatch_tokens,
+        microbatches=plan.microbatches,
+        max_positions=shape.max_positions,
+        vocab_size=shape.vocab_size,
+        tier_pages=tuple(plan.pools[tier]["pages"] for tier in TIERS),
+        slot_pages=plan.cache_slot_pages,
+        end_words=shape.end_words,
+        tier_states=tuple(plan.pools[tier]["states"] for tier in TIERS),
+        state_rows=plan.state_rows,
+        sharing=sharing,
+        costs=costs_of(plan),
+        gathers=plan.graph_rows > 0,
     )
 
 
@@ -35,7 +35,10 @@ def costs_of(plan: Plan) -> StepCosts | None:
         return None
     prefill, decode, terms = (plan.predicted[name] for name in ("prefill", "decode", "terms"))
     speed, seconds, rows = prefill["tokens_per_second"], decode["round_seconds"], plan.predicted["rows"]
-    step = min(max(terms["decode"]["launches"], terms["decode"]["device memory"]), seconds)
-    turn = terms["decode"].get("host", 0.0)
-    each = (speed * part / plan.groups for part in (step, turn))
-    return StepCosts(plan.num_ranks, next(each), max(speed * (seconds - step) / rows, 1.0), next(each))
+    least = min(max(terms["decode"]["launches"], terms["decode"]["device memory"]), seconds)  # of a round, without rows
+    return StepCosts(
+        ranks=plan.num_ranks,
+        step=speed * least / plan.groups,
+        row=max(speed * (seconds - least) / rows, 1.0),
+        turn=speed * terms["decode"].get("host", 0.0) / plan.groups,
+    )
