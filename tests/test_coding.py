@@ -13,18 +13,20 @@ from noria.blocks import lay_out, layer_name
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.encodings import exponent
-from noria.engine import coding
+from noria.engine import coding, loading
 from noria.engine.assembly import weights_of
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.loading import Loader
 from noria.engine.parameters import Undecoded, views
 from noria.engine.timing import Traffic
+from noria.errors import InputError
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.pieces import Matrix, Wanted
 from noria.plan import search
 from noria.plan.problem import Problem
 from noria.run import run
+from noria.tiers.cpu import Cpu
 from noria.tools.direct import DirectFile
 
 CPU = torch.device("cpu")
@@ -237,3 +239,15 @@ def test_expected_layouts_are_near_those_that_are_made(model):
     made = layouts["layers/0000"]
     assert [one.name for one in expected.encoded] == [one.name for one in made.encoded]
     assert made.nbytes <= expected.nbytes <= 1.05 * made.nbytes and expected.decoded == made.decoded
+
+
+def test_a_load_that_fails_lets_go_of_its_memory(model, monkeypatch):
+    def fails(*_, **__):
+        raise InputError("block 'head' is damaged")
+
+    closed, right = [], Cpu.close
+    monkeypatch.setattr(loading, "read_ahead", fails)
+    monkeypatch.setattr(Cpu, "close", lambda memory: closed.append(memory.nbytes) or right(memory))
+    with pytest.raises(InputError, match="is damaged"):
+        streamed(model, Decoding(coded=True))
+    assert len(closed) == 1 and closed[0] > 0

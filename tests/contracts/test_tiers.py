@@ -242,7 +242,19 @@ def test_memory_is_locked_ahead_of_what_is_stored_there_and_unlocked_whatever_co
     assert torch.equal(tier.memory[8000:17000], data)
     if registered:
         tier.register()
-    assert tier.close() == 5 * 8192 and not driver.locked
+        assert len(driver.locked) == 5
+    assert 3 * 8192 <= tier.close() <= 5 * 8192 and not driver.locked
+
+
+def test_pieces_that_nobody_waits_for_any_more_are_not_locked(monkeypatch):
+    driver, begun = Driver(), threading.Event()
+    driven(monkeypatch, driver)
+    tier, lock, asked = locking_tier(50 * 8192, 8192), driver.cudaHostRegister, []
+    driver.cudaHostRegister = lambda *its: asked.append(its) or (begun.wait(5) and lock(*its))
+    tier.register_ahead()
+    threading.Timer(0.05, begun.set).start()
+    tier.close()
+    assert 0 < len(asked) < 10 and not driver.locked
 
 
 def test_memory_of_which_a_piece_cannot_be_locked_ahead_stays_unlocked(monkeypatch):

@@ -77,9 +77,9 @@ class HostMemory:
             )
 
     def _locked_ahead(self) -> list[int]:
-        """CUDA's code of each piece that was page-locked ahead, when none is under way any more."""
-        codes, self._ahead = [code.result() for code in self._ahead], []
-        return self._keep(codes)
+        """CUDA's code of each piece that was page-locked ahead, when none is under way any more; -1 of one that will not be."""
+        ahead, self._ahead = self._ahead, []
+        return self._keep([-1 if code.cancelled() else code.result() for code in ahead])
 
     def _keep(self, codes: list[int]) -> list[int]:
         """Notes the pieces that CUDA took."""
@@ -100,6 +100,8 @@ class HostMemory:
         return nbytes
 
     def _unlock(self) -> int:
+        for code in self._ahead:
+            code.cancel()
         self._locked_ahead()
         locked, self._locked = self._locked, []
         _by_threads(lambda piece: torch.cuda.cudart().cudaHostUnregister(piece.data_ptr()), locked)
