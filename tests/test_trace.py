@@ -213,7 +213,7 @@ def test_what_is_over_the_limit_is_counted_and_said():
         trace.compute("layer", trace.mark(), 0, 0, 0, 1, 0)
     found = events(trace)
     assert trace.dropped == 2 and sum(event["ph"] == "X" for event in found) == 3
-    assert found[0]["args"]["name"] == "rank 0 (2 spans dropped)"
+    assert found[0]["args"]["name"] == "rank 0 (2 events dropped)"
 
 
 def test_spans_that_overlap_get_tracks_beside_each_other():

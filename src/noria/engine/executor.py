@@ -32,7 +32,7 @@ def _phase(steps: Sequence[Step]) -> str:
 
 
 class Executor:
-    """Runs a rank's part of all rounds. `stages` are the layers of its laps, `next_step(round, group)` its source of steps."""
+    """Runs a rank's part of all rounds. `stages` are the layers of its laps; `run` is given its source of steps."""
 
     def __init__(self, stage: Stage, stages: list[range], ring: AnyRing, meters: Meters):
         self._traffic, self.trace, self._gauge = meters.traffic, meters.trace, meters.gauge

@@ -94,7 +94,7 @@ OFF = Off()
 
 
 class Trace:
-    """The events of event rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
+    """The events of one rank, at most `limit`. Any thread may add; `title` names the rank's process in the picture."""
 
     def __init__(self, rank: int, title: str, streams: Streams, limit: int = LIMIT):
         self._rank, self._title, self._streams, self._limit = rank, title, streams, limit
@@ -150,7 +150,7 @@ class Trace:
         def microseconds(ns: int) -> float:
             return (ns + self._offset + round(drift * (ns - self._began)) - self._zero) / 1000
 
-        title = self._title + (f" ({self.dropped} spans dropped)" if self.dropped else "")
+        title = self._title + (f" ({self.dropped} events dropped)" if self.dropped else "")
         yield from self._names("process", 0, self._rank, title)
         for number, track in enumerate(TRACKS):
             used: set[int] = set()
