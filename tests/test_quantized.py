@@ -551,8 +551,11 @@ def test_a_directory_of_another_form_that_lies_is_refused(tmp_path, lie):
 
 
 def test_a_bias_of_zeros_beside_codes_is_left_out(tmp_path):
-    llama(tmp_path / "hf", **{f"{Q}.bias": torch.zeros(64)})
-    convert(tmp_path / "hf", tmp_path / "model.h5")
+    for name, biases in (("plain", {}), ("zeros", {f"{Q}.bias": torch.zeros(64)})):
+        llama(tmp_path / name, **biases)
+        convert(tmp_path / name, tmp_path / f"{name}.h5")
+    plain, zeros = (open_checkpoint(tmp_path / f"{name}.h5") for name in ("plain", "zeros"))
+    assert zeros.blocks == plain.blocks
 
 
 SETTINGS = [
