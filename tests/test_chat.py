@@ -493,13 +493,13 @@ def test_a_resumed_run_tells_the_date_of_its_first_start(tmp_path, monkeypatch):
     for year, more in (("2001", []), ("2030", ["--extend"])):
         with open("p.jsonl", "a") as file:
             file.write('{"prompt": "the cat"}\n')
-        monkeypatch.setattr(earlier, "now", lambda year=year: f"{year}-02-03T04:05:06")
+        monkeypatch.setattr(earlier, "local_time", lambda year=year: f"{year}-02-03T04:05:06")
         assert main(["run", *arguments, "--max-new-tokens", "2", *more]) == 0
     with open_generations("out.h5") as file:
         first, second = file.rows()
     expected = Tokenizer(files, {}, {}).encode("2001 the cat", add_special_tokens=False)
     assert first.prompt_token_ids.tolist() == second.prompt_token_ids.tolist() == expected
-    monkeypatch.setattr(earlier, "now", lambda: "2030-02-03T04:05:06")
+    monkeypatch.setattr(earlier, "local_time", lambda: "2030-02-03T04:05:06")
     assert main(["run", *arguments[:4], "--output", "two.h5", *arguments[6:], "--max-new-tokens", "2"]) == 0
     with open_generations("two.h5") as file:
         assert next(iter(file.rows())).prompt_token_ids.tolist() != expected

@@ -41,7 +41,7 @@ def test_ranks_with_the_same_cores_share_them(monkeypatch):
     chosen = []
     monkeypatch.setattr(launcher.torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    place = launcher.settle(team, launcher.Location("b", 1, 2), launcher.torch.device("cpu"))
+    place = launcher.with_cores(team, launcher.Location("b", 1, 2), launcher.torch.device("cpu"))
     assert (place.cores, chosen) == ("2 cores", [2])
 
 

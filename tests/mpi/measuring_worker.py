@@ -15,7 +15,7 @@ def work(world, folder):
         run = config.load(None, {"model": "m.h5", "prompts": "p.jsonl", "output": str(folder / "run.h5")})
         place = launcher.location(world)
         device = mpi.on_every_rank(world, lambda: launcher.device_of(run, place))
-        here = ThisRank(world, launcher.settle(world, place, device), streams_of(device))
+        here = ThisRank(world, launcher.with_cores(world, place, device), streams_of(device))
         began = time.perf_counter()
         found, _ = measuring.rates_of_run(run, here, "float32", True, "mpi_device")
         return found.to_toml(), time.perf_counter() - began

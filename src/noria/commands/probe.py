@@ -73,7 +73,7 @@ def _probe(arguments: argparse.Namespace, comm: Communicator) -> int:
     config = Config(model="-", prompts="-", output=str(arguments.output or "machine.toml"), device=arguments.device)
     place = launcher.location(comm)
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, place))
-    place = launcher.settle(comm, place, device)
+    place = launcher.with_cores(comm, place, device)
     folder = mpi.on_every_rank(comm, lambda: _folder(arguments, config, place))
     name, reason, transport = mpi.on_every_rank(comm, lambda: choose_transport(comm, device, arguments.transport))
     first = comm.Get_rank() == 0

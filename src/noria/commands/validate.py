@@ -18,7 +18,7 @@ from noria.desk.examination import doubts, open_model
 from noria.desk.exports import check_exports, exports_of
 from noria.desk.inputs import prompts_of
 from noria.desk.steering import check_constraint, settled
-from noria.desk.validation import SHOWN, Findings, ModelLimits, examine
+from noria.desk.validation import SHOWN, Findings, ModelLimits, findings_of
 from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         limits = ModelLimits(shape.max_positions, shape.vocab_size, end_words=shape.end_words)
         rows = shard_rows(config.job.shard, num_rows)
         prompts = noted(open_prompts(files), lambda message: _say("note", message))
-        found = examine(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)
+        found = findings_of(prompts, rows, encoder, sampling, limits, tokenizer, 2**62 if arguments.all else SHOWN)
     _report(config, found, output)
     return _verdict(config, found)
 

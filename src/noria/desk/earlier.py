@@ -48,7 +48,7 @@ def agree(
             part.header["sampling.seed"] = parts.header["sampling.seed"]
     if tells_date(tokenizer):
         stored = [part.header["chat.date"] for part in parts.parts if "chat.date" in part.header]
-        parts.header["chat.date"] = stored[0] if stored else now()
+        parts.header["chat.date"] = stored[0] if stored else local_time()
     for part in parts.parts:
         if mended or (config.job.extend and extends(files, part.header["prompts"])):
             part.header["prompts"] = parts.header["prompts"]
@@ -63,7 +63,8 @@ def agree(
     parts.adopt()
 
 
-def now() -> str:
+def local_time() -> str:
+    """The time of this place, which a chat template may tell, as `2026-11-23T03:15:02`."""
     return datetime.now().isoformat(timespec="seconds")
 
 

@@ -45,7 +45,7 @@ class Findings:
     reasons: Reasons = field(default_factory=Reasons)
 
 
-def examine(
+def findings_of(
     prompts: Iterable[Prompt],
     rows: range,
     encode: Callable[[Prompt], list[int]],

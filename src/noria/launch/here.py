@@ -104,7 +104,7 @@ def settle(config: Config, comm: Communicator, notices: Notices) -> ThisRank:
     device = mpi.on_every_rank(comm, lambda: launcher.device_of(config, location))
     if device.type == "cuda":
         notices.prepare_by(lambda: torch.cuda.set_device(device))
-    here = ThisRank(comm, launcher.settle(comm, location, device), streams.streams_of(device))
+    here = ThisRank(comm, launcher.with_cores(comm, location, device), streams.streams_of(device))
     if config.device == "auto" and (hidden := launcher.hidden_gpus(os.environ)):
         here.say(f"{hidden}: the CPU is used")
     mpi.on_every_rank(comm, lambda: launcher.check_sharing(config, comm, here.location, device))

@@ -50,7 +50,7 @@ def location(comm: Communicator) -> Location:
     return Location(host, local_rank, ranks_on_host)
 
 
-def settle(comm: Communicator, location: Location, device: torch.device) -> Location:
+def with_cores(comm: Communicator, location: Location, device: torch.device) -> Location:
     """The location with its cores: those near the device, one thread of computation each, shared with the ranks beside."""
     cores.stay_near(device)
     own = tuple(sorted(os.sched_getaffinity(0)))
