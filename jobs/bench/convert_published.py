@@ -4,14 +4,16 @@
 
 Makes a directory in the shape of Qwen3-30B-A3B-FP8 (128 experts of 2048 x 768 a layer, e4m3 codes with a float32 scale for 128 x
 128) with as many layers as the gigabytes hold. Then, in turn: `cp --reflink=never` of it and `sync`, and `noria convert` of it,
-each from a dropped page cache. Prints one JSON line: seconds of both, the peak of convert's resident memory in GiB, and the
-ratio of their rates (1 is as fast as copying). Needs three times the gigabytes on the disk of FOLDER (Linux alone).
+each from a dropped page cache. Prints one JSON line: seconds of both, and those that processors were busy for them, which other
+jobs of the machine change least; the peak of convert's resident memory in GiB; and the ratio of their rates (1 is as fast as
+copying). Needs three times the gigabytes on the disk of FOLDER (Linux alone).
 """
 
 import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -110,8 +112,8 @@ def drop_cache(folder):
 
 
 def timed(command):
-    """Seconds, and the most bytes of resident memory that a look found."""
-    started, most = time.perf_counter(), 0
+    """Seconds, those of processors, and the most bytes of resident memory that a look found."""
+    started, before, most = time.perf_counter(), busy(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError, ValueError):  # it is over
@@ -119,7 +121,13 @@ def timed(command):
             most = max(most, int(text.split("VmHWM:")[1].split()[0]) * 1024)
         time.sleep(INTERVAL)
     assert process.returncode == 0, command
-    return time.perf_counter() - started, most
+    return time.perf_counter() - started, busy() - before, most
+
+
+def busy():
+    """Seconds that processors were busy for the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main():
@@ -134,20 +142,22 @@ def main():
         runs, peak = [], 0
         for _ in range(arguments.repeat):
             drop_cache(Path(name))
-            copied, _ = timed(["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync "$1"/*', source, copy])
+            copied, copy_busy, _ = timed(["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync "$1"/*', source, copy])
             shutil.rmtree(copy)
             drop_cache(Path(name))
-            converted, most = timed([sys.executable, "-m", "noria", "convert", source, model])
+            converted, convert_busy, most = timed([sys.executable, "-m", "noria", "convert", source, model])
             model.unlink()
-            runs.append((round(copied, 2), round(converted, 2)))
+            runs.append(tuple(round(one, 2) for one in (copied, converted, copy_busy, convert_busy)))
             peak = max(peak, most)
-        copied, converted = (min(seconds) for seconds in zip(*runs, strict=True))
+        copied, converted, copy_busy, convert_busy = (min(seconds) for seconds in zip(*runs, strict=True))
         found = {
             "gigabytes": round(nbytes / 1e9, 2),
             "layers": layers,
             "copy_seconds": copied,
             "convert_seconds": converted,
             "convert_GB_per_s": round(nbytes / 1e9 / converted, 2),
+            "copy_busy_seconds": copy_busy,
+            "convert_busy_seconds": convert_busy,
             "rate_beside_copy": round(copied / converted, 3),
             "peak_GiB": round(peak / 2**30, 2),
             "runs": runs,
