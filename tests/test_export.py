@@ -15,7 +15,7 @@ from noria.desk.exports import paths_of_prompts
 from noria.errors import InputError
 from noria.output import export as export_module
 from noria.output import export_rows
-from noria.output.export import KEYS, export
+from noria.output.export import KEYS, ExportSettings, export
 from noria.output.merge import merge
 from noria.output.parts import Parts, part_files
 from noria.output.segments import history
@@ -401,7 +401,7 @@ def test_responses_have_a_choice_a_sample_and_the_requests_own_names(output, tmp
     rows[2].id = rows[1].id
     parts = Parts(output, HEADER)
     fill(parts, rows, 9)
-    assert export(output, tmp_path / "out.jsonl", lambda message: None, "openai") == 3
+    assert export(output, tmp_path / "out.jsonl", lambda message: None, ExportSettings("openai")) == 3
     completion, chat, wrong = lines(tmp_path / "out.jsonl")
     assert [one["custom_id"] for one in (completion, chat, wrong)] == ["row-0", "row-1", "row-2"]
     assert wrong["response"] is None and wrong["error"] == {"code": "invalid_request", "message": rows[3].error}
@@ -423,4 +423,4 @@ def test_responses_are_json_lines(output, tmp_path):
     with pytest.raises(
         InputError, match=r"export --format openai writes \.jsonl, \.jsonl\.gz: name the file out\.jsonl"
     ):
-        export(output, tmp_path / "out.csv", format="openai")
+        export(output, tmp_path / "out.csv", settings=ExportSettings("openai"))

@@ -12,7 +12,7 @@ import pytest
 
 import tables
 from counts import count as cases
-from noria.output.export import KEYS, export
+from noria.output.export import KEYS, ExportSettings, export
 from noria.output.generations import Generation
 from noria.output.merge import merge
 from noria.output.parts import Parts
@@ -171,7 +171,7 @@ def test_random_outputs_are_the_same_values_in_all_formats_of_export(tmp_path, m
 
 
 def check_responses(output, path, rows):
-    export(output, path, format="openai")
+    export(output, path, settings=ExportSettings("openai"))
     responses = [json.loads(line, parse_constant=pytest.fail) for line in path.read_bytes().decode().split("\n")[:-1]]
     for response, row in zip(responses, rows, strict=True):
         assert response["custom_id"] == row.id

@@ -9,7 +9,7 @@ import test_tokenizer
 import tiny_models
 from noria.__main__ import main
 from noria.checkpoint.convert import convert
-from noria.output.export import export
+from noria.output.export import ExportSettings, export
 from noria.output.generations import open_generations
 from noria.readers import BadRow, jsonl
 from noria.rows.prompts import open_prompts
@@ -197,7 +197,7 @@ def run(folder, requests, *flags, model="bos.h5", again=False):
     path.write_text("".join(json.dumps(one) + "\n" for one in requests))
     files = ["--model", folder / model, "--prompts", path, "--output", output, "--device", "cpu"]
     assert main(["run", *map(str, files), *flags]) in (0, 65)
-    export(output, folder / "out.jsonl", format="openai")
+    export(output, folder / "out.jsonl", settings=ExportSettings("openai"))
     with open_generations(output) as file:
         rows = list(file.rows())
     output.unlink()

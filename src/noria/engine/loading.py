@@ -52,14 +52,11 @@ class Loader:
         self._homes: dict[str, Home] = {}
         self._regions: dict[str, torch.Tensor] = {}
 
-    def load(self, loaded: Callable[[int], None] = lambda nbytes: None) -> Placed:
-        """All blocks, in their tiers. `loaded` hears of each block's bytes in place.
-
-        Raises InputError for a block that is damaged, or a scratch folder without room.
-        """
+    def load(self) -> Placed:
+        """All blocks, in their tiers. Raises InputError for a block that is damaged, or a scratch folder without room."""
         memory = self._host_memory()
         try:
-            self._read(memory, loaded)
+            self._read(memory)
             self._open_disk()
             if self._coder:
                 self._coder.close()
@@ -71,7 +68,7 @@ class Loader:
             raise
         return Placed(self._resident, self._homes, () if memory is None else (memory,), self._decoding.room)
 
-    def _read(self, memory: Cpu | None, loaded: Callable[[int], None]) -> None:
+    def _read(self, memory: Cpu | None) -> None:
         """All blocks but those of the disk tier; `memory` is that of the cpu tier, where there are any."""
         straight = {
             name: region for name, region in self._regions.items() if not (self._is_cast(name) or self._is_coded(name))
@@ -89,7 +86,6 @@ class Loader:
                 self._code(name, host)
             elif name in self._regions and self._is_cast(name):
                 self._cast(name, host, self._regions[name])
-            loaded(self._checkpoint.blocks[name].nbytes)
         if self._coder:
             self._coder.finish()
         if memory is not None:

@@ -56,19 +56,18 @@ def export(
     source: str | Path,
     target: str | Path,
     report: Callable[[str], None] = to_stderr,
-    format: str = "rows",
     settings: ExportSettings | None = None,
 ) -> int:
     """Writes the generations of an output to `target`, by its suffix, and returns the number of rows or responses.
 
     The keys of KEYS (REASONING, SCORES and `error` where there are any) and the user's own columns; a user's column that has
     the name of one of these is exported as `input_NAME`, never instead of Noria's. NaN becomes null, and infinity where JSON
-    is written, which has none. With `format` openai a response a prompt, as JSON lines; `settings` says more, its format too.
+    is written, which has none. `settings`: which rows, and whether as OpenAI's responses, one a prompt, as JSON lines.
     An output that is not finished is exported from its parts, as far as they go, and `report` is told. What is exported is
     compared with its checksums, where there are any. `target` appears whole or not at all. Raises InputError for what is no
     output, what is damaged or a target that cannot be, WriteError where a write fails.
     """
-    source, target, settings = Path(source), Path(target), settings or ExportSettings(format)
+    source, target, settings = Path(source), Path(target), settings or ExportSettings()
     for path in filter(None, (target, settings.errors)):
         check_target(path, settings.format)
         if source.exists() and path.exists() and path.samefile(source):

@@ -35,10 +35,10 @@ class Reasons:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # ids and words of the first rows
 
-    def add(self, id: str, error: str, count: int = 1) -> None:
+    def add(self, id: str, error: str) -> None:
         kind = re.sub(r"\d[\d.,]*", "#", error[:500])
         kind = kind if kind in self.counts or len(self.counts) < _MAX_REASONS else "other reasons"
-        self.counts[kind] = self.counts.get(kind, 0) + count
+        self.counts[kind] = self.counts.get(kind, 0) + 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             examples.append((id, error))

@@ -212,13 +212,12 @@ class Parts:
                 found |= {(one.row, one.sample): one for one in rows if (one.row, one.sample) not in finished}
         return found
 
-    def differences(self, header: Mapping[str, Any] | None = None) -> list[str]:
+    def differences(self) -> list[str]:
         """Where the parts were made by another run than `header` describes: a line a key, empty if they agree."""
-        ours = self.header if header is None else json.loads(json.dumps(header))
         lines: dict[str, str] = {}
         for part in self.parts:
-            for name in differing(part.header, ours):
-                lines.setdefault(name, difference(name, part.header, f"in {part.path.name}", ours))
+            for name in differing(part.header, self.header):
+                lines.setdefault(name, difference(name, part.header, f"in {part.path.name}", self.header))
         return list(lines.values())
 
     def adopt(self) -> None:

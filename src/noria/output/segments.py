@@ -6,7 +6,7 @@ A segment is rewritten whole at each seal, so a job that was killed has one too.
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +149,8 @@ class Segment:
     cannot be written later is reported once: it does not end the run, which ends soon enough if its rows cannot be either.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        header: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        report: Callable[[str], None] | None = None,
-    ):
-        self.folder, self._report = folder, report or (lambda message: print(message, file=sys.stderr))
+    def __init__(self, folder: Path, header: Mapping[str, Any], facts: Mapping[str, Any]):
+        self.folder = folder
         own = {name: value for name, value in header.items() if name not in _DRAWN}
         self._header = json.loads(json.dumps(own))
         for path, other in [] if any(folder.glob("part-*.h5")) else _found(folder):
@@ -186,7 +180,7 @@ class Segment:
             self._write()
         except OSError as error:
             if not self.told:
-                self._report(f"the record of this job cannot be written: {error}")
+                print(f"the record of this job cannot be written: {error}", file=sys.stderr)
             self.told = True
 
     def _write(self) -> None:
