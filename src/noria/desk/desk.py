@@ -7,7 +7,6 @@ import errno
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ import numpy as np
 
 from noria.config import Config
 from noria.desk.capacity import capacity_of
-from noria.desk.earlier import Begun, agree, local_time, make_room
+from noria.desk.earlier import Begun, agree, chat_date, make_room
 from noria.desk.examination import Examined
 from noria.desk.exports import paths_of_prompts, write_exports
 from noria.desk.old_rules import texts_again
@@ -284,6 +283,5 @@ class Desk:
         self._progress.add(rows=1, errors=row.status == "error", finished_tokens=len(row.token_ids))
 
     def _encoder(self, num_ranks: int) -> Encoder:
-        date = datetime.fromisoformat(self._parts.header.get("chat.date") or local_time())
-        say = partial(log, 0, num_ranks)
+        date, say = chat_date(self._parts.header), partial(log, 0, num_ranks)
         return encoder_of(self._checkpoint, self._tokenizer, self.sampling, date, say, self._helper)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from noria.config import Config
 from noria.desk.identity import another_run
@@ -63,8 +64,13 @@ def agree(
     parts.adopt()
 
 
+def chat_date(header: Mapping[str, Any]) -> datetime:
+    """The date that a chat template tells in a run with this header: that of its first start, else today's."""
+    return datetime.fromisoformat(header.get("chat.date") or local_time())
+
+
 def local_time() -> str:
-    """The time of this place, which a chat template may tell, as `2026-11-23T03:15:02`."""
+    """The time of this place, as `2026-11-23T03:15:02`."""
     return datetime.now().isoformat(timespec="seconds")
 
 

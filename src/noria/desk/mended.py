@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from noria.config import Config
-from noria.desk.earlier import beside, sealed_rows
+from noria.desk.earlier import beside, chat_date, sealed_rows
 from noria.desk.identity import Identity
 from noria.desk.records import CUT, num_cut
 from noria.errors import InputError, require
@@ -51,10 +51,11 @@ def mended(
         last < num_rows,
         f"prompts {files} have {plural(num_rows, 'row')}, and {config.output} has row {last}: put it back",
     )
-    date = datetime.fromisoformat(headers[0].get("chat.date") or datetime.now().isoformat())
     rows = shard_rows(config.job.shard, num_rows)
     prompts = (prompt for prompt in open_prompts(files) if prompt.row in rows)
-    return _compare(config, files, prompts, partial(_is_same, encode=encoder(date), sampling=own.sampling))
+    return _compare(
+        config, files, prompts, partial(_is_same, encode=encoder(chat_date(headers[0])), sampling=own.sampling)
+    )
 
 
 def _parts(output: Path) -> list[Part]:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from noria.config import Config
-from noria.desk.earlier import beside, sealed_rows
+from noria.desk.earlier import beside, chat_date, sealed_rows
 from noria.desk.identity import Identity
 from noria.desk.records import text_again
 from noria.errors import InputError
@@ -36,8 +36,7 @@ def check_rendering(
     begun = None if config.job.overwrite else begun_with(config.output)
     if own.rules > OLD_RULES or begun is None or not _same_run(config, files, begun, own.header):
         return []
-    date = datetime.fromisoformat(begun.get("chat.date", datetime.now().isoformat()))
-    rows, encode = shard_rows(config.job.shard, num_rows), encoder(date)
+    rows, encode = shard_rows(config.job.shard, num_rows), encoder(chat_date(begun))
     prompts = (prompt for prompt in open_prompts(files) if prompt.row in rows)
     other, num_new = None, 0
     for prompt, sealed in beside(prompts, sealed_rows(config, errors=not config.job.retry_errors)):
