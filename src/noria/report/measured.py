@@ -61,7 +61,7 @@ def terms(plan: Mapping[str, Any], timings: Timings, tokens: int | None, whole: 
         of_phase = predicted.get(phase) if isinstance(predicted, Mapping) else None
         binds = of_phase.get("binds") if isinstance(of_phase, Mapping) else None
         note = f"bound by {binds}" if isinstance(binds, str) else ""
-        speed, seconds, at_once = _phase(timings, phase)
+        speed, seconds, rows = _phase(timings, phase)
         found.append(term(f"{phase}, tokens/s", number(of_phase, "tokens_per_second"), speed, rate_words, note))
         found.append(term(f"{phase}, a round", number(of_phase, "round_seconds"), seconds, seconds_words))
         if whole:
@@ -72,7 +72,7 @@ def terms(plan: Mapping[str, Any], timings: Timings, tokens: int | None, whole: 
             )
         found += busy(plan, timings, phase)
         if phase == "decode":
-            found.append(term("rows at once", number(predicted, "rows"), at_once, lambda rows: f"{rows:,.0f}"))
+            found.append(term("decode, rows a round", number(predicted, "rows"), rows, lambda rows: f"{rows:,.0f}"))
     return [one for one in found if one is not None] + _memory(plan, timings)
 
 
