@@ -63,13 +63,15 @@ def test_whatever_rows_share_each_ends_with_its_own_tokens(data):
         patch.setattr(waiting, "READ_FIRST", data.draw(st.integers(1, 8)))
         patch.setattr(waiting, "WINDOW", data.draw(st.integers(1, 20)))
         run = test_state_ids.run if states else test_samples.run
-        finished = run(prompts, limits)[0]
+        finished, admission, _ = run(prompts, limits)
     assert sorted((one.prompt.row, one.sample) for one in finished) == [
         (one.row, sample) for one in prompts for sample in range(one.sampling["n"])
     ]
     for one in finished:
         assert one.error == "" and one.token_ids == expected(one.prompt, one.sample, LIMIT)
         assert one.cached_tokens % BLOCK_TOKENS == 0 and one.cached_tokens < len(one.prompt_token_ids)
+    shared = sum(one.cached_tokens for one in finished)
+    assert admission.counted.cached_tokens == shared, "rows that return to the line share a second time, and count once"
 
 
 def computed(prompts, limits):

@@ -128,6 +128,19 @@ def test_where_no_page_is_free_the_youngest_row_returns_with_its_tokens_and_then
     assert step.counts[step.slots.tolist().index(step.admitted[0].slot)] == 60 + 69
 
 
+def test_what_a_row_shared_counts_once_though_it_returned_to_the_line(soon):
+    """Three rows of one beginning fill seven runs; the youngest returns, and shares the beginning again."""
+    finished, round, returned = [], 0, False
+    source = Source(iter(rows_of(2, 2, 70, 70, 70)), 5, lambda p: p.token_ids, finished.append)
+    limits = Capacity(1, 7 * RUN_PAGES, 1000, 1000, 1, 512)
+    admission = Admission(source, Sampling(max_new_tokens=130), frozenset({END}), limits)
+    while not admission.done:
+        go_on(admission, round, ends=[0, 1] if round == 0 else [])
+        round, returned = round + 1, returned or admission._queue.has_returned
+    assert returned and sorted(one.cached_tokens for one in finished) == [0, 0, 0, ROW, ROW]
+    assert admission.counted.cached_tokens == 2 * ROW
+
+
 def pages_of(runs):
     return sum(run.count for run in runs)
 

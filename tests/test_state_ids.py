@@ -54,7 +54,7 @@ def run(prompts, limits):
     finished, admission, _ = test_samples.run(prompts, limits, answer=engine.answer)
     for pool in admission._slots.states:
         assert pool.num_free == pool.num_pages, "a state that nobody gave back"
-    return finished, engine
+    return finished, admission, engine
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_every_row_reads_what_its_own_tokens_left_whatever_is_short(data):
     )
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(1, 5)), max_size=10))
     prompts = [prompt(row, length, max_new_tokens=new, n=n) for row, (length, new, n) in enumerate(shapes)]
-    finished, _ = run(prompts, limits)
+    finished, _, _ = run(prompts, limits)
     assert len(finished) == sum(n for *_, n in shapes)
     for sequence in finished:
         assert sequence.error == "" and sequence.token_ids == expected(sequence.prompt, sequence.sample, LIMIT)
@@ -80,7 +80,7 @@ def test_every_row_reads_what_its_own_tokens_left_whatever_is_short(data):
 @pytest.mark.parametrize("step_tokens", [200, 17])
 def test_a_shared_beginning_is_one_state_that_its_leader_leaves_and_all_samples_begin_from(length, reads, step_tokens):
     limits = Capacity(1, 100, step_tokens, step_tokens, 1, LIMIT, tier_states=(9,), state_rows=9)
-    finished, engine = run([prompt(0, length, max_new_tokens=6, n=3, ignore_eos=True)], limits)
+    finished, _, engine = run([prompt(0, length, max_new_tokens=6, n=3, ignore_eos=True)], limits)
     border = (length - 1) // (RUN_PAGES * PAGE_TOKENS) * RUN_PAGES * PAGE_TOKENS
     shared = [id for position, id in engine.reads if position == border and id != NO_STATE]
     assert len(shared) == reads and len(set(shared)) <= 1
@@ -90,7 +90,7 @@ def test_a_shared_beginning_is_one_state_that_its_leader_leaves_and_all_samples_
 
 def test_rows_beyond_the_states_wait_and_two_states_suffice_for_all():
     limits = Capacity(2, 100, 64, 64, 1, LIMIT, tier_states=(2,), state_rows=2)
-    finished, engine = run([prompt(row, 80, max_new_tokens=4, n=3) for row in range(4)], limits)
+    finished, _, engine = run([prompt(row, 80, max_new_tokens=4, n=3) for row in range(4)], limits)
     assert len(finished) == 12 and set(engine.states) == {0, 1}
 
 

@@ -31,7 +31,7 @@ class Counted:
 
     tokens: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of prompts: shared, and so not computed
+    cached_tokens: int = 0  # of prompts: shared when their rows were first admitted, as in the output
 
 
 class Admission:
@@ -285,6 +285,6 @@ class Admission:
         if sequence.order < 0:
             sequence.order, sequence.cached_tokens = self._num_admitted, sequence.cached
             self._num_admitted += 1
-        self.counted.cached_tokens += sequence.cached
+            self.counted.cached_tokens += sequence.cached
         if sequence.lead is not None:
             self._leading.append(sequence)
