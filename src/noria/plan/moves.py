@@ -88,7 +88,15 @@ def _even(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     waves = -(-most // here.rows)
     for rows in (-(-most // count) for count in (waves, waves - 1) if count > 0):
         left = sorted(range(ranks, 2 * ranks + 1), key=lambda count: (-rows % count, count))  # slots without a row
-        yield from (replace(here, groups=count, rows=rows) for count in left[:3])
+        found = [replace(here, groups=count, rows=rows) for count in left[:3]]
+        yield from found
+        if is_cache_open(
+            problem
+        ):  # the same with as many pages elsewhere as before, and with steps that leave more room
+            part = max(1 - (1 - here.on_device) * here.rows / rows, 0.0)
+            times = (1,) if problem.config.pipeline.step_tokens else (1, 2)
+            rounds = [here.prefill_rounds * count for count in times]
+            yield from (replace(one, on_device=part, prefill_rounds=count) for one in found for count in rounds)
 
 
 def _other_laps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
