@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
@@ -123,17 +122,15 @@ def hashes(output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_every_run(kind, tmp_path, capfd):
+def test_a_row_has_the_same_bits_in_every_run(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "run.toml").write_text(RUN)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    found, replayed = {}, {}
+    found = {}
     for name, keys in CASES.items():
         files = {"prompts": "prompts.jsonl", "output": f"{name}.h5", "random_weights": "config.json", "scratch": "."}
         flags = {key: str(tmp_path / file) for key, file in files.items()} | keys | {"kv_cache_dtype": kind}
         assert run(config.load(tmp_path / "run.toml", flags), Solo()) == 0
         found[name] = hashes(tmp_path / f"{name}.h5")
-        replayed[name] = re.search(r"graphs: [1-9]\d* of \d+ decode visits", capfd.readouterr().err) is not None
     assert len({*found["whole"]}) == 24
-    assert replayed["whole"] and not replayed["no-graphs"], replayed
     assert {name: sum(map(str.__ne__, its, found["whole"])) for name, its in found.items()} == dict.fromkeys(CASES, 0)
