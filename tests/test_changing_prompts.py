@@ -15,11 +15,12 @@ from noria.__main__ import main
 from noria.engine.stage import Stage
 from noria.output.generations import open_generations
 from noria.output.parts import part_files, parts_folder
+from noria.rows import encoded_ahead
 
 NUM_ROWS = 60
 PAD = "x" * 30_000  # some blocks of the file are read long after the first rows are sealed
 MORE = ["--prompts", "p.jsonl", "--max-new-tokens", "3", "--step-tokens", "16", "--seal-seconds", "0"]
-MORE += ["--no-prefix-sharing"]  # no prompt is read before it is needed
+MORE += ["--no-prefix-sharing"]  # few prompts are read before they are needed
 
 
 def lines(word):
@@ -115,6 +116,8 @@ def test_one_rank_never_finishes_an_output_of_two_files(folder, monkeypatch, cap
         capsys.readouterr()
         with monkeypatch.context() as patched:
             patched.setattr(Stage, "forward", acting)
+            for name in ("EARLY", "AHEAD"):
+                patched.setattr(encoded_ahead, name, 2)  # else all rows are read before the first step
             code = main(command(folder, f"{change.__name__}-{number}.h5"))
         codes.append(check(folder, f"{change.__name__}-{number}.h5", change, code, capsys.readouterr().err))
     assert codes[0] == (0 if change is touched else 1), "it is changed before the second block is read"

@@ -32,7 +32,7 @@ def made(kind, machine, shape=OPT_30B[0], **flags):
 @pytest.mark.parametrize(
     ("machine", "flags"),
     [
-        (Machine("cuda", 139 * GiB, 128 * GiB), {}),
+        (Machine("cuda", 139 * GiB, 128 * GiB), {"microbatch_tokens": 8192}),  # the same for all
         (Machine("cuda", 16 * GiB, 240 * GiB), {"cache": {"cpu": 100.0}}),
     ],
     ids=["on the device", "in CPU memory"],

@@ -67,7 +67,7 @@ class Plan:
     decoding_room: int = 0
     decoded: bool = False
     coded: bool = False
-    may_code: bool = False
+    may_code: bool = field(default=False, compare=False)  # for words alone: a plan that is written says off
     staged: bool = False
     graph_rows: int = 0
     decoded_pages: int = 0
