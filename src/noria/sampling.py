@@ -146,7 +146,7 @@ class Sampling:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """stop_token_ids, to look each token up in: rows may have hundreds."""
+        """stop_token_ids as a set: rows may have hundreds, and each token is looked up."""
         return frozenset(self.stop_token_ids or ())
 
     @property

@@ -100,9 +100,7 @@ class Flight:
     def watch(self, sequence: Sequence) -> None:
         """At which of the sequence's tokens must be looked from now on."""
         at, sampling, awaited = sequence.slot - self._first_slot, sequence.sampling, _awaited(sequence)
-        ends = [
-            *{*(() if sampling.ignore_eos else self._end_token_ids), *(sampling.stop_token_ids or ()), *(awaited or ())}
-        ]
+        ends = [*{*(() if sampling.ignore_eos else self._end_token_ids), *sampling.stop_ids, *(awaited or ())}]
         self._rows["watched"][at], self._rows["many"][at] = awaited is None, len(ends) > MOST_ENDS
         self._rows["ends"][at] = (ends + MOST_ENDS * [_NO_ID])[:MOST_ENDS]
 

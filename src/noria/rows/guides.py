@@ -156,7 +156,7 @@ class Guides:
         self.steering |= steers(sampling)
         matcher, copy_of = self.constraints.copy(sampling.structured_outputs or {}) if _asks(sampling) else (None, 0)
         ends: Iterable[int] = self._tokenizer.end_token_ids if self._tokenizer else ()
-        return Guide(reasoning, matcher, sorted({*ends, *(sampling.stop_token_ids or ())}), copy_of)
+        return Guide(reasoning, matcher, sorted({*ends, *sampling.stop_ids}), copy_of)
 
 
 def _asks(sampling: Sampling) -> bool:

@@ -178,9 +178,8 @@ def _too_deep(value: Any, left: int = _MAX_DEPTH) -> bool:
     """Whether lists and objects hold each other more than `left` deep: what reads and writes them has such a limit."""
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     kinds = set(map(type, held))  # by kind: thousands of token ids are not looked at one by one
-    if not any(issubclass(kind, dict | list) for kind in kinds):
-        return left < 0
-    return left < 0 or any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list))
+    holds = any(issubclass(kind, dict | list) for kind in kinds)
+    return left < 0 or (holds and any(_too_deep(one, left - 1) for one in held if isinstance(one, dict | list)))
 
 
 def _content_error(content: Content, token_ids: Any, name: str) -> str | None:

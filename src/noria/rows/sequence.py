@@ -137,7 +137,7 @@ def sampler_settings(sequence: Sequence, end_token_ids: Iterable[int]) -> dict[s
         settings["allowed"] = sampling.allowed_token_ids
     if sampling.min_new_tokens:
         ends = () if sampling.ignore_eos else end_token_ids
-        settings["banned"] = sorted({*ends, *(sampling.stop_token_ids or ())})
+        settings["banned"] = sorted({*ends, *sampling.stop_ids})
         settings["min_new_tokens"] = sampling.min_new_tokens
     settings["prompt_length"] = len(sequence.prompt_token_ids)
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
