@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
 from noria import config as configuration
+from noria.commands.parser import once_for_each
 from noria.config import SECTIONS, Config
 from noria.errors import InputError
 from noria.output.export import SUFFIXES
@@ -54,10 +55,7 @@ def load(arguments: argparse.Namespace, *own: str) -> Config:
         run_file, flags["prompts"] = prompts[-1], prompts[:-1]  # --prompts FILE RUN.toml
     exported = flags.get("export")
     if exported and run_file is not None and run_file.endswith(SUFFIXES):
-        first, flag = exported[-1], "--export"
-        raise InputError(
-            f"{run_file} is read as the run file: {flag} takes one value, give it once for each: {flag} {first} {flag} {run_file}"
-        )
+        raise InputError(f"{run_file} is read as the run file: {once_for_each('--export', exported[-1], run_file)}")
     if len(flags.get("prompts", [])) == 1:
         flags["prompts"] = flags["prompts"][0]
     config = configuration.load(run_file, flags)

@@ -6,6 +6,11 @@ from typing import NoReturn
 from noria.errors import InputError
 
 
+def once_for_each(flag: str, first: str, other: str) -> str:
+    """In words, how two values are given with a flag that takes one."""
+    return f"{flag} takes one value, give it once for each: {flag} {first} {flag} {other}"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises InputError, in one line, where argparse would print the usage and leave."""
 
@@ -21,4 +26,4 @@ class Parser(argparse.ArgumentParser):
             return ""
         flag, first, other = before[place], *[*before[place + 1 :], word][:2]
         again = isinstance(action, argparse._AppendAction)
-        return f": {flag} takes one value" + f", give it once for each: {flag} {first} {flag} {other}" * again
+        return f": {once_for_each(flag, first, other)}" if again else f": {flag} takes one value"
