@@ -17,8 +17,8 @@ DRAW_NBYTES = 4 * 8 * DRAW_ELEMENTS  # of their sorted and cumulated copies
 PARTIAL_NBYTES = 128 << 20
 ACTIVATION_SLOTS = 3  # buffers of a microbatch for hidden states in CPU memory: no schedule has more cells under way
 DECODED_NUMBERS = 2**20  # of a parameter that torch decodes at a time: what is in between stays in a cache
-# Blocks that stream from CPU memory may be coded without loss while they load: in this encoding, with as many bits a number
-# as weights take, matrices of so many numbers.
+# Blocks that stream from CPU memory or scratch may be coded without loss while they load: in this encoding, with as many bits
+# a number as weights take, matrices of so many numbers.
 CODED, CODED_BITS, CODED_NUMBERS = "exponent", 11.4, 1 << 16
 LOADING_BUFFERS = 2  # host buffers of a block, for those that are not read where they stay
 DISK_SLOTS = 4  # host buffers through which bytes go to and from a disk

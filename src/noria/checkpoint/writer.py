@@ -137,9 +137,8 @@ def _create(path: Path, header: Header, blocks: Mapping[str, Block], order: Mapp
         # space is given at the first write: in this order, with nothing between
         for dataset in datasets:
             _touch(dataset)
-        tokenizer = file.create_group(
-            "tokenizer"
-        )  # after the blocks, so that the last block's padding is inside the file
+        # After the blocks, so that the last block's padding is inside the file.
+        tokenizer = file.create_group("tokenizer")
         for name, content in header.tokenizer.items():
             tokenizer.create_dataset(name, data=np.frombuffer(content, np.uint8))
 

@@ -1,4 +1,4 @@
-"""Codes blocks without loss while they load, on the device, so that fewer of their bytes stream from CPU memory.
+"""Codes blocks without loss while they load, on the device, so that fewer of their bytes stream from CPU memory or scratch.
 
 A block goes up parameter by parameter, each coded while the next is on its way, and comes back while the next block goes up.
 What was coded is decoded and compared, and stays plain if a bit of it is another. Knows blocks and encodings; no tier, no file.

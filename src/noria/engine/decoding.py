@@ -23,7 +23,7 @@ Which: TypeAlias = tuple[int, ...] | torch.Tensor  # pieces: their numbers, or a
 class Decoding:
     """What a plan says of encoded parameters: in how many bytes they are decoded (a piece of each finds room whatever it
     says), whether blocks that stay on the device are decoded once, while they load, and whether those that stream from CPU
-    memory are coded without loss meanwhile."""
+    memory or scratch are coded without loss meanwhile."""
 
     room: int = 1 << 62
     residents: bool = False

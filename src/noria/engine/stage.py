@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ from noria.step import Result, Step
 from noria.streams import Streams
 from noria.tools.text import nbytes_words
 
-T = TypeVar("T")
 SAID_NBYTES = 1 << 30  # of page-locked memory: what takes time to give back
 
 

@@ -39,9 +39,8 @@ OPERATIONS = 20  # small ones, such as a layer has
 MEMORY_SHARE = 16  # of host memory, one part in so many
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 CPU_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)  # a library multiplies few rows in several ways
-UNCACHED_NBYTES = (
-    512 << 20
-)  # of matrices: the caches of a server hold up to 320 MiB, and a run's weights find none there
+# Of matrices: the caches of a server hold up to 320 MiB, and a run's weights find none there.
+UNCACHED_NBYTES = 512 << 20
 MESSAGE_NBYTES = 16 << 20
 SMALL_NBYTES = 16 << 10
 Say = Callable[[str, float, str], None]

@@ -50,9 +50,8 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     read = passes * (work.read - (1 - read_experts) * work.expert_read)
     flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
     context = terms.own_context(turn.context, turn.shared)
-    seen = turn.rows * context * (work.decoded or work.token) + sampled * (
-        2 * work.state - work.rings
-    )  # states are written too
+    states = sampled * (2 * work.state - work.rings)  # they are written too
+    seen = turn.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again

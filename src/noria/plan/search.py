@@ -25,9 +25,8 @@ MICROBATCH_TOKENS = 4096
 GAIN = 1.001  # times as fast, for which a number is moved
 SIMPLER = 0.99  # of the tokens/s: what each departure from the plain plan must at least be worth
 HALVINGS = 5  # of the part of the cache that finds room on the device
-Value = tuple[
-    bool, float
-]  # whether the longest row finds room, tokens/s of the whole run less what is off for departures
+# Whether the longest row finds room, tokens/s of the whole run less what is off for departures.
+Value = tuple[bool, float]
 
 
 @dataclass
