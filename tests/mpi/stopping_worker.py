@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from noria.__main__ import main
 from noria.desk import desk
 from noria.engine.stage import Stage
 from noria.launch import mpi
+from noria.launch.signals import Signals
 
 VISIT = 0.02  # seconds that a visit takes at least, so that there is a middle to be stopped in
 SILENCE = 2.0
+HEARD = threading.Event()
 PLACES = {"prefill": 1, "decode": 12}
 
 
@@ -67,15 +70,31 @@ def launcher():
 
 
 def twice(number):
-    os.kill(launcher(), number)
+    ask(number)
     time.sleep(0.2)
     os.kill(launcher(), number)
     time.sleep(0.5)
 
 
 def once(number):
-    os.kill(launcher(), number)
+    ask(number)
     time.sleep(1.0)
+
+
+def ask(number):
+    """Returns when this rank has had what the launcher hands on, which takes it seconds on a busy machine."""
+    os.kill(launcher(), number)
+    assert HEARD.wait(30)
+
+
+def listen():
+    note = Signals._note
+
+    def noting(self, *arguments):
+        note(self, *arguments)
+        HEARD.set()
+
+    Signals._note = noting
 
 
 def interrupt_twice():
@@ -126,5 +145,6 @@ if __name__ == "__main__":
     run.SILENCE = SILENCE
     slow_down()
     if mpi.launched_rank() == int(rank):
+        listen()
         at(place, lambda: happen(action))
     sys.exit(main(arguments))
