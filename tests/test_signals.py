@@ -163,3 +163,12 @@ def test_what_another_rank_has_is_told_once_and_in_its_own_words():
         while len(sent) < 3 and time.monotonic() < limit:
             time.sleep(0.05)
         assert [first.heard() for _ in range(4)] == ["SIGUSR1 at rank 1", "SIGINT at rank 1", "SIGINT at rank 1", None]
+
+
+def test_a_wake_ends_one_wait_where_there_is_no_pipe_too():
+    signals = Signals()  # never entered, as in a thread
+    signals.wake()
+    began = time.monotonic()
+    assert signals.wait(30) is None
+    assert signals.wait(0.05) is None
+    assert 0.05 <= time.monotonic() - began < 10

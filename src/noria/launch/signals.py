@@ -61,6 +61,7 @@ class Signals:
         """The next signal that came, or None after this time or a `wake`. One thread reads."""
         if self._read < 0:
             self._woken.wait(seconds)
+            self._woken.clear()  # as the pipe: a wake ends one wait
             return None
         with contextlib.suppress(BlockingIOError):
             if select.select([self._read], [], [], max(seconds, 0))[0]:
