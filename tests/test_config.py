@@ -75,6 +75,15 @@ def test_a_wrong_key_or_value_is_named_with_the_remedy(text, said, tmp_path):
     assert said in refusal(flags, text, tmp_path)
 
 
+def test_a_run_written_as_its_file_is_the_same_run_whatever_letters_it_has(tmp_path):
+    letters = "".join(map(chr, (*range(1, 0x100), 0x2028, 0xD7FF, 0xFEFF, 0x1F600, 0x10FFFF)))
+    schema = {"json": {"properties": {letters: {"const": letters}}}}
+    run = config.load(None, {**NEEDED, "stop": [letters], "structured_outputs": schema})
+    path = tmp_path / "run.toml"
+    path.write_text(run.to_toml(), encoding="utf-8", newline="")
+    assert config.load(path) == run
+
+
 def test_a_run_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.toml: No such file"):
         config.load(tmp_path / "nowhere.toml")
