@@ -208,6 +208,26 @@ def test_a_link_is_measured_with_copies_always_on_their_way_in_each_direction(mo
     assert link.most == {"load": IN_FLIGHT, "store": IN_FLIGHT}
 
 
+def test_what_is_page_locked_is_unlocked_where_there_is_no_memory_for_all_buffers(monkeypatch):
+    locked = []
+
+    class Memory(copies.HostMemory):
+        def register(self, device):
+            if locked:
+                raise OSError("the limit of locked memory")
+            locked.append(self)
+
+        def close(self):
+            if self in locked:
+                locked.remove(self)
+            return super().close()
+
+    monkeypatch.setattr(copies, "HostMemory", Memory)
+    with pytest.raises(OSError, match="the limit"):
+        copies.Buffers(4096, CPU)
+    assert not locked
+
+
 def test_copies_go_through_the_whole_blocks_of_a_buffer_in_turn(monkeypatch):
     monkeypatch.setattr(copies, "BLOCK_NBYTES", 1000)
     there, host = torch.zeros(3500, dtype=torch.uint8), torch.ones(3500, dtype=torch.uint8)

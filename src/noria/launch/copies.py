@@ -27,14 +27,18 @@ class Buffers:
     def __init__(self, nbytes: int, device: torch.device):
         """Raises OSError or RuntimeError where there is no memory, or none that may be page-locked."""
         self._memories = [HostMemory(nbytes) for _ in range(2)]
-        for memory in self._memories:
-            memory.touch()
-            memory.register(device)
-        self.host, self.back = (memory.memory for memory in self._memories)
-        if device.type == "cpu":  # which copies within one memory
-            self.there, self.here = self.back, self.host
-            return
-        self.there, self.here = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+        try:
+            for memory in self._memories:
+                memory.touch()
+                memory.register(device)
+            self.host, self.back = (memory.memory for memory in self._memories)
+            if device.type == "cpu":  # which copies within one memory
+                self.there, self.here = self.back, self.host
+            else:
+                self.there, self.here = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+        except BaseException:
+            self.close()  # else what is page-locked stays so, and its addresses could not be locked again
+            raise
 
     def close(self) -> None:
         """No copy may be under way."""
