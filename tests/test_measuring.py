@@ -18,8 +18,10 @@ from forks import forked
 from mpirun import describe
 from noria import run as program
 from noria.config import load
+from noria.errors import InputError
 from noria.launch import copies, measuring
 from noria.launch.copies import IN_FLIGHT, sustained
+from noria.launch.disk_rates import disk_rates
 from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
 from noria.launch.mpi import Solo
@@ -226,6 +228,17 @@ def test_what_is_page_locked_is_unlocked_where_there_is_no_memory_for_all_buffer
     with pytest.raises(OSError, match="the limit"):
         copies.Buffers(4096, CPU)
     assert not locked
+
+
+def test_a_disk_without_room_to_be_measured_is_named_without_a_tier_that_nobody_asked_for(tmp_path, monkeypatch):
+    full = SimpleNamespace(f_bavail=3, f_frsize=4096)
+    monkeypatch.setattr("os.statvfs", lambda folder: full)
+    with pytest.raises(InputError) as caught:
+        disk_rates(tmp_path, 0.01, 1)
+    assert str(caught.value) == (
+        f"scratch folder {tmp_path} needs 0.03 GiB, 0.00 GiB are free, 33542144 bytes too few:"
+        " set placement.scratch to a larger disk"
+    )
 
 
 def test_copies_go_through_the_whole_blocks_of_a_buffer_in_turn(monkeypatch):

@@ -14,10 +14,10 @@ FASTEST = 8e9  # bytes/s
 
 
 def disk_rates(folder: Path, seconds: float, sharing: int) -> tuple[float, float]:
-    """Bytes/s read and written, each in about so many seconds, of a file that a fast disk takes as long for.
+    """Bytes/s read and written, each in about so many seconds, of a file so large that the fastest disk needs that time.
 
-    It takes at most half of what is free, shared with the other ranks of the host, `sharing` in all. Raises InputError
-    where there is no room, OSError where the disk fails.
+    It takes at most half of what is free, shared with the other ranks of the host, `sharing` in all, but a piece for each
+    thread. Raises InputError where there is no room, OSError where the disk fails.
     """
     space = os.statvfs(folder)
     most = min(FASTEST * seconds, space.f_bavail * space.f_frsize / 2 / sharing)
@@ -26,7 +26,7 @@ def disk_rates(folder: Path, seconds: float, sharing: int) -> tuple[float, float
     memory = HostMemory(DISK_THREADS * direct.CHUNK_NBYTES)
     memory.touch()
     views = [part.numpy().data for part in memory.memory.split(direct.CHUNK_NBYTES)]
-    file = direct.scratch_file(folder, pieces[-1][1], "--scratch")
+    file = direct.scratch_file(folder, pieces[-1][1])
     try:
         with ThreadPoolExecutor(DISK_THREADS) as pool:
             write, done = _passes(pool, pieces, views, file.write, seconds)

@@ -115,10 +115,11 @@ def _aligned(offset: int, data: memoryview) -> bool:
     return not (offset % ALIGNMENT or len(data) % ALIGNMENT or address % ALIGNMENT)
 
 
-def scratch_file(folder: str | Path, nbytes: int, key: str, direct: bool = True) -> DirectFile:
+def scratch_file(folder: str | Path, nbytes: int, key: str = "", direct: bool = True) -> DirectFile:
     """A file of `nbytes` in `folder` that has no name: it is gone when it is closed, or the process ends in any way.
 
-    Its space is reserved. Raises InputError, naming the setting `key` and the numbers, where there is not enough.
+    Its space is reserved. `key`: the setting of the disk tier that takes it. Raises InputError, with this key and the numbers,
+    where there is not enough.
     """
     folder = Path(folder)
     try:
@@ -144,9 +145,10 @@ def scratch_file(folder: str | Path, nbytes: int, key: str, direct: bool = True)
 
 
 def _no_space(folder: Path, nbytes: int, free: int, key: str) -> str:
+    what, remedy = (" for the disk tier", f"lower {key} or ") if key else ("", "")
     return (
-        f"scratch folder {folder} needs {nbytes / 2**30:.2f} GiB for the disk tier, {free / 2**30:.2f} GiB are free,"
-        f" {max(nbytes - free, 0)} bytes too few: lower {key} or set placement.scratch to a larger disk"
+        f"scratch folder {folder} needs {nbytes / 2**30:.2f} GiB{what}, {free / 2**30:.2f} GiB are free,"
+        f" {max(nbytes - free, 0)} bytes too few: {remedy}set placement.scratch to a larger disk"
     )
 
 
