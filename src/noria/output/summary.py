@@ -18,7 +18,7 @@ from noria.output.outcome import Outcome, how_to_read
 from noria.output.schema import FORMAT, Generation
 from noria.output.segments import segment_lines, segments_of
 from noria.tools.damage import damaged_is_input_error
-from noria.tools.text import nbytes_words, plural
+from noria.tools.text import nbytes_words, plural, seconds_words
 
 _TOLD = ("format", "version", "complete", "checksums", "segments", "shards", "run_file", "header")  # in their own words
 _SEGMENTS = 3  # the last ones, unless all are asked for
@@ -171,7 +171,7 @@ def _work(segments: list[dict[str, Any]]) -> str:
     last = segments[-1]
     hosts = ", ".join(map(str, last["hosts"])) or "an unknown host"
     where = f"the last with {plural(last['ranks'], 'rank')} on {hosts}"
-    return f"{plural(len(segments), 'job')}, {_clock(seconds)} together{rate}; {where}"
+    return f"{plural(len(segments), 'job')}, {seconds_words(seconds)} together{rate}; {where}"
 
 
 def seconds_of(segment: Mapping[str, Any]) -> float:
@@ -182,14 +182,6 @@ def seconds_of(segment: Mapping[str, Any]) -> float:
     except ValueError:  # a segment may say anything
         return 0
     return max((times[1] - times[0]).total_seconds(), 0)
-
-
-def _clock(seconds: float) -> str:
-    """`6 s`, `12 min`, `3.5 h`."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _table(name: str, values: list[str]) -> list[str]:

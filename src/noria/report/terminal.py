@@ -87,7 +87,7 @@ def _speeds(speeds: list[Speed]) -> Iterator[str]:
     for place in range(count):
         start, stop = end * place / count, end * (place + 1) / count
         new = _mean(speeds, start, stop)
-        yield _bar(seconds_words(start) if place else "0 s", new / most, f"{rate_words(new)} tok/s")
+        yield _bar(seconds_words(start), new / most, f"{rate_words(new)} tok/s")
 
 
 def _mean(speeds: list[Speed], start: float, stop: float) -> float:

@@ -73,8 +73,8 @@ def nbytes_words(nbytes: int) -> str:
 
 
 def seconds_words(seconds: float) -> str:
-    """`61.3 ms`, `2.31 s`, `12 min`, `3.5 h`."""
-    if seconds < 1:
+    """`0 s`, `61.3 ms`, `2.31 s`, `12.0 min`, `3.5 h`."""
+    if 0 < seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
