@@ -14,7 +14,7 @@ from noria.limits import RUN_PAGES
 from noria.rows.admission import Admission
 from noria.rows.making import Source
 from noria.rows.prompts import Prompt
-from noria.rows.reservations import Reservations, needed
+from noria.rows.reservations import EarlierLengths, Reservations, needed
 from noria.rows.sequence import Sequence
 from noria.rows.slots import Capacity
 from noria.sampling import Sampling
@@ -203,6 +203,74 @@ def test_a_row_reserves_all_until_enough_rows_have_ended_and_never_more_than_it_
     assert one.first(row) == 600
     row.returned = True
     assert one.first(row) == 1100
+
+
+def job(rounds, lengths, earlier=None, begun=None):
+    """A job of this many rounds over prompts of 128 tokens, whose row r ends at lengths[r]: its admission, the lengths of rows
+    that have ended by row, and how many are in flight in the rounds. `earlier`: what it is told of; `begun`: rows that go on."""
+    finished, counts, step, begun = {}, [], None, begun or {}
+    prompts = (Prompt(row, str(row), "", [5] * 128, {}, "", None) for row in range(len(lengths)))
+    done = {(row, 0) for row in earlier[0]} if earlier else set()
+
+    def take_up(sequence):
+        sequence.token_ids = begun.get(sequence.prompt.row, 0) * [OTHER]
+
+    def end(sequence):
+        finished[sequence.prompt.row] = len(sequence.token_ids)
+
+    told = earlier[1] if earlier else EarlierLengths()
+    source = Source(prompts, len(lengths), lambda p: p.token_ids, end, begun=take_up, done=done, lengths=told)
+    limits = Capacity(1, 12_000, 8192, 8192, 1, 8192, 128_000, sharing=False)
+    admission = Admission(source, Sampling(max_new_tokens=4096), frozenset({END}), limits)
+    for round in range(rounds):
+        step = admission.compose(round, 0)
+        rows = [admission._slots.active[0][slot] for slot in step.sample_slots.tolist()]
+        known = admission._flights[0]._rows["known"][step.sample_slots]
+        ends = known + 1 >= lengths[[row.prompt.row for row in rows]] if rows else np.empty(0, bool)
+        admission.apply(step, Result(np.where(ends, END, OTHER)))
+        counts.append(admission.num_active)
+    return admission, finished, np.array(counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [300, 900], ids=["early", "late"])
+def test_a_job_that_goes_on_has_as_many_rows_in_flight_as_if_it_had_never_stopped(before):
+    """Early, only rows of up to 300 tokens have ended, which is their mean."""
+    lengths = np.random.default_rng(3).geometric(1 / 300, 1 << 14)
+    steady = 12_000 * PAGE_TOKENS / (128 + np.quantile(lengths, 0.9))
+    first, finished, _ = job(before, lengths)
+    running = np.array(list(first.lengths()))
+    half_way = {one.prompt.row: len(one.token_ids) for one in first.stop()}
+    ended = np.array(list(finished.values()))
+    told = {
+        "stopped": (EarlierLengths(ended, half_way=np.array(list(half_way.values()))), half_way),
+        "killed": (EarlierLengths(ended, lost=running), {}),
+        "from the beginning": (EarlierLengths(), {}),
+    }
+    in_flight = {}
+    for kind, (its, begun) in told.items():
+        _, _, counts = job(150, lengths, (finished, its), begun)
+        in_flight[kind] = counts[50:].mean() / steady
+    print({kind: round(share, 2) for kind, share in in_flight.items()})
+    assert 0.8 < in_flight["stopped"] < 1.1 and 0.8 < in_flight["killed"] < 1.1
+    assert in_flight["from the beginning"] < 0.3
+
+
+def test_rows_that_a_kill_lost_count_as_long_as_those_that_ended_in_that_job(monkeypatch):
+    monkeypatch.setattr(reservations, "REMEMBERED", 40)
+    monkeypatch.setattr(reservations, "ENOUGH", 10)
+    ended, lost = np.arange(1, 21), np.full(30, 50)
+    one = Reservations(4096, EarlierLengths(ended, lost=lost))
+    assert one.usual == by_hand(ended.tolist(), lost.tolist(), 0.9) > 90
+    for _ in range(20):
+        one.ended(10, [])
+    assert one.usual == by_hand([*ended.tolist(), *[10] * 20], lost.tolist(), 0.9), "all 40 are remembered"
+    for _ in range(10):
+        one.ended(10, [])
+    assert one.usual == by_hand([*ended[10:].tolist(), *[10] * 30], lost[:15].tolist(), 0.9)
+    for _ in range(10):
+        one.ended(10, [])
+    assert one.usual == 10
 
 
 def simulated(limit, rounds, follows):

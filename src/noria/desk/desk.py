@@ -15,7 +15,7 @@ import numpy as np
 
 from noria.config import Config
 from noria.desk.capacity import capacity_of
-from noria.desk.earlier import Begun, agree, chat_date, make_room
+from noria.desk.earlier import Begun, agree, chat_date, lengths_of, make_room, of_running
 from noria.desk.examination import Examined
 from noria.desk.exports import paths_of_prompts, write_exports
 from noria.desk.old_rules import texts_again
@@ -127,6 +127,7 @@ class Desk:
             self._tokenizer,
             begun.take_up,
             done,
+            lengths_of(parts, begun),
         )
         capacity = capacity_of(plan, self._checkpoint.shape, config.pipeline.prefix_sharing)
         ends, rules = self._tokenizer.end_token_ids, self._identity.rules
@@ -146,6 +147,7 @@ class Desk:
                 return "every row is sealed", 0.0
             self._stopped = True
             unfinished = self.admission.stop()
+            self._tell_lengths()
             self._dropped = self._dropped or bool(unfinished)
             waiting = sum(row.status != "todo" for row in list(self._parts.pending))
             begun = [sequence for sequence in unfinished if sequence.token_ids]
@@ -160,6 +162,7 @@ class Desk:
         """Says how far a run came that stops before its end."""
         self._ahead.close()
         with self.lock, self._tending:
+            self._tell_lengths()
             self._seal()
             self._merging = True  # nothing is left to tend
             if not self._stopped:  # by a signal: admission ended in time for the walltime
@@ -208,13 +211,21 @@ class Desk:
             self._parts.computed(counted.prompt_tokens, counted.tokens)
             counted.tokens = counted.prompt_tokens = counted.cached_tokens = 0
             self._look_at_the_time()
-        if self._parts.is_due(self._config.job.seal_seconds):
+            is_due = self._parts.is_due(self._config.job.seal_seconds)
+            if is_due:
+                self._tell_lengths()
+        if is_due:
             self._nudge()
         while self._parts.is_full and self._failure is None and not self._stopped:
             self._nudge()
             time.sleep(WAIT_SECONDS)
         if self._failure is not None:
             raise self._failure
+
+    def _tell_lengths(self) -> None:
+        """With the next seal the next job can know how long the rows were that a kill loses."""
+        if self._parts.segment:
+            self._parts.segment.running = of_running(self.admission.lengths())
 
     def _look_at_the_prompts(self) -> None:
         """Raises Changed if a file is another now and not all rows are read. What is read is what was hashed in any case:

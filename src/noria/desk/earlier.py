@@ -1,4 +1,4 @@
-"""What earlier jobs of a run left: parts that must be of this run, and rows that they stopped half-way.
+"""What earlier jobs of a run left: parts that must be of this run, rows that they stopped half-way, how long rows get.
 
 Knows no steps and no ranks.
 """
@@ -9,18 +9,25 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from noria.config import Config
 from noria.desk.identity import another_run
 from noria.desk.records import num_cut, take_up
 from noria.errors import InputError
 from noria.output.parts import Parts
 from noria.output.schema import Generation
-from noria.output.sealed import gather, parts_folder, scan, scan_one, select
+from noria.output.sealed import DONE, gather, parts_folder, scan, scan_one, select
+from noria.output.segments import latest_running
 from noria.output.target import probe_output, reopen
 from noria.rows.chat import Encoder, tells_date
 from noria.rows.prompt_files import PromptFiles, extends
 from noria.rows.prompts import Prompt
+from noria.rows.reservations import REMEMBERED, EarlierLengths, evenly
 from noria.rows.sequence import Sequence
+
+_POINTS = 9  # of the lengths of rows in flight, which a job keeps for the next one
+_MOST_RUNNING = 2**16  # rows: more than a record of them is believed
 
 
 def make_room(config: Config) -> None:
@@ -82,6 +89,11 @@ class Begun:
         self._cut = {row: num_cut(one) for (row, _), one in self._rows.items()}
         self._prompts = {row: one.prompt_token_ids.tolist() for (row, _), one in self._rows.items()}
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that were sealed of each row that is not taken up yet."""
+        return [len(one.token_ids) for one in self._rows.values()]
+
     def take_up(self, sequence: Sequence) -> None:
         """Gives the sequence the tokens that were sealed for it."""
         sequence.num_cut = self._cut.get(sequence.prompt.row, sequence.num_cut)
@@ -92,6 +104,37 @@ class Begun:
     def encoder(self, encode: Encoder) -> Callable[[Prompt], list[int]]:
         """The way from rows to token ids: sealed ones, where there are."""
         return lambda prompt: self._prompts[prompt.row] if prompt.row in self._prompts else encode(prompt)
+
+
+def of_running(lengths: Iterable[int]) -> list[int]:
+    """How many rows have these lengths, and _POINTS of them, from the shortest to the longest. Empty if there are none."""
+    found = np.fromiter(lengths, np.int64)
+    if not len(found):
+        return []
+    return [len(found), *np.quantile(found, np.linspace(0, 1, _POINTS)).astype(int).tolist()]
+
+
+def lengths_of(parts: Parts, begun: Begun) -> EarlierLengths:
+    """How long the rows of earlier jobs got. Reads no row: the lengths of a part are known, those of what ran are in segments.
+
+    Of the rows that ended as many as others are judged by, evenly from the latest parts: in time a part has no order.
+    """
+    done: list[np.ndarray] = []
+    for part in reversed(parts.parts):
+        if sum(map(len, done)) < REMEMBERED:
+            done.append(part.num_tokens[part.status == DONE])
+    ended = np.concatenate([np.empty(0, np.int64), *reversed(done)])
+    ended = ended[evenly(len(ended), min(len(ended), REMEMBERED))]
+    return EarlierLengths(ended, np.array(begun.lengths, np.int64), _lost(latest_running(parts.folder)))
+
+
+def _lost(running: list[int]) -> np.ndarray:
+    """[R] lengths like those that `of_running` was told of."""
+    if len(running) <= 1:
+        return np.empty(0, np.int64)
+    count, *points = running
+    ranks = np.linspace(0, len(points) - 1, min(count, _MOST_RUNNING))
+    return np.interp(ranks, np.arange(len(points)), points).astype(np.int64)
 
 
 def sealed_rows(config: Config, errors: bool) -> Iterator[Generation]:

@@ -17,7 +17,7 @@ from noria.tools.text import plural
 
 FORMAT = "noria-segment"
 SEGMENT_NAME = re.compile(r"segment-(\d{6,})\.json")
-_INTERNAL = ("format", "header", "rates")
+_INTERNAL = ("format", "header", "rates", "running")
 _COUNTED = ("rows", "errors", "tokens", "prompt_tokens")
 _EMPTY = {
     "start": "",
@@ -53,6 +53,13 @@ def change_rates(folder: Path, rates: str) -> None:
     """For a job that has ended its segment, the latest one: other rates than those that it planned with."""
     for path, segment in _found(folder)[-1:]:
         _write(path, segment | {"rates": rates})
+
+
+def latest_running(folder: Path) -> list[int]:
+    """How long the rows in flight were when the latest job was last seen: see Segment.running."""
+    found = [one.get("running") for _, one in _found(folder)]
+    latest = found[-1] if found and isinstance(found[-1], list) else []
+    return latest if all(_fits(one, 0) for one in latest) else []
 
 
 def segment_lines(segments: list[dict[str, Any]], running: bool = False) -> list[str]:
@@ -147,6 +154,8 @@ class Segment:
     `header`: what rows of the run have in common. Where no part is, segments of another run that finished no row are
     deleted; beside parts, which are of this run, all stay. Raises WriteError if the disk takes not even this record; one that
     cannot be written later is reported once: it does not end the run, which ends soon enough if its rows cannot be either.
+    `running`: of rows that are in flight and nowhere sealed, how many there are, and some of their lengths; as long as this job
+    has not said so, those of the job before.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], facts: Mapping[str, Any]):
@@ -159,7 +168,7 @@ class Segment:
         taken = [int(match[1]) for path in folder.iterdir() if (match := SEGMENT_NAME.fullmatch(path.name))]
         self.path = folder / f"segment-{max(taken, default=-1) + 1:06}.json"
         self.facts = {"start": now(), **facts, "ended": "", **dict.fromkeys(_COUNTED, 0)}
-        self.course = Course()
+        self.course, self.running = Course(), latest_running(folder)
         self.told = False  # the user knows that the disk takes nothing
         self._write()
 
@@ -184,7 +193,7 @@ class Segment:
             self.told = True
 
     def _write(self) -> None:
-        self.facts |= {"end": now(), "course": self.course.points()}
+        self.facts |= {"end": now(), "course": self.course.points(), "running": self.running}
         _write(self.path, {"format": FORMAT, **self.facts, "header": self._header})
 
     def end(self, reason: str) -> None:

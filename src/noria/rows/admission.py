@@ -4,6 +4,7 @@ Rank 0 alone has one. Knows tokens; nothing of devices, messages or files.
 """
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -51,7 +52,7 @@ class Admission:
         self._maker, self._finished = Maker(source, sampling, capacity, rules), source.finished
         self._queue = WaitingQueue(source, self._maker, capacity.sharing)
         self._end_token_ids = frozenset(token_id for token_id in end_token_ids if token_id < capacity.vocab_size)
-        self._capacity, self._slots = capacity, Slots(capacity)
+        self._capacity, self._slots = capacity, Slots(capacity, source.lengths)
         self._level = Level(capacity.groups, capacity.costs)
         self._gathering = Gathering(capacity.groups, capacity.gathers)
         firsts = (group * capacity.step_tokens for group in range(capacity.groups))
@@ -93,6 +94,10 @@ class Admission:
     def _may_admit(self) -> bool:
         """Whether a sequence waits that is to be admitted: where the run stops, one that was in flight alone."""
         return self._queue.has_returned or (not self._stopping and self._queue.first() is not None)
+
+    def lengths(self) -> Iterator[int]:
+        """How many tokens each sequence in flight has generated, as far as they are known."""
+        return chain.from_iterable(flight.lengths() for flight in self._flights)
 
     def admit_no_more(self) -> None:
         """Sequences in flight, and those that returned from there, go on to their ends; others are left for another job."""
@@ -252,7 +257,7 @@ class Admission:
     def _end(self, group: int, sequence: Sequence) -> None:
         self._leave(group, sequence)
         if not sequence.error:
-            self._slots.ended(sequence, chain.from_iterable(flight.lengths() for flight in self._flights))
+            self._slots.ended(sequence, self.lengths())
         self._finished(sequence)
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> int:

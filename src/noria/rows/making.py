@@ -12,6 +12,7 @@ from noria.rows.ends import with_special_stops
 from noria.rows.guides import Guides
 from noria.rows.prompts import Prompt
 from noria.rows.reasoning import stops_of
+from noria.rows.reservations import EarlierLengths
 from noria.rows.sequence import Sequence
 from noria.rows.tokenizer import Tokenizer
 from noria.sampling import OLD_RULES, OPEN, OPEN_IN_REQUESTS, RULES, Sampling
@@ -41,7 +42,7 @@ class Source:
     num_prompts: how many of the prompts have samples that are not `done`; finished: called with every sequence that
     ended, whatever its end; tokenizer: reads texts, with `encode` and without (None: the checkpoint has none); begun:
     gives a new sequence the tokens that an earlier job generated for it; done: the (row, sample) that an earlier job
-    finished.
+    finished; lengths: of rows in earlier jobs.
     """
 
     prompts: Iterable[Prompt]
@@ -51,6 +52,7 @@ class Source:
     tokenizer: Tokenizer | None = None
     begun: Callable[[Sequence], None] = lambda sequence: None
     done: Container[tuple[int, int]] = frozenset()
+    lengths: EarlierLengths = EarlierLengths()
 
 
 class Maker:

@@ -6,6 +6,7 @@ Knows neither pages nor slots.
 import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,14 +20,26 @@ QUANTILE = 0.9  # of the rows, which need no more than what a row reserves
 GROWTH_TOKENS = 4 * RUN_PAGES * PAGE_TOKENS  # that a row which outgrows it takes at a time
 
 
-class Reservations:
-    """What rows reserve in a context of `max_positions` tokens."""
+@dataclass(frozen=True, eq=False)
+class EarlierLengths:
+    """New tokens of rows in earlier jobs of a run: [E] of those that ended, the last of them last; [H] of those that stopped
+    half-way, which go on from there; [L] of those that were in flight when their job was killed, which begin again."""
 
-    def __init__(self, max_positions: int):
-        self._max_positions = max_positions
-        self._ended: deque[int] = deque(maxlen=REMEMBERED)
-        self._num_unseen = 0
+    ended: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    half_way: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    lost: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+class Reservations:
+    """What rows reserve in a context of `max_positions` tokens. `before`: what earlier jobs tell of it."""
+
+    def __init__(self, max_positions: int, before: EarlierLengths | None = None):
+        self._max_positions, before = max_positions, before or EarlierLengths()
+        self._ended: deque[int] = deque(before.ended.tolist(), maxlen=REMEMBERED)
+        self._before, self._num_ended = before, 0  # in this job
+        self._num_unseen = 0  # that ended since they were looked at
         self.usual: int | None = None  # new tokens of a row; None: all that it may generate
+        self._judge(before.half_way)  # from now on they are in flight themselves
 
     def most(self, sequence: Sequence) -> int:
         """Tokens that the row may have at last, prompt and new ones."""
@@ -46,10 +59,29 @@ class Reservations:
     def ended(self, num_new: int, running: Iterable[int]) -> None:
         """A row has ended with so many new tokens; others are `running`, with so many each so far."""
         self._ended.append(num_new)
-        self._num_unseen += 1
-        if len(self._ended) >= ENOUGH and self._num_unseen >= ENOUGH // 2:
-            self._num_unseen = 0
-            self.usual = needed(np.array(self._ended), np.fromiter(running, np.int64), QUANTILE)
+        self._num_ended, self._num_unseen = self._num_ended + 1, self._num_unseen + 1
+        if self._num_unseen >= ENOUGH // 2:
+            self._judge(running)
+
+    def _judge(self, running: Iterable[int]) -> None:
+        """Looks at the rows that have ended, if they are enough."""
+        if len(self._ended) < ENOUGH:
+            return
+        self._num_unseen = 0
+        known = np.concatenate([self._lost(), np.fromiter(running, np.int64)])
+        self.usual = needed(np.array(self._ended), known, QUANTILE)
+
+    def _lost(self) -> np.ndarray:
+        """The rows that a killed job lost count beside those that ended in it, which are the short ones if it was a short job.
+        They are forgotten as those are, an equal share of all lengths."""
+        ended, lost = self._before.ended, np.sort(self._before.lost)
+        kept = min(len(ended), max(REMEMBERED - self._num_ended, 0)) / max(len(ended), 1)
+        return lost[evenly(len(lost), round(kept * len(lost)))]
+
+
+def evenly(count: int, kept: int) -> np.ndarray:
+    """[kept] of so many places, as far apart as one another."""
+    return np.linspace(0, count, kept, endpoint=False).astype(np.int64)
 
 
 def needed(ended: np.ndarray, running: np.ndarray, quantile: float) -> int:

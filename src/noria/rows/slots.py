@@ -9,7 +9,7 @@ from noria.rows.beginnings import BLOCK_TOKENS, Lead
 from noria.rows.level import StepCosts
 from noria.rows.pages import Pages
 from noria.rows.prefixes import Prefixes, Share
-from noria.rows.reservations import Reservations
+from noria.rows.reservations import EarlierLengths, Reservations
 from noria.rows.sequence import Sequence
 from noria.step import NO_STATE, PAGE_TOKENS, Run, pages_for
 
@@ -59,15 +59,15 @@ class Capacity:
 class Slots:
     """The sequences in flight by group and slot, and the pages and states of each tier.
 
-    active: of each group, its sequences by slot; pages, states: of each tier.
+    active: of each group, its sequences by slot; pages, states: of each tier; before: what earlier jobs tell of lengths.
     """
 
-    def __init__(self, capacity: Capacity):
+    def __init__(self, capacity: Capacity, before: EarlierLengths | None = None):
         self._capacity = capacity
         self.pages = _pools(capacity.tiers, RUN_PAGES)
         self.states = _pools(capacity.tier_states)
         self.prefixes = Prefixes(self.pages, self.states if capacity.state_rows else [])
-        self.reservations = Reservations(capacity.max_positions)
+        self.reservations = Reservations(capacity.max_positions, before)
         self.active: list[dict[int, Sequence]] = [{} for _ in range(capacity.groups)]
         self._free = [[*_slots_of(group, capacity.step_tokens)][::-1] for group in range(capacity.groups)]
         self._pages_of_group = [[0] * len(self.pages) for _ in range(capacity.groups)]
