@@ -88,6 +88,19 @@ def test_the_host_takes_as_long_for_the_kernels_of_a_step_as_it_took():
     assert terms.replays(1) == pytest.approx(1.3e-3)  # 256 rows: 1.68 ms, of which 4 of 255 steps without a graph
 
 
+@pytest.mark.parametrize(("begun", "computed", "milliseconds"), [(10, 728.9, 752.3), (114, 669.7, 707.6)])
+def test_a_gpu_waits_for_its_host_in_a_step_of_four_microbatches_as_long_as_it_did(begun, computed, milliseconds):
+    """A round of 16 layers, and what the device computes of it: "predicted / measured" of 48 and of 1,024 rows."""
+    launched = terms.launches(4 * 16, 0, replace(H200, layer_seconds=0.0001284))
+    waited = terms.shown(launched, 2**14) + terms.changes(begun, 0)
+    assert computed / 1000 + waited == pytest.approx(milliseconds / 1000, rel=0.01)
+
+
+def test_larger_microbatches_than_were_measured_hide_no_more_of_their_launches():
+    assert terms.shown(0.01, 2**16) == pytest.approx(terms.shown(0.04, 2**14))
+    assert terms.shown(0.01, 2**12) == terms.shown(0.01, 2**14)
+
+
 def test_a_draw_from_probabilities_takes_what_it_took():
     assert terms.sampling(1000 * 128256, H200) == pytest.approx(0.818e-3, rel=0.05)
 

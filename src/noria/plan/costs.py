@@ -70,7 +70,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "decoding": terms.decoding(
             plan.groups * load.decoded + passes * again + cache_decoded(work, turn, in_tiles), rates
         ),
-        "host not hidden": _not_hidden(plan, work, turn, launched) if rates.device != "CPU" else 0.0,
+        "host not hidden": _not_hidden(plan, work, turn, launched, tokens) if rates.device != "CPU" else 0.0,
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not turn.chunk_tokens
         else launched + terms.calls(plan.groups * work.layers * calls_of(plan, turn), dtype, rates),
@@ -79,12 +79,12 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
     }
 
 
-def _not_hidden(plan: Plan, work: Tasks, turn: Round, launched: float) -> float:
-    """What a rank's device waits for its host in a round."""
+def _not_hidden(plan: Plan, work: Tasks, turn: Round, launched: float, tokens: float) -> float:
+    """What a rank's device waits for its host in a round of microbatches of so many tokens."""
     changed = terms.changes(turn.chunk_rows, turn.ended)
     if plan.num_ranks > 1:
         return terms.steps_in_ring(plan.groups, plan.laps, work.logits > 0) + changed
-    return changed + launched * terms.SHOWN_LAUNCHES * (turn.chunk_tokens > 0)
+    return changed + terms.shown(launched, tokens) * (turn.chunk_tokens > 0)
 
 
 def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[float, str]:

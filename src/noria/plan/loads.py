@@ -155,10 +155,10 @@ def cache_elsewhere(plan: Plan) -> float:
 
 
 def microbatches(plan: Plan, turn: Round) -> float:
-    """Microbatches of a group's step: one where it may have no more tokens than one, whatever rounds have on average."""
+    """Microbatches of a group's step: those that its tokens fill, and no more than the largest step has, whatever rounds have on
+    average."""
     tokens, rows = turn.tokens / plan.groups, turn.all_rows / plan.groups
-    whole = plan.step_tokens <= plan.microbatch_tokens
-    count = max(plan.microbatches, 1 if whole else -(-tokens // plan.microbatch_tokens))
+    count = max(plan.microbatches, -(-min(tokens, plan.step_tokens) // plan.microbatch_tokens))
     if plan.state_rows:
         count = max(count, -(-rows // plan.state_rows))
     elsewhere = cache_elsewhere(plan)

@@ -9,8 +9,9 @@ from itertools import chain
 
 from noria.errors import InputError
 from noria.plan.problem import EVEN, Candidate, Problem
+from noria.plan.terms import MEASURED_TOKENS
 
-MOST = 2**14  # tokens of a microbatch: products gain nothing from more
+MOST = MEASURED_TOKENS  # of a microbatch: products gain nothing from more
 FACTORS = (1.02, 1.1, 1.4, 2.0)
 LAYERS = (1.0, -1.0, 3.0, -3.0)  # that a stage is taken to carry more
 PARTS = (0.02, 0.1, 0.3, 1.0)  # of the cache

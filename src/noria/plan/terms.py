@@ -49,8 +49,8 @@ CHANGE_SECONDS = 0.1e-3
 # whose thread takes the interpreter in turn.
 PROMPT_SECONDS, RING_PROMPT_SECONDS = 0.2e-3, 0.9e-3
 # Of the launches of a step with chunks, the part that a GPU alone waits for: a round takes 40, 23 and 70 ms more than it
-# computes, where 55, 32 and 90 ms are launches.
-SHOWN_LAUNCHES = 0.75
+# computes, where 55, 32 and 90 ms are launches. All had four microbatches of 16,384 tokens, the largest that were measured.
+SHOWN_LAUNCHES, MEASURED_TOKENS = 0.75, 2**14
 # In a ring a visit of a step begins when its input is there: 0.8 ms of the host; and the last one draws: 1.2 ms.
 INPUT_SECONDS, DRAW_SECONDS = 0.8e-3, 1.2e-3
 
@@ -159,6 +159,12 @@ def prompts(begun: float, in_ring: bool) -> float:
 def changes(begun: float, ended: float) -> float:
     """What the device waits for rows that begin and that end."""
     return (begun + ended) * CHANGE_SECONDS
+
+
+def shown(launched: float, tokens: float) -> float:
+    """What a GPU alone waits for the launches of a step with chunks, in microbatches of so many tokens. Larger ones than were
+    measured are taken to show as much a token: the host launches a layer of them far faster than the device computes it."""
+    return launched * SHOWN_LAUNCHES * max(tokens / MEASURED_TOKENS, 1)
 
 
 def steps_in_ring(groups: int, laps: int, draws: bool) -> float:
