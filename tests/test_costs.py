@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import test_admission
 from noria import borders, config
 from noria.blocks import lay_out, layer_name
 from noria.errors import InputError
@@ -15,6 +16,7 @@ from noria.plan.costs import Round, Workload
 from noria.plan.cut import Cut
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine, Problem
+from noria.rows.slots import Capacity
 
 H200 = Machine("cuda", 139 * GiB, 128 * GiB)
 
@@ -107,6 +109,21 @@ def test_the_bytes_of_a_cache_in_cpu_memory_are_those_of_its_tokens():
     moved = costs.cache_nbytes(plan, OPT_30B[0], 0, Round(144, 528))["cpu"]
     token = 48 * 2 * 7168 * 2
     assert moved == {"load": 144 * 528 * token, "store": 144 * token}
+
+
+def test_rows_are_counted_on_the_device_first_as_they_are_admitted():
+    """Five rows of four pages: three find room among the device's 12, whatever the other tier could hold."""
+    tiers = {"gpu": 12, "cpu": 28}
+    prompts = [test_admission.prompt(row, 50, max_new_tokens=10, ignore_eos=True) for row in range(5)]
+    limits = Capacity(1, 40, 300, 300, 1, 64, tier_pages=tuple(tiers.values()), slot_pages=8)
+    admitted = test_admission.run(prompts, limits)[1][0].admitted
+    found = sum(one.runs[0].start < tiers["gpu"] for one in admitted) / len(admitted)
+    plan = replace(streamed(1), num_pages=40, pools={tier: {"pages": count} for tier, count in tiers.items()})
+    turn = costs.decoding(5, Workload(5, 50, 10))
+    assert loads.cache_shares(plan, turn) == pytest.approx({"gpu": found, "cpu": 1 - found}) == {"gpu": 0.6, "cpu": 0.4}
+    assert loads.cache_elsewhere(plan, turn) == pytest.approx(0.4)
+    more = loads.cache_shares(plan, replace(turn, reserved=100))
+    assert more == pytest.approx({"gpu": 0.3, "cpu": 0.7}), "no more than there are"
 
 
 def test_a_ring_that_is_not_full_takes_as_long_as_a_groups_way_round():

@@ -161,12 +161,14 @@ def test_no_plan_that_a_user_could_ask_for_is_faster(case):
         ("7B, cache-bound", {"microbatch_tokens": 2127}),
         ("7B on a small GPU", {"microbatch_tokens": 446, "cache": {"gpu": 100.0}}),
         ("30B on four GPUs", {"weights": {"gpu": 100.0}}),
+        ("70B on one GPU", {"cache": {"gpu": 66.0, "cpu": 34.0}}),
         ("700B on sixteen GPUs", {"weights": {"gpu": 32.0, "cpu": 68.0}}),
     ],
 )
 def test_rivals_that_have_beaten_the_planner_do_so_no_more(case, flags):
-    """Larger microbatches than were measured, and whole ones; steps between one prompt and two; larger microbatches where blocks are coded, and a row less for them; steps that are a
-    microbatch, which rounds fill by more than that on average; groups with equal parts of a wave, where CPU memory has the cache."""
+    """Microbatches larger than were measured; steps between one prompt and two; larger microbatches where blocks are coded, and a
+    row less for them; steps that are a microbatch, which rounds fill by more than that on average; a cache without room for
+    longer rows, beside coded blocks; groups with equal parts of a wave, where CPU memory has the cache."""
     assert speed(case, flags) <= 1.01 * speed(case, {})
 
 

@@ -140,7 +140,7 @@ def _copies_first(plan: Plan, turn: Round) -> bool:
     Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, all but the
     first of these wait behind the weights of a layer to come, whose slot the layer before has just let go.
     """
-    tokens = cache_elsewhere(plan) * turn.rows * turn.context / plan.groups
+    tokens = cache_elsewhere(plan, turn) * turn.rows * turn.context / plan.groups
     return turn.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
 
 

@@ -123,9 +123,9 @@ def cache_moved(
 ) -> dict[str, dict[str, float]]:
     """The same, where the rank's layers have so many bytes of a token and of a sequence; of these in rings, and of a token there,
     which is all that a decoding row stores of them."""
-    moved = {}
+    moved, shares = {}, cache_shares(plan, turn)
     for tier in ("cpu", "disk"):
-        share = plan.of_pool("pages").get(tier, 0) / max(plan.num_pages, 1)
+        share = shares.get(tier, 0.0)
         seen = turn.rows * turn.context + turn.chunk_rows * turn.chunk_cached
         loaded = (seen * token + turn.rows * state) * share
         stored = turn.tokens * token + turn.all_rows * state - turn.rows * (rings[0] - rings[1])
@@ -149,9 +149,19 @@ def states_nbytes(load: Load, cuts: float, turn: Round) -> tuple[float, float]:
     return turn.tokens * received, turn.tokens * sent
 
 
-def cache_elsewhere(plan: Plan) -> float:
+def cache_shares(plan: Plan, turn: Round) -> dict[str, float]:
+    """The part of the pages of the rows in flight that each tier has: a row goes to the first one where it finds room."""
+    pages, shares = min(turn.reserved, plan.num_pages) or max(plan.num_pages, 1), {}
+    left = pages
+    for tier, count in plan.of_pool("pages").items():
+        shares[tier] = min(count, left) / pages
+        left -= min(count, left)
+    return shares
+
+
+def cache_elsewhere(plan: Plan, turn: Round) -> float:
     """The part of the cache that is not on the device."""
-    return 1 - plan.of_pool("pages").get("gpu", 0) / max(plan.num_pages, 1)
+    return 1 - cache_shares(plan, turn).get("gpu", 0.0)
 
 
 def microbatches(plan: Plan, turn: Round) -> float:
@@ -161,7 +171,7 @@ def microbatches(plan: Plan, turn: Round) -> float:
     count = max(plan.microbatches, -(-min(tokens, plan.step_tokens) // plan.microbatch_tokens))
     if plan.state_rows:
         count = max(count, -(-rows // plan.state_rows))
-    elsewhere = cache_elsewhere(plan)
+    elsewhere = cache_elsewhere(plan, turn)
     if elsewhere and plan.cache_slot_pages:
         tokens = turn.rows * turn.context + turn.chunk_rows * 2 * turn.chunk_context
         pages = elsewhere * max(tokens / plan.groups, rows) / PAGE_TOKENS

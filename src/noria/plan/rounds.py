@@ -56,7 +56,7 @@ class Round:
     `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
     average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed. `shared`: of the context, tokens that
     other rows of the step look at too. `lengths`: how many lengths the decoding rows have.
-    `ended`: rows that end.
+    `ended`: rows that end. `reserved`: pages of all rows that are in flight (0: as many as there are).
     """
 
     rows: float
@@ -68,6 +68,7 @@ class Round:
     shared: float = 0.0
     lengths: float = 1.0
     ended: float = 0.0
+    reserved: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -97,7 +98,8 @@ class Rounds:
 
 def decoding(rows: float, workload: Workload) -> Round:
     """A decode round of so many rows, half of their new tokens behind them."""
-    return Round(rows, workload.prompt_tokens + workload.new_tokens / 2, shared=workload.shared_tokens)
+    context, reserved = workload.prompt_tokens + workload.new_tokens / 2, rows * workload.own_pages
+    return Round(rows, context, shared=workload.shared_tokens, reserved=reserved)
 
 
 def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int) -> Rounds:
@@ -142,10 +144,10 @@ def _rounds_of(workload: Workload, most_rows: int, round_tokens: int, left: floa
     filling = Round(
         riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared, lengths
     )
-    filling = replace(filling, ended=early / prefills)
+    filling = replace(filling, ended=early / prefills, reserved=rows * workload.own_pages)
     ended = (rows * waves - early) / alone if alone else 0.0
     last = Round(later / alone if alone else rows, context, shared=shared, lengths=lengths, ended=ended)
-    return Rounds(prefills, filling, alone, last, workload.new_tokens)
+    return Rounds(prefills, filling, alone, replace(last, reserved=filling.reserved), workload.new_tokens)
 
 
 def _rounds(tokens: float, round_tokens: int, left: float, pieces: float) -> float:
