@@ -221,15 +221,15 @@ def _problem(
 def _moved(plan: Plan, problem: Problem) -> list[str]:
     """What a decode round moves over each link."""
     lines, rows, shape = [], plan.predicted["rows"], problem.shape
-    turn = costs.decoding(rows, problem.workload)
+    round = costs.decoding(rows, problem.workload)
     for rank in range(plan.num_ranks):
-        chosen = plan.groups == 1 and turn.tokens <= plan.chosen_tokens
-        moved = costs.weights_nbytes(plan, problem.blocks, rank, costs.touched(shape, turn.tokens) if chosen else 1.0)
+        chosen = plan.groups == 1 and round.tokens <= plan.chosen_tokens
+        moved = costs.weights_nbytes(plan, problem.blocks, rank, costs.touched(shape, round.tokens) if chosen else 1.0)
         if moved["link"]:
             disk = f", {moved['disk'] / 1e9:.2f} GB of them from disk" if moved["disk"] else ""
             only = ", of experts those that are chosen" if chosen else ""
             lines.append(f"rank {rank}: {moved['link'] / 1e9:.2f} GB of weights to the GPU a round{disk}{only}")
-        cache = costs.cache_nbytes(plan, shape, rank, turn)
+        cache = costs.cache_nbytes(plan, shape, rank, round)
         for tier in (tier for tier in cache if cache[tier]["load"]):
             loaded, stored = cache[tier]["load"] / 1e9, cache[tier]["store"] / 1e6
             lines.append(f"rank {rank}: {loaded:.2f} GB of cache from {tier} to the GPU a round, {stored:.1f} MB back")

@@ -35,27 +35,27 @@ PRODUCTS, KERNELS = ("matmul", "device memory"), ("attention", "other kernels", 
 TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 
 
-def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> dict[str, float]:
+def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> dict[str, float]:
     """Seconds of a round by term, of a rank that has this to do."""
-    work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, turn)
-    passes, sampled = plan.groups * cuts, turn.all_rows
-    tokens = max(turn.tokens / passes, 1)
+    work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, round)
+    passes, sampled = plan.groups * cuts, round.all_rows
+    tokens = max(round.tokens / passes, 1)
     read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
     cache, (received, sent) = (
-        cache_moved(plan, work.token, work.state, turn, (work.rings, work.ring_token)),
-        states_nbytes(load, cuts, turn),
+        cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token)),
+        states_nbytes(load, cuts, round),
     )
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
     read = passes * (work.read - (1 - read_experts) * work.expert_read)
-    flops = 2 * turn.tokens * (work.numbers - (1 - share) * work.expert_numbers)
-    context = terms.own_context(turn.context, turn.shared)
+    flops = 2 * round.tokens * (work.numbers - (1 - share) * work.expert_numbers)
+    context = terms.own_context(round.context, round.shared)
     states = sampled * (2 * work.state - work.rings)  # they are written too
-    seen = turn.rows * context * (work.decoded or work.token) + states
+    seen = round.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
-    looked = 2 * turn.chunk_tokens * turn.chunk_context * shape.num_heads * work.attended
+    looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
     again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
-    between, chosen = turn.tokens * (work.between - work.expert_between), turn.tokens * share * work.expert_between
+    between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
     launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {
         "link": terms.link(loaded, stored, rates),
@@ -63,28 +63,28 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Rou
         "device memory": terms.device_memory(read + loaded + stored, rates),
         "matmul": terms.matmul(flops, tokens, dtype, rates, load.weights > 0)
         + terms.matmul(2 * sampled * work.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
-        "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, turn.chunk_context, dtype, rates),
+        "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, round.chunk_context, dtype, rates),
         "other kernels": terms.elementwise(between, chosen, dtype, rates)
         + terms.least(passes * work.layers, passes * work.mixtures, rates)
         + terms.sampling(sampled * work.logits, rates),
         "decoding": terms.decoding(
-            plan.groups * load.decoded + passes * again + cache_decoded(work, turn, in_tiles), rates
+            plan.groups * load.decoded + passes * again + cache_decoded(work, round, in_tiles), rates
         ),
-        "host not hidden": _not_hidden(plan, work, turn, launched, tokens) if rates.device != "CPU" else 0.0,
+        "host not hidden": _not_hidden(plan, work, round, launched, tokens) if rates.device != "CPU" else 0.0,
         "launches": terms.replays(plan.groups)
-        if plan.graph_rows and not turn.chunk_tokens
-        else launched + terms.calls(plan.groups * work.layers * calls_of(plan, turn), dtype, rates),
+        if plan.graph_rows and not round.chunk_tokens
+        else launched + terms.calls(plan.groups * work.layers * calls_of(plan, round), dtype, rates),
         "host": terms.host(plan.groups, sampled, _waits(plan, rates))
-        + terms.prompts(turn.chunk_rows, plan.num_ranks > 1 and rates.device != "CPU"),
+        + terms.prompts(round.chunk_rows, plan.num_ranks > 1 and rates.device != "CPU"),
     }
 
 
-def _not_hidden(plan: Plan, work: Tasks, turn: Round, launched: float, tokens: float) -> float:
+def _not_hidden(plan: Plan, work: Tasks, round: Round, launched: float, tokens: float) -> float:
     """What a rank's device waits for its host in a round of microbatches of so many tokens."""
-    changed = terms.changes(turn.chunk_rows, turn.ended)
+    changed = terms.changes(round.chunk_rows, round.ended)
     if plan.num_ranks > 1:
         return terms.steps_in_ring(plan.groups, plan.laps, work.logits > 0) + changed
-    return changed + terms.shown(launched, tokens) * (turn.chunk_tokens > 0)
+    return changed + terms.shown(launched, tokens) * (round.chunk_tokens > 0)
 
 
 def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[float, str]:
@@ -116,37 +116,37 @@ class Way:
     binds: str
 
 
-def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
+def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:
     """A rank's round with whole blocks, or where that is faster with the chosen experts of streamed ones alone."""
-    whole = whole_blocks(plan, shape, load, rates, turn)
+    whole = whole_blocks(plan, shape, load, rates, round)
     if not load.mixtures:
         return whole
-    return min(whole, chosen_experts(plan, shape, load, rates, turn), key=lambda way: way.seconds)
+    return min(whole, chosen_experts(plan, shape, load, rates, round), key=lambda way: way.seconds)
 
 
-def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
-    used = resources(plan, shape, load, rates, turn)
+def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:
+    used = resources(plan, shape, load, rates, round)
     seconds, binds = rank_seconds(plan, used, rates)
-    if not _copies_first(plan, turn):
+    if not _copies_first(plan, round):
         return Way(used, seconds, binds)
     hidden = dict.fromkeys(("link", "host not hidden"), 0.0)  # the host queues chunks while the device waits for copies
     computed, binds = rank_seconds(plan, used | hidden, rates)
     return Way(used, *max((seconds, binds), (computed + used["link"], "link" if used["link"] > computed else binds)))
 
 
-def _copies_first(plan: Plan, turn: Round) -> bool:
+def _copies_first(plan: Plan, round: Round) -> bool:
     """Whether a layer copies before it computes chunks, and the link has nothing to do meanwhile.
 
     Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, all but the
     first of these wait behind the weights of a layer to come, whose slot the layer before has just let go.
     """
-    tokens = cache_elsewhere(plan, turn) * turn.rows * turn.context / plan.groups
-    return turn.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
+    tokens = cache_elsewhere(plan, round) * round.rows * round.context / plan.groups
+    return round.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
 
 
-def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, turn: Round) -> Way:
+def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:
     """A round of a single group whose experts are loaded when they are chosen: copies and what is computed take turns."""
-    used = resources(plan, shape, load.with_chosen(touched(shape, turn.tokens)), rates, turn)
+    used = resources(plan, shape, load.with_chosen(touched(shape, round.tokens)), rates, round)
     used["link"] += terms.choosing(load.mixtures)
     computed, binds = rank_seconds(plan, used | {"link": 0.0, "disk": 0.0}, rates)
     copied = max(("link", "disk"), key=used.__getitem__)
@@ -173,9 +173,9 @@ def _waits(plan: Plan, rates: Rates) -> bool:
     return rates.device == "CPU" or (plan.groups == 1 and not plan.composes_ahead)
 
 
-def calls_of(plan: Plan, turn: Round) -> float:
+def calls_of(plan: Plan, round: Round) -> float:
     """Calls of attention of a group's step, where each computes a chunk, or decoding rows of one length."""
-    return (min(turn.lengths, turn.rows) + turn.chunk_rows) / plan.groups
+    return (min(round.lengths, round.rows) + round.chunk_rows) / plan.groups
 
 
 def _overlaps(plan: Plan) -> bool:
@@ -192,18 +192,18 @@ class Took:
     terms: Mapping[str, float]
 
 
-def seconds(plan: Plan, cut: Cut, ranks: Mapping[Load, int], rates: Rates, turn: Round) -> Took:
+def seconds(plan: Plan, cut: Cut, ranks: Mapping[Load, int], rates: Rates, round: Round) -> Took:
     """What a round takes, on ranks that have this to do."""
-    ways = {load: of_rank(plan, cut.shape, load, rates, turn) for load in ranks}
+    ways = {load: of_rank(plan, cut.shape, load, rates, round) for load in ranks}
     longest, binds = max((way.seconds, way.binds) for way in ways.values())
     most = {name: max(way.terms[name] for way in ways.values()) for name in TERMS}
     if cut.num_ranks == 1:
         return Took(longest, binds, most)
-    message = terms.hop(turn.tokens / plan.groups * max(cut.sent), rates)
+    message = terms.hop(round.tokens / plan.groups * max(cut.sent), rates)
     hops = cut.num_ranks * plan.laps * message
     turn_over = most["host"] * (plan.groups > 1)  # rank 0's, between a group's result and its next step
     way = (sum(count * ways[load].seconds for load, count in ranks.items()) + turn_over) / plan.groups + hops
-    ring = max(way, plan.laps * turn.tokens * max(cut.sent) / rates.hop)
+    ring = max(way, plan.laps * round.tokens * max(cut.sent) / rates.hop)
     return Took(max(ring, longest), "ring" if ring > longest else binds, most | {"ring": ring})
 
 
@@ -214,7 +214,7 @@ def predict(plan: Plan, cut: Cut, rates: Rates, workload: Workload) -> dict[str,
     """
     rows, ranks, rounds = rows_in_flight(plan, workload), loads(plan, cut), planned_rounds(plan, workload)
     prefill = seconds(plan, cut, ranks, rates, rounds.prefill)
-    decode = mean([seconds(plan, cut, ranks, rates, turn) for turn in rounds.fills()])
+    decode = mean([seconds(plan, cut, ranks, rates, round) for round in rounds.fills()])
     whole = rounds.prefill_rounds * prefill.seconds + rounds.decode_rounds * decode.seconds
     return {
         "rows": rows,
@@ -252,5 +252,5 @@ def rows_in_flight(plan: Plan, workload: Workload) -> int:
     return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 
-def _phase(turn: Round, took: Took) -> dict[str, Any]:
-    return {"round_seconds": took.seconds, "tokens_per_second": turn.tokens / took.seconds, "binds": took.binds}
+def _phase(round: Round, took: Took) -> dict[str, Any]:
+    return {"round_seconds": took.seconds, "tokens_per_second": round.tokens / took.seconds, "binds": took.binds}

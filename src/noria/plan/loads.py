@@ -110,48 +110,48 @@ def ring_nbytes(plan: Plan, shape: ModelShape, tokens: float) -> float:
     return tokens * sum(borders[first].token_nbytes for first, _ in plan.stages[1:] if plan.num_ranks > 1)
 
 
-def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, turn: Round) -> dict[str, dict[str, float]]:
+def cache_nbytes(plan: Plan, shape: ModelShape, rank: int, round: Round) -> dict[str, dict[str, float]]:
     """Bytes of cache a round that the rank loads and stores, in each tier that is not the device."""
     layers = _layers_of(plan, rank)
     token, state = (shape.cache_nbytes(layers, plan.dtype, per) for per in ("token", "sequence"))
     rings = (state, shape.without_rings().cache_nbytes(layers, plan.dtype) - token) if shape.rings else (0, 0)
-    return cache_moved(plan, token, state, turn, rings)
+    return cache_moved(plan, token, state, round, rings)
 
 
 def cache_moved(
-    plan: Plan, token: int, state: int, turn: Round, rings: tuple[int, int] = (0, 0)
+    plan: Plan, token: int, state: int, round: Round, rings: tuple[int, int] = (0, 0)
 ) -> dict[str, dict[str, float]]:
     """The same, where the rank's layers have so many bytes of a token and of a sequence; of these in rings, and of a token there,
     which is all that a decoding row stores of them."""
-    moved, shares = {}, cache_shares(plan, turn)
+    moved, shares = {}, cache_shares(plan, round)
     for tier in ("cpu", "disk"):
         share = shares.get(tier, 0.0)
-        seen = turn.rows * turn.context + turn.chunk_rows * turn.chunk_cached
-        loaded = (seen * token + turn.rows * state) * share
-        stored = turn.tokens * token + turn.all_rows * state - turn.rows * (rings[0] - rings[1])
+        seen = round.rows * round.context + round.chunk_rows * round.chunk_cached
+        loaded = (seen * token + round.rows * state) * share
+        stored = round.tokens * token + round.all_rows * state - round.rows * (rings[0] - rings[1])
         moved[tier] = {"load": loaded, "store": stored * share}
     return moved
 
 
-def cache_decoded(work: Tasks, turn: Round, in_tiles: bool = False) -> float:
+def cache_decoded(work: Tasks, round: Round, in_tiles: bool = False) -> float:
     """Bytes that a rank reads and writes in a round to decode the cache before attention, where it is encoded, of the rows that
     attend: of those that share a beginning as if each had its own. in_tiles: attention decodes that of decoding rows itself."""
-    tokens = turn.rows * turn.context * (not in_tiles) + turn.chunk_rows * turn.chunk_cached + turn.chunk_tokens
+    tokens = round.rows * round.context * (not in_tiles) + round.chunk_rows * round.chunk_cached + round.chunk_tokens
     return tokens * (work.token + work.decoded) * (work.decoded > 0)
 
 
-def states_nbytes(load: Load, cuts: float, turn: Round) -> tuple[float, float]:
+def states_nbytes(load: Load, cuts: float, round: Round) -> tuple[float, float]:
     """Bytes of what travels a round that the rank loads from host memory, and that it stores there.
 
     A step of several microbatches leaves the device between all layers, one of a single microbatch between ranks alone.
     """
     received, sent = load.travelling[2:] if cuts > 1 else load.travelling[:2]
-    return turn.tokens * received, turn.tokens * sent
+    return round.tokens * received, round.tokens * sent
 
 
-def cache_shares(plan: Plan, turn: Round) -> dict[str, float]:
+def cache_shares(plan: Plan, round: Round) -> dict[str, float]:
     """The part of the pages of the rows in flight that each tier has: a row goes to the first one where it finds room."""
-    pages, shares = min(turn.reserved, plan.num_pages) or max(plan.num_pages, 1), {}
+    pages, shares = min(round.reserved, plan.num_pages) or max(plan.num_pages, 1), {}
     left = pages
     for tier, count in plan.of_pool("pages").items():
         shares[tier] = min(count, left) / pages
@@ -159,21 +159,21 @@ def cache_shares(plan: Plan, turn: Round) -> dict[str, float]:
     return shares
 
 
-def cache_elsewhere(plan: Plan, turn: Round) -> float:
+def cache_elsewhere(plan: Plan, round: Round) -> float:
     """The part of the cache that is not on the device."""
-    return 1 - cache_shares(plan, turn).get("gpu", 0.0)
+    return 1 - cache_shares(plan, round).get("gpu", 0.0)
 
 
-def microbatches(plan: Plan, turn: Round) -> float:
+def microbatches(plan: Plan, round: Round) -> float:
     """Microbatches of a group's step: those that its tokens fill, and no more than the largest step has, whatever rounds have on
     average."""
-    tokens, rows = turn.tokens / plan.groups, turn.all_rows / plan.groups
+    tokens, rows = round.tokens / plan.groups, round.all_rows / plan.groups
     count = max(plan.microbatches, -(-min(tokens, plan.step_tokens) // plan.microbatch_tokens))
     if plan.state_rows:
         count = max(count, -(-rows // plan.state_rows))
-    elsewhere = cache_elsewhere(plan, turn)
+    elsewhere = cache_elsewhere(plan, round)
     if elsewhere and plan.cache_slot_pages:
-        tokens = turn.rows * turn.context + turn.chunk_rows * 2 * turn.chunk_context
+        tokens = round.rows * round.context + round.chunk_rows * 2 * round.chunk_context
         pages = elsewhere * max(tokens / plan.groups, rows) / PAGE_TOKENS
         count = max(count, -(-pages // plan.cache_slot_pages))
     return max(min(count, max(rows, 1)), 1)

@@ -100,19 +100,19 @@ class Rehearsal:
 
 def rehearsed(problem: Problem, plan: Plan, known: Rates) -> Plan:
     """The plan, with rounds as long as the dry run says; `predicted` has `rehearsed`: seconds of a round by the terms alone."""
-    rounds = costs.planned_rounds(plan, problem.workload)
-    turns = {"prefill": rounds.prefill, "decode": rounds.decode}
-    before = {phase: plan.predicted[phase]["round_seconds"] for phase in turns}
-    after = {phase: _round_seconds(problem, plan, known, turn) for phase, turn in turns.items()}
+    planned = costs.planned_rounds(plan, problem.workload)
+    rounds = {"prefill": planned.prefill, "decode": planned.decode}
+    before = {phase: plan.predicted[phase]["round_seconds"] for phase in rounds}
+    after = {phase: _round_seconds(problem, plan, known, round) for phase, round in rounds.items()}
     return replace(plan, predicted=_predicted(plan.predicted, after) | {"rehearsed": before})
 
 
-def _round_seconds(problem: Problem, plan: Plan, known: Rates, turn: Round) -> float:
+def _round_seconds(problem: Problem, plan: Plan, known: Rates, round: Round) -> float:
     visits, cut = [], problem.cut_into(tuple(plan.ranges()))
     for rank in range(plan.num_ranks):
-        way = costs.of_rank(plan, problem.shape, load_of(plan, cut, rank), known, turn)
+        way = costs.of_rank(plan, problem.shape, load_of(plan, cut, rank), known, round)
         visits.append(way.seconds / (plan.groups * plan.laps))
-    hop = terms.hop(turn.tokens / plan.groups * max(cut.sent), known)
+    hop = terms.hop(round.tokens / plan.groups * max(cut.sent), known)
     return Rehearsal(plan, visits, hop, known.hop_seconds).round_seconds()
 
 
