@@ -23,6 +23,7 @@ import torch
 
 from noria.kernels import mix
 from noria.kernels.expert_layer import ExpertLayer
+from noria.kernels.shared_memory import shared_memory
 from noria.models import _experts, _routing, _tiles
 
 REPEATS = 15
@@ -89,7 +90,7 @@ class Layer:
 
 def parts(its: Layer, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
     """Milliseconds of sorting, of both products, of the sums."""
-    tiling, shared = mix.tiling(chosen.numel() / its.number), mix.shared_of(rows.device)
+    tiling, shared = mix.tiling(chosen.numel() / its.number), shared_memory(rows.device)
     pairs = mix.sort(chosen, its.number, tiling.tile)
     products = mix.multiply(rows, pairs, its.layer, tiling, shared).view(*chosen.shape, -1)
     timed = {
@@ -125,8 +126,8 @@ def compiled(shape: list[int], dtype: torch.dtype, tile: int, blocks: mix.Blocks
         mix.Tiling(tile, blocks, blocks),
     )
     for matrices, product, given in ((2, mix.first, its.rows), (1, mix.second, its.rows.new_zeros(1, its.inner))):
-        if blocks in candidates(tile, matrices, its.rows.itemsize, mix.shared_of(its.rows.device)):
-            product(given, pairs, its.layer, tiling, mix.shared_of(its.rows.device))
+        if blocks in candidates(tile, matrices, its.rows.itemsize, shared_memory(its.rows.device)):
+            product(given, pairs, its.layer, tiling, shared_memory(its.rows.device))
 
 
 def compile_all(shape: list[int], dtype: torch.dtype) -> None:
@@ -140,7 +141,7 @@ def compile_all(shape: list[int], dtype: torch.dtype) -> None:
 def sweep(its: Layer, rows: torch.Tensor, chosen: torch.Tensor) -> dict[str, list[object]]:
     """For tiles of each size and for each product, milliseconds of the three fastest blocks, and these."""
     found: dict[str, list[object]] = {}
-    shared = mix.shared_of(rows.device)
+    shared = shared_memory(rows.device)
     for tile in TILES:
         pairs = mix.sort(chosen, its.number, tile)
         inner = rows.new_zeros(chosen.numel(), its.inner)

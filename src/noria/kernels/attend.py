@@ -18,6 +18,7 @@ from noria.kernels.coded import Coded
 from noria.kernels.placed import DeviceWork, to_device
 from noria.kernels.rounded import FORMS
 from noria.kernels.scoring import VALUES_WITHIN, HeadShape, Scoring, lie_within
+from noria.kernels.shared_memory import shared_memory
 from noria.kernels.work import (
     KEY_BLOCK,
     LEAST_TILE,
@@ -171,11 +172,7 @@ def _cache(keys: torch.Tensor | Coded, values: torch.Tensor | Coded) -> tuple[li
 def _fitting(its: Tuning, queries: int, numbers: int, device: torch.device) -> Tuning:
     """As many stages as the shared memory of the device holds blocks of keys and values, `numbers` a key, beside so many
     numbers of queries."""
-    if device.type != "cuda":
-        return its
-    properties = torch.cuda.get_device_properties(device)
-    shared: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    stages = (shared - queries * 2) // (KEY_BLOCK * numbers * 2)
+    stages = (shared_memory(device) - queries * 2) // (KEY_BLOCK * numbers * 2)
     return replace(its, stages=max(1, min(its.stages, stages)))
 
 

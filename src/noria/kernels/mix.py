@@ -5,7 +5,6 @@ T tokens, C choices a token, P = T * C pairs of token and expert, X experts, E h
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,11 +12,11 @@ import triton
 
 from noria.kernels import experts
 from noria.kernels.expert_layer import GELU_TANH, ExpertLayer
+from noria.kernels.shared_memory import shared_memory
 
 PAIRS_AT_ONCE = 4096  # that a program looks through for those of its expert
 FEW_PAIRS, SECTIONS = 4 * PAIRS_AT_ONCE, 16  # more than so many pairs are sorted in sections
 NUMBERS_AT_ONCE = 1024  # of a token's sum
-LEAST_SHARED = 99 << 10  # bytes of shared memory that every card of compute capability 8.0 gives a program
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def mix(
         return rows.new_empty(0, rows.shape[1])
     its = tiled(chosen.numel() / len(layer.down))
     pairs = sort(chosen.contiguous(), len(layer.down), its.tile)
-    products = multiply(rows, pairs, layer, its, shared or shared_of(rows.device))
+    products = multiply(rows, pairs, layer, its, shared or shared_memory(rows.device))
     return summed(products.view(*chosen.shape, -1), weights)
 
 
@@ -199,13 +198,3 @@ def _blocks(size: int, block: int) -> int:
 
 def _options(its: Blocks) -> dict[str, Any]:
     return {"num_warps": its.warps, "num_stages": its.stages, "enable_fp_fusion": False}
-
-
-@lru_cache
-def shared_of(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return LEAST_SHARED
-    properties = torch.cuda.get_device_properties(device)
-    shared: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return shared

@@ -6,11 +6,12 @@ many programs where rows are few and inputs many, and read the weights at the ra
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from noria.kernels.shared_memory import shared_memory
 
 LEAST_ROWS = 64
 
@@ -84,16 +85,6 @@ def fitted(its: ProductTile, shared: int, of_weights: torch.dtype) -> ProductTil
     """With as many stages as so many bytes of shared memory hold blocks of hidden states and weights."""
     of_stage = its.block * (2 * its.rows + of_weights.itemsize * its.columns)
     return replace(its, stages=max(1, min(its.stages, shared // of_stage)))
-
-
-@lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have of it."""
-    if device.type != "cuda":
-        return 1 << 30
-    properties = torch.cuda.get_device_properties(device)
-    found: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return found
 
 
 def product(

@@ -10,8 +10,9 @@ import triton.language as tl
 
 from noria.kernels.decode_fp8 import e8m0
 from noria.kernels.fp8 import Fp8Matrix, Fp8Weight
-from noria.kernels.products import LEAST_ROWS, ProductTile, fitted, shared_memory
+from noria.kernels.products import LEAST_ROWS, ProductTile, fitted
 from noria.kernels.rounded import e4m3_code
+from noria.kernels.shared_memory import shared_memory
 
 ROUNDED = 2048  # numbers of a tile that is rounded
 FEW_ROWS = {2112: ProductTile(64, 16, 128, 4, 5), 1 << 31: ProductTile(64, 32, 128, 4, 5)}  # by the most outputs
