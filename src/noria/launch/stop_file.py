@@ -32,7 +32,9 @@ class StopFile:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise InputError(f"{path} would stop the run and cannot be removed: {error.strerror}") from error
+                raise InputError(
+                    f"{path} would stop the run and cannot be removed ({error.strerror}): remove it, and start the run again"
+                ) from error
             say(f"{path} was there before this run began: it is removed, and the run continues")
             removed = True
         return removed

@@ -114,7 +114,7 @@ def attribute(node: h5py.Group, name: str, path: Path) -> object:
     if found.shape != () or nbytes > whole:
         raise InputError(
             f"{path}: {node.name!r} needs one value as its attribute {name!r}, it has shape {_shape(found.shape)}"
-            f" of {nbytes} bytes (the file has {whole}): it is damaged, convert the model again"
+            f" of {nbytes} bytes (the file has {whole}): it is damaged, copy or make the file again"
         )
     _check_length(node, name, found.get_type(), path)
     return node.attrs.get(name)
@@ -125,7 +125,10 @@ def _check_length(node: h5py.Group, name: str, kind: h5t.TypeID, path: Path) -> 
     if not isinstance(kind, h5t.TypeStringID) or not kind.is_variable_str():
         plain = isinstance(kind, h5t.TypeIntegerID | h5t.TypeFloatID | h5t.TypeStringID | h5t.TypeEnumID)
         if not plain:  # may hold texts of variable length itself
-            raise InputError(f"{path}: {node.name!r} needs a number or a text as its attribute {name!r}: it is damaged")
+            raise InputError(
+                f"{path}: {node.name!r} needs a number or a text as its attribute {name!r}: it is damaged,"
+                " copy or make the file again"
+            )
         return
     file = Path(node.file.filename)
     with file.open("rb") as opened:

@@ -17,6 +17,7 @@ import torch
 T = TypeVar("T")
 PIECE_NBYTES = 1 << 30  # of a tier's memory: what one thread page-locks, unlocks and gives back at a time
 _TOUCH_NBYTES = 64 << 20
+_LOWER = "lower placement.weights.cpu and placement.cache.cpu"
 _THREADS, _AHEAD_THREADS = 16, 8  # all that there are, and beside others that read
 
 
@@ -36,7 +37,11 @@ class HostMemory:
         try:
             pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise OSError(error.errno, f"{nbytes} bytes of host memory: {error.strerror}") from error
+            raise OSError(
+                error.errno,
+                f"{nbytes} bytes ({nbytes / 2**30:.1f} GiB) of host memory: {error.strerror}: raise the limit of the address"
+                f" space (ulimit -v) or the job's memory, or {_LOWER}",
+            ) from error
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked child has no business with locked pages
             _advise(pages, advice)
         # The tensor owns the map and is its only owner: it is unmapped when the last view is gone, never under one.
@@ -72,8 +77,7 @@ class HostMemory:
             self._unlock()
             raise OSError(
                 f"{self.nbytes} bytes ({self.nbytes / 2**30:.1f} GiB) of host memory cannot be page-locked (CUDA error"
-                f" {code}): raise the limit of locked memory (ulimit -l unlimited) or the job's memory, or lower"
-                " placement.weights.cpu and placement.cache.cpu"
+                f" {code}): raise the limit of locked memory (ulimit -l unlimited) or the job's memory, or {_LOWER}"
             )
 
     def _locked_ahead(self) -> list[int]:
