@@ -63,10 +63,10 @@ def refined(borders: Sequence[int], counts: Sequence[int], most: int | None) -> 
     finer = list(borders)
     while finer and most is not None:
         pairs = itertools.pairwise(finer)
-        cut = [finer[0], *(border for pair in pairs for border in _cut(pair, counts, most))]
-        if cut == finer:
+        once_more = [finer[0], *(border for pair in pairs for border in _cut(pair, counts, most))]
+        if once_more == finer:
             break
-        finer = cut
+        finer = once_more
     return finer
 
 

@@ -218,8 +218,8 @@ def misspelt(name: str, value: Any) -> str | None:
 
     Always where it differs in capitals and marks alone (`topP`, `top-k`), and within edit distance 2 of a key of more
     than 6 letters (`max_tokns`, `temprature`). Within that distance of a shorter key, and where other programs call a key
-    so (`stop_strings`), if the key could have such a value: `topic` may be a text, but `top_l` is no number of a column.
-    Common words (`step`, `store`, `topic`) are never meant to be a key.
+    so (`stop_strings`), only if the key could have such a value: `top_l` is meant to be `top_k` if it holds a whole number,
+    and is a column if it holds a text. Common words (`step`, `store`, `topic`) are never meant to be a key.
     """
     if len(name) > _LONGEST or name in FOREIGN:
         return None

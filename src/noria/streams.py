@@ -73,9 +73,8 @@ class Streams(Protocol):
 
 
 class Observed:
-    """What a trace needs of streams. `observe`, once set, hears of each copy, in the thread that queues it:
-
-    observe(lane, name, args, nbytes, begin mark, end mark).
+    """What a trace and a gauge need of streams. `observe`, once set, hears of each copy, in the thread that queues it:
+    observe(lane, name, args, nbytes, begin mark, end mark). `watch`, once set, hears of copies and waits.
     """
 
     observe: Observe | None = None
@@ -83,7 +82,7 @@ class Observed:
     _labels: dict[int, tuple[str, dict[str, object]]] | None = None
 
     def mark(self) -> Mark:
-        """A point of the compute stream."""
+        """A point of the current stream: of the compute stream, but inside `aside`, `copying` and copies."""
         raise NotImplementedError
 
     def label(self, buffer: torch.Tensor, name: str, **args: object) -> None:
@@ -144,7 +143,7 @@ class CpuStreams(Observed):
         self.device = device
 
     def event(self) -> Event:
-        """An event that marks all work queued so far on the compute stream."""
+        """An event that marks all work queued so far on the current stream."""
         return Done()
 
     def aside(self) -> AbstractContextManager[object]:
@@ -176,7 +175,7 @@ class CpuStreams(Observed):
         return Done()
 
     def mark(self) -> int:
-        """A point of the compute stream, in ns of the host's clock."""
+        """A point of the current stream, in ns of the host's clock."""
         return time.perf_counter_ns()
 
     def nanoseconds(self, start: Mark, mark: Mark) -> int:
