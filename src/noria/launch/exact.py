@@ -143,10 +143,11 @@ def norms_differing(its: Iterable[tuple[str, int]], device: torch.device, dtype:
     """In words the first of these norms whose rows have other bits with fewer rows beside them; empty if none has."""
     draw = torch.Generator(device).manual_seed(0)
     for name, size in its:
-        weight, hidden = (torch.empty(*rows, size, dtype=dtype, device=device) for rows in ((), (MANY,)))
-        given = (size,), weight.normal_(generator=draw)
-        function = getattr(F, name)
-        whole = function(hidden.normal_(generator=draw), *given)
+        weight, hidden = (
+            torch.empty(shape, dtype=dtype, device=device).normal_(generator=draw) for shape in ((size,), (MANY, size))
+        )
+        given, function = ((size,), weight), getattr(F, name)
+        whole = function(hidden, *given)
         if not all(torch.equal(function(hidden[:rows], *given), whole[:rows]) for rows in (FEW, SOME)):
             return f"torch's {name} of {size:,} depends on the number of rows"
     return ""

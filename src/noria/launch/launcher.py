@@ -71,9 +71,8 @@ def device_of(config: Config, location: Location) -> torch.device:
         )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        given = [name for name in GPU_VARIABLES if os.environ.get(name)] or [
-            p for p in ("/dev/nvidia0",) if os.path.exists(p)
-        ]
+        given = [name for name in GPU_VARIABLES if os.environ.get(name)]
+        given += ["/dev/nvidia0"] if os.path.exists("/dev/nvidia0") else []
         if config.device == "auto" and not given:
             return torch.device("cpu")
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no GPU"

@@ -14,16 +14,8 @@ from noria.tools.keys import nearest
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _OURS = tuple(name for name in ROW_KEYS if name != "logprobs")
 # Of the keys that Noria does not have, those that OpenAI has.
-_THEIRS = {
-    "tool_choice",
-    "functions",
-    "function_call",
-    "stream",
-    "audio",
-    "prediction",
-    "echo",
-}
-_THEIRS |= {"suffix", "best_of", "verbosity", "web_search_options"}
+_THEIRS = {"tool_choice", "functions", "function_call", "stream", "audio", "prediction", "echo", "suffix", "best_of"}
+_THEIRS |= {"verbosity", "web_search_options"}
 # They change nothing in the answer: where it is kept, who asked, how it is sent.
 _CARRIED = ("model", "user", "metadata")
 _LEFT_OUT = (
