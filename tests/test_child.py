@@ -1,6 +1,7 @@
 """A run as a child of a Python program: no rank of its caller's, heard, and stopped once."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -96,6 +97,20 @@ def test_a_child_is_not_waited_for_longer_because_another_process_holds_its_pipe
     began = time.monotonic()
     ended, _ = ran(code)
     assert ended.code == 0 and time.monotonic() - began < 10
+
+
+def test_a_program_with_a_thousand_open_files_hears_its_child():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limits[1]), limits[1]))
+    try:
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+        ended, said = ran("print('words')")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (ended.code, said) == (0, "words\n")
 
 
 HEEDS = """

@@ -97,11 +97,12 @@ def run_child(command: Sequence[str], say: Callable[[str], None]) -> ChildEnd:
 
 def _follow(child: "subprocess.Popen[bytes]", said: "_Said") -> None:
     """Hands on what the child says until it ends; what outlives it may hold its pipe open."""
-    pipe = child.stdout or child.stderr
+    pipe, poll = child.stdout or child.stderr, select.poll()  # select.select takes no descriptor above 1023
     assert pipe is not None
+    poll.register(pipe, select.POLLIN)
     while True:
         ended = child.poll() is not None
-        if select.select([pipe], [], [], 0 if ended else 0.2)[0]:
+        if poll.poll(0 if ended else 200):
             data = os.read(pipe.fileno(), 2**16)
             said.add(data)
             if data:
