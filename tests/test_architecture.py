@@ -73,6 +73,7 @@ ALLOWED = {
         "kernels/attend.py",
         "kernels/expert_layer.py",
         "kernels/mix.py",
+        "kernels/shared_memory.py",
         "kernels/trying.py",
         "kernels/routing.py",
         "kernels/placed.py",
