@@ -84,6 +84,17 @@ def test_a_run_written_as_its_file_is_the_same_run_whatever_letters_it_has(tmp_p
     assert config.load(path) == run
 
 
+def test_a_name_and_a_path_that_no_file_system_takes_are_told_apart():
+    for letter, nbytes in (("x", 1), ("é", 2)):
+        name = letter * (300 // nbytes)
+        said = f"model has the name {name[:40]!r}... of 300 bytes, a name in a path has at most 255: shorten it"
+        assert refusal({"model": f"folder/{name}"}) == said
+    assert "of 400 bytes" in refusal({"model": "x" * 210 + "/" + "é" * 200}), "it has fewer letters than the folder"
+    path = "folder/" * 600 + "model.h5"
+    said = f"model begins with {path[:40]!r} and has 4208 bytes, a path has at most 4095: shorten it"
+    assert refusal({"model": path}) == said
+
+
 def test_a_run_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.toml: No such file"):
         config.load(tmp_path / "nowhere.toml")

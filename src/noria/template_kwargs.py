@@ -18,9 +18,14 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises InputError for a key that is the rendering's own, and for what is no JSON of bounded size and depth."""
     for name in kwargs:
         own = name in OWN_OF_TEMPLATES or str(name).startswith("return_")
-        require(not own, f"sampling.chat_template_kwargs has {str(name)[:40]!r}, which no template gets by this key")
+        require(
+            not own,
+            f"sampling.chat_template_kwargs has {str(name)[:40]!r}, which no template gets by this key: take it"
+            " out; tools, documents and the like are given beside a row's messages",
+        )
     require(
-        _depth(kwargs) <= MAX_KWARGS_DEPTH, f"sampling.chat_template_kwargs is nested deeper than {MAX_KWARGS_DEPTH}"
+        _depth(kwargs) <= MAX_KWARGS_DEPTH,
+        f"sampling.chat_template_kwargs is nested deeper than {MAX_KWARGS_DEPTH} levels: make it flatter",
     )
     try:
         size = len(json.dumps(kwargs, allow_nan=False))
@@ -28,7 +33,8 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
         raise InputError(f"sampling.chat_template_kwargs is not JSON: {str(error)[:100]}") from error
     require(
         size <= MAX_KWARGS_LENGTH,
-        f"sampling.chat_template_kwargs has {size} characters as JSON, at most {MAX_KWARGS_LENGTH} are handed on",
+        f"sampling.chat_template_kwargs has {size} characters as JSON, at most {MAX_KWARGS_LENGTH} are handed on: make it"
+        " smaller",
     )
 
 

@@ -35,13 +35,20 @@ def check_path(path: str | None, name: str) -> None:
     """Raises InputError for a path that no file system takes. Looks at its letters alone."""
     text = path or ""
     require("\0" not in text, f"{name} is {text[:100]!r}: a path cannot have a NUL character")
-    longest = max(text.split("/"), key=len)
-    for part, most in ((longest, MAX_NAME_NBYTES), (text, MAX_PATH_NBYTES)):
-        nbytes = len(part.encode(errors="surrogateescape"))
-        require(
-            nbytes <= most,
-            f"{name} begins with {part[:40]!r} and has {nbytes} bytes, a path has at most {most}: shorten it",
-        )
+    longest = max(text.split("/"), key=_nbytes)
+    require(
+        _nbytes(longest) <= MAX_NAME_NBYTES,
+        f"{name} has the name {longest[:40]!r}... of {_nbytes(longest)} bytes, a name in a path has at most"
+        f" {MAX_NAME_NBYTES}: shorten it",
+    )
+    require(
+        _nbytes(text) <= MAX_PATH_NBYTES,
+        f"{name} begins with {text[:40]!r} and has {_nbytes(text)} bytes, a path has at most {MAX_PATH_NBYTES}: shorten it",
+    )
+
+
+def _nbytes(text: str) -> int:
+    return len(text.encode(errors="surrogateescape"))
 
 
 @functools.cache  # every row of the prompts asks
