@@ -79,9 +79,9 @@ def merge_shards(
     if len(dates) > 1:
         told = ", ".join(f"{date} in {name}" for date, name in sorted(dates.items(), key=lambda one: one[1])[:_SHOWN])
         report(f"the chat template uses the date, and the shards began on different days: {told}")
-    texts = {shard.attrs.get("texts"): shard.name for shard in reversed(shards)}
-    if len(texts) > 1:
-        report(f"texts of shard {texts[None]} were decoded by an earlier version, which left out their first space")
+    old = [shard.name for shard in shards if "texts" not in shard.attrs]
+    if 0 < len(old) < len(shards):
+        report(f"texts of shard {old[0]} were decoded by an earlier version, which left out their first space")
     parts = [shard.part for shard in shards]
     selection = select(parts)
 
