@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from noria.plan.plan import TOLERANCE
-from noria.report.terms import Term, Timings, number, term
+from noria.report.terms import Term, Timings, number, on_cpu, term
 from noria.tools.text import plural, seconds_words
 
 KERNELS = ("attention", "other kernels")
@@ -34,11 +34,6 @@ def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term
             yield replace(found, is_hidden=hidden)
 
 
-def _on_cpu(predicted: object) -> bool:
-    """Whether one thread launches and computes, so that a layer's time is both."""
-    return isinstance(predicted, Mapping) and predicted.get("device") == "CPU"
-
-
 def planned_seconds(predicted: object, phase: str) -> dict[str, float]:
     """Seconds of a round by what can be measured: products, attention and other kernels are the device's compute, and on a CPU
     launches too."""
@@ -46,7 +41,7 @@ def planned_seconds(predicted: object, phase: str) -> dict[str, float]:
     found = {name: number(terms, phase, name) for name in ("link", "disk", "launches", "host", "ring")}
     products = [number(terms, phase, name) or 0.0 for name in ("matmul", "device memory")]
     kernels = [number(terms, phase, name) or 0.0 for name in KERNELS]
-    if _on_cpu(predicted):
+    if on_cpu(predicted):  # one thread launches and computes: a layer's time is both
         kernels.append(found.pop("launches") or 0.0)
     return {name: seconds for name, seconds in found.items() if seconds} | {"compute": max(products) + sum(kernels)}
 
@@ -60,7 +55,7 @@ def measured_seconds(timings: Timings, phase: str, plan: Mapping[str, Any]) -> d
     of_ranks = {name: _a_round(timings, phase, name, rounds) for name in ("load", "store", "disk", "compute", "hops")}
     link = np.maximum(of_ranks["load"], of_ranks["store"])
     found = {"link": link.max(), "disk": of_ranks["disk"].max(), "compute": of_ranks["compute"].max()}
-    if not _on_cpu(plan.get("predicted")):
+    if not on_cpu(plan.get("predicted")):
         found["launches"] = _a_round(timings, phase, "launches", rounds).max()
     found["host"] = _a_round(timings, phase, "host", rounds)[0]
     if len(rounds) > 1 and groups:

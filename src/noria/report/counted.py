@@ -26,6 +26,11 @@ class Lengths:
     largest: int
     mean: float
 
+    @property
+    def words(self) -> str:
+        """All but the counts, in a line."""
+        return f"{self.smallest:,} to {self.largest:,}, mean {self.mean:,.1f}, median {self.median:,}, 95 % up to {self.most:,}"
+
 
 @dataclass(frozen=True)
 class Speed:

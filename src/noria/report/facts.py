@@ -125,9 +125,8 @@ def _ran(summary: Summary, attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [(line[:12].strip(), line[12:].strip()) for line in summary.counted()]
     found.append(("model", _setting(summary.run_file, "model")))
     found.append(("prompts", _setting(summary.run_file, "prompts") if "run_file" in attrs else _prompts(last)))
-    found.append(("dtype", _setting(summary.run_file, "dtype")))
-    found.append(("cache", _setting(summary.run_file, "kv_cache_dtype")))
-    found.append(("products", _setting(summary.run_file, "products")))
+    keys = {"dtype": "dtype", "cache": "kv_cache_dtype", "products": "products"}
+    found += [(name, _setting(summary.run_file, key)) for name, key in keys.items()]
     found.append(("devices", _devices(last.get("devices"))))
     found.append(
         ("time", f"{attrs.get('start') or last.get('start', '')} to {attrs.get('end') or last.get('end', '')}")

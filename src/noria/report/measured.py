@@ -12,7 +12,7 @@ import numpy as np
 from noria.limits import HOST_NBYTES
 from noria.plan.plan import rate_words
 from noria.report.busy import busy
-from noria.report.terms import PHASES, Term, Timings, number, term
+from noria.report.terms import PHASES, Term, Timings, number, on_cpu, term
 from noria.tools.text import nbytes_words, seconds_words
 
 # Of a phase, before its speed says anything: its first round waits for what is loaded ahead in the others.
@@ -103,11 +103,10 @@ def _memory(plan: Mapping[str, Any], timings: Timings) -> list[Term]:
     """The most that a rank had, of the rank that came nearest to its plan or beyond."""
     memory = plan.get("memory")
     tables = memory if isinstance(memory, list) else []
-    on_cpu = isinstance(plan.get("predicted"), Mapping) and plan["predicted"].get("device") == "CPU"
-    found = []
+    one_memory, found = on_cpu(plan.get("predicted")), []
     for name, words, tiers, extra in (
-        ("peak_device_nbytes", "GPU memory", () if on_cpu else ("gpu",), 0),
-        ("peak_host_nbytes", "CPU memory", ("gpu", "cpu") if on_cpu else ("cpu",), HOST_NBYTES),
+        ("peak_device_nbytes", "GPU memory", () if one_memory else ("gpu",), 0),
+        ("peak_host_nbytes", "CPU memory", ("gpu", "cpu") if one_memory else ("cpu",), HOST_NBYTES),
     ):
         peaks = timings.get(name, np.empty(0))[: len(tables)]
         planned = [sum(_sum(table, tier) for tier in tiers) + extra for table in tables[: len(peaks)]] if tiers else []

@@ -132,11 +132,7 @@ def _links(moved: list[LinkBytes]) -> str:
 def _lengths(title: str, lengths: Lengths | None) -> str:
     if lengths is None:
         return ""
-    words = (
-        f"{lengths.smallest:,} to {lengths.largest:,}, mean {lengths.mean:,.1f}, median {lengths.median:,}, 95 % up to"
-        f" {lengths.most:,}"
-    )
-    return f"<h2>{title}</h2><p>{words}</p>{lengths_chart(lengths, title)}"
+    return f"<h2>{title}</h2><p>{lengths.words}</p>{lengths_chart(lengths, title)}"
 
 
 def _errors(one: Errors) -> str:

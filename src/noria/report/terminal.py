@@ -98,10 +98,7 @@ def _mean(speeds: list[Speed], start: float, stop: float) -> float:
 def _lengths(lengths: Lengths | None) -> Iterator[str]:
     if lengths is None:
         return
-    yield (
-        f"{lengths.smallest:,} to {lengths.largest:,}, mean {lengths.mean:,.1f}, median {lengths.median:,}, 95 % up to"
-        f" {lengths.most:,}"
-    )
+    yield lengths.words
     most = max(lengths.counts)
     for start, count in zip(lengths.starts, lengths.counts, strict=True):
         words = f"{start:,}" if lengths.width == 1 else f"{start:,}-{start + lengths.width - 1:,}"

@@ -42,6 +42,11 @@ def number(tree: object, *path: str) -> float | None:
     return float(tree) if known else None  # type: ignore[arg-type]  # `known` says so
 
 
+def on_cpu(predicted: object) -> bool:
+    """Whether a plan's prediction is of ranks that compute on their CPU."""
+    return isinstance(predicted, Mapping) and predicted.get("device") == "CPU"
+
+
 def term(
     name: str, planned: float | None, measured: float | None, words: Callable[[float], str], note: str = ""
 ) -> Term | None:
