@@ -275,6 +275,27 @@ def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the
         make(1, BIG, gpu_memory="700MiB", max_new_tokens=1000)
 
 
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (
+            {"gpu_memory": "100MiB"},
+            "use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory (on a CPU: all"
+            " memory of a rank) (rank 0",
+        ),
+        ({}, "use more hosts, a smaller dtype, fewer pipeline.step_tokens, or free memory of the host (rank 0"),
+        ({"weights": {"gpu": 100.0}}, "lower placement.weights.gpu (100), use more hosts, a smaller dtype"),
+        ({"cpu_memory": "1MiB", "weights": {"cpu": 100.0}}, "or raise placement.cpu_memory (rank 0"),
+    ],
+)
+def test_on_a_cpu_the_remedies_are_those_that_it_has(flags, remedy):
+    with pytest.raises(InputError) as raised:
+        make(1, Machine("cpu", 100 << 20, 100 << 20), **flags)
+    said = str(raised.value)
+    where = "cpu tier needs" if "cpu_memory" in flags else "a rank needs"
+    assert said.startswith(where) and remedy in said and ("gpu_memory" in said) == ("gpu_memory" in flags), said
+
+
 def test_rows_that_find_no_room_are_told_of_before_they_are_errors():
     load = Workload(100, 60, 4, 100 * 4, 90)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "cache": {"gpu": "10MiB"}})

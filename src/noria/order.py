@@ -226,6 +226,6 @@ def check_blocking(num_ranks: int, groups: int) -> None:
     )
     remedy = f"set pipeline.groups to 2 .. {num_ranks}, or " if num_ranks >= 2 else ""
     raise InputError(
-        f"pipeline.blocking with {groups} groups on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks ({why}): it"
-        f" needs 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
+        f"pipeline.blocking with {groups} group{'s' * (groups != 1)} on {num_ranks} rank{'s' * (num_ranks != 1)} deadlocks"
+        f" ({why}): it needs 2 <= groups <= ranks; {remedy}leave pipeline.blocking out"
     )

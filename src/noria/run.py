@@ -38,6 +38,7 @@ from noria.limits import CODED
 from noria.model import OpenModel
 from noria.output.stored_rates import store_rates
 from noria.plan import planner
+from noria.plan.asked import cost_of_asked
 from noria.plan.done import with_work
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
@@ -99,7 +100,7 @@ def _generate(
     started, comm = now(), here.comm
     transport, reason = mpi.on_every_rank(comm, lambda: transports.choose(comm, here.device, config.pipeline.transport))
     watchdog.begin("measuring its machine")
-    plan, rates, of_rates = _plan(config, here, work, transport)
+    plan, rates, said = _plan(config, here, work, transport)
     watchdog.computes(plan.stage_words(here.rank))
     devices, hosts = comm.allgather(here.name), comm.allgather(here.location.host)
     segment = segment_of(job_ids(), hosts, devices, sys.argv, started) | {"rates": rates.to_toml()}
@@ -114,8 +115,7 @@ def _generate(
             watchdog.record_by(desk.fail)
             on_error.push(desk.withdraw)
         here.announce()
-        of_plan = remarks(config, here.device.type, work.num_rows, plan)
-        here.say(*work.said, f"transport {transport}: {reason}", *of_rates, *of_plan)
+        here.say(*work.said, f"transport {transport}: {reason}", *said)
         meters, timing, ring = _meters(config, here, plan), Timing(), None
         if mpi.on_first_rank(comm, lambda: desk is not None and desk.complete):
             here.say("no row is left to generate: the output is written without loading the model")
@@ -145,14 +145,17 @@ def _generate(
 
 
 def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tuple[Plan, Rates, list[str]]:
-    """The plan, the rates that it is made from, and where these come from, for people."""
+    """The plan, the rates that it is made from, and what people are told of both."""
     machine = mpi.on_every_rank(here.comm, lambda: launcher.machine(config, here.comm, here.location, here.device))
     of_work = work.shape, work.blocks, work.dtype, here.num_ranks, machine, work.num_rows, work.load
     problem = Problem(config, *of_work)
     may_use_disk = mpi.on_first_rank(here.comm, lambda: problem.may_use_disk)
     rates, said = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
     needed = rates.needed(work.dtype, may_use_disk)
-    return mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed)), rates, said
+    plan = mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed))
+    costly = mpi.on_first_rank(here.comm, lambda: cost_of_asked(problem, needed, plan))
+    of_plan = remarks(config, here.device.type, work.num_rows, plan)
+    return plan, rates, [*said, *of_plan, *(f"warning: {words}" for words in costly)]
 
 
 def _gathered(here: ThisRank, plan: Plan, model: OpenModel, measured: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from noria.plan.memory import Sizes
 from noria.plan.plan import Plan, coded_tiers
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
-from noria.plan.room import cache_pages, refused, reserved, with_head
+from noria.plan.room import cache_pages, more_memory, refused, reserved, with_head
 from noria.plan.shares import Uncovered, budgets_of, by_budget, by_list, by_share, is_budget
 from noria.plan.terms import HALF
 from noria.step import PAGE_TOKENS
@@ -235,8 +235,8 @@ def _uncovered(problem: Problem, rank: int, budgets: Mapping[str, int], error: U
     disk = disk or (f'dtype = "{stored}" would read the rest from disk, ' if not problem.as_stored else "")
     return InputError(
         f"weights do not fit: {missing}, where the tiers have {held} for them, under the limits of"
-        f" gpu {nbytes_words(problem.limits['gpu'])} and cpu {nbytes_words(problem.limits['cpu'])}: use more ranks, {disk}raise"
-        " placement.gpu_memory or placement.cpu_memory"
+        f" gpu {nbytes_words(problem.limits['gpu'])} and cpu {nbytes_words(problem.limits['cpu'])}: use more ranks, {disk}"
+        f"{more_memory(problem, 'gpu', 'cpu')}"
     )
 
 

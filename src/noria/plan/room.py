@@ -151,12 +151,28 @@ def refused(problem: Problem, rank: int, tier: str, table: Mapping[str, int], as
     if weights is not None:
         asked = asked or f"placement.weights.{tier} ({weights if isinstance(weights, str) else format(weights, 'g')})"
     other = {
-        "gpu": "use more ranks, a smaller dtype, fewer pipeline.step_tokens, or raise placement.gpu_memory",
-        "cpu": "raise placement.cpu_memory",
+        "gpu": f"use {_more_ranks(problem)}, a smaller dtype, fewer pipeline.step_tokens, or {more_memory(problem, 'gpu')}",
+        "cpu": more_memory(problem, "cpu"),
         "disk": f"make room in {problem.machine.scratch} or set placement.scratch to another folder",
     }[tier]
     lower = f"lower {asked}{',' if tier == 'gpu' else ' or'} " if asked else ""
+    in_memory = problem.machine.device == "cpu" and tier == "gpu"
+    needs = f"a rank needs {words(needed)} of memory" if in_memory else f"{tier} tier needs {words(needed)}"
     return InputError(
-        f"{tier} tier needs {words(needed)}, the limit is {words(limit)}: {lower}{other}"
-        f" (rank {rank} needs at least {words(needed)}: {items})"
+        f"{needs}, the limit is {words(limit)}: {lower}{other} (rank {rank} needs at least {words(needed)}: {items})"
     )
+
+
+def more_memory(problem: Problem, *tiers: str) -> str:
+    """How a rank may use more memory in one of these tiers. On a CPU a limit that is not set is all that is free."""
+    keys, on_cpu = [f"placement.{tier}_memory" for tier in tiers], problem.machine.device == "cpu"
+    if on_cpu:
+        keys = [key for key in keys if getattr(problem.config.placement, key.removeprefix("placement."))]
+    note = " (on a CPU: all memory of a rank)" if on_cpu and "placement.gpu_memory" in keys else ""
+    return f"raise {' or '.join(keys)}{note}" if keys else "free memory of the host"
+
+
+def _more_ranks(problem: Problem) -> str:
+    """On a CPU the ranks of a host share its memory, unless each has a limit."""
+    own = problem.machine.device != "cpu" or problem.config.placement.gpu_memory
+    return "more ranks" if own else "more hosts"

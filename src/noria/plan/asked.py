@@ -1,0 +1,59 @@
+"""What it costs that a user has fixed sizes of steps: the plan beside the one that leaves them open."""
+
+from dataclasses import replace
+
+from noria.config import Pipeline
+from noria.errors import InputError
+from noria.plan import planner
+from noria.plan.explained import times_as_fast
+from noria.plan.plan import Plan, rate_words
+from noria.plan.problem import Problem
+from noria.plan.rates import Rates
+from noria.tools.text import plural
+
+COSTLY = 1.25  # times as fast is the other plan, from where on it is told
+MANY = 8  # microbatches of a decode step: with more it is looked at
+
+
+def cost_of_asked(problem: Problem, known: Rates, plan: Plan) -> list[str]:
+    """A line with both plans' numbers if what the user asked for costs much, else none.
+
+    Looks only where sizes are small for the rows, since the other plan is searched for too.
+    """
+    asked = _doubtful(problem, plan)
+    if not asked:
+        return []
+    free = {name: getattr(Pipeline(), name) for name in asked}
+    pipeline = replace(problem.config.pipeline, **free)
+    try:
+        other = planner.make(replace(problem, config=replace(problem.config, pipeline=pipeline)), known)
+    except InputError:
+        return []
+    times = times_as_fast(other, plan)
+    given = " and ".join(f"pipeline.{name} {value:,}" for name, value in asked.items())
+    return [f"{given}: {_words(plan)}; left open: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
+
+
+def _doubtful(problem: Problem, plan: Plan) -> dict[str, int]:
+    """The sizes that the user gave which may be too small, or too many, for the rows."""
+    pipeline, rows = problem.config.pipeline, plan.predicted["rows"]
+    few_slots = plan.groups * plan.step_tokens <= rows < problem.workload.num_rows
+    many_cuts = max(plan.microbatches, rows / plan.groups / plan.microbatch_tokens) > MANY
+    sizes = {
+        "step_tokens": few_slots,
+        "groups": plan.groups > 2 * plan.num_ranks,
+        "microbatches": many_cuts,
+        "microbatch_tokens": many_cuts,
+    }
+    given = {name: getattr(pipeline, name) for name, doubted in sizes.items() if doubted}
+    return {name: value for name, value in given.items() if value != getattr(Pipeline(), name)}
+
+
+def _words(plan: Plan) -> str:
+    """`40 rows at once in 1 group, steps of 512 tokens: 1,833 tok/s predicted`."""
+    rows, speed = plan.predicted["rows"], plan.predicted["tokens_per_second"]
+    cut = f" in microbatches of {plan.microbatch_tokens:,}" if plan.microbatch_tokens < plan.step_tokens else ""
+    return (
+        f"{plural(rows, 'row')} at once in {plural(plan.groups, 'group')}, steps of {plural(plan.step_tokens, 'token')}{cut}:"
+        f" {rate_words(speed)} tok/s predicted"
+    )
