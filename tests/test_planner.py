@@ -85,7 +85,7 @@ def test_a_limit_above_what_the_device_has_is_refused():
     [
         (3, {"laps": 3}, "9 virtual stages .* for 8 layers: use at most 8"),
         (2, {"blocking": True, "groups": 3}, "3 groups on 2 ranks deadlocks"),
-        (1, {"blocking": True}, "1 groups on 1 rank deadlocks"),
+        (1, {"blocking": True}, "1 group on 1 rank deadlocks"),
         (1, {"step_tokens": 8, "microbatch_tokens": 9}, "microbatch_tokens is 9, more than pipeline.step_tokens"),
         (2, {"partition": [5, 2]}, "has 2 numbers with sum 7"),
     ],
