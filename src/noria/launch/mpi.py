@@ -48,7 +48,7 @@ class Solo:
     def Get_size(self) -> int:
         return 1
 
-    def bcast(self, value: T, root: int = 0) -> T:
+    def bcast(self, value: T) -> T:
         return value
 
     def allgather(self, value: T) -> list[T]:

@@ -36,7 +36,7 @@ GROUPS = {  # of figures that are measured together
 }
 LEAST_BATCHES = 3  # of calls that are timed together: of three, the machine's other work spoils one at most
 OPERATIONS = 20  # small ones, such as a layer has
-MEMORY_SHARE = 16  # of host memory, one part in so many
+MEMORY_PARTS = 16  # of the host: the matrices of a product take one of them at most, or four matrices
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 CPU_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)  # a library multiplies few rows in several ways
 # Of matrices: the caches of a server hold up to 320 MiB, and a run's weights find none there.
@@ -246,7 +246,7 @@ class Probe:
 
     def _uncached(self, nbytes: int) -> int:
         """Matrices of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
-        room = launcher.host_memory(self._location) // MEMORY_SHARE
+        room = launcher.host_memory(self._location) // MEMORY_PARTS
         return max(min(UNCACHED_NBYTES // self._location.ranks_on_host, room) // nbytes, 4)
 
     def _disk(self) -> dict[str, float]:

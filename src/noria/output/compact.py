@@ -14,7 +14,7 @@ from noria.errors import InputError
 from noria.output.assemble import Chosen, assemble
 from noria.output.generations import open_generations, verify_checksums
 from noria.output.parts import Parts
-from noria.output.sealed import WHOLE, Part, scan_one, select, to_stderr
+from noria.output.sealed import FINISHED_LEVEL, Part, scan_one, select, to_stderr
 
 FAN_IN = 64
 LARGE = 4096  # rows: a part that has as many is not small, and putting such together would hold the run up for long
@@ -49,7 +49,7 @@ def latest(parts: list[Part], header: dict[str, Any]) -> list[Part]:
     """The last parts, in order, that are small, were put together equally often and belong to the same run."""
     run: list[Part] = []
     for part in reversed(list(parts)):
-        small = part.level != WHOLE and len(part.row) < LARGE
+        small = part.level != FINISHED_LEVEL and len(part.row) < LARGE
         if part.header != header or not small or (run and part.level != run[0].level):
             break
         run.append(part)

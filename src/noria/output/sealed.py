@@ -24,7 +24,7 @@ from noria.tools.looking import Looker
 from noria.tools.trailer import agrees
 
 TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("error")
-WHOLE = 2**30  # the level of an output that was finished once
+FINISHED_LEVEL = 2**30  # of an output that was finished once
 MAX_SAMPLES = 2**20  # of one prompt, more than a run may have
 PART_NAME = re.compile(r"part-(\d{6,})\.h5")
 
@@ -150,7 +150,7 @@ def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> P
         if not isinstance(header, dict):
             raise InputError(f"{path} is damaged: its header is not a table")
         row, sample, status = (file.column(name) for name in ("row", "sample", "status"))
-        level = WHOLE if file.complete else int(file.attrs.get("level", 0))
+        level = FINISHED_LEVEL if file.complete else int(file.attrs.get("level", 0))
         replaces = tuple(json.loads(file.attrs.get("replaces", "[]")))
         return Part(path, header, row, sample, status, *file.lengths(), file.scores, level, replaces)
 
