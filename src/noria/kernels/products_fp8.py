@@ -21,9 +21,9 @@ MANY_ROWS = ProductTile(128, 128, 128, 8, 4)  # of sums a block, which are kept 
 WIDE_ROWS = ProductTile(128, 256, 128, 8, 3)  # of sums of all alone
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def round_rows(
-    hidden, codes, scales, inputs, hidden_row, columns, groups, rows, TILE_GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    hidden, codes, scales, inputs, hidden_row, columns, groups, TILE_GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The codes of some blocks of a row, and their scales [T, groups]. BLOCK divides a block, or is of one row-wide block."""
     row = tl.program_id(0).to(tl.int64)
@@ -125,7 +125,7 @@ def round_hidden(hidden: torch.Tensor, columns: int) -> tuple[torch.Tensor, torc
     block = ROUNDED if groups == 1 else block_of(columns)
     together = 1 if groups == 1 else ROUNDED // block
     round_rows[(rows, triton.cdiv(groups, together))](
-        hidden, codes, scales, inputs, hidden.stride(0), columns, groups, rows, together, block, num_warps=4
+        hidden, codes, scales, inputs, hidden.stride(0), columns, groups, together, block, num_warps=4
     )
     return codes, scales
 
