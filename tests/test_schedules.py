@@ -8,8 +8,8 @@ from noria.schedules import resumed, table
 NAMES = kinds.names("schedules")
 
 
-def rows(name, layers, microbatches):
-    return list(kinds.load("schedules", name).schedule(layers, microbatches))
+def rows(name, layers, microbatches, *loads):
+    return list(kinds.load("schedules", name).schedule(layers, microbatches, *loads))
 
 
 def test_sequential_does_one_thing_after_the_other():
@@ -44,6 +44,28 @@ def test_multi_batch_loads_the_next_microbatch_and_stores_the_one_before():
         " |  | compute(1,1) | store_cache(1,0)",
         " |  |  | store_cache(1,1)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("loads", "shares"),
+    [
+        ([0.0, 0.0, 0.0], []),
+        ([0.5, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]),
+        ([0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]),  # a row loads the next one's cache
+        ([0.2, 0.5, 0.0], [0.0667, 0.5667, 0.3667]),
+        ([9.0], [1.0]),
+    ],
+)
+def test_multi_batch_sends_a_block_in_parts_that_make_level_what_its_rows_load(loads, shares):
+    found = rows("multi_batch", 2, len(loads), loads)[:-1]
+    if not shares:
+        assert [row.load_weight for row in found] == [1, None, None, 2, None, None]
+        assert {row.share for row in found} == {None}
+        return
+    assert [row.load_weight for row in found] == [1] * len(loads) + [2] * len(loads)
+    for first in (0, len(loads)):
+        its = [row.share for row in found[first : first + len(loads)]]
+        assert its == pytest.approx(shares, abs=1e-3) and sum(its) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,6 +36,10 @@ class OnDevice:
         assert hidden.ready is None and hidden.gather is None, "hidden states are on the device"
         self._parts, self._after = [part_of(hidden.arrays, m.first, m.last) for m in batch.microbatches], []
 
+    def load_nbytes(self, microbatch: Microbatch) -> int:
+        """What `InHost.load_nbytes` returns."""
+        return 0
+
     def load(self, layer: int, microbatch: int, after: Iterable[Event] = ()) -> None:
         """Nothing is to be moved."""
 
@@ -123,6 +127,11 @@ class InHost:
         self._rows: list[Arrays] = []
         self._held: tuple[int, Arrays] | None = None  # (layer, the step before it), where it stays on the device
         self._stored = [hidden.ready] * len(self._microbatches)  # of each microbatch: after which it is in host memory
+
+    def load_nbytes(self, microbatch: Microbatch) -> int:
+        """Bytes that a microbatch loads before a layer."""
+        tokens = microbatch.last - microbatch.first
+        return self._its_borders[0].token_nbytes * tokens * (len(self._microbatches) > 1)
 
     def load(self, layer: int, microbatch: int, after: Iterable[Event] = ()) -> None:
         """Sends a microbatch's part before a layer on its way to the device."""

@@ -57,6 +57,17 @@ def runs_of(parameter: Parameter, pieces: Iterable[int]) -> Runs:
     return runs
 
 
+def split(runs: Runs, nbytes: int) -> tuple[Runs, Runs]:
+    """The first so many bytes of these runs, and those behind them."""
+    before, behind = Runs(), Runs()
+    for first, length in runs:
+        taken = min(nbytes, length)
+        nbytes -= taken
+        before.append((first, taken))
+        behind.append((first + taken, length - taken))
+    return [run for run in before if run[1]], [run for run in behind if run[1]]
+
+
 class WithArriving(Mapping[str, Any]):
     """The parameters of a layer, of which some are Arriving."""
 

@@ -105,6 +105,8 @@ class KvCache:
         self._reads = {layer: shape.reads(layer) for layer in layers}
         self._dtype, device = dtype, streams.device
         layout = Layout(self._arrays, dtype, *held)
+        page, state = (Layout(self._arrays, dtype, *one).nbytes / max(len(layers), 1) for one in ((1, 0), (0, 1)))
+        self._row_nbytes = {"token": page / PAGE_TOKENS, "sequence": state}  # of a layer, on average
         self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
         self._views = {layer: self._view(self._buffer, layout, layer, *held) for layer in layers}
         self._staging, self._streams, self._traffic = staging, streams, traffic or Traffic()
@@ -122,6 +124,11 @@ class KvCache:
         """Bytes on the device."""
         slots = [*self._free, *self._staged.values()]
         return self._buffer.nbytes + sum(slot.buffer.nbytes for slot in slots)
+
+    def load_nbytes(self, staged: Staged | None) -> float:
+        """Bytes that a microbatch loads in a layer, on average."""
+        loads = {} if staged is None else staged.loads
+        return sum(count * self._row_nbytes[kept] for kept, rows in loads.items() for _, _, count in rows)
 
     def layer(self, layer: int) -> Views:
         """The arrays of one layer on the device, each [pages * 16, ...]."""

@@ -152,7 +152,7 @@ class Stage:
         it is where to go on, and what is done is not done again.
         """
         microbatches = len(batch.microbatches)
-        for actions in resumed(self._schedule(len(layers), microbatches), first):
+        for actions in resumed(self._schedule(len(layers), microbatches, self._loads(batch)), first):
             self._move(batch, layers, actions)
             if actions.compute is None:
                 continue
@@ -166,13 +166,22 @@ class Stage:
             self._store(batch, layers, [cell for cell in actions.store_cache if cell == actions.compute])
             if microbatch == microbatches - 1:
                 self._weights.done(blocks.layer_name(layers[layer]))
+        self._weights.load()
         return None
+
+    def _loads(self, batch: Batch) -> list[float]:
+        """Bytes that each microbatch loads in a layer beside streamed weights, as parts of their largest block."""
+        largest = self._weights.largest
+        if not largest:
+            return []
+        cache, activations = self._cache.load_nbytes, self._activations.load_nbytes
+        return [(cache(m.staged) + activations(m)) / largest for m in batch.microbatches]
 
     def _move(self, batch: Batch, layers: range, actions: Actions) -> None:
         """Sends the loads and stores of a row of the schedule on their way."""
         self._store(batch, layers, [cell for cell in actions.store_cache if cell != actions.compute])
-        if actions.load_weight is not None and actions.load_weight < len(layers):
-            self._weights.load(blocks.layer_name(layers[actions.load_weight]))
+        if (ahead := actions.load_weight) is not None:
+            self._weights.load(blocks.layer_name(layers[ahead]) if ahead < len(layers) else None, actions.share)
         after = [self._streams.event()] if actions.waits and actions.load_cache else ()
         for layer, microbatch in actions.load_cache:
             self._activations.load(layer, microbatch, after)
@@ -245,6 +254,7 @@ class Stage:
         score = lambda chunk, logits: sampler.score(logits, batch.score_ids[chunk])  # noqa: E731
         scores = self._logits.of(hidden.arrays, batch.score_rows, score)
         self._weights.done("head")
+        self._weights.load()
         result = pieces[0] if len(pieces) == 1 else Result.joined(pieces, torch.cat)
         result = replace(result, prompt_logprobs=torch.cat(scores)) if scores else result
         self._drawn = result.token_ids

@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from noria.blocks import Block, Parameter
-from noria.engine.chosen import Runs, Tail, WithArriving, experts_of, runs_of, without_experts
+from noria.blocks import Block, Parameter, round_up
+from noria.engine.chosen import Runs, Tail, WithArriving, experts_of, runs_of, split, without_experts
 from noria.engine.cycle import Cycle
 from noria.engine.decoding import Computed, Decoder, Decoding
 from noria.engine.parameters import Parameters, Undecoded, views
@@ -37,22 +37,28 @@ class Home:
 
 @dataclass
 class WeightSlot:
-    """A buffer on the device that holds one block while it is used; `free`: the event after which it may be rewritten."""
+    """A buffer on the device that holds one block while it is used; `free`: the events after which it may be rewritten."""
 
     buffer: torch.Tensor
-    free: Event | None = None
+    free: list[Event] = field(default_factory=list)
     views: dict[str, Parameters] = field(default_factory=dict)
 
 
 @dataclass
 class Coming:
-    """A block on its way into a slot, or there. experts: those of them that are, where they do not come with it."""
+    """A block on its way into a slot, or there. rest: what has not set out yet; nbytes: of what has. experts: those of them that
+    are there, where they do not come with it."""
 
     name: str
     slot: WeightSlot
-    transfer: Transfer
-    nbytes: int
+    rest: Runs
+    transfers: list[Transfer] = field(default_factory=list)
+    nbytes: int = 0
     experts: set[int] | None = None
+
+    @property
+    def settled(self) -> bool:
+        return all(transfer.settled for transfer in self.transfers)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Weights:
 
     Blocks that stay are on the device (the embedding may be in host memory). Encoded parameters are decoded when a block is
     waited for, or when they are asked for (decoding.py), and what `wait` gives of them is good until another block is.
-    `cycle`: the order of the streamed blocks (None without any). `ahead`: loads are sent before they are needed.
+    `cycle`: the order of the streamed blocks (None without any). `ahead`: loads are sent before they are needed, when `load`
+    says so. largest: bytes of the largest streamed block.
     """
 
     def __init__(
@@ -90,9 +97,9 @@ class Weights:
         self._undecoded = {name: block for name, block in resident.items() if isinstance(block, Undecoded)}
         self._homes, self._streams, self._prefetches = dict(homes), streams, ahead
         self._traffic, self._cycle = traffic or Traffic(), cycle
-        largest = max((home.block.nbytes for home in homes.values()), default=0)
+        self.largest = max((home.block.nbytes for home in homes.values()), default=0)
         slots = cycle.slots if cycle is not None else 0
-        buffers = [torch.empty(largest, dtype=torch.uint8, device=streams.device) for _ in range(slots)]
+        buffers = [torch.empty(self.largest, dtype=torch.uint8, device=streams.device) for _ in range(slots)]
         self._free = deque(map(WeightSlot, buffers))
         encoded = [held.block for held in self._undecoded.values()] + [home.block for home in homes.values()]
         self._decoder = Decoder(max((block.decoding_room(placed.room) for block in encoded), default=0), streams.device)
@@ -128,28 +135,59 @@ class Weights:
         self._tail.visit(group, tokens)
         if not tokens and lap == 0 and self._cycle:
             needed = self._cycle.skip(round, group, [coming.name for coming in self._ahead])
-            while not needed and self._ahead and self._ahead[0].transfer.settled:  # the host waits for no other here
+            while not needed and self._ahead and self._ahead[0].settled:  # the host waits for no other here
                 self._drop()
         if self._prefetches:
             self._send()
 
-    def load(self, name: str) -> None:
-        """A block that the visit needs next should be on its way. For one that stays nothing is loaded."""
-        if name in self._homes and name not in self._held:
+    def load(self, name: str | None = None, share: float | None = None) -> None:
+        """What is used next should be on its way: `name`, or blocks of visits to come. For one that stays nothing is loaded.
+
+        Ahead, all slots that are free are filled; with `share` by no more bytes than such a share of the largest block has.
+        """
+        if self._prefetches:
+            self._send(None if share is None else round_up(round(share * self.largest)))
+        elif name in self._homes and name not in self._held:
             self._send()
 
-    def _send(self) -> None:
-        """Sends the next blocks of the cycle on their way into the slots that are free; without `ahead` one alone."""
-        while self._cycle and self._free and (self._prefetches or not self._ahead):
-            name, slot = self._cycle.next(), self._free.popleft()
-            home = self._homes[name]
-            after = [] if slot.free is None else [slot.free]
-            self._streams.label(slot.buffer, name)
-            runs, leaves = [(0, home.block.nbytes)], name in self._came and self._tail.leaves_experts()
-            if leaves:
-                runs = without_experts(home.block)
-            transfer = home.tier.load(_pieces(home, slot, runs), after)
-            self._ahead.append(Coming(name, slot, transfer, _nbytes(runs), set() if leaves else None))
+    def _send(self, nbytes: int | None = None) -> None:
+        """Sends the next blocks of the cycle on their way, or so many bytes of them, into the slots that are free; without
+        `ahead` one alone."""
+        while (coming := self._next()) is not None:
+            if nbytes is None:
+                self._more(coming)
+            elif nbytes or not self._in_parts(coming):
+                nbytes = max(nbytes - self._more(coming, nbytes), 0)
+            else:
+                return
+
+    def _next(self) -> Coming | None:
+        """The block that is to set out next, or has in part; None if no slot is free for one."""
+        if self._ahead and self._ahead[-1].rest:
+            return self._ahead[-1]
+        if not self._cycle or not self._free or (self._ahead and not self._prefetches):
+            return None
+        name, slot = self._cycle.next(), self._free.popleft()
+        block = self._homes[name].block
+        self._streams.label(slot.buffer, name)
+        leaves = name in self._came and self._tail.leaves_experts()
+        runs = without_experts(block) if leaves else [(0, block.nbytes)]
+        self._ahead.append(Coming(name, slot, runs, experts=set() if leaves else None))
+        return self._ahead[-1]
+
+    def _in_parts(self, coming: Coming) -> bool:
+        """Whether a block may be sent part by part. From a disk it comes whole: it is checked so, and read far ahead."""
+        return len(self._homes[coming.name].links) == 1
+
+    def _more(self, coming: Coming, nbytes: int | None = None) -> int:
+        """Sends the rest of a block on its way, or so many bytes of it; returns how many that were."""
+        home, rest = self._homes[coming.name], _nbytes(coming.rest)
+        sent = rest if nbytes is None or not self._in_parts(coming) else min(nbytes, rest)
+        runs, coming.rest = split(coming.rest, sent)
+        if runs:
+            coming.transfers.append(home.tier.load(_pieces(home, coming.slot, runs), coming.slot.free))
+        coming.nbytes += sent
+        return sent
 
     def wait(self, name: str) -> Computed:
         """The parameters of a block, ready to be used on the compute stream."""
@@ -186,7 +224,7 @@ class Weights:
         if not missing:
             return
         home, slot, runs = self._homes[coming.name], coming.slot, runs_of(parameter, missing)
-        transfer = home.tier.load(_pieces(home, slot, runs), [] if slot.free is None else [slot.free])
+        transfer = home.tier.load(_pieces(home, slot, runs), slot.free)
         with self._streams.waiting("experts"):
             self._streams.wait(transfer.event())
         coming.experts.update(missing)
@@ -197,41 +235,42 @@ class Weights:
         _, lap, group = self._at
         if name in self._held and self._cycle and self._cycle.lets_go(lap, group):
             self._release(name)
-            if self._prefetches:
-                self._send()
 
     def _arrive(self, name: str) -> Coming:
         """The next load of this name; those before it were for a visit that was passed over."""
         if name not in self._homes:
             raise KeyError(name)
         while True:
-            self._send()
-            assert self._ahead, f"no weight slot is free for {name}"
-            if self._ahead[0].name == name:
-                coming, home = self._ahead.popleft(), self._homes[name]
-                with self._streams.waiting("weights"):
-                    self._streams.wait(coming.transfer.event())
-                self._count(home, coming.nbytes)
-                if coming.experts is None:
-                    self._came.add(name)
-                return coming
-            self._drop()
+            coming = self._ahead[0] if self._ahead else self._next()
+            assert coming is not None, f"no weight slot is free for {name}"
+            if coming.name != name:
+                self._drop()
+                continue
+            self._more(self._ahead.popleft())
+            with self._streams.waiting("weights"):
+                for transfer in coming.transfers:
+                    self._streams.wait(transfer.event())
+            self._count(self._homes[name], coming.nbytes)
+            if coming.experts is None:
+                self._came.add(name)
+            return coming
 
     def _count(self, home: Home, nbytes: int) -> None:
         for link in home.links:
             self._traffic.add(link, nbytes)
 
-    def _drop(self) -> Event:
-        """The oldest load ahead is in vain: its slot goes free after the event returned."""
+    def _drop(self) -> list[Event]:
+        """The oldest load ahead is in vain: its slot goes free after the events returned."""
         coming = self._ahead.popleft()
-        event = coming.slot.free = coming.transfer.event()
+        events = [transfer.event() for transfer in coming.transfers]
+        coming.slot.free = [*coming.slot.free, *events]
         self._free.append(coming.slot)
         self._traffic.weights_unused += coming.nbytes
-        return event
+        return events
 
     def _release(self, name: str) -> None:
         slot = self._held.pop(name).slot
-        slot.free = self._streams.event()
+        slot.free = [self._streams.event()]
         self._free.append(slot)
 
     def close(self) -> int:
@@ -240,7 +279,8 @@ class Weights:
         Returns the bytes of host memory that were page-locked.
         """
         while self._ahead:
-            self._drop().synchronize()
+            for event in self._drop():
+                event.synchronize()
         return sum(tier.close() for tier in self._tiers.values())
 
 

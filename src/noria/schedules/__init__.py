@@ -15,6 +15,7 @@ class Actions:
 
     load_weight: the layer whose block should be on its way (the number of layers and more: those of the visits to come).
     load_cache, store_cache: cells. `waits`: the row's loads begin when everything computed before is done.
+    share: before what else the row loads, so much of a block sets out at most; None: all that finds a slot.
     """
 
     compute: Cell | None = None
@@ -22,6 +23,7 @@ class Actions:
     load_cache: tuple[Cell, ...] = ()
     store_cache: tuple[Cell, ...] = ()
     waits: bool = False
+    share: float | None = None
 
 
 def resumed(rows: Iterable[Actions], first: Cell) -> Iterator[Actions]:

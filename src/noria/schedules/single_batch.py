@@ -1,11 +1,11 @@
 """The next layer's weights and cache load during this layer; a layer's other microbatches load when their turn comes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from noria.schedules import Actions, Cell
 
 
-def schedule(layers: int, microbatches: int) -> Iterator[Actions]:
+def schedule(layers: int, microbatches: int, loads: Sequence[float] = ()) -> Iterator[Actions]:
     """The actions of a visit: with one microbatch load_weight(j+1) | load_cache(j+1) | compute(j) | store_cache(j-1)."""
     last = microbatches - 1
     before: tuple[Cell, ...] = ()
