@@ -51,7 +51,7 @@ def header_of(round: int, rows: int, shared: int) -> bytes:
 
 def measure(rows: int, shared: int) -> dict[str, float]:
     """Milliseconds, the least of all steps but the first."""
-    network = Network(SimpleNamespace(positional=lambda *_: None), items, None)
+    network = Network(SimpleNamespace(positional=lambda *_: None), items, SimpleNamespace(rings={}))
     batches = Batches(network, torch.bfloat16, torch.device("cpu"), spare=Spare(SPARE_PAGE, 0, 2 * rows))
     took, form = defaultdict(list), None
     for number in range(ROUNDS):
@@ -66,7 +66,7 @@ def measure(rows: int, shared: int) -> dict[str, float]:
         lap("header")
         batch = batches.make(step, step.borders.tolist(), (np.empty(0, np.int64), step.sample_rows, step.score_rows))
         lap("arrays")
-        work = lists.make(batch.padded.plan.rows, PACKING)
+        work = lists.make(batch.padded.plans[0].rows, PACKING)
         lap("lists")
         form = forms.joined(form, work)
         placed.packed(forms.padded(work, form))
