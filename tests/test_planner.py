@@ -285,15 +285,22 @@ def test_a_cache_without_room_for_a_usual_row_is_refused_with_the_tokens_and_the
         ),
         ({}, "use more hosts, a smaller dtype, fewer pipeline.step_tokens, or free memory of the host (rank 0"),
         ({"weights": {"gpu": 100.0}}, "lower placement.weights.gpu (100), use more hosts, a smaller dtype"),
-        ({"cpu_memory": "1MiB", "weights": {"cpu": 100.0}}, "or raise placement.cpu_memory (rank 0"),
     ],
 )
 def test_on_a_cpu_the_remedies_are_those_that_it_has(flags, remedy):
     with pytest.raises(InputError) as raised:
         make(1, Machine("cpu", 100 << 20, 100 << 20), **flags)
     said = str(raised.value)
-    where = "cpu tier needs" if "cpu_memory" in flags else "a rank needs"
-    assert said.startswith(where) and remedy in said and ("gpu_memory" in said) == ("gpu_memory" in flags), said
+    assert said.startswith("a rank needs") and remedy in said and ("gpu_memory" in said) == ("gpu_memory" in flags), (
+        said
+    )
+
+
+@pytest.mark.parametrize("flags", [{}, {"gpu_memory": "900MiB"}])
+def test_where_tiers_are_one_memory_what_both_need_is_told(flags):
+    words = r"a rank needs 1\.2 GiB of memory, the limit is 1\.0 GiB: use more hosts, .* weights in the cpu tier 357\.0 MiB\)"
+    with pytest.raises(InputError, match=words):
+        make(1, Machine("cpu", GiB, GiB), weights={"cpu": 100.0}, **flags)
 
 
 def test_rows_that_find_no_room_are_told_of_before_they_are_errors():

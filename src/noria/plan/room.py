@@ -122,6 +122,8 @@ def _room(problem: Problem, sizes: Sizes) -> dict[str, int]:
         if problem.machine.device == "cpu":  # one memory: what one tier takes, the other lacks
             free["gpu"] = min(free["gpu"], problem.machine.memory_nbytes - used["gpu"] - used["cpu"])
             free["cpu"] = min(free["cpu"], problem.machine.memory_nbytes - used["gpu"] - used["cpu"])
+            if used["gpu"] <= limits["gpu"] and free["gpu"] < 0 and used["cpu"]:
+                raise _refused_together(problem, rank, table)
         for tier in TIERS:
             if free[tier] < 0:
                 raise refused(problem, rank, tier, table[tier])
@@ -161,6 +163,14 @@ def refused(problem: Problem, rank: int, tier: str, table: Mapping[str, int], as
     return InputError(
         f"{needs}, the limit is {words(limit)}: {lower}{other} (rank {rank} needs at least {words(needed)}: {items})"
     )
+
+
+def _refused_together(problem: Problem, rank: int, table: Mapping[str, Mapping[str, int]]) -> InputError:
+    """What is said where two tiers of a machine that has one memory do not fit into it, whatever the limit of each."""
+    both = {**table["gpu"], **{f"{purpose} in the cpu tier": nbytes for purpose, nbytes in table["cpu"].items()}}
+    config = problem.config
+    unlimited = replace(config, placement=replace(config.placement, gpu_memory=None))
+    return refused(replace(problem, config=unlimited), rank, "gpu", both)
 
 
 def more_memory(problem: Problem, *tiers: str) -> str:
