@@ -25,45 +25,48 @@ _DEFAULT = Sampling().override({})
 class Sequence:
     """A prompt with the tokens generated so far. `cached` tokens of it are in the KV cache or on their way there.
 
-    logprobs: one a token generated; top: their top_ids and top_logprobs; prompt_logprobs [prompt tokens], each where
-    the row asks for it. `drawn_as`: the row number by which its random numbers are drawn (None: its own).
-    `text_end`: characters of the text (of its answer, where it thinks) up to the stop text that ended it (None: no such
-    text). `num_cut`: tokens of the prompt that truncate_prompt_tokens cut off. `bad_words`: each as token ids. `guide`: what
-    steers it beside its settings.
+    Its fields stand by who sets them: the maker, the results of steps, the line and the slots.
     """
 
+    # What is asked, of the maker.
     prompt: Prompt
     sampling: Sampling
     prompt_token_ids: list[int]
     sample: int = 0
-    drawn_as: int | None = None
+    drawn_as: int | None = None  # the row number by which its random numbers are drawn; None: its own
+    num_cut: int = 0  # tokens of the prompt that truncate_prompt_tokens cut off
+    bad_words: list[list[int]] = field(default_factory=list)  # each as token ids
+    stop_texts: StopTexts | AnswerStops | None = None
+    guide: Guide | None = None  # what steers it beside its settings
+    # What it has made, of the results of its steps, and of an earlier job.
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # one a token generated, where the row asks for it
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # their top_ids and top_logprobs
+    prompt_logprobs: np.ndarray | None = None  # [prompt tokens], where the row asks for it
+    text_end: int | None = (
+        None  # characters of the text (of its answer, where it thinks) up to the stop text that ended it
+    )
     finish_reason: str = "none"
     error: str = ""
+    # Its place in the line.
+    order: int = -1  # in which sequences were admitted first: the youngest is the last one
+    returned: bool = False  # because pages were short: it reserves all that it may need from then on
+    blocks: list[PromptBlock] = field(
+        default_factory=list
+    )  # of its prompt, while it is in line: those that it may share
+    cached_tokens: int = 0  # of its prompt, which were computed before it was admitted
+    # What it holds in flight, of the slots.
     cached: int = 0
     slot: int = -1
     runs: tuple[Run, ...] = ()
     room: int = 0  # tokens that these pages hold
     num_own_pages: int = 0
-    order: int = -1  # in which sequences were admitted first: the youngest is the last one
-    returned: bool = False  # to the line, because pages were short: it reserves all that it may need from then on
+    tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
     state: int = NO_STATE  # its own, where the family has arrays per sequence
     reads: int = NO_STATE  # what its next step begins from
-    tier: int = 0  # in which its pages are, counted as in Capacity.tier_pages
-    # Of its prompt, while it is in line: those that it may share.
-    blocks: list[PromptBlock] = field(default_factory=list)
-    beginning: PromptBlock | None = None  # the last block that it shares, while it is in flight
+    beginning: PromptBlock | None = None  # the last block that it shares
     lead: Lead | None = None  # what it computes for others too
     place: tuple[int, ...] = ()  # among the rows of a step: tier, shared runs of pages
-    cached_tokens: int = 0  # of its prompt, which were computed before it was admitted
-    logprobs: list[float] = field(default_factory=list)
-    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    prompt_logprobs: np.ndarray | None = None
-    stop_texts: StopTexts | AnswerStops | None = None
-    text_end: int | None = None
-    num_cut: int = 0
-    bad_words: list[list[int]] = field(default_factory=list)
-    guide: Guide | None = None
 
     @property
     def num_tokens(self) -> int:
