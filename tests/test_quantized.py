@@ -19,7 +19,7 @@ from counts import full, some
 from noria import encodings, kinds, models
 from noria.__main__ import main
 from noria.blocks import layer_name
-from noria.checkpoint import filling, tensor_files
+from noria.checkpoint import filling
 from noria.checkpoint.checkpoint import model_shape, open_checkpoint
 from noria.checkpoint.convert import convert
 from noria.checkpoint.fields import FieldSources
@@ -774,27 +774,19 @@ def test_memory_is_that_of_a_few_matrices_whatever_the_model_s_size(tmp_path, se
     assert grown < 48e6, f"grew by {grown / 1e6:.0f} MB for {size / 1e6:.0f} MB"
 
 
-def test_what_is_read_is_asked_for_before_and_what_is_written_begins_to_go_to_the_disk_meanwhile(tmp_path, monkeypatch):
-    """The system hears of every byte of codes, scales and plain numbers, of nothing else, and of the new file as it grows."""
-    config, asked, wrote, advise = MODELS["qwen3_moe"], set(), [], os.posix_fadvise
+def test_what_is_written_through_the_page_cache_begins_to_go_to_the_disk_meanwhile(tmp_path, monkeypatch):
+    wrote, advise = [], os.posix_fadvise
 
     def heard(descriptor, offset, nbytes, advice):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if advice == os.POSIX_FADV_WILLNEED and name.endswith(".safetensors"):
-            asked.update(range(offset, offset + nbytes))
-        elif advice == os.POSIX_FADV_DONTNEED:
-            wrote.append(name)
+        wrote.append((os.readlink(f"/proc/self/fd/{descriptor}"), advice))
         advise(descriptor, offset, nbytes, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", heard)
     monkeypatch.setattr(direct, "_open_direct", lambda descriptor, writable: None)
     monkeypatch.setattr(filling, "BEHIND_NBYTES", 8000)
     monkeypatch.setattr(filling, "PIECE_NBYTES", 8192)
-    monkeypatch.setattr(tensor_files, "AHEAD_NBYTES", 4096)
-    monkeypatch.setattr(tensor_files, "CHUNK_NBYTES", 4096)
-    quantized.write(tmp_path / "hf", config, quantized.FP8, quantized.fp8_block())
+    quantized.write(tmp_path / "hf", MODELS["qwen3_moe"], quantized.FP8, quantized.fp8_block())
     convert(tmp_path / "hf", tmp_path / "model.h5")
-    tensors = tensor_files.list_tensors(tmp_path / "hf" / "model.safetensors").values()
-    whole = {at for its in tensors for at in range(its.offset, its.offset + its.size * its.read_as.itemsize)}
-    assert asked == whole
-    assert len(wrote) >= (tmp_path / "model.h5").stat().st_size // 20_000 > 3 and len({*wrote}) == 1
+    (name,) = {name for name, _ in wrote}
+    assert "model.h5" in name and {advice for _, advice in wrote} == {os.POSIX_FADV_DONTNEED}
+    assert len(wrote) >= (tmp_path / "model.h5").stat().st_size // 20_000 > 3

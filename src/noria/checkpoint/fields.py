@@ -4,11 +4,8 @@ What a matrix is made of is its format's to say (published/). Matrices are read 
 way to the file. Knows no format and no family's names.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
 from types import ModuleType
 
 import torch
@@ -19,7 +16,7 @@ from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.published import Form, notes
 from noria.checkpoint.published._tensors import Published
 from noria.checkpoint.sources import Place, spellings
-from noria.checkpoint.tensor_files import Reader, Tensor
+from noria.checkpoint.tensor_files import Reader, Tensor, ahead
 from noria.encodings import Fields
 from noria.errors import InputError, require
 from noria.model import ModelShape
@@ -27,8 +24,6 @@ from noria.models._sources import Slice
 from noria.pieces import Encoded, Field, Matrix
 
 WEIGHT = ".weight"
-AHEAD = 2  # matrices that are read beside the one on its way to the file
-ANNOUNCED = 32  # matrices before that, which the system reads meanwhile
 
 
 class FieldSources:
@@ -108,24 +103,10 @@ class FieldSources:
     def chunks(self, block: Block, parameter: Parameter) -> Iterator[memoryview]:
         """The bytes of a parameter, piece by piece. Raises InputError for fields that its encoding does not have."""
         kind, found = kinds.load("encodings", parameter.encoding), self._found[block.name, parameter.name]
-        places = [
-            (piece, number) for piece in range(parameter.pieces) for number in range(len(parameter.piece.matrices))
-        ]
-        self._announce(found[: AHEAD + ANNOUNCED])
-        with ThreadPoolExecutor(AHEAD) as pool:
-            read = partial(self._fields, kind, parameter)
-            coming = deque(pool.submit(read, one) for one in found[:AHEAD])
-            for at, (place, later) in enumerate(zip_longest(places, found[AHEAD:])):
-                fields = coming.popleft().result()
-                self._announce(found[at + AHEAD + ANNOUNCED :][:1])
-                if later:
-                    coming.append(pool.submit(read, later))
-                yield from _bytes(parameter, place[1], fields)
-
-    def _announce(self, found: Sequence[Published]) -> None:
-        for one in found:
-            for tensor in one.tensors:
-                self._reader.announce(tensor)
+        numbers = [*range(len(parameter.piece.matrices))] * parameter.pieces
+        fields = ahead(partial(self._fields, kind, parameter), found, parameter.nbytes // len(found))
+        for number, its in zip(numbers, fields, strict=True):
+            yield from _bytes(parameter, number, its)
 
     def _fields(self, kind: ModuleType, parameter: Parameter, matrix: Published) -> Fields:
         """The fields of a matrix, by their names in its encoding."""

@@ -1,17 +1,18 @@
 """Fills extents of a file: what comes chunk by chunk is gathered to large pieces, which threads write past the page cache.
 
-Through the page cache a processor copies each byte, and frees its page again; and whoever writes waits for the disk.
+Through the page cache a processor copies each byte, and frees its page again; and whoever writes waits for the disk. Pieces lie
+in huge pages: a write from small ones is cut at every few hundred.
 """
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from noria.tools.direct import DirectFile
+from noria.tools.pinned import HostMemory
 
-THREADS = 2  # that write
+THREADS = 2  # that write; one piece more than they write waits for them, and one is filled
 PIECE_NBYTES = 4 << 20
 BEHIND_NBYTES = 32 << 20  # written through the page cache, after which the system is asked to bring it to the disk
 
@@ -23,7 +24,8 @@ class ExtentWriter:
     def __init__(self, path: Path, descriptor: int):
         self._descriptor, self._file = descriptor, DirectFile(descriptor, path, writable=True)
         self._pool = ThreadPoolExecutor(THREADS, "fill")
-        self._free = deque(memoryview(mmap.mmap(-1, PIECE_NBYTES)) for _ in range(THREADS + 1))
+        pieces = HostMemory((THREADS + 2) * PIECE_NBYTES).memory.split(PIECE_NBYTES)
+        self._free = deque(piece.numpy().data for piece in pieces)
         self._coming: deque[tuple[Future[None], memoryview]] = deque()
         self._piece, self._filled, self._offset, self._cached = self._free.popleft(), 0, 0, 0
 

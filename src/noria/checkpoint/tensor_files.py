@@ -6,27 +6,39 @@ of models or checkpoints. The safetensors format: github.com/huggingface/safeten
 The library safetensors is not used here. It reads by a map of the file, whose pages count as the process's memory: of a
 file of 256 MiB, read slice by slice, it keeps 255 MiB in memory, this module 20, and `convert` promises a few MiB whatever
 the model's size. Extents are checked here against hostile headers. The tests write their files with the library.
+
+Large tensors are read past the page cache, ahead of who wants them: through it a processor copies each byte, and takes a page
+from the system for it.
 """
 
 import json
-import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from noria.blocks import ALIGNMENT, round_up
 from noria.errors import InputError
 from noria.tools.container import read_full
+from noria.tools.direct import DirectFile, chunks
+from noria.tools.pinned import ReusedMemory
 
-CHUNK_NBYTES = 4 << 20
-AHEAD_NBYTES = 64 << 20  # of a file, that the system is asked to read before they are wanted
+T = TypeVar("T")
+U = TypeVar("U")
+CHUNK_NBYTES = (4 << 20) - ALIGNMENT  # with the beginning of its first page it finds room in two huge ones
+DIRECT_NBYTES = 256 << 10  # a tensor of at least so many bytes is read past the page cache
+READERS = 2  # threads that read ahead
+AHEAD_NBYTES, MOST_AHEAD = 16 << 20, 8  # what they read before it is wanted: so many bytes, and items at most
 MAX_HEADER_NBYTES = 100_000_000  # as the format says
 # The dtypes of safetensors by the words that torch has for them, and the dtype that their bytes are read as: codes of 8
 # bits, which stand for numbers, are read as bytes.
@@ -123,16 +135,16 @@ def _tensor(name: str, path: Path, entry: dict[str, Any], data: int) -> Tensor:
 
 
 class Reader:
-    """Reads tensors through one buffer. Of torch's files one is open at a time, mapped into memory."""
+    """Reads tensors. Of torch's files one is open at a time, mapped into memory."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray(CHUNK_NBYTES)
+        self._memory = ReusedMemory()
         self._lock = Lock()  # over what follows
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
     def chunks(self, tensor: Tensor, transposed: bool = False) -> Iterator[torch.Tensor]:
-        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES; each is overwritten by the next.
+        """The numbers in row-major order as flat tensors of at most CHUNK_NBYTES, the next ones read meanwhile.
 
         Transposed: of the matrix's transpose; the whole matrix is in memory meanwhile.
         """
@@ -144,28 +156,34 @@ class Reader:
         if tensor.shard.suffix != ".safetensors":
             with self._lock:
                 return torch.cat(list(self._torch(tensor)) or [torch.empty(0, dtype=tensor.read_as)]).view(tensor.shape)
-        content = torch.empty(tensor.size * tensor.read_as.itemsize, dtype=torch.uint8)
+        nbytes = tensor.size * tensor.read_as.itemsize
         with tensor.shard.open("rb", buffering=0) as file:
-            read_full(file.fileno(), content.numpy().data, tensor.offset, tensor.shard)
+            if nbytes >= DIRECT_NBYTES:
+                content = self._past_the_cache(file.fileno(), tensor, nbytes)
+            else:
+                content = torch.empty(nbytes, dtype=torch.uint8)
+                read_full(file.fileno(), content.numpy().data, tensor.offset, tensor.shard)
         return content.view(tensor.read_as).view(tensor.shape)
 
-    def announce(self, tensor: Tensor) -> None:
-        """Reading a tensor of safetensors begins, and is not waited for."""
-        if tensor.shard.suffix == ".safetensors":
-            with tensor.shard.open("rb", buffering=0) as file:
-                _announce(file.fileno(), tensor.offset, tensor.size * tensor.read_as.itemsize)
+    def _past_the_cache(self, descriptor: int, tensor: Tensor, nbytes: int) -> torch.Tensor:
+        """The bytes of a tensor, read with those before it in its first page and those behind it in its last."""
+        before = tensor.offset % ALIGNMENT
+        memory = self._memory.take(round_up(before + nbytes))
+        file = DirectFile(descriptor, tensor.shard)
+        try:
+            file.read(tensor.offset - before, memory.numpy().data, before + nbytes)
+        finally:
+            file.close()
+        content = memory[before : before + nbytes]
+        return content if before % tensor.read_as.itemsize == 0 else content.clone()
 
     def _safetensors(self, tensor: Tensor) -> Iterator[torch.Tensor]:
-        dtype = tensor.read_as
-        nbytes = tensor.size * dtype.itemsize
-        with tensor.shard.open("rb", buffering=0) as file:
-            _announce(file.fileno(), tensor.offset, min(AHEAD_NBYTES, nbytes))
-            for begin in range(0, nbytes, CHUNK_NBYTES):
-                ahead = begin + AHEAD_NBYTES
-                _announce(file.fileno(), tensor.offset + ahead, min(CHUNK_NBYTES, nbytes - ahead))
-                view = memoryview(self._buffer)[: min(CHUNK_NBYTES, nbytes - begin)]
-                read_full(file.fileno(), view, tensor.offset + begin, tensor.shard)
-                yield torch.frombuffer(view, dtype=dtype)
+        nbytes = tensor.read_as.itemsize
+        parts = [
+            replace(tensor, shape=(end - begin,), offset=tensor.offset + begin * nbytes)
+            for begin, end in chunks(tensor.size, CHUNK_NBYTES // nbytes)
+        ]
+        return ahead(self.whole, parts, CHUNK_NBYTES) if len(parts) > 1 else map(self.whole, parts)
 
     def _torch(self, tensor: Tensor) -> Iterator[torch.Tensor]:
         if tensor.shard != self._path:
@@ -179,9 +197,18 @@ class Reader:
             yield chunk.clone()  # a view would keep the whole file mapped
 
 
-def _announce(descriptor: int, offset: int, nbytes: int) -> None:
-    if nbytes > 0:
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+def ahead(call: Callable[[T], U], items: Iterable[T], nbytes: int) -> Iterator[U]:
+    """What `call` returns of each item of so many bytes, in order, by threads that are ahead of who asks.
+
+    More items are under way than there are threads, unless they are large: none waits until who asks has taken one.
+    """
+    waiting, most = iter(items), min(max(AHEAD_NBYTES // max(nbytes, 1), READERS), MOST_AHEAD)
+    with ThreadPoolExecutor(READERS, "ahead") as pool:
+        coming = deque(pool.submit(call, item) for item in islice(waiting, most))
+        while coming:
+            found = coming.popleft().result()
+            coming.extend(pool.submit(call, item) for item in islice(waiting, 1))
+            yield found
 
 
 def _transposed(tensor: Tensor, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Tensors that are fixed for the run: those that MPI, or a stream other than the compute stream, reads and writes.
 
-On the device, or in page-locked host memory. Knows shapes, not what they hold.
+On the device, or in page-locked host memory; and host memory for one read after another. Knows shapes, not what they hold.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -18,6 +19,7 @@ T = TypeVar("T")
 PIECE_NBYTES = 1 << 30  # of a tier's memory: what one thread page-locks, unlocks and gives back at a time
 _TOUCH_NBYTES = 64 << 20
 _LOWER = "lower placement.weights.cpu and placement.cache.cpu"
+_HUGE_NBYTES = 2 << 20  # of a huge page
 _THREADS, _AHEAD_THREADS = 16, 8  # all that there are, and beside others that read
 
 
@@ -110,6 +112,28 @@ class HostMemory:
         locked, self._locked = self._locked, []
         _by_threads(lambda piece: torch.cuda.cudart().cudaHostUnregister(piece.data_ptr()), locked)
         return sum(piece.numel() for piece in locked)
+
+
+class ReusedMemory:
+    """Host memory for one read after another: fresh memory takes as long to come as the bytes that are read into it.
+
+    In huge pages, which a disk is given whole: a read into small ones is cut at every few hundred.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[HostMemory] = []
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] at the beginning of a page. It is free again when nothing is left that views it. Any thread may."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = HostMemory(0)
+        if memory.nbytes < nbytes:
+            memory = HostMemory(-(-nbytes // _HUGE_NBYTES) * _HUGE_NBYTES)
+        view = memory.memory.numpy()[:nbytes]
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return torch.from_numpy(view)
 
 
 def _by_threads(call: Callable[[torch.Tensor], T], pieces: Sequence[torch.Tensor]) -> list[T]:
