@@ -19,7 +19,7 @@ from noria.tools.text import nbytes_words
 from noria.tools.values import parse_nbytes
 
 PROMPT_TOKENS = 512  # of a row, where nobody looked
-LEAST_STEP_TOKENS, CPU_STEP_TOKENS = 256, 512
+LEAST_STEP_TOKENS, CPU_STEP_TOKENS = 128, 512
 EVEN = (0.0, 0.0)
 STEP_TOKENS = 2**16  # at most: a run is stopped between steps
 
