@@ -139,8 +139,8 @@ def test_without_overlap_times_add_up():
 
 
 def test_chunks_wait_for_the_copies_of_rows_that_decode_beside_them():
-    """16 layers of an OPT-30B shape with 16 GiB of an H200 and the cache in CPU memory: a prefill round takes 1.036 s, of which
-    the link is busy for 0.622 and layers compute for 0.449."""
+    """16 layers of an OPT-30B shape with 16 GiB of an H200 and the cache in CPU memory: in a prefill round the link is busy for
+    0.622 s and layers compute for 0.449. Of the link's, the caches take 16 * 77 * 518 * 28,672 bytes at 55 GB/s, 0.333 s."""
     made, load = opt(16, 7168, 56), Workload(192, 512, 12)
     sizes = {"weights": {"gpu": "5GiB", "cpu": "30GiB"}, "cache": {"cpu": 100.0}}
     flags = {"step_tokens": 14336, "microbatch_tokens": 2047, "groups": 1, "activations": "gpu"}
@@ -153,7 +153,7 @@ def test_chunks_wait_for_the_copies_of_rows_that_decode_beside_them():
         return costs.whole_blocks(plan, cut.shape, its, rates.Rates(), turn)
 
     mixed, alone = round_of(77), round_of(0)
-    assert mixed.seconds == pytest.approx(1.036, rel=0.15) and mixed.seconds > mixed.terms["link"] + 0.4
+    assert mixed.seconds == pytest.approx(0.449 + 0.333, rel=0.15) and mixed.seconds > mixed.terms["link"]
     assert alone.seconds < 0.7, "with nothing to load but weights"
 
 

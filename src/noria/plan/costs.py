@@ -127,18 +127,20 @@ def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Roun
 def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:
     used = resources(plan, shape, load, rates, round)
     seconds, binds = rank_seconds(plan, used, rates)
-    if not _copies_first(plan, round):
+    if not _caches_first(plan, round):
         return Way(used, seconds, binds)
-    hidden = dict.fromkeys(("link", "host not hidden"), 0.0)  # the host queues chunks while the device waits for copies
-    computed, binds = rank_seconds(plan, used | hidden, rates)
-    return Way(used, *max((seconds, binds), (computed + used["link"], "link" if used["link"] > computed else binds)))
+    work, hidden = load.work, dict.fromkeys(("link", "host not hidden"), 0.0)  # chunks are queued while caches come
+    moved = cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token))
+    caches = terms.link(sum(tier["load"] for tier in moved.values()), 0, rates)
+    computed, compute = rank_seconds(plan, used | hidden, rates)
+    return Way(used, *max((seconds, binds), (computed + caches, "link" if caches > computed else compute)))
 
 
-def _copies_first(plan: Plan, round: Round) -> bool:
-    """Whether a layer copies before it computes chunks, and the link has nothing to do meanwhile.
+def _caches_first(plan: Plan, round: Round) -> bool:
+    """Whether a layer loads caches before it computes chunks.
 
-    Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, all but the
-    first of these wait behind the weights of a layer to come, whose slot the layer before has just let go.
+    Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, these load one
+    after the other with little to compute meanwhile; weights come while chunks are computed (schedules/multi_batch.py).
     """
     tokens = cache_elsewhere(plan, round) * round.rows * round.context / plan.groups
     return round.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
