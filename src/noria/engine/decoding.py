@@ -40,10 +40,9 @@ class Decoder:
 
     def __init__(self, nbytes: int, device: torch.device):
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._now: tuple[object, ...] = ()  # what is decoded: the block's name, of a part of it what part
-        self._wanted: Which | None = None  # of a parameter's pieces, which
+        self._now: tuple[object, ...] = ()  # what is decoded: a whole block by its name, or also one parameter of it
         self._decoded: Parameters = {}
-        self._within: dict[str, Which] = {}  # of a whole block's parameters in pieces, which of them are decoded
+        self._some: dict[str, Which] = {}  # by parameter, which of its several pieces are decoded
         self._checked: set[str] = set()
 
     def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Computed:
@@ -58,30 +57,18 @@ class Decoder:
             return _ByParameter(self, name, held)
         if self._now != (name,):
             self._now = ()  # until all is decoded: memory may fail on the way
-            self._decoded, self._within = named(self.buffer, held.block.decoded), {}
+            self._decoded, self._some = named(self.buffer, held.block.decoded), {}
             for parameter, pieces in _encoded(held):
                 if parameter.pieces == 1:
                     encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
             self._now = (name,)
-        return views(held.buffer, held.block) | self._decoded | self._pieces(held)
+        several = [its for its in _encoded(held) if its[0].pieces > 1]
+        some = {key: SomePieces(self, name, key, *its) for its in several for key in its[0].computed}
+        return views(held.buffer, held.block) | self._decoded | some
 
     def forget(self) -> None:
         """What is asked for next is decoded, whatever was decoded before."""
-        self._now, self._wanted, self._within = (), None, {}
-
-    def _pieces(self, held: Undecoded) -> dict[str, "SomePieces"]:
-        """What stands for the tensors of a whole block's parameters in several pieces."""
-        several = [(parameter, pieces) for parameter, pieces in _encoded(held) if parameter.pieces > 1]
-        return {key: _AllPieces(self, "", key, one, pieces) for one, pieces in several for key in one.computed}
-
-    def within(self, parameter: Parameter, pieces: torch.Tensor, wanted: Which) -> Parameters:
-        """The tensors [wanted, ...] of some pieces, in their place in the block that is decoded whole."""
-        into = {key: self._decoded[key][: len(wanted)] for key in parameter.computed}
-        if not _same(self._within.get(parameter.name), wanted):
-            self._within.pop(parameter.name, None)
-            self._decode_some(parameter, pieces, into, wanted)
-            self._within[parameter.name] = wanted
-        return into
+        self._now, self._some = (), {}
 
     def _whole(self, block: Block) -> bool:
         unasked = self.buffer.device.type == "cpu" and any(parameter.pieces > 1 for parameter in block.encoded)
@@ -97,13 +84,18 @@ class Decoder:
         return self._decoded
 
     def some(self, block: str, parameter: Parameter, pieces: torch.Tensor, wanted: Which) -> Parameters:
-        """The tensors [wanted, ...] of some of a parameter's pieces, alone in the memory."""
-        if self._now != (block, parameter.name) or not _same(self._wanted, wanted):
-            self._now = ()
-            self._decoded = named(self.buffer, parameter.decoded(len(wanted)))
-            self._decode_some(parameter, pieces, self._decoded, wanted)
-            self._now, self._wanted = (block, parameter.name), wanted
-        return self._decoded
+        """The tensors [wanted, ...] of some of a parameter's pieces: in their place in a block that is decoded whole, or alone
+        in the memory."""
+        whole, same = self._now == (block,), _same(self._some.get(parameter.name), wanted)
+        if not whole and not (same and self._now == (block, parameter.name)):
+            self._now, self._decoded, same = (), named(self.buffer, parameter.decoded(len(wanted))), False
+        into = {key: self._decoded[key][: len(wanted)] for key in parameter.computed}
+        if not same:
+            self._some.pop(parameter.name, None)
+            self._decode_some(parameter, pieces, into, wanted)
+            self._some[parameter.name] = wanted
+            self._now = (block,) if whole else (block, parameter.name)
+        return into
 
     def _decode_some(
         self, parameter: Parameter, pieces: torch.Tensor, into: Mapping[str, torch.Tensor], wanted: Which
@@ -115,8 +107,10 @@ class Decoder:
             its = {name: tensor[place : place + count] for name, tensor in into.items()}
             encodings.decode(parameter, pieces[first : first + count], its)
 
-    def most(self, parameter: Parameter) -> int:
+    def most(self, block: str, parameter: Parameter) -> int:
         """How many pieces of a parameter find room."""
+        if self._now == (block,):
+            return parameter.pieces
         most = max(len(self.buffer) // max(end_of(parameter.decoded(1)), 1), 1)
         while most > 1 and end_of(parameter.decoded(most)) > len(self.buffer):
             most -= 1
@@ -161,32 +155,21 @@ class SomePieces:
     @property
     def most(self) -> int:
         """How many pieces may be asked for at once."""
-        return self._decoder.most(self._parameter)
+        return self._decoder.most(self._block, self._parameter)
 
     def of(self, wanted: Sequence[int]) -> torch.Tensor:
         """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
-        return self._some(tuple(wanted))
+        return self._decoded(tuple(wanted))
 
     def listed(self, named: torch.Tensor) -> torch.Tensor:
         """[n, ...]: those that a list of the device [n] int32 names, at most `most`; -1: none. Valid as what `of` gives.
 
         What is asked for by the same list, one after another, is decoded once.
         """
-        return self._some(named)
+        return self._decoded(named)
 
-    def _some(self, wanted: Which) -> torch.Tensor:
+    def _decoded(self, wanted: Which) -> torch.Tensor:
         return self._decoder.some(self._block, self._parameter, self._pieces, wanted)[self._name]
-
-
-class _AllPieces(SomePieces):
-    """The same of a block that is decoded whole: there is room for all."""
-
-    @property
-    def most(self) -> int:
-        return self._parameter.pieces
-
-    def _some(self, wanted: Which) -> torch.Tensor:
-        return self._decoder.within(self._parameter, self._pieces, wanted)[self._name]
 
 
 def _same(one: Which | None, other: Which) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from noria import encodings
 from noria.blocks import Block, Parameter
 from noria.kernels.fp8 import Fp8Matrix, Fp8Weight
 from noria.pieces import Field
@@ -66,23 +67,16 @@ def views(buffer: torch.Tensor, block: Block) -> Parameters:
         if parameter.plain:
             found |= _computed(numbers[parameter.name], parameter)
         elif parameter.multiplied:
-            found[parameter.name] = _multiplied(numbers[parameter.name][0], parameter)
+            found[parameter.name] = _multiplied(numbers[parameter.name], parameter)
     return found
 
 
-def _multiplied(piece: torch.Tensor, parameter: Parameter) -> Fp8Weight:
-    """Codes and scales of a parameter's matrices, as views into its only piece [bytes]."""
-    matrices = []
-    for number, _ in enumerate(parameter.piece.matrices):
-        fields = parameter.piece.fields_of(number)
-        its = {name: _field(piece, one) for name, one in fields.items()}
-        matrices.append(Fp8Matrix(its["codes"], its["scales"]))
+def _multiplied(pieces: torch.Tensor, parameter: Parameter) -> Fp8Weight:
+    """Codes and scales of a parameter's matrices, as views into its only piece [1, bytes]."""
+    fields = [encodings.fields_of(parameter.piece, number, pieces) for number in range(len(parameter.piece.matrices))]
+    matrices = tuple(Fp8Matrix(its["codes"][0], its["scales"][0]) for its in fields)
     rows, columns = parameter.settings.get("block_size", (1, parameter.shape[1]))
-    return Fp8Weight(tuple(matrices), (rows, columns))
-
-
-def _field(piece: torch.Tensor, one: Field) -> torch.Tensor:
-    return piece[one.offset : one.offset + one.nbytes].view(FIELD_DTYPES[one.dtype]).view(one.shape)
+    return Fp8Weight(matrices, (rows, columns))
 
 
 def place(buffer: torch.Tensor, block: Block) -> Parameters | Undecoded:
