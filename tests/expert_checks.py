@@ -9,6 +9,7 @@ from noria.kernels.expert_layer import GELU_TANH, ExpertLayer, Gate
 from noria.models import _routing
 from noria.models._routing import LEAST_SUM, Routing
 
+LEAST_SHARED = 99 << 10  # bytes of shared memory that every card of compute capability 8.0 gives a program
 CLAMPED = Gate(alpha=1.702, limit=1.0, shift=1.0, alternating=True)
 
 

@@ -11,7 +11,7 @@ import small_run
 from noria.__main__ import main
 from noria.desk import earlier
 from noria.desk.desk import Desk
-from noria.desk.earlier import Begun, lengths_of, of_running
+from noria.desk.earlier import Begun, earlier_lengths, of_running
 from noria.output.generations import Generations
 from noria.output.parts import Parts
 from noria.output.segments import read_segments
@@ -23,7 +23,7 @@ FACTS = {"of": 9}
 
 
 def told(parts):
-    found = lengths_of(parts, Begun(parts))
+    found = earlier_lengths(parts, Begun(parts))
     return found.ended.tolist(), sorted(found.half_way.tolist()), found.lost.tolist()
 
 
@@ -39,7 +39,7 @@ def test_lengths_are_those_of_finished_rows_of_rows_half_way_and_of_rows_that_a_
     again = Parts(tmp_path / "run.h5", HEADER)
     begun = Begun(again)
     monkeypatch.setattr(Generations, "read", None)  # no other row is read
-    found = lengths_of(again, begun)
+    found = earlier_lengths(again, begun)
     assert found.ended.tolist() == [10, 11, 12, 13, 17, 90] and found.half_way.tolist() == [70]
     assert found.lost.tolist() == [3, 4, 5]
 

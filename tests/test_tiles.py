@@ -24,9 +24,8 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
 import expert_checks
 import families
 import mixtures
-from expert_checks import CASES, CLAMPED, ROUTINGS, Case
+from expert_checks import CASES, CLAMPED, LEAST_SHARED, ROUTINGS, Case
 from noria.kernels.expert_layer import ExpertLayer
-from noria.kernels.shared_memory import LEAST
 from noria.models import _routing, _tiles
 from noria.step import Run
 from whole import Whole, tokens_of
@@ -147,7 +146,7 @@ def test_experts_that_come_a_few_at_a_time_give_the_bits_of_all_at_once(most, ro
 @pytest.mark.parametrize("its", mix.TILINGS, ids=lambda its: f"tile {its.tile}")
 def test_blocks_fit_the_shared_memory_of_any_card(its):
     for blocks, matrices in ((its.first, 2), (its.second, 1)):
-        fitting = blocks.fitting(its.tile, matrices, 2, LEAST)
+        fitting = blocks.fitting(its.tile, matrices, 2, LEAST_SHARED)
         held = fitting.stages * (its.tile + matrices * blocks.columns) * blocks.depth * 2
         assert 2 <= fitting.stages <= blocks.stages and held <= 99 * 1024
 

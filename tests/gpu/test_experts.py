@@ -5,12 +5,11 @@ import torch
 
 import expert_checks
 import test_decoding_blocks
-from expert_checks import CASES, CLAMPED, IN_GROUPS, ROUTINGS, Case
+from expert_checks import CASES, CLAMPED, IN_GROUPS, LEAST_SHARED, ROUTINGS, Case
 from noria import kinds
 from noria.engine.decoding import Decoder
 from noria.engine.parameters import Undecoded
 from noria.kernels.expert_layer import ExpertLayer
-from noria.kernels.shared_memory import LEAST
 from noria.models import _experts, _routing, _tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -123,7 +122,7 @@ def test_a_row_has_the_same_bits_in_any_company_tile_and_card(case, dtype):
     for count in (1, 5, 16, 64, 300, 1024, case.tokens):
         some = torch.randperm(case.tokens, device="cuda")[:count]
         for its in kernels().TILINGS:
-            for shared in (None, LEAST):
+            for shared in (None, LEAST_SHARED):
                 found = kernels().mix(rows[some], chosen[some], weights[some], layer, lambda _, its=its: its, shared)
                 assert torch.equal(found, whole[some]), (count, its.tile, shared)
 
@@ -147,7 +146,7 @@ def test_cards_with_99_kib_of_shared_memory_are_served(monkeypatch):
     for name, one in zip(("first_product", "second_product"), recorded, strict=True):
         monkeypatch.setattr(kernels().experts, name, one)
     for its in kernels().TILINGS:
-        kernels().mix(rows, chosen, weights, layer, lambda _, its=its: its, LEAST)
+        kernels().mix(rows, chosen, weights, layer, lambda _, its=its: its, LEAST_SHARED)
     assert all(len(one.shared) == 3 and max(one.shared) <= 99 << 10 for one in recorded), [r.shared for r in recorded]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from noria.config import Config
 from noria.desk.capacity import capacity_of
-from noria.desk.earlier import Begun, agree, chat_date, lengths_of, make_room, of_running
+from noria.desk.earlier import Begun, agree, chat_date, earlier_lengths, make_room, of_running
 from noria.desk.examination import Examined
 from noria.desk.exports import paths_of_prompts, write_exports
 from noria.desk.old_rules import texts_again
@@ -127,7 +127,7 @@ class Desk:
             self._tokenizer,
             begun.take_up,
             done,
-            lengths_of(parts, begun),
+            earlier_lengths(parts, begun),
         )
         capacity = capacity_of(plan, self._checkpoint.shape, config.pipeline.prefix_sharing)
         ends, rules = self._tokenizer.end_token_ids, self._identity.rules

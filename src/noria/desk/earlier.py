@@ -114,7 +114,7 @@ def of_running(lengths: Iterable[int]) -> list[int]:
     return [len(found), *np.quantile(found, np.linspace(0, 1, _POINTS)).astype(int).tolist()]
 
 
-def lengths_of(parts: Parts, begun: Begun) -> EarlierLengths:
+def earlier_lengths(parts: Parts, begun: Begun) -> EarlierLengths:
     """How long the rows of earlier jobs got. Reads no row: the lengths of a part are known, those of what ran are in segments.
 
     Of the rows that ended as many as others are judged by, evenly from the latest parts: in time a part has no order.

@@ -4,8 +4,6 @@ from functools import lru_cache
 
 import torch
 
-LEAST = 99 << 10  # bytes that every card of compute capability 8.0 gives a program
-
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:

@@ -121,9 +121,8 @@ def _graph_rows(problem: Problem, sizes: Sizes) -> int:
         return 0
     if problem.dtype not in HALF:  # attention by lists of work alone can be captured
         return 0
-    if (
-        problem.shape.cache_encoding
-    ):  # graphs over a cache in fewer bits have not been compared with plain steps on a GPU
+    # Graphs over a cache in fewer bits have not been compared with plain steps on a GPU.
+    if problem.shape.cache_encoding:
         return 0
     room = min(sizes.pages_in(_left(problem, sizes, rank), rank) for rank in sizes.cut.counts)
     rows = min(max(GRAPHS_ROOM * room // problem.workload.own_pages, 1), problem.workload.num_rows)

@@ -41,10 +41,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     passes, sampled = plan.groups * cuts, round.all_rows
     tokens = max(round.tokens / passes, 1)
     read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
-    cache, (received, sent) = (
-        cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token)),
-        states_nbytes(load, cuts, round),
-    )
+    cache, (received, sent) = _caches(plan, work, round), states_nbytes(load, cuts, round)
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
     read = passes * (work.read - (1 - read_experts) * work.expert_read)
@@ -129,11 +126,15 @@ def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round:
     seconds, binds = rank_seconds(plan, used, rates)
     if not _caches_first(plan, round):
         return Way(used, seconds, binds)
-    work, hidden = load.work, dict.fromkeys(("link", "host not hidden"), 0.0)  # chunks are queued while caches come
-    moved = cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token))
-    caches = terms.link(sum(tier["load"] for tier in moved.values()), 0, rates)
+    hidden = dict.fromkeys(("link", "host not hidden"), 0.0)  # chunks are queued while caches come
+    caches = terms.link(sum(tier["load"] for tier in _caches(plan, load.work, round).values()), 0, rates)
     computed, compute = rank_seconds(plan, used | hidden, rates)
     return Way(used, *max((seconds, binds), (computed + caches, "link" if caches > computed else compute)))
+
+
+def _caches(plan: Plan, work: Tasks, round: Round) -> dict[str, dict[str, float]]:
+    """Bytes of cache that a rank with these tasks loads and stores in a round, in each tier that is not the device."""
+    return cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token))
 
 
 def _caches_first(plan: Plan, round: Round) -> bool:
@@ -142,8 +143,10 @@ def _caches_first(plan: Plan, round: Round) -> bool:
     Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, these load one
     after the other with little to compute meanwhile; weights come while chunks are computed (schedules/multi_batch.py).
     """
+    if not round.chunk_tokens or not plan.cache_slots:
+        return False
     tokens = cache_elsewhere(plan, round) * round.rows * round.context / plan.groups
-    return round.chunk_tokens > 0 and plan.cache_slots > 0 and tokens > plan.cache_slot_pages * PAGE_TOKENS
+    return tokens > plan.cache_slot_pages * PAGE_TOKENS
 
 
 def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:

@@ -171,8 +171,7 @@ def microbatches(plan: Plan, round: Round) -> float:
     count = max(plan.microbatches, -(-min(tokens, plan.step_tokens) // plan.microbatch_tokens))
     if plan.state_rows:
         count = max(count, -(-rows // plan.state_rows))
-    elsewhere = cache_elsewhere(plan, round)
-    if elsewhere and plan.cache_slot_pages:
+    if plan.cache_slot_pages and (elsewhere := cache_elsewhere(plan, round)):
         tokens = round.rows * round.context + round.chunk_rows * 2 * round.chunk_context
         pages = elsewhere * max(tokens / plan.groups, rows) / PAGE_TOKENS
         count = max(count, -(-pages // plan.cache_slot_pages))

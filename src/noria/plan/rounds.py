@@ -141,13 +141,19 @@ def _rounds_of(workload: Workload, most_rows: int, round_tokens: int, left: floa
     early = rows * (waves - 1 + max(1 - after / each, 0.0) * (each - 1 > after))  # they end while others begin
     shared = workload.shared_tokens
     cached = shared + prompt * (pieces - 1) / (2 * pieces)
+    of_both = {"context": context, "shared": shared, "lengths": lengths, "reserved": rows * workload.own_pages}
     filling = Round(
-        riding / prefills, context, begun * prompt, begun * pieces, shared + prompt / 2, cached, shared, lengths
+        rows=riding / prefills,
+        chunk_tokens=begun * prompt,
+        chunk_rows=begun * pieces,
+        chunk_context=shared + prompt / 2,
+        chunk_cached=cached,
+        ended=early / prefills,
+        **of_both,
     )
-    filling = replace(filling, ended=early / prefills, reserved=rows * workload.own_pages)
     ended = (rows * waves - early) / alone if alone else 0.0
-    last = Round(later / alone if alone else rows, context, shared=shared, lengths=lengths, ended=ended)
-    return Rounds(prefills, filling, alone, replace(last, reserved=filling.reserved), workload.new_tokens)
+    last = Round(rows=later / alone if alone else rows, ended=ended, **of_both)
+    return Rounds(prefills, filling, alone, last, workload.new_tokens)
 
 
 def _rounds(tokens: float, round_tokens: int, left: float, pieces: float) -> float:

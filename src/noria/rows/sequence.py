@@ -43,17 +43,15 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)  # one a token generated, where the row asks for it
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # their top_ids and top_logprobs
     prompt_logprobs: np.ndarray | None = None  # [prompt tokens], where the row asks for it
-    text_end: int | None = (
-        None  # characters of the text (of its answer, where it thinks) up to the stop text that ended it
-    )
+    # Characters of the text (of its answer, where it thinks) up to the stop text that ended it.
+    text_end: int | None = None
     finish_reason: str = "none"
     error: str = ""
     # Its place in the line.
     order: int = -1  # in which sequences were admitted first: the youngest is the last one
     returned: bool = False  # because pages were short: it reserves all that it may need from then on
-    blocks: list[PromptBlock] = field(
-        default_factory=list
-    )  # of its prompt, while it is in line: those that it may share
+    # Of its prompt, while it is in line: those that it may share.
+    blocks: list[PromptBlock] = field(default_factory=list)
     cached_tokens: int = 0  # of its prompt, which were computed before it was admitted
     # What it holds in flight, of the slots.
     cached: int = 0

@@ -128,8 +128,8 @@ class ReusedMemory:
         try:
             memory = self._free.pop()
         except IndexError:
-            memory = HostMemory(0)
-        if memory.nbytes < nbytes:
+            memory = None
+        if memory is None or memory.nbytes < nbytes:
             memory = HostMemory(-(-nbytes // _HUGE_NBYTES) * _HUGE_NBYTES)
         view = memory.memory.numpy()[:nbytes]
         weakref.finalize(view, self._free.append, memory).atexit = False
