@@ -180,7 +180,9 @@ class InRuns:
         return len(self.matrices)
 
     def of(self, wanted):
-        return self.matrices[list(wanted)]
+        if isinstance(wanted, range):  # a list of numbers would be sent to the device, and waited for
+            return self.matrices[wanted.start : wanted.stop]
+        return self.matrices[wanted]
 
     def listed(self, named):
         return self.matrices[named.clamp(min=0)]
