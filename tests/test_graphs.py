@@ -17,7 +17,7 @@ from noria import attention, config, kinds
 from noria.checkpoint.convert import convert
 from noria.checkpoint.quantization import quantization
 from noria.engine.decoding import Decoder
-from noria.engine.graphs import OFTEN, Graphs
+from noria.engine.graphs import SERVED, Graphs
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import building, search
@@ -190,4 +190,8 @@ def test_a_step_goes_by_the_next_larger_graph_until_its_own_size_has_come_often_
     )
     graphs._graphs = {(0, 64): None, (0, 128): None}
     assert [graphs.size_of(rows) for rows in (33, 64, 65, 100, 129, 20, 3)] == [64, 64, 128, 128, 160, 64, 64]
-    assert [graphs.size_of(33) for _ in range(OFTEN + 1)] == [64] * (OFTEN - 1) + [40, 40]
+    near, far = SERVED.values()
+    assert [graphs.size_of(33) for _ in range(near + 1)] == [64] * (near - 1) + [40, 40]
+    graphs._graphs = {(0, 1024): None}
+    assert [graphs.size_of(rows) for rows in (300, 200, 120, 5)] == [1024, 1024, 1024, 8]  # as rows end one after another
+    assert [graphs.size_of(200) for _ in range(far + 1)] == [1024] * (far - 1) + [224, 224]

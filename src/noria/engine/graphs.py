@@ -32,10 +32,12 @@ from noria.ring.messages import Arrays
 from noria.streams import Streams
 from noria.tools.text import nbytes_words, plural
 
-MORE = 2  # times as many rows as a step has may be computed in its place, or
-FEW = 64  # rows in place of fewer: they cost what reading weights costs
-SEEN = 2  # times that a size must have come before it is captured: what comes once may never come again
-OFTEN = 32  # the same where a larger graph serves: what it takes longer in so many steps is what a capture takes
+FEW = 64  # rows cost what fewer do: what reading weights costs
+SEEN = 1  # times that a size must have come before it is captured: what comes once may never come again
+# The same where a larger graph serves, of so many times the rows of the step or of FEW: what it takes longer in so many steps is
+# what a capture takes. Without a graph a step takes the host longer than most larger ones take the device, and a size that is
+# new has kernels to be loaded: where rows end one after another, steps come once each.
+SERVED = {2: 32, 8: 8}
 
 
 @dataclass
@@ -89,8 +91,9 @@ class Graphs:
         """The size to which a step of so many rows is padded: of the next larger graph, until its own has been captured."""
         own = padded_rows(rows)
         self._came[own] += 1
-        captured = [size for _, size in self._graphs if own <= size <= max(MORE * own, FEW)]
-        return min(captured, default=own) if self._came[own] <= OFTEN else own
+        larger = min((size for _, size in self._graphs if size >= own), default=own)
+        near = (most for times, most in SERVED.items() if larger <= times * max(own, FEW))
+        return larger if self._came[own] <= next(near, 0) else own
 
     def expect(self, padded: Padded, layers: range) -> None:
         """Queues what can be queued for a visit before its hidden states are there: for these most ranks wait, and one copy and
