@@ -193,5 +193,10 @@ def test_a_step_goes_by_the_next_larger_graph_until_its_own_size_has_come_often_
     near, far = SERVED.values()
     assert [graphs.size_of(33) for _ in range(near + 1)] == [64] * (near - 1) + [40, 40]
     graphs._graphs = {(0, 1024): None}
-    assert [graphs.size_of(rows) for rows in (300, 200, 120, 5)] == [1024, 1024, 1024, 8]  # as rows end one after another
+    assert [graphs.size_of(rows) for rows in (300, 200, 120, 5)] == [
+        1024,
+        1024,
+        1024,
+        8,
+    ]  # as rows end one after another
     assert [graphs.size_of(200) for _ in range(far + 1)] == [1024] * (far - 1) + [224, 224]
