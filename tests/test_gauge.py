@@ -250,6 +250,9 @@ def test_launches_that_the_device_hides_are_not_off():
         timing = {name: np.array(values, float) for name, values in changed.items()}
         [one] = [one for one in terms(PLAN, timing, 10_000) if one.name == "decode, launches"]
         assert one.is_off == off and one.note
+    lasted = {"decode_watched_seconds": [4.1, 4.3]}  # the device computes all the time: its queue is full
+    timing = {name: np.array(values, float) for name, values in (changed | lasted).items()}
+    assert not next(one for one in terms(PLAN, timing, 10_000) if one.name == "decode, launches").is_off
 
 
 def test_on_a_cpu_launches_are_a_part_of_what_a_layer_computes():

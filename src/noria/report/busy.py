@@ -14,7 +14,8 @@ from noria.report.terms import Term, Timings, number, on_cpu, term
 from noria.tools.text import plural, seconds_words
 
 KERNELS = ("attention", "other kernels")
-HIDDEN = 0.8  # of the device's time: launches that take less of the host's go on beside it
+HIDDEN = 0.8  # of the device's time: launches that take less of the host's go on beside it, and
+BUSY = 0.95  # of a round that the device computes: whatever launches take then, it waits for none
 NOTES = {
     "launches": "Python and launches of layers on the host, while the device computes; it waits there where the queue is full",
     "host": "rank 0: takes results in, composes steps",
@@ -30,8 +31,15 @@ def busy(plan: Mapping[str, Any], timings: Timings, phase: str) -> Iterator[Term
         words = f"{phase}, {name}"
         found = term(words, planned.get(name), measured[name], seconds_words, NOTES.get(name, ""))
         if found is not None:
-            hidden = name == "launches" and measured[name] < HIDDEN * measured["compute"]
-            yield replace(found, is_hidden=hidden)
+            yield replace(found, is_hidden=name == "launches" and _launches_hide(timings, phase, measured))
+
+
+def _launches_hide(timings: Timings, phase: str, measured: Mapping[str, float]) -> bool:
+    """Whether the device has enough to do meanwhile: all ranks compute through their rounds, or launches take less."""
+    rounds = timings[f"{phase}_watched_rounds"]
+    lasted, computed = (_a_round(timings, phase, name, rounds) for name in ("watched", "compute"))
+    busy = bool((lasted > 0).all() and (computed >= BUSY * lasted).all())
+    return busy or measured["launches"] < HIDDEN * measured["compute"]
 
 
 def planned_seconds(predicted: object, phase: str) -> dict[str, float]:
