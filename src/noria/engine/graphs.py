@@ -33,7 +33,7 @@ from noria.streams import Streams
 from noria.tools.text import nbytes_words, plural
 
 FEW = 64  # rows cost what fewer do: what reading weights costs
-SEEN = 1  # times that a size must have come before it is captured: what comes once may never come again
+SEEN = 1  # times that a size but the first must have come before it is captured: what comes once may never come again
 # The same where a larger graph serves, of so many times the rows of the step or of FEW: what it takes longer in so many steps is
 # what a capture takes. Without a graph a step takes the host longer than most larger ones take the device, and a size that is
 # new has kernels to be loaded: where rows end one after another, steps come once each.
@@ -124,7 +124,8 @@ class Graphs:
         """The graph of these layers for a step, with all that the step differs by where it finds it; None: there is none."""
         self._plain += 1
         name = layers.start, padded.size
-        if self.off or (name not in self._graphs and self._came[padded.size] <= SEEN):
+        is_new = bool(self._graphs) and name not in self._graphs
+        if self.off or (is_new and self._came[padded.size] <= SEEN):
             return None
         return self._graphs[name] if self._try(padded, lambda: self._put(padded, layers, hidden)) else None
 
