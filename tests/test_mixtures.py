@@ -17,6 +17,7 @@ from noria.step import Run
 from whole import Whole, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+THETAS = {"full_attention": {"rope_theta": 700.0}, "sliding_attention": {"rope_theta": 90.0}}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -48,6 +49,9 @@ def test_logits_are_those_of_transformers(name):
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3: Noria computes this family only with 2"),
         ("llama4_text", {"moe_layers": [0, 3]}, "moe_layers is [0, 3]: it must be a list of layers"),
         ("llama4_text", {"no_rope_layers": [2, 0, 1]}, "no_rope_layers is [2, 0, 1]"),
+        ("beam", {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": None}}, "rope_theta of sliding_attention in rope_parameters is missing"),
+        ("laguna", {"rope_parameters": THETAS, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: full_attention of rope_parameters does not say its own"),
+        ("mimo_v2_flash", {"rope_parameters": THETAS, "partial_rotary_factor": None}, "partial_rotary_factor is 0.334: full_attention of rope_parameters does not say its own"),
         ("beam", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is {'rope_theta': 10000.0}: it must have an object full_attention"),
         ("laguna", {"gating": "per-token"}, "gating is 'per-token'"),
         ("laguna", {"num_attention_heads_per_layer": [4, 5, 4]}, "num_attention_heads_per_layer (5) is not a multiple"),
@@ -82,6 +86,16 @@ def test_families_that_are_known_and_not_computed_are_refused_with_their_obstacl
     with pytest.raises(InputError) as error:
         models.for_config({"model_type": name, "architectures": ["X"]})
     assert f"{name!r} is not in this version of Noria: {OBSTACLES[name]}" in str(error.value)
+
+
+def test_a_rope_of_a_kind_of_layers_has_the_theta_of_all_if_it_has_none_of_its_own():
+    ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_theta": 90.0}}
+    turns = shape_of("beam", rope_theta=700.0, rope_parameters=ropes).details["turns"]
+    assert [theta for theta, *_ in turns] == [700, 90, 700]
+
+
+def test_an_empty_rope_is_as_none():
+    assert shape_of("gpt_oss", rope_scaling={}) == shape_of("gpt_oss", rope_scaling=None)
 
 
 def test_llama_4_ends_where_its_first_chunk_does():

@@ -179,16 +179,32 @@ def by_kind(config: Mapping[str, Any], kinds: Iterable[str], head_dim: int) -> d
 
     Raises InputError.
     """
-    found: dict[str, Turn | None] = {}
     parameters: Any = config.get("rope_parameters")
-    for kind in sorted({*kinds}):
-        known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind, 0), Mapping | None)
-        require(known, f"config.json: rope_parameters is {read.shown(parameters)}: it must have an object {kind}")
-        its = {"rope_parameters": parameters[kind]} | {
-            key: config.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")
-        }
-        found[kind] = parameters[kind] and (*settings(its), rotated_size(its, head_dim, True))
-    return found
+    found = {kind: _of_kind(config, parameters, kind) for kind in sorted({*kinds})}
+    return {
+        kind: None if its is None else (*settings(its), rotated_size(its, head_dim, True))
+        for kind, its in found.items()
+    }
+
+
+def _of_kind(config: Mapping[str, Any], parameters: Any, kind: str) -> dict[str, Any] | None:
+    """What a config.json says of the rope of one kind of layer alone; None: it has none. Raises InputError."""
+    known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind, 0), Mapping | None)
+    require(known, f"config.json: rope_parameters is {read.shown(parameters)}: it must have an object {kind}")
+    rope = parameters[kind]
+    if rope is None:
+        return None
+    keys = ("rope_theta", "max_position_embeddings", "original_max_position_embeddings")
+    its = {"rope_parameters": rope} | {key: config.get(key) for key in keys}
+    theta = rope.get("rope_theta") is not None or its["rope_theta"] is not None
+    require(theta, f"config.json: rope_theta of {kind} in rope_parameters is missing")
+    share = config.get("partial_rotary_factor")
+    require(
+        share in (None, 1.0) or rope.get("partial_rotary_factor") is not None,
+        f"config.json: partial_rotary_factor is {read.shown(share)}: {kind} of rope_parameters does not say its own,"
+        " which it must where not all of each head is rotated",
+    )
+    return its
 
 
 def tables(

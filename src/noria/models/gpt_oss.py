@@ -53,7 +53,7 @@ EXPERTS = partial(_experts.sources_in_one, "mlp.experts.gate_up_proj", "mlp.expe
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    if keys.get("rope_scaling") is None and keys.get("rope_parameters") is None:
+    if not (keys.get("rope_scaling") or keys.get("rope_parameters")):
         keys = keys.having(rope_scaling=ROPE)
     number, chosen = _routing.counts(keys, "num_local_experts")
     layers, inner = range(_decoder.num_layers(keys)), read.integer(keys, "intermediate_size")

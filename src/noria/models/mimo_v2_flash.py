@@ -100,7 +100,7 @@ def _with_ropes(keys: read.Keys) -> read.Keys:
         kind: {"rope_theta": theta, "partial_rotary_factor": factor}
         for kind, theta in ((FULL, full), (SLIDING, sliding))
     }
-    return keys if keys.get("rope_parameters") is not None else keys.having(rope_parameters=ropes)
+    return keys.having(partial_rotary_factor=factor, rope_parameters=keys.get("rope_parameters") or ropes)
 
 
 def _window(config: Mapping[str, Any]) -> int:
