@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -635,6 +636,34 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
         (tmp_path / name).write_text("mine")
     convert(source, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.h5", *foreign]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_that_a_signal_ends_leaves_nothing_and_says_so_in_a_line(tmp_path, number):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    target.write_text("old")
+    script = "import os, sys\nfrom noria import __main__\nfrom noria.commands import convert\n" + (
+        f"convert._Lines.__call__ = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+        "sys.argv = ['noria', 'convert', *sys.argv[1:], '--overwrite']\n__main__.main()\n"
+    )
+    command = forked([sys.executable, "-c", script, source, target])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (-number, "")
+    assert ended.stderr.splitlines()[-1:] == [f"noria: noria convert was ended by {number.name}"]
+    assert "Traceback" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.h5"]
+    assert target.read_text() == "old"
+
+
+def test_a_conversion_that_was_started_to_ignore_a_hangup_does(tmp_path):
+    source, target = directory(tmp_path), tmp_path / "model.h5"
+    script = "import os, signal, sys\nfrom noria import __main__\nfrom noria.commands import convert\n" + (
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "convert._Lines.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "sys.argv = ['noria', 'convert', *sys.argv[1:]]\n__main__.main()\n"
+    )
+    assert subprocess.run(forked([sys.executable, "-c", script, source, target]), timeout=60).returncode == 0
+    assert target.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
 
 import noria
 from noria.commands.parser import Parser
 from noria.errors import InputError
 from noria.launch import mpi
-from noria.launch.signals import Signals
+from noria.launch.signals import EndedBySignal, Signals, die_of, raised
 from noria.rows.template import template_helper
 from noria.tools.keys import nearest
 from noria.tools.lossy import hold_standard_streams, lead_nowhere, lossy
@@ -55,6 +56,13 @@ def _main(argv: list[str], is_last_act: bool = False) -> int:
         if argv[0] in UNDER_MPI or not mpi.may_be_a_shell():
             mpi.leave_together()
         return 2
+    except KeyboardInterrupt as stop:
+        if not is_last_act:
+            raise
+        number = stop.number if isinstance(stop, EndedBySignal) else signal.SIGINT
+        sys.stderr.write(f"noria: noria {argv[0]} was ended by {signal.Signals(number).name}\n")
+        die_of(number)
+        return 1
     except BrokenPipeError:
         _forget_stdout()
         return 1
@@ -89,6 +97,9 @@ def _command(name: str, argv: list[str], is_last_act: bool) -> int:
         raise InputError(
             f"noria {name} is a program of one process: start it without mpirun (here {mpi.launched()} ranks)"
         )
+    if name not in UNDER_MPI:
+        with raised():
+            return _start(name, argv)
     if name != "run":
         return _start(name, argv)
     # Both before torch, which takes seconds to import: a signal then would end the job unheard, and the process that

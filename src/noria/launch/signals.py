@@ -1,6 +1,6 @@
-"""The signals that ask a job to stop, held as bytes in a pipe until somebody reads them.
+"""The signals that ask a job to stop, held as bytes in a pipe until somebody reads them; those that end other commands.
 
-The interpreter writes them there the moment they arrive, whatever the main thread sits in; nothing acts in a handler.
+The interpreter writes the held ones there the moment they arrive, whatever the main thread sits in; nothing acts in a handler.
 """
 
 import contextlib
@@ -9,12 +9,50 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 STOPS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)  # beside SIGINT, of which Python makes a KeyboardInterrupt
 AGAIN_SECONDS = 0.5  # a launcher and a terminal may both hand on one Ctrl-C
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """A signal `number` ends the process: what was begun is taken away first, as after Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """ENDS raise EndedBySignal in the main thread inside this `with`, once each; those that are ignored or handled stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for one in ENDS:  # what ends the process is at work: a second one would end it half-way
+        if signal.getsignal(one) is _end:
+            signal.signal(one, signal.SIG_IGN)
+    raise EndedBySignal(number)
+
+
+def die_of(number: int) -> None:
+    """Ends this process by a signal, so that a shell or a launcher hears which one it was."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 class Signals:
