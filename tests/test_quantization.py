@@ -112,6 +112,19 @@ def test_what_cannot_be_meant_is_refused(folder, tmp_path, capsys, flags, words)
     assert not (tmp_path / "small.h5").exists()
 
 
+@pytest.mark.parametrize("source", ["llama", "tiny"])
+def test_a_model_without_matrices_that_are_stored_in_fewer_bits_is_told(folder, tmp_path, capsys, source):
+    if source == "tiny":
+        sizes = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1}
+        families.save(families.CONFIGS["llama"] | sizes, folder / source)
+    flags = {"llama": ["--compress-weights", "exponent"], "tiny": ["--quantization", "fp8"]}[source]
+    assert main(["convert", str(folder / source), str(tmp_path / "model.h5"), *flags]) == 0
+    words = (
+        f"noria: {' '.join(flags)} changed nothing: no matrix of this model is of the kind that it stores in fewer bits"
+    )
+    assert words in capsys.readouterr().err
+
+
 def test_a_number_that_is_none_is_refused_with_its_tensor(folder, tmp_path):
     model = families.save(families.CONFIGS["llama"], tmp_path / "hf")
     with torch.no_grad():

@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         made = convert(*asked, report, arguments.overwrite, choose, arguments.lora)
     finally:
         report.close()
-    for note in made.notes + _doubts(arguments.target):
+    notes = [] if choose is None or made.forms else [_unchanged(arguments)]
+    for note in notes + made.notes + _doubts(arguments.target):
         sys.stderr.write(f"noria: {printable(note)}\n")
     seconds = time.monotonic() - started
     sys.stdout.write(
@@ -91,6 +92,15 @@ def _quantization(arguments: argparse.Namespace) -> Choose | None:
     if word is not None:
         return quantization(word, size)
     return None if lossless is None else compressed
+
+
+def _unchanged(arguments: argparse.Namespace) -> str:
+    """What to say where no parameter took the form that was asked for."""
+    flags = {"--quantization": arguments.quantization, "--compress-weights": arguments.compress_weights}
+    asked = " ".join(f"{flag} {word}" for flag, word in flags.items() if word)
+    return (
+        f"{asked} changed nothing: no matrix of this model is of the kind that it stores in fewer bits, or large enough"
+    )
 
 
 def _check_tokenizer(source: Path) -> None:
