@@ -406,6 +406,14 @@ def test_a_wrong_shape_is_refused_with_both_shapes(tmp_path):
     refused(source, tmp_path, "'model.layers.2.self_attn.k_proj.weight' [8, 32]", "layers/0002/qkv [64, 32]")
 
 
+def test_an_expert_of_a_wrong_shape_is_named_before_all_others(tmp_path):
+    source, name = tmp_path / "hf", "model.layers.1.mlp.experts.3.down_proj.weight"
+    families.save(families.QWEN3_MOE, source)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {name: tensors[name].T.contiguous()}, source / "model.safetensors")
+    refused(source, tmp_path, f"model.safetensors: {name!r} [12, 32] cannot make layers/0001/experts [8, 36, 32]")
+
+
 def test_quantized_numbers_are_refused(tmp_path):
     source = directory(tmp_path, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})
     refused(source, tmp_path, "'model.norm.weight' is 'float8_e4m3fn'", "bfloat16")
@@ -457,6 +465,9 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path):
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").symlink_to("nothing")
     refused(source, tmp_path, "is a link to nothing: download it again")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to("model.safetensors")
+    refused(source, tmp_path, "model.safetensors is a link to nothing: download it again")
 
 
 def test_a_download_cache_is_read_through_its_links_and_no_further(tmp_path):
@@ -497,6 +508,8 @@ def test_damaged_safetensors_are_refused(tmp_path):
         (with_header({"a": tensor | {"data_offsets": [-16, 0]}}), ["header is damaged"]),
         (with_header({"a": tensor | {"shape": [-4], "data_offsets": [16, 0]}}), ["header is damaged"]),
         (with_header({"a": tensor | {"data_offsets": [2**70, 2**70 + 16]}}), ["is truncated"]),
+        (with_header({"a": tensor, "b": tensor | {"data_offsets": [12, 28]}}), ["header is damaged", "b begins in a"]),
+        (with_header({"b": tensor, "a": tensor}), ["header is damaged", "b begins in a"]),
     ]:
         file.write_bytes(content)
         refused(source, tmp_path, "model.safetensors", *words)

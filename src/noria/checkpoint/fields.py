@@ -15,7 +15,7 @@ from noria.blocks import Block, Parameter, lay_out
 from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.published import Form, notes
 from noria.checkpoint.published._tensors import Published
-from noria.checkpoint.sources import Place, spellings
+from noria.checkpoint.sources import Place, odd_ones, spellings
 from noria.checkpoint.tensor_files import Reader, Tensor, ahead
 from noria.encodings import Fields
 from noria.errors import InputError, require
@@ -155,9 +155,10 @@ def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) 
         rows = sum(one.shape[0] for one in found)
         right = all((rows, one.shape[1]) == parameter.shape for one in found)
     if not right:
-        have = ", ".join(f"{one.module!r} {list(one.shape)}" for one in found[:6]) + (" and more" if found[6:] else "")
+        odd = [found[number] for number in odd_ones([one.shape for one in found], parameter.pieces)]
+        have = ", ".join(f"{one.module!r} {list(one.shape)}" for one in odd[:6]) + (" and more" if odd[6:] else "")
         raise InputError(
-            f"{found[0].tensors[0].shard}: {have} cannot make {where} {list(parameter.shape)}, the shape that config.json"
+            f"{odd[0].tensors[0].shard}: {have} cannot make {where} {list(parameter.shape)}, the shape that config.json"
             " asks for: weights and config.json belong to different models"
         )
 

@@ -84,7 +84,7 @@ class Folder:
     def _checked(self, path: Path) -> Path | None:
         if not path.is_symlink() and not path.exists():
             return None
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # unlike resolve(), of links that go round in a circle too
         if not target.is_relative_to(self._root):
             raise InputError(
                 f"{path} is a link to {target}, outside {self._root}: copy the file into the directory (a link is"

@@ -4,7 +4,8 @@ Which they are is the model family's to say. Reads no numbers but those of a hea
 """
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from types import ModuleType
@@ -118,10 +119,11 @@ def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]
     if len(wanted) == 3:  # its first two dimensions are rows
         wanted = (wanted[0] * wanted[1], wanted[2])
     if any((rows, *source.shape[1:]) != wanted for source in sources):
-        have = ", ".join(f"{source.tensor.name!r} {list(source.tensor.shape)}" for source in sources[:6])
-        have += " and more" if sources[6:] else ""
+        odd = [sources[number] for number in odd_ones([source.shape for source in sources], parameter.pieces)]
+        have = ", ".join(f"{source.tensor.name!r} {list(source.tensor.shape)}" for source in odd[:6])
+        have += " and more" if odd[6:] else ""
         raise InputError(
-            f"{sources[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
+            f"{odd[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
             " that config.json asks for: weights and config.json belong to different models"
         )
     for tensor in (source.tensor for source in sources):
@@ -129,6 +131,14 @@ def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]
             raise InputError(
                 f"{tensor.shard}: {tensor.name!r} is {tensor.dtype!r}: Noria converts {', '.join(DTYPE_NBYTES)}"
             )
+
+
+def odd_ones(shapes: Sequence[tuple[int, ...]], pieces: int) -> list[int]:
+    """The numbers of the shapes that are not as most are at the same place of their pieces; all if none is odd."""
+    each = max(len(shapes) // pieces, 1)
+    usual = [Counter(shapes[place::each]).most_common(1)[0][0] for place in range(min(each, len(shapes)))]
+    odd = [number for number, shape in enumerate(shapes) if shape != usual[number % each]]
+    return odd or list(range(len(shapes)))
 
 
 def shared(plan: Plan) -> str | None:

@@ -115,12 +115,22 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(name, path, entry, 8 + nbytes) for name, entry in entries.items()}
-        end = 8 + nbytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = 8 + nbytes + _end_of({name: entry["data_offsets"] for name, entry in entries.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: its safetensors header is damaged: {str(error)[:200]!r}") from error
     if end > size:
         raise InputError(f"{path} is truncated: its tensors end at byte {end}, the file has {size}; download it again")
     return tensors
+
+
+def _end_of(places: dict[str, list[int]]) -> int:
+    """The byte where the last tensor ends. Raises ValueError for a byte that two tensors have."""
+    end, last = 0, ""
+    for begin, its_end, name in sorted((begin, end, name) for name, (begin, end) in places.items()):
+        if begin < min(end, its_end):
+            raise ValueError(f"{name} begins in {last}")
+        end, last = max(end, its_end), name
+    return end
 
 
 def _tensor(name: str, path: Path, entry: dict[str, Any], data: int) -> Tensor:
