@@ -15,6 +15,7 @@ from noria.__main__ import main
 from noria.checkpoint import random_weights
 from noria.checkpoint.checkpoint import open_checkpoint
 from noria.checkpoint.convert import convert
+from noria.checkpoint.published import _groups
 from noria.checkpoint.quantization import GROUP_SIZES, WORDS, quantization
 from noria.checkpoint.random_weights import random_checkpoint
 from noria.encodings import exponent
@@ -279,6 +280,17 @@ def test_random_weights_stay_plain_where_the_config_names_them(family, said, enc
     block = random_checkpoint(shape, "bfloat16").blocks["layers/0001"]
     assert {one.name: one.encoding for one in block.encoded} == encodings_of
     assert all(one.settings["permuted"] for one in block.encoded if one.encoding == "int4" and "config_groups" in said)
+
+
+def test_patterns_of_modules_are_tried_in_one_child_for_a_whole_model(monkeypatch):
+    started = []
+    helper = _groups.Helper
+    monkeypatch.setattr(_groups, "Helper", lambda *arguments: started.append(arguments) or helper(*arguments))
+    family, said, encodings_of = LISTS[-1]
+    checkpoint = random_checkpoint(families.CONFIGS[family] | {"quantization_config": said}, "bfloat16")
+    for name, block in checkpoint.blocks.items():
+        assert {one.name: one.encoding for one in block.encoded} == (encodings_of if name.startswith("layers") else {})
+    assert len(checkpoint.blocks) == 5 and len(started) == 1
 
 
 def test_random_gpt_oss_takes_as_many_bytes_as_it_is_published_in():

@@ -5,6 +5,7 @@ For trying a shape, a placement or a machine. Has the interface of checkpoint.Ch
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import xxhash
 
 from noria import kinds
-from noria.blocks import DTYPE_NBYTES, Block, Parameter
+from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block, model_shape
 from noria.checkpoint.quantization import Quantization, laid_out
 from noria.checkpoint.said import Chosen, said_by
@@ -44,21 +45,24 @@ class RandomCheckpoint:
         self.blocks = {name: model_block(self._module, self.shape, name, dtype) for name in block_names(self.shape)}
         chosen = said_by(config, any(block.expert_numbers for block in self.blocks.values()))
         if chosen is not None:
-            self.blocks = {name: self._encoding(block, dtype, chosen) for name, block in self.blocks.items()}
+            self._encode(chosen)
         self.nbytes = sum(block.nbytes for block in self.blocks.values())
         self.header_hash = xxhash.xxh3_128(f"random {dtype} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
         width = config.get("initializer_range", config.get("init_std", 0.02))
         self._width = width if isinstance(width, float) and 0 < width < 1 else 0.02
 
-    def _encoding(self, block: Block, dtype: str, chosen: Chosen) -> Block:
-        """A block with its parameters encoded as it is said of the modules that they are made of."""
-        sources = self._module.sources(self.shape, block.name)
-
-        def choose(parameter: Parameter) -> Quantization | None:
-            names = [str(one).removesuffix(".weight") for one in sources[parameter.name]]
-            return chosen([*names[:SOME], *names[-1:]])  # experts are alike
-
-        return laid_out(block, dtype, choose)
+    def _encode(self, chosen: Chosen) -> None:
+        """Makes blocks whose parameters are encoded as it is said of the modules that they are made of."""
+        modules = {}
+        for block in self.blocks.values():
+            sources = self._module.sources(self.shape, block.name)
+            for parameter in block.parameters:
+                names = [str(one).removesuffix(".weight") for one in sources[parameter.name]]
+                modules[block.name, parameter.name] = [*names[:SOME], *names[-1:]]  # experts are alike
+        forms = dict(zip(modules, chosen([*modules.values()]), strict=True))
+        for name, block in [*self.blocks.items()]:
+            own = {parameter.name: forms[name, parameter.name] for parameter in block.parameters}
+            self.blocks[name] = laid_out(block, self.dtype, _by_name(own))
 
     def read_block(self, name: str, into: bytearray | memoryview) -> None:
         """Fills the writable buffer `into`, of exactly the block's nbytes, with the block. Any thread may call it."""
@@ -147,6 +151,10 @@ def _tile(target: np.ndarray, period: np.ndarray) -> None:
     for begin in range(0, len(target), max(len(period), 1)):
         part = target[begin : begin + len(period)]
         part[:] = period[: len(part)]
+
+
+def _by_name(forms: Mapping[str, Quantization | None]) -> Callable[[Parameter], Quantization | None]:
+    return lambda parameter: forms[parameter.name]
 
 
 def random_checkpoint(config: dict[str, Any], dtype: str) -> RandomCheckpoint:

@@ -11,8 +11,8 @@ from noria.checkpoint.quantization import WORDS, Quantization
 from noria.errors import InputError, require
 from noria.models._config import shown
 
-# Of the modules that a parameter is made of its form; None: plain numbers.
-Chosen: TypeAlias = Callable[[Sequence[str]], Quantization | None]
+# Of the modules that each parameter is made of its form; None: plain numbers.
+Chosen: TypeAlias = Callable[[Sequence[Sequence[str]]], Sequence[Quantization | None]]
 LEFT = ("modules_to_not_convert", "ignored_layers", "exclude_modules", "ignore")  # lists of modules that stay plain
 BLOCK = 128  # outputs and inputs that share a scale in ModelOpt's FP8_PB_WO
 
@@ -53,7 +53,11 @@ def _chosen(method: str, settings: Mapping[str, Any], experts: bool) -> Chosen:
             return None
         return of_experts if all("experts" in one.split(".") for one in modules) else of_others
 
-    return choose
+    return _one_by_one(choose)
+
+
+def _one_by_one(choose: Callable[[Sequence[str]], Quantization | None]) -> Chosen:
+    return lambda parameters: [choose(modules) for modules in parameters]
 
 
 def _quantization(method: str, settings: Mapping[str, Any]) -> Quantization:
@@ -103,10 +107,11 @@ def _compressed(settings: Mapping[str, Any]) -> Chosen:
     require(found, "config_groups has no group that quantizes weights")
     made, ignored = {one: _of_scheme(one) for one in found}, settings.get("ignore")
 
-    def choose(modules: Sequence[str]) -> Quantization | None:
-        its = {*of_modules(found, ignored, modules).values()}
-        scheme = next(iter(its)) if len(its) == 1 else None
-        return None if scheme is None else made[scheme]
+    def choose(parameters: Sequence[Sequence[str]]) -> list[Quantization | None]:
+        groups = of_modules(found, ignored, [one for modules in parameters for one in modules])
+        each = [{groups[one] for one in modules} for modules in parameters]
+        alike = [next(iter(its)) if len(its) == 1 else None for its in each]
+        return [None if scheme is None else made[scheme] for scheme in alike]
 
     return choose
 
@@ -127,14 +132,14 @@ def _modelopt(settings: Mapping[str, Any]) -> Chosen:
     algorithm, left = settings["quant_algo"], _left(settings)
     if algorithm != "MIXED_PRECISION":
         its = _of_algorithm(algorithm)
-        return lambda modules: None if any(_is_named(one, left) for one in modules) else its
+        return _one_by_one(lambda modules: None if any(_is_named(one, left) for one in modules) else its)
     layers = {name: _of_algorithm(one["quant_algo"]) for name, one in settings["quantized_layers"].items()}
 
     def choose(modules: Sequence[str]) -> Quantization | None:
         found = [layers.get(one) for one in modules]
         return found[0] if all(one == found[0] for one in found) else None
 
-    return choose
+    return _one_by_one(choose)
 
 
 def _of_algorithm(algorithm: Any) -> Quantization:
