@@ -288,3 +288,19 @@ def test_a_prefix_is_staged_once_in_a_microbatch_and_counts_once_in_its_pages():
     assert cut([1, 1, 1], 9, 1, [9, 13, 13], [0, 8, 12], most_pages=15) == [0, 3]
     assert cut([1, 1, 1], 9, 1, [9, 13, 13], [0, 8, 12], most_pages=14) == [0, 2, 3]
     assert cut([1, 1, 1], 9, 1, [9, 13, 13], [0, 8, 12], most_pages=13) == [0, 1, 2, 3]
+
+
+def test_a_staged_row_keeps_the_order_of_its_runs_where_only_a_later_one_is_shared():
+    """The second row came after others had parted from the beginning: the same pages are two runs to it."""
+    from noria.engine.batch import to_staging
+    from noria.engine.kv_cache import TierPages
+    from noria.step import Span
+
+    own, parted, shared = (Run(100, 8),), (Run(100, 4), Run(104, 4)), Run(108, 4)
+    spans = [Span(0, 1, 193, (*own, shared, Run(120, 4))), Span(1, 1, 200, (*parted, shared, Run(124, 4)))]
+    moved, staged = to_staging(spans, [TierPages(100, 200, None, (), ())])
+    assert [span.runs for span in moved] == [
+        (Run(0, 8), Run(8, 4), Run(12, 1)),
+        (Run(13, 8), Run(8, 4), Run(21, 1)),
+    ]
+    assert staged.num_pages == 22

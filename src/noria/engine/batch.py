@@ -235,19 +235,22 @@ class _Slot:
         self.stores: list[tuple[int, int, int]] = []
 
     def place(self, span: Span, times: Mapping[Run, int], shared: dict[Run, Run]) -> tuple[Run, ...]:
-        """Where a span's pages are in the slot: runs that several spans begin with are there once, all others are one run."""
-        runs, own, before = list[Run](), Run(0, 0), 0
+        """Where a span's pages are in the slot, in their order: runs that several spans have are there once and stay apart, all
+        others that follow one another are one."""
+        runs, before, own = list[Run](), 0, False
         for run in span.runs:
             tokens = min(run.count * PAGE_TOKENS, span.length - before)
             if tokens <= 0:
                 break
             placed = shared.get(run) or self._add(run, span.length - span.count - before, tokens)
-            if times[run] > 1:
-                runs.append(shared.setdefault(run, placed))
+            alone = times[run] == 1
+            if alone and own:
+                runs[-1] = Run(runs[-1].start, runs[-1].count + placed.count)
             else:
-                own = Run(own.start if own.count else placed.start, own.count + placed.count)
+                runs.append(placed if alone else shared.setdefault(run, placed))
+            own = alone
             before += run.count * PAGE_TOKENS
-        return (*runs, own) if own.count else tuple(runs)
+        return tuple(runs)
 
     def _add(self, run: Run, old: int, tokens: int) -> Run:
         """The first tokens of a run of pages, of which `old` are there already and the others are computed."""
