@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from noria.borders import cut, cut_tokens
 from noria.limits import RUN_PAGES
+from noria.rows import composing
 from noria.rows.admission import Admission
 from noria.rows.making import Source
 from noria.rows.prompts import Prompt
@@ -127,6 +128,16 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_decoding_rows():
     prompts = [prompt(0, 2, max_new_tokens=20, ignore_eos=True), prompt(1, 30, max_new_tokens=2, ignore_eos=True)]
     _, steps = run(prompts, Capacity(1, 100, 10, 8, 1, 64))
     assert [step.counts.tolist() for step in steps[:5]] == [[2, 8], [1, 8], [1, 8], [1, 6], [1, 1]]
+
+
+def test_steps_of_rows_on_the_device_are_cut_without_a_look_at_each_row(monkeypatch):
+    """As a plan has it that gives the other tiers no pages."""
+    monkeypatch.setattr(composing, "cut", None)
+    prompts = [prompt(row, 5, max_new_tokens=4) for row in range(30)]
+    limits = Capacity(1, 128, 64, 64, 1, 64)
+    _, steps = run(prompts, replace(limits, tier_pages=(128, 0, 0)))
+    _, expected = run(prompts, limits)
+    assert [step.encode() for step in steps] == [step.encode() for step in expected]
 
 
 def test_a_slot_is_refilled_as_soon_as_its_row_ends():

@@ -158,7 +158,7 @@ def _scores(rows: list[int], chunks: list[tuple[Sequence, int]], starts: np.ndar
 
 def _borders(rows: _Rows, sequences: Mapping[int, Sequence], limits: Cuts) -> list[int]:
     """Borders [K+1] of the step's microbatches: each in one tier, and beyond the device within a staging buffer's pages."""
-    if len(limits.tiers) == 1:
+    if not any(limits.tiers[1:]):
         return cut_tokens(rows.counts, limits.microbatch_tokens, limits.microbatches, limits.state_rows)
     counts, positions, borders = rows.counts.tolist(), rows.positions.tolist(), [0]
     members = [sequences[slot] for slot in rows.slots.tolist()]
