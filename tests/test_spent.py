@@ -157,6 +157,16 @@ def test_a_run_has_its_flops_as_torch_counts_them_and_its_bytes(run):
     assert seen * len(texts) == timing["decode_seen"][0] + timing["prefill_seen"][0] or timing["prefill_rounds"][0] > 1
 
 
+def test_a_chunk_of_one_token_is_prefill_unless_it_is_the_last_of_its_prompt(run):
+    """Which takes a token and samples one, as a row that decodes does."""
+    output = run.parent / "ones.h5"
+    assert main(small_run.command(run.parent, output, "--step-tokens", 1, "--max-new-tokens", 2)) == 0
+    with opened.open(output) as rows:
+        timing, prompts = rows.timings(), [len(row.prompt_token_ids) for row in rows]
+    assert set(prompts) == {3} and timing["prefill_rounds"][0] == 2 * len(prompts) == timing["prefill_tokens"][0]
+    assert timing["decode_rounds"][0] == 2 * len(prompts)
+
+
 def test_report_and_inspect_tell_where_the_time_went(run, capsys):
     assert main(["inspect", "--json", str(run)]) == 0
     told = json.loads(capsys.readouterr().out)["time"]

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 
 def _is_prefill(steps: Sequence[Step]) -> bool:
-    """Whether a round of these steps computes any chunk of a prompt."""
-    return any((step.num_tokens and step.admitted) or step.num_tokens > len(step.slots) for step in steps)
+    """Whether a round of these steps computes any chunk of a prompt: not one that is a prompt's last token alone."""
+    return any((step.num_tokens and step.admitted) or step.num_tokens > step.num_samples for step in steps)
 
 
 def _phase(steps: Sequence[Step]) -> str:
