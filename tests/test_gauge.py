@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from noria.output import opened
 from noria.output.generations import open_generations
 from noria.report.busy import end_lines
 from noria.report.measured import terms
+from noria.report.terms import term
 from noria.streams import CpuStreams
 from noria.tools.busy import Busy
+from noria.tools.text import seconds_words
 
 
 class Clock(CpuStreams):
@@ -241,6 +244,13 @@ def test_the_end_of_a_run_names_the_terms_that_are_off():
     assert lines[1].split() == ["prefill,", "link", "1", "s", "1.3", "s", "+30", "%"]
     planned = [one for one in terms(PLAN, timing, 10_000) if not one.is_off]
     assert list(end_lines(planned)) == [f"as planned: {len(planned)} figures within 15 %"] and not list(end_lines([]))
+
+
+def test_a_term_that_was_planned_to_take_next_to_nothing_keeps_its_columns():
+    """As the link of ranks on a CPU, whose cache is in its memory."""
+    one = term("prefill, link", 1.08e-8, 1.39e-3, seconds_words)
+    assert list(end_lines([one]))[1] == f"{'prefill, link':<24}{'0.000 ms':>12}{'1.39 ms':>12}  >9999 %"
+    assert (one.change, replace(one, difference=-0.4).change) == (">9999 %", "-40 %")
 
 
 def test_launches_that_the_device_hides_are_not_off():

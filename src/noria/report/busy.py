@@ -85,4 +85,4 @@ def end_lines(terms: Sequence[Term]) -> Iterator[str]:
     elif off:
         yield f"{'not as planned':<24}{'planned':>12}{'measured':>12}"
     for one in off:
-        yield f"{one.name:<24}{one.planned:>12}{one.measured:>12}{100 * one.difference:>+7.0f} %"
+        yield f"{one.name:<24}{one.planned:>12}{one.measured:>12}{one.change:>9}"

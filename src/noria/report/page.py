@@ -86,7 +86,7 @@ def _more(facts: Facts) -> str:
 def _terms(terms: list[Term]) -> str:
     rows = (
         f'<tr><th scope="row">{safe(one.name)}<small>{safe(one.note)}</small></th><td class="number">{safe(one.planned)}</td>'
-        f'<td class="number">{safe(one.measured)}</td><td class="number{" off" * one.is_off}">{100 * one.difference:+.0f} %</td>'
+        f'<td class="number">{safe(one.measured)}</td><td class="number{" off" * one.is_off}">{safe(one.change)}</td>'
         "</tr>"
         for one in terms
     )

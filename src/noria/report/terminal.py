@@ -55,7 +55,7 @@ def _terms(terms: list[Term]) -> Iterator[str]:
         yield f"{'':<24}{'planned':>12}{'measured':>12}"
     for one in terms:
         mark = "  <-" if one.is_off else ""
-        yield f"{one.name:<24}{one.planned:>12}{one.measured:>12}{100 * one.difference:>+7.0f} %  {one.note}{mark}".rstrip()
+        yield f"{one.name:<24}{one.planned:>12}{one.measured:>12}{one.change:>9}  {one.note}{mark}".rstrip()
 
 
 def _ranks(facts: Facts) -> Iterator[str]:

@@ -26,6 +26,11 @@ class Term:
     is_hidden: bool = False  # by what goes on beside it and takes longer
 
     @property
+    def change(self) -> str:
+        """The difference in words."""
+        return f"{100 * self.difference:+.0f} %" if self.difference < 100 else ">9999 %"
+
+    @property
     def is_off(self) -> bool:
         """Whether the run differed from the plan, by more than a prediction may (plan.TOLERANCE) or beyond a limit, and that
         may have cost time."""

@@ -73,7 +73,9 @@ def nbytes_words(nbytes: int) -> str:
 
 
 def seconds_words(seconds: float) -> str:
-    """`0 s`, `61.3 ms`, `2.31 s`, `12.0 min`, `3.5 h`."""
+    """`0 s`, `0.000 ms`, `61.3 ms`, `2.31 s`, `12.0 min`, `3.5 h`."""
+    if 0 < seconds < 1e-6:
+        return "0.000 ms"
     if 0 < seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     for size, unit in ((3600, "h"), (60, "min")):
