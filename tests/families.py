@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -126,6 +127,30 @@ CONFIGS = {
 }
 
 
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "deepstack_visual_indexes": [0]}
+TEXT_ALONE = {"qwen3_vl_moe_text": "qwen3_vl_moe"}  # of which transformers has no model but the one around it
+
+
+def _around(settings: dict) -> dict:
+    """The settings of the model to make for a text model's."""
+    kind = TEXT_ALONE.get(settings["model_type"])
+    if kind is None:
+        return settings
+    vision = VISION | {"out_hidden_size": settings["hidden_size"]}
+    tied = settings["tie_word_embeddings"]
+    return {"model_type": kind, "text_config": settings, "vision_config": vision, "tie_word_embeddings": tied}
+
+
+def _publish(path: Path) -> None:
+    """Gives the tensors of a text model in another its own names, and turns its experts, as they are published."""
+    state = {}
+    for name, tensor in load_file(path).items():
+        if "visual" not in name:
+            turned = tensor.transpose(1, 2) if ".experts." in name else tensor
+            state[name.replace("model.language_model.", "model.")] = turned.contiguous()
+    save_file(state, path)
+
+
 def empty_model(config: dict) -> torch.nn.Module:
     """A model of transformers, as it is made."""
     import transformers
@@ -137,8 +162,9 @@ def empty_model(config: dict) -> torch.nn.Module:
         for key in ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping", "q_lora_rank")
         if key in config and config[key] is None
     }
-    hugging_face = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
-    hugging_face._attn_implementation = hugging_face._experts_implementation = "eager"  # float64 too
+    hugging_face = transformers.AutoConfig.for_model(**copy.deepcopy(_around(settings)))
+    for its in (hugging_face, hugging_face.get_text_config()):
+        its._attn_implementation = its._experts_implementation = "eager"  # float64 too
     return getattr(transformers, config["architectures"][0])(hugging_face).eval()
 
 
@@ -160,5 +186,7 @@ def save(config: dict, folder: Path, seed: int = 0) -> torch.nn.Module:
     """The model, saved by transformers into `folder` with this config.json."""
     model = random_model(config, seed)
     model.save_pretrained(folder)
+    if config["model_type"] in TEXT_ALONE:
+        _publish(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return model

@@ -391,6 +391,18 @@ GLM_MOE_DSA = GLM4_MOE_LITE | {
     "index_n_heads": 2,
     "indexer_rope_interleave": True,
 }
+QWEN3_VL_MOE = rotary(
+    "qwen3_vl_moe_text",
+    "Qwen3VLMoeForConditionalGeneration",
+    head_dim=16,
+    moe_intermediate_size=12,
+    num_experts=8,
+    num_experts_per_tok=3,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+    rope_scaling={"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+)
 CONFIGS = {
     "glm4_moe": GLM4_MOE,
     "glm4_moe of Air's shape": GLM4_MOE | {"use_qk_norm": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2},
@@ -486,4 +498,7 @@ CONFIGS = {
     "glm_moe_dsa": GLM_MOE_DSA,
     "glm_moe_dsa of 5.1's shape": GLM_MOE_DSA
     | {"indexer_types": ["full", "shared", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "qwen3_vl_moe_text": QWEN3_VL_MOE,
+    "qwen3_vl_moe_text with dense layers, tied": QWEN3_VL_MOE
+    | {"mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": None, "tie_word_embeddings": True},
 }

@@ -30,6 +30,11 @@ SIZES = {
         {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "num_experts": 64, "intermediate_size": 18944, "vocab_size": 151936},
         57.4,
     ),
+    "Qwen3-VL-30B-A3B": (
+        "qwen3_vl_moe_text",
+        {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768, "vocab_size": 151936},
+        30.5,
+    ),
     "OLMoE-1B-7B": ("olmoe", {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 1024, "vocab_size": 50304}, 6.92),
     "Phi-3.5-MoE": ("phimoe", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32064}, 41.9),
     "ERNIE-4.5-21B-A3B": ("ernie4_5_moe", {"hidden_size": 2560, "num_hidden_layers": 28, "num_attention_heads": 20, "vocab_size": 103424}, 21.8),
@@ -83,7 +88,7 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "llama4_text"])
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "llama4_text", "qwen3_vl_moe_text"])
 def test_experts_in_one_tensor_are_read_of_torchs_files_as_of_safetensors(name, tmp_path, capsys):
     families.save(CONFIGS[name], tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "one.h5")]) == 0

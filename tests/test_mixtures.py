@@ -46,6 +46,8 @@ def test_logits_are_those_of_transformers(name):
         ("mimo_v2_flash", {"swa_num_key_value_heads": 3}, "num_attention_heads (4) is not a multiple of swa_num_key_value_heads (3)"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias is True"),
         ("qwen2_moe", {"mlp_only_layers": "all"}, "mlp_only_layers is 'all'"),
+        ("qwen3_vl_moe_text", {"norm_topk_prob": False}, "norm_topk_prob is False: Noria computes this family only with True"),
+        ("qwen3_vl_moe_text", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3: Noria computes this family only with 2"),
         ("llama4_text", {"moe_layers": [0, 3]}, "moe_layers is [0, 3]: it must be a list of layers"),
         ("llama4_text", {"no_rope_layers": [2, 0, 1]}, "no_rope_layers is [2, 0, 1]"),

@@ -220,6 +220,7 @@ BUILT = [
     ("qwen2", "Qwen2Tokenizer", "qwen2", {"pad_token": "<|x|>", "add_prefix_space": True}),
     ("qwen2", "Qwen2Tokenizer", "qwen3_moe", {"eos_token": "<|end|>", "bos_token": None}),
     ("qwen2", "GPT2Tokenizer", "qwen3", {}),
+    ("qwen2", None, "qwen3_vl_moe", {}),
     ("gpt2", "GPT2Tokenizer", "gpt2", {"add_prefix_space": True}),
     ("gpt2", None, "opt", {}),
     ("gpt2", "GPTNeoXTokenizerFast", "llama", {"pad_token": "[PAD]"}),

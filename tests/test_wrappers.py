@@ -48,6 +48,7 @@ WRAPPED = {
     "Qwen2.5-VL": ("qwen2_5_vl_text", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", {"vision_config": QWEN_VISION}),
     "Qwen3-VL": ("qwen3_vl_text", "qwen3_vl", "Qwen3VLForConditionalGeneration", {"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}}),
     "GLM-4.5V": ("glm4v_moe_text", "glm4v_moe", "Glm4vMoeForConditionalGeneration", {"vision_config": QWEN_VISION}),
+    "Qwen3-VL-MoE": ("qwen3_vl_moe_text", "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", {"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}}),
     "Ministral 3": ("ministral3", "mistral3", "Mistral3ForConditionalGeneration", {"vision_config": PIXTRAL}),
 }  # fmt: skip
 
@@ -68,7 +69,7 @@ def wrapped(name, folder):
     for its in (config, config.text_config):
         its._attn_implementation = its._experts_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()
-    model.model.language_model.load_state_dict(inner.model.state_dict())
+    model.model.language_model.load_state_dict(getattr(inner.model, "language_model", inner.model).state_dict())
     model.lm_head.load_state_dict(inner.lm_head.state_dict())
     with torch.inference_mode():
         one, other = (its(torch.arange(5, 50)[None]).logits for its in (inner, model))
@@ -138,3 +139,10 @@ def test_whether_the_head_is_the_embedding_is_what_the_text_says_else_what_the_m
     outer = {"model_type": "qwen3_vl", "tie_word_embeddings": True}
     assert models.text_of(outer | {"text_config": {}})["tie_word_embeddings"] is True
     assert models.text_of(outer | {"text_config": {"tie_word_embeddings": False}})["tie_word_embeddings"] is False
+
+
+def test_transformers_reads_whether_the_head_is_the_embedding_beside_the_text_of_qwen3_vl_moe_alone():
+    text = {"tie_word_embeddings": True}  # the default of the text's class, which a saved model says
+    for outer, tied in (({"tie_word_embeddings": False}, False), ({"tie_word_embeddings": True}, True), ({}, False)):
+        found = models.text_of({"model_type": "qwen3_vl_moe", "text_config": text, **outer})
+        assert found["tie_word_embeddings"] is tied

@@ -6,7 +6,7 @@ Which they are is the model family's to say. Reads no numbers but those of a hea
 import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonpath
 from types import ModuleType
 
@@ -78,10 +78,31 @@ def plan_of(
         for parameter in model_block(family, shape, block, "float32").parameters:
             if parameter.name not in wanted:
                 continue
-            sources = [_source(name, found[name], parameter.pieces) for name in wanted[parameter.name]]
+            sources = _sources_of(parameter, wanted[parameter.name], found)
             _check_sources(block, parameter, sources)
             plan[block, parameter.name] = sources
     return plan
+
+
+def _sources_of(parameter: Parameter, names: Sequence[str], found: Mapping[str, Tensor]) -> list[TensorSource]:
+    """What a family's names of a parameter's sources mean; slices lie the other way where they make it so alone.
+
+    transformers 5 writes the experts of some families turned, under the names that are published.
+    """
+    sources = [_source(name, found[name], parameter.pieces) for name in names]
+    if not _fit(parameter, sources):
+        other = [replace(one, transposed=not one.transposed) for one in sources]
+        if all(isinstance(name, Slice) for name in names) and _fit(parameter, other):
+            return other
+    return sources
+
+
+def _fit(parameter: Parameter, sources: Sequence[TensorSource]) -> bool:
+    """Whether sources, one after another, have the rows and the columns of a parameter."""
+    rows, wanted = sum(source.shape[0] if source.shape else 0 for source in sources), parameter.shape
+    if len(wanted) == 3:  # its first two dimensions are rows
+        wanted = (wanted[0] * wanted[1], wanted[2])
+    return all((rows, *source.shape[1:]) == wanted for source in sources)
 
 
 def _source(name: str, tensor: Tensor, pieces: int) -> TensorSource:
@@ -114,11 +135,7 @@ def spellings(name: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]) -> None:
-    rows = sum(source.shape[0] if source.shape else 0 for source in sources)
-    wanted = parameter.shape
-    if len(wanted) == 3:  # its first two dimensions are rows
-        wanted = (wanted[0] * wanted[1], wanted[2])
-    if any((rows, *source.shape[1:]) != wanted for source in sources):
+    if not _fit(parameter, sources):
         odd = [sources[number] for number in odd_ones([source.shape for source in sources], parameter.pieces)]
         have = ", ".join(f"{source.tensor.name!r} {list(source.tensor.shape)}" for source in odd[:6])
         have += " and more" if odd[6:] else ""

@@ -28,9 +28,13 @@ WRAPPERS = {
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
     "glm4v_moe": ("glm4v_moe_text",),
 }
 OF_IMAGES = ("vision_", "image_", "video_")  # how keys begin that the text model does not read
+OWN_HEAD = (
+    "qwen3_vl_moe",
+)  # whose text_config may say tie_word_embeddings, which transformers writes and does not read
 FLAT = ("qwen2_vl", "qwen2_5_vl")  # of these it may have the text model's keys among its own
 # Other names of a family. Where all is text, the three numbers of a position that models of images have are equal.
 TYPES = {
@@ -60,6 +64,8 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         f"config.json: model_type of text_config is {shown(family)}: not in this version of Noria; known: {', '.join(known)}",
     )
     tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    if config["model_type"] in OWN_HEAD:
+        text, tied = {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}, {}
     return {**tied, **text, "model_type": family, "architectures": None}
 
 

@@ -27,7 +27,10 @@ class Itself(str):
 
 
 class Slice(str):
-    """The name of a tensor of three dimensions of which one matrix, or its transpose, is the source."""
+    """The name of a tensor of three dimensions of which one matrix, or its transpose, is the source.
+
+    The other of both is it where all slices of a parameter make it so alone.
+    """
 
     number: int
     turned: bool

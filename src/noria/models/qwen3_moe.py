@@ -27,15 +27,21 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 
     Raises InputError, naming the key, for what this family cannot compute.
     """
-    config = read.keys_of(config, DEFAULTS, SYNONYMS)
+    keys = read.keys_of(config, DEFAULTS, SYNONYMS)
+    return shape_of("qwen3_moe", keys, normalized=read.flag(keys, "norm_topk_prob", False))
+
+
+def shape_of(family: str, config: read.Keys, normalized: bool, fused: bool = False) -> ModelShape:
+    """The same of a family. normalized: whether weights are divided by their sum; fused: see Experts. Raises InputError."""
     number, chosen = _routing.counts(config, "num_experts")
-    routing = _routing.Routing(chosen, before="softmax", normalized=read.flag(config, "norm_topk_prob", False))
-    experts = Experts(number, read.integer(config, "moe_intermediate_size"), sparse_layers(config), routing)
+    routing = _routing.Routing(chosen, before="softmax", normalized=normalized)
+    inner = read.integer(config, "moe_intermediate_size")
+    experts = Experts(number, inner, sparse_layers(config), routing, fused=fused)
     windowed = read.flag(config, "use_sliding_window", False)
     window = _decoder.window_of(config, range(_decoder.num_layers(config))) if windowed else None
     biases = read.flag(config, "attention_bias", False)
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, window=window, experts=experts)
-    made = _decoder.shape("qwen3_moe", config, variant)
+    made = _decoder.shape(family, config, variant)
     for key, value in (("qkv_bias", biases), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
         read.only(config, key, value, f"Noria computes this family only with {value}")
     # intermediate_size is of dense layers, which there may be none of

@@ -27,7 +27,7 @@ _OF_MODEL = {
         "GemmaTokenizer": "gemma2 gemma3 gemma3_text",
         "GPT2Tokenizer": "gpt2 opt phi starcoder2",
         "GPTNeoXTokenizer": "gpt_neox olmoe",
-        "Qwen2Tokenizer": "qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl",
+        "Qwen2Tokenizer": "qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe",
     }.items()
     for model_type in model_types.split()
 }
