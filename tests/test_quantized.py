@@ -267,6 +267,47 @@ def test_the_experts_of_gpt_oss_are_sliced_from_tensors_of_all_and_give_transfor
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("published", [True, False], ids=["inputs first", "outputs first"])
+def test_experts_in_fp8_that_lie_in_one_tensor_are_sliced_with_their_blocks_scales(tmp_path, published):
+    config = mixtures.QWEN3_VL_MOE | {"hidden_size": 64, "moe_intermediate_size": 32}
+    families.save(config, tmp_path / "hf")
+    pack = quantized.fp8_block(*((32, 16) if published else (16, 32)))
+    stored = quantized.load_file(tmp_path / "hf" / "model.safetensors")
+    state = {name: tensor.double() for name, tensor in stored.items()}
+    for name in [name for name in stored if ".experts." in name]:
+        outputs_first = state[name].numpy().transpose(0, 2, 1)
+        packed, found = zip(*(pack(name, its) for its in outputs_first), strict=True)
+        state[name] = torch.from_numpy(np.stack(found)).transpose(1, 2)
+        for key, ending in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+            whole = torch.stack([one[key] for one in packed])
+            stored[name + ending] = (whole.transpose(1, 2) if published else whole).contiguous()
+    quantized.save_file(stored, tmp_path / "hf" / "model.safetensors")
+    said = {"quantization_config": FP8 | {"weight_block_size": [16, 32]}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | said))
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    assert encoded_of(tmp_path / "model.h5") == {("experts", "fp8_block")}
+    assert_same_logits(tmp_path / "model.h5", config, state)
+
+
+def test_scales_of_other_experts_than_those_in_one_tensor_are_refused_by_their_name(tmp_path):
+    config = mixtures.QWEN3_VL_MOE | {"hidden_size": 64, "moe_intermediate_size": 32}
+    families.save(config, tmp_path)
+    stored = quantized.load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stored |= {name: stored[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(7, 1, 1)}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
+    for changed, words in (
+        (stored, f"{name}_scale_inv' [7, 1, 1]: they should be as many matrices"),
+        (stored | {f"{name}_scale_inv": torch.ones(8, 2, 1)}, "it should be float32"),
+        ({key: its for key, its in stored.items() if "_scale_inv" not in key}, f"no file holds '{name}_scale_inv'"),
+    ):
+        quantized.save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(InputError) as error:
+            convert(tmp_path, tmp_path / "model.h5", "float64")
+        assert words in str(error.value)
+
+
 def test_what_the_directory_has_in_full_precision_stays_so_layer_by_layer(tmp_path):
     plain = ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
     weights = llama(tmp_path / "hf", FP8 | {"modules_to_not_convert": ["lm_head", *plain]}, plain=plain)

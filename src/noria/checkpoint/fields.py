@@ -43,6 +43,7 @@ class FieldSources:
                 if any(found):
                     where = f"{block}/{parameter.name}"
                     whole = _of_one_form(where, wanted[parameter.name], found)
+                    whole = _as_they_lie(parameter, wanted[parameter.name], whole)
                     _check_shapes(where, parameter, whole)
                     gathered = block == "embed" or (shape.tied and parameter.name == "lm_head")
                     require(
@@ -144,6 +145,14 @@ def _of_one_form(where: str, names: Sequence[str], found: Sequence[Published | N
                 " this version of Noria stores in one form; take the unquantized model"
             )
     return whole
+
+
+def _as_they_lie(parameter: Parameter, names: Sequence[str], found: list[Published]) -> list[Published]:
+    """The matrices [outputs, inputs]: slices in blocks are turned where they make the parameter so alone."""
+    shapes = [matrix.shape for matrix in parameter.piece.matrices] * parameter.pieces
+    sliced = found[0].encoding == "fp8_block" and all(isinstance(name, Slice) for name in names)
+    other = sliced and [one.shape for one in found] != shapes == [one.shape[::-1] for one in found]
+    return [one.turned() for one in found] if other else found
 
 
 def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) -> None:

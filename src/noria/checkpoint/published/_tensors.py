@@ -32,6 +32,15 @@ class Published:
         """The same, made of these tensors too."""
         return replace(self, tensors=self.tensors + others)
 
+    def turned(self) -> "Published":
+        """The transpose, of an encoding of blocks, whose fields are all turned with it."""
+        settings = {**self.settings, "block_size": self.settings["block_size"][::-1]}
+
+        def fields(reader: Reader) -> Fields:
+            return {name: its.t() for name, its in self.fields(reader).items()}
+
+        return replace(self, shape=self.shape[::-1], settings=settings, fields=fields)
+
 
 class Tensors:
     """The tensors of a directory by name."""

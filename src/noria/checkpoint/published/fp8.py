@@ -2,7 +2,8 @@
 
 transformers' quantizer_finegrained_fp8.py and its integration; DeepSeek-V3's fp8_cast_bf16.py; vLLM's fp8.py for `weight_scale`
 and quant_method fbgemm_fp8. A number is its code times `weight_scale_inv`, whatever its name says. Experts may be FP4
-(expert_dtype fp4, DeepSeek V4).
+(expert_dtype fp4, DeepSeek V4). Experts in one tensor NAME [experts, ...] have their scales in NAME_scale_inv, which lie
+as they do.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from noria.checkpoint.published._floats import fp8, mxfp4
 from noria.checkpoint.published._tensors import PLAIN, Published, Tensors, activations_of, cache_of
+from noria.checkpoint.tensor_files import slice_of
 from noria.errors import InputError, require
 from noria.models._config import shown
 
@@ -37,8 +39,10 @@ class Fp8:
 
     def matrix(self, module: str, number: int | None = None) -> Published | None:
         """e4m3 codes with their scales; of experts in FP4 e2m1 codes."""
+        if number is not None:
+            return self._of_many(module, number)
         weight = self._tensors.named(f"{module}.weight")
-        if weight is None or weight.dtype in PLAIN or number is not None:
+        if weight is None or weight.dtype in PLAIN:
             return None
         scales = [f"{module}.{ending}" for ending in SCALES]
         if weight.dtype == "float8_e4m3fn":
@@ -46,6 +50,20 @@ class Fp8:
         if weight.dtype in ("int8", "uint8") and self._fp4:
             return mxfp4(module, weight, self._tensors.need(weight, *scales))
         raise InputError(f"{weight.shard}: {weight.name!r} is {weight.dtype!r}, {self.words} has float8_e4m3fn")
+
+    def _of_many(self, module: str, number: int) -> Published | None:
+        """Matrix `number` of a tensor of many in blocks, whichever way they lie."""
+        weight = self._tensors.named(module)
+        if weight is None or weight.dtype != "float8_e4m3fn" or not self._block:
+            return None
+        scales = self._tensors.need(weight, f"{module}_scale_inv")
+        require(
+            len(weight.shape) == len(scales.shape) == 3 and number < weight.shape[0] == scales.shape[0],
+            f"{weight.shard}: {weight.name!r} {list(weight.shape)} and {scales.name!r} {list(scales.shape)}: they should be"
+            f" as many matrices, more than {number}",
+        )
+        matrix, grid = slice_of(weight, number), slice_of(scales, number)
+        return fp8(f"{module}[{number}]", matrix, grid, self._block, self._exponents)
 
 
 FORMAT = Fp8
