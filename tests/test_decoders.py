@@ -123,6 +123,15 @@ def test_layers_that_attend_in_a_window_say_so_of_their_cache():
     assert [entry[0].window for entry in shape_of("smollm3").cache] == [None] * 3
 
 
+@pytest.mark.parametrize(
+    "name", ["olmo3", "cohere2", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"]
+)
+def test_a_window_is_without_effect_where_no_layer_has_one(name):
+    full = shape_of(name, layer_types=[FULL] * 3, sliding_window=None)
+    assert shape_of(name, layer_types=[FULL] * 3, sliding_window=7).cache == full.cache
+    assert [entry[0].window for entry in full.cache] == [None] * 3
+
+
 def test_layers_of_gemma_4_have_their_own_heads_and_read_those_of_earlier_ones():
     rows = [[array.row for array in entry] for entry in shape_of("gemma4_text").cache]
     assert rows == [[(2, 8), (2, 8)], [(2, 8), (2, 8)], [(1, 16), (1, 16)]]

@@ -40,7 +40,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     found = shape_of("cohere2", keys, _general.window_of(keys, kinds))
     size = found.hidden_size // found.num_heads
     read.only(keys, "head_dim", size, f"Noria computes this family only with hidden_size / num_attention_heads, {size}")
-    keys.refuse_others(*WITHOUT_EFFECT)
+    keys.refuse_others("sliding_window", *WITHOUT_EFFECT)  # read where some layer has a window
     return _general.described(found, "attention_norm", parallel=True)
 
 

@@ -96,9 +96,8 @@ def shape_of(family: str, keys: read.Keys) -> ModelShape:
         "biases": found.details["biases"] | {"q": biases},
     }
     cache = _cache(keys, kinds, sizes, window)
-    keys.refuse_others(
-        "hidden_act", "vocab_size_per_layer_input", "num_global_key_value_heads", "moe_intermediate_size"
-    )
+    others = "hidden_act", "vocab_size_per_layer_input", "num_global_key_value_heads", "moe_intermediate_size"
+    keys.refuse_others("sliding_window", *others)  # read where some layer has a window
     left = range(found.num_layers, 0, -1)
     bundle = (*((Array("inputs", (count, inputs)),) for count in left), ()) if inputs else ()
     return replace(found, cache=cache, bundle=bundle, details={**found.details, **details})

@@ -29,7 +29,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, window=window)
     found = _decoder.shape("olmo3", keys.having(rope_scaling=None, rope_parameters=ropes[FULL]), variant)
     turns = _rotary.by_kind(keys.having(rope_parameters=ropes), kinds, found.head_dim)
-    keys.refuse_others()
+    keys.refuse_others("sliding_window")  # read where some layer has a window
     return replace(found := with_norms(found), details={**found.details, "turns": [turns[kind] for kind in kinds]})
 
 
