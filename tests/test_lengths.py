@@ -66,3 +66,8 @@ def test_a_shard_counts_its_own_rows(tmp_path):
 
 def test_without_a_row_that_can_run_there_is_still_a_load(tmp_path):
     assert looked(tmp_path, [{"prompt": "x"}]).pages == 4
+
+
+def test_the_longest_row_is_known_where_all_have_been_read(tmp_path):
+    few, many = (looked(tmp_path, [row(8)] * count) for count in (LOOKED_AT, LOOKED_AT + 1))
+    assert few.whole and not many.whole and few.longest_pages == many.longest_pages == 4

@@ -219,3 +219,20 @@ def test_what_streams_coded_leaves_the_rows_their_pages():
     case = "30B of experts on a small GPU"
     plan = building.build(problem_of(case), Candidate(1, 1, 3, 2**14, rows=256, coded=True))
     assert plan.coded and plan.num_pages >= 256 * Workload(*CASES[case][4]).pages
+
+
+def test_room_for_a_row_of_the_whole_context_is_kept_only_while_there_may_be_one():
+    """A cache of 131,072 tokens takes 16 GiB, which weights of 15 GiB leave no room for; the rows have 640 tokens."""
+    shape, blocks = LLAMA_8B
+    wide, run = replace(shape, max_positions=131072), config.load(None, {"model": "m", "prompts": "p", "output": "o"})
+    machine, known, unknown = (
+        Machine("cuda", 22 * GiB, 100 * GiB),
+        *(Workload(200, 512, 128, 200 * 40, 44, whole=whole) for whole in (True, False)),
+    )
+    plans = [
+        planner.make(Problem(run, wide, blocks, "bfloat16", 1, machine, 200, load), rates.Rates())
+        for load in (known, unknown)
+    ]
+    assert [sum(plan.of_pool("pages").values()) >= 131072 // 16 for plan in plans] == [False, True]
+    assert plans[0].holds(44) and plans[0].memory[0]["gpu"]["cache"] < 8 * GiB
+    assert plans[0].predicted["tokens_per_second"] > 1.1 * plans[1].predicted["tokens_per_second"]

@@ -49,7 +49,7 @@ def look(config: Config, files: PromptFiles, max_positions: int, num_rows: int, 
     whole = looked == len(rows)
     num_samples = samples if whole else max(round(len(rows) * samples / looked), 1)
     total = pages if whole else round(pages / samples * num_samples * MARGIN)
-    return Workload(num_samples, prompts / samples, max(new / samples, 1.0), total, longest, shared / samples)
+    return Workload(num_samples, prompts / samples, max(new / samples, 1.0), total, longest, shared / samples, whole)
 
 
 def _shared(blocks: list[PromptBlock], samples: int) -> int:

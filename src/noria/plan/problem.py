@@ -126,7 +126,8 @@ class Problem:
 
     @property
     def longest(self) -> int:
-        return pages_for(self.shape.max_positions)
+        """Pages of the longest row that there can be: as long as the context, unless somebody looked at all of them."""
+        return self.workload.longest if self.workload.whole else pages_for(self.shape.max_positions)
 
     def cut(self, laps: int, ends: tuple[float, float] = EVEN) -> Cut:
         """The model cut into virtual stages with so many laps; `ends`: see Candidate. Raises InputError where it cannot be so."""

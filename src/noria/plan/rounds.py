@@ -18,7 +18,8 @@ class Workload:
     """What is to be generated: rows (prompts times samples), tokens of a prompt and new tokens of a row, on average.
 
     `total_pages`: what all rows reserve together, `longest_pages`: what the longest of them does, if somebody looked.
-    `shared_tokens`: of a prompt, that another row has computed.
+    `shared_tokens`: of a prompt, that another row has computed. `whole`: whether somebody looked at all rows, so that there
+    is none longer.
     """
 
     num_rows: int
@@ -27,6 +28,7 @@ class Workload:
     total_pages: int | None = None
     longest_pages: int | None = None
     shared_tokens: float = 0.0
+    whole: bool = False
 
     @property
     def computed_tokens(self) -> float:
