@@ -236,3 +236,29 @@ def test_room_for_a_row_of_the_whole_context_is_kept_only_while_there_may_be_one
     assert [sum(plan.of_pool("pages").values()) >= 131072 // 16 for plan in plans] == [False, True]
     assert plans[0].holds(44) and plans[0].memory[0]["gpu"]["cache"] < 8 * GiB
     assert plans[0].predicted["tokens_per_second"] > 1.1 * plans[1].predicted["tokens_per_second"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("made", "num_ranks", "machine", "load", "flags"),
+    [
+        (
+            llama(7, 4096, 32, 8, 14336, 32000),
+            *(3, Machine("cuda", 2 * GiB, 30 * GiB), Workload(3000, 200, 100), {"groups": 3}),
+        ),
+        (
+            llama(61, 2048, 16, 1, 2048, 129280, experts=256),
+            *(8, Machine("cuda", 130 * GiB, 110 * GiB), Workload(2000, 1000, 300), {"step_tokens": 8000}),
+        ),
+    ],
+    ids=["groups, and with them layers and rows", "steps, and with them their one microbatch"],
+)
+def test_numbers_that_gain_only_together_are_moved_together(made, num_ranks, machine, load, flags):
+    known = rates.read(Path(__file__).parent / "data" / "noria-rates-h200.toml")
+
+    def found(**flags):
+        run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+        problem = Problem(run, *made, "bfloat16", num_ranks, machine, load.num_rows, load)
+        return planner.make(problem, known).predicted["tokens_per_second"]
+
+    assert found(**flags) <= 1.01 * found()

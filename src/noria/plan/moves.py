@@ -49,8 +49,8 @@ def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 
 def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """Larger or smaller microbatches. What smaller ones leave of memory may hold a few more rows, and more yet where a step is
-    one of them; for larger ones a few rows less may make room."""
+    """Larger or smaller microbatches, and steps with them. What smaller ones leave of memory may hold a few more rows, and more
+    yet where a step is one of them; for larger ones a few rows less may make room."""
     if problem.config.pipeline.microbatch_tokens or problem.machine.device == "cpu":
         return []
     step, most = problem.step_tokens(here), problem.workload.num_rows
@@ -63,15 +63,19 @@ def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate
     found += [replace(one, rows=rows) for one, rows in of_rows]
     if problem.config.pipeline.step_tokens:
         return found
+    with_steps = [one for one in found if one.microbatch_tokens < tokens or one.microbatch_tokens > step]
     return [
         *found,
-        *(replace(one, prefill_rounds=here.prefill_rounds * step // one.microbatch_tokens) for one in fewer),
+        *(
+            replace(one, prefill_rounds=max(here.prefill_rounds * step // one.microbatch_tokens, 1))
+            for one in with_steps
+        ),
     ]
 
 
 def _other_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     """One group more or less, and two a rank; the ring is full with a group a rank."""
-    if problem.config.pipeline.groups or problem.config.pipeline.blocking or problem.machine.device == "cpu":
+    if _are_groups_fixed(problem):
         return []
     ranks = problem.num_ranks
     part = max(here.groups // 8, 2)
@@ -133,6 +137,21 @@ MOVES: tuple[Callable[[Problem, Candidate], Iterable[Candidate]], ...] = (
         _other_activations,
     ),
 )
+
+
+def turned(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """Candidates with a choice taken otherwise on which the best values of several numbers depend: a group a rank or one more,
+    and blocks that stream coded or as they are."""
+    counts = (problem.num_ranks, problem.num_ranks + 1)
+    if problem.num_ranks > 1 and not _are_groups_fixed(problem):
+        yield from (replace(here, groups=count) for count in counts if count != here.groups)
+    if problem.may_code:
+        yield replace(here, coded=not here.coded)
+
+
+def _are_groups_fixed(problem: Problem) -> bool:
+    pipeline = problem.config.pipeline
+    return bool(pipeline.groups) or pipeline.blocking or problem.machine.device == "cpu"
 
 
 def is_cache_open(problem: Problem) -> bool:
