@@ -83,6 +83,7 @@ def test_rates_are_good_for_a_month_unless_a_run_deviated(tmp_path):
     assert not kept.is_good(replace(MEASURED, standing=DOUBTED), NOW)
     assert kept.is_good(replace(MEASURED, measured=""), NOW + timedelta(days=1000)), "somebody's own file"
     assert not kept.is_good(replace(MEASURED, measured="yesterday"), NOW)
+    assert not kept.is_good(MEASURED, NOW - timedelta(days=31)), "a node's clock was wrong"
 
 
 def test_rates_that_are_the_same_when_measured_again_are_not_doubted_again(tmp_path):

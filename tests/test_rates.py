@@ -96,7 +96,13 @@ def test_only_what_a_run_needs_counts_as_assumed():
         ("[matmul_rows.fp16]\n1 = 1e14", "unknown dtype 'fp16' in [matmul_rows]"),
         ("ranks = 'two'", "ranks is 'two': it must be a whole number"),
         ("ranks = true", "ranks is True: it must be a whole number"),
-        ("device = 3", "device is 3: it must be a name"),
+        ("device = 3", "device is 3: it must be a text"),
+        ("measured = 2026-01-01", "measured is datetime.date(2026, 1, 1): it must be a text"),
+        (
+            "measured = 'yesterday'",
+            "measured is 'yesterday': it must be a time as \"2026-11-29T15:11:36Z\", or left out",
+        ),
+        ("standing = 'blessed'", "standing is 'blessed': it must be one of checked, doubted, confirmed"),
     ],
 )
 def test_a_machine_file_that_lies_is_refused_with_the_key_and_the_value(tmp_path, text, said):

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from noria.config import Config
 from noria.errors import InputError, require
 from noria.output.stored_rates import stored_rates
 from noria.plan import kept, planner, rates
 from noria.plan.problem import Machine
-from noria.plan.rates import Rates, is_all_assumed
+from noria.plan.rates import DOUBTED, Rates, is_all_assumed
 from noria.tools.text import plural
 from noria.tools.values import parse_nbytes
 
@@ -68,6 +69,9 @@ def machine_lines(config: Config, known: Rates, source: str, num_ranks: int) -> 
             f"; assumed, not measured: {names} (noria run measures them where it runs and keeps them, noria probe too)"
         )
     yield where
+    if source and not config.job.machine and not kept.is_good(known, datetime.now(UTC)):
+        why = "a run was not as they let expect" if known.standing == DOUBTED else "they are not of the last month"
+        yield f"warning: {why}: the next run measures them again"
     if source and node.ranks and num_ranks != node.ranks * node.hosts:
         measured = f"{plural(node.ranks, 'rank')} on {plural(node.hosts, 'host')}"
         yield f"warning: measured with {measured}, planned for {num_ranks}: what ranks share is another"

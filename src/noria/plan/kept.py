@@ -73,7 +73,7 @@ def is_good(known: Rates, now: datetime) -> bool:
     if not known.measured:
         return True
     with contextlib.suppress(ValueError):
-        return now - datetime.fromisoformat(known.measured).astimezone(UTC) < MONTH
+        return abs(now - datetime.fromisoformat(known.measured).astimezone(UTC)) < MONTH  # a clock may have been wrong
     return False
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,8 @@ def _rates(tree: Mapping[str, Any], path: str | Path, device: str) -> Rates:
         require(name in known, f"machine {path}: unknown key {name[:100]!r}{nearest(name, known)}")
     for name in ("device", *TEXTS):
         value = tree.get(name, "")
-        require(isinstance(value, str), f"machine {path}: {name} is {value!r}: it must be a name")
+        require(isinstance(value, str), f"machine {path}: {name} is {value!r}: it must be a text")
+    _check_texts(path, tree)
     for name, kind in _NODE.items():
         value = tree.get(name, kind())
         right = type(value) is kind and (isinstance(value, str) or (isinstance(value, int) and 0 <= value < 2**31))
@@ -232,6 +234,18 @@ def _rates(tree: Mapping[str, Any], path: str | Path, device: str) -> Rates:
     return Rates(
         device=name or base.device, matmul=matmul, matmul_rows=rows, assumed=left, node=node, **texts, **values
     )
+
+
+def _check_texts(path: str | Path, tree: Mapping[str, Any]) -> None:
+    """Refuses a time or a standing that nobody writes. Raises InputError."""
+    measured, standing = tree.get("measured", ""), tree.get("standing", CHECKED)
+    known = (CHECKED, DOUBTED, CONFIRMED)
+    require(standing in known, f"machine {path}: standing is {standing[:100]!r}: it must be one of {', '.join(known)}")
+    try:
+        datetime.fromisoformat(measured or "2026-01-01")
+    except ValueError:
+        said = 'a time as "2026-11-29T15:11:36Z", or left out'
+        raise InputError(f"machine {path}: measured is {measured[:100]!r}: it must be {said}") from None
 
 
 def _table(path: str | Path, tree: Mapping[str, Any], name: str) -> dict[str, Any]:
