@@ -204,13 +204,40 @@ def test_a_plan_for_other_ranks_than_were_measured_says_so(planned, cache):
     assert "machine     warning: measured with " in out and ", planned for 1: what ranks share is another" in out
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"standing": rates.DOUBTED}, "a run was not as they let expect"),
+        ({"measured": "2020-01-01T00:00:00Z"}, "they are not of the last month"),
+    ],
+)
+def test_rates_that_the_next_run_measures_again_are_named(planned, cache, changed, why):
+    (path,) = cache.glob("*h200*")
+    path.write_text(replace(rates.read(path), **changed).to_toml())
+    for other in cache.glob("*a100*"):
+        other.unlink()
+    words = f"machine     warning: {why}: the next run measures them again"
+    assert words in planned("--device", "cuda")[1]
+    assert words not in planned("--device", "cuda", "--machine", path)[1], "a run takes them as they are"
+
+
+def _by_terms(told):
+    """Tokens/s of a plan that was rehearsed, without that."""
+    rounds = told["rounds"]
+    whole = sum(rounds[phase] * told["rehearsed"][phase] for phase in rounds)
+    return told["tokens_per_second"] * told["seconds"] / whole
+
+
 def test_a_plan_for_other_ranks_than_were_measured_is_predicted_by_a_dry_run_of_messages(planned, cache):
     (path,) = cache.glob("*a100*")
     _, out, _ = planned("--device", "cuda", "--machine", path)
     assert "\nring        predicted by a dry run of the messages of 2 ranks, with measured terms: prefill " in out
     _, out, _ = planned("--device", "cuda", "--machine", path, "--json")
-    told = json.loads(out)["predicted"]
+    whole = json.loads(out)
+    told = whole["predicted"]
     assert set(told["rehearsed"]) == {"prefill", "decode"} and told["rehearsed"]["decode"] > 0
+    for other in (*whole["converted"], *whole["rivals"]):  # they are compared by the terms alone
+        assert other["times"] * _by_terms(told) == pytest.approx(other["predicted"]["tokens_per_second"])
     (path,) = cache.glob("*h200*")
     assert "dry run" not in planned("--device", "cuda", "--machine", path)[1]
 

@@ -91,9 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
             _write(arguments.write, run_file(config, plan))
         others, more = rivals(problem, asked.known, plan), list(bought(problem, asked.known, plan))
         costly = cost_of_asked(problem, asked.known, plan)
+        fewer = stored_as(problem, asked.known, plan, forms)
         if asked.of_other_ranks:
             plan = rehearsed(problem, plan, asked.known)
-        fewer = stored_as(problem, asked.known, plan, forms)
     if arguments.json:
         told = _as_dict(problem, plan, others, more) | {"converted": [one.as_dict() for one in fewer]}
         _say("", json_text(asked.as_dict() | told))

@@ -56,7 +56,7 @@ def rehearsed_words(plan: Plan) -> str:
         for phase in PHASES
     )
     words = f"a dry run of the messages of {plural(plan.num_ranks, 'rank')}, with measured terms"
-    return f"predicted by {words}: {', '.join(said)}"
+    return f"predicted by {words}: {', '.join(said)}; other plans below by the terms alone"
 
 
 def term_lines(plan: Plan) -> Iterator[str]:
