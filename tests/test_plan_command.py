@@ -70,6 +70,13 @@ def test_a_plan_as_json_has_what_its_text_has(planned):
     assert f"next best   {told['rivals'][0]['change']}: " in text and told["rivals"][0]["predicted"]["seconds"] > 0
 
 
+@pytest.mark.parametrize("prompts", ["", '{"token_ids": []}\n'])
+def test_a_plan_without_a_row_that_can_run_says_so(planned, tmp_path, prompts):
+    (tmp_path / "none.jsonl").write_text(prompts)
+    said = "rows        warning: no row was found that can run: planned as if one filled the context"
+    assert said in planned("--prompts", tmp_path / "none.jsonl")[1] and said not in planned()[1]
+
+
 def test_a_plan_leaves_nothing_behind(planned, folder):
     before = sorted(path.name for path in folder.iterdir())
     planned()

@@ -146,6 +146,11 @@ class Planned:
             f" {workload.new_tokens:,.0f} new ones on average"
             + (f"; of a prompt {workload.shared_tokens:,.0f} tokens are shared" if workload.shared_tokens else ""),
         )
+        if workload.total_pages is None:  # nobody knows how long they are
+            yield (
+                "rows",
+                "warning: no row was found that can run: planned as if one filled the context (noria validate)",
+            )
         for line in machine_lines(config, self.known, self.source, self.problem.num_ranks):
             yield "machine", line
         if config.device == "auto" and not self.source:
