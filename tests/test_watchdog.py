@@ -148,9 +148,25 @@ def test_a_long_merge_is_not_taken_for_a_ring_that_does_not_drain(monkeypatch):
         stopping.serve(Rows(lambda: None))
         signal.raise_signal(signal.SIGTERM)
         until(lambda: dog.said)
-        stopping.merge()
+        stopping.drained(complete=True)
         time.sleep(1.5)
     assert not dog.ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sealed_first", [True, False])
+def test_what_follows_a_ring_that_has_drained_may_take_long(monkeypatch, sealed_first):
+    monkeypatch.setattr("noria.launch.stopping.DRAIN_SECONDS", 0.1)
+    dog, disk = Recorder(), threading.Event()
+    with Signals() as signals, Stopping(signals, NONE, dog) as stopping:
+        stopping.serve(Rows(lambda: sealed_first or disk.wait(20)))
+        signal.raise_signal(signal.SIGTERM)
+        until(lambda: dog.said)
+        stopping.drained(complete=False)
+        disk.set()
+        time.sleep(1.5)  # in which a trace of many ranks is written, say
+    assert not dog.ended
+    assert dog.said[-1] == "stopping (SIGTERM): everything is sealed", "and what is told is a stop, no merge"
 
 
 @pytest.mark.parametrize(("left", "margin"), [(20, 2), (400, 20), (4000, 60), (float("inf"), 0)])

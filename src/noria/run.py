@@ -218,8 +218,7 @@ def _execute(
         timing = executor.run(ahead.next_step, ahead.take_in)
     else:
         timing = executor.run(lead(ring, admission, ring.place.groups, desk.tick, desk.lock))
-    if desk.complete:
-        stopping.merge()
+    stopping.drained(desk.complete)
     return timing
 
 

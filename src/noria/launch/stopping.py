@@ -49,7 +49,7 @@ class Stopping:
             min(max(part * deadline.seconds_left, least), most) if deadline.seconds_left < float("inf") else 0.0
         )
         self._rows: Sealing | None = None
-        self._merging = False
+        self._drained = self._merging = False
         self.reason = ""
         self._interrupted = float("inf")
         self._drained_by = float("inf")
@@ -88,9 +88,10 @@ class Stopping:
         """From the first step on: `rows` are sealed by a stop, and tended every second and when `nudge` is called."""
         self._rows = rows
 
-    def merge(self) -> None:
-        """Every row is finished: from now on a stop lets the output be written."""
-        self._merging = True
+    def drained(self, complete: bool) -> None:
+        """Every step is over, and nothing is on its way between ranks. `complete`: every row is finished too, and from now on
+        a stop lets the output be written."""
+        self._drained, self._merging = True, complete
 
     def nudge(self) -> None:
         """Lets `tend` be called now. Never waits."""
@@ -113,7 +114,7 @@ class Stopping:
                 self._stop(told or self._found)
             elif not self.reason and self.seconds_left <= 0:
                 self._stop(f"{self._deadline.source}: {self._deadline.seconds_left:.0f} s are left")
-            elif time.monotonic() > self._drained_by and not self._merging:
+            elif time.monotonic() > self._drained_by and not self._drained:
                 self._watchdog.end(
                     f"stopped ({self.reason}): everything is sealed, but the ring did not drain", STOPPED
                 )
