@@ -76,6 +76,20 @@ def test_a_file_from_before_the_run_is_removed_and_said_and_a_later_one_stays(tm
     assert len(said) == 1 and path.exists()
 
 
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_old_files_are_told_by_the_clock_of_their_file_system_not_by_the_nodes(tmp_path, monkeypatch, ahead):
+    said, path = [], tmp_path / "run.h5.stop"
+    stop, here = StopFile(str(tmp_path / "run.h5")), time.time
+    monkeypatch.setattr(time, "time", lambda: here() + ahead)  # of a node whose clock is not that of its file server
+    path.touch()
+    os.utime(path, (here() - 60, here() - 60))
+    assert stop.forget_old_ones(time.time(), said.append) and not path.exists()
+    began = time.time() - 60
+    path.touch()
+    assert not stop.forget_old_ones(began, said.append) and path.exists()
+    assert len(said) == 1 and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.slow
 def test_a_run_alone_is_stopped_by_a_file_within_a_step_and_two_seconds(folder, monkeypatch, capsys):
     forward, visits, at = Stage.forward, [], []

@@ -4,9 +4,12 @@ Knows its name beside the output and that it goes away when it is heard; nothing
 """
 
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from noria.errors import InputError
+from noria.tools.atomic import new_file
 
 LOOK_SECONDS = 1.0
 
@@ -18,14 +21,14 @@ class StopFile:
         self.paths = [f"{path}.stop" for path in dict.fromkeys((output, os.path.realpath(output)))]
 
     def forget_old_ones(self, began: float, say: Callable[[str], None]) -> bool:
-        """Removes one that was there before the run `began` (time.time()), and says so: it meant another run.
+        """Removes one that was there before the run `began` (time.time() of this node), and says so: it meant another run.
 
         Returns whether there was one. Raises InputError if it cannot be removed: it would stop every run.
         """
         removed = False
         for path in self.paths:
             made = _time_of(path)
-            if made is None or made > began:
+            if made is None or made > began + _clock_ahead(path):
                 continue
             try:
                 os.unlink(path)
@@ -61,3 +64,15 @@ def _time_of(path: str) -> float | None:
         return os.lstat(path).st_mtime
     except (OSError, ValueError):
         return None
+
+
+def _clock_ahead(path: str) -> float:
+    """Seconds that the clock which gives files beside this one their times, perhaps a server's, is ahead of this node's."""
+    try:
+        probe = new_file(Path(path).with_suffix(".clock"))
+        try:
+            return probe.stat().st_mtime - time.time()
+        finally:
+            probe.unlink()
+    except OSError:  # no file can be made there: nothing tells
+        return 0.0
