@@ -182,6 +182,7 @@ def test_log_probabilities_of_a_run_have_the_texts_of_its_model(folder):
     ("openai:vllm:x.jsonl", None, "there is no format 'vllm'"),
     ("http://host/x.jsonl", None, "there is no format 'http'"),
     ("run.jsonl", "2/4", "job.export run.jsonl is not of shard 2/4 alone, each of the 4 would write it: name a file with the shard's number, such as run.2.jsonl"),
+    ("run.jsonl.gz", "2/4", "name a file with the shard's number, such as run.2.jsonl.gz,"),
     ("openai:run-12.jsonl", "2/4", "is not of shard 2/4 alone"),
 ])  # fmt: skip
 def test_an_export_with_an_unknown_format_or_of_all_shards_is_refused(folder, capsys, name, shard, said):

@@ -65,10 +65,11 @@ def _check_shard(config: Config) -> None:
     i, n = parse_shard(config.job.shard or WHOLE)
     for path, _ in exports_of(config) if n > 1 else ():
         own = any(int(number) == i for number in re.findall(r"\d+", str(path)))
+        name, dot, ending = path.name.partition(".")
         require(
             own,
             f"job.export {path} is not of shard {i}/{n} alone, each of the {n} would write it: name a file with the shard's"
-            f" number, such as {path.with_name(f'{path.stem}.{i}{path.suffix}')}, or export what noria merge makes of them",
+            f" number, such as {path.with_name(f'{name}.{i}{dot}{ending}')}, or export what noria merge makes of them",
         )
 
 
