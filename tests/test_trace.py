@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from itertools import pairwise, product
+from pathlib import Path
 
 import h5py
 import pytest
@@ -147,14 +149,16 @@ def test_a_trace_changes_no_token(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.h5", "prompts.jsonl", "taken.h5", "hf", "nowhere/trace.json", "pipe", "to-pipe"]
+    "name", ["model.h5", "prompts.jsonl", "taken.h5", "hf", "nowhere/trace.json", "pipe", "to-pipe", "rates.toml"]
 )
 def test_a_trace_that_would_write_over_the_run_or_nowhere_is_refused_first(folder, name, capsys):
     if name in ("pipe", "to-pipe"):
         os.mkfifo(folder / "pipe")
         (folder / "to-pipe").symlink_to("pipe")
+    shutil.copyfile(Path(__file__).parent / "data" / "noria-rates-cpu.toml", folder / "rates.toml")
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert main(small_run.command(folder, "taken.h5", "--trace", folder / name)) == 2
+    keys = ["--trace", folder / name, "--machine", folder / "rates.toml"]
+    assert main(small_run.command(folder, "taken.h5", *keys)) == 2
     assert name.split("/")[0] in capsys.readouterr().err
     for made in ("pipe", "to-pipe"):
         (folder / made).unlink(missing_ok=True)

@@ -131,6 +131,7 @@ def test_flags_and_run_file_are_those_of_run(validated, folder, capsys):
         (["--prompts", "nowhere.jsonl"], "no such file"),
         (["--output", "/nowhere/out.h5"], "there is no folder /nowhere"),
         (["--output", "/proc/out.h5"], "folder /proc cannot be written"),
+        (["--trace", "/nowhere/trace.json"], "there is no folder /nowhere"),
         (["--temperature", "-1"], "sampling.temperature is -1"),
         (["--system", "x"], "sampling.system needs sampling.chat"),
     ],

@@ -16,10 +16,11 @@ from noria.commands.flags import load
 from noria.config import Config
 from noria.desk.examination import doubts, open_model
 from noria.desk.exports import check_exports, exports_of
-from noria.desk.inputs import prompts_of
+from noria.desk.inputs import files_of_run, prompts_of
 from noria.desk.steering import check_constraint, settled
 from noria.desk.validation import SHOWN, Findings, ModelLimits, findings_of
 from noria.errors import InputError
+from noria.launch import tracing
 from noria.output.generations import open_generations
 from noria.output.sealed import part_files, parts_folder
 from noria.rows.chat import Chat, Encoder
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = load(arguments, "all")
     output, files = _output(config), prompts_of(config)
+    tracing.check(config.job.trace, lambda: files_of_run(config))
     check_exports(config)
     num_rows = count(files)
     with contextlib.closing(open_model(config, "float32")) as checkpoint, template_helper() as helper:

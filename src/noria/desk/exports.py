@@ -34,8 +34,8 @@ def exports_of(config: Config) -> Iterator[tuple[Path, str]]:
 
 def check_exports(config: Config) -> None:
     """Raises InputError for an export that could not be written, or not without the loss of another file of the run."""
-    ours = [*files_of_run(config), config.job.trace, config.job.machine, config.job.random_weights]
-    taken = {os.path.realpath(file): f"a file of this run ({file})" for file in ours if file}
+    ours = filter(None, [*files_of_run(config), config.job.trace])
+    taken = {os.path.realpath(file): f"a file of this run ({file})" for file in ours}
     for name in config.job.export or []:
         check_prefix(name.removeprefix(OPENAI), f"job.export {name}")
     _check_shard(config)

@@ -1,4 +1,4 @@
-"""The prompts that a run's keys name."""
+"""The files that a run's keys name."""
 
 from noria.config import Config
 from noria.rows.columns import Columns
@@ -12,5 +12,6 @@ def prompts_of(config: Config) -> PromptFiles:
 
 
 def files_of_run(config: Config) -> list[str | None]:
-    """The model, the prompts, the schema and the output."""
-    return [config.model, *prompts_of(config).paths, config.sampling.json_schema, config.output]
+    """All but those that it writes beside its output, and that have keys of their own: exports and a trace."""
+    read = config.model, config.sampling.json_schema, config.job.machine, config.job.random_weights
+    return [*read, *prompts_of(config).paths, config.output]
