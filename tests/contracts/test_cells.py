@@ -71,6 +71,12 @@ def test_tables_written_by_csv_and_pandas_arrive_as_csv_reads_them(suffix, tmp_p
         assert arrived(path) == read, seed
 
 
+@pytest.mark.parametrize("name", ["a.tsv.csv", "a.tsv2.csv", "a.csv.tsv", "A.TSV"])
+def test_the_end_of_a_tables_name_alone_says_what_is_between_its_cells(name, tmp_path):
+    between = "\t" if name.lower().endswith(".tsv") else ","
+    assert rows_of(tmp_path / name, f"prompt{between}x\na{between}b\n") == [{"prompt": "a", "x": "b"}]
+
+
 def test_a_line_end_inside_a_quoted_cell_stays_what_it_is(tmp_path):
     text = b'\xef\xbb\xbfid,prompt\r\n1,"line1\r\nline2"\r\n2,"a\rb"\r\n3,"c\nd"\r\n'
     expected = pandas.read_csv(io.BytesIO(text), keep_default_na=False).prompt.tolist()

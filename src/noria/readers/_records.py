@@ -13,6 +13,7 @@ from functools import partial
 from noria import readers
 from noria.readers import AnyPath, BadRow, lines, too_long
 
+TABS = (".tsv", ".tsv.gz", ".tsv.zst")  # ends of the names of files whose cells have tabs between them
 _LEAST_NBYTES = 64  # that a line counts in its record
 # The rest of a quoted field, up to its closing quote: a doubled quote is one of its text (RFC 4180).
 _CLOSING = re.compile(r'[^"]*+(?:""[^"]*+)*+"')
@@ -24,7 +25,7 @@ def records(path: AnyPath) -> Iterator[tuple[int, list[str] | BadRow]]:
     Lines end in \\n, \\r\\n or \\r, as for csv and pandas. Raises InputError for a file that cannot be read.
     """
     feed = Feed(path)
-    split = _tsv_record if ".tsv" in str(path).lower()[-8:] else _csv_records(feed)
+    split = _tsv_record if str(path).lower().endswith(TABS) else _csv_records(feed)
     while feed.begin():
         record = split(feed)
         if record:

@@ -12,12 +12,12 @@ from typing import Any
 from noria.errors import InputError, require
 from noria.names import BESIDE, SYNONYMS
 from noria.readers import PROMPT_NAMES, AnyPath, BadRow, table_without
-from noria.readers._records import records
+from noria.readers._records import TABS, records
 from noria.sampling import Sampling
 from noria.tools.keys import types_of
 from noria.tools.text import plural
 
-SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst")
+SUFFIXES = (".csv", ".csv.gz", ".csv.zst", *TABS)
 _HINTS = types_of(Sampling)
 # Columns whose cells are values in JSON's notation; all others are text.
 _TEXTS = {name for name, hint in _HINTS.items() if str in (hint, *typing.get_args(hint))}
