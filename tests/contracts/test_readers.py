@@ -297,6 +297,8 @@ def test_ragged_tokens_of_hdf5_are_token_ids(tmp_path):
 def test_a_wrong_offset_or_text_of_hdf5_is_a_bad_row(tmp_path):
     good, *bad = hdf5(tmp_path, tokens=np.arange(10), offsets=[0, 3, 2, 11, -1])
     assert good["token_ids"] == [0, 1, 2] and all("offsets are wrong" in row.error for row in bad) and len(bad) == 3
+    (long,) = hdf5(tmp_path, tokens=np.zeros(2**21 + 1, np.int8), offsets=[0, 2**21 + 1])
+    assert long.error == "row 0 has 2,097,153 tokens, at most 2,097,152 are read"
     first, second = hdf5(tmp_path, prompt=np.array([b"one", b"\xff"]))
     assert first["prompt"] == "one" and "row 1 is not UTF-8" in second.error
 

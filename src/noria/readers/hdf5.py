@@ -30,6 +30,7 @@ BLOCK_ROWS = 1024
 _MUCH_NBYTES = 2**26  # of texts and tokens, in an answer
 _FEW_ROWS = 64  # at first: texts may be long
 MAX_CHUNK_NBYTES = 2**26  # HDF5 unpacks a chunk whole, whatever is read of it
+MAX_TOKENS = 2**21  # of a row
 _RAGGED = ("tokens", "offsets")
 # Seconds of the processor tell a loop from a slow disk, on which the other limit allows minutes.
 LIMITS = Limits(memory_nbytes=2**32, cpu_seconds=4, wall_seconds=600, answer_nbytes=2**31, opens_files=True)
@@ -249,8 +250,10 @@ def _row(
     record: dict[str, Any] = {}
     if tokens is not None and span is not None:
         first, last = span
-        if not 0 <= first <= last <= len(tokens) or (last - first) * 8 > readers.MAX_LINE_NBYTES:
+        if not 0 <= first <= last <= len(tokens):
             return BadRow(f"row {row}: its tokens are {first} to {last} of {len(tokens)}: offsets are wrong")
+        if last - first > MAX_TOKENS:
+            return BadRow(f"row {row} has {last - first:,} tokens, at most {MAX_TOKENS:,} are read")
         record["token_ids"] = tokens[first:last].tolist()
     wrong = ""
     for name, column in values.items():
