@@ -240,6 +240,16 @@ def test_damage_that_no_writer_can_take_is_told_by_its_column_and_a_fault_of_the
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+@pytest.mark.parametrize(("name", "text"), [("header", "[" * 10**5), ("run_file", f"x = {'[' * 10**5}")])
+def test_what_an_output_says_of_its_run_is_exported_without_where_it_is_nested_without_end(
+    output, tmp_path, name, text
+):
+    finish(output, [make_row(0)])
+    with h5py.File(output, "r+") as file:
+        file.attrs[name] = text
+    assert export(output, tmp_path / "rows.jsonl", settings=ExportSettings("openai")) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -328,6 +328,14 @@ def test_texts_that_an_earlier_version_decoded_are_told_beside_those_decoded_ane
     assert "texts of shard 1/3 were decoded by an earlier version" in capsys.readouterr().err
 
 
+def test_what_a_shard_says_of_itself_is_left_out_where_it_is_nested_without_end(shards, output):
+    with h5py.File(shards[1], "r+") as file:
+        file.attrs["hosts"] = "[" * 10**5
+    assert merge_shards(shards, output, []) == NUM_ROWS
+    with open_generations(output) as file:
+        assert json.loads(file.attrs["hosts"]) == ["h1", "h3"]
+
+
 def test_a_shard_that_changes_while_it_is_merged_is_named_and_nothing_is_written(shards, output, capsys, monkeypatch):
     def changing(function):
         def call(*arguments):

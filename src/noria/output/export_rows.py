@@ -52,7 +52,7 @@ class ExportedRows:
 def origin_of(file: Generations) -> Origin:
     """What a finished output tells of its run."""
     header, run_file = {}, {}
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         header = json.loads(file.attrs.get("header", "{}"))
         run_file = tomllib.loads(file.attrs.get("run_file", ""))
     model, checkpoint = run_file.get("model"), header.get("checkpoint", "") if isinstance(header, dict) else ""

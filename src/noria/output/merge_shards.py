@@ -51,7 +51,7 @@ class Shard:
         """An attribute that is stored as JSON text."""
         try:
             value = json.loads(self.attrs.get(name, ""))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             return default
         return value if isinstance(value, type(default)) else default
 
