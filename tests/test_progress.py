@@ -13,7 +13,7 @@ import pytest
 
 from noria.tools import progress as progress_module
 from noria.tools.progress import Progress, duration
-from noria.tools.text import plural, printable, storable
+from noria.tools.text import plural, printable, seconds_words, storable
 
 
 class Clock:
@@ -199,3 +199,9 @@ def test_under_mpirun_on_a_terminal_there_is_a_bar(tmp_path):
     assert "3/10 rows |" in seen.stdout
     piped = subprocess.run(["bash", "-c", launch.replace("stty rows 24 cols 90; ", "")], capture_output=True, text=True)
     assert "|" not in piped.stdout + piped.stderr
+
+
+def test_seconds_in_words_have_no_exponent_and_the_unit_that_they_need():
+    found = {seconds: seconds_words(seconds) for seconds in (0, 0.0613, 0.9994, 0.9996, 2.306, 119.6, 720, 12600)}
+    expected = ["0 s", "61.3 ms", "999 ms", "1 s", "2.31 s", "120 s", "12.0 min", "3.5 h"]
+    assert list(found.values()) == expected

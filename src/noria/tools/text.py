@@ -76,7 +76,7 @@ def seconds_words(seconds: float) -> str:
     """`0 s`, `0.000 ms`, `61.3 ms`, `2.31 s`, `12.0 min`, `3.5 h`."""
     if 0 < seconds < 1e-6:
         return "0.000 ms"
-    if 0 < seconds < 1:
+    if 0 < seconds < 0.9995:  # what is more has four digits as ms
         return f"{1000 * seconds:.3g} ms"
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
