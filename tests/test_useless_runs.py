@@ -13,7 +13,7 @@ import small_run
 import world
 from noria.__main__ import main
 from noria.desk import validation
-from noria.output.outcome import Reasons, outcome_of_parts
+from noria.output.outcome import Reasons, how_to_read, outcome_of_parts
 from noria.output.parts import Parts, parts_folder
 from noria.output.sealed import select
 from output_rows import fill, make_row
@@ -67,6 +67,10 @@ def test_a_right_row_among_the_first_lets_the_run_go_on_and_the_end_says_what_wa
     assert lines[2] == f"to read it: noria export {tmp_path / 'out.h5'} {tmp_path / 'out'}.jsonl"
     out = inspect(capsys, tmp_path / "out.h5")
     assert lines[1] + "\n" in out and "to read it: noria export" in out
+
+
+def test_how_an_output_is_read_can_be_typed_whatever_its_name():
+    assert how_to_read("my run.h5") == "to read it: noria export 'my run.h5' 'my run.jsonl'"
 
 
 def test_rows_that_ended_at_the_limit_are_counted_where_nobody_asked_to_go_on_to_it(run, tmp_path, capsys):

@@ -5,6 +5,7 @@ Reads outputs and parts; knows nothing of how rows are made.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,4 +163,4 @@ def outcome_of_parts(parts: Sequence[Part], selection: Selection) -> Outcome:
 def how_to_read(output: str | Path) -> str:
     """What to type to see an output's rows."""
     name = printable(str(output))
-    return f"to read it: noria export {name} {name.removesuffix('.h5')}.jsonl"
+    return "to read it: " + shlex.join(["noria", "export", name, f"{name.removesuffix('.h5')}.jsonl"])
