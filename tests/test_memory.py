@@ -124,3 +124,12 @@ def test_what_is_free_is_what_the_tightest_group_above_leaves_with_its_pages_of_
 def test_this_machine_says_how_much_memory_is_free():
     total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     assert 0 < memory.free_nbytes() <= total * 1024
+
+
+def test_the_most_that_a_process_has_had_is_told_by_kernels_that_do_not_write_it_into_its_status_too(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    status = tmp_path / "proc/self/status"
+    status.write_text("VmSize:\t 900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n")
+    assert memory.peak_nbytes(tmp_path) == 300 * 1024
+    status.write_text("VmSize:\t900 kB\nVmRSS:\t200 kB\n")  # as gVisor has it
+    assert memory.peak_nbytes(tmp_path) > 0.9 * memory.peak_nbytes(), "here both say it"

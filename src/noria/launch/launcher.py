@@ -155,7 +155,5 @@ def _share_of_disk(folder: Path, location: Location) -> int:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """The most bytes that this process has had in host memory and, by torch's count, on its device."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {"peak_host_nbytes": host, "peak_device_nbytes": on_device}
+    return {"peak_host_nbytes": memory.peak_nbytes(), "peak_device_nbytes": on_device}

@@ -1,8 +1,9 @@
-"""Host memory that a process may still fill: what its machine and the control groups above it leave.
+"""Host memory that a process may still fill: what its machine and the control groups above it leave; and what it has had.
 
 Reads /proc and the memory controller, of cgroup versions 1 and 2. Knows nothing of ranks.
 """
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,16 @@ def free_nbytes(root: Path = Path("/")) -> int:
     lines = (root / "proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return min([available, *(_left(folder, names, own) for folder, names, own in _groups(root))])
+
+
+def peak_nbytes(root: Path = Path("/")) -> int:
+    """The most bytes that this process has had at once; `root` as above.
+
+    Where its status does not say (gVisor's has no VmHWM), by its resource usage, which may begin at what its parent had.
+    """
+    lines = (root / "proc/self/status").read_text().splitlines()
+    told = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if told is None else told)
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, _Names, bool]]:
