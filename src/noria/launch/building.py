@@ -158,7 +158,7 @@ def keep_kernels(config: Config) -> str:
 def cache_folder(config: Config) -> Path:
     """$NORIA_CACHE, else $XDG_CACHE_HOME/noria, else a folder of the user's own on the node's scratch, never $HOME.
 
-    The first that can be written to; the last one if none can, and Triton will say why not.
+    The first that can be written to, the last only if it is nobody else's too; else a new one, of this process alone.
     """
     named = [(os.environ.get(name), below) for name, below in (("NORIA_CACHE", ""), ("XDG_CACHE_HOME", "noria"))]
     for folder in [Path(name) / below / "triton" for name, below in named if name]:

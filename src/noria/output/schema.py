@@ -59,12 +59,15 @@ class Generation:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The user's own columns. Raises InputError where `extra` is no JSON object."""
+        """The user's own columns. Raises ValueError where `extra` is no JSON object."""
         return own_columns(self.extra)
 
 
 def own_columns(extra: str) -> dict[str, Any]:
-    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none."""
+    """The user's own columns of a row, from their JSON text; NaN, which tables have where nothing is given, is none.
+
+    Raises ValueError; where the text is JSON, but no object, InputError.
+    """
     columns = json.loads(extra, parse_constant=lambda name: None if name == "NaN" else float(name)) if extra else {}
     if not isinstance(columns, dict):
         raise InputError(f"a row's own columns are not a JSON object: {extra[:60]!r}")

@@ -1,4 +1,4 @@
-"""Heartbeats: each rank's communication thread tells the next one, every few seconds, that it is there.
+"""Heartbeats: each rank tells the next one, every few seconds, that it is there.
 
 A rank that was stopped, or whose machine is gone without a word, is missed by the next one. Knows no MPI.
 """

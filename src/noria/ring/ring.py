@@ -24,7 +24,7 @@ from noria.transports import Transport
 
 
 class Ring(BaseRing):
-    """The non-blocking ring: receives are posted before sends, all of them by the communication thread.
+    """The non-blocking ring: receives are posted before sends, all of them by whoever does the communication's work.
 
     One receive and one send buffer per group are enough. A group's message on lap l+1 (or of its
     next step) exists only after this rank's lap l message went through the whole ring. So nothing can arrive while
@@ -53,7 +53,7 @@ class Ring(BaseRing):
     def watch(self, lost: Callable[[int, float], None], silence: float = SILENCE) -> None:
         """From now to `close` the ranks hear each other's heartbeats; called on every rank.
 
-        `lost(rank, seconds)` is called, in the communication thread, when the previous rank has been silent so long.
+        `lost(rank, seconds)` is called, in the thread that does the work, when the previous rank has been silent so long.
         """
         ending = lambda: self._communication.closing  # noqa: E731
         self._communication.start(beat(self._transport, self.place, silence, ending))
@@ -133,7 +133,7 @@ class Ring(BaseRing):
             self._sends.pop(group).wait()
         return self._outputs[group, : self._shape.outgoing(lap).nbytes(num_tokens)]
 
-    # What follows runs in the communication thread.
+    # What follows is work: it runs in the communication thread, or in the main thread where that waits.
 
     def _relay_headers(self, awaited: Ticket[Step]) -> Generator[None, None, None]:
         stops_to_come = self.place.groups

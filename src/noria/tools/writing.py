@@ -132,7 +132,7 @@ def not_removable(path: Path) -> str | None:
 
 
 def _owned(path: Path) -> str:
-    """`alice's, not to be written by you (-rw-r--r--)`."""
+    """`alice's (-rw-r--r--)`."""
     found = path.lstat()
     try:
         name = pwd.getpwuid(found.st_uid).pw_name
