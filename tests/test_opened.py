@@ -13,6 +13,7 @@ import pytest
 
 import noria
 from counts import full
+from noria.output import sealed
 from noria.output.compact import Compactor
 from noria.output.export import export
 from noria.output.merge import merge
@@ -115,6 +116,20 @@ def test_rows_of_a_run_that_works_stay_readable_when_their_parts_are_put_togethe
         assert same(opened, ROWS) and not opened.finished
     with noria.open(tmp_path / "run.h5") as opened:
         assert opened.finished
+
+
+def test_a_run_that_finishes_while_it_is_opened_is_opened_finished(tmp_path, monkeypatch):
+    parts, part_files = Parts(tmp_path / "run.h5", {"run": 1}), sealed.part_files
+    fill(parts, ROWS, 4)
+
+    def late(folder):
+        monkeypatch.setattr(sealed, "part_files", part_files)
+        merge(parts, tmp_path / "run.h5", 40, {}, {}, np.array([1 + row % 2 for row in range(40)]))
+        return part_files(folder)
+
+    monkeypatch.setattr(sealed, "part_files", late)
+    with noria.open(tmp_path / "run.h5") as opened:
+        assert opened.finished and len(opened) == len(ROWS)
 
 
 def test_a_damaged_part_is_left_out_with_a_warning(tmp_path):

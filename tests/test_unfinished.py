@@ -10,7 +10,6 @@ import time
 import pytest
 
 import noria.output.sealed as sealed
-import noria.output.unfinished as unfinished_module
 from forks import forked
 from noria.__main__ import main
 from noria.output.compact import Compactor
@@ -128,17 +127,18 @@ def test_a_row_tried_again_counts_as_it_stands(output, capsys):
     assert "rows        4 done, 0 errors, 6 left" in inspect(capsys, output)[1]
 
 
-def test_a_run_that_finishes_meanwhile_is_shown_finished(output, capsys, monkeypatch):
-    scan = unfinished_module.scan
+@pytest.mark.parametrize("scans_first", [True, False])
+def test_a_run_that_finishes_meanwhile_is_shown_finished(output, capsys, monkeypatch, scans_first):
+    parts, part_files = Parts(output, HEADER), sealed.part_files
 
-    def late(*arguments):
-        parts = Parts(output, HEADER)
+    def late(folder):
+        monkeypatch.setattr(sealed, "part_files", part_files)
+        found = part_files(folder) if scans_first else []
         fill(parts, [make_row(row) for row in range(4, 10)])
         merge(parts, output, 10, {})
-        monkeypatch.setattr(unfinished_module, "scan", scan)
-        raise FileNotFoundError("part-000000.h5 is gone")
+        return found
 
-    monkeypatch.setattr(unfinished_module, "scan", late)
+    monkeypatch.setattr(sealed, "part_files", late)
     code, out, _ = inspect(capsys, output)
     assert code == 0 and f"{output}: finished\nrows        9 done, 1 error\n" in out
 

@@ -12,8 +12,9 @@ from noria.commands import flags
 from noria.commands.parser import Parser
 from noria.errors import InputError, require
 from noria.output.schema import FORMAT as GENERATIONS
+from noria.output.sealed import is_unfinished
 from noria.output.summary import Summary, summary_of
-from noria.output.unfinished import is_unfinished, summary_of_unfinished
+from noria.output.unfinished import summary_of_unfinished
 from noria.report.facts import spent_of
 from noria.tools.container import format_of
 from noria.tools.text import json_text, nbytes_words, plural, printable

@@ -5,7 +5,6 @@ Knows the finished output and its parts; nothing of how they came about.
 
 import contextlib
 import gzip
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from noria.output.export_rows import ExportedRows, Origin, origin_of, rows_so_fa
 from noria.output.export_tables import check_pyarrow, write_csv, write_parquet
 from noria.output.generations import Generations, open_generations, stored_checksums, verify_checksums
 from noria.output.schema import Generation, own_columns
-from noria.output.sealed import part_files, parts_folder, to_stderr
+from noria.output.sealed import Gone, is_unfinished, to_stderr
 from noria.output.wanted import WantedRows
 from noria.tools.atomic import check_file, real, replacing
 from noria.tools.keys import nearest
@@ -75,14 +74,9 @@ def export(
     if settings.errors is not None and (settings.format != "openai" or real(settings.errors) == real(target)):
         why = "is the file of the responses too" if settings.format == "openai" else "is for --format openai"
         raise InputError(f"errors {settings.errors} {why}: name another file, or leave it out")
-    while not source.exists() and parts_folder(source).is_dir():
-        parts = part_files(parts_folder(source))
-        try:
+    while is_unfinished(source):
+        with contextlib.suppress(Gone):  # read once more: other parts, or the output itself
             return _write(target, rows_so_far(source, report), settings)
-        except (InputError, OSError):
-            # A job that runs may have put parts together meanwhile, or merged them all: then the output itself is there.
-            if not source.exists() and all(map(os.path.lexists, parts)):
-                raise
     with open_generations(source) as file:
         compared = _compared(file, settings.format)
         if not compared:

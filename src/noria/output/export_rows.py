@@ -13,7 +13,7 @@ from pathlib import Path
 from noria.errors import InputError
 from noria.output.generations import Generations
 from noria.output.schema import Generation
-from noria.output.sealed import gather, parts_folder, scan, select
+from noria.output.sealed import gather, parts_folder, select, unfinished_parts
 from noria.output.segments import read_segments
 from noria.output.wanted import WantedRows
 from noria.tools.text import plural
@@ -62,10 +62,8 @@ def origin_of(file: Generations) -> Origin:
 
 
 def rows_so_far(source: Path, report: Callable[[str], None]) -> ExportedRows:
-    folder = parts_folder(source)
-    parts, segments = scan(folder, report), read_segments(folder)
-    if source.exists():
-        raise FileNotFoundError(f"{folder} is merged")
+    """The rows of an output that is not finished, which is told. Raises sealed.Gone, also while they are read."""
+    segments, parts = read_segments(parts_folder(source)), unfinished_parts(source, report)
     selection = select(parts)
     half = f", {plural(selection.num_todo, 'row')} stopped half-way not included" if selection.num_todo else ""
     report(f"{source} is not finished: exporting the {plural(len(selection.row), 'row')} finished so far{half}")

@@ -5,8 +5,7 @@ several jobs, and ends when the output is whole.
 """
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,27 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.agreement import differing
 from noria.output.export import as_object, line_of
-from noria.output.generations import Generations, NewerVersion, open_generations
+from noria.output.generations import NewerVersion, open_generations
 from noria.output.growing import GrowingFile, GrowingStream, digest_of
 from noria.output.schema import Generation
-from noria.output.sealed import MAX_SAMPLES, TODO, Part, gather, part_files, parts_folder, scan_one, select
+from noria.output.sealed import (
+    MAX_SAMPLES,
+    TODO,
+    Gone,
+    Part,
+    gather,
+    part_files,
+    parts_folder,
+    reading,
+    scan_one,
+    select,
+)
 from noria.output.wanted import WantedRows
 from noria.tools.looking import Looker
 from noria.tools.text import plural
 
 _ANOTHER = "name another file"
 _MAY_CHANGE = ("prompts", "chat.date", "sampling.seed")  # in a run that goes on
-
-
-class _Gone(Exception):
-    """A part went away while it was read: it was put together with others, or all are merged."""
 
 
 @dataclass(eq=False)
@@ -54,7 +60,7 @@ class Following:
     def begin(self) -> None:
         """Compares the rows of the file with those that are there. Raises InputError if they are another run's."""
         while self.file.had.num_rows and not self.stopped():
-            with contextlib.suppress(_Gone):
+            with contextlib.suppress(Gone):
                 self._compare()
                 break
 
@@ -80,7 +86,7 @@ class Following:
 
     def step(self) -> bool:
         """Writes the rows that were sealed since. Returns whether the output is whole, and all of it written."""
-        with contextlib.suppress(_Gone):
+        with contextlib.suppress(Gone):
             for path in self._places():
                 key, part = _key(path), self._open(path)
                 if part is not None:
@@ -99,15 +105,14 @@ class Following:
         return [path for path in part_files(parts_folder(self.source)) if _key(path) not in self._read]
 
     def _open(self, path: Path) -> Part | None:
-        """The part; None if it is damaged, which is told once: its rows are generated again. Raises _Gone."""
+        """The part; None if it is damaged, which is told once: its rows are generated again. Raises Gone."""
         key = _key(path)
         try:
-            part = scan_one(path, looker=self.looker)
-        except NewerVersion:
+            with reading(path):
+                part = scan_one(path, looker=self.looker)
+        except (NewerVersion, Gone):
             raise
         except (InputError, OSError) as error:
-            if not os.path.lexists(path):
-                raise _Gone from error
             if path == self.source:
                 raise
             self.report(f"part left out, its rows are generated again: {error}")
@@ -127,16 +132,19 @@ class Following:
             raise InputError(f"{self.source} is of another run now ({', '.join(names)} differ): {_ANOTHER}")
 
     def _take(self, part: Part, write: bool) -> None:
-        """Writes the part's rows that are not written yet, or only meets those that the file has. Raises _Gone."""
+        """Writes the part's rows that are not written yet, or only meets those that the file has. Raises Gone."""
         selection = select([part])
         fresh = np.flatnonzero(~np.isin(selection.row * MAX_SAMPLES + selection.sample, self._done))
         names = ("part", "position", "row", "sample", "num_tokens", "num_prompt_tokens")
         fields = {name: getattr(selection, name)[fresh] for name in names}
         done: list[int] = []
         try:
-            with _opened(part) as file:
-                blocks = gather([part], replace(selection, **fields), [file])
-                while not self.stopped() and (block := _next(blocks, part)) is not None:
+            with reading(part.path):
+                file = open_generations(part.path)
+            with file:
+                for block in gather([part], replace(selection, **fields), [file]):
+                    if self.stopped():
+                        break
                     done += self._take_rows(block, write)
         finally:
             self._done = np.union1d(self._done, np.array(done, np.int64))
@@ -161,26 +169,6 @@ class Following:
         self.num_written += len(lines)
         self._errors.update(errors)
         return done
-
-
-def _opened(part: Part) -> Generations:
-    """Its file. Raises _Gone."""
-    try:
-        return open_generations(part.path)
-    except (InputError, OSError) as error:
-        if not os.path.lexists(part.path):
-            raise _Gone from error
-        raise
-
-
-def _next(blocks: Iterator[list[Generation]], part: Part) -> list[Generation] | None:
-    """The next rows of a part; None after the last ones. Raises _Gone."""
-    try:
-        return next(blocks, None)
-    except (InputError, OSError) as error:
-        if not os.path.lexists(part.path):
-            raise _Gone from error
-        raise
 
 
 def _key(path: Path) -> tuple[object, ...]:

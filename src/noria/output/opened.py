@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import xxhash
 
-from noria.errors import InputError
 from noria.output.export import KINDS, as_object
 from noria.output.export_tables import columns_of, record_batches
 from noria.output.generations import Generations, blocks, open_generations
 from noria.output.schema import Generation
-from noria.output.sealed import parts_folder, scan, select
+from noria.output.sealed import is_unfinished, reading, select, tried_again, unfinished_parts
 from noria.output.timings import timings_of
 from noria.tools.damage import damaged_is_input_error
 from noria.tools.looking import Looker
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-_TRIES = 5  # a run that works may put parts together, or finish, while they are opened
 _GAP = 64  # rows between two that are wanted, from which on they are read apart
 _ID_ROWS = 2**14  # whose ids are in memory at once
 
@@ -230,15 +228,10 @@ def open(path: str | Path) -> Output:
     Raises InputError for what is no output. A damaged part is left out, with a warning.
     """
     path = Path(path)
-    gone: Exception | None = None
-    for _ in range(_TRIES):
-        try:
-            if path.exists() or not parts_folder(path).is_dir():
-                return _finished(path)
-            return _unfinished(path)
-        except FileNotFoundError as error:
-            gone = error
-    raise InputError(f"{path}: its parts change too fast to be read ({gone}): try again") from gone
+    found, damaged = tried_again(path, lambda: _unfinished(path) if is_unfinished(path) else (_finished(path), []))
+    for message in damaged:
+        warnings.warn(message, stacklevel=2)
+    return found
 
 
 def _finished(path: Path) -> Output:
@@ -247,20 +240,16 @@ def _finished(path: Path) -> Output:
     return Output(path, file.complete, [file], (np.zeros(len(file), np.int32), np.arange(len(file))))
 
 
-def _unfinished(path: Path) -> Output:
-    parts = scan(parts_folder(path), lambda message: warnings.warn(message, stacklevel=4), verify=False)
+def _unfinished(path: Path) -> tuple[Output, list[str]]:
+    """The rows that are finished, and what is said of damaged parts. Raises Gone."""
+    files: list[Generations] = []
+    damaged: list[str] = []
+    parts = unfinished_parts(path, damaged.append, verify=False)
     selection = select(parts)
     with ExitStack() as on_error:
         # Open from now on: a job that puts parts together takes their names away, not their content.
-        files = [on_error.enter_context(_part(part.path)) for part in parts]
+        for part in parts:
+            with reading(part.path):
+                files.append(on_error.enter_context(open_generations(part.path)))
         on_error.pop_all()
-    return Output(path, False, files, (selection.part.astype(np.int32), selection.position))
-
-
-def _part(path: Path) -> Generations:
-    try:
-        return open_generations(path)
-    except InputError:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is gone") from None
-        raise
+    return Output(path, False, files, (selection.part.astype(np.int32), selection.position)), damaged

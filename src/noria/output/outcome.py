@@ -15,7 +15,7 @@ import numpy as np
 
 from noria.output.generations import Generations, blocks, open_generations
 from noria.output.schema import FINISH_REASON, STATUS, Generation
-from noria.output.sealed import Part, Selection
+from noria.output.sealed import Part, Selection, reading
 from noria.sampling import OPEN
 from noria.structured import may_have_blanks
 from noria.tools.damage import damaged_is_input_error
@@ -148,14 +148,11 @@ def outcome_of(output: str | Path) -> Outcome:
 
 
 def outcome_of_parts(parts: Sequence[Part], selection: Selection) -> Outcome:
-    """That of the selected rows of an unfinished output. Raises FileNotFoundError for a part that is gone, InputError for
-    one that is damaged."""
+    """That of the selected rows of an unfinished output. Raises sealed.Gone, InputError for a part that is damaged."""
     outcome = Outcome(parts[-1].header if parts else {})
     for number in np.unique(selection.part):
         path = parts[number].path
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is gone")
-        with open_generations(path) as file, damaged_is_input_error(path):
+        with reading(path), open_generations(path) as file, damaged_is_input_error(path):
             outcome.add(file, selection.position[selection.part == number])
     return outcome
 

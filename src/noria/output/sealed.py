@@ -1,6 +1,7 @@
 """Reads the sealed parts of an output: what each holds, and each row once where several have it.
 
-Knows the order of parts, nothing of how they are written nor of the run that fills them.
+A run may put parts together, or merge all of them, while they are read. Knows the order of parts, nothing of how they are
+written nor of the run that fills them.
 """
 
 import json
@@ -8,10 +9,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ TODO, DONE, ERROR = STATUS.index("todo"), STATUS.index("done"), STATUS.index("er
 FINISHED_LEVEL = 2**30  # of an output that was finished once
 MAX_SAMPLES = 2**20  # of one prompt, more than a run may have
 PART_NAME = re.compile(r"part-(\d{6,})\.h5")
+_TRIES = 5  # of who reads parts, which a run puts together a few times an hour
+T = TypeVar("T")
 
 
 def parts_folder(output: str | Path) -> Path:
@@ -99,11 +102,43 @@ def to_stderr(message: str) -> None:
     sys.stderr.write(message + "\n")
 
 
+class Gone(FileNotFoundError):
+    """A part went away while it was read: a job that runs has put it together with others, or merged them all."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The body reads a part, or their folder, and does nothing else. Raises Gone where that is not there any more."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if os.path.lexists(path):  # a link that leads nowhere stays: it is no part
+            raise
+        raise Gone(f"{path} is gone") from error
+
+
+def tried_again(output: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of an output, which is called again where it raises Gone. Raises InputError where that has no end."""
+    gone = Gone()
+    for _ in range(_TRIES):
+        try:
+            return read()
+        except Gone as error:
+            gone = error
+    raise InputError(f"{output}: its parts change too fast to be read ({gone}): try again") from gone
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a run left parts at this place, and no output yet."""
+    return not output.exists() and parts_folder(output).is_dir()
+
+
 def part_files(folder: Path) -> list[Path]:
-    """The sealed parts in the order in which they were sealed."""
+    """The sealed parts in the order in which they were sealed. Raises Gone for a folder that goes away."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := PART_NAME.fullmatch(path.name))]
+    with reading(folder):
+        found = [(int(match[1]), path) for path in folder.iterdir() if (match := PART_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -111,8 +146,7 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
     """What the parts of a folder hold; changes nothing there.
 
     A damaged part is reported and left out: its rows count as not generated. A part that a later one replaces is left
-    out too. Raises NewerVersion; FileNotFoundError for a part that was there a moment ago (a job that runs has put it
-    together with others).
+    out too. Raises NewerVersion, Gone.
     """
     parts: list[Part] = []
     damaged: list[str] = []
@@ -122,17 +156,24 @@ def scan(folder: Path, report: Callable[[str], None] = to_stderr, verify: bool =
             if path.name in replaced:
                 continue
             try:
-                parts.append(scan_one(path, verify, looker))
+                with reading(path):
+                    parts.append(scan_one(path, verify, looker))
                 replaced.update(parts[-1].replaces)
-            except NewerVersion:
+            except (NewerVersion, Gone):
                 raise
             except (InputError, OSError) as error:
-                if not os.path.lexists(path):  # a link that leads nowhere stays: it is no part
-                    raise FileNotFoundError(f"{path} is gone") from error
                 damaged.append(f"part left out, its rows are generated again: {error}")
     for message in reversed(damaged):
         report(message)
     return parts[::-1]
+
+
+def unfinished_parts(output: Path, report: Callable[[str], None] = to_stderr, verify: bool = True) -> list[Part]:
+    """The parts of an output that is not finished, as `scan`. Raises Gone where it is finished by now, too."""
+    parts = scan(parts_folder(output), report, verify)
+    if output.exists():
+        raise Gone(f"{parts_folder(output)} is merged")
+    return parts
 
 
 def scan_one(path: Path, verify: bool = True, looker: Looker | None = None) -> Part:
@@ -193,7 +234,7 @@ def gather(
 ) -> Iterator[list[Generation]]:
     """The selected rows in order, a block at a time; of each part only the rows of that block are in memory.
 
-    `opened`: the parts' files, if they are open already; else each is opened for each block.
+    `opened`: the parts' files, if they are open already; else each is opened for each block. Raises Gone.
     """
     width = 1 + max((part.scores.top for part in parts), default=0)
     for start, stop in blocks(selection.num_tokens * width, selection.num_prompt_tokens):
@@ -201,8 +242,8 @@ def gather(
         block: list[Any] = [None] * (stop - start)
         for number in np.unique(numbers):
             places = np.flatnonzero(numbers == number)
-            wanted = positions[places]
-            with nullcontext(opened[number]) if opened else open_generations(parts[number].path) as file:
+            wanted, path = positions[places], parts[number].path
+            with reading(path), nullcontext(opened[number]) if opened else open_generations(path) as file:
                 rows = file.read(int(wanted.min()), int(wanted.max()) + 1, wanted)
             for place, generation in zip(places, rows, strict=True):
                 block[place] = generation

@@ -12,19 +12,13 @@ import numpy as np
 from noria.errors import InputError
 from noria.output.access import hindrance
 from noria.output.outcome import Outcome, outcome_of_parts
-from noria.output.sealed import ERROR, Part, Selection, part_files, parts_folder, scan, select
+from noria.output.sealed import ERROR, Part, Selection, part_files, parts_folder, select, tried_again, unfinished_parts
 from noria.output.segments import age, read_segments
 from noria.output.summary import Summary, settings, summary_of
+from noria.tools.changes import looks_of
 from noria.tools.lock import held_by
 from noria.tools.text import nbytes_words, plural
 from noria.tools.values import WHOLE
-
-_TRIES = 5  # a run that works may put parts together, or finish, while they are read
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether a run left parts at this place, and no output yet."""
-    return not path.exists() and parts_folder(path).is_dir()
 
 
 def summary_of_unfinished(path: Path, verify: bool = False) -> Summary:
@@ -32,36 +26,27 @@ def summary_of_unfinished(path: Path, verify: bool = False) -> Summary:
 
     Of a run that finishes meanwhile, what summary.summary_of says. Raises InputError for damaged parts if `verify`.
     """
-    gone = FileNotFoundError()
-    for _ in range(_TRIES):
-        damaged: list[str] = []
-        try:
-            parts = scan(parts_folder(path), damaged.append, verify)
-            summary = _summary(path, parts, damaged)
-        except FileNotFoundError as error:
-            if path.exists():
-                return summary_of(path, verify)
-            gone = error
-            continue
-        if verify:
-            _all_whole(path, len(parts), damaged)
-            summary.verified = f"checksums: all of {plural(len(parts), 'part')} agree"
-        return summary
-    raise InputError(f"{path}: its parts change too fast to be read ({gone}): try again") from gone
+    return tried_again(path, lambda: summary_of(path, verify) if path.exists() else _of_parts(path, verify))
 
 
-def _all_whole(path: Path, num_parts: int, damaged: list[str]) -> None:
-    if damaged:
-        raise InputError(f"{path}: {len(damaged)} of {plural(len(damaged) + num_parts, 'part')} damaged: {damaged[0]}")
+def _of_parts(path: Path, verify: bool) -> Summary:
+    damaged: list[str] = []
+    parts = unfinished_parts(path, damaged.append, verify)
+    summary = _summary(path, parts, damaged)
+    if verify and damaged:
+        raise InputError(f"{path}: {len(damaged)} of {plural(len(damaged) + len(parts), 'part')} damaged: {damaged[0]}")
+    if verify:
+        summary.verified = f"checksums: all of {plural(len(parts), 'part')} agree"
+    return summary
 
 
 def _summary(path: Path, parts: list[Part], damaged: list[str]) -> Summary:
     folder, selection = parts_folder(path), select(parts)
-    segments, files = read_segments(folder), [file.stat() for file in part_files(folder) if file.exists()]
+    segments, looks = read_segments(folder), [*looks_of(part_files(folder)).values()]
     header = parts[-1].header if parts else {}
     of = segments[-1]["of"] if segments else 0
-    sealed = age(time.time() - max(file.st_mtime for file in files)) if files else "never"
-    nbytes, shard = sum(file.st_size for file in files), header.get("shard", WHOLE)
+    sealed = age(time.time() - max(at for *_, at in looks) / 1e9) if looks else "never"
+    nbytes, shard = sum(size for *_, size, _ in looks), header.get("shard", WHOLE)
     outcome, unreadable = _outcome(parts, selection)
     return Summary(
         path,
@@ -73,7 +58,7 @@ def _summary(path: Path, parts: list[Part], damaged: list[str]) -> Summary:
         segments=segments,
         run_file=settings(header),
         notes=[
-            f"{plural(len(files), 'part')} in {folder}, {nbytes_words(nbytes)}, last sealed {sealed}",
+            f"{plural(len(looks), 'part')} in {folder}, {nbytes_words(nbytes)}, last sealed {sealed}",
             *damaged,
             *unreadable,
             *([f"shard: {shard}"] if shard != WHOLE else []),

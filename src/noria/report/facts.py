@@ -11,9 +11,10 @@ import numpy as np
 from noria.output import opened
 from noria.output.opened import Output
 from noria.output.schema import STATUS, Generation
+from noria.output.sealed import is_unfinished
 from noria.output.segments import segment_lines
 from noria.output.summary import Summary, seconds_of, summary_of
-from noria.output.unfinished import is_unfinished, summary_of_unfinished
+from noria.output.unfinished import summary_of_unfinished
 from noria.report.counted import Lengths, Speed, lengths_of, speeds_of
 from noria.report.measured import LinkBytes, RankTime, moved, rank_times, terms
 from noria.report.spent import Spent, spent
