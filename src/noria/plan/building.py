@@ -1,14 +1,14 @@
 """One candidate for a plan: what it puts where, in numbers, or why it does not fit. Knows nothing of how candidates are found."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 
 from noria.blocks import dtype_of
 from noria.errors import InputError, require
 from noria.limits import DISK_NBYTES, GRAPH_ROWS, TIERS, padded_rows
 from noria.plan.memory import Sizes
-from noria.plan.plan import Plan, coded_tiers
+from noria.plan.plan import Choices, Plan, coded_tiers
 from noria.plan.pools import Usual
 from noria.plan.problem import Candidate, Problem
 from noria.plan.room import cache_pages, more_memory, refused, reserved, with_head
@@ -45,34 +45,21 @@ def plan_of(problem: Problem, candidate: Candidate, sizes: Sizes, pages: Mapping
     return Plan(
         num_ranks=problem.num_ranks,
         laps=candidate.laps,
-        groups=candidate.groups,
         microbatches=problem.config.pipeline.microbatches,
-        step_tokens=sizes.step_tokens,
-        microbatch_tokens=sizes.microbatch_tokens,
         dtype=problem.dtype,
         num_pages=sum(pages.values()),
         stages=tuple((stage.start, stage.stop) for stage in cut.stages),
         blocking=problem.config.pipeline.blocking,
         schedule=_schedule(problem, candidate),
         weight_tiers=tuple(map(sizes.tiers_of, ranks)),
-        weight_slots=sizes.weight_slots,
         pools=sizes.usual.pools(pages),
-        cache_slots=sizes.cache_slots,
-        cache_slot_pages=sizes.cache_slot_pages,
-        state_rows=sizes.state_rows,
-        activations=sizes.activations,
         memory=tuple({tier: dict(items) for tier, items in tables[cut.alike[rank]].items()} for rank in ranks),
-        decoding_room=sizes.decoding_room,
-        decoded=sizes.decoded,
-        coded=sizes.coded,
         may_code=problem.may_code,
-        staged=sizes.staged,
-        graph_rows=sizes.graph_rows,
-        decoded_pages=sizes.decoded_pages,
         kv_cache_dtype=problem.config.kv_cache_dtype,
         products=problem.config.products,
         rings=bool(problem.shape.rings),
         windows=problem.windows,
+        **{chosen.name: getattr(sizes, chosen.name) for chosen in fields(Choices)},
     )
 
 
@@ -83,10 +70,10 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
     sizes = Sizes(
         cut,
         problem.weighed,
-        candidate.groups,
-        step_tokens,
-        min(candidate.microbatch_tokens, step_tokens),
         {rank: ("",) * len(cut.share(rank).names) for rank in cut.counts},
+        groups=candidate.groups,
+        step_tokens=step_tokens,
+        microbatch_tokens=min(candidate.microbatch_tokens, step_tokens),
         activations=candidate.activations,
         device=problem.machine.device,
         staged=bool(problem.config.placement.stage),

@@ -24,7 +24,7 @@ from noria.limits import (
 )
 from noria.model import ModelShape
 from noria.plan.cut import Cut
-from noria.plan.plan import coded_tiers
+from noria.plan.plan import Choices
 from noria.plan.pools import Usual
 from noria.step import PAGE_TOKENS
 
@@ -75,7 +75,7 @@ class Occupied:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Choices):
     """A model cut into stages on ranks, its blocks in tiers, and the steps that pass through them.
 
     weight_tiers: of the first rank of each kind (`cut.alike`), the tier of each of its blocks in the order of visits.
@@ -83,23 +83,9 @@ class Sizes:
 
     cut: Cut
     weighed: Weighed
-    groups: int
-    step_tokens: int
-    microbatch_tokens: int
     weight_tiers: Mapping[int, Sequence[str]]
-    weight_slots: int = 0
-    cache_slots: int = 0
-    cache_slot_pages: int = 0
-    state_rows: int = 0
     usual: Usual = Usual()
-    activations: str = "gpu"
     device: str = "cuda"
-    staged: bool = False
-    decoding_room: int = 0
-    decoded: bool = False
-    coded: bool = False
-    graph_rows: int = 0
-    decoded_pages: int = 0
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -177,7 +163,7 @@ class Sizes:
 
     def _count(self, rank: int) -> Occupied:
         by_tier, slot, passing, decoding = dict.fromkeys(("", *TIERS), 0), 0, [], 0
-        tiers = coded_tiers(self.coded, self.staged)
+        tiers = self.coded_tiers
         for name, tier in zip(self.cut.share(rank).names, self.weight_tiers[rank], strict=True):
             encoded, whole = self.weighed.encoded.get(name), self.decoded and tier == "gpu"
             coded = self.weighed.coded.get(name) if tier in ("", *tiers) and tiers else None

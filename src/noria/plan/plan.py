@@ -25,52 +25,65 @@ def coded_tiers(coded: bool, staged: bool) -> tuple[str, ...]:
     return ("cpu", *["disk"] * staged) if coded else ()
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is chosen of steps and of what they pass through, whatever the blocks of each rank and their tiers are.
+
+    weight_slots: buffers on the device for streamed blocks, each of the rank's largest one. cache_slots buffers of
+    cache_slot_pages pages and state_rows states stage one layer's arrays of a microbatch whose pages are elsewhere; where
+    there are states no microbatch has more than state_rows rows. decoding_room: bytes in which encoded parameters are
+    decoded before they are used, where they need so many; decoded: those of blocks that stay on the device are decoded while
+    they load; coded: blocks that stream from CPU memory, or from scratch (`staged`: weights on disk are copied there), are
+    coded without loss while they load. graph_rows: decode steps of so many rows at most are captured as graphs, by ranks
+    whose layers stay on the device. decoded_pages: of the buffer into which an encoded cache is decoded, of some rows at a
+    time.
+    """
+
+    groups: int
+    step_tokens: int
+    microbatch_tokens: int
+    weight_slots: int = 0
+    cache_slots: int = 0
+    cache_slot_pages: int = 0
+    state_rows: int = 0
+    activations: str = "gpu"
+    decoding_room: int = 0
+    decoded: bool = False
+    coded: bool = False
+    staged: bool = False
+    graph_rows: int = 0
+    decoded_pages: int = 0
+
+    @property
+    def coded_tiers(self) -> tuple[str, ...]:
+        """The tiers whose blocks are coded without loss on their way there."""
+        return coded_tiers(self.coded, self.staged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Choices):
     """Every choice of a run.
 
-    weight_tiers: per rank, each of its blocks (embed, layers/0003, head) -> tier. weight_slots: buffers on the device for
-    streamed blocks, each of the rank's largest one. pools: tier -> pool (pages, states) -> how many; ids: gpu first, then
-    cpu, then disk. cache_slots buffers of cache_slot_pages pages and state_rows states stage one layer's arrays of a
-    microbatch whose pages are elsewhere; where there are states no microbatch has more than state_rows rows.
-    memory: per rank and tier, bytes by purpose. decoding_room: bytes in which encoded parameters are decoded before they are
-    used, where they need so many; decoded: those of blocks that stay on the device are decoded while they load; coded: blocks
-    that stream from CPU memory, or from scratch (`staged`: weights on disk are copied there), are coded without loss while they
-    load; may_code: they could be. graph_rows: decode steps of so many rows at most are
-    captured as graphs, by ranks whose layers stay on the device. decoded_pages: of the buffer into which an encoded
-    cache is decoded, of some rows at a time; kv_cache_dtype: how it is kept; products: in what weights in fp8 are multiplied.
-    chosen_tokens: where a single group has a step of at most so many, streamed layers come without their experts, and those
-    that are chosen follow.
+    weight_tiers: per rank, each of its blocks (embed, layers/0003, head) -> tier. pools: tier -> pool (pages, states) -> how
+    many; ids: gpu first, then cpu, then disk. memory: per rank and tier, bytes by purpose. may_code: blocks could be `coded`.
+    kv_cache_dtype: how the cache is kept; products: in what weights in fp8 are multiplied. chosen_tokens: where a single
+    group has a step of at most so many, streamed layers come without their experts, and those that are chosen follow.
     rings: windowed layers keep their window alone, in what counts as states; windows: of them, in words.
     """
 
     num_ranks: int
     laps: int
-    groups: int
     microbatches: int
-    step_tokens: int
-    microbatch_tokens: int
     dtype: str
     num_pages: int
     stages: tuple[tuple[int, int], ...]
     blocking: bool
     schedule: str
     weight_tiers: tuple[dict[str, str], ...]
-    weight_slots: int
     pools: dict[str, dict[str, int]]
-    cache_slots: int
-    cache_slot_pages: int
-    state_rows: int
-    activations: str
     memory: tuple[dict[str, Any], ...]
     predicted: dict[str, Any] = field(default_factory=dict)
-    decoding_room: int = 0
-    decoded: bool = False
-    coded: bool = False
     may_code: bool = field(default=False, compare=False)  # for words alone: a plan that is written says off
-    staged: bool = False
-    graph_rows: int = 0
-    decoded_pages: int = 0
     kv_cache_dtype: str = "auto"
     products: str = "auto"
     chosen_tokens: int = 0
@@ -92,11 +105,6 @@ class Plan:
     def holds(self, pages: int) -> bool:
         """Whether a row of so many pages finds room: all of them are in one tier."""
         return self.most_pages >= pages
-
-    @property
-    def coded_tiers(self) -> tuple[str, ...]:
-        """The tiers whose blocks are coded without loss on their way there."""
-        return coded_tiers(self.coded, self.staged)
 
     @property
     def composes_ahead(self) -> bool:
