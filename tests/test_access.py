@@ -101,6 +101,17 @@ def test_a_colleague_finishes_the_run_of_a_job_that_died(shared):
     assert sorted(os.listdir(shared)) == ["run.h5"]
 
 
+@root
+def test_a_folder_that_takes_files_and_shows_none_takes_an_output_and_its_export(shared):
+    output = shared / "run.h5"
+    shared.chmod(0o2773)
+    os.chown(shared, ALICE, 0)
+    assert as_user(BOB, lambda: begin(output)) is None
+    assert as_user(BOB, lambda: go_on(output)) == "parts"
+    assert as_user(BOB, lambda: export.export(output, shared / "run.jsonl")) == 3
+    assert sorted(os.listdir(shared)) == ["run.h5", "run.jsonl"]
+
+
 CLOSED = {  # what alice's umask or an administrator made of her files, and what a colleague is told
     "the lock": ("run.h5.lock", 0o644, "run.h5.lock is user 61001's (-rw-r--r--): ask for chmod g+w {}"),
     "the folder of parts": ("run.h5.parts", 0o755, "run.h5.parts is user 61001's (drwxr-xr-x): ask for chmod g+w {}"),

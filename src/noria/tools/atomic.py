@@ -108,8 +108,13 @@ def _is_dead(process: int) -> bool:
 
 
 def fsync(path: Path) -> None:
-    """Brings a closed file, or the names in a folder (where the file system can), to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Brings a closed file, or the names in a folder (where the file system can, and this user reads it), to the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # which may be written and not read
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:
