@@ -157,6 +157,17 @@ def test_a_command_that_is_not_there_or_fails_is_no_answer(monkeypatch):
     assert find(None, BEGAN, {"SLURM_JOB_ID": "5"}) == NONE
 
 
+def test_bytes_of_the_jobs_environment_that_are_no_text_hide_no_answer(monkeypatch, tmp_path):
+    (tmp_path / "qstat").write_bytes(
+        b"#!/bin/sh\ncat << END\n    Resource_List.walltime = 01:00:00\n    resources_used.walltime = 00:10:00\n"
+        b"    Variable_List = PBS_O_HOME=/home/m\xfcller,PBS_O_LANG=C\nEND\n"
+    )
+    (tmp_path / "qstat").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = find(None, BEGAN, {"PBS_JOBID": "17.node1"})
+    assert abs(found.at - time.time() - 3000) < 30 and found.source == "qstat"
+
+
 def test_the_job_is_named_as_the_scheduler_names_it():
     assert job_id({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}) == "11_3"
     assert job_id({"SLURM_JOB_ID": "12"}) == "12" and job_id({"PBS_JOBID": "9[2].node1"}) == "9[2].node1"

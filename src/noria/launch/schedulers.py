@@ -57,10 +57,11 @@ def job_ids(environment: Environment = os.environ) -> dict[str, str]:
 def ask(command: list[str]) -> str:
     """What the scheduler's command prints; nothing if there is none, or it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=ASK_SECONDS, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    # qstat shows a job's variables, of any bytes
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
 def _slurm_job(environment: Environment) -> str:
