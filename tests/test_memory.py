@@ -133,3 +133,11 @@ def test_the_most_that_a_process_has_had_is_told_by_kernels_that_do_not_write_it
     assert memory.peak_nbytes(tmp_path) == 300 * 1024
     status.write_text("VmSize:\t900 kB\nVmRSS:\t200 kB\n")  # as gVisor has it
     assert memory.peak_nbytes(tmp_path) > 0.9 * memory.peak_nbytes(), "here both say it"
+
+
+def test_a_mount_whose_name_is_no_text_is_a_mount_like_another(tmp_path):
+    *files, free = CASES["both versions, memory in version 1"]
+    tree(tmp_path, *files)
+    mounts = tmp_path / "proc/self/mountinfo"
+    mounts.write_bytes(b"60 23 0:50 / /media/m\xfcll rw shared:1 - cifs //host/m\xfcll rw\n" + mounts.read_bytes())
+    assert memory.free_nbytes(tmp_path) == free * MIB

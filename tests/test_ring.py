@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import mmap
+import os
 import re
 import sys
 import threading
@@ -286,6 +288,16 @@ class TwoRanks:
 
     def allgather(self, value):
         return [value, value]
+
+
+def test_a_mapped_file_whose_name_is_no_text_does_not_keep_mpi_from_being_looked_at(tmp_path):
+    path = os.fsencode(tmp_path) + b"/m\xfcll"
+    with open(path, "wb+") as file:
+        file.write(bytes(4096))
+        file.flush()
+        with mmap.mmap(file.fileno(), 4096):
+            assert b"m\xfcll" in Path("/proc/self/maps").read_bytes()
+            assert transports.cuda_sign() is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Reads /proc and the memory controller, of cgroup versions 1 and 2. Knows nothing of ranks.
 """
 
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +108,6 @@ def _number(path: Path) -> int | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return [line for line in os.fsdecode(path.read_bytes()).split("\n") if line]  # with paths, which may be no text
     except OSError:
         return []

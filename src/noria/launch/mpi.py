@@ -86,7 +86,7 @@ def _is_a_shell() -> bool:
         return False
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() != "slurmstepd"
+        return Path(f"/proc/{os.getppid()}/comm").read_bytes().strip() != b"slurmstepd"
     except OSError:
         return False
 

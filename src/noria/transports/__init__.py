@@ -84,7 +84,7 @@ def open_transport(name: str, comm: Communicator, device: torch.device, synchron
 
 def cuda_sign() -> str | None:
     """What says that the MPI of this process can take CUDA memory, or None."""
-    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    maps = os.fsdecode(Path("/proc/self/maps").read_bytes()) if Path("/proc/self/maps").exists() else ""
     for library in sorted(set(re.findall(r"(/\S*/libmpi[\w-]*\.so\S*)", maps))):
         query = getattr(ctypes.CDLL(library), "MPIX_Query_cuda_support", None)
         if query is not None and query():
