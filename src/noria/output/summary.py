@@ -18,7 +18,7 @@ from noria.output.outcome import Outcome, how_to_read
 from noria.output.schema import FORMAT, Generation
 from noria.output.segments import segment_lines, segments_of
 from noria.tools.damage import damaged_is_input_error
-from noria.tools.text import nbytes_words, plural, seconds_words
+from noria.tools.text import cut, nbytes_words, plural, seconds_words
 
 _TOLD = ("format", "version", "complete", "checksums", "segments", "shards", "run_file", "header")  # in their own words
 _SEGMENTS = 3  # the last ones, unless all are asked for
@@ -129,7 +129,7 @@ def settings(header: dict[str, Any]) -> list[str]:
 
 def _details(file: Generations, header: dict[str, Any]) -> list[str]:
     lines = [_named("version", f"{file.attrs.get('version')} of {FORMAT}"), _named("logprobs", str(file.scores))]
-    lines += [f"{name}: {_cut(str(value), _LONG)}" for name, value in file.attrs.items() if name not in _TOLD]
+    lines += [f"{name}: {cut(str(value), _LONG)}" for name, value in file.attrs.items() if name not in _TOLD]
     lines += _table("header", settings(header))
     timing = file.file.get("timing")
     if isinstance(timing, h5py.Group):
@@ -154,11 +154,7 @@ def _in_units(name: str, value: float) -> str:
 
 def _example(one: Generation) -> list[str]:
     name = f"row {one.row}" + f" sample {one.sample}" * (one.sample > 0) + f" ({one.id})" * (one.id != str(one.row))
-    return [f"{name}: {_cut(one.prompt)!r}", f"{'':<{_MARGIN}}-> {_cut(one.text)!r}"]
-
-
-def _cut(text: str, width: int = _WIDTH) -> str:
-    return text if len(text) <= width else f"{text[:width]}..."
+    return [f"{name}: {cut(one.prompt, _WIDTH)!r}", f"{'':<{_MARGIN}}-> {cut(one.text, _WIDTH)!r}"]
 
 
 def _work(segments: list[dict[str, Any]]) -> str:
@@ -185,7 +181,7 @@ def seconds_of(segment: Mapping[str, Any]) -> float:
 
 
 def _table(name: str, values: list[str]) -> list[str]:
-    return [_named("" if number else name, _cut(line, _LONG)) for number, line in enumerate(values)]
+    return [_named("" if number else name, cut(line, _LONG)) for number, line in enumerate(values)]
 
 
 def _named(name: str, words: str) -> str:

@@ -8,7 +8,7 @@ from noria.report.counted import Lengths, Speed
 from noria.report.facts import Facts
 from noria.report.spent import table_lines
 from noria.report.terms import Term
-from noria.tools.text import nbytes_words, plural, printable, seconds_words
+from noria.tools.text import cut, nbytes_words, plural, printable, seconds_words
 
 BAR = 40  # characters of a full bar
 ROWS = 20  # of a picture
@@ -114,15 +114,11 @@ def _errors(facts: Facts) -> Iterator[str]:
     for one in facts.errors:
         yield f"{plural(one.count, 'row')}:"
         for id, error in one.examples:
-            yield f"  {_cut(id, 60)}: {_cut(error, 2 * WIDTH)}"
+            yield f"  {cut(id, 60)}: {cut(error, 2 * WIDTH)}"
     if facts.num_groups > len(facts.errors):
         yield f"{facts.num_groups - len(facts.errors):,} kinds more"
 
 
 def _generation(one: Generation) -> str:
     name = one.id + f" sample {one.sample}" * (one.sample > 0)
-    return f"{_cut(name, 60)} ({one.finish_reason}): {_cut(one.prompt, WIDTH)!r} -> {_cut(one.text, TEXT)!r}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[:width]}..."
+    return f"{cut(name, 60)} ({one.finish_reason}): {cut(one.prompt, WIDTH)!r} -> {cut(one.text, TEXT)!r}"

@@ -59,6 +59,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def cut(text: str, width: int) -> str:
+    """`text`, and of one that has more characters so many and `...`."""
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
 def plural(count: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
