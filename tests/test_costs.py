@@ -383,9 +383,8 @@ def test_rounds_that_have_a_few_tokens_more_than_a_step_have_no_more_microbatche
     assert loads.microbatches(plan, Round(0.5, 576, 2**15, 64, 256)) == 3
 
 
-def planned(dtype, rows=100, **flags):
+def planned(dtype, load=Workload(100, 512, 128), **flags):
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
-    load = Workload(rows, 512, 128)
     return planner.make(Problem(run, *LLAMA_8B, dtype, 1, HERE, load.num_rows, load), KNOWN)
 
 
@@ -395,6 +394,12 @@ def test_room_is_kept_for_graphs_where_decode_steps_are_captured_alone():
     others = planned("bfloat16", graphs=False), planned("float32"), planned("bfloat16", activations="cpu")
     for other in (*others, planned("bfloat16", weights={"cpu": 100.0})):
         assert not other.graph_rows and "graphs" not in other.memory[0]["gpu"]
+
+
+def test_steps_are_captured_of_more_rows_than_find_room_with_their_limits_but_not_than_with_their_prompts():
+    for limit, least, most in ((4096, 100, 128), (64, 300, 400)):  # 15 rows run to their limit; 320 prompts find room
+        plan = planned("bfloat16", Workload(2048, 128, limit), gpu_memory="24GiB")
+        assert least <= plan.graph_rows <= most, plan.graph_rows
 
 
 @pytest.mark.parametrize(("num_ranks", "seconds"), [(1, 1.0991), (2, 0.5595)])

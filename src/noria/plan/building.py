@@ -20,7 +20,7 @@ from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
-GRAPHS_ROOM = 4  # times the rows that are counted on: of these graphs are captured too
+GRAPHS_ROOM = 8  # times the rows that are counted on: of these graphs are captured too, since most rows end before their limits
 LEAST_GRAPH = 16  # rows for which graphs are worth their room
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device
@@ -103,7 +103,8 @@ def sizes_of(problem: Problem, candidate: Candidate) -> Sizes:
 
 
 def _graph_rows(problem: Problem, sizes: Sizes) -> int:
-    """Rows of the largest step that is captured as a graph: where beginnings are shared, more find room than are counted."""
+    """Rows of the largest step that is captured as a graph: where beginnings are shared, or rows end before their limits, more
+    find room than are counted, but for no more than their prompts do."""
     if not problem.config.pipeline.graphs or problem.machine.device != "cuda" or sizes.activations != "gpu":
         return 0
     if problem.dtype not in HALF:  # attention by lists of work alone can be captured
@@ -112,8 +113,9 @@ def _graph_rows(problem: Problem, sizes: Sizes) -> int:
     if problem.shape.cache_encoding:
         return 0
     room = min(sizes.pages_in(_left(problem, sizes, rank), rank) for rank in sizes.cut.counts)
-    rows = min(max(GRAPHS_ROOM * room // problem.workload.own_pages, 1), problem.workload.num_rows)
-    return min(padded_rows(-(-rows // sizes.groups)), GRAPH_ROWS)
+    work = problem.workload
+    rows = max(min(GRAPHS_ROOM * room // work.own_pages, room // work.least_pages), 1)
+    return min(padded_rows(-(-min(rows, work.num_rows) // sizes.groups)), GRAPH_ROWS)
 
 
 def _left(problem: Problem, sizes: Sizes, rank: int) -> int:

@@ -50,6 +50,11 @@ class Workload:
         """Those of them that it shares with no other row."""
         return pages_for(max(round(self.computed_tokens + self.new_tokens), 1))
 
+    @property
+    def least_pages(self) -> int:
+        """Those that it cannot do without, however soon it ends."""
+        return pages_for(round(self.computed_tokens) + 1)
+
 
 @dataclass(frozen=True)
 class Round:
