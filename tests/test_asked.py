@@ -9,7 +9,7 @@ import small_run
 from noria import config
 from noria.__main__ import main
 from noria.plan import asked, planner
-from noria.plan.asked import cost_of_asked
+from noria.plan.asked import cost_of_asked, cost_of_context
 from noria.plan.plan import rate_words
 from noria.plan.problem import Machine, Problem
 from noria.plan.rates import assumed
@@ -90,3 +90,23 @@ def test_a_run_and_its_plan_say_it_in_a_line_and_the_tokens_are_the_same(tmp_pat
     assert re.search(
         r"^warning     pipeline.step_tokens 1: 1 row at once .* 12 rows at once", capsys.readouterr().out, re.MULTILINE
     )
+
+
+CONTEXT = 65_536
+ROWS = Workload(500, 512, 128, 500 * 40 + 40, 40)  # at most 640 tokens of those that were looked at
+
+
+def with_long_context(load, memory=3 * GiB, **flags):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
+    shape = replace(SHAPE, max_positions=CONTEXT)
+    problem = Problem(run, shape, BLOCKS, "float16", 1, Machine("cuda", memory, 2 * GiB), load.num_rows, load)
+    plan = planner.make(problem, H200)
+    return plan, cost_of_context(problem, H200, plan)
+
+
+def test_room_for_a_row_as_long_as_the_context_is_told_where_it_costs_much():
+    plan, (line,) = with_long_context(ROWS)
+    assert "65,536 tokens, since not all rows were looked at" in line and "max_context 640, which is enough" in line
+    assert f"{plan.predicted['rows']:,} row" in line and float(line.split()[-2]) > 1.25
+    assert with_long_context(ROWS, memory=60 * GiB)[1] == []  # there is room for both
+    assert with_long_context(replace(ROWS, whole=True))[1] == []

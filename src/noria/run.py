@@ -38,7 +38,7 @@ from noria.limits import CODED
 from noria.model import OpenModel
 from noria.output.stored_rates import store_rates
 from noria.plan import planner
-from noria.plan.asked import cost_of_asked
+from noria.plan.asked import costly
 from noria.plan.done import with_work
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
@@ -153,9 +153,9 @@ def _plan(config: Config, here: ThisRank, work: Examined, transport: str) -> tup
     rates, said = measuring.rates_of_run(config, here, work.dtype, may_use_disk, transport)
     needed = rates.needed(work.dtype, may_use_disk)
     plan = mpi.on_first_rank(here.comm, lambda: planner.make(problem, needed))
-    costly = mpi.on_first_rank(here.comm, lambda: cost_of_asked(problem, needed, plan))
+    costs = mpi.on_first_rank(here.comm, lambda: costly(problem, needed, plan))
     of_plan = remarks(config, here.device.type, work.num_rows, plan)
-    return plan, rates, [*said, *of_plan, *(f"warning: {words}" for words in costly)]
+    return plan, rates, [*said, *of_plan, *(f"warning: {words}" for words in costs)]
 
 
 def _gathered(here: ThisRank, plan: Plan, model: OpenModel, measured: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from noria.desk.products import check_products
 from noria.errors import InputError, require
 from noria.model import OpenModel
 from noria.plan import costs, planner
-from noria.plan.asked import cost_of_asked
+from noria.plan.asked import costly
 from noria.plan.explained import binding_words, memory_lines, plan_as_dict, rehearsed_words, stage_words, term_lines
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.write is not None:
             _write(arguments.write, run_file(config, plan))
         others, more = rivals(problem, asked.known, plan), list(bought(problem, asked.known, plan))
-        costly = cost_of_asked(problem, asked.known, plan)
+        costs = costly(problem, asked.known, plan)
         fewer = stored_as(problem, asked.known, plan, forms)
         if asked.of_other_ranks:
             plan = rehearsed(problem, plan, asked.known)
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for line in [*_plan_lines(problem, plan, others, more), *((CONVERTED, one.words()) for one in fewer)]:
         _say(*line)
-    for words in costly:
+    for words in costs:
         _say("warning", words)
     if arguments.write is not None:
         _say("written", f"{arguments.write}: mpirun -n {num_ranks} noria run {arguments.write}")

@@ -1,4 +1,4 @@
-"""What it costs that a user has fixed sizes of steps: the plan beside the one that leaves them open."""
+"""What it costs that a user has fixed sizes of steps, or has not said how long rows can get: the plan beside the other one."""
 
 from dataclasses import replace
 
@@ -9,10 +9,17 @@ from noria.plan.explained import times_as_fast
 from noria.plan.plan import Plan, rate_words
 from noria.plan.problem import Problem
 from noria.plan.rates import Rates
+from noria.step import PAGE_TOKENS
 from noria.tools.text import plural
 
 COSTLY = 1.25  # times as fast is the other plan, from where on it is told
 MANY = 8  # microbatches of a decode step: with more it is looked at
+LARGE = 4  # one in so many pages of the cache, or more, are kept for a row as long as the context: this is looked at
+
+
+def costly(problem: Problem, known: Rates, plan: Plan) -> list[str]:
+    """A line for each thing that the user has asked for, or not said, and that costs much."""
+    return [*cost_of_asked(problem, known, plan), *cost_of_context(problem, known, plan)]
 
 
 def cost_of_asked(problem: Problem, known: Rates, plan: Plan) -> list[str]:
@@ -32,6 +39,21 @@ def cost_of_asked(problem: Problem, known: Rates, plan: Plan) -> list[str]:
     times = times_as_fast(other, plan)
     given = " and ".join(f"pipeline.{name} {value:,}" for name, value in asked.items())
     return [f"{given}: {_words(plan)}; left open: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
+
+
+def cost_of_context(problem: Problem, known: Rates, plan: Plan) -> list[str]:
+    """A line with both plans' numbers if it costs much that rows nobody looked at may be as long as the context, else none."""
+    looked, most = problem.looked_at, problem.shape.max_positions
+    if looked is None or looked.whole or LARGE * problem.longest < plan.num_pages:
+        return []
+    try:
+        other = planner.make(replace(problem, looked_at=replace(looked, whole=True)), known)
+    except InputError:
+        return []
+    times, tokens = times_as_fast(other, plan), min(looked.longest * PAGE_TOKENS, most)
+    kept = f"room is kept for a row as long as the context, {most:,} tokens, since not all rows were looked at"
+    given = f"max_context {tokens:,}, which is enough for those that were"
+    return [f"{kept}: {_words(plan)}; with {given}: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
 
 
 def _doubtful(problem: Problem, plan: Plan) -> dict[str, int]:
