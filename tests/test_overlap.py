@@ -20,6 +20,7 @@ from noria.engine.trace import OFF
 from noria.engine.weights import Home, Placed, Weights
 from noria.model import ModelShape
 from noria.ring.messages import Hidden
+from noria.rows.spreading import spread
 from noria.step import PAGE_TOKENS
 from noria.tiers.cpu import Cpu
 
@@ -140,6 +141,16 @@ def test_weights_load_in_parts_where_every_microbatch_loads_something():
     """As hidden states in CPU memory, or earlier tokens of long prompts: the second microbatch of a layer waits for no block."""
     found, linked, computed = milliseconds([(30, 1.8)] * 7)
     assert computed > linked and found < computed + 2 * WEIGHT
+
+
+@pytest.mark.parametrize("streamed", [0, LAYERS // 2, LAYERS])
+@pytest.mark.parametrize("chunks", [4, 6, 8])
+def test_what_chunks_compute_hides_the_caches_of_rows_that_decode_where_both_take_turns(chunks, streamed):
+    """With those that decode one after another a round took 275 ms with six chunks, 1.3 times as long as computing."""
+    mixed = [DECODING] * 4 + [CHUNKS] * chunks
+    order = spread([load for load, _ in mixed])
+    found, linked, computed = milliseconds([mixed[number] for number in order], streamed=streamed)
+    assert found < 1.15 * max(linked, computed)
 
 
 @pytest.mark.parametrize("schedule", ["single_batch", "multi_batch"])

@@ -124,12 +124,14 @@ def of_rank(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Roun
 def whole_blocks(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:
     used = resources(plan, shape, load, rates, round)
     seconds, binds = rank_seconds(plan, used, rates)
-    if not _caches_first(plan, round):
+    exposed = _exposed(plan, round)
+    if not exposed:
         return Way(used, seconds, binds)
     hidden = dict.fromkeys(("link", "host not hidden"), 0.0)  # chunks are queued while caches come
-    caches = terms.link(sum(tier["load"] for tier in _caches(plan, load.work, round).values()), 0, rates)
+    caches = sum(tier["load"] for tier in _caches(plan, load.work, round).values())
+    alone = exposed * terms.link(caches, 0, rates)
     computed, compute = rank_seconds(plan, used | hidden, rates)
-    return Way(used, *max((seconds, binds), (computed + caches, "link" if caches > computed else compute)))
+    return Way(used, *max((seconds, binds), (computed + alone, "link" if alone > computed else compute)))
 
 
 def _caches(plan: Plan, work: Tasks, round: Round) -> dict[str, dict[str, float]]:
@@ -137,16 +139,18 @@ def _caches(plan: Plan, work: Tasks, round: Round) -> dict[str, dict[str, float]
     return cache_moved(plan, work.token, work.state, round, (work.rings, work.ring_token))
 
 
-def _caches_first(plan: Plan, round: Round) -> bool:
-    """Whether a layer loads caches before it computes chunks.
+def _exposed(plan: Plan, round: Round) -> float:
+    """The part of the caches that a layer loads while little is computed.
 
-    Rows that decode lie before chunks in a step. Where their cache comes from elsewhere for several microbatches, these load one
-    after the other with little to compute meanwhile; weights come while chunks are computed (schedules/multi_batch.py).
+    Microbatches of rows that decode stand between those of chunks (rows/spreading.py), whose computing hides what one of them
+    loads; where there are more of them, they load one after the other. Weights come beside chunks (schedules/multi_batch.py).
     """
     if not round.chunk_tokens or not plan.cache_slots:
-        return False
+        return 0.0
     tokens = cache_elsewhere(plan, round) * round.rows * round.context / plan.groups
-    return tokens > plan.cache_slot_pages * PAGE_TOKENS
+    loading = tokens / (plan.cache_slot_pages * PAGE_TOKENS)
+    chunks = round.chunk_tokens / plan.groups / plan.microbatch_tokens
+    return max(1 - max(chunks, 1) / loading, 0.0) if loading > 1 else 0.0
 
 
 def chosen_experts(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> Way:

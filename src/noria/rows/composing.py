@@ -10,6 +10,7 @@ import numpy as np
 from noria.borders import cut, cut_tokens
 from noria.rows.flight import Flight
 from noria.rows.sequence import Sequence
+from noria.rows.spreading import spread
 from noria.step import PAGE_TOKENS, Admitted, Grown, Step, Word
 
 
@@ -54,6 +55,18 @@ class _Rows:
     reads: np.ndarray
     writes: np.ndarray
 
+    def taken(self, order: np.ndarray) -> "_Rows":
+        """The rows in this order [R]."""
+        counts = self.counts[order]
+        firsts, before = (np.cumsum(self.counts) - self.counts)[order], np.cumsum(counts) - counts
+        tokens = np.repeat(firsts - before, counts) + np.arange(counts.sum())
+        samples = self.samples[order]
+        uniforms = self.uniforms[(np.cumsum(self.samples) - 1)[order][samples]]
+        states = (its[order] if len(its) else its for its in (self.reads, self.writes))
+        return _Rows(
+            self.slots[order], counts, self.positions[order], self.token_ids[tokens], samples, uniforms, *states
+        )
+
 
 def compose(
     round: int,
@@ -75,9 +88,11 @@ def compose(
     rows = _ready_rows(flight, ready, limits)
     flight.advance(ready)
     rows = _with_chunks(rows, at, chunks, limits) if chunks else rows
-    starts = np.cumsum(rows.counts) - rows.counts
-    scores = _scores([place + before for before, place in enumerate(at)], chunks, starts)
-    step = _step(round, group, changes, rows, scores, _borders(rows, sequences, limits))
+    borders = _borders(rows, sequences, limits)
+    order = _order(rows, borders, sequences, limits)
+    rows, borders = _in_order(rows, borders, order)
+    scores = _scores(chunks, rows)
+    step = _step(round, group, changes, rows, scores, borders)
     for sequence, count in chunks:
         sequence.cached += count
         if _is_sampled(sequence):
@@ -144,16 +159,40 @@ def _with_chunks(rows: _Rows, at: list[int], chunks: list[tuple[Sequence, int]],
     )
 
 
-def _scores(rows: list[int], chunks: list[tuple[Sequence, int]], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[P] which of the step's tokens predict a token of a prompt that is scored, and these tokens. rows: of each chunk; starts:
-    [R] of each row, its first token."""
+def _scores(chunks: list[tuple[Sequence, int]], rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+    """[P] which of the step's tokens predict a token of a prompt that is scored, in their order, and these tokens."""
+    scored = {sequence.slot: (sequence, count) for sequence, count in chunks if sequence.scores}
     score_rows, score_ids = list[int](), list[int]()
-    for row, (sequence, count) in zip(rows, chunks, strict=True):
-        if sequence.scores:
-            following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
-            score_rows += range(int(starts[row]), int(starts[row]) + len(following))
-            score_ids += following
+    if not scored:
+        return np.array(score_rows, np.int32), np.array(score_ids, np.int32)
+    starts = np.cumsum(rows.counts) - rows.counts
+    for row in np.flatnonzero(np.isin(rows.slots, list(scored))).tolist():
+        sequence, count = scored[int(rows.slots[row])]
+        following = sequence.prompt_token_ids[sequence.cached + 1 : sequence.cached + count + 1]
+        score_rows += range(int(starts[row]), int(starts[row]) + len(following))
+        score_ids += following
     return np.array(score_rows, np.int32), np.array(score_ids, np.int32)
+
+
+def _order(rows: _Rows, borders: list[int], sequences: Mapping[int, Sequence], limits: Cuts) -> list[int]:
+    """The numbers of the microbatches in the order in which they are computed: by what each loads of its rows' caches."""
+    numbers = [*range(len(borders) - 1)]
+    if not any(limits.tiers[1:]) or len(numbers) < 3:
+        return numbers
+    held = np.cumsum(rows.positions) - rows.positions
+    loads = [
+        int(held[last - 1] + rows.positions[last - 1] - held[first]) if sequences[int(rows.slots[first])].tier else 0
+        for first, last in pairwise(borders)
+    ]
+    return spread(loads)
+
+
+def _in_order(rows: _Rows, borders: list[int], order: list[int]) -> tuple[_Rows, list[int]]:
+    """Rows and borders of the microbatches in this order."""
+    if order == sorted(order):
+        return rows, borders
+    parts = [np.arange(borders[number], borders[number + 1]) for number in order]
+    return rows.taken(np.concatenate(parts)), [0, *np.cumsum([len(part) for part in parts]).tolist()]
 
 
 def _borders(rows: _Rows, sequences: Mapping[int, Sequence], limits: Cuts) -> list[int]:
