@@ -7,8 +7,8 @@ import torch
 import items_twin
 from counts import count
 from noria.kernels import forms, lists, placed
-from noria.kernels.work import Item, Merge
-from test_lists import RandomRows, random_packing
+from noria.kernels.work import NONE, Item, Merge, Packing
+from test_lists import RandomRows, decoding, random_packing
 
 
 def shape_of(work):
@@ -48,3 +48,18 @@ def test_lists_in_a_form_that_holds_them_compute_the_same(seed):
 def test_a_form_grows_in_steps():
     rooms = [forms._room(0, needed) for needed in (0, 1, 16, 17, 100, 130, 1000, 1025)]
     assert rooms == [0, 16, 16, 32, 112, 160, 1024, 1280] and forms._room(2048, 1025) == 2048
+
+
+@pytest.mark.parametrize("beginnings", [1, 3])
+@pytest.mark.parametrize("programs", [1, 132, 264])
+def test_rows_of_nobody_take_the_places_of_rows_that_share_a_beginning(programs, beginnings):
+    """A step is padded with rows of one key: what was recorded for its size serves it while rows end."""
+    packing, size, shared = Packing(4, 8, programs), 96, [1984] * beginnings
+    form = None
+    for rows in (96, 95, 70, 60):  # as long as tiles are as wide
+        lengths = [2100 + row if row < rows else 1 for row in range(size)]
+        prefixes = [row % beginnings if row < rows else NONE for row in range(size)]
+        work = lists.make(decoding(lengths, 1984, prefixes, shared), packing)
+        form = form or forms.joined(None, work)
+        assert forms.joined(form, work) == form, rows
+        assert len(work.waves) == 2 and sum(len(its.items) for its in work.waves[1].launches) == size
