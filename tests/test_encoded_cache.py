@@ -147,7 +147,7 @@ def test_attention_by_lists_of_work_reads_what_is_decoded(folder, expected, monk
     compare(rows_of(folder, f"listed-{kind}"), expected[kind])
     with h5py.File(folder / f"listed-{kind}.h5") as file:
         plan = json.loads(file.attrs["plan"])
-    assert plan["decoded_pages"] == 16 and len(executed) > 60
+    assert plan["decoded_pages"] == 12 and len(executed) > 60
 
 
 def test_a_run_goes_on_with_the_same_cache_alone_and_refuses_another_by_name(folder, expected, capsys):

@@ -81,7 +81,7 @@ def shape_of(family: str, keys: read.Keys) -> ModelShape:
     found = _decoder.shape(family, plain, variant)
     by_layer = keys.having(**_of_layers(keys, kinds))
     sizes = {kind: _heads_of(by_layer, kind, found) for kind in (FULL, SLIDING)}
-    turns = {kind: _rotary.by_kind(keys, [kind], sizes[kind][1])[kind] for kind in {*kinds}}
+    turns = {kind: _rotary.by_kind(keys, [kind], sizes[kind][1])[kind] for kind in sorted({*kinds})}
     inputs = read.whole(keys, "hidden_size_per_layer_input", 0)
     if inputs:
         read.only(keys, "vocab_size_per_layer_input", found.vocab_size, "Noria knows only that of vocab_size")
