@@ -32,13 +32,9 @@ def cost_of_asked(problem: Problem, known: Rates, plan: Plan) -> list[str]:
         return []
     free = {name: getattr(Pipeline(), name) for name in asked}
     pipeline = replace(problem.config.pipeline, **free)
-    try:
-        other = planner.make(replace(problem, config=replace(problem.config, pipeline=pipeline)), known)
-    except InputError:
-        return []
-    times = times_as_fast(other, plan)
     given = " and ".join(f"pipeline.{name} {value:,}" for name, value in asked.items())
-    return [f"{given}: {_words(plan)}; left open: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
+    open_problem = replace(problem, config=replace(problem.config, pipeline=pipeline))
+    return _beside(given, plan, "left open", open_problem, known)
 
 
 def cost_of_context(problem: Problem, known: Rates, plan: Plan) -> list[str]:
@@ -46,14 +42,20 @@ def cost_of_context(problem: Problem, known: Rates, plan: Plan) -> list[str]:
     looked, most = problem.looked_at, problem.shape.max_positions
     if looked is None or looked.whole or LARGE * problem.longest < plan.num_pages:
         return []
+    tokens = min(looked.longest * PAGE_TOKENS, most)
+    kept = f"room is kept for a row as long as the context, {most:,} tokens, since not all rows were looked at"
+    given = f"with max_context {tokens:,}, which is enough for those that were"
+    return _beside(kept, plan, given, replace(problem, looked_at=replace(looked, whole=True)), known)
+
+
+def _beside(why: str, plan: Plan, instead: str, problem: Problem, known: Rates) -> list[str]:
+    """A line of a plan and of the one for another problem if that is much faster, else none."""
     try:
-        other = planner.make(replace(problem, looked_at=replace(looked, whole=True)), known)
+        other = planner.make(problem, known)
     except InputError:
         return []
-    times, tokens = times_as_fast(other, plan), min(looked.longest * PAGE_TOKENS, most)
-    kept = f"room is kept for a row as long as the context, {most:,} tokens, since not all rows were looked at"
-    given = f"max_context {tokens:,}, which is enough for those that were"
-    return [f"{kept}: {_words(plan)}; with {given}: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
+    times = times_as_fast(other, plan)
+    return [f"{why}: {_words(plan)}; {instead}: {_words(other)}, {times:,.3g} x"] if times >= COSTLY else []
 
 
 def _doubtful(problem: Problem, plan: Plan) -> dict[str, int]:
