@@ -113,9 +113,8 @@ def groups_of(rows: RaggedRows, paths: np.ndarray, order: np.ndarray, places: np
     firsts = np.flatnonzero(level >= 0)[firsts]
     leaders, last = order[firsts], order[firsts + sizes - 1]
     depths = (paths >= 0).sum(axis=1)
-    depths[rows.lengths == 1] = paths.shape[
-        1
-    ]  # as rows of nobody have: the first wave is that of prefixes, however many there are
+    # One key, as rows of nobody have: the first wave is that of prefixes, however many of these there are.
+    depths[rows.lengths == 1] = paths.shape[1]
     own = np.flatnonzero(depths == depth)
     parents = paths[:, depth - 1] if depth else np.full(len(order), NONE)
     parent = np.concatenate([parents[leaders], parents[own]])

@@ -32,9 +32,8 @@ WRAPPERS = {
     "glm4v_moe": ("glm4v_moe_text",),
 }
 OF_IMAGES = ("vision_", "image_", "video_")  # how keys begin that the text model does not read
-OWN_HEAD = (
-    "qwen3_vl_moe",
-)  # whose text_config may say tie_word_embeddings, which transformers writes and does not read
+# Of these text_config may say tie_word_embeddings, which transformers writes and does not read.
+OWN_HEAD = ("qwen3_vl_moe",)
 FLAT = ("qwen2_vl", "qwen2_5_vl")  # of these it may have the text model's keys among its own
 # Other names of a family. Where all is text, the three numbers of a position that models of images have are equal.
 TYPES = {

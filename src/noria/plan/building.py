@@ -20,9 +20,8 @@ from noria.tools.text import nbytes_words
 
 SLOTS = 3  # buffers in use, being loaded, and free again
 SLOT_NBYTES = 2**28  # of a staging buffer of the cache: large enough for a link, and for a microbatch of some size
-GRAPHS_ROOM = (
-    8  # times the rows that are counted on: of these graphs are captured too, since most rows end before their limits
-)
+# Times the rows that are counted on: of these graphs are captured too, since most rows end before their limits.
+GRAPHS_ROOM = 8
 LEAST_GRAPH = 16  # rows for which graphs are worth their room
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device

@@ -179,12 +179,9 @@ def _order(rows: _Rows, borders: list[int], sequences: Mapping[int, Sequence], l
     numbers = [*range(len(borders) - 1)]
     if not any(limits.tiers[1:]) or len(numbers) < 3:
         return numbers
-    held = np.cumsum(rows.positions) - rows.positions
-    loads = [
-        int(held[last - 1] + rows.positions[last - 1] - held[first]) if sequences[int(rows.slots[first])].tier else 0
-        for first, last in pairwise(borders)
-    ]
-    return spread(loads)
+    firsts = np.array(borders[:-1])
+    held = zip(rows.slots[firsts].tolist(), np.add.reduceat(rows.positions, firsts).tolist(), strict=True)
+    return spread([tokens if sequences[slot].tier else 0 for slot, tokens in held])
 
 
 def _in_order(rows: _Rows, borders: list[int], order: list[int]) -> tuple[_Rows, list[int]]:
