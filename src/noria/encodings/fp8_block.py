@@ -11,6 +11,7 @@ import torch
 
 from noria.encodings import _fp8, _scales
 from noria.errors import require
+from noria.kernels.stored import Form
 
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"block_size": [128, 128], "scale_dtype": "float32"}
@@ -32,6 +33,12 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     rows, columns = block(shape, settings)
     blocks = -(-shape[0] // rows), -(-shape[1] // columns)
     return {"codes": (shape, "uint8"), "scales": (blocks, _scales.field_dtype(settings))}
+
+
+def form(settings: Mapping[str, Any]) -> Form:
+    """e4m3 under the scales of blocks."""
+    rows, columns = block((0, 0), settings)
+    return _fp8.form(settings, rows, columns)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

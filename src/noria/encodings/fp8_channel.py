@@ -10,6 +10,7 @@ import torch
 
 from noria.encodings import _fp8, _scales
 from noria.errors import require
+from noria.kernels.stored import WHOLE_ROW, Form
 
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"scale_dtype": "float32"}
@@ -26,6 +27,11 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     """`codes` and `scales`. Raises InputError for a vector."""
     require(len(shape) == 2, f"fp8_channel stores matrices, not a parameter of shape {list(shape)}")
     return {"codes": (shape, "uint8"), "scales": ((shape[0], 1), _scales.field_dtype(settings))}
+
+
+def form(settings: Mapping[str, Any]) -> Form:
+    """e4m3 under the scales of outputs."""
+    return _fp8.form(settings, 1, WHOLE_ROW)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

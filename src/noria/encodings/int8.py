@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from noria.encodings import _integers
+from noria.kernels.stored import Form
 
 BITS = 8
 VARIABLE: tuple[str, ...] = ()
@@ -21,6 +22,11 @@ rows = _integers.rows
 def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     """`codes`, `scales`, `zeros` unless symmetric, `permutation` if permuted."""
     return _integers.fields(BITS, shape, settings)
+
+
+def form(settings: Mapping[str, Any]) -> Form | None:
+    """Whole numbers; none where groups are of inputs in another order."""
+    return _integers.form(BITS, settings)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from noria.encodings import _e2m1, _groups, _scales
+from noria.kernels.stored import E2M1, POWERS, Form
 
 GROUP = 32
 VARIABLE: tuple[str, ...] = ()
@@ -25,6 +26,11 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
         "codes": ((outputs, _groups.count(inputs, 2)), "uint8"),
         "scales": ((outputs, _groups.count(inputs, GROUP)), "uint8"),
     }
+
+
+def form(settings: Mapping[str, Any]) -> Form:
+    """e2m1 under powers of two."""
+    return Form(E2M1, POWERS, GROUP)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from noria.encodings import _e2m1, _fp8, _groups, _scales
 from noria.errors import require
+from noria.kernels.stored import DIVIDED, E2M1, MULTIPLIED, Form
 
 GROUP = 16
 VARIABLE: tuple[str, ...] = ()
@@ -29,6 +30,11 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
         "scales": ((outputs, _groups.count(inputs, GROUP)), "uint8"),
         "tensor_scale": ((1,), "float32"),
     }
+
+
+def form(settings: Mapping[str, Any]) -> Form:
+    """e2m1 under e4m3, with a scale of the matrix."""
+    return Form(E2M1, DIVIDED if settings["tensor_scale"] == "divides" else MULTIPLIED, GROUP)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

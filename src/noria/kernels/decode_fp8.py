@@ -1,7 +1,7 @@
 """Decodes e4m3 codes under scales of blocks on a CUDA device (Triton), to the bits of encodings/_fp8.py.
 
 `e4m3`, `e8m0` and `piece_of` are for other kernels too. Numbers are made of their bits, so that no GPU needs to know
-these dtypes.
+these dtypes; those without an exponent are no normal float32 until they are multiplied.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,12 @@ ROWS, COLUMNS = 32, 128  # of a tile
 
 
 @triton.jit
-def signed(magnitude, negative):
-    """Float32 magnitudes with their signs: a minus would make 0 of -0, being a subtraction from 0."""
-    bits = magnitude.to(tl.int32, bitcast=True)
-    return tl.where(negative, bits | -2147483648, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def e4m3(code):
-    """The float32 of codes in e4m3."""
+    """The float32 of codes in e4m3: their bits in the place of float32's, whose smallest exponents mean the same, times a power
+    of two."""
     magnitude = (code & 127).to(tl.int32)
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    small = magnitude.to(tl.float32) * 0.001953125  # 2 ** -9: those without an exponent
-    number = tl.where(magnitude < 8, small, normal)
-    number = tl.where(magnitude == 127, float("nan"), number)
-    return signed(number, code >= 128)
+    bits = tl.where(magnitude == 127, 0x7FC00000, magnitude << 20) | ((code & 128).to(tl.int32) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
 
 
 @triton.jit

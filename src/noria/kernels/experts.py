@@ -70,7 +70,7 @@ def sort_pairs(
 
 
 @triton.jit
-def _tile(tiles, starts, number, from_place, most, experts, RUN: tl.constexpr):
+def tile_of(tiles, starts, number, from_place, most, experts, RUN: tl.constexpr):
     """Of the tiles of `most` experts that have pairs, from that at `from_place` on, the `number`-th: where it stands in the
     list, and whether there is one; and the place of its expert's matrices. Without RUN all matrices are there."""
     stop, begin = tl.load(tiles), 0
@@ -84,7 +84,7 @@ def _tile(tiles, starts, number, from_place, most, experts, RUN: tl.constexpr):
 
 
 @triton.jit
-def _activated(gate, up, GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+def activated(gate, up, GELU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     if LIMIT > 0:  # by choices, so that what is no number stays none
         gate, up = tl.where(gate > LIMIT, LIMIT, gate), tl.where(up > LIMIT, LIMIT, up)
         up = tl.where(up < -LIMIT, -LIMIT, up)
@@ -107,7 +107,7 @@ def first_product(
     """
     blocks: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
     n, k = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    tile, there_is, place = _tile(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
+    tile, there_is, place = tile_of(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
     if there_is:
         expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
         valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n
@@ -132,7 +132,7 @@ def first_product(
         if BIASED:
             bias = biases + expert * (2 * INNER) + there * step
             gate, up = gate + tl.load(bias).to(tl.float32)[None, :], up + tl.load(bias + ahead).to(tl.float32)[None, :]
-        result = _activated(gate, up, GELU, ALPHA, LIMIT, SHIFT).to(inner.dtype.element_ty)
+        result = activated(gate, up, GELU, ALPHA, LIMIT, SHIFT).to(inner.dtype.element_ty)
         to = inner + (first + m).to(tl.int64)[:, None] * INNER + n[None, :]
         tl.store(to, result, mask=valid[:, None] & (n < INNER)[None, :])
 
@@ -146,7 +146,7 @@ def second_product(
     """A tile of `inner` [P, INNER] times COLUMNS of its expert's downs: into `products` [P, E], in the order of choices."""
     blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
     n, k = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    tile, there_is, place = _tile(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
+    tile, there_is, place = tile_of(tiles, starts, tl.program_id(0) // blocks, from_place, most, experts, RUN)
     if there_is:
         expert, first, m = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.arange(0, TILE)
         valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + n

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import triton
 
-from noria.kernels import experts
+from noria.kernels import experts, stored_experts
 from noria.kernels.expert_layer import GELU_TANH, ExpertLayer
 from noria.kernels.shared_memory import shared_memory
+from noria.kernels.stored import Form, Part, Stored
 
 PAIRS_AT_ONCE = 4096  # that a program looks through for those of its expert
 FEW_PAIRS, SECTIONS = 4 * PAIRS_AT_ONCE, 16  # more than so many pairs are sorted in sections
@@ -49,6 +50,9 @@ FEW = Tiling(16, Blocks(64, 128, 4, 4), Blocks(64, 128, 4, 4))
 SOME = Tiling(64, Blocks(64, 64, 4, 4), Blocks(128, 64, 4, 4))
 MANY = Tiling(128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3))
 TILINGS = (FEW, SOME, MANY)
+# Of stored matrices, at any number of pairs. A tile of fewer rows is not computed by Hopper's instructions, and Triton then gives
+# those that are there the inputs in another order where these come from bytes: other bits.
+STORED = Tiling(64, Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3))
 
 
 def tiling(pairs: float) -> Tiling:
@@ -109,7 +113,7 @@ def mix(
     """
     if not len(chosen):
         return rows.new_empty(0, rows.shape[1])
-    its = tiled(chosen.numel() / len(layer.down))
+    its = STORED if isinstance(layer.down, Stored) else tiled(chosen.numel() / len(layer.down))
     pairs = sort(chosen.contiguous(), len(layer.down), its.tile)
     products = multiply(rows, pairs, layer, its, shared or shared_memory(rows.device))
     return summed(products.view(*chosen.shape, -1), weights)
@@ -128,6 +132,8 @@ def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor
 
 def multiply(rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Any], its: Tiling, shared: int) -> torch.Tensor:
     """[P, E]: what each pair's expert returns, in the order of the choices."""
+    if isinstance(layer.down, Stored):
+        return second_of_stored(first_of_stored(rows, pairs, layer, its, shared), pairs, layer, its, shared)
     products = rows.new_empty(len(pairs.order), rows.shape[1])
     for run, these in _runs(pairs, layer):
         second(first(rows, pairs, these, its, shared, run), pairs, these, its, shared, run, products)
@@ -184,6 +190,46 @@ def second(
         run is not None, its.tile, blocks.columns, blocks.depth, **_options(blocks),
     )  # fmt: skip
     return products
+
+
+def first_of_stored(
+    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Stored], its: Tiling, shared: int
+) -> torch.Tensor:
+    """`first`, of matrices as they are stored."""
+    num_pairs, (_, hidden, size), gate, form = len(pairs.order), layer.down.shape, layer.gate, layer.gate_up.form
+    inner, blocks = rows.new_empty(num_pairs, size), its.first.fitting(its.tile, 2, rows.itemsize, shared)
+    gates, ups = layer.gate_up.parts[0], layer.gate_up.parts[-1]
+    ahead = 0 if gates is not ups else 1 if gate.alternating else size
+    stored_experts.first_stored[(pairs.most * _blocks(size, blocks.columns),)](
+        rows, *_fields(gates), *_fields(ups), layer.biases[0] if layer.biases else inner, pairs.order, pairs.tiles, inner,
+        rows.stride(0), *gates.steps, ahead, *_form(form, gates), hidden, size, num_pairs // len(rows), gate.alternating,
+        layer.biases is not None, gate.function == GELU_TANH, gate.alpha, gate.limit or 0.0, gate.shift, its.tile,
+        blocks.columns, blocks.depth, **_options(blocks),
+    )  # fmt: skip
+    return inner
+
+
+def second_of_stored(
+    inner: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Stored], its: Tiling, shared: int
+) -> torch.Tensor:
+    """`second`, of matrices as they are stored."""
+    (_, hidden, size), (downs,), form = layer.down.shape, layer.down.parts, layer.down.form
+    products, blocks = inner.new_empty(len(inner), hidden), its.second.fitting(its.tile, 1, inner.itemsize, shared)
+    stored_experts.second_stored[(pairs.most * _blocks(hidden, blocks.columns),)](
+        inner, *_fields(downs), layer.biases[1] if layer.biases else inner, pairs.order, pairs.tiles, products, *downs.steps,
+        *_form(form, downs), hidden, size, layer.biases is not None, its.tile, blocks.columns, blocks.depth,
+        **_options(blocks),
+    )  # fmt: skip
+    return products
+
+
+def _fields(part: Part) -> tuple[torch.Tensor, ...]:
+    return part.codes, part.scales, part.zeros, part.of_matrices
+
+
+def _form(form: Form, part: Part) -> tuple[int, ...]:
+    """Bytes of a row of codes, groups of a row of scales, and what they mean."""
+    return part.codes.shape[2], part.scales.shape[2], form.codes, form.scales, form.group, form.rows, form.zeroed
 
 
 def _tiles(pairs: Sorted, its: Tiling, run: ExpertRun | None) -> int:

@@ -1,0 +1,119 @@
+"""A mixture's two products on a CUDA device (Triton) of experts as they are stored: a program decodes its own tiles of weights.
+
+As experts.py has them for plain ones, and with the bits of those: numbers are decoded to the same bits as before, and are added
+along the inputs in the same order. For few pairs an expert: each tile of pairs decodes its expert's weights again.
+P pairs, X experts, E hidden, I intermediate.
+"""
+
+import triton
+import triton.language as tl
+
+from noria.kernels.experts import LISTS, activated, tile_of
+from noria.kernels.stored_tiles import decoded, groups_at, scale_of
+
+
+@triton.jit(do_not_specialize_on_alignment=LISTS)
+def first_stored(
+    rows, gates, gate_scales, gate_zeros, of_gates, ups, up_scales, up_zeros, of_ups, biases, order, tiles, inner,
+    row: tl.constexpr, codes_step: tl.constexpr, scales_step: tl.constexpr, zeros_step: tl.constexpr, of_step: tl.constexpr,
+    AHEAD: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
+    GROUP: tl.constexpr, OF_ROWS: tl.constexpr, ZEROED: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr,
+    SHARING: tl.constexpr, ALTERNATING: tl.constexpr, BIASED: tl.constexpr, GELU: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile times COLUMNS of its expert's gates and ups, and their gate: into `inner` [P, INNER], in order.
+
+    Steps are from an expert's field to the next one's. AHEAD: outputs from a gate to its up, where both lie in one field.
+    """
+    blocks: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
+    step: tl.constexpr = 2 if ALTERNATING else 1
+    KIND: tl.constexpr = rows.dtype.element_ty
+    tile, there_is, place = tile_of(tiles, tiles, tl.program_id(0) // blocks, 0, 0, 0, False)
+    if there_is:
+        first, m, k = tl.load(tile + 1), tl.arange(0, TILE), tl.arange(0, DEPTH)
+        valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        pair = tl.load(order + first + m, mask=valid, other=0)
+        given = rows + (pair // SHARING).to(tl.int64)[:, None] * row + k[None, :]
+        there = n if INNER % COLUMNS == 0 else tl.where(n < INNER, n, 0)
+        of_gate, of_up = there * step, there * step + AHEAD
+        gates, ups = gates + place * codes_step, ups + place * codes_step
+        gate_scales, up_scales = gate_scales + place * scales_step, up_scales + place * scales_step
+        gate_zeros, up_zeros = gate_zeros + place * zeros_step, up_zeros + place * zeros_step
+        gate_whole, up_whole = scale_of(of_gates + place * of_step, SCALES), scale_of(of_ups + place * of_step, SCALES)
+        gate_scale, gate_zero = groups_at(gate_scales, gate_zeros, of_gate, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        up_scale, up_zero = groups_at(up_scales, up_zeros, of_up, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        gate, up = tl.zeros((TILE, COLUMNS), tl.float32), tl.zeros((TILE, COLUMNS), tl.float32)
+        for at in tl.range(0, E // DEPTH * DEPTH, DEPTH):
+            x = tl.load(given + at, mask=valid[:, None], other=0.0)
+            numbers = decoded(
+                gates, gate_scale, gate_zero, gate_whole, of_gate, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND
+            )
+            gate_scale, gate_zero = groups_at(
+                gate_scales, gate_zeros, of_gate, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH
+            )
+            gate = tl.dot(x, tl.trans(numbers), gate, input_precision="ieee")
+            numbers = decoded(
+                ups, up_scale, up_zero, up_whole, of_up, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND
+            )
+            up_scale, up_zero = groups_at(up_scales, up_zeros, of_up, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+            up = tl.dot(x, tl.trans(numbers), up, input_precision="ieee")
+        if E % DEPTH != 0:
+            last: tl.constexpr = E // DEPTH * DEPTH
+            x = tl.load(given + last, mask=valid[:, None] & (last + k < E)[None, :], other=0.0)
+            numbers = decoded(
+                gates, gate_scale, gate_zero, gate_whole, of_gate, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND
+            )
+            gate = tl.dot(x, tl.trans(numbers), gate, input_precision="ieee")
+            numbers = decoded(
+                ups, up_scale, up_zero, up_whole, of_up, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND
+            )
+            up = tl.dot(x, tl.trans(numbers), up, input_precision="ieee")
+        if BIASED:
+            bias = biases + place * (2 * INNER) + there * step
+            ahead: tl.constexpr = 1 if ALTERNATING else INNER
+            gate, up = gate + tl.load(bias).to(tl.float32)[None, :], up + tl.load(bias + ahead).to(tl.float32)[None, :]
+        result = activated(gate, up, GELU, ALPHA, LIMIT, SHIFT).to(inner.dtype.element_ty)
+        to = inner + (first + m).to(tl.int64)[:, None] * INNER + n[None, :]
+        tl.store(to, result, mask=valid[:, None] & (n < INNER)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=LISTS)
+def second_stored(
+    inner, downs, down_scales, down_zeros, of_downs, biases, order, tiles, products,
+    codes_step: tl.constexpr, scales_step: tl.constexpr, zeros_step: tl.constexpr, of_step: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    OF_ROWS: tl.constexpr, ZEROED: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of `inner` [P, INNER] times COLUMNS of its expert's downs: into `products` [P, E], in the order of choices."""
+    blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
+    KIND: tl.constexpr = inner.dtype.element_ty
+    tile, there_is, place = tile_of(tiles, tiles, tl.program_id(0) // blocks, 0, 0, 0, False)
+    if there_is:
+        first, m, k = tl.load(tile + 1), tl.arange(0, TILE), tl.arange(0, DEPTH)
+        valid, n = m < tl.load(tile + 2), tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        pair = tl.load(order + first + m, mask=valid, other=0).to(tl.int64)
+        given = inner + (first + m).to(tl.int64)[:, None] * INNER + k[None, :]
+        there = n if E % COLUMNS == 0 else tl.where(n < E, n, 0)
+        downs, down_scales, down_zeros = (
+            downs + place * codes_step,
+            down_scales + place * scales_step,
+            down_zeros + place * zeros_step,
+        )
+        whole = scale_of(of_downs + place * of_step, SCALES)
+        scale, zero = groups_at(down_scales, down_zeros, there, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        total = tl.zeros((TILE, COLUMNS), tl.float32)
+        for at in tl.range(0, INNER // DEPTH * DEPTH, DEPTH):
+            x = tl.load(given + at, mask=valid[:, None], other=0.0)
+            numbers = decoded(downs, scale, zero, whole, there, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND)
+            scale, zero = groups_at(down_scales, down_zeros, there, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+            total = tl.dot(x, tl.trans(numbers), total, input_precision="ieee")
+        if INNER % DEPTH != 0:
+            last: tl.constexpr = INNER // DEPTH * DEPTH
+            x = tl.load(given + last, mask=valid[:, None] & (last + k < INNER)[None, :], other=0.0)
+            numbers = decoded(downs, scale, zero, whole, there, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND)
+            total = tl.dot(x, tl.trans(numbers), total, input_precision="ieee")
+        if BIASED:
+            total += tl.load(biases + place * E + there).to(tl.float32)[None, :]
+        to = products + pair[:, None] * E + n[None, :]
+        tl.store(to, total.to(products.dtype.element_ty), mask=valid[:, None] & (n < E)[None, :])
