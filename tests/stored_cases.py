@@ -1,6 +1,6 @@
 """Experts in every encoding whose tiles kernels decode themselves: for Triton's interpreter and for GPUs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch

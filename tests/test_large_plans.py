@@ -7,7 +7,9 @@ import pytest
 from noria import config
 from noria.checkpoint.random_weights import random_checkpoint
 from noria.errors import InputError
-from noria.plan import planner, rates
+from noria.limits import STORED_PAIRS
+from noria.plan import costs, planner, rates
+from noria.plan.loads import load_of
 from noria.plan.problem import Machine, Problem
 from noria.plan.rounds import Workload
 
@@ -66,3 +68,19 @@ def test_a_plan_says_what_it_takes_on_1_2_4_and_8_gpus(model):
     capacity = sum(int(getattr(rates.read(RATES), name)) for name in ("device_capacity", "host_capacity"))
     assert [nbytes > 0 for nbytes in on_disk] == [model.nbytes > 0.9 * ranks * capacity for ranks in (1, 2, 4, 8)]
     assert speeds == sorted(speeds) and speeds[3] > 50 * speeds[0]
+
+
+def test_experts_of_few_rows_cost_no_decoding(model):
+    """512 tokens of GLM-5 make 16 pairs an expert, 16,384 make 512, whose weights are decoded before."""
+    known = rates.read(RATES)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "groups": 8, "microbatch_tokens": 16384})
+    machine = Machine("cuda", int(known.device_capacity), int(known.host_capacity))
+    problem = Problem(run, model.shape, model.blocks, "bfloat16", 8, machine, WORK.num_rows, WORK)
+    plan, share = planner.make(problem, known), model.shape.experts_share
+    load = load_of(plan, problem.cut(plan.laps), 0)
+    few, many = (
+        costs.resources(plan, model.shape, load, known, costs.Round(rows, 600, chunk_tokens=tokens))
+        for rows, tokens in ((8 * 64, 0), (0, 8 * 16384))
+    )
+    assert share * 64 < STORED_PAIRS < share * 16384
+    assert many["decoding"] > 10 * few["decoding"]

@@ -24,6 +24,7 @@ with pytest.MonkeyPatch.context() as patch:  # what is imported now is interpret
 import expert_checks
 import families
 import mixtures
+import stored_cases
 from expert_checks import CASES, CLAMPED, LEAST_SHARED, ROUTINGS, Case
 from noria.kernels.expert_layer import ExpertLayer
 from noria.models import _routing, _tiles
@@ -47,6 +48,20 @@ def test_a_mixture_is_the_plain_sum_in_tiles_of_any_size(case):
         tensors = expert_checks.made(case, dtype)
         for its in mix.TILINGS:
             assert expert_checks.error(mix.mix(*tensors, tiled=by(its)), *tensors) < most, (dtype, its.tile)
+
+
+STORED = [Case(3, 96, 80, 2, 5), Case(4, 200, 72, 2, 70, CLAMPED, biased=True), Case(2, 33, 17, 1, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", stored_cases.FORMS)
+@pytest.mark.parametrize("case", STORED, ids=lambda case: f"{case.tokens} tokens of {case.hidden} numbers")
+def test_experts_as_they_are_stored_give_the_bits_of_those_decoded_before(form, case):
+    rows, chosen, weights, decoded, stored = stored_cases.made(form, case, torch.float16)
+    for its, expected in ((stored.gate_up, decoded.gate_up), (stored.down, decoded.down)):
+        assert torch.equal(its.plain(torch.float16), expected)
+    expected = mix.mix(rows, chosen, weights, decoded, by(mix.STORED))
+    assert torch.equal(mix.mix(rows, chosen, weights, stored), expected)
 
 
 @pytest.mark.slow

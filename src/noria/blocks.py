@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from noria.limits import CODED, CODED_BITS, CODED_NUMBERS
+from noria.limits import CODED, CODED_BITS, CODED_NUMBERS, IN_TILES
 from noria.pieces import PLAIN, VIEW_ALIGNMENT, Encoded, Field, Matrix, Piece, Wanted
 
 ALIGNMENT = 4096  # every parameter starts at a multiple of it: one page of memory, one sector run of a disk
@@ -60,6 +60,11 @@ class Parameter:
     @property
     def plain(self) -> bool:
         return self.encoding == PLAIN
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether kernels multiply it as it is stored, where rows are few: programs decode their own tiles."""
+        return self.encoding in IN_TILES and not self.settings.get("permuted", False)
 
     @property
     def may_be_coded(self) -> bool:
@@ -192,6 +197,11 @@ class Block:
     def decoding_expert_nbytes(self) -> int:
         """Those of parameters in several pieces."""
         return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1)
+
+    @cached_property
+    def expert_nbytes_in_tiles(self) -> int:
+        """Of these, those that are decoded before where rows are many alone."""
+        return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1 and one.in_tiles)
 
     @cached_property
     def coded(self) -> "Block":

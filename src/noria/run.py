@@ -20,6 +20,7 @@ from noria.desk.inputs import files_of_run
 from noria.desk.step_sizes import Sized, adapting
 from noria.engine.ahead import Ahead
 from noria.engine.assembly import build, load, open_the_ring
+from noria.engine.decoding import samples
 from noria.engine.executor import Composer, Executor, follow, lead
 from noria.engine.gauge import Gauge
 from noria.engine.timing import Meters, Timing, Traffic, figures
@@ -175,7 +176,8 @@ def _build(
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
     encoded = {one.encoding for block in model.blocks.values() for one in block.encoded}
-    building.build_mixtures(here, model.shape, plan.dtype)
+    blocks = [block.cast(plan.dtype) for block in model.blocks.values()]
+    building.build_mixtures(here, model.shape, plan.dtype, lambda: samples(blocks, here.device))
     building.build_fused(here, model.shape, plan.dtype)
     building.build_cache(here, model.shape, plan.dtype)
     building.build_fp8(here, model.blocks, plan.dtype)

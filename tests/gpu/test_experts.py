@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import expert_checks
+import stored_cases
 import test_decoding_blocks
 from expert_checks import CASES, CLAMPED, IN_GROUPS, LEAST_SHARED, ROUTINGS, Case
 from noria import kinds
@@ -173,6 +174,8 @@ def test_a_captured_mixture_computes_what_its_rows_choose_when_it_is_replayed():
 class InRuns:
     """Matrices that come a few at a time."""
 
+    stored = None
+
     def __init__(self, matrices, most):
         self.matrices, self.most = matrices, most
 
@@ -222,3 +225,45 @@ def test_encoded_experts_are_decoded_by_lists_to_the_bits_of_all_at_once_without
             torch.cuda.set_sync_debug_mode("default")
     assert matrices[0].most == 12 and torch.equal(found[2][:2], found[2][2:4])
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+
+
+AS_STORED = [Case(24, 2048, 768, 8, 100), Case(8, 2880, 1440, 4, 60, CLAMPED, biased=True), Case(12, 1000, 520, 6, 90)]
+
+
+@pytest.mark.parametrize("form", stored_cases.FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_as_they_are_stored_give_the_bits_of_those_decoded_before(form, dtype):
+    case = AS_STORED[list(stored_cases.FORMS).index(form) % len(AS_STORED)]
+    rows, chosen, weights, decoded, stored = stored_cases.made(form, case, dtype, "cuda")
+    for its in (stored.gate_up, stored.down):
+        assert not _tiles.refuses_stored(rows.device, dtype, *its.kind)
+    for its, expected in ((stored.gate_up, decoded.gate_up), (stored.down, decoded.down)):
+        assert torch.equal(its.plain(dtype), expected)
+    whole = kernels().mix(rows, chosen, weights, decoded)
+    assert torch.equal(kernels().mix(rows, chosen, weights, stored), whole)
+    for count in (1, 5, 33):
+        some = torch.randperm(case.tokens, device="cuda")[:count]
+        for shared in (None, LEAST_SHARED):
+            found = kernels().mix(rows[some], chosen[some], weights[some], stored, shared=shared)
+            assert torch.equal(found, whole[some]), (count, shared)
+
+
+def test_few_rows_take_encoded_experts_as_they_are_stored(monkeypatch):
+    """Nothing is decoded for them, in a graph neither; for many rows all that have rows are."""
+    held = test_decoding_blocks.mixture(pieces=12, inner=48, hidden=64, dtype="bfloat16")
+    held = Undecoded(held.block, held.buffer.cuda())
+    decoder = Decoder(held.block.decoding_room(1 << 30), torch.device("cuda"))
+    parameters = decoder.parameters("layers/0000", held)
+    matrices = parameters["experts.gate_up"], parameters["experts.down"]
+    rows, chosen, weights, _ = expert_checks.made(Case(12, 64, 48, 3, 600), torch.bfloat16, "cuda")
+    whole = _experts.mixture(rows, chosen, weights, *matrices)
+    few = lambda: _experts.mixture(rows[:40], chosen[:40], weights[:40], *matrices)  # noqa: E731
+    few()
+    decoder.buffer.fill_(255)  # what was decoded is lost
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = few()
+    graph.replay()
+    assert torch.equal(found, whole[:40]) and torch.equal(few(), whole[:40])
+    assert _tiles.STORED_PAIRS * 12 < 600 * 3

@@ -4,15 +4,16 @@ All on the compute stream: what is decoded takes the place of what was decoded b
 Knows layouts and encodings, nothing of tiers or steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
 from noria import encodings
-from noria.blocks import Block, Parameter, end_of
+from noria.blocks import Block, Parameter, end_of, round_up
 from noria.engine.parameters import Parameters, Undecoded, named, stored, views
+from noria.kernels.stored import Stored
 
 # What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces.
 Computed: TypeAlias = Mapping[str, Any]
@@ -161,6 +162,11 @@ class SomePieces:
         """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
         return self._decoded(tuple(wanted))
 
+    @property
+    def stored(self) -> Stored | None:
+        """All of them as they are stored, for kernels that decode their own tiles; none where they cannot."""
+        return encodings.in_tiles(self._parameter, self._pieces, self._name)
+
     def listed(self, named: torch.Tensor) -> torch.Tensor:
         """[n, ...]: those that a list of the device [n] int32 names, at most `most`; -1: none. Valid as what `of` gives.
 
@@ -170,6 +176,22 @@ class SomePieces:
 
     def _decoded(self, wanted: Which) -> torch.Tensor:
         return self._decoder.some(self._block, self._parameter, self._pieces, wanted)[self._name]
+
+
+def samples(blocks: Iterable[Block], device: torch.device) -> list[tuple[SomePieces, SomePieces]]:
+    """Of each kind of encoded experts gates and ups, and downs, two of each, all zeros: what kernels are built for."""
+    several = (one for block in blocks for one in block.encoded if one.pieces > 1)
+    kinds = {(one.encoding, str(one.settings), one.piece): one for one in several}
+    found = []
+    for one in kinds.values():
+        few = replace(one, shape=(2, *one.shape[1:]), pieces=2)
+        decoder, pieces = (
+            Decoder(round_up(end_of(few.decoded())), device),
+            torch.zeros(2, one.piece.nbytes, dtype=torch.uint8),
+        )
+        gate_up, down = (SomePieces(decoder, "", name, few, pieces.to(device)) for name in few.computed)
+        found.append((gate_up, down))
+    return found
 
 
 def _same(one: Which | None, other: Which) -> bool:

@@ -3,11 +3,13 @@
 X experts, E hidden, I intermediate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+
+from noria.kernels.stored import Stored
 
 Matrices = TypeVar("Matrices")
 
@@ -29,6 +31,23 @@ class Gate:
     shift: float = 0.0
     alternating: bool = False
     wide: bool = False
+
+
+class Some(Protocol):
+    """Matrices [X, outputs, inputs] of which at most `most` are there at a time: those that `of` is asked for, in order, or
+    those that a list of the device names, with -1 for none. stored: all, for kernels that decode their own tiles, if any do."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def most(self) -> int: ...
+
+    def of(self, wanted: Sequence[int]) -> torch.Tensor: ...
+
+    def listed(self, named: torch.Tensor) -> torch.Tensor: ...
+
+    @property
+    def stored(self) -> Stored | None: ...
 
 
 @dataclass(frozen=True)

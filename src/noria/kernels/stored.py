@@ -65,6 +65,11 @@ class Stored:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def kind(self) -> tuple[Form, torch.dtype]:
+        """What kernels are built for: its form, and the dtype of its scales."""
+        return self.form, self.parts[0].scales.dtype
+
     def plain(self, dtype: torch.dtype) -> torch.Tensor:
         """[X, O, I], decoded by torch: what kernels are compared with."""
         return torch.cat([self._plain(part) for part in self.parts], 1)[..., : self.shape[2]].to(dtype)
@@ -95,6 +100,28 @@ class Stored:
         if self.form.scales == DIVIDED:
             return scales.view(torch.float8_e4m3fn).float() / whole
         return scales.float()
+
+
+def random(
+    form: Form, of_scales: torch.dtype, shape: tuple[int, int, int], draw: torch.Generator, device: torch.device
+) -> Stored:
+    """Matrices of random codes and scales, to try kernels with."""
+    pieces, outputs, inputs = shape
+    width, groups = -(-inputs // (2 if form.halved else 1)), -(-inputs // form.group)
+    of_groups = pieces, -(-outputs // form.rows), groups
+    codes = torch.randint(0, 126, (pieces, outputs, width), generator=draw).to(torch.uint8)  # 127 in e4m3 is no number
+    zeros, whole = (
+        torch.randint(0, 16, of_groups, generator=draw).to(torch.uint8),
+        torch.rand(pieces, 1, generator=draw) + 0.5,
+    )
+    if form.scales == NUMBERS:
+        scales = (torch.rand(of_groups, generator=draw) * 0.02 + 0.01).to(of_scales)
+    else:  # of e8m0 2 ** -5 and so on, of e4m3 numbers about 1
+        scales = torch.randint(*((120, 128) if form.scales == POWERS else (40, 60)), of_groups, generator=draw).to(
+            torch.uint8
+        )
+    part = Part(*(its.to(device) for its in (codes, scales, zeros, whole)))
+    return Stored(form, shape, (part,))
 
 
 def part_of(fields: Mapping[str, torch.Tensor]) -> Part:

@@ -70,7 +70,7 @@ def groups_at(
 @triton.jit
 def scale_of(matrix, SCALES: tl.constexpr):
     """The scale of a matrix, 1 where there is none."""
-    return tl.load(matrix) if SCALES == MULTIPLIED or SCALES == DIVIDED else 1.0
+    return tl.load(matrix) if SCALES == MULTIPLIED or SCALES == DIVIDED else 1.0  # noqa: SIM109 -- Triton knows no `in`
 
 
 @triton.jit
@@ -113,10 +113,7 @@ def _scaled(code, zero, scale, CODES: tl.constexpr, EXACT: tl.constexpr, KIND: t
     """Numbers [N, M] of codes [N, M] of the groups that have these zeros and scales [N, G], rounded once. EXACT: scales and
     numbers are ones of KIND, which has their product then, rounded, too."""
     numbers = _numbers(_by_group(code, scale), zero, CODES)
-    if EXACT:
-        found = numbers.to(KIND) * scale.to(KIND)[:, :, None]
-    else:
-        found = (numbers * scale[:, :, None]).to(KIND)
+    found = numbers.to(KIND) * scale.to(KIND)[:, :, None] if EXACT else (numbers * scale[:, :, None]).to(KIND)
     return tl.reshape(found, code.shape)
 
 
@@ -148,15 +145,13 @@ def decoded(
     MASKED: behind the last input they are any, but finite.
     """
     EXACT: tl.constexpr = KIND == tl.bfloat16 and (SCALES == POWERS or scale.dtype == tl.bfloat16)
-    PACKED: tl.constexpr = 2 if CODES == E2M1 or CODES == HALVES else 1
+    PACKED: tl.constexpr = 2 if CODES == E2M1 or CODES == HALVES else 1  # noqa: SIM109 -- Triton knows no `in`
     at = begin // PACKED + tl.arange(0, DEPTH // PACKED)
     pointers = codes + (row * WIDTH)[:, None] + at[None, :]
     code = tl.load(pointers, mask=(at < WIDTH)[None, :], other=0) if MASKED else tl.load(pointers)
     scale = _scale(scale, of_matrix, SCALES)
-    if ZEROED:
-        zero = _above(zero)
-    else:
-        zero = tl.full(scale.shape, 8388616.0 if CODES == HALVES else 8388736.0, tl.float32)  # 2 ** 23 + 8, + 128
+    middle: tl.constexpr = 8388616.0 if CODES == HALVES else 8388736.0  # 2 ** 23 and 8, or 128
+    zero = _above(zero) if ZEROED else tl.full(scale.shape, middle, tl.float32)
     if PACKED == 1:
         numbers = _scaled(code, zero, scale, CODES, EXACT, KIND)
     elif EXACT and not INTERPRETED:

@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from noria.blocks import Block
 from noria.config import Config
 from noria.errors import require
 from noria.kernels import drawing, fp8, in_order
+from noria.kernels.expert_layer import Some
 from noria.launch import launcher, mpi
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
@@ -135,14 +136,19 @@ def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     here.say(*dict.fromkeys(line for lines in _on_first_of_nodes(here, build) for line in lines))
 
 
-def build_mixtures(here: ThisRank, shape: ModelShape, dtype: str) -> None:
-    """Builds the kernels of a model's mixtures of experts; says where torch computes them, and why. Collective."""
+def build_mixtures(
+    here: ThisRank, shape: ModelShape, dtype: str, encoded: Callable[[], Sequence[tuple[Some, Some]]]
+) -> None:
+    """Builds the kernels of a model's mixtures of experts; says where torch computes them, and why. Collective.
+
+    encoded: gives some matrices of each kind that the model has encoded, as `_experts.build` takes them.
+    """
     if here.device.type != "cuda" or not shape.mixture_size:
         return
     began = time.perf_counter()
 
     def build() -> str:
-        why = _experts.build(shape, here.device, getattr(torch, dtype))
+        why = _experts.build(shape, here.device, getattr(torch, dtype), encoded())
         return f"mixtures of experts by torch, not by tiles: {why}" if why else ""
 
     found = _on_first_of_nodes(here, build)

@@ -8,13 +8,13 @@ T tokens, C choices a token, X experts, E hidden, I intermediate, P = T * C pair
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from noria.kernels import in_order
-from noria.kernels.expert_layer import Arriving, ExpertLayer, Gate
+from noria.kernels.expert_layer import Arriving, ExpertLayer, Gate, Some
 from noria.model import ModelShape
 from noria.models import _config as read
 from noria.models import _fused, _gates, _routing, _tiles
@@ -23,22 +23,6 @@ from noria.models._routing import Routing
 from noria.models._sources import Slice, Transposed
 from noria.pieces import Matrix, Wanted
 
-
-class Some(Protocol):
-    """Matrices [X, outputs, inputs] of which at most `most` are there at a time: those that `of` is asked for, in order, or
-    those that a list of the device names, with -1 for none."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def most(self) -> int: ...
-
-    def of(self, wanted: Sequence[int]) -> torch.Tensor: ...
-
-    def listed(self, named: torch.Tensor) -> torch.Tensor: ...
-
-
-AnyLayer: TypeAlias = ExpertLayer[torch.Tensor] | ExpertLayer[Some]
 SWIGLU = Gate()
 
 
@@ -122,16 +106,23 @@ def sources_in_one(gate_up: str, down: str, inputs_first: bool, prefix: str, num
     )
 
 
-def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
-    """Builds the kernels that a family's mixtures launch here; why torch computes them, empty if it does not."""
+def build(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, encoded: Sequence[tuple[Some, Some]] = ()
+) -> str:
+    """Builds the kernels that a family's mixtures launch here; why torch computes them, empty if it does not.
+
+    encoded: matrices of gates and ups and of downs, few of them, as the model has them where it has encoded ones alone.
+    """
     why, its = _tiles.refuses(device, dtype), shape.details.get("experts")
     if not why and isinstance(its, Experts):
         inner, hidden = its.inner, shape.hidden_size
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         piece, chosen = zeros((1, 3 * inner, hidden)), zeros((1, its.routing.chosen)).long()
-        biases = (zeros((1, 2 * inner)), zeros((1, hidden))) if its.biased else None
-        layer = ExpertLayer(piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2), its.gate, biases)
-        _tiles.build(zeros((1, hidden)), chosen, layer, its.number)
+        biases = (zeros((2, 2 * inner)), zeros((2, hidden))) if its.biased else None
+        plain: tuple[Any, Any] = piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2)
+        for gate_up, down in encoded or (plain,):
+            layer = ExpertLayer(gate_up, down, its.gate, biases)
+            _tiles.build(zeros((1, hidden)), chosen, layer, its.number)
         _routing.choose(its.routing, zeros((1, its.number)), zeros(its.number) if its.corrected else None)
     if isinstance(its, Experts) and not in_order.refuses(device, dtype):
         router = torch.zeros(its.number, shape.hidden_size, dtype=torch.float32 if its.wide else dtype, device=device)
@@ -222,21 +213,25 @@ def mixture_of_weighted(
     return _by_choice(products_of(rows, pairs, layer), pairs).sum(dim=1)
 
 
-def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> AnyLayer:
-    """Matrices that are decoded where they are chosen: on a GPU all at once where there is room, unless rows are few."""
+def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> ExpertLayer[Any]:
+    """Matrices that are decoded where they are chosen: on a GPU as they are stored, where an expert has few rows and kernels
+    take them so; else all at once where there is room, unless rows are few."""
     its = layer.gate_up
     if isinstance(its, Arriving):
         its.bring(chosen)
-        return replace(layer, gate_up=its.there, down=layer.down.there)
-    if isinstance(its, torch.Tensor) or not hidden.is_cuda or its.most < len(its):
+        return _all_or_some(hidden, chosen, replace(layer, gate_up=its.there, down=layer.down.there))
+    if isinstance(its, torch.Tensor) or not hidden.is_cuda:
         return layer
-    if chosen.numel() <= len(its) and _tiles.fits(hidden, layer):
+    fits = _tiles.fits(hidden, layer)
+    if fits and (stored := _tiles.stored(hidden, chosen, layer)):
+        return stored
+    if its.most < len(its) or (fits and chosen.numel() <= len(its)):
         return layer
     every = range(len(its))
     return ExpertLayer(its.of(every), layer.down.of(every), layer.gate, layer.biases)
 
 
-def products_of(rows: torch.Tensor, pairs: Pairs, layer: AnyLayer) -> torch.Tensor:
+def products_of(rows: torch.Tensor, pairs: Pairs, layer: ExpertLayer[torch.Tensor] | ExpertLayer[Some]) -> torch.Tensor:
     """[P, E] of each pair's row [P, E]: what its expert returns. Matrices that are decoded a few at a time come as Some."""
     if not isinstance(layer.gate_up, torch.Tensor):
         return _in_runs(rows, pairs, layer)

@@ -5,6 +5,7 @@ X experts, E hidden, I intermediate, C choices a token.
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 
 from noria import kinds
 from noria.kernels.expert_layer import ExpertLayer
+from noria.kernels.stored import Form, Stored, random
 from noria.kernels.trying import tried
+from noria.limits import STORED_PAIRS
 
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # Ampere
@@ -66,6 +69,40 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return _tried(device, lambda: _largest_error(device, dtype))
 
 
+def stored(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> ExpertLayer[Stored] | None:
+    """The layer with its matrices as they are stored, where this mixture is computed so."""
+    if chosen.numel() > STORED_PAIRS * len(layer.gate_up):
+        return None
+    gate_up, down = layer.gate_up.stored, layer.down.stored
+    if (
+        gate_up is None
+        or down is None
+        or any(refuses_stored(rows.device, rows.dtype, *its.kind) for its in (gate_up, down))
+    ):
+        return None
+    return ExpertLayer(gate_up, down, layer.gate, layer.biases)
+
+
+@lru_cache
+def refuses_stored(device: torch.device, dtype: torch.dtype, form: Form, of_scales: torch.dtype) -> str:
+    """Why experts in this form, with scales of this dtype, are not multiplied as they are stored here; empty where they are:
+    then they give the bits of those decoded before."""
+
+    def trial() -> str:
+        draw = torch.Generator().manual_seed(0)
+        gate_up, down = (random(form, of_scales, shape, draw, device) for shape in ((2, 144, 200), (2, 200, 72)))
+        rows, chosen = (
+            torch.randn(70, 200, generator=draw).to(device, dtype),
+            torch.arange(140, device=device).view(70, 2) % 2,
+        )
+        weights = torch.rand(70, 2, generator=draw).to(device)
+        decoded = ExpertLayer(gate_up.plain(dtype), down.plain(dtype))
+        found, expected = (mix(rows, chosen, weights, its) for its in (ExpertLayer(gate_up, down), decoded))
+        return "" if torch.equal(found, expected) else "they give other bits"
+
+    return tried(trial, "they")
+
+
 @lru_cache
 def chooses(device: torch.device) -> bool:
     """Whether a kernel chooses experts here."""
@@ -79,12 +116,20 @@ def _tried(device: torch.device, error: Callable[[], float]) -> str:
     return tried(lambda: "" if error() < LARGEST_ERROR else "they give other results than torch", "they")
 
 
-def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[torch.Tensor], number: int) -> None:
+def build(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any], number: int) -> None:
     """Compiles what a layer of such matrices may launch, for any rows and choices: give few of each, and of experts."""
     for pairs in (1, _kernel().FEW_PAIRS + 1):
         _kernel().sort(chosen.new_zeros(pairs, 1), number, pairs)
-    for its in _kernel().TILINGS:
-        _kernel().mix(rows, chosen, chosen.to(torch.float32), layer, lambda _, its=its: its)
+    layers, tilings = [layer], _kernel().TILINGS
+    if not isinstance(layer.gate_up, torch.Tensor):  # some at a time, all that were asked for, and as they are stored
+        every = range(len(layer.gate_up))
+        layers.append(ExpertLayer(layer.gate_up.of(every), layer.down.of(every), layer.gate, layer.biases))
+        its = stored(rows, chosen, layer)
+        if its is not None:
+            mix(rows, chosen, chosen.to(torch.float32), its)
+            tilings = tilings[-1:]  # others are for as few pairs as these
+    for one, its in product(layers, tilings):
+        _kernel().mix(rows, chosen, chosen.to(torch.float32), one, lambda _, its=its: its)
 
 
 def _largest_error(device: torch.device, dtype: torch.dtype) -> float:

@@ -26,7 +26,7 @@ LEAST_GRAPH = 16  # rows for which graphs are worth their room
 GRAPHS_SHARE = 10  # of the memory that is left for the cache, one in so many goes to graphs at most
 DECODED_CACHE_NBYTES = 2**29  # of a buffer in which an encoded cache is decoded: few launches, a small part of a device
 SHARING_ROWS = 8  # for which a ring more is kept, where rows begin alike
-DECODING_SHARE = 32  # of the device's memory, a block that needs no more is decoded whole
+DECODING_SHARE = 20  # of the device's memory, a block that needs no more is decoded whole
 
 
 def build(problem: Problem, candidate: Candidate) -> Plan:

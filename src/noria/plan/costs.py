@@ -51,7 +51,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     seen = round.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
-    again = load.decoded_again - (1 - read_experts) * load.expert_decoded_again
+    decoded = load.decoding(plan.groups, passes, read_experts, terms.stored_experts(tokens * share, dtype, rates))
     between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
     launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {
@@ -64,9 +64,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
         "other kernels": terms.elementwise(between, chosen, dtype, rates)
         + terms.least(passes * work.layers, passes * work.mixtures, rates)
         + terms.sampling(sampled * work.logits, rates),
-        "decoding": terms.decoding(
-            plan.groups * load.decoded + passes * again + cache_decoded(work, round, in_tiles), rates
-        ),
+        "decoding": terms.decoding(decoded + cache_decoded(work, round, in_tiles), rates),
         "host not hidden": _not_hidden(plan, work, round, launched, tokens) if rates.device != "CPU" else 0.0,
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not round.chunk_tokens

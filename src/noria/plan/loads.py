@@ -22,7 +22,8 @@ class Load:
 
     weights, from_disk: bytes of streamed blocks that pass the link, and of those that come from disk. travelling: bytes of a
     token that are received and sent over the link at visits, and between all layers. decoded: what a visit reads and writes to
-    decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts.
+    decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts; in_tiles:
+    of both, those of experts that are multiplied as they are stored where they have few rows.
     experts: of the bytes that pass the link and of those from disk, those of experts, which may be loaded when they are chosen;
     mixtures: streamed blocks that have any.
     """
@@ -34,6 +35,7 @@ class Load:
     decoded: int = 0
     decoded_again: int = 0
     expert_decoded_again: int = 0
+    in_tiles: tuple[int, int] = (0, 0)
     experts: tuple[int, int] = (0, 0)
     mixtures: int = 0
 
@@ -41,6 +43,12 @@ class Load:
         """With this share of the experts alone."""
         link, disk = (round((1 - share) * nbytes) for nbytes in self.experts)
         return replace(self, weights=self.weights - link, from_disk=self.from_disk - disk)
+
+    def decoding(self, groups: int, passes: float, read_experts: float, in_tiles: bool) -> float:
+        """Bytes that a round of so many groups and microbatches reads and writes to decode, with this share of the experts."""
+        of_whole, of_parts = self.in_tiles if in_tiles else (0, 0)
+        rest = (1 - read_experts) * (self.expert_decoded_again - of_parts)
+        return groups * (self.decoded - of_whole) + passes * (self.decoded_again - of_parts - rest)
 
 
 def touched(shape: ModelShape, tokens: float) -> float:
@@ -81,16 +89,19 @@ def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     return replace(load, experts=(moved["link"] - rest["link"], moved["disk"] - rest["disk"]), mixtures=mixtures)
 
 
-def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int]:
+def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int, tuple[int, int]]:
     """Bytes that are read and written where the rank decodes blocks: whole ones once a visit, and others for each microbatch,
-    all their parameters and those in several pieces alone. Those that were decoded while they were loaded are not decoded."""
+    all their parameters and those in several pieces alone; of both, those that are multiplied as they are stored where they have
+    few rows. Those that were decoded while they were loaded are not decoded."""
     tiers = plan.weight_tiers[rank]
     names = [name for name, tier in tiers.items() if name != "embed" and not (plan.decoded and tier == "gpu")]
     encoded = [block for name in names if (block := _held(plan, blocks[name], tiers[name])).encoded]
     parts = [block for block in encoded if block.decoded_nbytes > plan.decoding_room]
     again = sum(block.decoding_nbytes for block in parts)
     whole = sum(block.decoding_nbytes for block in encoded) - again
-    return whole, again, sum(block.decoding_expert_nbytes for block in parts)
+    in_tiles = sum(block.expert_nbytes_in_tiles for block in parts)
+    of_whole = sum(block.expert_nbytes_in_tiles for block in encoded) - in_tiles
+    return whole, again, sum(block.decoding_expert_nbytes for block in parts), (of_whole, in_tiles)
 
 
 def _held(plan: Plan, block: Block, tier: str) -> Block:
