@@ -77,7 +77,7 @@ ALLOWED = {
         "kernels/shared_memory.py",
         "kernels/trying.py",
         "kernels/routing.py",
-        "kernels/stored_",
+        "kernels/stored.py",
         "kernels/placed.py",
         "kernels/coded.py",
         "kernels/scoring.py",

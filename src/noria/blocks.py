@@ -78,9 +78,9 @@ class Parameter:
         experts.down [pieces, outputs, inputs]."""
         if not self.piece.matrices[0].name:
             return {self.name: self.shape}
-        outputs: dict[str, int] = {}
+        outputs = dict.fromkeys((matrix.name for matrix in self.piece.matrices), 0)
         for matrix in self.piece.matrices:
-            outputs[matrix.name] = outputs.get(matrix.name, 0) + matrix.shape[0]
+            outputs[matrix.name] += matrix.shape[0]
         first, inputs = self.shape[:-2], {matrix.name: matrix.shape[1:] for matrix in self.piece.matrices}
         return {f"{self.name}.{name}": (*first, number, *inputs[name]) for name, number in outputs.items()}
 
@@ -194,14 +194,10 @@ class Block:
         return self.decoded_nbytes + sum(parameter.nbytes for parameter in self.encoded)
 
     @cached_property
-    def decoding_expert_nbytes(self) -> int:
-        """Those of parameters in several pieces."""
-        return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1)
-
-    @cached_property
-    def expert_nbytes_in_tiles(self) -> int:
-        """Of these, those that are decoded before where rows are many alone."""
-        return sum(one.computed_nbytes + one.nbytes for one in self.encoded if one.pieces > 1 and one.in_tiles)
+    def decoding_expert_nbytes(self) -> tuple[int, int]:
+        """Those of parameters in several pieces; of these, those that few rows take as they are stored."""
+        every = [(one.computed_nbytes + one.nbytes, one.in_tiles) for one in self.encoded if one.pieces > 1]
+        return sum(nbytes for nbytes, _ in every), sum(nbytes for nbytes, in_tiles in every if in_tiles)
 
     @cached_property
     def coded(self) -> "Block":
@@ -212,7 +208,7 @@ class Block:
             held[parameter.name] = Encoded(CODED, {}, Piece(nbytes, (), parameter.piece.matrices))
         if not any(one.may_be_coded for one in self.parameters):
             return self
-        return lay_out(self.name, {parameter.name: parameter.wanted for parameter in self.parameters}, "bfloat16", held)
+        return lay_out(self.name, {one.name: one.wanted for one in self.parameters}, "bfloat16", held)
 
     @cached_property
     def _casts(self) -> dict[str, tuple["Block", bool]]:
@@ -225,10 +221,8 @@ class Block:
         return lay_out(self.name, wanted, dtype, held)
 
     def cast(self, dtype: str) -> "Block":
-        """The layout of the block as a run in `dtype` has it.
-
-        Plain numbers are of the run's dtype, or of a wider one of their own; encoded ones stay as they are stored.
-        """
+        """The layout of the block as a run in `dtype` has it: plain numbers are of that, or of a wider one of their own; encoded
+        ones stay as they are stored."""
         return self._cast(dtype)[0]
 
     def changes(self, dtype: str) -> bool:
@@ -237,9 +231,8 @@ class Block:
 
     def _cast(self, dtype: str) -> tuple["Block", bool]:
         if dtype not in self._casts:  # kept: a plan asks for every block of every candidate
-            wanted = {parameter.name: parameter.wanted for parameter in self.parameters}
             encoded = {one.name: one.encoded for one in self.fielded}
-            made = lay_out(self.name, wanted, dtype, encoded)
+            made = lay_out(self.name, {one.name: one.wanted for one in self.parameters}, dtype, encoded)
             pairs = zip(self.parameters, made.parameters, strict=True)
             self._casts[dtype] = made, any(one.piece != other.piece for one, other in pairs)
         return self._casts[dtype]

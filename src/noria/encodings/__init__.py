@@ -16,7 +16,7 @@ A file has, for one matrix of numbers (`shape` is [outputs, inputs], or that of 
                                     a refusal, for a cache; what is no finite number makes its group none
     check(fields, shape, settings)  raises InputError for fields [P, ...] that encode does not make
     most(fields, settings) -> float                             if it has it: no number of such fields is larger
-    form(settings) -> Form          if it has it: how kernels that multiply decode tiles of it (kernels/stored.py)
+    form(settings) -> TileForm          if it has it: how kernels that multiply decode tiles of it (kernels/stored.py)
     KERNEL                          if it has one: the file of kernels/ whose `decode` gives the same bits on CUDA
     ENCODER                         if it has one: the file of kernels/ whose `encode` of P matrices [P, outputs, inputs] gives
                                     the same bytes on CUDA: fields [P, ...], of variable ones as many as the longest has
@@ -36,7 +36,7 @@ from noria import kinds
 from noria.blocks import Block, Parameter, round_up
 from noria.encodings import _cached, _kernels
 from noria.errors import InputError, require
-from noria.kernels.stored import Stored, part_of
+from noria.kernels.stored import StoredMatrices, part_of
 from noria.pieces import VIEW_ALIGNMENT, Field, Matrix, Piece
 
 Fields = dict[str, torch.Tensor]
@@ -189,7 +189,7 @@ def fields_of(piece: Piece, number: int, pieces: torch.Tensor) -> Fields:
     return found
 
 
-def in_tiles(parameter: Parameter, pieces: torch.Tensor, name: str) -> Stored | None:
+def in_tiles(parameter: Parameter, pieces: torch.Tensor, name: str) -> StoredMatrices | None:
     """The tensor of this name that a parameter is computed as, of pieces [P, bytes of a piece], for kernels that decode their
     own tiles; none where they cannot."""
     kind, matrices = kinds.load("encodings", parameter.encoding), parameter.piece.matrices
@@ -199,7 +199,7 @@ def in_tiles(parameter: Parameter, pieces: torch.Tensor, name: str) -> Stored | 
         return None
     outputs, inputs = sum(matrices[n].shape[0] for n in its), matrices[its[0]].shape[1]
     parts = tuple(part_of(fields_of(parameter.piece, n, pieces)) for n in its)
-    return Stored(form, (len(pieces), outputs, inputs), parts)
+    return StoredMatrices(form, (len(pieces), outputs, inputs), parts)
 
 
 def check_block(block: Block, content: torch.Tensor, path: str) -> None:

@@ -11,16 +11,16 @@ import torch
 
 from noria.encodings import _scales
 from noria.errors import require
-from noria.kernels.stored import E4M3, NUMBERS, POWERS, Form
+from noria.kernels.stored import E4M3, NUMBERS, POWERS, TileForm
 
 LARGEST = 448.0  # of e4m3
 NO_NUMBER = 127  # the code that stands for none, with either sign
 Block = tuple[int, int]  # outputs and inputs that share a scale
 
 
-def form(settings: Mapping[str, Any], rows: int, columns: int) -> Form:
+def form(settings: Mapping[str, Any], rows: int, columns: int) -> TileForm:
     """Of blocks of so many outputs and inputs."""
-    return Form(E4M3, POWERS if _scales.field_dtype(settings) == "uint8" else NUMBERS, columns, rows)
+    return TileForm(E4M3, POWERS if _scales.field_dtype(settings) == "uint8" else NUMBERS, columns, rows)
 
 
 def encode(numbers: torch.Tensor, block: Block, settings: Mapping[str, object]) -> dict[str, torch.Tensor]:

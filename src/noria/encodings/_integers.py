@@ -15,7 +15,7 @@ import torch
 
 from noria.encodings import _groups, _scales
 from noria.errors import require
-from noria.kernels.stored import BYTES, HALVES, NUMBERS, WHOLE_ROW, Form
+from noria.kernels.stored import BYTES, HALVES, NUMBERS, WHOLE_ROW, TileForm
 
 LEAST = {"bfloat16": 2.0**-120, "float16": 2.0**-24, "float32": 2.0**-120}  # dtypes of scales, and the least scale
 # How much of a group's range the codes span: cutting its ends makes the steps smaller, more than all lets the zero fit.
@@ -67,12 +67,12 @@ def encode(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dic
     return fields if order is None else fields | {"permutation": order.argsort().int()}
 
 
-def form(bits: int, settings: Mapping[str, Any]) -> Form | None:
+def form(bits: int, settings: Mapping[str, Any]) -> TileForm | None:
     """How tiles are decoded, unless inputs make up groups in another order."""
     if settings["permuted"]:
         return None
     group = settings["group_size"] if settings["group_size"] > 0 else WHOLE_ROW
-    return Form(HALVES if bits == 4 else BYTES, NUMBERS, group, zeroed=not settings["symmetric"])
+    return TileForm(HALVES if bits == 4 else BYTES, NUMBERS, group, zeroed=not settings["symmetric"])
 
 
 def quick(bits: int, numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

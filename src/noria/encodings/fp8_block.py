@@ -11,7 +11,7 @@ import torch
 
 from noria.encodings import _fp8, _scales
 from noria.errors import require
-from noria.kernels.stored import Form
+from noria.kernels.stored import TileForm
 
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"block_size": [128, 128], "scale_dtype": "float32"}
@@ -35,7 +35,7 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     return {"codes": (shape, "uint8"), "scales": (blocks, _scales.field_dtype(settings))}
 
 
-def form(settings: Mapping[str, Any]) -> Form:
+def form(settings: Mapping[str, Any]) -> TileForm:
     """e4m3 under the scales of blocks."""
     rows, columns = block((0, 0), settings)
     return _fp8.form(settings, rows, columns)

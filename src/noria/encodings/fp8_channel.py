@@ -10,7 +10,7 @@ import torch
 
 from noria.encodings import _fp8, _scales
 from noria.errors import require
-from noria.kernels.stored import WHOLE_ROW, Form
+from noria.kernels.stored import WHOLE_ROW, TileForm
 
 VARIABLE: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"scale_dtype": "float32"}
@@ -29,7 +29,7 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     return {"codes": (shape, "uint8"), "scales": ((shape[0], 1), _scales.field_dtype(settings))}
 
 
-def form(settings: Mapping[str, Any]) -> Form:
+def form(settings: Mapping[str, Any]) -> TileForm:
     """e4m3 under the scales of outputs."""
     return _fp8.form(settings, 1, WHOLE_ROW)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from noria.encodings import _integers
-from noria.kernels.stored import Form
+from noria.kernels.stored import TileForm
 
 BITS = 4
 VARIABLE: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     return _integers.fields(BITS, shape, settings)
 
 
-def form(settings: Mapping[str, Any]) -> Form | None:
+def form(settings: Mapping[str, Any]) -> TileForm | None:
     """Whole numbers; none where groups are of inputs in another order."""
     return _integers.form(BITS, settings)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from noria.encodings import _e2m1, _groups, _scales
-from noria.kernels.stored import E2M1, POWERS, Form
+from noria.kernels.stored import E2M1, POWERS, TileForm
 
 GROUP = 32
 VARIABLE: tuple[str, ...] = ()
@@ -28,9 +28,9 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     }
 
 
-def form(settings: Mapping[str, Any]) -> Form:
+def form(settings: Mapping[str, Any]) -> TileForm:
     """e2m1 under powers of two."""
-    return Form(E2M1, POWERS, GROUP)
+    return TileForm(E2M1, POWERS, GROUP)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from noria.encodings import _e2m1, _fp8, _groups, _scales
 from noria.errors import require
-from noria.kernels.stored import DIVIDED, E2M1, MULTIPLIED, Form
+from noria.kernels.stored import DIVIDED, E2M1, MULTIPLIED, TileForm
 
 GROUP = 16
 VARIABLE: tuple[str, ...] = ()
@@ -32,9 +32,9 @@ def fields(shape: tuple[int, ...], dtype: str, settings: Mapping[str, Any]) -> d
     }
 
 
-def form(settings: Mapping[str, Any]) -> Form:
+def form(settings: Mapping[str, Any]) -> TileForm:
     """e2m1 under e4m3, with a scale of the matrix."""
-    return Form(E2M1, DIVIDED if settings["tensor_scale"] == "divides" else MULTIPLIED, GROUP)
+    return TileForm(E2M1, DIVIDED if settings["tensor_scale"] == "divides" else MULTIPLIED, GROUP)
 
 
 def encode(numbers: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from noria import encodings
 from noria.blocks import Block, Parameter, end_of, round_up
 from noria.engine.parameters import Parameters, Undecoded, named, stored, views
-from noria.kernels.stored import Stored
+from noria.kernels.stored import StoredMatrices
 
 # What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces.
 Computed: TypeAlias = Mapping[str, Any]
@@ -163,7 +163,7 @@ class SomePieces:
         return self._decoded(tuple(wanted))
 
     @property
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredMatrices | None:
         """All of them as they are stored, for kernels that decode their own tiles; none where they cannot."""
         return encodings.in_tiles(self._parameter, self._pieces, self._name)
 

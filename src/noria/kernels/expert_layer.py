@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from noria.kernels.stored import Stored
+from noria.kernels.stored import StoredMatrices
 
 Matrices = TypeVar("Matrices")
 
@@ -47,7 +47,7 @@ class Some(Protocol):
     def listed(self, named: torch.Tensor) -> torch.Tensor: ...
 
     @property
-    def stored(self) -> Stored | None: ...
+    def stored(self) -> StoredMatrices | None: ...
 
 
 @dataclass(frozen=True)

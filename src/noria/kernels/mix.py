@@ -13,7 +13,7 @@ import triton
 from noria.kernels import experts, stored_experts
 from noria.kernels.expert_layer import GELU_TANH, ExpertLayer
 from noria.kernels.shared_memory import shared_memory
-from noria.kernels.stored import Form, Part, Stored
+from noria.kernels.stored import StoredMatrices, StoredPart, TileForm
 
 PAIRS_AT_ONCE = 4096  # that a program looks through for those of its expert
 FEW_PAIRS, SECTIONS = 4 * PAIRS_AT_ONCE, 16  # more than so many pairs are sorted in sections
@@ -113,7 +113,7 @@ def mix(
     """
     if not len(chosen):
         return rows.new_empty(0, rows.shape[1])
-    its = STORED if isinstance(layer.down, Stored) else tiled(chosen.numel() / len(layer.down))
+    its = STORED if isinstance(layer.down, StoredMatrices) else tiled(chosen.numel() / len(layer.down))
     pairs = sort(chosen.contiguous(), len(layer.down), its.tile)
     products = multiply(rows, pairs, layer, its, shared or shared_memory(rows.device))
     return summed(products.view(*chosen.shape, -1), weights)
@@ -132,7 +132,7 @@ def summed(products: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor
 
 def multiply(rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Any], its: Tiling, shared: int) -> torch.Tensor:
     """[P, E]: what each pair's expert returns, in the order of the choices."""
-    if isinstance(layer.down, Stored):
+    if isinstance(layer.down, StoredMatrices):
         return second_of_stored(first_of_stored(rows, pairs, layer, its, shared), pairs, layer, its, shared)
     products = rows.new_empty(len(pairs.order), rows.shape[1])
     for run, these in _runs(pairs, layer):
@@ -193,7 +193,7 @@ def second(
 
 
 def first_of_stored(
-    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Stored], its: Tiling, shared: int
+    rows: torch.Tensor, pairs: Sorted, layer: ExpertLayer[StoredMatrices], its: Tiling, shared: int
 ) -> torch.Tensor:
     """`first`, of matrices as they are stored."""
     num_pairs, (_, hidden, size), gate, form = len(pairs.order), layer.down.shape, layer.gate, layer.gate_up.form
@@ -210,7 +210,7 @@ def first_of_stored(
 
 
 def second_of_stored(
-    inner: torch.Tensor, pairs: Sorted, layer: ExpertLayer[Stored], its: Tiling, shared: int
+    inner: torch.Tensor, pairs: Sorted, layer: ExpertLayer[StoredMatrices], its: Tiling, shared: int
 ) -> torch.Tensor:
     """`second`, of matrices as they are stored."""
     (_, hidden, size), (downs,), form = layer.down.shape, layer.down.parts, layer.down.form
@@ -223,11 +223,11 @@ def second_of_stored(
     return products
 
 
-def _fields(part: Part) -> tuple[torch.Tensor, ...]:
+def _fields(part: StoredPart) -> tuple[torch.Tensor, ...]:
     return part.codes, part.scales, part.zeros, part.of_matrices
 
 
-def _form(form: Form, part: Part) -> tuple[int, ...]:
+def _form(form: TileForm, part: StoredPart) -> tuple[int, ...]:
     """Bytes of a row of codes, groups of a row of scales, and what they mean."""
     return part.codes.shape[2], part.scales.shape[2], form.codes, form.scales, form.group, form.rows, form.zeroed
 

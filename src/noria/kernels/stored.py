@@ -17,7 +17,7 @@ E2M1_NUMBERS = [sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1
 
 
 @dataclass(frozen=True)
-class Form:
+class TileForm:
     """How a tile of codes is decoded: `codes` and `scales` as above; one scale for `group` inputs of `rows` outputs; zeroed:
     whether a group has a zero of its own."""
 
@@ -39,7 +39,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """The fields of one matrix in each piece: codes [X, O, bytes of a row], scales [X, rows, groups], zeros of their shape,
     of_matrices [X, 1]. Those that a form does not have are any."""
 
@@ -55,18 +55,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredMatrices:
     """Matrices [X, O, I] = `shape` in one form, of which parts have some outputs each, one behind the other."""
 
-    form: Form
+    form: TileForm
     shape: tuple[int, int, int]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
-    def kind(self) -> tuple[Form, torch.dtype]:
+    def kind(self) -> tuple[TileForm, torch.dtype]:
         """What kernels are built for: its form, and the dtype of its scales."""
         return self.form, self.parts[0].scales.dtype
 
@@ -74,7 +74,7 @@ class Stored:
         """[X, O, I], decoded by torch: what kernels are compared with."""
         return torch.cat([self._plain(part) for part in self.parts], 1)[..., : self.shape[2]].to(dtype)
 
-    def _plain(self, part: Part) -> torch.Tensor:
+    def _plain(self, part: StoredPart) -> torch.Tensor:
         form, codes, outputs = self.form, part.codes, part.codes.shape[1]
         if form.halved:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(2)
@@ -90,7 +90,7 @@ class Stored:
             numbers = codes.float() - (part.zeros[at].float() if form.zeroed else middle)
         return numbers * self._scales(part)[at]
 
-    def _scales(self, part: Part) -> torch.Tensor:
+    def _scales(self, part: StoredPart) -> torch.Tensor:
         """In float32, of groups."""
         scales, whole = part.scales, part.of_matrices[:, :, None]
         if self.form.scales == POWERS:
@@ -103,8 +103,8 @@ class Stored:
 
 
 def random(
-    form: Form, of_scales: torch.dtype, shape: tuple[int, int, int], draw: torch.Generator, device: torch.device
-) -> Stored:
+    form: TileForm, of_scales: torch.dtype, shape: tuple[int, int, int], draw: torch.Generator, device: torch.device
+) -> StoredMatrices:
     """Matrices of random codes and scales, to try kernels with."""
     pieces, outputs, inputs = shape
     width, groups = -(-inputs // (2 if form.halved else 1)), -(-inputs // form.group)
@@ -120,11 +120,11 @@ def random(
         scales = torch.randint(*((120, 128) if form.scales == POWERS else (40, 60)), of_groups, generator=draw).to(
             torch.uint8
         )
-    part = Part(*(its.to(device) for its in (codes, scales, zeros, whole)))
-    return Stored(form, shape, (part,))
+    part = StoredPart(*(its.to(device) for its in (codes, scales, zeros, whole)))
+    return StoredMatrices(form, shape, (part,))
 
 
-def part_of(fields: Mapping[str, torch.Tensor]) -> Part:
+def part_of(fields: Mapping[str, torch.Tensor]) -> StoredPart:
     """Of the fields [X, ...] of one matrix by their names in an encoding."""
     codes = fields["codes"]
-    return Part(codes, fields["scales"], fields.get("zeros", codes), fields.get("tensor_scale", codes))
+    return StoredPart(codes, fields["scales"], fields.get("zeros", codes), fields.get("tensor_scale", codes))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from noria.kernels.experts import LISTS, activated, tile_of
-from noria.kernels.stored_tiles import decoded, groups_at, scale_of
+from noria.kernels.stored_tiles import add_product, fields_at, groups_at
 
 
 @triton.jit(do_not_specialize_on_alignment=LISTS)
@@ -27,7 +27,6 @@ def first_stored(
     """
     blocks: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
     step: tl.constexpr = 2 if ALTERNATING else 1
-    KIND: tl.constexpr = rows.dtype.element_ty
     tile, there_is, place = tile_of(tiles, tiles, tl.program_id(0) // blocks, 0, 0, 0, False)
     if there_is:
         first, m, k = tl.load(tile + 1), tl.arange(0, TILE), tl.arange(0, DEPTH)
@@ -35,39 +34,23 @@ def first_stored(
         pair = tl.load(order + first + m, mask=valid, other=0)
         given = rows + (pair // SHARING).to(tl.int64)[:, None] * row + k[None, :]
         there = n if INNER % COLUMNS == 0 else tl.where(n < INNER, n, 0)
-        of_gate, of_up = there * step, there * step + AHEAD
-        gates, ups = gates + place * codes_step, ups + place * codes_step
-        gate_scales, up_scales = gate_scales + place * scales_step, up_scales + place * scales_step
-        gate_zeros, up_zeros = gate_zeros + place * zeros_step, up_zeros + place * zeros_step
-        gate_whole, up_whole = scale_of(of_gates + place * of_step, SCALES), scale_of(of_ups + place * of_step, SCALES)
-        gate_scale, gate_zero = groups_at(gate_scales, gate_zeros, of_gate, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-        up_scale, up_zero = groups_at(up_scales, up_zeros, of_up, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        steps = (codes_step, scales_step, zeros_step, of_step)
+        its = fields_at(gates, gate_scales, gate_zeros, of_gates, place, there * step, steps, SCALES)
+        other = fields_at(ups, up_scales, up_zeros, of_ups, place, there * step + AHEAD, steps, SCALES)
+        gate_scale, gate_zero = groups_at(its, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        up_scale, up_zero = groups_at(other, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
         gate, up = tl.zeros((TILE, COLUMNS), tl.float32), tl.zeros((TILE, COLUMNS), tl.float32)
         for at in tl.range(0, E // DEPTH * DEPTH, DEPTH):
             x = tl.load(given + at, mask=valid[:, None], other=0.0)
-            numbers = decoded(
-                gates, gate_scale, gate_zero, gate_whole, of_gate, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND
-            )
-            gate_scale, gate_zero = groups_at(
-                gate_scales, gate_zeros, of_gate, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH
-            )
-            gate = tl.dot(x, tl.trans(numbers), gate, input_precision="ieee")
-            numbers = decoded(
-                ups, up_scale, up_zero, up_whole, of_up, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND
-            )
-            up_scale, up_zero = groups_at(up_scales, up_zeros, of_up, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-            up = tl.dot(x, tl.trans(numbers), up, input_precision="ieee")
+            gate = add_product(gate, x, its, gate_scale, gate_zero, at, WIDTH, CODES, SCALES, ZEROED, False)
+            gate_scale, gate_zero = groups_at(its, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+            up = add_product(up, x, other, up_scale, up_zero, at, WIDTH, CODES, SCALES, ZEROED, False)
+            up_scale, up_zero = groups_at(other, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
         if E % DEPTH != 0:
             last: tl.constexpr = E // DEPTH * DEPTH
             x = tl.load(given + last, mask=valid[:, None] & (last + k < E)[None, :], other=0.0)
-            numbers = decoded(
-                gates, gate_scale, gate_zero, gate_whole, of_gate, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND
-            )
-            gate = tl.dot(x, tl.trans(numbers), gate, input_precision="ieee")
-            numbers = decoded(
-                ups, up_scale, up_zero, up_whole, of_up, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND
-            )
-            up = tl.dot(x, tl.trans(numbers), up, input_precision="ieee")
+            gate = add_product(gate, x, its, gate_scale, gate_zero, last, WIDTH, CODES, SCALES, ZEROED, True)
+            up = add_product(up, x, other, up_scale, up_zero, last, WIDTH, CODES, SCALES, ZEROED, True)
         if BIASED:
             bias = biases + place * (2 * INNER) + there * step
             ahead: tl.constexpr = 1 if ALTERNATING else INNER
@@ -87,7 +70,6 @@ def second_stored(
 ):  # fmt: skip
     """A tile of `inner` [P, INNER] times COLUMNS of its expert's downs: into `products` [P, E], in the order of choices."""
     blocks: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
-    KIND: tl.constexpr = inner.dtype.element_ty
     tile, there_is, place = tile_of(tiles, tiles, tl.program_id(0) // blocks, 0, 0, 0, False)
     if there_is:
         first, m, k = tl.load(tile + 1), tl.arange(0, TILE), tl.arange(0, DEPTH)
@@ -95,24 +77,18 @@ def second_stored(
         pair = tl.load(order + first + m, mask=valid, other=0).to(tl.int64)
         given = inner + (first + m).to(tl.int64)[:, None] * INNER + k[None, :]
         there = n if E % COLUMNS == 0 else tl.where(n < E, n, 0)
-        downs, down_scales, down_zeros = (
-            downs + place * codes_step,
-            down_scales + place * scales_step,
-            down_zeros + place * zeros_step,
-        )
-        whole = scale_of(of_downs + place * of_step, SCALES)
-        scale, zero = groups_at(down_scales, down_zeros, there, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+        steps = (codes_step, scales_step, zeros_step, of_step)
+        its = fields_at(downs, down_scales, down_zeros, of_downs, place, there, steps, SCALES)
+        scale, zero = groups_at(its, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
         total = tl.zeros((TILE, COLUMNS), tl.float32)
         for at in tl.range(0, INNER // DEPTH * DEPTH, DEPTH):
             x = tl.load(given + at, mask=valid[:, None], other=0.0)
-            numbers = decoded(downs, scale, zero, whole, there, at, WIDTH, CODES, SCALES, ZEROED, False, DEPTH, KIND)
-            scale, zero = groups_at(down_scales, down_zeros, there, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-            total = tl.dot(x, tl.trans(numbers), total, input_precision="ieee")
+            total = add_product(total, x, its, scale, zero, at, WIDTH, CODES, SCALES, ZEROED, False)
+            scale, zero = groups_at(its, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
         if INNER % DEPTH != 0:
             last: tl.constexpr = INNER // DEPTH * DEPTH
             x = tl.load(given + last, mask=valid[:, None] & (last + k < INNER)[None, :], other=0.0)
-            numbers = decoded(downs, scale, zero, whole, there, last, WIDTH, CODES, SCALES, ZEROED, True, DEPTH, KIND)
-            total = tl.dot(x, tl.trans(numbers), total, input_precision="ieee")
+            total = add_product(total, x, its, scale, zero, last, WIDTH, CODES, SCALES, ZEROED, True)
         if BIASED:
             total += tl.load(biases + place * E + there).to(tl.float32)[None, :]
         to = products + pair[:, None] * E + n[None, :]

@@ -54,12 +54,27 @@ def _above(code):
 
 
 @triton.jit
+def fields_at(codes, scales, zeros, of_matrices, place, row, steps, SCALES: tl.constexpr):
+    """The fields of the matrix at a place, its scale (1 where there is none), and the rows [N] of it that are wanted. steps: from
+    a matrix to the next, of each field."""
+    at = of_matrices + place * steps[3]
+    whole = tl.load(at) if SCALES == MULTIPLIED or SCALES == DIVIDED else 1.0  # noqa: SIM109 -- Triton knows no `in`
+    return codes + place * steps[0], scales + place * steps[1], zeros + place * steps[2], whole, row
+
+
+@triton.jit
 def groups_at(
-    scales, zeros, row, begin, GROUPS: tl.constexpr, GROUP: tl.constexpr, OF_ROWS: tl.constexpr, ZEROED: tl.constexpr,
+    fields,
+    begin,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    OF_ROWS: tl.constexpr,
+    ZEROED: tl.constexpr,
     DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     """Scales and zeros [N, groups] of rows [N], of the DEPTH inputs from `begin` on, as they are stored; behind the last group
-    its own. GROUPS: of a row."""
+    its own. fields: of `fields_at`. GROUPS: of a row."""
+    _, scales, zeros, _, row = fields
     COUNT: tl.constexpr = max(DEPTH // GROUP, 1)
     group = tl.minimum(begin // GROUP + tl.arange(0, COUNT), GROUPS - 1)
     at = (row // OF_ROWS * GROUPS)[:, None] + group[None, :]
@@ -68,9 +83,13 @@ def groups_at(
 
 
 @triton.jit
-def scale_of(matrix, SCALES: tl.constexpr):
-    """The scale of a matrix, 1 where there is none."""
-    return tl.load(matrix) if SCALES == MULTIPLIED or SCALES == DIVIDED else 1.0  # noqa: SIM109 -- Triton knows no `in`
+def add_product(
+    total, x, fields, scale, zero, begin, WIDTH: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, ZEROED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """`total` [M, N] and x [M, DEPTH] times the N rows of a matrix, of the inputs from `begin` on."""
+    numbers = decoded(fields, scale, zero, begin, WIDTH, CODES, SCALES, ZEROED, MASKED, x.shape[1], x.dtype)
+    return tl.dot(x, tl.trans(numbers), total, input_precision="ieee")
 
 
 @triton.jit
@@ -137,13 +156,15 @@ def _pairs(code, zero, scale, CODES: tl.constexpr):
 
 @triton.jit
 def decoded(
-    codes, scale, zero, of_matrix, row, begin, WIDTH: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
+    fields, scale, zero, begin, WIDTH: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
     ZEROED: tl.constexpr, MASKED: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Numbers [N, DEPTH] of rows [N], of the inputs from `begin` on. scale, zero: of `groups_at`. WIDTH: bytes of a row of codes.
+    """Numbers [N, DEPTH] of rows [N], of the inputs from `begin` on. fields: of `fields_at`; scale, zero: of `groups_at`.
+    WIDTH: bytes of a row of codes.
 
     MASKED: behind the last input they are any, but finite.
     """
+    codes, _, _, of_matrix, row = fields
     EXACT: tl.constexpr = KIND == tl.bfloat16 and (SCALES == POWERS or scale.dtype == tl.bfloat16)
     PACKED: tl.constexpr = 2 if CODES == E2M1 or CODES == HALVES else 1  # noqa: SIM109 -- Triton knows no `in`
     at = begin // PACKED + tl.arange(0, DEPTH // PACKED)

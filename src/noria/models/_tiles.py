@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from noria import kinds
 from noria.kernels.expert_layer import ExpertLayer
-from noria.kernels.stored import Form, Stored, random
+from noria.kernels.stored import StoredMatrices, TileForm, random
 from noria.kernels.trying import tried
 from noria.limits import STORED_PAIRS
 
@@ -69,7 +69,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return _tried(device, lambda: _largest_error(device, dtype))
 
 
-def stored(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> ExpertLayer[Stored] | None:
+def stored(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> ExpertLayer[StoredMatrices] | None:
     """The layer with its matrices as they are stored, where this mixture is computed so."""
     if chosen.numel() > STORED_PAIRS * len(layer.gate_up):
         return None
@@ -84,7 +84,7 @@ def stored(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) ->
 
 
 @lru_cache
-def refuses_stored(device: torch.device, dtype: torch.dtype, form: Form, of_scales: torch.dtype) -> str:
+def refuses_stored(device: torch.device, dtype: torch.dtype, form: TileForm, of_scales: torch.dtype) -> str:
     """Why experts in this form, with scales of this dtype, are not multiplied as they are stored here; empty where they are:
     then they give the bits of those decoded before."""
 

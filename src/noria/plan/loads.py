@@ -99,9 +99,9 @@ def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, i
     parts = [block for block in encoded if block.decoded_nbytes > plan.decoding_room]
     again = sum(block.decoding_nbytes for block in parts)
     whole = sum(block.decoding_nbytes for block in encoded) - again
-    in_tiles = sum(block.expert_nbytes_in_tiles for block in parts)
-    of_whole = sum(block.expert_nbytes_in_tiles for block in encoded) - in_tiles
-    return whole, again, sum(block.decoding_expert_nbytes for block in parts), (of_whole, in_tiles)
+    experts, in_tiles = (sum(block.decoding_expert_nbytes[n] for block in parts) for n in (0, 1))
+    of_whole = sum(block.decoding_expert_nbytes[1] for block in encoded) - in_tiles
+    return whole, again, experts, (of_whole, in_tiles)
 
 
 def _held(plan: Plan, block: Block, tier: str) -> Block:
