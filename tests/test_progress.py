@@ -7,13 +7,18 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import test_costs
+from noria.desk.pace import expected
+from noria.plan.rounds import Workload
 from noria.tools import progress as progress_module
 from noria.tools.progress import Progress, duration
 from noria.tools.text import plural, printable, seconds_words, storable
+from noria.tools.work_left import Expected
 
 
 class Clock:
@@ -57,49 +62,102 @@ def test_plain_lines_come_after_5_seconds_and_then_every_30(clock):
 
 
 def test_a_plain_line_gives_rows_tokens_speed_and_time_left(clock):
-    progress = Progress(64, stream=io.StringIO(), clock=clock)
-    progress.add(rows=12, tokens=1234, prompt_tokens=300)
+    progress = Progress(64, stream=io.StringIO(), clock=clock, expected=Expected(25, 100, 0.0, 0.02))
+    progress.add(rows=12, tokens=1234, prompt_tokens=300, finished_tokens=1200)
     clock.now += 30
     assert progress.line() == "12/64 rows  300 prompt tokens (10 tok/s), 1,234 generated (41 tok/s)  about 2 min left"
 
 
-def test_no_time_left_is_guessed_before_a_row_is_finished(clock):
-    progress = Progress(64, stream=io.StringIO(), clock=clock)
+def test_no_time_left_is_guessed_where_no_step_was_seen_and_none_predicted(clock):
+    progress = Progress(64, stream=io.StringIO(), clock=clock, expected=Expected(10, 10))
     progress.add(tokens=100)
     assert progress.line() == "0/64 rows  0 prompt tokens (0 tok/s), 100 generated (0 tok/s)", "no time has passed"
     clock.now += 10
     assert progress.line() == "0/64 rows  0 prompt tokens (0 tok/s), 100 generated (10 tok/s)"
 
 
-def test_a_long_prefill_shows_its_tokens_and_the_time_left_by_the_work_left(clock):
-    progress = Progress(4, stream=io.StringIO(), clock=clock, lengths=(24_000, 4))
+def test_the_time_that_weights_load_is_no_time_of_the_first_tokens(clock):
+    """400 prompts of 10,000 tokens and 20 new ones, of which the first chunk sets out after a minute of loading."""
+    progress = Progress(400, stream=io.StringIO(), clock=clock, expected=Expected(10_000, 20, 2e-5, 1e-5))
     clock.now += 60
-    progress.add(prompt_tokens=24_000)
-    assert progress.line().endswith(
-        "0/4 rows  24,000 prompt tokens (400 tok/s), 0 generated (0 tok/s)  about 3 min left"
+    progress.add(prompt_tokens=512)
+    assert progress.line().endswith("about 80 s left"), "as planned: 4 M tokens at 50,000 a second"
+    silent = Progress(400, stream=io.StringIO(), clock=clock, expected=Expected(10_000, 20))
+    clock.now += 60
+    silent.add(prompt_tokens=512)
+    assert silent.line().endswith("0 generated (0 tok/s)"), "nothing is known"
+
+
+def test_what_a_token_takes_is_what_the_plan_predicts():
+    load = Workload(128, 512, 32)
+    plan = test_costs.streamed(2)
+    known = expected(plan, load)
+    whole = 128 * (512 * known.prompt_seconds + 32 * known.new_seconds)
+    assert whole == pytest.approx(plan.predicted["seconds"]) and known.groups == plan.groups
+    assert expected(replace(plan, predicted={}), load).new_seconds is None
+
+
+def test_long_prompts_are_no_measure_of_new_tokens(clock):
+    """1,000 tokens of prompts a second and 10 new ones: half the prompts in, the answers are left as predicted."""
+    progress = Progress(20, stream=io.StringIO(), clock=clock, expected=Expected(1000, 50, 0.002, 0.1))
+    for _ in range(11):
+        progress.add(prompt_tokens=1000)
+        clock.now += 1
+    progress.add()
+    assert progress.line().endswith(f"about {duration(9 + 20 * 50 * 0.1)} left"), "9 s of prompts at the rate seen"
+    for _ in range(9):
+        progress.add(prompt_tokens=1000)
+        clock.now += 1
+    for _ in range(10):
+        progress.add(tokens=20)
+        clock.now += 1
+    assert progress.line().endswith("about 40 s left"), "800 of 1,000 new tokens, 20 a second"
+
+
+def test_steps_with_both_kinds_are_split_as_predicted(clock):
+    progress = Progress(100, stream=io.StringIO(), clock=clock, expected=Expected(100, 10, 0.001, 0.01))
+    for _ in range(11):
+        progress.add(prompt_tokens=200, tokens=20)
+        clock.now += 2
+    assert progress.line().endswith(f"about {duration(78 * 0.5 + 780 * 0.05)} left"), "five times what was predicted"
+
+
+def test_the_steps_that_fill_the_ring_count_for_nothing(clock):
+    progress = Progress(40, stream=io.StringIO(), clock=clock, expected=Expected(100, 1, groups=3))
+    for _ in range(3):
+        progress.add(prompt_tokens=100)
+    clock.now += 30  # the way round the ring and what is loaded in it
+    for _ in range(7):
+        progress.add(prompt_tokens=100)
+        clock.now += 1
+    assert not progress.line().endswith("left"), "nothing is known of new tokens"
+    progress.add(tokens=30)
+    for _ in range(8):
+        clock.now += 1
+        progress.add(tokens=1)
+    assert progress.line().endswith("about 70 s left"), (
+        "30 prompts and 40 tokens, a second each, and nothing of the 30 s"
     )
 
 
 def test_the_time_left_is_that_of_the_tokens_left_and_not_of_the_rows(clock):
     """Rows of 100 and 50 tokens, the 10 shortest of which are finished first while the others are half-way."""
-    progress = Progress(40, stream=io.StringIO(), clock=clock, lengths=(100, 50))
-    clock.now += 100
+    known = Expected(100, 50, 0.01, 0.02)
+    progress = Progress(40, stream=io.StringIO(), clock=clock, expected=known)
     progress.add(rows=20, prompt_tokens=3000, tokens=1500, finished_tokens=1000)
-    assert progress.line().endswith("about 33 s left"), "1,500 of 6,000 tokens, where 20 of 40 rows are left"
-    progress = Progress(40, stream=io.StringIO(), clock=clock, lengths=(100, 50))
-    clock.now += 100
+    assert progress.line().endswith("about 20 s left"), (
+        "1,000 tokens of prompts and 500 new ones, where 20 of 40 rows are left"
+    )
+    progress = Progress(40, stream=io.StringIO(), clock=clock, expected=known)
     progress.add(rows=40, prompt_tokens=4000, tokens=2000, finished_tokens=2000)
     assert progress.line().endswith("about 0 s left")
 
 
 def test_rows_that_end_early_do_not_hide_the_work_of_those_in_flight(clock):
     """Of 74 rows in flight three have ended after 2 tokens; the others go on to 64 or so."""
-    progress = Progress(74, stream=io.StringIO(), clock=clock, lengths=(89, 64))
-    clock.now += 5
+    progress = Progress(74, stream=io.StringIO(), clock=clock, expected=Expected(89, 64, 0.001, 0.01))
     progress.add(rows=3, prompt_tokens=74 * 89, tokens=417, finished_tokens=6)
-    left = 71 * (89 + 64) - (74 * 89 + 417 - 3 * (89 + 64))
-    assert progress.line().endswith(f"about {5 * left / (74 * 89 + 417):.0f} s left") and left > 4000
-    clock.now += 35
+    assert progress.line().endswith(f"about {0.01 * (71 * 64 - (417 - 3 * 64)):.0f} s left")
     progress.add(rows=70, tokens=2860, finished_tokens=3271)
     assert progress.line().endswith("about 0 s left"), (
         "one row is left, of 45 new tokens in the mean, 44 of which are there"
@@ -107,18 +165,19 @@ def test_rows_that_end_early_do_not_hide_the_work_of_those_in_flight(clock):
 
 
 def test_rows_of_an_earlier_run_count_as_rows_and_not_as_speed(clock):
-    progress = Progress(100, num_finished=50, stream=io.StringIO(), clock=clock)
-    progress.add(rows=10, tokens=100)
+    known = Expected(0, 10, 0.0, 0.1)
+    progress = Progress(100, num_finished=50, stream=io.StringIO(), clock=clock, expected=known)
+    progress.add(rows=10, tokens=100, finished_tokens=100)
     clock.now += 10
     assert progress.line() == "60/100 rows  0 prompt tokens (0 tok/s), 100 generated (10 tok/s)  about 40 s left"
 
 
 def test_a_terminal_gets_a_bar_and_no_plain_lines(clock):
     stream = Terminal()
-    progress = Progress(64, num_finished=4, stream=stream, clock=clock)
+    progress = Progress(64, num_finished=4, stream=stream, clock=clock, expected=Expected(0, 20, 0.0, 0.05))
     for _ in range(60):
         clock.now += 1
-        progress.add(rows=1, tokens=20)
+        progress.add(rows=1, tokens=20, finished_tokens=20)
     progress.end("outputs/run.h5")
     assert "4/64 rows" in stream.getvalue() and "64/64 rows" in stream.getvalue()
     assert "0 prompt, 1,200 new, 20 tok/s, about 0 s left" in stream.getvalue()
@@ -151,7 +210,7 @@ def test_the_summary_of_a_run_that_stopped_says_what_is_left_and_how_to_go_on(cl
 
 
 def test_adding_is_cheap(clock):
-    progress = Progress(10**6, stream=io.StringIO(), clock=clock)
+    progress = Progress(10**6, expected=Expected(10, 10, 0.1, 0.1), stream=io.StringIO(), clock=clock)
     for _ in range(100_000):
         progress.add(tokens=64)
     assert progress.stream.getvalue() == ""

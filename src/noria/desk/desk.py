@@ -19,7 +19,7 @@ from noria.desk.earlier import Begun, agree, chat_date, earlier_lengths, make_ro
 from noria.desk.examination import Examined
 from noria.desk.exports import paths_of_prompts, write_exports
 from noria.desk.old_rules import texts_again
-from noria.desk.pace import Pace
+from noria.desk.pace import Pace, expected
 from noria.desk.records import generation
 from noria.errors import Changed, InputError
 from noria.model import OpenModel
@@ -81,7 +81,7 @@ class Desk:
         self._files, self._watch, self._all_read = examined.files, Watch(examined.files), False
         self._helper, self._mended = helper, examined.mended
         self.sampling = examined.identity.sampling
-        self._lengths = examined.load.prompt_tokens, examined.load.new_tokens
+        self._expected = expected(plan, examined.load)
         self._num_prompts, self._rows = examined.num_rows, shard_rows(config.job.shard, examined.num_rows)
         self._tokenizer = tokenizer_of(checkpoint)
         self.lock = threading.RLock()
@@ -115,7 +115,7 @@ class Desk:
         self._compactor = Compactor(parts)
         done = parts.done() if config.job.retry_errors else parts.finished()
         begun = Begun(parts)
-        self._progress = Progress(num_rows, len(done), lengths=self._lengths)
+        self._progress = Progress(num_rows, len(done), expected=self._expected)
         todo = lambda prompt: not prompt.error and (prompt.row, 0) not in done  # noqa: E731
         prompts = noted(self._prompts(), self._note)
         self._ahead = EncodedAhead(prompts, begun.encoder(self._encoder(plan.num_ranks)), todo)

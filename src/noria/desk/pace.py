@@ -2,6 +2,10 @@
 
 import time
 
+from noria.plan.plan import Plan
+from noria.plan.rounds import Workload
+from noria.tools.work_left import Expected
+
 ROUNDS_WORTH_IT = 20  # with less time left than these rounds take, a row would hardly be begun when it has to stop
 
 
@@ -26,3 +30,15 @@ class Pace:
         self._step_seconds += (now - self._last - self._step_seconds) / 8
         self._last = now
         return seconds_left >= min(ROUNDS_WORTH_IT * self._groups * self._step_seconds, self._seconds / 10)
+
+
+def expected(plan: Plan, load: Workload) -> Expected:
+    """What a row takes, as the plan predicts it: rounds with chunks for its prompt, those that decode alone for new tokens."""
+    rounds = plan.predicted.get("rounds")
+    if rounds is None:
+        return Expected(load.prompt_tokens, load.new_tokens, groups=plan.groups)
+    seconds = {
+        phase: rounds[phase] * plan.predicted[phase]["round_seconds"] / max(load.num_rows, 1) for phase in rounds
+    }
+    prompt, new = seconds["prefill"] / max(load.prompt_tokens, 1.0), seconds["decode"] / max(load.new_tokens, 1.0)
+    return Expected(load.prompt_tokens, load.new_tokens, prompt, new, plan.groups)

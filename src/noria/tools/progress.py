@@ -13,6 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from noria.tools.text import plural, printable
+from noria.tools.work_left import DoneSoFar, Expected, WorkLeft
 
 FIRST_LINE = 5.0  # seconds until the first plain line
 NEXT_LINES = 30.0  # seconds between plain lines after it
@@ -21,8 +22,8 @@ NEXT_LINES = 30.0  # seconds between plain lines after it
 class Progress:
     """Rows and tokens of a run as they come; rank 0's alone. `num_finished` rows were finished by earlier runs.
 
-    Speeds and times are those of this run; what earlier runs generated counts as rows alone. `lengths`: the tokens that a
-    row is likely to take, (of its prompt, new); without them the time left is guessed by the rows finished.
+    Speeds and times are those of this run; what earlier runs generated counts as rows alone. `expected`: what a row is
+    likely to take; without it nothing is said of the time left.
     """
 
     def __init__(
@@ -31,9 +32,9 @@ class Progress:
         num_finished: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        lengths: tuple[float, float] | None = None,
+        expected: Expected | None = None,
     ):
-        self.lengths, self.finished_tokens = lengths, 0
+        self.work_left, self.finished_tokens = WorkLeft(expected) if expected else None, 0
         self.stream, self.clock = stream or _terminal() or sys.stderr, clock
         self.num_rows, self.num_before = num_rows, num_finished
         self.rows = self.errors = self.tokens = self.prompt_tokens = self.cached_tokens = 0
@@ -69,7 +70,7 @@ class Progress:
         finished_tokens: int = 0,
         cached_tokens: int = 0,
     ) -> None:
-        """Counts what came since the last call, and shows it when it is time to. Cheap.
+        """Counts what came since the last call, once a step and a row, and shows it when it is time to. Cheap.
 
         `errors` are among `rows`, which have `finished_tokens` new tokens in all; `tokens` are generated, `prompt_tokens`
         computed and `cached_tokens` of prompts shared instead, whether their rows are finished or not.
@@ -80,6 +81,8 @@ class Progress:
         self.tokens += tokens
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
+        if self.work_left is not None:
+            self.work_left.step(self.clock(), prompt_tokens + cached_tokens, tokens)
         if self.bar is not None:
             counts = f"{_short(self.prompt_tokens)} prompt, {_short(self.tokens)} new"
             speed = f"{self._speed(self.tokens):,.0f} tok/s"
@@ -104,20 +107,13 @@ class Progress:
         return f" and {self.cached_tokens:,} shared" if self.cached_tokens else ""
 
     def _left(self) -> list[str]:
-        """`about 2 min left`: the work that is left by the speed so far; nothing before there is any."""
+        """`about 2 min left`: what the tokens left take, of each kind; nothing before that is known."""
         rows_left = max(0, self.num_rows - self.num_before - self.rows)
-        done, left = float(self.rows), float(rows_left)
-        if self.lengths is not None:
-            prompt, new = self.lengths
-            if self.finished_tokens:
-                # The first rows to finish are the shortest: what all have generated, by the rows that ended, counts
-                # those in flight too, as the mean of exponential times does where some are cut off.
-                new = max(self.finished_tokens, min(self.tokens, self.rows * new)) / self.rows
-            # Of rows in flight a part is done: what was computed beyond the finished rows' share.
-            done = float(self.prompt_tokens + self.cached_tokens + self.tokens)
-            started = max(0.0, done - self.rows * (prompt + new))
-            left = max(rows_left * (prompt + new) - started, float(rows_left))
-        return [f"about {duration(self.seconds / done * left)} left"] if done else []
+        prompts = self.prompt_tokens + self.cached_tokens
+        if self.work_left is None:
+            return []
+        seconds = self.work_left.seconds(DoneSoFar(self.rows, self.finished_tokens, prompts, self.tokens), rows_left)
+        return [] if seconds is None else [f"about {duration(seconds)} left"]
 
     def close(self) -> None:
         """Takes the bar away, leaving its last state. May be called twice."""
