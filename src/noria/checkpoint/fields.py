@@ -35,6 +35,7 @@ class FieldSources:
 
     def __init__(self, family: ModuleType, shape: ModelShape, form: Form | None):
         self._form, self._reader = form, Reader()
+        self._aside = tuple(f"_{ending}" for ending in form.ASIDE) if form else ()
         self._found: dict[Place, list[Published]] = {}
         for block in block_names(shape) if form else ():
             wanted = family.sources(shape, block)
@@ -72,7 +73,7 @@ class FieldSources:
         if self._form is None:
             return set(), []
         modules = {one.module for found in self._found.values() for one in found}
-        serving = {name for name in tensors if name.rpartition(".")[2] in self._form.ASIDE}
+        serving = {name for name in tensors if f"_{name.rpartition('.')[2]}".endswith(self._aside)}
         biases = {f"{module}.bias" for module in modules} & tensors.keys()
         zeros = {name for name in biases if not any(chunk.any() for chunk in self._reader.chunks(tensors[name]))}
         return serving | zeros, notes(self._form, serving)
@@ -148,11 +149,11 @@ def _of_one_form(where: str, names: Sequence[str], found: Sequence[Published | N
 
 
 def _as_they_lie(parameter: Parameter, names: Sequence[str], found: list[Published]) -> list[Published]:
-    """The matrices [outputs, inputs]: slices in blocks are turned where they make the parameter so alone."""
+    """The matrices [outputs, inputs]: slices are turned where they make the parameter so alone."""
     shapes = [matrix.shape for matrix in parameter.piece.matrices] * parameter.pieces
-    sliced = found[0].encoding == "fp8_block" and all(isinstance(name, Slice) for name in names)
+    sliced = all(isinstance(name, Slice) for name in names)
     other = sliced and [one.shape for one in found] != shapes == [one.shape[::-1] for one in found]
-    return [one.turned() for one in found] if other else found
+    return [one.turn() if one.turn else one for one in found] if other else found
 
 
 def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) -> None:

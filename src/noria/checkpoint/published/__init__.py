@@ -11,7 +11,7 @@ and the class
                                             `number`: of a tensor of many matrices, this one
     words                                   what it is: `fp8 in blocks of 128 x 128`
     activations, cache                      how it rounds activations and the cache, in a word; empty: it does not
-    ASIDE                                   the last words of the names of tensors that serve that
+    ASIDE                                   how the names of tensors end that serve that
 
 Both raise InputError, naming key or tensor, for what they do not understand and for a directory that lies about itself. A
 format knows names, dtypes and shapes of tensors; it reads no numbers before `Published.fields` is called. Rounding of

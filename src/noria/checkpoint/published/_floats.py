@@ -1,11 +1,12 @@
 """Matrices of small floats with scales, as several formats have them: e4m3, and e2m1 two a byte, the first in the low half."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from noria.checkpoint.published._tensors import Published, hold, matrix_shape
-from noria.checkpoint.tensor_files import Reader, Tensor
+from noria.checkpoint.tensor_files import Reader, Tensor, slice_of
 from noria.encodings import Fields
 from noria.errors import require
 
@@ -19,26 +20,76 @@ def fp8(module: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | Non
 
     exponents: whether scales of dtype uint8 are powers of two. Raises InputError for another shape or dtype of the scales.
     """
-    shape, dtypes = matrix_shape(weight), SCALES + (EXPONENTS if exponents else EXPONENTS[:1])
+    if not block:
+        hold_whole(scale, matrix_shape(weight)[0])
+    return _fp8(module, weight, scale, block, SCALES + (EXPONENTS if exponents else EXPONENTS[:1]))
+
+
+def fp8_of_many(
+    module: str,
+    weight: Tensor,
+    scale: Tensor,
+    number: int,
+    block: tuple[int, int] | None = None,
+    exponents: bool = False,
+) -> Published:
+    """Matrix `number` of a tensor [X, ...], whichever way all lie, with its part of `scale` [X, ...], or the one of all.
+
+    Without a `block` a matrix has one scale, two for its gates and its ups, or one an output. Raises InputError as fp8 does.
+    """
+    many, single = len(weight.shape) == 3 and number < weight.shape[0], scale.size == 1 and not block
+    dimensions = (3,) if block else (1, 2, 3)
+    require(
+        many and (single or (len(scale.shape) in dimensions and scale.shape[0] == weight.shape[0])),
+        f"{weight.shard}: {weight.name!r} {list(weight.shape)} and {scale.name!r} {list(scale.shape)}: they should be"
+        f" as many matrices, more than {number}",
+    )
+    matrix, part = slice_of(weight, number), scale if single else slice_of(scale, number)
+    right = block or part.size in (1, 2, *matrix.shape)
+    require(
+        right,
+        f"{scale.shard}: {scale.name!r} is {list(scale.shape)}: one scale a matrix of {list(matrix.shape)} is needed, two for"
+        " its gates and ups, or one an output",
+    )
+    return _fp8(f"{module}[{number}]", matrix, part, block, SCALES + (EXPONENTS if exponents else EXPONENTS[:1]))
+
+
+def _fp8(
+    module: str,
+    weight: Tensor,
+    scale: Tensor,
+    block: tuple[int, int] | None,
+    dtypes: tuple[str, ...],
+    turned: bool = False,
+) -> Published:
+    """What a matrix's tensors are; the transpose of what they are otherwise if `turned`."""
+    lies = matrix_shape(weight)
+    shape = lies[::-1] if turned else lies
     require(
         scale.dtype in dtypes,
         f"{scale.shard}: {scale.name!r} is {scale.dtype!r}: scales are {', '.join(dtypes)}",
     )
     settings: dict[str, Any] = {"scale_dtype": "e8m0" if scale.dtype in EXPONENTS else "float32"}
     if block:
-        grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
-        hold(scale, dtypes, grid, f"one for {block[0]} x {block[1]} of {list(shape)}")
-        settings["block_size"] = list(block)
-    else:
-        hold_whole(scale, shape[0])
+        grid = -(-lies[0] // block[0]), -(-lies[1] // block[1])
+        hold(scale, dtypes, grid, f"one for {block[0]} x {block[1]} of {list(lies)}")
+        settings["block_size"] = list(block[::-1] if turned else block)
 
     def fields(reader: Reader) -> Fields:
-        scales = reader.whole(scale)
+        codes, scales = reader.whole(weight), reader.whole(scale)
         scales = scales if scale.dtype in EXPONENTS else scales.float()
-        scales = scales if block else scales.reshape(-1, 1).expand(shape[0], 1)
-        return {"codes": reader.whole(weight), "scales": scales}
+        if not block:
+            require(shape[0] % scale.size == 0, f"{scale.shard}: {scale.name!r} are not scales of {shape[0]} outputs")
+            scales = scales.reshape(-1, 1, 1).expand(-1, shape[0] // scale.size, 1).reshape(-1, 1)
+        elif turned:
+            scales = scales.t()
+        return {"codes": codes.t() if turned else codes, "scales": scales}
 
-    return Published(module, "fp8_block" if block else "fp8_channel", settings, shape, (weight, scale), fields)
+    kind, turn = (
+        "fp8_block" if block else "fp8_channel",
+        partial(_fp8, module, weight, scale, block, dtypes, not turned),
+    )
+    return Published(module, kind, settings, shape, (weight, scale), fields, turn)
 
 
 def hold_whole(scale: Tensor, outputs: int) -> None:

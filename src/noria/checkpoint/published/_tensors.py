@@ -18,7 +18,8 @@ PLAIN = ("float64", "float32", "bfloat16", "float16")
 class Published:
     """A matrix as a directory has it: in fields of an encoding.
 
-    shape: [outputs, inputs]. tensors: all that it is made of, its codes first. fields: reads them, whole.
+    shape: [outputs, inputs]. tensors: all that it is made of, its codes first. fields: reads them, whole. turn: makes what
+    it is if its tensors lie the other way, where they may.
     """
 
     module: str
@@ -27,19 +28,11 @@ class Published:
     shape: tuple[int, int]
     tensors: tuple[Tensor, ...]
     fields: Callable[[Reader], Fields]
+    turn: "Callable[[], Published] | None" = None
 
     def using(self, *others: Tensor) -> "Published":
         """The same, made of these tensors too."""
         return replace(self, tensors=self.tensors + others)
-
-    def turned(self) -> "Published":
-        """The transpose, of an encoding of blocks, whose fields are all turned with it."""
-        settings = {**self.settings, "block_size": self.settings["block_size"][::-1]}
-
-        def fields(reader: Reader) -> Fields:
-            return {name: its.t() for name, its in self.fields(reader).items()}
-
-        return replace(self, shape=self.shape[::-1], settings=settings, fields=fields)
 
 
 class Tensors:

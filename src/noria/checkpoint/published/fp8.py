@@ -2,16 +2,15 @@
 
 transformers' quantizer_finegrained_fp8.py and its integration; DeepSeek-V3's fp8_cast_bf16.py; vLLM's fp8.py for `weight_scale`
 and quant_method fbgemm_fp8. A number is its code times `weight_scale_inv`, whatever its name says. Experts may be FP4
-(expert_dtype fp4, DeepSeek V4). Experts in one tensor NAME [experts, ...] have their scales in NAME_scale_inv, which lie
-as they do.
+(expert_dtype fp4, DeepSeek V4). Experts in one tensor NAME [experts, ...] have their scales in NAME_scale_inv, or in NAME_scale
+of fbgemm_fp8: blocks, which lie as they do, one or two an expert (its FP8Experts), one an output (its Llama 4), or one for all.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from noria.checkpoint.published._floats import fp8, mxfp4
+from noria.checkpoint.published._floats import fp8, fp8_of_many, mxfp4
 from noria.checkpoint.published._tensors import PLAIN, Published, Tensors, activations_of, cache_of
-from noria.checkpoint.tensor_files import slice_of
 from noria.errors import InputError, require
 from noria.models._config import shown
 
@@ -52,18 +51,12 @@ class Fp8:
         raise InputError(f"{weight.shard}: {weight.name!r} is {weight.dtype!r}, {self.words} has float8_e4m3fn")
 
     def _of_many(self, module: str, number: int) -> Published | None:
-        """Matrix `number` of a tensor of many in blocks, whichever way they lie."""
+        """Matrix `number` of a tensor of many."""
         weight = self._tensors.named(module)
-        if weight is None or weight.dtype != "float8_e4m3fn" or not self._block:
+        if weight is None or weight.dtype != "float8_e4m3fn":
             return None
-        scales = self._tensors.need(weight, f"{module}_scale_inv")
-        require(
-            len(weight.shape) == len(scales.shape) == 3 and number < weight.shape[0] == scales.shape[0],
-            f"{weight.shard}: {weight.name!r} {list(weight.shape)} and {scales.name!r} {list(scales.shape)}: they should be"
-            f" as many matrices, more than {number}",
-        )
-        matrix, grid = slice_of(weight, number), slice_of(scales, number)
-        return fp8(f"{module}[{number}]", matrix, grid, self._block, self._exponents)
+        scales = self._tensors.need(weight, f"{module}_scale_inv", f"{module}_scale")
+        return fp8_of_many(module, weight, scales, number, self._block, self._exponents)
 
 
 FORMAT = Fp8

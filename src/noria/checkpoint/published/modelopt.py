@@ -1,5 +1,6 @@
 """NVIDIA's ModelOpt: NVFP4 (`weight` uint8, `weight_scale` e4m3 for 16 inputs, `weight_scale_2` float32) and FP8 (`weight` e4m3,
-`weight_scale` one a tensor, one an output, or by blocks of 128 x 128), each layer by itself.
+`weight_scale` one a tensor, one an output, or by blocks of 128 x 128), each layer by itself. Experts in one tensor NAME (Llama 4)
+have NAME_weight_scale, one or one an expert.
 
 Its torch/export/quant_utils.py and quantization/qtensor/nvfp4_tensor.py. Said by hf_quant_config.json, or by config.json.
 """
@@ -50,8 +51,10 @@ class ModelOpt:
 
     def matrix(self, module: str, number: int | None = None) -> Published | None:
         """NVFP4 or FP8, as the module's tensors are."""
+        if number is not None:
+            return self._of_many(module, number)
         weight = self._tensors.named(f"{module}.weight")
-        if weight is None or weight.dtype in PLAIN or number is not None:
+        if weight is None or weight.dtype in PLAIN:
             return None
         scale = self._tensors.need(weight, f"{module}.weight_scale")
         if weight.dtype == "uint8":
@@ -66,6 +69,19 @@ class ModelOpt:
         raise InputError(
             f"{weight.shard}: {weight.name!r} is {weight.dtype!r}, {self.words} has uint8 and float8_e4m3fn"
         )
+
+    def _of_many(self, module: str, number: int) -> Published | None:
+        """Matrix `number` of a tensor of many: FP8 with one scale a matrix, or one for all."""
+        weight = self._tensors.named(module)
+        if weight is None or weight.dtype in PLAIN:
+            return None
+        require(
+            weight.dtype == "float8_e4m3fn",
+            f"{weight.shard}: {weight.name!r} is {weight.dtype!r}: of experts in one tensor Noria reads FP8: take the"
+            " unquantized model",
+        )
+        scale = self._tensors.need(weight, f"{module}_weight_scale")
+        return _floats.fp8_of_many(module, weight, scale, number)
 
 
 FORMAT = ModelOpt
