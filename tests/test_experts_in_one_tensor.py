@@ -1,4 +1,5 @@
-"""Experts in FP8 that lie in one tensor without blocks: scales of a tensor, of an expert, of its gates and ups, of outputs."""
+"""Families whose experts lie in one tensor: in FP8 without blocks, by scales of a tensor, of an expert, of its gates and ups, of
+outputs; and where a quantized directory has tensors of each expert."""
 
 import json
 
@@ -11,7 +12,7 @@ import mixtures
 import quantized
 from noria.checkpoint.convert import convert
 from noria.errors import InputError
-from quantized import FP8
+from quantized import FLOAT8, FP8, INT4, compressed
 from test_quantized import assert_same_logits, encoded_of
 
 QWEN3_VL = mixtures.QWEN3_VL_MOE | {"hidden_size": 64, "moe_intermediate_size": 32}
@@ -111,4 +112,67 @@ def test_experts_in_one_tensor_of_modelopt_in_four_bits_are_refused_by_what_they
     stored[name] = torch.zeros(8, 32, 64, dtype=torch.uint8)
     quantized.save_file(stored, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(InputError, match=f"'{name}' is 'uint8': of experts in one tensor Noria reads FP8"):
+        convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+
+
+# What programs make that quantize each expert as modules of its own.
+APART = {
+    "compressed-tensors, FP8": (
+        QWEN3_VL,
+        quantized.fp8_channel(),
+        "fp8_channel",
+        compressed("float-quantized", **FLOAT8),
+    ),
+    "compressed-tensors, 4 bits": (
+        QWEN3_VL,
+        quantized.packed(4, 32, True),
+        "int4",
+        compressed("pack-quantized", strategy="group", group_size=32, **INT4),
+    ),
+    "FP8 by blocks": (MISTRAL4, quantized.fp8_block(16, 16), "fp8_block", FP8 | {"weight_block_size": [16, 16]}),
+    "of Llama 4, FP8": (LLAMA4, quantized.fp8_channel(), "fp8_channel", compressed("float-quantized", **FLOAT8)),
+    "in full precision": (QWEN3_VL, lambda module, weight: ({"weight": torch.from_numpy(weight)}, weight), "", None),
+}
+
+
+def apart(folder, case):
+    """Writes a directory of random numbers, with the experts of each layer in modules of their own; its state."""
+    config, pack, _, settings = APART[case]
+    families.save(config, folder)
+    stored = quantized.load_file(folder / "model.safetensors")
+    state = {name: tensor.double() for name, tensor in stored.items()}
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        turned, weights = config is not MISTRAL4, stored.pop(name).double().numpy()
+        found, (top, _, what) = [], name.rpartition(".")
+        modules = ("gate_proj", "up_proj") if what == "gate_up_proj" else ("down_proj",)
+        for expert, whole in enumerate(weights.transpose(0, 2, 1) if turned else weights):
+            parts = []
+            for module, weight in zip(modules, np.split(whole, len(modules)), strict=True):
+                packed, numbers = pack(module, weight)
+                stored |= {f"{top}.{expert}.{module}.{key}": its.contiguous() for key, its in packed.items()}
+                parts.append(numbers)
+            found.append(np.concatenate(parts))
+        state[name] = torch.from_numpy(np.stack(found).transpose(0, 2, 1) if turned else np.stack(found)).contiguous()
+    quantized.save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return config, state
+
+
+@pytest.mark.parametrize("case", APART)
+def test_a_tensor_an_expert_is_read_where_the_family_publishes_one_of_all(tmp_path, case):
+    config, state = apart(tmp_path / "hf", case)
+    convert(tmp_path / "hf", tmp_path / "model.h5", "float64")
+    encoding = APART[case][2]
+    assert encoded_of(tmp_path / "model.h5") == ({("experts", encoding)} if encoding else set())
+    assert_same_logits(tmp_path / "model.h5", config, state)
+
+
+def test_an_expert_without_its_tensor_is_named(tmp_path):
+    apart(tmp_path / "hf", "compressed-tensors, FP8")
+    stored = quantized.load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj"
+    for ending in ("weight", "weight_scale"):
+        stored.pop(f"{name}.{ending}")
+    quantized.save_file(stored, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(InputError, match=f"'{name}' is not"):
         convert(tmp_path / "hf", tmp_path / "model.h5", "float64")

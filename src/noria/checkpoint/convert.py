@@ -100,7 +100,7 @@ def _convert(
     generation = directory.json("generation_config.json")
     tensors = directory.tensors()
     family, shape = model_shape(config, str(directory.path))
-    fields = FieldSources(family, shape, form_of(directory, config, tensors))
+    fields = FieldSources(family, shape, form_of(directory, config, tensors), tensors)
     require(not (fields and (forms or lora)), f"{directory.path}: {_QUANTIZED}")
     plan = plan_of(directory, family, shape, tensors, fields)
     check_tied(plan, tensors, shape)

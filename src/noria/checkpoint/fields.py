@@ -4,7 +4,7 @@ What a matrix is made of is its format's to say (published/). Matrices are read 
 way to the file. Knows no format and no family's names.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -15,7 +15,7 @@ from noria.blocks import Block, Parameter, lay_out
 from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.published import Form, notes
 from noria.checkpoint.published._tensors import Published
-from noria.checkpoint.sources import Place, odd_ones, spellings
+from noria.checkpoint.sources import Place, naming, odd_ones, spellings
 from noria.checkpoint.tensor_files import Reader, Tensor, ahead
 from noria.encodings import Fields
 from noria.errors import InputError, require
@@ -27,18 +27,19 @@ WEIGHT = ".weight"
 
 
 class FieldSources:
-    """The parameters of a model that its directory has in the fields of `form`; none without one.
+    """The parameters of a model that its directory, of `tensors`, has in the fields of `form`; none without one.
 
     Raises InputError for one of which only a part is in fields, or in different ones, or not in the shape that
     config.json asks for.
     """
 
-    def __init__(self, family: ModuleType, shape: ModelShape, form: Form | None):
+    def __init__(self, family: ModuleType, shape: ModelShape, form: Form | None, tensors: Iterable[str] = ()):
         self._form, self._reader = form, Reader()
         self._aside = tuple(f"_{ending}" for ending in form.ASIDE) if form else ()
         self._found: dict[Place, list[Published]] = {}
+        names_of = naming(family, shape, tensors)
         for block in block_names(shape) if form else ():
-            wanted = family.sources(shape, block)
+            wanted = names_of(block)
             for parameter in model_block(family, shape, block, "float32").parameters:
                 found = [_matrix(name, form, family) for name in wanted[parameter.name]]
                 if any(found):
@@ -92,8 +93,9 @@ class FieldSources:
         matrices = self._piece(block, parameter, 0)
         encoding = matrices[0].encoding
         settings = kinds.load("encodings", encoding).DEFAULTS | matrices[0].settings
-        names = [matrix.name for matrix in parameter.piece.matrices] if parameter.wanted.named else [""] * len(matrices)
-        laid = [Matrix(name, matrix.shape) for name, matrix in zip(names, matrices, strict=True)]
+        laid = [Matrix("", matrix.shape) for matrix in matrices]
+        if parameter.wanted.named:
+            laid = _named(parameter, matrices)
         return Encoded(encoding, settings, encodings.capacity(encoding, laid, dtype, settings))
 
     def _piece(self, block: Block, parameter: Parameter, number: int) -> Sequence[Published]:
@@ -158,9 +160,10 @@ def _as_they_lie(parameter: Parameter, names: Sequence[str], found: list[Publish
 
 def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) -> None:
     """Raises InputError for matrices that do not make the parameter."""
-    plain = parameter.piece.matrices * parameter.pieces
     if parameter.wanted.named:
-        right = [matrix.shape for matrix in plain] == [one.shape for one in found]
+        each = len(found) // parameter.pieces
+        pieces = (found[first : first + each] for first in range(0, len(found), each))
+        right = all(_named(parameter, piece) for piece in pieces)
     else:
         rows = sum(one.shape[0] for one in found)
         right = all((rows, one.shape[1]) == parameter.shape for one in found)
@@ -171,6 +174,19 @@ def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) 
             f"{odd[0].tensors[0].shard}: {have} cannot make {where} {list(parameter.shape)}, the shape that config.json"
             " asks for: weights and config.json belong to different models"
         )
+
+
+def _named(parameter: Parameter, found: Sequence[Published]) -> list[Matrix]:
+    """The matrices of a piece, each with the name of the one that it is, or is the next rows of; none where they make others."""
+    made, rest = list[Matrix](), list(parameter.piece.matrices)
+    for one in found:
+        if not rest or one.shape[0] > rest[0].shape[0] or one.shape[1:] != rest[0].shape[1:]:
+            return []
+        whole = rest.pop(0)
+        made.append(Matrix(whole.name, one.shape))
+        if left := whole.shape[0] - one.shape[0]:
+            rest.insert(0, Matrix(whole.name, (left, *one.shape[1:])))
+    return [] if rest else made
 
 
 def _bytes(parameter: Parameter, number: int, fields: Fields) -> Iterator[memoryview]:

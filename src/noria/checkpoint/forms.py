@@ -6,6 +6,7 @@ of a piece (name, shape, dtype, offset), `matrices` one of the matrices in it (n
 
 import json
 import re
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,22 @@ def _piece_nbytes(dataset: h5py.Group | h5py.Dataset, wanted: Wanted, where: str
     return int(shape[1])
 
 
+def _together(matrices: Sequence[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of matrices, those of one name as the one of all their rows that they are computed as."""
+    made: list[tuple[str, tuple[int, ...]]] = []
+    for name, shape in matrices:
+        if made and made[-1][0] == name and made[-1][1][1:] == shape[1:]:
+            shape = (made.pop()[1][0] + shape[0], *shape[1:])
+        made.append((name, shape))
+    return made
+
+
 def _check_matrices(piece: Piece, wanted: Wanted, where: str) -> None:
     """Raises InputError for matrices that do not make the parameter that the family wants."""
     told = [(matrix.name, matrix.shape) for matrix in piece.matrices]
     shape = wanted.shape[1:] if wanted.pieces_first else wanted.shape
     if wanted.named:
-        right = told == [(matrix.name, matrix.shape) for matrix in wanted.matrices]
+        right = _together(told) == _together([(matrix.name, matrix.shape) for matrix in wanted.matrices])
     else:
         outputs = sum(matrix.shape[0] for matrix in piece.matrices)
         right = outputs == shape[0] and all(name == "" and its[1:] == shape[1:] for name, its in told)

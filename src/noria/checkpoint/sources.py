@@ -5,7 +5,7 @@ Which they are is the model family's to say. Reads no numbers but those of a hea
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonpath
 from types import ModuleType
@@ -61,8 +61,9 @@ def plan_of(
     Raises InputError for the first block that lacks one or has a wrong shape.
     """
     plan: Plan = {}
+    names_of = naming(family, shape, tensors)
     for block in block_names(shape):
-        wanted = {name: its for name, its in family.sources(shape, block).items() if (block, name) not in others}
+        wanted = {name: its for name, its in names_of(block).items() if (block, name) not in others}
         looked = {name: find(name, tensors, family.ALIASES) for names in wanted.values() for name in names}
         if shape.tied and "lm_head.weight" in tensors:  # the embedding may be stored under the head's name alone
             tied = family.sources(shape, "embed")["tokens"]
@@ -82,6 +83,25 @@ def plan_of(
             _check_sources(block, parameter, sources)
             plan[block, parameter.name] = sources
     return plan
+
+
+def naming(
+    family: ModuleType, shape: ModelShape, tensors: Iterable[str]
+) -> Callable[[str], dict[str, tuple[str, ...]]]:
+    """Gives a family's names of the sources of a block, by parameter: those of experts that have tensors of their own where the
+    directory has these, and not tensors of all."""
+    apart = getattr(family, "sources_apart", None)
+    modules = {name.rpartition(".")[0] for name in tensors} if apart else set()
+
+    def names_of(block: str) -> dict[str, tuple[str, ...]]:
+        names: dict[str, tuple[str, ...]] = family.sources(shape, block)
+        if apart is None or "experts" not in names:
+            return names
+        others: dict[str, tuple[str, ...]] = apart(shape, block)
+        first = others["experts"][0].rpartition(".")[0]
+        return names if modules.isdisjoint(spellings(first, family.ALIASES)) else others
+
+    return names_of
 
 
 def _sources_of(parameter: Parameter, names: Sequence[str], found: Mapping[str, Tensor]) -> list[TensorSource]:

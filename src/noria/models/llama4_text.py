@@ -43,6 +43,7 @@ MODULES = _decoder.MODULES | {
     "shared_down": ("feed_forward.shared_expert.down_proj",),
 }
 EXPERTS = partial(_experts.sources_in_one, "feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", True)
+APART = partial(_experts.sources, "feed_forward.experts", "gate_proj", "up_proj", "down_proj")
 WITHOUT_EFFECT = ("cache_implementation", "for_llm_compressor", "router_jitter_noise", "attention_chunk_size")
 
 
@@ -111,6 +112,11 @@ def layer_parameters(shape: ModelShape, layer: int) -> dict[str, Any]:  # type: 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, MODULES, EXPERTS, layer_parameters)
+
+
+def sources_apart(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+    """The same in a directory where each expert has tensors of its own."""
+    return _decoder.sources(shape, block_name, MODULES, APART, layer_parameters)
 
 
 def positional(  # type: ignore[no-redef]  # its own

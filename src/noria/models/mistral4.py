@@ -30,6 +30,7 @@ DEFAULTS = {
 }
 SYNONYMS = {"num_local_experts": "n_routed_experts"}
 EXPERTS = partial(_experts.sources_in_one, "mlp.experts.gate_up_proj", "mlp.experts.down_proj", False)
+APART = partial(_experts.sources, "mlp.experts", "gate_proj", "up_proj", "down_proj")
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -72,6 +73,11 @@ def rope_of(config: Mapping[str, Any], part: float) -> tuple[dict[str, Any], tup
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, _latent.MODULES, EXPERTS, _latent.layer_parameters)
+
+
+def sources_apart(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+    """The same in a directory where each expert has tensors of its own."""
+    return _decoder.sources(shape, block_name, _latent.MODULES, APART, _latent.layer_parameters)
 
 
 def positional(  # type: ignore[no-redef]  # its own

@@ -22,6 +22,7 @@ DEFAULTS = {
     "rope_theta": 500000.0,
 }
 EXPERTS = partial(_experts.sources_in_one, "mlp.experts.gate_up_proj", "mlp.experts.down_proj", True)
+APART = partial(_experts.sources, "mlp.experts", "gate_proj", "up_proj", "down_proj")
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
@@ -35,3 +36,8 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own
     """Each parameter's tensors in a Hugging Face checkpoint, to be concatenated along dim 0."""
     return _decoder.sources(shape, block_name, experts=EXPERTS)
+
+
+def sources_apart(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:
+    """The same in a directory where each expert has tensors of its own."""
+    return _decoder.sources(shape, block_name, experts=APART)
