@@ -13,6 +13,7 @@ import pytest
 import tables
 from counts import count as cases
 from noria.output.export import KEYS, ExportSettings, export
+from noria.output.export_tables import record_batches
 from noria.output.generations import Generation
 from noria.output.merge import merge
 from noria.output.parts import Parts
@@ -210,9 +211,23 @@ def test_columns_whose_names_utf8_cannot_tell_apart_are_columns_of_their_own(tmp
         assert found[-3:] == [1, 2, 3]
 
 
-def test_many_long_texts_are_written_to_parquet_in_batches_that_its_columns_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("noria.output.export_tables.BATCH_CHARACTERS", 1000)
-    rows = rows_with(*({"own": "x" * 300} for _ in range(50)))
+@pytest.mark.parametrize(
+    "value", ["x" * 300, ["x" * 100] * 3, {"a": ["é" * 100, 1]}], ids=["texts", "lists of texts", "objects"]
+)
+def test_many_long_values_are_written_to_parquet_in_batches_that_its_columns_hold(tmp_path, monkeypatch, value):
+    monkeypatch.setattr("noria.output.export_tables.BATCH_NBYTES", 1000)
+    rows = rows_with(*({"own": value} for _ in range(50)))
     export(written(tmp_path, rows), tmp_path / "out.parquet")
     file = parquet.ParquetFile(tmp_path / "out.parquet")
-    assert file.read().column("own").to_pylist() == ["x" * 300] * 50 and file.metadata.num_row_groups > 10
+    found = file.read().column("own").to_pylist()
+    assert [one if isinstance(value, str) else json.loads(one) for one in found] == [value] * 50
+    assert file.metadata.num_row_groups > 10
+    sizes = [file.read_row_group(group).column("own").nbytes for group in range(file.metadata.num_row_groups)]
+    assert max(sizes) < 1000 + 100, "texts, and where each begins"
+
+
+def test_a_batch_of_a_table_counts_the_numbers_of_lists_of_lists(monkeypatch):
+    monkeypatch.setattr("noria.output.export_tables.BATCH_NBYTES", 10_000)
+    rows = [{"own": [None, *[[0.5] * 20] * 20]} for _ in range(10)]
+    _, batches = record_batches(lambda: rows, {"own": "list<list<float64>>"})
+    assert [batch.num_rows for batch in batches] == [2] * 5, "of 400 numbers each"

@@ -16,7 +16,7 @@ from noria.tools.text import json_text
 from noria.tools.writing import open_new
 
 BATCH_ROWS = 1024
-BATCH_CHARACTERS = 2**26  # of texts: a column of a batch holds less than 2 GiB
+BATCH_NBYTES = 2**28  # of texts and lists: a column of a batch holds less than 2 GiB, which Arrow's offsets end at
 # What the cells of a column are: the narrowest of these that holds all of them. `json` is the text of a JSON value.
 _NARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
 _EXACT = 2**53  # integers up to here are floats too
@@ -63,8 +63,9 @@ def record_batches(rows: Rows, known: Mapping[str, str]) -> tuple[Any, Iterator[
     schema = pyarrow.schema(list(zip(_storable_names(columns), kinds.values(), strict=True)))
 
     def batches() -> Iterator[Any]:
-        for batch in _batches(rows()):
-            values = [[_value(row.get(name), kind) for row in batch] for name, kind in columns.items()]
+        cells = ([_value(row.get(name), kind) for name, kind in columns.items()] for row in rows())
+        for batch in _batches(cells):
+            values = zip(*batch, strict=True)
             arrays = [pyarrow.array(column, field.type) for column, field in zip(values, schema, strict=True)]
             yield pyarrow.record_batch(arrays, schema=schema)
 
@@ -171,13 +172,25 @@ def _has_surrogates(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch, left = [], BATCH_CHARACTERS
+def _batches(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
+    """Rows of cells, as many at once as a batch of a table may have."""
+    batch, nbytes = list[list[Any]](), 0
     for row in rows:
-        batch.append(row)
-        left -= sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(batch) == BATCH_ROWS or left < 0:
+        its = sum(map(_nbytes, row))
+        if batch and (len(batch) == BATCH_ROWS or nbytes + its > BATCH_NBYTES):
             yield batch
-            batch, left = [], BATCH_CHARACTERS
+            batch, nbytes = [], 0
+        batch.append(row)
+        nbytes += its
     if batch:
         yield batch
+
+
+def _nbytes(cell: Any) -> int:
+    """At most as many bytes as a cell's text or list takes in a table."""
+    if isinstance(cell, str):
+        return len(cell) if cell.isascii() else 4 * len(cell)
+    if not isinstance(cell, list):
+        return 0
+    nested = any(isinstance(one, (list, str)) for one in (*cell[:1], *cell[-1:]))
+    return 8 * len(cell) + (sum(map(_nbytes, cell)) if nested else 0)
