@@ -1,8 +1,16 @@
 # shellcheck shell=bash
-# Sourced, from anywhere: what mpirun and noria need on one machine, outside a scheduler. Settings of the caller's own are
+# Sourced, by bash and zsh from anywhere, by sh in the folder that has jobs/: what mpirun and noria need on one machine, outside a scheduler. Settings of the caller's own are
 # kept. A job script on a cluster does not need this file: there the scheduler and the site's MPI decide.
 
-noria_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+# Where this file lies: bash and zsh know it, each by its own name; any other shell is in the folder that has jobs/.
+# shellcheck disable=SC2128
+noria_root=${BASH_SOURCE:-jobs/local/environment.sh}
+[ -z "${ZSH_VERSION:-}" ] || eval 'noria_root=${(%):-%x}'
+if [ ! -f "$noria_root" ]; then
+    echo "environment.sh: this shell does not say where $noria_root is: cd to the folder that has jobs/ and source it there" >&2
+    return 1
+fi
+noria_root=$(CDPATH='' cd "$(dirname "$noria_root")/../.." && pwd -P)
 
 noria_has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; }
 
