@@ -15,7 +15,7 @@ from noria.blocks import Block, Parameter, lay_out
 from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.published import Form, notes
 from noria.checkpoint.published._tensors import Published
-from noria.checkpoint.sources import Place, naming, odd_ones, spellings
+from noria.checkpoint.sources import PieceSource, Place, as_they_lie, naming, spellings
 from noria.checkpoint.tensor_files import Reader, Tensor, ahead
 from noria.encodings import Fields
 from noria.errors import InputError, require
@@ -43,14 +43,13 @@ class FieldSources:
             for parameter in model_block(family, shape, block, "float32").parameters:
                 found = [_matrix(name, form, family) for name in wanted[parameter.name]]
                 if any(found):
-                    where = f"{block}/{parameter.name}"
-                    whole = _of_one_form(where, wanted[parameter.name], found)
-                    whole = _as_they_lie(parameter, wanted[parameter.name], whole)
-                    _check_shapes(where, parameter, whole)
+                    names = wanted[parameter.name]
+                    whole = _of_one_form(f"{block}/{parameter.name}", names, found)
+                    whole = as_they_lie(block, parameter, names, whole, partial(_fit, parameter))
                     gathered = block == "embed" or (shape.tied and parameter.name == "lm_head")
                     require(
                         not gathered,
-                        f"{whole[0].tensors[0].shard}: {whole[0].module!r} is quantized: rows of an embedding are gathered,"
+                        f"{whole[0].shard}: {whole[0].module!r} is quantized: rows of an embedding are gathered,"
                         " from plain numbers; take the unquantized model",
                     )
                     self._found[block, parameter.name] = whole
@@ -119,7 +118,7 @@ class FieldSources:
             kind.check({name: value[None] for name, value in made.items()}, matrix.shape, parameter.settings)
         except InputError as error:
             raise InputError(
-                f"{matrix.tensors[0].shard}: {matrix.module!r}, stored as {parameter.encoding}: {error}: the directory is"
+                f"{matrix.shard}: {matrix.module!r}, stored as {parameter.encoding}: {error}: the directory is"
                 " damaged, download it again"
             ) from error
         return made
@@ -143,40 +142,23 @@ def _of_one_form(where: str, names: Sequence[str], found: Sequence[Published | N
         words = one and f"{one.encoding} {dict(one.settings) or ''}".strip()
         if one is None or (one.encoding, one.settings) != (first.encoding, first.settings):
             raise InputError(
-                f"{first.tensors[0].shard}: {first.module!r} is stored as {first.encoding} {dict(first.settings) or ''},"
+                f"{first.shard}: {first.module!r} is stored as {first.encoding} {dict(first.settings) or ''},"
                 f" {name.removesuffix(WEIGHT)!r} {f'as {words}' if words else 'is not'}: both are parts of {where}, which"
                 " this version of Noria stores in one form; take the unquantized model"
             )
     return whole
 
 
-def _as_they_lie(parameter: Parameter, names: Sequence[str], found: list[Published]) -> list[Published]:
-    """The matrices [outputs, inputs]: slices are turned where they make the parameter so alone."""
-    shapes = [matrix.shape for matrix in parameter.piece.matrices] * parameter.pieces
-    sliced = all(isinstance(name, Slice) for name in names)
-    other = sliced and [one.shape for one in found] != shapes == [one.shape[::-1] for one in found]
-    return [one.turn() if one.turn else one for one in found] if other else found
-
-
-def _check_shapes(where: str, parameter: Parameter, found: Sequence[Published]) -> None:
-    """Raises InputError for matrices that do not make the parameter."""
+def _fit(parameter: Parameter, found: Sequence[PieceSource]) -> bool:
+    """Whether matrices make the parameter."""
     if parameter.wanted.named:
         each = len(found) // parameter.pieces
-        pieces = (found[first : first + each] for first in range(0, len(found), each))
-        right = all(_named(parameter, piece) for piece in pieces)
-    else:
-        rows = sum(one.shape[0] for one in found)
-        right = all((rows, one.shape[1]) == parameter.shape for one in found)
-    if not right:
-        odd = [found[number] for number in odd_ones([one.shape for one in found], parameter.pieces)]
-        have = ", ".join(f"{one.module!r} {list(one.shape)}" for one in odd[:6]) + (" and more" if odd[6:] else "")
-        raise InputError(
-            f"{odd[0].tensors[0].shard}: {have} cannot make {where} {list(parameter.shape)}, the shape that config.json"
-            " asks for: weights and config.json belong to different models"
-        )
+        return all(_named(parameter, found[first : first + each]) for first in range(0, len(found), each))
+    rows = sum(one.shape[0] for one in found)
+    return all((rows, one.shape[1]) == parameter.shape for one in found)
 
 
-def _named(parameter: Parameter, found: Sequence[Published]) -> list[Matrix]:
+def _named(parameter: Parameter, found: Sequence[PieceSource]) -> list[Matrix]:
     """The matrices of a piece, each with the name of the one that it is, or is the next rows of; none where they make others."""
     made, rest = list[Matrix](), list(parameter.piece.matrices)
     for one in found:

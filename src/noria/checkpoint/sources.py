@@ -7,8 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os.path import commonpath
+from pathlib import Path
 from types import ModuleType
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -44,7 +47,41 @@ class TensorSource:
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
+    @property
+    def name(self) -> str:
+        return self.tensor.name
 
+    @property
+    def shard(self) -> Path:
+        return self.tensor.shard
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def turned(self) -> "TensorSource":
+        return replace(self, transposed=not self.transposed)
+
+
+class PieceSource(Protocol):
+    """A piece of a parameter: its shape there and as stored, what it is of, and itself lying the other way, where it may."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def stored(self) -> tuple[int, ...]: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shard(self) -> Path: ...
+
+    def turned(self) -> Self: ...
+
+
+Pieces = TypeVar("Pieces", bound=PieceSource)
 Place = tuple[str, str]  # block and parameter
 Plan = dict[Place, list[TensorSource]]  # the sources, along dimension 0
 
@@ -79,9 +116,11 @@ def plan_of(
         for parameter in model_block(family, shape, block, "float32").parameters:
             if parameter.name not in wanted:
                 continue
-            sources = _sources_of(parameter, wanted[parameter.name], found)
-            _check_sources(block, parameter, sources)
-            plan[block, parameter.name] = sources
+            names = wanted[parameter.name]
+            sources = [_source(name, found[name], parameter.pieces) for name in names]
+            fits = partial(_fit, parameter)
+            plan[block, parameter.name] = as_they_lie(block, parameter, names, sources, fits)
+            _check_dtypes(sources)
     return plan
 
 
@@ -104,20 +143,33 @@ def naming(
     return names_of
 
 
-def _sources_of(parameter: Parameter, names: Sequence[str], found: Mapping[str, Tensor]) -> list[TensorSource]:
-    """What a family's names of a parameter's sources mean; slices lie the other way where they make it so alone.
+def as_they_lie(
+    block: str,
+    parameter: Parameter,
+    names: Sequence[str],
+    sources: list[Pieces],
+    fits: Callable[[Sequence[PieceSource]], bool],
+) -> list[Pieces]:
+    """The sources of a parameter, by a family's `names`; slices lie the other way where they make it so alone.
 
-    transformers 5 writes the experts of some families turned, under the names that are published.
+    transformers 5 writes the experts of some families turned, under the names that are published. `fits`: whether sources
+    make the parameter. Raises InputError, naming the odd ones, where they do not.
     """
-    sources = [_source(name, found[name], parameter.pieces) for name in names]
-    if not _fit(parameter, sources):
-        other = [replace(one, transposed=not one.transposed) for one in sources]
-        if all(isinstance(name, Slice) for name in names) and _fit(parameter, other):
-            return other
-    return sources
+    if fits(sources):
+        return sources
+    if all(isinstance(name, Slice) for name in names):
+        others = [source.turned() for source in sources]
+        if fits(others):
+            return others
+    odd = [sources[number] for number in odd_ones([source.shape for source in sources], parameter.pieces)]
+    have = ", ".join(f"{source.name!r} {list(source.stored)}" for source in odd[:6]) + " and more" * bool(odd[6:])
+    raise InputError(
+        f"{odd[0].shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape that config.json"
+        " asks for: weights and config.json belong to different models"
+    )
 
 
-def _fit(parameter: Parameter, sources: Sequence[TensorSource]) -> bool:
+def _fit(parameter: Parameter, sources: Sequence[PieceSource]) -> bool:
     """Whether sources, one after another, have the rows and the columns of a parameter."""
     rows, wanted = sum(source.shape[0] if source.shape else 0 for source in sources), parameter.shape
     if len(wanted) == 3:  # its first two dimensions are rows
@@ -154,15 +206,7 @@ def spellings(name: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
     return [name] + [replacement + name[len(prefix) :] for prefix, replacement in aliases if name.startswith(prefix)]
 
 
-def _check_sources(block: str, parameter: Parameter, sources: list[TensorSource]) -> None:
-    if not _fit(parameter, sources):
-        odd = [sources[number] for number in odd_ones([source.shape for source in sources], parameter.pieces)]
-        have = ", ".join(f"{source.tensor.name!r} {list(source.tensor.shape)}" for source in odd[:6])
-        have += " and more" if odd[6:] else ""
-        raise InputError(
-            f"{odd[0].tensor.shard}: {have} cannot make {block}/{parameter.name} {list(parameter.shape)}, the shape"
-            " that config.json asks for: weights and config.json belong to different models"
-        )
+def _check_dtypes(sources: Sequence[TensorSource]) -> None:
     for tensor in (source.tensor for source in sources):
         if tensor.dtype not in DTYPE_NBYTES:
             raise InputError(

@@ -5,6 +5,7 @@ Every refusal names the file, the tensor, what it is and what it should be.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from noria.checkpoint.tensor_files import Reader, Tensor
@@ -30,9 +31,25 @@ class Published:
     fields: Callable[[Reader], Fields]
     turn: "Callable[[], Published] | None" = None
 
+    @property
+    def name(self) -> str:
+        return self.module
+
+    @property
+    def shard(self) -> Path:
+        return self.tensors[0].shard
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        return self.shape
+
     def using(self, *others: Tensor) -> "Published":
         """The same, made of these tensors too."""
         return replace(self, tensors=self.tensors + others)
+
+    def turned(self) -> "Published":
+        """The transpose, or itself where that cannot be read."""
+        return self.turn() if self.turn else self
 
 
 class Tensors:
