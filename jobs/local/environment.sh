@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced, by bash and zsh from anywhere, by sh in the folder that has jobs/: what mpirun and noria need on one machine, outside a scheduler. Settings of the caller's own are
+# Sourced, by bash and zsh from anywhere, by sh in the folder that has jobs/: what mpirun and noria need on one machine, outside a
+# scheduler. Settings of the caller's own are
 # kept. A job script on a cluster does not need this file: there the scheduler and the site's MPI decide.
 
 # Where this file lies: bash and zsh know it, each by its own name; any other shell is in the folder that has jobs/.
