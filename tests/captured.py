@@ -31,12 +31,12 @@ class Counted:
 
 
 @contextlib.contextmanager
-def captured(programs=30, seen=0):
+def captured(programs=30, seen=0, coded=False):
     """Every run inside attends by lists of work and captures decode steps of sizes that came `seen` times before. Yields how
-    many there were."""
+    many there were. coded: as listed_kind has it."""
     counted = Counted()
     with (
-        listed_kind(programs),
+        listed_kind(programs, coded),
         patch.object(graphs, "SEEN", seen),
         patch.object(graphs, "capturer_of", lambda _: counted),
         patch.object(building, "_graph_rows", lambda problem, _: ROWS * problem.config.pipeline.graphs),

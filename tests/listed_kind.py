@@ -11,10 +11,10 @@ SMALL = {"KEY_BLOCK": 16, "SECTION": 32, "LEAST_TILE": 4, "WIDEST": 8}  # a page
 
 
 @contextlib.contextmanager
-def listed_kind(programs=30):
+def listed_kind(programs=30, coded=False):
     """Every run inside attends by extra/attention/listed.py. Yields the lists executed, of which there is one at least.
 
-    programs: 1, and no row's sections are computed apart.
+    programs: 1, and no row's sections are computed apart. coded: it attends to caches in fewer bits as they are.
     """
     with extra_kinds(), contextlib.ExitStack() as held:
         listed, executed = kinds.load("attention", "listed"), []
@@ -23,6 +23,8 @@ def listed_kind(programs=30):
                 held.enter_context(patch.object(module, name, SMALL[name]))
         held.enter_context(patch.object(listed, "PROGRAMS", programs))
         held.enter_context(patch.object(attention, "ORDER", ("listed", "sdpa")))
+        if coded:
+            held.enter_context(patch.object(listed, "refuses_coded", lambda *_: "", create=True))
         run = listed.Execution.run
 
         def counted(execution):

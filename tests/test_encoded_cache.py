@@ -16,6 +16,7 @@ import reference
 import rounded
 import tiny_models
 import world
+from captured import captured
 from listed_kind import listed_kind
 from noria import config
 from noria.__main__ import main
@@ -148,6 +149,19 @@ def test_attention_by_lists_of_work_reads_what_is_decoded(folder, expected, monk
     with h5py.File(folder / f"listed-{kind}.h5") as file:
         plan = json.loads(file.attrs["plan"])
     assert plan["decoded_pages"] == 12 and len(executed) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_steps_are_graphs_where_attention_decodes_what_it_reads(folder, expected, kind, capfd):
+    keys = {"kv_cache_dtype": kind, "step_tokens": 400, "microbatch_tokens": 400}
+    for coded, name in ((True, f"graphs-{kind}"), (False, f"decoded-before-{kind}")):
+        with captured(coded=coded) as graphs:
+            alone(folder, name, **keys)
+        compare(rows_of(folder, name), expected[kind])
+        said = capfd.readouterr().err
+        assert ("graphs: the cache is decoded before attention" in said) != coded
+        assert graphs.replays > 3 if coded else not graphs.captures
 
 
 def test_a_run_goes_on_with_the_same_cache_alone_and_refuses_another_by_name(folder, expected, capsys):

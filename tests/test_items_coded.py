@@ -23,6 +23,7 @@ if type(compiled.attend_items).__name__ != "InterpretedFunction":
     pytest.skip("the kernels were imported before, to be compiled", allow_module_level=True)
 
 import dense
+import replays
 import rounded
 from item_cases import Heads, ragged
 from noria.arrays import ENCODINGS, Array, encoded, stored
@@ -35,6 +36,7 @@ from noria.kernels.coded import zeros
 from noria.kernels.scoring import HeadShape, Scoring
 from noria.kernels.work import Packing
 from noria.step import PAGE_TOKENS
+from recorded import Recorder
 
 CPU = torch.device("cpu")
 KINDS = sorted(ENCODINGS)
@@ -124,6 +126,17 @@ def test_a_layer_attends_alike_in_either_way_and_by_lists_that_stay(kind):
             cache = LayerCache(over, Microbatch(0, tokens, rows, rows, None, plan, None), arrays, array)
             found.append(cache.attend(queries, scale=0.3, window=70, key=keys[rows], value=values[rows]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "window"), [*zip(KINDS, (None, 70, None), strict=True)])
+@pytest.mark.usefixtures("few_programs")
+def test_a_layer_that_is_replayed_leaves_the_bits_of_one_that_is_queued_anew(kind, window):
+    recorder = Recorder()
+    found, captures = replays.differences(
+        HeadShape(4, 1, 80, 80), ENCODINGS[kind], torch.float16, CPU, recorder, window
+    )
+    assert not found and recorder.replays == replays.STEPS > captures == recorder.captures
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from noria.engine.assembly import _over
 from noria.engine.kv_cache import KvCache
 from noria.errors import InputError
 from noria.model import ModelShape
-from noria.plan import loads, planner, terms
+from noria.plan import building, loads, memory, planner, terms
 from noria.plan.costs import Workload, resources
 from noria.plan.planner import GiB
 from noria.plan.problem import Machine, Problem
@@ -89,6 +89,19 @@ def test_values_that_lie_within_keys_are_decoded_before_attention_and_captured_i
     told = resources(plan, shape, load, Rates(), Round(10, 500))["decoding"]
     assert told == pytest.approx(terms.decoding(10 * 500 * of_token, Rates()))
     assert plan.graph_rows == 0 < plain.graph_rows and not plain.predicted["terms"]["decode"]["decoding"]
+
+
+@pytest.mark.parametrize("kind", ENCODINGS)
+def test_steps_over_a_cache_that_attention_decodes_are_captured_with_room_for_what_they_round(kind, monkeypatch):
+    machine, flags = Machine("cuda", 139 * GiB, 128 * GiB), {"weights": {"gpu": 100.0}}
+    plan, plain = (made(its, machine, **flags) for its in (kind, "auto"))
+    assert plan.graph_rows >= plain.graph_rows > 0 == made(kind, machine, graphs=False, **flags).graph_rows
+    monkeypatch.setattr(building, "_graph_rows", lambda *_: 100)
+    room, of_token = [], cut_of(plan, (with_cache(OPT_30B[0], kind), OPT_30B[1])).share(0).decoding_row
+    for passes in (memory.ROUNDING_PASSES, 0):
+        monkeypatch.setattr(memory, "ROUNDING_PASSES", passes)
+        room.append(made(kind, machine, **flags).memory[0]["gpu"]["graphs"])
+    assert room[0] - room[1] == 100 * 6 * of_token
 
 
 def test_a_cache_that_is_never_rounded_is_refused_with_the_reason():

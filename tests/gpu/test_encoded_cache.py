@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 import item_checks
+import replays
 from noria import config
 from noria.arrays import ENCODINGS, encoded, keys_and_values
 from noria.attention import items
 from noria.encodings import _cached
+from noria.engine.capturing import Capturer
 from noria.engine.parameters import FIELD_DTYPES
 from noria.engine.rounding import RoundedArray, RoundedAttention, RoundedRows
 from noria.kernels import attend
@@ -22,6 +25,7 @@ from noria.kernels.scoring import HeadShape, Scoring
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.run import run
+from noria.streams import streams_of
 
 pytestmark = pytest.mark.gpu
 KINDS = sorted(ENCODINGS)
@@ -103,6 +107,16 @@ def test_attention_decodes_itself_to_the_bits_of_what_is_decoded_before(kind, nu
     assert torch.equal(found[0].view(torch.int16), found[1].view(torch.int16))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", range(len(HEADS)))
+@pytest.mark.parametrize("window", [None, 150])
+def test_a_layer_that_is_replayed_leaves_the_bits_of_one_that_is_queued_anew(kind, number, window):
+    device, dtype = torch.device("cuda", 0), (torch.bfloat16, torch.float16)[number == 2]
+    capturer = Capturer(streams_of(device))
+    found, captures = replays.differences(HEADS[number], ENCODINGS[kind], dtype, device, capturer, window)
+    assert not found and captures < replays.STEPS
+
+
 def rows():
     """Prompts of 1 to 1,100 tokens, some of a shared beginning; one in two is sampled, by a seed of its own."""
     random = np.random.default_rng(1)
@@ -122,15 +136,17 @@ def hashes(output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_every_run(kind, tmp_path):
+def test_a_row_has_the_same_bits_in_every_run(kind, tmp_path, capfd):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "run.toml").write_text(RUN)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    found = {}
+    found, replayed = {}, {}
     for name, keys in CASES.items():
         files = {"prompts": "prompts.jsonl", "output": f"{name}.h5", "random_weights": "config.json", "scratch": "."}
         flags = {key: str(tmp_path / file) for key, file in files.items()} | keys | {"kv_cache_dtype": kind}
         assert run(config.load(tmp_path / "run.toml", flags), Solo()) == 0
         found[name] = hashes(tmp_path / f"{name}.h5")
+        replayed[name] = re.search(r"graphs: [1-9]\d* of \d+ decode visits", capfd.readouterr().err) is not None
     assert len({*found["whole"]}) == 24
+    assert replayed["whole"] and not replayed["no-graphs"], replayed
     assert {name: sum(map(str.__ne__, its, found["whole"])) for name, its in found.items()} == dict.fromkeys(CASES, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from noria import config
+from noria.arrays import ENCODINGS as CACHES
 from noria.engine.capturing import Capturer
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
@@ -112,15 +113,27 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_row_has_the_same_bits_with_graphs_and_without(folder, case, capfd):
-    replayed, said = generate(folder, f"{case}-graphs", f"{case}.jsonl", capfd)
-    plain, none = generate(folder, f"{case}-plain", f"{case}.jsonl", capfd, graphs=False)
-    print(case, said, none)
+def same_with_graphs_and_without(folder, case, capfd, **keys):
+    """That each row of a case has the same bits, and that most decode visits were graphs."""
+    replayed, said = generate(folder, f"{case}-graphs", f"{case}.jsonl", capfd, **keys)
+    plain, none = generate(folder, f"{case}-plain", f"{case}.jsonl", capfd, graphs=False, **keys)
+    print(case, keys, said, none)
     assert not any("decode visits" in line for line in none)
     assert replayed == plain
     found = re.search(r"graphs: (\d+) of (\d+) decode visits", " ".join(said))
     assert found and int(found[1]) > 0.6 * int(found[2]) and len(said) == 1, said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_has_the_same_bits_with_graphs_and_without(folder, case, capfd):
+    same_with_graphs_and_without(folder, case, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(CACHES))
+@pytest.mark.parametrize("case", ["few", "many", "long", "shared"])
+def test_over_a_cache_in_fewer_bits_too(folder, case, kind, capfd):
+    same_with_graphs_and_without(folder, case, capfd, kv_cache_dtype=kind)
 
 
 def test_groups_of_rows_take_turns_in_the_same_graphs(folder, capfd):

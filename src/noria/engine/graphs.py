@@ -61,7 +61,7 @@ def refused(kind: Any, weights: Weights, layers: Iterable[int], streams: Streams
         return (
             f"attention {kinds.name_of(kind)} has none"
             if isinstance(kind, ModuleType)
-            else "the cache is decoded before"
+            else "the cache is decoded before attention"
         )
     return "" if weights.stay(map(layer_name, layers)) else "weights are loaded in each step"
 

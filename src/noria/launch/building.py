@@ -130,7 +130,8 @@ def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:
     def build() -> list[str]:
         kind, _ = attention.fitting(here.device, its_dtype, shape)
         why = attention.decodes_ahead(kind, here.device, its_dtype, shape)
-        said = [f"the cache is decoded before attention, not within it: {why}"] if why else []
+        instead = "the cache is decoded before attention, not within it, and decode steps are no graphs"
+        said = [f"{instead}: {why}"] if why else []
         return encodings.without_cache_kernels(entries, here.device, its_dtype) + said
 
     here.say(*dict.fromkeys(line for lines in _on_first_of_nodes(here, build) for line in lines))

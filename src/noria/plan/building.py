@@ -110,8 +110,8 @@ def _graph_rows(problem: Problem, sizes: Sizes) -> int:
         return 0
     if problem.dtype not in HALF:  # attention by lists of work alone can be captured
         return 0
-    # Graphs over a cache in fewer bits have not been compared with plain steps on a GPU.
-    if problem.shape.cache_encoding:
+    shape = problem.shape
+    if shape.cache_encoding and shape.values_within:  # decoded before attention: how many rows at once, lengths decide
         return 0
     room = min(sizes.pages_in(_left(problem, sizes, rank), rank) for rank in sizes.cut.counts)
     work = problem.workload

@@ -225,6 +225,7 @@ class Sizes(Choices):
         work = 12 * most_nbytes(share.borders, self.graph_rows)
         work += self.graph_rows * max(3 * share.widest, shape.mixture_size) * DTYPE_NBYTES[dtype]
         work += attention_nbytes(shape, dtype, self.graph_rows)
+        work += self.graph_rows * ROUNDING_PASSES * share.decoding_row
         return work + self.page(rank) + self.state(rank) + GRAPHS_NBYTES
 
     def _of_states(self, rank: int) -> int:

@@ -10,6 +10,7 @@ from noria.attention import items
 from noria.kernels import work
 from noria.kernels.scoring import HeadShape
 from noria.kernels.work import NONE, SECTION, Item, Merge, Packing
+from noria.step import PAGE_TOKENS
 
 FAR = -1e38  # a maximum of no keys
 PROGRAMS = 30  # so few that most rows are not split, and the longest are
@@ -24,10 +25,20 @@ prepare, of_rows, held = items.prepare, items.of_rows, items.held
 
 
 def attention(plan, queries, key_cache, value_cache, scores):
+    key_cache, value_cache = (plain(cache, queries.dtype) for cache in (key_cache, value_cache))
     heads = HeadShape.of(queries, key_cache, value_cache)
     packing = Packing(heads.group, heads.num_key_heads, PROGRAMS, widest=WIDEST, window=scores.window)
     lists = plan.of(heads, scores.window, lambda: packing)
     return Execution(lists, queries, key_cache, value_cache, scores).run()
+
+
+def plain(cache, dtype):
+    """[rows, Hkv, D]: all of a cache, decoded where it is coded, as it is where `refuses_coded` is set to refuse nothing."""
+    if isinstance(cache, torch.Tensor):
+        return cache
+    whole = torch.empty(cache.shape, dtype=dtype)
+    cache.decode(torch.arange(len(whole) // PAGE_TOKENS), whole)
+    return whole
 
 
 class Execution:
