@@ -10,6 +10,10 @@ from noria.kernels import _waves, lists
 SMALL = {"KEY_BLOCK": 16, "SECTION": 32, "LEAST_TILE": 4, "WIDEST": 8}  # a page; two blocks; in rows of a tile
 
 
+def _refuses_coded(device, dtype, heads, windows, form):
+    return "values lie within keys" if heads.within else ""
+
+
 @contextlib.contextmanager
 def listed_kind(programs=30, coded=False):
     """Every run inside attends by extra/attention/listed.py. Yields the lists executed, of which there is one at least.
@@ -24,7 +28,7 @@ def listed_kind(programs=30, coded=False):
         held.enter_context(patch.object(listed, "PROGRAMS", programs))
         held.enter_context(patch.object(attention, "ORDER", ("listed", "sdpa")))
         if coded:
-            held.enter_context(patch.object(listed, "refuses_coded", lambda *_: "", create=True))
+            held.enter_context(patch.object(listed, "refuses_coded", _refuses_coded, create=True))
         run = listed.Execution.run
 
         def counted(execution):
