@@ -24,6 +24,7 @@ LEVELS = [
         "step",
         "masks",
         "order",
+        "batch_copies",
         "borders",
         "streams",
         "communicator",
@@ -62,6 +63,7 @@ ALLOWED = {
     },  # imported where there is a GPU
     "torch": {
         "streams.py",
+        "batch_copies.py",
         "models/",
         "attention/",
         "encodings/",

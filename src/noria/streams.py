@@ -5,14 +5,17 @@ Knows no tensors but the device's: who waits for what is said by its callers.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from noria.batch_copies import CopyRuns, batch_copies
+
 LANES = ("load", "store")  # to the device and from it: a link carries both at once
-Pairs: TypeAlias = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (destination, source) of copies
+Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # (destination, source) of a copy
+Pairs: TypeAlias = Iterable[Pair]
 Mark: TypeAlias = int | torch.cuda.Event  # a point in time: CpuStreams' marks are numbers, CudaStreams' events
 Observe: TypeAlias = Callable[[str, str, dict[str, Any], int, Mark, Mark], None]
 
@@ -109,10 +112,11 @@ class Observed:
         watched = self.watch is not None and self.watch.watches
         return self.mark() if watched or self.observe is not None else None
 
-    def _end(self, lane: str, pairs: list[tuple[torch.Tensor, torch.Tensor]], begin: Mark | None) -> None:
-        """The copies of `pairs` are queued; called on their stream."""
-        if begin is None or not pairs:
+    def _end(self, lane: str, copies: Sequence[Pair] | CopyRuns, begin: Mark | None) -> None:
+        """The copies are queued; called on their stream."""
+        if begin is None or not copies:
             return
+        pairs = list(copies)
         end = self.mark()
         if self.watch is not None:
             self.watch.copied(lane, begin, end)
@@ -161,7 +165,8 @@ class CpuStreams(Observed):
         """The compute stream goes on after `event`."""
 
     def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event:
-        """Copies on the lane's own stream, in order, after the given events. The event returned completes with them.
+        """Copies on the lane's own stream, in order, after the given events; CopyRuns by one call, in any order. The event that
+        is returned completes with them.
 
         Any thread may call it. Until the event has completed, sources must not be written to, nor destinations read.
         """
@@ -203,6 +208,7 @@ class CudaStreams(Observed):
         self._copying = torch.cuda.Stream(device)
         self._lanes = {lane: torch.cuda.Stream(device) for lane in LANES}
         self._aside = torch.cuda.Stream(device)
+        self._batch = batch_copies(self._copying)
 
     def event(self) -> torch.cuda.Event:
         """An event that marks all work queued so far on the current stream."""
@@ -234,18 +240,22 @@ class CudaStreams(Observed):
         self.compute.wait_event(_own(event))
 
     def copy(self, lane: str, pairs: Pairs, after: Iterable[Event] = ()) -> Event:
-        """Copies on the lane's own stream, in order, after the given events. The event returned completes with them.
+        """Copies on the lane's own stream, in order, after the given events; CopyRuns by one call, in any order. The event that
+        is returned completes with them.
 
         Any thread may call it. Until the event has completed, sources must not be written to, nor destinations read.
         """
         stream = self._lanes[lane]
         for event in after:
             stream.wait_event(_own(event))
-        pairs = list(pairs)
+        pairs = pairs if isinstance(pairs, CopyRuns) else list(pairs)
         with torch.inference_mode(), torch.cuda.stream(stream):
             begin = self._begin()
-            for destination, source in pairs:
-                destination.copy_(source, non_blocking=True)
+            if self._batch is not None and isinstance(pairs, CopyRuns) and len(pairs) > 1:
+                self._batch(pairs, stream.cuda_stream)
+            else:
+                for destination, source in pairs:
+                    destination.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
             self._end(lane, pairs, begin)

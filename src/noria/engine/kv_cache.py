@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from noria.arrays import Layout
@@ -18,11 +19,10 @@ from noria.engine.timing import Traffic
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS
 from noria.streams import Event, Streams
-from noria.tiers import Tier, Transfer, total_nbytes
+from noria.tiers import Tier, TierRuns, Transfer
 
 Awaited: TypeAlias = Transfer | Event
 Views: TypeAlias = dict[str, torch.Tensor]  # arrays by name
-Piece: TypeAlias = tuple[int, torch.Tensor]  # offset in the tier, bytes in a staging slot
 Triples: TypeAlias = Sequence[
     tuple[int, int, int]
 ]  # rows: the first in the tier, the first in a staging slot, how many
@@ -221,22 +221,22 @@ class KvCache:
         held: TierPages,
         rows: Mapping[str, Triples],
         of_rings: Mapping[int, Triples] | None = None,
-    ) -> list[Piece]:
+    ) -> TierRuns:
         """The runs of rows of all arrays of a layer; of rings whole ones, unless it is said of which tokens."""
-        pieces = []
+        found = [np.empty((0, 3), np.int64)]
         for array in self._arrays[layer]:
             nbytes, its = array.nbytes(self._dtype), rows.get(array.kept, ())
             if array.ring and of_rings and array.window is not None:
                 nbytes, its = nbytes // array.ring, of_rings[array.window]
             there = self._in_tier[held.first].offsets[layer, array.name]
             here = self._in_slot[layer].offsets[layer, array.name]
-            for tier_row, row, count in its:
-                start = here + row * nbytes
-                pieces.append((there + tier_row * nbytes, slot.buffer[start : start + count * nbytes]))
-        return pieces
+            if its:
+                found.append(np.array(its, np.int64) * nbytes + (there, here, 0))
+        runs = np.concatenate(found)
+        return TierRuns(slot.buffer, *(np.ascontiguousarray(column) for column in runs.T))
 
-    def _count(self, links: Iterable[str], pieces: Sequence[Piece]) -> None:
-        nbytes = total_nbytes(pieces)
+    def _count(self, links: Iterable[str], pieces: TierRuns) -> None:
+        nbytes = int(pieces.nbytes.sum())
         for link in links:
             self._traffic.add(link, nbytes)
 

@@ -3,10 +3,12 @@
 Owns what the kinds share: host memory that can be page-locked, and the ticket of a transfer. Knows bytes alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from noria.streams import Event
@@ -15,6 +17,23 @@ Pieces: TypeAlias = Iterable[tuple[int, torch.Tensor]]  # (offset in bytes, the 
 Events: TypeAlias = Iterable[
     Event
 ]  # of streams: a transfer does not touch the device's bytes before they have completed
+
+
+@dataclass(frozen=True)
+class TierRuns:
+    """Pieces as arrays: runs of bytes of a tier, from `there` on, in a buffer of the device, from `here` on. [n] int64 each."""
+
+    buffer: torch.Tensor
+    there: np.ndarray
+    here: np.ndarray
+    nbytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.there)
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for there, here, nbytes in zip(self.there.tolist(), self.here.tolist(), self.nbytes.tolist(), strict=True):
+            yield there, self.buffer[here : here + nbytes]
 
 
 class Transfer:

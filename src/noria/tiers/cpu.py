@@ -1,14 +1,17 @@
-"""The tier in CPU memory: a load or a store is one copy a piece, over the link, or two where memory is locked in two parts.
+"""The tier in CPU memory: a load or a store is one copy a piece, over the link, or two where memory is locked in two parts;
+of runs of the cache one call for all.
 
 Knows offsets in its memory, not what lies there.
 """
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 
+from noria.batch_copies import CopyRuns
 from noria.streams import Streams
-from noria.tiers import Events, Pieces, Transfer
+from noria.tiers import Events, Pieces, TierRuns, Transfer
 from noria.tools.pinned import PIECE_NBYTES, HostMemory
 
 
@@ -38,16 +41,30 @@ class Cpu:
 
     def load(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies to the device: (offset here, the device's bytes)."""
+        if self._in_one(pieces):
+            runs = CopyRuns(pieces.buffer, self.memory, pieces.here, pieces.there, pieces.nbytes)
+            return Transfer(self._streams.copy("load", runs, after))
         pairs = [(part, here) for offset, data in pieces for here, part in self._parts(offset, data)]
         return Transfer(self._streams.copy("load", pairs, after))
 
     def store(self, pieces: Pieces, after: Events = ()) -> Transfer:
         """Copies from the device: (offset here, the device's bytes)."""
+        if self._in_one(pieces) and not self._host.locks_ahead:
+            runs = CopyRuns(self.memory, pieces.buffer, pieces.there, pieces.here, pieces.nbytes)
+            return Transfer(self._streams.copy("store", runs, after))
         pieces = list(pieces)
         for offset, data in pieces:
             self._host.wait_registered(offset, offset + data.numel())
         pairs = [pair for offset, data in pieces for pair in self._parts(offset, data)]
         return Transfer(self._streams.copy("store", pairs, after))
+
+    def _in_one(self, pieces: Pieces) -> TypeGuard[TierRuns]:
+        """Whether these are runs of which each lies in one locked piece of the memory."""
+        if not isinstance(pieces, TierRuns):
+            return False
+        first, last = pieces.there, pieces.there + pieces.nbytes - 1
+        assert not len(first) or (first.min() >= 0 and last.max() < self.nbytes), (first, last, self.nbytes)
+        return bool((first // self._host.piece_nbytes == last // self._host.piece_nbytes).all())
 
     def _parts(self, offset: int, data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(bytes here, the device's bytes), cut where one locked piece of the memory ends and the next begins."""

@@ -60,6 +60,11 @@ class HostMemory:
             self._ahead = [pool.submit(_lock, piece, device) for piece in self.memory.split(self.piece_nbytes)]
             pool.shutdown(wait=False)
 
+    @property
+    def locks_ahead(self) -> bool:
+        """Whether memory is being page-locked, or has been, beside what fills it."""
+        return bool(self._ahead)
+
     def wait_registered(self, begin: int, end: int) -> None:
         """Waits until these bytes are page-locked, or cannot be, where that has begun."""
         for code in self._ahead[begin // self.piece_nbytes : -(-end // self.piece_nbytes)]:
