@@ -41,8 +41,10 @@ Batch = Callable[[CopyRuns, int], None]  # runs, and the stream
 
 
 def batch_copies(stream: torch.cuda.Stream) -> Batch | None:
-    """What queues runs on a stream of this one's device, page-locked memory at one of their ends; None where the driver has no such
-    call (before CUDA 12.8), or a trial of it does not give what it should."""
+    """What queues runs on a stream of this one's device, page-locked memory at one of their ends.
+
+    None where the driver has no such call (before CUDA 12.8), or a trial of it does not give what it should.
+    """
     try:
         call = ctypes.CDLL("libcuda.so.1").cuMemcpyBatchAsync
     except (OSError, AttributeError):

@@ -233,7 +233,7 @@ class KvCache:
             if its:
                 found.append(np.array(its, np.int64) * nbytes + (there, here, 0))
         runs = np.concatenate(found)
-        return TierRuns(slot.buffer, *(np.ascontiguousarray(column) for column in runs.T))
+        return TierRuns(slot.buffer, *(np.ascontiguousarray(column) for column in runs[runs[:, 2] > 0].T))
 
     def _count(self, links: Iterable[str], pieces: TierRuns) -> None:
         nbytes = int(pieces.nbytes.sum())
