@@ -194,7 +194,8 @@ def in_tiles(parameter: Parameter, pieces: torch.Tensor, name: str) -> StoredMat
     own tiles; none where they cannot."""
     kind, matrices = kinds.load("encodings", parameter.encoding), parameter.piece.matrices
     form = kind.form(parameter.settings) if hasattr(kind, "form") else None
-    its = [n for n, matrix in enumerate(matrices) if f"{parameter.name}.{matrix.name}" == name]
+    names = [f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name for matrix in matrices]
+    its = [n for n, one in enumerate(names) if one == name]
     if form is None or not form.served or any(matrices[n].transposed for n in its):
         return None
     outputs, inputs = sum(matrices[n].shape[0] for n in its), matrices[its[0]].shape[1]
