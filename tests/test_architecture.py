@@ -60,6 +60,7 @@ ALLOWED = {
         "kernels/sampling.py",
         "kernels/products.py",
         "kernels/products_fp8.py",
+        "kernels/products_stored.py",
     },  # imported where there is a GPU
     "torch": {
         "streams.py",
@@ -92,6 +93,8 @@ ALLOWED = {
         "kernels/drawing.py",
         "kernels/products.py",
         "kernels/products_fp8.py",
+        "kernels/products_stored.py",
+        "kernels/as_stored.py",
         "kernels/in_order.py",
         "kernels/fp8.py",
         "launch/building.py",

@@ -182,7 +182,7 @@ def test_of_a_block_that_is_decoded_whole_experts_are_decoded_where_they_are_ask
         assert torch.equal(gate_up.of(range(6)), expected["experts.gate_up"])
         assert torch.equal(down.of(range(6)), expected["experts.down"])
         assert torch.equal(parameters["out"], expected["out"])
-    assert decoded == [("out", 1), ("experts", 6)]
+    assert decoded == [("experts", 6), ("out", 1)]
     few = torch.tensor([5, 2, -1], dtype=torch.int32)
     assert torch.equal(gate_up.listed(few)[:2], expected["experts.gate_up"][[5, 2]])
     assert torch.equal(down.listed(few)[:2], expected["experts.down"][[5, 2]])

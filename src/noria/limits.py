@@ -10,6 +10,7 @@ BESIDE_RINGS = 128  # tokens that a chunk may take beside the rings of windows, 
 MEMORY_SHARE = 0.9  # of the memory that is free, for a run: the rest is for the libraries' own needs
 HOST_NBYTES = 4 * 1024**3  # of host memory that a rank takes for itself: libraries, the device's context, prompts
 
+STORED_ROWS = 64  # of hidden states that are multiplied with encoded weights as these are stored, at most
 LOGITS_ROWS = 512  # rows whose logits the last rank holds at a time: 512 x 128k ids in float32 are 256 MiB
 DRAW_ELEMENTS = 2**24  # logits that are sorted and summed in float64 at a time: 128 MiB
 DRAW_NBYTES = 4 * 8 * DRAW_ELEMENTS  # of their sorted and cumulated copies

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from noria.arrays import Array, Entry, attended, check, keys_and_values, nbytes, ringed, stored, unringed
-from noria.blocks import DTYPE_NBYTES, Block
+from noria.blocks import DTYPE_NBYTES, Block, Parameter
 
+NOT_PRODUCTS = ("router", "correction")  # of a layer: computed in other ways, as numbers
 MORE_TEMPLATES = "additional_chat_templates.json"  # the folder of this name as one file: name -> template
 
 
@@ -152,6 +153,16 @@ def _sums(numbers: Iterable[int]) -> list[int]:
 
 def _between(sums: list[int], layers: Iterable[range]) -> int:
     return sum(sums[span.stop] - sums[span.start] for span in layers)
+
+
+def in_products(block: Block) -> tuple[Parameter, ...]:
+    """The matrices of a layer that families take in products of hidden states alone, by `models._linear.linear`."""
+    if not block.name.startswith("layers/"):
+        return ()
+    absorbed = {"up"} if any(one.name == "latent" for one in block.parameters) else set[str]()  # by queries too
+    matrices = (one for one in block.parameters if len(one.shape) == 2 and not one.name.endswith("_bias"))
+    its = (one for one in matrices if one.own_dtype is None and not one.wanted.named)
+    return tuple(one for one in its if one.name not in NOT_PRODUCTS and one.name not in absorbed)
 
 
 class OpenModel(Protocol):

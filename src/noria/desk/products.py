@@ -6,13 +6,12 @@ Experts are decoded, as without it: their kernels multiply numbers of the run's 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from noria.blocks import Block, Parameter, lay_out
+from noria.blocks import Block, lay_out
 from noria.config import Config
 from noria.errors import require
-from noria.model import ModelShape, OpenModel
+from noria.model import OpenModel, in_products
 
 FP8 = ("fp8_block", "fp8_channel")
-NOT_PRODUCTS = ("router", "correction")  # computed in other ways, as numbers
 
 
 def check_products(config: Config, device: str, dtype: str) -> None:
@@ -32,7 +31,7 @@ def with_products(opened: OpenModel, products: str) -> dict[str, Block]:
     """The model's blocks with the weights marked that are multiplied as they are stored. Raises InputError for none."""
     if products == "auto":
         return opened.blocks
-    blocks = {name: _marked(block, opened.shape) for name, block in opened.blocks.items()}
+    blocks = {name: _marked(block) for name, block in opened.blocks.items()}
     marked = any(one.multiplied for block in blocks.values() for one in block.fielded)
     forms = sorted({one.encoding for block in blocks.values() for one in block.fielded})
     experts = any(one.pieces > 1 and one.encoding in FP8 for block in blocks.values() for one in block.fielded)
@@ -56,17 +55,10 @@ def told(config: Config) -> Iterator[str]:
         )
 
 
-def _marked(block: Block, shape: ModelShape) -> Block:
-    names = {one.name for one in block.parameters if _is_product(block, one, shape)}
+def _marked(block: Block) -> Block:
+    names = {one.name for one in in_products(block) if one.encoding in FP8}
     if not names:
         return block
     held = {one.name: replace(its, multiplied=one.name in names) for one in block.parameters if (its := one.encoded)}
     dtype = next(one.dtype for one in block.parameters if one.own_dtype is None)
     return lay_out(block.name, {one.name: one.wanted for one in block.parameters}, dtype, held)
-
-
-def _is_product(block: Block, parameter: Parameter, shape: ModelShape) -> bool:
-    """Whether a family takes a parameter in products of hidden states alone; `up` of latents is absorbed by queries too."""
-    absorbed = parameter.name == "up" and "latent" in shape.details
-    right = parameter.encoding in FP8 and parameter.pieces == 1 and len(parameter.shape) == 2
-    return block.name.startswith("layers/") and right and not absorbed and parameter.name not in NOT_PRODUCTS

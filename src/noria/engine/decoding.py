@@ -6,6 +6,7 @@ Knows layouts and encodings, nothing of tiers or steps.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,9 +14,12 @@ import torch
 from noria import encodings
 from noria.blocks import Block, Parameter, end_of, round_up
 from noria.engine.parameters import Parameters, Undecoded, named, stored, views
+from noria.kernels.as_stored import StoredWeight
 from noria.kernels.stored import StoredMatrices
+from noria.model import in_products
 
-# What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces.
+# What a layer gets by name: tensors, of a parameter that is decoded in runs of pieces a SomePieces, of a weight that may be
+# multiplied as it is stored a StoredWeight.
 Computed: TypeAlias = Mapping[str, Any]
 Which: TypeAlias = tuple[int, ...] | torch.Tensor  # pieces: their numbers, or a list of the device
 
@@ -34,9 +38,10 @@ class Decoding:
 class Decoder:
     """The memory into which encoded parameters are decoded.
 
-    A block that finds room in it is decoded whole, once for all that ask for it one after another, but for parameters in
-    several pieces (experts): of these what is asked for, all of them or a few. Of a larger block a parameter is decoded when
-    it is asked for, and takes the place of the one before; of pieces as many at a time as find room.
+    A block that finds room in it is decoded whole, once for all that ask for it one after another, but for weights whose
+    numbers nobody asks for, and for parameters in several pieces (experts): of these what is asked for, all of them or a few.
+    Of a larger block a parameter is decoded when it is asked for, and takes the place of the one before; of pieces as many at a
+    time as find room.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -44,6 +49,8 @@ class Decoder:
         self._now: tuple[object, ...] = ()  # what is decoded: a whole block by its name, or also one parameter of it
         self._decoded: Parameters = {}
         self._some: dict[str, Which] = {}  # by parameter, which of its several pieces are decoded
+        self._dense: set[str] = set()  # weights of a whole block whose numbers were asked for
+        self._weights: dict[tuple[str, int], dict[str, StoredWeight]] = {}  # by block and where it lies
         self._checked: set[str] = set()
 
     def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Computed:
@@ -56,16 +63,43 @@ class Decoder:
             self._checked.add(name)
         if not self._whole(held.block):
             return _ByParameter(self, name, held)
-        if self._now != (name,):
-            self._now = ()  # until all is decoded: memory may fail on the way
-            self._decoded, self._some = named(self.buffer, held.block.decoded), {}
-            for parameter, pieces in _encoded(held):
-                if parameter.pieces == 1:
-                    encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
-            self._now = (name,)
+        self._begin(name, held)
         several = [its for its in _encoded(held) if its[0].pieces > 1]
         some = {key: SomePieces(self, name, key, *its) for its in several for key in its[0].computed}
-        return views(held.buffer, held.block) | self._decoded | some
+        return views(held.buffer, held.block) | self._decoded | some | self.weights(name, held)
+
+    def _begin(self, name: str, held: Undecoded) -> None:
+        """Decodes of a whole block, unless it is there, what is neither in several pieces nor multiplied as it is stored."""
+        if self._now != (name,):
+            self._now = ()  # until all is decoded: memory may fail on the way
+            self._decoded, self._some, self._dense = named(self.buffer, held.block.decoded), {}, set()
+            weights = self.weights(name, held)
+            for parameter, pieces in _encoded(held):
+                if parameter.pieces == 1 and parameter.name not in weights:
+                    encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
+            self._now = (name,)
+
+    def weights(self, name: str, held: Undecoded) -> dict[str, StoredWeight]:
+        """The encoded weights of a block that kernels may multiply as they are stored."""
+        key = name, held.buffer.data_ptr()
+        if key not in self._weights:
+            self._weights[key], pieces = {}, stored(held.buffer, held.block)
+            for one in in_products(held.block):
+                its = None if one.plain or one.multiplied else encodings.in_tiles(one, pieces[one.name], one.name)
+                if its is not None:
+                    self._weights[key][one.name] = StoredWeight(its, partial(self._numbers, name, held, one))
+        return self._weights[key]
+
+    def _numbers(self, name: str, held: Undecoded, weight: Parameter) -> torch.Tensor:
+        """A weight of a block, decoded when it is first asked for; of a larger block in the place of the one before."""
+        pieces = stored(held.buffer, held.block)[weight.name]
+        if not self._whole(held.block):
+            return self.parameter(name, weight, pieces)[weight.name]
+        self._begin(name, held)
+        if weight.name not in self._dense:
+            encodings.decode(weight, pieces, {weight.name: self._decoded[weight.name]})
+            self._dense.add(weight.name)
+        return self._decoded[weight.name]
 
     def forget(self) -> None:
         """What is asked for next is decoded, whatever was decoded before."""
@@ -122,8 +156,10 @@ class _ByParameter(Mapping[str, Any]):
     """The parameters of a block, each decoded when it is asked for."""
 
     def __init__(self, decoder: Decoder, name: str, held: Undecoded):
-        self._decoder, self._name, self._plain = decoder, name, views(held.buffer, held.block)
-        self._encoded = {key: (parameter, its) for parameter, its in _encoded(held) for key in parameter.computed}
+        self._decoder, self._name = decoder, name
+        self._plain = views(held.buffer, held.block) | decoder.weights(name, held)
+        others = (its for its in _encoded(held) if its[0].name not in self._plain)
+        self._encoded = {key: (parameter, its) for parameter, its in others for key in parameter.computed}
 
     def __getitem__(self, name: str) -> Any:
         if name in self._plain:
