@@ -102,6 +102,7 @@ ALLOWED = {
         "launch/cores.py",
         "launch/copies.py",
         "launch/exact.py",
+        "launch/few_rows.py",
         "launch/here.py",
         "launch/launcher.py",
         "launch/node.py",

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from noria import attention, config
-from noria.encodings import _kernels
+from noria import attention, config, encodings
+from noria.blocks import lay_out
+from noria.encodings import _kernels, int4
 from noria.launch import building
 from noria.launch.here import ThisRank
 from noria.launch.launcher import Location
 from noria.launch.mpi import Solo
 from noria.model import ModelShape
 from noria.models import _fused
+from noria.pieces import Encoded, Matrix
 from noria.streams import streams_of
 from test_launcher import RUN
 
@@ -133,6 +136,29 @@ def test_encodings_whose_kernels_cannot_be_built_are_said(monkeypatch, local_ran
     building.build_decoders(SimpleNamespace(device=torch.device("cuda"), **own), {"int4", "fp8_block"}, "bfloat16")
     assert asked == [("fp8_block", torch.bfloat16), ("int4", torch.bfloat16)]
     assert said == ["int4 is decoded by torch, slower than by its kernel: it cannot be built: no compiler"]
+
+
+def test_weights_that_are_multiplied_as_they_are_stored_are_tried_on_gpus_and_each_rank_has_its_own(monkeypatch):
+    said, asked = [], []
+
+    def chosen(blocks, device, dtype, linear):
+        asked.append((len(blocks), device.type, dtype, linear))
+        return frozenset({"its kind"}), ["int4 is decoded"]
+
+    monkeypatch.setattr(building.few_rows, "chosen", chosen)
+    own = {"comm": Solo(), "rank": 0, "location": Location("host", 0, 1), "say": lambda *lines: said.extend(lines)}
+    piece = encodings.capacity("int4", [Matrix("", (64, 64))], "bfloat16", int4.DEFAULTS)
+    forms = {"out": Encoded("int4", int4.DEFAULTS, piece)}
+    plain, encoded = ({"it": lay_out("layers/0000", {"out": (64, 64)}, "bfloat16", held)} for held in ({}, forms))
+    for device, blocks in (("cpu", encoded), ("cuda", plain)):
+        its = SimpleNamespace(device=torch.device(device), **own)
+        assert building.build_stored(its, blocks, "bfloat16", F.linear) == () and asked == said == []
+    its = SimpleNamespace(device=torch.device("cuda"), **own)
+    assert building.build_stored(its, encoded, "bfloat16", F.linear) == {"its kind"}
+    assert asked == [(1, "cuda", torch.bfloat16, F.linear)]
+    assert said[0] == "int4 is decoded" and said[1].startswith(
+        "few rows are multiplied with encoded weights as they are"
+    )
 
 
 @pytest.mark.parametrize("why", ["", "they cannot be built: no compiler"])

@@ -142,7 +142,9 @@ def test_a_check_without_memory_is_no_proof():
 def on_cuda(monkeypatch, library):
     """exact_bits as on a GPU whose attention goes by this kind and whose products are these; returns (attributes, said)."""
 
-    def call(capsys, attention="items", found="", dtype="bfloat16", undrawn="", refused="", **keys):
+    def call(
+        capsys, attention="items", found="", dtype="bfloat16", undrawn="", refused="", inside=lambda: None, **keys
+    ):
         monkeypatch.setattr(exact, "build_attention", lambda *given: attention)
         monkeypatch.setattr(exact, "build_sampling", lambda *given: undrawn)
         monkeypatch.setattr(exact, "build_products", lambda *given: refused)
@@ -156,6 +158,7 @@ def on_cuda(monkeypatch, library):
         here = ThisRank(Solo(), Location("host", 0, 1), streams)
         with exact.exact_bits(config.load(None, RUN | keys), here, Opened, dtype) as attributes:
             split_k = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction_split_k
+            inside()
         return attributes, split_k, capsys.readouterr().err
 
     return call
@@ -178,6 +181,23 @@ def test_a_run_says_whether_bits_may_differ_and_why_and_so_do_its_attributes(on_
     monkeypatch.setattr(Opened, "shape", replace(SHAPE, mixture_size=5))
     assert on_cuda(capsys)[0] == {"exact_bits": "yes"}
     assert on_cuda(capsys, refused="it cannot")[0] == {"exact_bits": "no: the products of a mixture's experts"}
+
+
+def test_weights_as_they_are_stored_must_have_the_bits_of_the_products_that_the_run_computes(
+    on_cuda, capsys, monkeypatch
+):
+    asked, seen = [], []
+
+    def build_stored(here, blocks, dtype, linear):
+        asked.append(linear)
+        return "these"
+
+    monkeypatch.setattr(exact, "build_stored", build_stored)
+    on_cuda(capsys, inside=lambda: seen.append(exact.as_stored._CHOSEN.get()))
+    assert asked == [exact.multiply] and seen == ["these"]
+    on_cuda(capsys, exact_bits=False)
+    on_cuda(capsys, attention="sdpa")
+    assert asked[1:] == [exact.in_order.product] * 2
 
 
 def test_a_torch_that_cannot_is_named(on_cuda, capsys, monkeypatch):

@@ -18,8 +18,10 @@ from noria.blocks import Block
 from noria.config import Config
 from noria.errors import require
 from noria.kernels import drawing, fp8, in_order
+from noria.kernels.as_stored import Chosen
 from noria.kernels.expert_layer import Some
-from noria.launch import launcher, mpi
+from noria.launch import few_rows, launcher, mpi
+from noria.launch.choosing import Linear
 from noria.launch.here import ThisRank
 from noria.model import ModelShape
 from noria.models import _experts, _fused
@@ -117,6 +119,21 @@ def build_decoders(here: ThisRank, names: Collection[str], dtype: str) -> None:
         return
     found = _on_first_of_nodes(here, lambda: encodings.without_kernel(names, here.device, getattr(torch, dtype)))
     here.say(*dict.fromkeys(line for lines in found for line in lines))
+
+
+def build_stored(here: ThisRank, blocks: Mapping[str, Block], dtype: str, linear: Linear) -> Chosen:
+    """Builds and tries the kernel that multiplies few rows with encoded weights as they are stored; says which are decoded for
+    them, and why. Returns those that this rank multiplies so: to the bits of `linear` of decoded numbers. Collective."""
+    if here.device.type != "cuda" or not few_rows.weights_of(blocks.values()):
+        return ()
+    began = time.perf_counter()
+    found = _on_first_of_nodes(
+        here, lambda: few_rows.chosen(blocks.values(), here.device, getattr(torch, dtype), linear)
+    )
+    its, took = found[here.rank][0], f" ({time.perf_counter() - began:.1f} s)"
+    lines = dict.fromkeys(line for _, lines in found for line in lines)
+    here.say(*lines, *[f"few rows are multiplied with encoded weights as they are stored{took}"] * bool(its))
+    return its
 
 
 def build_cache(here: ThisRank, shape: ModelShape, dtype: str) -> None:

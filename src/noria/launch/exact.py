@@ -1,7 +1,8 @@
 """The same bits in any batch, on a GPU in half precisions: products that add along their inputs in one order.
 
 Torch's own settings choose these products (cuBLASLt, no split of the inputs), and a kernel of ours computes those that
-choosing.py gives it; a check at the start is a guard, not a proof.
+choosing.py gives it; a check at the start is a guard, not a proof. Weights are multiplied as they are stored where that gives
+the same bits.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 
 from noria.blocks import Block
 from noria.config import Config
-from noria.kernels import in_order
-from noria.launch.building import build_attention, build_products, build_sampling
+from noria.kernels import as_stored, in_order
+from noria.launch.building import build_attention, build_products, build_sampling, build_stored
 from noria.launch.choosing import FEW, MANY, SOME, Linear, Product, chosen_products, differs, multiply, tensors_of
 from noria.launch.here import ThisRank
 from noria.limits import LOGITS_ROWS, padded_rows
@@ -57,7 +58,9 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             held.enter_context(in_order.products_by_kernel(chosen))
             why = differing(its, here.device, kind) or norms_differing(norms(model.blocks), here.device, kind)
             compute_logits(its, here.device, kind)
-            torch.cuda.empty_cache()  # of what was compared
+        stored = build_stored(here, model.blocks, dtype, in_order.product if why else multiply)
+        held.enter_context(as_stored.multiplied_so(stored))
+        torch.cuda.empty_cache()  # of what was compared
         said = here.comm.allgather(why)
         rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))
         if why and config.pipeline.exact_bits:
