@@ -1,6 +1,8 @@
 """Weights that few rows are multiplied with as they are stored: nothing of them is decoded that nobody asks for, and what is
 lies where the plan has room for it."""
 
+from dataclasses import replace
+
 import pytest
 import safetensors
 import torch
@@ -8,8 +10,10 @@ import torch.nn.functional as F
 
 import families
 import mixtures
-from noria import encodings
+import tiny_models
+from noria import config, encodings
 from noria.blocks import lay_out, layer_name
+from noria.checkpoint.random_weights import random_checkpoint
 from noria.engine.decoding import Decoder
 from noria.kernels import as_stored
 from noria.kernels.as_stored import StoredWeight
@@ -17,6 +21,11 @@ from noria.limits import STORED_ROWS
 from noria.model import in_products
 from noria.models._linear import linear
 from noria.pieces import Wanted
+from noria.plan import costs, planner, terms
+from noria.plan.loads import load_of
+from noria.plan.problem import Machine, Problem
+from noria.plan.rates import Rates
+from noria.plan.rounds import Workload
 from noria.step import Run
 from test_decoding_blocks import apart, encoded
 from whole import Whole, tokens_of
@@ -25,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = families.CONFIGS | mixtures.CONFIGS
 FAMILIES = [name for name in CONFIGS if name == CONFIGS[name]["model_type"]]
+DENSE = tiny_models.LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+RATES, GIB = Rates(), 1 << 30
 CPU = torch.device("cpu")
 NAME = "layers/0000"
 SHAPES = {"norm": (24,), "qkv": (48, 24), "qkv_bias": (48,), "out": (24, 16), "gate_up": (32, 24)}
@@ -129,6 +140,46 @@ def test_what_is_taken_otherwise_than_in_products_of_hidden_states_comes_as_numb
     assert names == ["qkv", "out", "gate_up", "latent"]
     assert [one.name for one in in_products(lay_out(NAME, {"up": (48, 24), "mix": (2, 8, 8)}, "bfloat16"))] == ["up"]
     assert in_products(lay_out("head", {"lm_head": (48, 24)}, "bfloat16")) == ()
+
+
+# ---- what a plan counts
+
+
+def planned(dtype="bfloat16", said=None, device="cuda", **flags):
+    """The plan of a dense model in 4 bits on a GPU, and what it has to do."""
+    form = said or {"quant_method": "int4", "group_size": 64}
+    made = random_checkpoint(DENSE | {"quantization_config": form}, dtype)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "dtype": dtype} | flags)
+    problem = Problem(
+        run, made.shape, made.blocks, dtype, 1, Machine(device, 40 * GIB, 60 * GIB), 64, Workload(64, 99, 9)
+    )
+    plan = planner.make(problem, RATES)
+    return plan, problem, load_of(plan, problem.cut(plan.laps), 0)
+
+
+def decoding(plan, problem, load, rows, rates=RATES):
+    """Seconds of a round of so many rows in one microbatch."""
+    return costs.resources(plan, problem.shape, load, rates, costs.Round(rows, 99))["decoding"]
+
+
+@pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}])
+@pytest.mark.parametrize("room", [0, 1 << 40])
+def test_rounds_of_few_rows_are_planned_without_decoding(weights, room):
+    plan, problem, _ = planned(weights=weights, groups=1, microbatches=1)
+    plan = replace(plan, decoded=False, decoding_room=room)
+    load = load_of(plan, problem.cut(plan.laps), 0)
+    assert decoding(plan, problem, load, STORED_ROWS) == 0
+    block, many = problem.blocks["layers/0000"], decoding(plan, problem, load, STORED_ROWS + 1)
+    assert many == pytest.approx(terms.decoding(2 * block.decoding_nbytes, RATES), rel=0.01)
+    assert decoding(replace(plan, dtype="float32"), problem, load, 1) == many
+    assert decoding(plan, problem, load, 1, replace(RATES, device="CPU")) > many
+
+
+def test_weights_that_no_kernel_takes_are_planned_as_before():
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
+    plan, problem, load = planned(said=said, weights={"cpu": 100}, groups=1)
+    assert load.decoded + load.decoded_again > 0 and load.dense == (0, 0)
+    assert decoding(plan, problem, load, 1) == decoding(plan, problem, load, STORED_ROWS + 1) > 0
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
     decoded = load.decoding(plan.groups, passes, read_experts, terms.stored_experts(tokens * share, dtype, rates))
+    decoded -= terms.stored_products(tokens, dtype, rates) * load.dense_decoding(plan.groups, passes)
     between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
     launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {

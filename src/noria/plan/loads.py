@@ -3,13 +3,13 @@
 Pure arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from noria.blocks import Block, layer_name
 from noria.bundle import borders_of
 from noria.limits import loaded_once
-from noria.model import ModelShape
+from noria.model import ModelShape, in_products
 from noria.plan.cut import Cut, Tasks
 from noria.plan.plan import Plan
 from noria.plan.rounds import Round
@@ -23,7 +23,8 @@ class Load:
     weights, from_disk: bytes of streamed blocks that pass the link, and of those that come from disk. travelling: bytes of a
     token that are received and sent over the link at visits, and between all layers. decoded: what a visit reads and writes to
     decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts; in_tiles:
-    of both, those of experts that are multiplied as they are stored where they have few rows.
+    of both, those of experts that are multiplied as they are stored where they have few rows; dense: those of other weights that
+    are where microbatches have.
     experts: of the bytes that pass the link and of those from disk, those of experts, which may be loaded when they are chosen;
     mixtures: streamed blocks that have any.
     """
@@ -38,6 +39,7 @@ class Load:
     in_tiles: tuple[int, int] = (0, 0)
     experts: tuple[int, int] = (0, 0)
     mixtures: int = 0
+    dense: tuple[int, int] = (0, 0)
 
     def with_chosen(self, share: float) -> "Load":
         """With this share of the experts alone."""
@@ -49,6 +51,10 @@ class Load:
         of_whole, of_parts = self.in_tiles if in_tiles else (0, 0)
         rest = (1 - read_experts) * (self.expert_decoded_again - of_parts)
         return groups * (self.decoded - of_whole) + passes * (self.decoded_again - of_parts - rest)
+
+    def dense_decoding(self, groups: int, passes: float) -> float:
+        """Of these, those that microbatches of few rows do not."""
+        return groups * self.dense[0] + passes * self.dense[1]
 
 
 def touched(shape: ModelShape, tokens: float) -> float:
@@ -80,7 +86,9 @@ def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     """What a rank has to do."""
     share, moved = cut.share(rank), weights_nbytes(plan, cut.blocks, rank)
     travelling = share.travelling if plan.activations == "cpu" else (0, 0, 0, 0)
-    load = Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, cut.blocks, rank))
+    encoded = _encoded(plan, cut.blocks, rank)
+    load = Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, encoded))
+    load = replace(load, dense=_dense(plan, cut, encoded))
     if plan.groups > 1 or not share.work.mixtures or not plan.weight_slots:
         return load
     rest = weights_nbytes(plan, cut.blocks, rank, 0.0)
@@ -89,19 +97,35 @@ def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     return replace(load, experts=(moved["link"] - rest["link"], moved["disk"] - rest["disk"]), mixtures=mixtures)
 
 
-def _decoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> tuple[int, int, int, tuple[int, int]]:
-    """Bytes that are read and written where the rank decodes blocks: whole ones once a visit, and others for each microbatch,
+def _decoded(plan: Plan, encoded: Sequence[Block]) -> tuple[int, int, int, tuple[int, int]]:
+    """Bytes that are read and written where a rank decodes these blocks: whole ones once a visit, and others for each microbatch,
     all their parameters and those in several pieces alone; of both, those that are multiplied as they are stored where they have
-    few rows. Those that were decoded while they were loaded are not decoded."""
-    tiers = plan.weight_tiers[rank]
-    names = [name for name, tier in tiers.items() if name != "embed" and not (plan.decoded and tier == "gpu")]
-    encoded = [block for name in names if (block := _held(plan, blocks[name], tiers[name])).encoded]
+    few rows."""
     parts = [block for block in encoded if block.decoded_nbytes > plan.decoding_room]
     again = sum(block.decoding_nbytes for block in parts)
     whole = sum(block.decoding_nbytes for block in encoded) - again
     experts, in_tiles = (sum(block.decoding_expert_nbytes[n] for block in parts) for n in (0, 1))
     of_whole = sum(block.decoding_expert_nbytes[1] for block in encoded) - in_tiles
     return whole, again, experts, (of_whole, in_tiles)
+
+
+def _dense(plan: Plan, cut: Cut, encoded: Sequence[Block]) -> tuple[int, int]:
+    """Of the bytes of whole blocks and of others, those of weights that are multiplied as they are stored by few rows."""
+    found = [0, 0]
+    for block in encoded:
+        name = "dense", block.name
+        if name not in cut.counted:
+            its = (one for one in in_products(block) if one.in_tiles and not one.multiplied)
+            cut.counted[name] = sum(one.computed_nbytes + one.nbytes for one in its)
+        found[block.decoded_nbytes > plan.decoding_room] += cut.counted[name]
+    return found[0], found[1]
+
+
+def _encoded(plan: Plan, blocks: Mapping[str, Block], rank: int) -> list[Block]:
+    """The rank's blocks that are decoded in rounds, as they are held: those that were decoded while they were loaded are not."""
+    tiers = plan.weight_tiers[rank]
+    names = [name for name, tier in tiers.items() if name != "embed" and not (plan.decoded and tier == "gpu")]
+    return [block for name in names if (block := _held(plan, blocks[name], tiers[name])).encoded]
 
 
 def _held(plan: Plan, block: Block, tier: str) -> Block:

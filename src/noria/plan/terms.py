@@ -4,7 +4,7 @@ What the engine reaches of a rate, and what no rate says, stands here with the m
 jobs/bench/README.md). Knows no plan and no model.
 """
 
-from noria.limits import STORED_PAIRS
+from noria.limits import STORED_PAIRS, STORED_ROWS
 from noria.plan.rates import Rates
 
 # Products within layers, in runs of seconds: steps of 16,384 tokens of Llama-8B shapes compute 11.4 us a token and 16 layers.
@@ -86,6 +86,11 @@ def decoding(nbytes: float, rates: Rates) -> float:
 def stored_experts(pairs: float, dtype: str, rates: Rates) -> bool:
     """Whether experts of so many rows each are multiplied as they are stored: that takes as long as reading them decoded."""
     return pairs <= STORED_PAIRS and dtype in HALF and rates.device != "CPU"
+
+
+def stored_products(rows: float, dtype: str, rates: Rates) -> bool:
+    """The same of other weights, by microbatches of so many rows."""
+    return rows <= STORED_ROWS and dtype in HALF and rates.device != "CPU"
 
 
 def matmul(flops: float, rows: float, dtype: str, rates: Rates, streamed: bool = False) -> float:
