@@ -77,15 +77,20 @@ def sample(weight: Parameter, device: torch.device, dtype: torch.dtype) -> tuple
     numbers = torch.empty(weight.shape, dtype=dtype, device=device)
     if not weight.in_tiles or weight.numbers >= as_stored.LARGEST:
         return None, numbers
+    pieces = random_pieces(weight, device)
+    encodings.decode(weight, pieces, {weight.name: numbers})
+    return encodings.in_tiles(weight, pieces, weight.name), numbers
+
+
+def random_pieces(weight: Parameter, device: torch.device) -> torch.Tensor:
+    """[1, bytes]: normal numbers in the weight's encoding, those of some outputs again and again."""
     kind, draw, fields = kinds.load("encodings", weight.encoding), torch.Generator(device).manual_seed(0), {}
     for number, matrix in enumerate(weight.piece.matrices):
-        inputs = matrix.stored[1]
-        some = torch.empty(min(matrix.stored[0], ENCODED), inputs, dtype=dtype, device=device)
+        outputs, inputs = matrix.stored
+        some = torch.empty(min(outputs, ENCODED), inputs, device=device)
         made = kind.encode(some.normal_(std=inputs**-0.5, generator=draw), weight.settings)
         for name, field in weight.piece.fields_of(number).items():
             again = -(-field.shape[0] // len(made[name]))
             whole = made[name].repeat(again, *[1] * (made[name].dim() - 1))[: field.shape[0]]
             fields[weight.piece.prefix(number) + name] = whole
-    pieces = encodings.packed(weight.piece, fields)[None]
-    encodings.decode(weight, pieces, {weight.name: numbers})
-    return encodings.in_tiles(weight, pieces, weight.name), numbers
+    return encodings.packed(weight.piece, fields)[None]
