@@ -5,7 +5,7 @@
 Prints a JSON line a form and shape: milliseconds by rows of the kernel (`stored`), of decoding and torch's product (`decoded`),
 of torch's product alone (`torch`), and of the kernel of fixed order (`ordered`), each behind a write of 256 MiB, so that
 nothing is left in a cache. `numbers`: of weights a second, by the kernel; `other_bits`: numbers of rows with which some are not
-those of torch's product of most rows, which is not split, as in a run. --sweep: the kernel in tiles of 32 to 128 columns, 64
+those of torch's product of most rows, which is not split, as in a run. --sweep: the kernel in tiles of 16 to 128 columns, 64
 and 128 inputs, 4 and 8 warps, 2 to 4 stages, the fastest first; so many processes compile it before.
 """
 
@@ -34,11 +34,11 @@ SHAPES = [((8192,), 8192), ((28672, 28672), 8192), ((8192,), 28672)]  # outputs 
 ROWS, SWEPT_ROWS = (1, 16, 64, 128, 256), (1, 64, 256)
 TILES = [
     ProductTile(64, columns, depth, warps, stages)
-    for columns in (32, 64, 128)
+    for columns in (16, 32, 64, 128)
     for depth in (64, 128)
     for warps in (4, 8)
     for stages in (2, 3, 4)
-    if (columns, warps) != (32, 8)
+    if columns >= 64 or (warps == 4 and depth * columns >= 2048)
 ]
 FLUSHED = 1 << 28  # bytes
 

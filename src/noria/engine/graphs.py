@@ -187,7 +187,7 @@ class Graphs:
     def _compute(self, graph: Graph, padded: Padded, layers: range) -> None:
         """The layers, from `hidden` to `after`: nothing here depends on what a step is, but for its size.
 
-        Encoded weights are decoded here too: all of them, each time.
+        Encoded weights are decoded here too, each time: those that so many rows do not take as they are stored.
         """
         self._weights.forget()
         its, part = self._microbatch(graph, padded), graph.hidden

@@ -14,7 +14,7 @@ from noria.kernels.shared_memory import shared_memory
 from noria.kernels.stored import StoredMatrices
 from noria.kernels.stored_tiles import add_product, fields_at, groups_at
 
-FEW_OUTPUTS, FEW = 4096, ProductTile(LEAST_ROWS, 32, 128, 4, 3)  # so that there are many programs
+FEW_OUTPUTS, FEW = 8192, ProductTile(LEAST_ROWS, 32, 128, 4, 3)  # so that there are many programs
 MANY = ProductTile(LEAST_ROWS, 64, 64, 4, 3)
 TILES = (FEW, MANY)
 
