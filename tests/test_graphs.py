@@ -18,6 +18,7 @@ from noria.checkpoint.convert import convert
 from noria.checkpoint.quantization import quantization
 from noria.engine.decoding import Decoder
 from noria.engine.graphs import SERVED, Graphs
+from noria.kernels import as_stored
 from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.plan import building, search
@@ -163,7 +164,24 @@ def test_graphs_decode_all_weights_that_they_need_and_steps_beside_them_their_ow
         alone(tmp_path, "graphs", step_tokens=9, microbatch_tokens=9)
         assert graphs.replays > 5
         alone(tmp_path, "plain", step_tokens=9, microbatch_tokens=9, graphs=False)
-    assert same(tmp_path, "graphs", "plain")
+        rows_of = of_stored_weights(monkeypatch)
+        alone(tmp_path, "few", step_tokens=9, microbatch_tokens=9)
+    assert same(tmp_path, "graphs", "plain") and same(tmp_path, "few", "plain")
+    assert 4 in rows_of["stored"] and max(rows_of["stored"]) == 4 and min(rows_of["decoded"]) > 4
+
+
+def of_stored_weights(monkeypatch):
+    """Up to four rows are multiplied with weights as they are stored from now on, by torch, to what they are in float64. Returns
+    how many rows there were, of such and of other products."""
+    found = {"stored": set(), "decoded": set()}
+
+    def serves(hidden, *_):
+        found["stored" if len(hidden) <= 4 else "decoded"].add(len(hidden))
+        return len(hidden) <= 4
+
+    monkeypatch.setattr(as_stored, "serves", serves)
+    monkeypatch.setattr(as_stored, "product", lambda hidden, its, _: hidden @ its.plain(hidden.dtype)[0].t())
+    return found
 
 
 def test_what_cannot_be_captured_is_said_once_and_the_run_goes_on(folder, monkeypatch, capfd):
