@@ -11,6 +11,8 @@ from noria.blocks import lay_out, layer_name
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.parameters import Undecoded, stored, views
 from noria.kernels.expert_layer import ExpertLayer
+from noria.kernels.stored import StoredMatrices
+from noria.limits import STORED_PAIRS
 from noria.models import _experts, _tiles
 from noria.pieces import Encoded, Matrix, Wanted
 from noria.step import Run
@@ -191,17 +193,33 @@ def test_of_a_block_that_is_decoded_whole_experts_are_decoded_where_they_are_ask
     assert decoded[2:] == [("experts", 3), ("experts", 3), ("experts", 1)]
 
 
-@pytest.mark.parametrize(("pairs", "tiles", "all_at_once"), [(6, True, False), (7, True, True), (1, False, True)])
-def test_on_a_gpu_experts_of_a_whole_block_are_decoded_all_at_once_unless_rows_are_few(
-    pairs, tiles, all_at_once, monkeypatch
-):
+# Six experts. Served: by kernels that take them as they are stored.
+@pytest.mark.parametrize(
+    ("pairs", "tiles", "served", "how"),
+    [
+        (6, True, False, "some"),
+        (7, True, False, "all"),
+        (1, False, True, "all"),
+        (1, True, True, "stored"),
+        (6 * STORED_PAIRS, True, True, "stored"),
+        (6 * STORED_PAIRS + 1, True, True, "all"),
+    ],
+)
+def test_on_a_gpu_few_rows_take_experts_as_they_are_stored_or_are_decoded(pairs, tiles, served, how, monkeypatch):
     held = mixture()
     monkeypatch.setattr(Decoder, "_whole", lambda decoder, block: True)
     monkeypatch.setattr(_tiles, "fits", lambda rows, layer: tiles)
+    monkeypatch.setattr(_tiles, "refuses_stored", lambda device, dtype, *kind: "" if served else "not here")
     parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
     layer = ExpertLayer(parameters["experts.gate_up"], parameters["experts.down"])
-    found = _experts._all_or_some(SimpleNamespace(is_cuda=True), torch.zeros(pairs, 1), layer)
-    assert isinstance(found.gate_up, torch.Tensor) == isinstance(found.down, torch.Tensor) == all_at_once
+    rows = SimpleNamespace(is_cuda=True, device=CPU, dtype=torch.float64)
+    found = _experts._all_or_some(rows, torch.zeros(pairs, 1), layer)
+    kind = {"some": SomePieces, "all": torch.Tensor, "stored": StoredMatrices}[how]
+    assert isinstance(found.gate_up, kind) and isinstance(found.down, kind)
+    if how == "stored":
+        every = range(6)
+        assert torch.equal(found.gate_up.plain(torch.float64), layer.gate_up.of(every))
+        assert torch.equal(found.down.plain(torch.float64), layer.down.of(every))
 
 
 def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():
