@@ -27,7 +27,8 @@ def test_the_driver_copies_runs_as_torch_copies_each():
     assert batch_copies(CudaStreams(device)._copying) is not None, "CUDA 12.8 and later have the call"
     streams, size = CudaStreams(device), 400_000
     tier = Cpu(size, streams, piece_nbytes=1 << 16)
-    tier.memory[:] = torch.from_numpy(random.integers(0, 256, size, dtype=np.uint8))
+    whole = torch.from_numpy(random.integers(0, 256, size, dtype=np.uint8))
+    tier.memory[:] = whole
     tier.register()
     for _ in range(ROUNDS):
         there, nbytes = drawn(random, size)
@@ -37,10 +38,9 @@ def test_the_driver_copies_runs_as_torch_copies_each():
         runs = TierRuns(torch.zeros(size, dtype=torch.uint8, device=device), there[:count], here, nbytes[:count])
         expected = runs.buffer.clone()
         for offset, (begin, length) in zip(runs.there, zip(runs.here, runs.nbytes, strict=True), strict=True):
-            expected[begin : begin + length] = tier.memory[offset : offset + length].to(device)
+            expected[begin : begin + length] = whole[offset : offset + length].to(device)
         tier.load(runs).event().synchronize()
         assert torch.equal(runs.buffer, expected)
-        whole = tier.memory.clone()
         for _, part in runs:
             part.add_(1)
         torch.cuda.synchronize()

@@ -80,7 +80,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(folder, how):
             parts = parts_folder(folder / f"{name}.h5")
             while stopped.poll() is None and not (parts.exists() and part_files(parts)):
                 time.sleep(0.05)
-            time.sleep(0.5)
+            time.sleep(0.1)
             assert stopped.poll() is None, "it ended before it was stopped"
             stopped.send_signal(how)
             assert stopped.wait(60) in (75, -signal.SIGKILL)

@@ -3,6 +3,7 @@
 X matrices, O outputs, I inputs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ E2M1, E4M3, HALVES, BYTES = 1, 2, 3, 4
 # What a scale is: a number; a power of two (e8m0); one in e4m3 times that of its matrix, or divided by it.
 NUMBERS, POWERS, MULTIPLIED, DIVIDED = 1, 2, 3, 4
 WHOLE_ROW = 1 << 30  # a group that is as wide as any row
+LARGEST = {E2M1: 6, E4M3: 416, HALVES: 16, BYTES: 128}  # of what codes stand for
 E2M1_NUMBERS = [sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 
 
@@ -110,16 +112,15 @@ def random(
     width, groups = -(-inputs // (2 if form.halved else 1)), -(-inputs // form.group)
     of_groups = pieces, -(-outputs // form.rows), groups
     codes = torch.randint(0, 126, (pieces, outputs, width), generator=draw).to(torch.uint8)  # 127 in e4m3 is no number
-    zeros, whole = (
-        torch.randint(0, 16, of_groups, generator=draw).to(torch.uint8),
-        torch.rand(pieces, 1, generator=draw) + 0.5,
-    )
-    if form.scales == NUMBERS:
-        scales = (torch.rand(of_groups, generator=draw) * 0.02 + 0.01).to(of_scales)
-    else:  # of e8m0 2 ** -5 and so on, of e4m3 numbers about 1
-        scales = torch.randint(*((120, 128) if form.scales == POWERS else (40, 60)), of_groups, generator=draw).to(
-            torch.uint8
-        )
+    zeros = torch.randint(0, 16, of_groups, generator=draw).to(torch.uint8)
+    whole = torch.rand(pieces, 1, generator=draw) + 0.5
+    if form.scales == NUMBERS:  # so that numbers are 0.1 to 0.3 at most, and no sum is beyond float16
+        scales = ((torch.rand(of_groups, generator=draw) * 0.2 + 0.1) / LARGEST[form.codes]).to(of_scales)
+    elif form.scales == POWERS:
+        most = 125 - math.frexp(LARGEST[form.codes])[1]
+        scales = torch.randint(most - 8, most + 2, of_groups, generator=draw).to(torch.uint8)
+    else:  # in e4m3 0.016 to 0.12
+        scales = torch.randint(8, 32, of_groups, generator=draw).to(torch.uint8)
     part = StoredPart(*(its.to(device) for its in (codes, scales, zeros, whole)))
     return StoredMatrices(form, shape, (part,))
 
