@@ -44,15 +44,16 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     cache, (received, sent) = _caches(plan, work, round), states_nbytes(load, cuts, round)
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
-    read = passes * (work.read - (1 - read_experts) * work.expert_read)
+    as_stored = terms.stored_experts(tokens * share, dtype, rates), terms.stored_products(tokens, dtype, rates)
+    read = passes * load.read(read_experts, as_stored)
     flops = 2 * round.tokens * (work.numbers - (1 - share) * work.expert_numbers)
     context = terms.own_context(round.context, round.shared)
     states = sampled * (2 * work.state - work.rings)  # they are written too
     seen = round.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
-    decoded = load.decoding(plan.groups, passes, read_experts, terms.stored_experts(tokens * share, dtype, rates))
-    decoded -= terms.stored_products(tokens, dtype, rates) * load.dense_decoding(plan.groups, passes)
+    decoded = load.decoding(plan.groups, passes, read_experts, as_stored[0])
+    decoded -= as_stored[1] * load.dense_decoding(plan.groups, passes)
     between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
     launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {
