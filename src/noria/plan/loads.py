@@ -17,7 +17,7 @@ from noria.step import PAGE_TOKENS
 
 # What products with weights as they are stored take, of what reading their numbers at a copy's rate does (one H200): experts of
 # gpt-oss-120b, DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens; 8,192 and 57,344 x 8,192, of 64 rows.
-STORED_EXPERTS, STORED_OTHERS = 0.8, 1.2
+STORED_EXPERTS, STORED_OTHERS = 0.7, 1.2
 
 
 @dataclass(frozen=True)
