@@ -4,6 +4,8 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 TIERS = ("gpu", "cpu", "disk")
 MAX_GROUPS = 8_000  # MPI promises tags up to 32767: three kinds of messages are numbered by group
 
+# Of the rows in flight, one in so many must have ended before others are admitted: on average half as many places are empty.
+GATHERED = 32
 RUN_PAGES = 4  # every run of pages of a row but its last is a multiple of it: 64 tokens, attention's key block
 BESIDE_RINGS = 128  # tokens that a chunk may take beside the rings of windows, more than it has and a ring holds
 

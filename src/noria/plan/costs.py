@@ -27,7 +27,7 @@ from noria.plan.loads import (
 )
 from noria.plan.plan import Plan
 from noria.plan.rates import Rates
-from noria.plan.rounds import Round, Rounds, Workload, decoding, rounds_of
+from noria.plan.rounds import Composing, Round, Rounds, Workload, decoding, rounds_of
 from noria.step import PAGE_TOKENS
 
 __all__ = ["Round", "Workload", "cache_nbytes", "decoding", "ring_nbytes", "touched", "weights_nbytes"]
@@ -38,7 +38,7 @@ TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> dict[str, float]:
     """Seconds of a round by term, of a rank that has this to do."""
     work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, round)
-    passes, sampled = plan.groups * cuts, round.all_rows
+    passes, sampled = plan.groups * cuts, round.sampled
     tokens = max(round.tokens / passes, 1)
     read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
     cache, (received, sent) = _caches(plan, work, round), states_nbytes(load, cuts, round)
@@ -48,7 +48,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     read = passes * load.read(read_experts, as_stored)
     flops = 2 * round.tokens * (work.numbers - (1 - share) * work.expert_numbers)
     context = terms.own_context(round.context, round.shared)
-    states = sampled * (2 * work.state - work.rings)  # they are written too
+    states = round.all_rows * (2 * work.state - work.rings)  # they are written too
     seen = round.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
@@ -72,13 +72,13 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
         if plan.graph_rows and not round.chunk_tokens
         else launched + terms.calls(plan.groups * work.layers * calls_of(plan, round), dtype, rates),
         "host": terms.host(plan.groups, sampled, _waits(plan, rates))
-        + terms.prompts(round.chunk_rows, plan.num_ranks > 1 and rates.device != "CPU"),
+        + terms.prompts(round.begun, plan.num_ranks > 1 and rates.device != "CPU"),
     }
 
 
 def _not_hidden(plan: Plan, work: Tasks, round: Round, launched: float, tokens: float) -> float:
     """What a rank's device waits for its host in a round of microbatches of so many tokens."""
-    changed = terms.changes(round.chunk_rows, round.ended)
+    changed = terms.changes(round.begun, round.ended)
     if plan.num_ranks > 1:
         return terms.steps_in_ring(plan.groups, plan.laps, work.logits > 0) + changed
     return changed + terms.shown(launched, tokens) * (round.chunk_tokens > 0)
@@ -221,9 +221,9 @@ def predict(plan: Plan, cut: Cut, rates: Rates, workload: Workload) -> dict[str,
 
     `terms`: seconds of a round by term in each phase, on the rank where it is longest. `rounds`: of each phase in the run.
     """
-    rows, ranks, rounds = rows_in_flight(plan, workload), loads(plan, cut), planned_rounds(plan, workload)
-    prefill = seconds(plan, cut, ranks, rates, rounds.prefill)
+    rows, ranks, rounds = rows_in_flight(plan, workload), loads(plan, cut), planned_rounds(plan, workload, rates.device)
     decode = mean([seconds(plan, cut, ranks, rates, round) for round in rounds.fills()])
+    prefill = of_prefill(rounds, seconds(plan, cut, ranks, rates, rounds.full), decode)
     whole = rounds.prefill_rounds * prefill.seconds + rounds.decode_rounds * decode.seconds
     return {
         "rows": rows,
@@ -245,10 +245,17 @@ def mean(rounds: Sequence[Took]) -> Took:
     return Took(sum(one.seconds for one in rounds) / len(rounds), rounds[len(rounds) // 2].binds, terms)
 
 
-def planned_rounds(plan: Plan, workload: Workload) -> Rounds:
+def of_prefill(rounds: Rounds, full: Took, decode: Took) -> Took:
+    """Of the rounds with chunks, of which some are little more than decode rounds; what binds the full ones."""
+    terms = {name: rounds.of_prefill(full.terms[name], decode.terms[name]) for name in full.terms}
+    return Took(rounds.of_prefill(full.seconds, decode.seconds), full.binds, terms)
+
+
+def planned_rounds(plan: Plan, workload: Workload, device: str) -> Rounds:
     """The rounds of a plan's run; until the first group has come to the last rank, the ring fills, a part of a round."""
     most, chunk = rows_in_flight(plan, workload), min(plan.step_tokens, plan.microbatch_tokens)
-    rounds = rounds_of(workload, most, plan.groups * plan.step_tokens, chunk)
+    composing = Composing(plan.groups, plan.composes_ahead and device != "CPU", plan.graph_rows > 0)
+    rounds = rounds_of(workload, most, plan.step_tokens, chunk, composing)
     filling = (plan.num_ranks - 1) / (plan.groups * plan.laps)
     return replace(rounds, prefill_rounds=rounds.prefill_rounds + filling)
 

@@ -100,10 +100,11 @@ class Rehearsal:
 
 def rehearsed(problem: Problem, plan: Plan, known: Rates) -> Plan:
     """The plan, with rounds as long as the dry run says; `predicted` has `rehearsed`: seconds of a round by the terms alone."""
-    planned = costs.planned_rounds(plan, problem.workload)
-    rounds = {"prefill": planned.prefill, "decode": planned.decode}
+    planned = costs.planned_rounds(plan, problem.workload, known.device)
+    rounds = {"prefill": planned.full, "decode": planned.decode}
     before = {phase: plan.predicted[phase]["round_seconds"] for phase in rounds}
     after = {phase: _round_seconds(problem, plan, known, round) for phase, round in rounds.items()}
+    after["prefill"] = planned.of_prefill(after["prefill"], after["decode"])
     return replace(plan, predicted=_predicted(plan.predicted, after) | {"rehearsed": before})
 
 

@@ -3,13 +3,13 @@
 Knows no plan, no rank and no rate.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from noria.plan.walk import Group, walked
 from noria.step import pages_for
 
-TRIES = 3  # to find how many rows decode beside chunks
-MANY = 4  # times as many rows as are in flight: from there on a slot that gets free is filled at once
 FILLS = (1 / 6, 1 / 2, 5 / 6)  # of the new tokens, that lie behind a row where a decode round is looked at
 
 
@@ -63,13 +63,15 @@ class Round:
     `context`: tokens of cache that a decoding row looks at. `chunk_context`: those that a token of a chunk looks at, on
     average. `chunk_cached`: tokens of a chunk's row that earlier steps have computed. `shared`: of the context, tokens that
     other rows of the step look at too. `lengths`: how many lengths the decoding rows have.
-    `ended`: rows that end. `reserved`: pages of all rows that are in flight (0: as many as there are).
+    `chunk_rows`: chunks; `begun`: prompts, each computed in one chunk or more. `ended`: rows that end. `reserved`: pages of all
+    rows that are in flight (0: as many as there are).
     """
 
     rows: float
     context: float
     chunk_tokens: float = 0.0
     chunk_rows: float = 0.0
+    begun: float = 0.0
     chunk_context: float = 0.0
     chunk_cached: float = 0.0
     shared: float = 0.0
@@ -83,24 +85,56 @@ class Round:
 
     @property
     def all_rows(self) -> float:
-        """Rows that take part, each of which is sampled."""
+        """Rows that take part."""
         return self.rows + self.chunk_rows
+
+    @property
+    def sampled(self) -> float:
+        return self.rows + self.begun
+
+    def with_chunks(self, times: float) -> "Round":
+        """With so many times the chunks."""
+        tokens, rows, begun = (times * number for number in (self.chunk_tokens, self.chunk_rows, self.begun))
+        return replace(self, chunk_tokens=tokens, chunk_rows=rows, begun=begun)
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """The rounds of a run: those with chunks of prompts, in which other rows decode, and those that decode alone."""
+    """The rounds of a run: those with chunks of prompts, in which other rows decode, and those that decode alone; what is in them
+    on average. small: of those with chunks, so many have a rest of prompts, and are little more than decode rounds."""
 
     prefill_rounds: float
     prefill: Round
     decode_rounds: float
     decode: Round
     new_tokens: float
+    small: float = 0.0
+
+    @property
+    def full(self) -> Round:
+        """A round with chunks, were all chunks in those that are not small."""
+        return self.prefill.with_chunks(self.prefill_rounds / (self.prefill_rounds - self.small))
+
+    def of_prefill(self, full: float, decode: float) -> float:
+        """Of all rounds with chunks on average, by what it is of full ones and of decode rounds."""
+        return full + (decode - full) * self.small / self.prefill_rounds
 
     def fills(self) -> Iterator[Round]:
         """The decode round at several fills of the cache, each for an equal part of the rounds."""
         begin = self.decode.context - self.new_tokens / 2
         return (replace(self.decode, context=begin + fill * self.new_tokens) for fill in FILLS)
+
+
+@dataclass(frozen=True)
+class Composing:
+    """How steps are composed: of how many groups, and as walk.Group says."""
+
+    groups: int = 1
+    late: bool = False
+    gathers: bool = False
+
+
+PLAIN = Composing()
 
 
 def decoding(rows: float, workload: Workload) -> Round:
@@ -109,61 +143,37 @@ def decoding(rows: float, workload: Workload) -> Round:
     return Round(rows, context, shared=workload.shared_tokens, reserved=reserved)
 
 
-def rounds_of(workload: Workload, most_rows: int, round_tokens: int, chunk: int) -> Rounds:
-    """The rounds of all rows, at most so many of them at once, with so many tokens in a round and in a chunk of one row.
+def rounds_of(workload: Workload, most_rows: int, step_tokens: int, chunk: int, composing: Composing = PLAIN) -> Rounds:
+    """The rounds of all rows, at most so many of them at once, with so many tokens in a group's step and in a chunk of one row.
 
-    What rows take that decode beside chunks, a token each, is not there for chunks.
+    All groups have as many rows as the one that has most, and all rows are as long as the mean.
     """
-    found = _rounds_of(workload, most_rows, round_tokens, round_tokens, chunk)
-    for _ in range(TRIES):
-        left = max(round_tokens - found.prefill.rows, round_tokens / 16)
-        found = _rounds_of(workload, most_rows, round_tokens, left, chunk)
-    return found
-
-
-def _rounds_of(workload: Workload, most_rows: int, round_tokens: int, left: float, chunk: int) -> Rounds:
-    """The same, where on average so many of a round's tokens are left for chunks.
-
-    Rows whose prompts are computed in the first of several rounds decode in the others, and a slot that gets free has the
-    next row at once: where a wave's prompts take K rounds, (K - 1) / K of the rows decode in each of them, half as many in
-    the first wave, which fills the slots. Where K is more than the new tokens, rows end while others begin.
-    """
-    num_rows, prompt, after = workload.num_rows, workload.computed_tokens, max(workload.new_tokens - 1, 0.0)
-    times = num_rows / most_rows
-    waves = -(-num_rows // most_rows) if times < MANY else times  # few rows of one length end together
-    rows = num_rows / waves
-    pieces = max(-(-prompt // chunk), 1.0)
-    filled = _rounds(most_rows * prompt, round_tokens, left, pieces)
-    rest = num_rows - most_rows * (num_rows // most_rows) if times < MANY else 0
-    prefills = waves * filled if not rest else (waves - 1) * filled + _rounds(rest * prompt, round_tokens, left, pieces)
-    each = prefills / waves
-    beside = min(each - 1, after)  # rounds of chunks in which a row of the first wave decodes, at most
-    first = after - after * (after + 1) / (2 * each) if each - 1 > after else beside / 2  # of the first wave
-    riding = rows * (first + (waves - 1) * beside)
-    alone = waves * max(after - beside, 0.0) + beside
-    later = max(waves * rows * after - riding, 0.0)
-    context = workload.prompt_tokens + workload.new_tokens / 2
-    begun = rows * waves / prefills
-    lengths = max(min(each, rows), 1.0) if workload.longest <= workload.pages else rows
-    early = rows * (waves - 1 + max(1 - after / each, 0.0) * (each - 1 > after))  # they end while others begin
+    num_rows, prompt, new = workload.num_rows, workload.computed_tokens, workload.new_tokens
+    after, groups = max(new - 1, 0.0), composing.groups
+    rows, most, counted = -(-num_rows // groups), -(-most_rows // groups), max(round(prompt), 1)
+    found = walked(Group(rows, most, counted, math.ceil(after), step_tokens, chunk, composing.late, composing.gathers))
+    all_rows, longer = num_rows / rows, after / max(math.ceil(after), 1)  # of what was walked
+    prefills, alone = found.prefill_rounds, found.decode_rounds * longer
+    pieces, each = found.chunks / rows, prefills * most_rows / num_rows
     shared = workload.shared_tokens
-    cached = shared + prompt * (pieces - 1) / (2 * pieces)
-    of_both = {"context": context, "shared": shared, "lengths": lengths, "reserved": rows * workload.own_pages}
+    of_both = {
+        "context": workload.prompt_tokens + new / 2,
+        "shared": shared,
+        "lengths": max(min(each, most_rows), 1.0) if workload.longest <= workload.pages else most_rows,
+        "reserved": most_rows * workload.own_pages,
+    }
     filling = Round(
-        rows=riding / prefills,
-        chunk_tokens=begun * prompt,
-        chunk_rows=begun * pieces,
+        rows=found.beside * longer * all_rows / prefills,
+        chunk_tokens=num_rows * prompt / prefills,
+        chunk_rows=found.chunks * all_rows / prefills,
+        begun=num_rows / prefills,
         chunk_context=shared + prompt / 2,
-        chunk_cached=cached,
-        ended=early / prefills,
+        chunk_cached=shared + prompt * (pieces - 1) / (2 * pieces),
+        ended=found.early * all_rows / prefills,
         **of_both,
     )
-    ended = (rows * waves - early) / alone if alone else 0.0
-    last = Round(rows=later / alone if alone else rows, ended=ended, **of_both)
-    return Rounds(prefills, filling, alone, last, workload.new_tokens)
-
-
-def _rounds(tokens: float, round_tokens: int, left: float, pieces: float) -> float:
-    """Rounds in which prompts of so many tokens are computed: whole ones, and what decoding rows push into a further one, which
-    is little more than a decode round."""
-    return max(-(-tokens // round_tokens), tokens / left, pieces, 1.0)
+    decoded, ended = found.alone * all_rows, (rows - found.early) * all_rows
+    last = Round(
+        rows=decoded / found.decode_rounds if alone else most_rows, ended=ended / alone if alone else 0.0, **of_both
+    )
+    return Rounds(prefills, filling, alone, last, new, found.small)

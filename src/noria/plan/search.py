@@ -19,13 +19,13 @@ from noria.plan.cut import Cut
 from noria.plan.plan import Plan
 from noria.plan.problem import STEP_TOKENS, Candidate, Problem
 from noria.plan.rates import Rates
-from noria.plan.rounds import MANY
 from noria.plan.shares import is_budget
 
 MICROBATCH_TOKENS = 4096
-GAIN = 1.001  # times as fast, for which a number is moved
+GAIN = 1.003  # times as fast, for which a number is moved
 SIMPLER = 0.99  # of the tokens/s: what each departure from the plain plan must at least be worth
 HALVINGS = 5  # of the part of the cache that finds room on the device
+MANY = 4  # waves
 # Whether the longest row finds room, tokens/s of the whole run less what is off for departures.
 Value = tuple[bool, float]
 

@@ -4,7 +4,7 @@ A step with prompts is not replayed as a graph, and costs a job of few rows abou
 one by one, some of them are let go first. Knows rows as numbers; nothing of pages, prompts or devices.
 """
 
-SHARE = 32  # of the rows in flight, one in so many must have ended: on average half as many places are empty
+from noria.limits import GATHERED
 
 
 class Gathering:
@@ -30,7 +30,7 @@ class Gathering:
         count = self._left[group]
         if not self._worth or count is None or prompts or not decoding:
             return True
-        if count < min(decoding // SHARE, waiting):
+        if count < min(decoding // GATHERED, waiting):
             return False
         self._left[group] = None
         return True
