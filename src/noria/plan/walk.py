@@ -12,7 +12,7 @@ from noria.limits import GATHERED
 
 NEVER = 1 << 60, 0  # a round, rows
 SMALL = 8  # one in so many of the tokens
-STEPS = 100  # are walked, before later rows are taken to go on like the last half of those that have begun
+STEPS = 60  # are walked, before later rows are taken to go on like the last half of those that have begun
 LONG = 1024  # steps of a wave that is looked at before it is over
 
 
