@@ -10,7 +10,7 @@ from noria import encodings, kinds
 from noria.blocks import lay_out, layer_name
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.parameters import Undecoded, stored, views
-from noria.kernels.expert_layer import ExpertLayer
+from noria.kernels.expert_layer import Arriving, ExpertLayer
 from noria.kernels.stored import StoredMatrices
 from noria.limits import STORED_PAIRS
 from noria.models import _experts, _tiles
@@ -220,6 +220,30 @@ def test_on_a_gpu_few_rows_take_experts_as_they_are_stored_or_are_decoded(pairs,
         every = range(6)
         assert torch.equal(found.gate_up.plain(torch.float32), layer.gate_up.of(every).float())
         assert torch.equal(found.down.plain(torch.float32), layer.down.of(every).float())
+
+
+def test_experts_that_arrive_when_they_are_chosen_are_decoded_after_they_came(monkeypatch):
+    held, expected = mixture(), mixture()
+    monkeypatch.setattr(Decoder, "_whole", lambda decoder, block: True)
+    monkeypatch.setattr(_tiles, "fits", lambda rows, layer: True)
+    monkeypatch.setattr(_tiles, "refuses_stored", lambda device, dtype, *kind: "not here")
+    there, here = (stored(one.buffer, one.block)["experts"] for one in (expected, held))
+    here.fill_(7)
+    parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
+    whole = apart(expected)
+
+    def bring(chosen):
+        wanted = chosen.unique()
+        here[wanted] = there[wanted]
+
+    rows = SimpleNamespace(is_cuda=True, device=CPU, dtype=torch.float64)
+    arriving = [Arriving(parameters[name], bring) for name in ("experts.gate_up", "experts.down")]
+    for microbatch in ([0, 1, 2], [3, 4, 5]):
+        chosen = torch.tensor(microbatch).repeat(3)[:, None]
+        found = _experts._all_or_some(rows, chosen, ExpertLayer(*arriving))
+        for matrices, name in ((found.gate_up, "experts.gate_up"), (found.down, "experts.down")):
+            its = matrices[microbatch] if isinstance(matrices, torch.Tensor) else matrices.of(microbatch)
+            assert torch.equal(its, whole[name][microbatch]), (microbatch, name)
 
 
 def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():

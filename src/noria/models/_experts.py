@@ -215,17 +215,18 @@ def mixture_of_weighted(
 
 def _all_or_some(hidden: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) -> ExpertLayer[Any]:
     """Matrices that are decoded where they are chosen: on a GPU as they are stored, where an expert has few rows and kernels
-    take them so; else all at once where there is room, unless rows are few."""
+    take them so; else all at once where all are there and find room, unless rows are few."""
+    arriving = isinstance(layer.gate_up, Arriving)
+    if arriving:
+        layer.gate_up.bring(chosen)
+        layer = replace(layer, gate_up=layer.gate_up.there, down=layer.down.there)
     its = layer.gate_up
-    if isinstance(its, Arriving):
-        its.bring(chosen)
-        return _all_or_some(hidden, chosen, replace(layer, gate_up=its.there, down=layer.down.there))
     if isinstance(its, torch.Tensor) or not hidden.is_cuda:
         return layer
     fits = _tiles.fits(hidden, layer)
     if fits and (stored := _tiles.stored(hidden, chosen, layer)):
         return stored
-    if its.most < len(its) or (fits and chosen.numel() <= len(its)):
+    if arriving or its.most < len(its) or (fits and chosen.numel() <= len(its)):
         return layer
     every = range(len(its))
     return ExpertLayer(its.of(every), layer.down.of(every), layer.gate, layer.biases)
