@@ -8,6 +8,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,11 @@ import tiny_models
 import world
 from mpirun import describe
 from noria.__main__ import main
+from noria.batch_copies import CopyRuns
 from noria.checkpoint.convert import convert
 from noria.engine import trace as tracing
 from noria.engine.trace import Trace
-from noria.streams import streams_of
+from noria.streams import CpuStreams, streams_of
 from noria.tools.trace_file import TraceFile
 
 LAYERS, ROUNDS, GROUPS, MICROBATCHES = 6, 4, 2, 2
@@ -254,6 +256,34 @@ def test_copies_carry_the_label_of_their_buffer():
         ("store", "block", {"layer": 3, "bytes": 8}),
     ]
     assert buffer.tolist() == [1.0] * 4 + [0.0] * 4
+
+
+def test_runs_that_are_copied_by_one_call_are_looked_at_one_by_one_for_a_trace_alone():
+    class OnceThrough(CpuStreams):
+        def copy(self, lane, runs, after=()):  # as on a GPU, where one call copies all
+            begin = self._begin()
+            self._end(lane, runs, begin)
+
+    class Runs(CopyRuns):
+        def __iter__(self):
+            looked.append(len(self))
+            return super().__iter__()
+
+    class Watch:
+        watches = True
+
+        def copied(self, lane, begin, end):
+            watched.append((lane, list(looked)))
+
+    looked, watched, seen = [], [], []
+    streams, (to, at, nbytes) = OnceThrough(torch.device("cpu")), (np.array(its) for its in ((0, 4), (2, 5), (1, 3)))
+    runs = Runs(torch.zeros(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8), to, at, nbytes)
+    streams.watch = Watch()
+    streams.copy("load", runs)
+    assert watched == [("load", [])] and not looked
+    streams.observe = lambda lane, name, args, nbytes, begin, end: seen.append((lane, nbytes))
+    streams.copy("load", runs)
+    assert seen == [("load", 4)] and watched[1:] == [("load", [])] and looked == [2]
 
 
 def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -116,12 +116,12 @@ class Observed:
         """The copies are queued; called on their stream."""
         if begin is None or not copies:
             return
-        pairs = list(copies)
         end = self.mark()
         if self.watch is not None:
             self.watch.copied(lane, begin, end)
         if self.observe is None:
             return
+        pairs = list(copies)
         buffer = pairs[0][0 if lane == "load" else 1].untyped_storage().data_ptr()
         name, args = (self._labels or {}).get(buffer, (lane, {}))
         self.observe(lane, name, args, sum(source.nbytes for _, source in pairs), begin, end)
