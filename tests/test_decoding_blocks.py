@@ -1,12 +1,13 @@
 """Blocks that are decoded whole or a part at a time: the same numbers, no more memory than planned, no expert unasked."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from noria import encodings, kinds
+from noria import encodings, kinds, run
 from noria.blocks import lay_out, layer_name
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.parameters import Undecoded, stored, views
@@ -15,6 +16,7 @@ from noria.kernels.stored import StoredMatrices
 from noria.limits import STORED_PAIRS
 from noria.models import _experts, _tiles
 from noria.pieces import Encoded, Matrix, Wanted
+from noria.plan.plan import Plan
 from noria.step import Run
 from test_models import CONFIGS, FAMILIES, Whole, random_model, tokens_of
 
@@ -244,6 +246,15 @@ def test_experts_that_arrive_when_they_are_chosen_are_decoded_after_they_came(mo
         for matrices, name in ((found.gate_up, "experts.gate_up"), (found.down, "experts.down")):
             its = matrices[microbatch] if isinstance(matrices, torch.Tensor) else matrices.of(microbatch)
             assert torch.equal(its, whole[name][microbatch]), (microbatch, name)
+
+
+def test_kernels_for_weights_as_they_are_stored_are_for_blocks_that_are_not_decoded_as_they_load():
+    tiers = {"layers/0000": "gpu", "layers/0001": "gpu"}, {"layers/0002": "gpu", "layers/0003": "cpu"}
+    model = SimpleNamespace(blocks={name: object() for its in tiers for name in its})
+    for decoded, names in ((False, [*model.blocks]), (True, ["layers/0003"])):
+        plan = SimpleNamespace(decoded=decoded, weight_tiers=tiers)
+        plan.decodes_later = partial(Plan.decodes_later, plan)
+        assert [*run._held_encoded(plan, model)] == names
 
 
 def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():

@@ -138,6 +138,9 @@ def test_a_check_without_memory_is_no_proof():
     )
 
 
+HELD = {"layers/0000": Opened.blocks["layers/0000"]}  # as it is stored while the run computes
+
+
 @pytest.fixture
 def on_cuda(monkeypatch, library):
     """exact_bits as on a GPU whose attention goes by this kind and whose products are these; returns (attributes, said)."""
@@ -156,7 +159,7 @@ def on_cuda(monkeypatch, library):
         streams = streams_of(CPU)
         streams.device = torch.device("cuda", 0)
         here = ThisRank(Solo(), Location("host", 0, 1), streams)
-        with exact.exact_bits(config.load(None, RUN | keys), here, Opened, dtype) as attributes:
+        with exact.exact_bits(config.load(None, RUN | keys), here, Opened, dtype, HELD) as attributes:
             split_k = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction_split_k
             inside()
         return attributes, split_k, capsys.readouterr().err
@@ -189,6 +192,7 @@ def test_weights_as_they_are_stored_must_have_the_bits_of_the_products_that_the_
     asked, seen = [], []
 
     def build_stored(here, blocks, dtype, linear):
+        assert blocks is HELD
         asked.append(linear)
         return "these"
 

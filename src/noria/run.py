@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from noria import transports
+from noria.blocks import Block
 from noria.communicator import Communicator
 from noria.config import Config
 from noria.desk.desk import Desk
@@ -126,7 +127,7 @@ def _generate(
             on_error.callback(ring.abandon)
             ring.watch(lambda rank, seconds: watchdog.miss(rank, hosts[rank], plan.stage_words(rank), seconds), SILENCE)
             watchdog.begin("building its kernels")
-            with exact_bits(config, here, model, plan.dtype) as exact:
+            with exact_bits(config, here, model, plan.dtype, _held_encoded(plan, model)) as exact:
                 executor = _build(config, here, plan, model, ring, meters, watchdog)
                 timing = _execute(here, executor, ring, desk, stopping, watchdog, adapting(config, plan, here.say))
             ran |= exact
@@ -176,7 +177,7 @@ def _build(
 ) -> Executor:
     """This rank's engine around its weights. Raises InputError, on every rank, if those of one are damaged."""
     encoded = {one.encoding for block in model.blocks.values() for one in block.encoded}
-    blocks = [block.cast(plan.dtype) for block in model.blocks.values()]
+    blocks = [block.cast(plan.dtype) for block in _held_encoded(plan, model).values()]
     building.build_mixtures(here, model.shape, plan.dtype, lambda: samples(blocks, here.device))
     building.build_fused(here, model.shape, plan.dtype)
     building.build_cache(here, model.shape, plan.dtype)
@@ -191,6 +192,11 @@ def _build(
         lambda said: watchdog.end(said, 2),
     )
     return build(plan, model.shape, weights, ring, here.streams, meters, scratch)
+
+
+def _held_encoded(plan: Plan, model: OpenModel) -> dict[str, Block]:
+    """The blocks whose encoded weights are as they are stored while ranks compute."""
+    return {name: block for name, block in model.blocks.items() if plan.decodes_later(name)}
 
 
 @set_aside()

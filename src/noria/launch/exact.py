@@ -30,14 +30,17 @@ YES = "yes"
 
 
 @contextlib.contextmanager
-def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> Iterator[dict[str, str]]:
+def exact_bits(
+    config: Config, here: ThisRank, model: OpenModel, dtype: str, held: Mapping[str, Block]
+) -> Iterator[dict[str, str]]:
     """Makes what is computed inside independent of what stands beside it in a batch, where the device can, and builds attention.
 
+    held: the blocks whose encoded weights are as they are stored while the run computes.
     Yields the attribute that says so, `yes` or `no: ` and why; none on a CPU and in full precisions. Collective.
     """
     name, kind = build_attention(config, here, model.shape, dtype), getattr(torch, dtype)
     undrawn, multiplied = build_sampling(here, model.shape, dtype), build_products(here, dtype)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as inside:
         if here.device.type != "cuda" or kind not in REDUCTIONS:
             yield {}
             return
@@ -50,16 +53,16 @@ def exact_bits(config: Config, here: ThisRank, model: OpenModel, dtype: str) -> 
             why = "tokens are drawn by torch"
         elif model.shape.mixture_size and (multiplied or _tiles.refuses(here.device, kind)):
             why = "the products of a mixture's experts"
-        elif not held.enter_context(products_in_one_order(kind)):
+        elif not inside.enter_context(products_in_one_order(kind)):
             why = f"torch {torch.__version__} cannot keep products from being split"
         else:
             its = products(model.blocks)
             chosen = {} if multiplied else chosen_products(its, here.device, kind)
-            held.enter_context(in_order.products_by_kernel(chosen))
+            inside.enter_context(in_order.products_by_kernel(chosen))
             why = differing(its, here.device, kind) or norms_differing(norms(model.blocks), here.device, kind)
             compute_logits(its, here.device, kind)
-        stored = build_stored(here, model.blocks, dtype, in_order.product if why else multiply)
-        held.enter_context(as_stored.multiplied_so(stored))
+        stored = build_stored(here, held, dtype, in_order.product if why else multiply)
+        inside.enter_context(as_stored.multiplied_so(stored))
         torch.cuda.empty_cache()  # of what was compared
         said = here.comm.allgather(why)
         rank, why = next(((rank, one) for rank, one in enumerate(said) if one), (0, ""))

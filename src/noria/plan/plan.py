@@ -106,6 +106,10 @@ class Plan(Choices):
         """Whether a row of so many pages finds room: all of them are in one tier."""
         return self.most_pages >= pages
 
+    def decodes_later(self, name: str) -> bool:
+        """Whether some rank has this block as it is stored when it computes: weights of others are decoded as they load."""
+        return not self.decoded or any(its.get(name, "gpu") != "gpu" for its in self.weight_tiers)
+
     @property
     def composes_ahead(self) -> bool:
         """Whether one GPU may compute a step while rank 0 takes in what the one before gave (engine/ahead.py)."""

@@ -84,7 +84,7 @@ def decoding(nbytes: float, rates: Rates) -> float:
 
 
 def stored_experts(pairs: float, dtype: str, rates: Rates) -> bool:
-    """Whether experts of so many rows each are multiplied as they are stored: that takes as long as reading them decoded."""
+    """Whether experts of so many rows each are multiplied as they are stored."""
     return pairs <= STORED_PAIRS and dtype in HALF and rates.device != "CPU"
 
 
