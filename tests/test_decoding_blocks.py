@@ -11,10 +11,11 @@ from noria import encodings, kinds, run
 from noria.blocks import lay_out, layer_name
 from noria.engine.decoding import Decoder, Decoding, SomePieces
 from noria.engine.parameters import Undecoded, stored, views
-from noria.kernels.expert_layer import Arriving, ExpertLayer
+from noria.kernels.expert_layer import Arriving, ExpertLayer, Gate
 from noria.kernels.stored import StoredMatrices
 from noria.limits import STORED_PAIRS
 from noria.models import _experts, _tiles
+from noria.models._experts import SWIGLU
 from noria.pieces import Encoded, Matrix, Wanted
 from noria.plan.plan import Plan
 from noria.step import Run
@@ -255,6 +256,34 @@ def test_kernels_for_weights_as_they_are_stored_are_for_blocks_that_are_not_deco
         plan = SimpleNamespace(decoded=decoded, weight_tiers=tiers)
         plan.decodes_later = partial(Plan.decodes_later, plan)
         assert [*run._held_encoded(plan, model)] == names
+
+
+def test_gates_and_ups_that_are_cut_in_another_way_are_decoded(monkeypatch):
+    monkeypatch.setattr(_tiles, "refuses_stored", lambda device, dtype, *kind: "")
+    held, rows = mixture(), torch.zeros(2, 8)
+    parameters = Decoder(held.block.decoded_nbytes, CPU).parameters("layers/0000", held)
+    gate_up, down = (parameters[f"experts.{name}"] for name in ("gate_up", "down"))
+    its, others = gate_up.stored, down.stored
+    for parts, of_down, gate, served in (
+        (its.parts, others.parts, SWIGLU, True),
+        (its.parts[:1], others.parts, Gate(alternating=True), True),
+        (its.parts, others.parts, Gate(alternating=True), False),
+        ((*its.parts, its.parts[0]), others.parts, SWIGLU, False),
+        ((its.parts[0], replace(its.parts[1], codes=its.parts[1].codes[:, :3])), others.parts, SWIGLU, False),
+        (its.parts, others.parts * 2, SWIGLU, False),
+    ):
+        layer = ExpertLayer(Six(replace(its, parts=parts)), Six(replace(others, parts=of_down)), gate)
+        assert (_tiles.stored(rows, torch.zeros(2, 1), layer) is not None) == served
+
+
+class Six:
+    """Matrices of which nothing is asked but how they are stored."""
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def __len__(self):
+        return 6
 
 
 def test_a_block_is_decoded_in_the_room_that_its_largest_part_needs_or_in_what_there_is():

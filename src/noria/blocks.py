@@ -64,7 +64,8 @@ class Parameter:
     @property
     def in_tiles(self) -> bool:
         """Whether kernels multiply it as it is stored, where rows are few: programs decode their own tiles."""
-        return self.encoding in IN_TILES and not self.settings.get("permuted", False)
+        whole = self.settings.get("group_size", -1).bit_count() == 1  # of -1 too
+        return self.encoding in IN_TILES and whole and not self.settings.get("permuted", False)
 
     @property
     def may_be_coded(self) -> bool:
@@ -185,8 +186,7 @@ class Block:
     @cached_property
     def _largest_part(self) -> int:
         """Bytes of the largest parameter, or piece of one, that is decoded at a time."""
-        ends = (end_of(one.decoded(1 if one.pieces > 1 else None)) for one in self.encoded)
-        return round_up(max(ends, default=0))
+        return round_up(max((end_of(one.decoded(1 if one.pieces > 1 else None)) for one in self.encoded), default=0))
 
     @cached_property
     def decoding_nbytes(self) -> int:

@@ -44,7 +44,7 @@ def chosen(
     found: set[tuple[Kind, bool]] = set()
     lines: dict[str, None] = {}
     for weight, has_bias in weights_of(blocks):
-        stored, why = None, "no kernel takes such groups of inputs"
+        stored, why = None, "no kernel takes such groups of inputs, or so many numbers"
         try:
             stored, numbers = sample(weight, device, dtype)
             if stored is not None:

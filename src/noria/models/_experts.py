@@ -111,7 +111,7 @@ def build(
 ) -> str:
     """Builds the kernels that a family's mixtures launch here; why torch computes them, empty if it does not.
 
-    encoded: matrices of gates and ups and of downs, few of them, as the model has them where it has encoded ones alone.
+    encoded: matrices of gates and ups and of downs, few of them, of each kind that the model has encoded.
     """
     why, its = _tiles.refuses(device, dtype), shape.details.get("experts")
     if not why and isinstance(its, Experts):
@@ -120,7 +120,7 @@ def build(
         piece, chosen = zeros((1, 3 * inner, hidden)), zeros((1, its.routing.chosen)).long()
         biases = (zeros((2, 2 * inner)), zeros((2, hidden))) if its.biased else None
         plain: tuple[Any, Any] = piece[:, : 2 * inner], piece[:, 2 * inner :].transpose(1, 2)
-        for gate_up, down in encoded or (plain,):
+        for gate_up, down in (plain, *encoded):
             layer = ExpertLayer(gate_up, down, its.gate, biases)
             _tiles.build(zeros((1, hidden)), chosen, layer, its.number)
         _routing.choose(its.routing, zeros((1, its.number)), zeros(its.number) if its.corrected else None)

@@ -74,13 +74,17 @@ def stored(rows: torch.Tensor, chosen: torch.Tensor, layer: ExpertLayer[Any]) ->
     if chosen.numel() > STORED_PAIRS * len(layer.gate_up):
         return None
     gate_up, down = layer.gate_up.stored, layer.down.stored
-    if (
-        gate_up is None
-        or down is None
-        or any(refuses_stored(rows.device, rows.dtype, *its.kind) for its in (gate_up, down))
-    ):
+    if gate_up is None or down is None or not _halves(gate_up, layer.gate.alternating) or len(down.parts) > 1:
+        return None
+    if any(refuses_stored(rows.device, rows.dtype, *its.kind) for its in (gate_up, down)):
         return None
     return ExpertLayer(gate_up, down, layer.gate, layer.biases)
+
+
+def _halves(gate_up: StoredMatrices, alternating: bool) -> bool:
+    """Whether gates and ups are one matrix, or one each."""
+    outputs = [part.codes.shape[1] for part in gate_up.parts]
+    return len(outputs) == 1 or (len(outputs) == 2 and outputs[0] == outputs[1] and not alternating)
 
 
 @lru_cache
