@@ -4,6 +4,7 @@ import torch
 
 from noria import encodings, kinds
 from noria.blocks import Parameter
+from noria.kernels.as_stored import StoredWeight
 from noria.pieces import Matrix
 from stored_cases import FORMS
 
@@ -27,3 +28,10 @@ def made(name, parts, inputs, rows, dtype, device="cpu"):
     encodings.decode(its, pieces, {"weight": decoded})
     hidden, bias = torch.randn(rows, inputs, generator=draw), torch.randn(sum(parts), generator=draw)
     return hidden.to(device, dtype), encodings.in_tiles(its, pieces, "weight"), decoded, bias.to(device, dtype)
+
+
+def numbers_of(value):
+    """All numbers of what a layer computes with: a tensor, a weight that may come as it is stored, or pieces."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return value.decoded() if isinstance(value, StoredWeight) else value.of(range(len(value)))

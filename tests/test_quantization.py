@@ -26,6 +26,7 @@ from noria.launch.mpi import Solo
 from noria.output.generations import open_generations
 from noria.pieces import Matrix
 from noria.run import run
+from stored_weights import numbers_of
 
 CPU = torch.device("cpu")
 # The least that a weight may lose: relative Frobenius error of normal numbers, as in the literature on each form.
@@ -52,9 +53,7 @@ def tensors_of(path):
             held = Undecoded(block, buffer)
             its = Decoder(block.decoded_nbytes, CPU).parameters(name, held)
             for key, value in its.items():
-                found[f"{name}/{key}"] = (
-                    value if isinstance(value, torch.Tensor) else value.of(range(len(value)))
-                ).clone()
+                found[f"{name}/{key}"] = numbers_of(value).clone()
         return found
 
 
@@ -190,7 +189,7 @@ def test_random_weights_are_encoded_as_the_config_says(said, encoding):
         encodings.check_block(block, content[0], "random")
         its = Decoder(block.decoded_nbytes, CPU).parameters("layers/0001", Undecoded(block, content[0]))
         for key in (key for one in block.encoded for key in one.computed):
-            value = its[key] if isinstance(its[key], torch.Tensor) else its[key].of(range(8))
+            value = numbers_of(its[key])
             assert 0.015 < value.float().std() < 0.025 and abs(value.float().mean()) < 0.002, key
 
 
@@ -330,7 +329,8 @@ def test_large_random_matrices_are_repetitions_of_some_outputs(monkeypatch):
     buffer = torch.empty(block.nbytes, dtype=torch.uint8)
     checkpoint.read_block("layers/0000", buffer.numpy())
     its = Decoder(block.decoded_nbytes, CPU).parameters("layers/0000", Undecoded(block, buffer))
-    assert torch.equal(its["gate_up"][:32], its["gate_up"][32:64]) and its["gate_up"].std() > 0.015
+    gate_up = numbers_of(its["gate_up"])
+    assert torch.equal(gate_up[:32], gate_up[32:64]) and gate_up.std() > 0.015
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from noria.kernels.as_stored import Kind
 from noria.kernels.stored import StoredMatrices
 from noria.kernels.trying import tried
 from noria.launch.choosing import FEW, MANY, Linear
-from noria.limits import STORED_ROWS
+from noria.limits import IN_TILES, STORED_ROWS
 from noria.model import in_products
 
 SOME = 16  # rows that are compared too
@@ -23,12 +23,12 @@ ENCODED = 128  # outputs that are encoded, and repeated
 
 
 def weights_of(blocks: Iterable[Block]) -> list[tuple[Parameter, bool]]:
-    """The different encoded weights of layers, and whether products with them have a bias."""
+    """The different encoded weights of layers, but for encodings without tiles; and whether products with them have a bias."""
     found: dict[object, tuple[Parameter, bool]] = {}
     for block in blocks:
         names = {one.name for one in block.parameters}
         for one in in_products(block):
-            if not one.plain and not one.multiplied:
+            if one.encoding in IN_TILES and not one.multiplied:
                 has_bias = f"{one.name}_bias" in names
                 found[one.encoding, str(one.settings), one.piece, has_bias] = one, has_bias
     return list(found.values())
@@ -41,8 +41,7 @@ def chosen(
 
     linear: the product whose bits of so many rows it must have.
     """
-    found: set[tuple[Kind, bool]] = set()
-    lines: dict[str, None] = {}
+    found, lines = set[tuple[Kind, bool]](), list[str]()
     for weight, has_bias in weights_of(blocks):
         stored, why = None, "no kernel takes such groups of inputs, or so many numbers"
         try:
@@ -52,12 +51,12 @@ def chosen(
         except torch.OutOfMemoryError:
             why = f"no memory to try it with {weight.shape[0]:,} x {weight.shape[1]:,}"
         if why:
-            lines[f"{weight.encoding} is decoded for products of few rows too, slower than as it is stored: {why}"] = (
-                None
+            lines.append(
+                f"{weight.encoding} is decoded for products of few rows too, slower than as it is stored: {why}"
             )
         elif stored is not None:
             found.add((as_stored.kind_of(stored), has_bias))
-    return frozenset(found), list(lines)
+    return frozenset(found), [*dict.fromkeys(lines)]
 
 
 def wrong(stored: StoredMatrices, numbers: torch.Tensor, has_bias: bool, linear: Linear, rows: int) -> str:
@@ -74,10 +73,9 @@ def wrong(stored: StoredMatrices, numbers: torch.Tensor, has_bias: bool, linear:
 
 def sample(weight: Parameter, device: torch.device, dtype: torch.dtype) -> tuple[StoredMatrices | None, torch.Tensor]:
     """Random numbers as this weight stores them, for kernels (None: those cannot), and decoded [O, I]."""
-    numbers = torch.empty(weight.shape, dtype=dtype, device=device)
     if not weight.in_tiles or weight.numbers >= as_stored.LARGEST:
-        return None, numbers
-    pieces = random_pieces(weight, device)
+        return None, torch.empty(0)
+    numbers, pieces = torch.empty(weight.shape, dtype=dtype, device=device), random_pieces(weight, device)
     encodings.decode(weight, pieces, {weight.name: numbers})
     return encodings.in_tiles(weight, pieces, weight.name), numbers
 
