@@ -13,7 +13,7 @@ from noria.kernels.rounded import FORMS
 from noria.kernels.work import KEY_BLOCK
 
 BLOCK, KEY_SCALED = tl.constexpr(KEY_BLOCK), tl.constexpr(KEY_GROUP)
-MIDDLE = tl.constexpr(2.0**23 + 128)  # of codes of 8 bits, as `_above` gives them
+MIDDLE = tl.constexpr(2.0**23 + 128)  # of codes of 8 bits, as `above` gives them
 INT4, INT8, FP8 = tl.constexpr(FORMS["int4"]), tl.constexpr(FORMS["int8"]), tl.constexpr(FORMS["fp8_block"])
 
 
@@ -50,7 +50,7 @@ def _spread(of_groups, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _above(code):
+def above(code):
     """2 ** 23 and a code, in float32: its bits are the code's, where a conversion would take several times as long."""
     return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
 
@@ -59,7 +59,7 @@ def _above(code):
 def _nibbles(words, zero, FIRST: tl.constexpr, STEP: tl.constexpr):
     """Codes of 4 bits less their zeros: of words [N, M] of eight, those from the FIRST on, STEP apart, one after another."""
     if STEP == 8:
-        found = _above((words >> (4 * FIRST)) & 15) - zero
+        found = above((words >> (4 * FIRST)) & 15) - zero
     else:
         found = tl.interleave(_nibbles(words, zero, FIRST, 2 * STEP), _nibbles(words, zero, FIRST + STEP, 2 * STEP))
     return found
@@ -115,11 +115,11 @@ def decoded(
     scale = _spread(groups[0], PAD)
     if FORM == INT4:
         words = of_codes.to(tl.pointer_type(tl.uint32)) + row * (ROW // 4) + column
-        zero = _spread(_above(groups[1]), PAD // LOADED)
+        zero = _spread(above(groups[1]), PAD // LOADED)
         numbers = _scaled(_nibbles(_held(words, inside, column, D // LOADED, MASKED), zero, 0, 1), scale, KIND)
     elif FORM == INT8:
         code = _held(of_codes + row * ROW + column, inside, column, D, MASKED)
-        numbers = _scaled(_above(code) - MIDDLE, scale, KIND)
+        numbers = _scaled(above(code) - MIDDLE, scale, KIND)
     else:
         code = _held(of_codes + row * ROW + column, inside, column, D, MASKED)
         numbers = _scaled(code.to(tl.float8e4nv, bitcast=True).to(tl.float32), e8m0(scale), KIND)

@@ -12,7 +12,7 @@ import triton.language as tl
 from noria.kernels.products import LEAST_ROWS, ProductTile, fitted
 from noria.kernels.shared_memory import shared_memory
 from noria.kernels.stored import StoredMatrices
-from noria.kernels.stored_tiles import add_product, fields_at, groups_at
+from noria.kernels.stored_tiles import fields_at, summed
 
 FEW_OUTPUTS, FEW = 8192, ProductTile(LEAST_ROWS, 32, 128, 4, 3)  # so that there are many programs
 MANY = ProductTile(LEAST_ROWS, 64, 64, 4, 3)
@@ -45,16 +45,7 @@ def multiply_stored(
     there = tl.where(n < count, n, 0)
     given = hidden + row.to(tl.int64)[:, None] * hidden_row + k[None, :]
     fields = fields_at(codes, scales, zeros, of_matrices, 1, there, (codes_at, scales_at, zeros_at, of_at), SCALES)
-    scale, zero = groups_at(fields, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in tl.range(0, INPUTS // DEPTH * DEPTH, DEPTH):
-        x = tl.load(given + at, mask=valid[:, None], other=0.0)
-        sums = add_product(sums, x, fields, scale, zero, at, WIDTH, CODES, SCALES, ZEROED, False)
-        scale, zero = groups_at(fields, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-    if INPUTS % DEPTH != 0:
-        last: tl.constexpr = INPUTS // DEPTH * DEPTH
-        x = tl.load(given + last, mask=valid[:, None] & (last + k < INPUTS)[None, :], other=0.0)
-        sums = add_product(sums, x, fields, scale, zero, last, WIDTH, CODES, SCALES, ZEROED, True)
+    sums = summed(given, valid, fields, INPUTS, WIDTH, GROUPS, CODES, SCALES, GROUP, OF_ROWS, ZEROED, DEPTH)
     if HAS_BIAS:
         sums += tl.load(bias + before + there).to(tl.float32)[None, :]
     to = product + row.to(tl.int64)[:, None] * outputs + (before + n)[None, :]

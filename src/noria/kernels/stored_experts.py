@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from noria.kernels.experts import LISTS, activated, tile_of
-from noria.kernels.stored_tiles import add_product, fields_at, groups_at
+from noria.kernels.stored_tiles import add_product, fields_at, groups_at, summed
 
 
 @triton.jit(do_not_specialize_on_alignment=LISTS)
@@ -79,16 +79,7 @@ def second_stored(
         there = n if E % COLUMNS == 0 else tl.where(n < E, n, 0)
         steps = (codes_step, scales_step, zeros_step, of_step)
         its = fields_at(downs, down_scales, down_zeros, of_downs, place, there, steps, SCALES)
-        scale, zero = groups_at(its, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-        total = tl.zeros((TILE, COLUMNS), tl.float32)
-        for at in tl.range(0, INNER // DEPTH * DEPTH, DEPTH):
-            x = tl.load(given + at, mask=valid[:, None], other=0.0)
-            total = add_product(total, x, its, scale, zero, at, WIDTH, CODES, SCALES, ZEROED, False)
-            scale, zero = groups_at(its, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
-        if INNER % DEPTH != 0:
-            last: tl.constexpr = INNER // DEPTH * DEPTH
-            x = tl.load(given + last, mask=valid[:, None] & (last + k < INNER)[None, :], other=0.0)
-            total = add_product(total, x, its, scale, zero, last, WIDTH, CODES, SCALES, ZEROED, True)
+        total = summed(given, valid, its, INNER, WIDTH, GROUPS, CODES, SCALES, GROUP, OF_ROWS, ZEROED, DEPTH)
         if BIASED:
             total += tl.load(biases + place * E + there).to(tl.float32)[None, :]
         to = products + pair[:, None] * E + n[None, :]

@@ -10,6 +10,7 @@ import triton.language as tl
 from noria.kernels import stored
 from noria.kernels.decode_e2m1 import e2m1
 from noria.kernels.decode_fp8 import e4m3, e8m0
+from noria.kernels.decode_tiles import above
 
 E2M1, E4M3, HALVES = tl.constexpr(stored.E2M1), tl.constexpr(stored.E4M3), tl.constexpr(stored.HALVES)
 POWERS, MULTIPLIED, DIVIDED = (tl.constexpr(its) for its in (stored.POWERS, stored.MULTIPLIED, stored.DIVIDED))
@@ -45,12 +46,6 @@ HALVES_PAIRS = tl.constexpr("""{
     shr.u32 x, b, 4;
     lop3.b32 $3, x, 0x000F000F, 0x43004300, 0xEA;
 }""")
-
-
-@triton.jit
-def _above(code):
-    """2 ** 23 and a code, in float32: its bits are the code's, where a conversion would take several times as long."""
-    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,6 +88,27 @@ def add_product(
 
 
 @triton.jit
+def summed(
+    given, valid, fields, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, CODES: tl.constexpr,
+    SCALES: tl.constexpr, GROUP: tl.constexpr, OF_ROWS: tl.constexpr, ZEROED: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """[M, N] in float32: the rows at `given` [M, DEPTH], the `valid` [M] of them, times the N rows of a matrix, along all inputs;
+    scales are loaded a block ahead."""
+    k = tl.arange(0, DEPTH)
+    scale, zero = groups_at(fields, 0, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+    total = tl.zeros((valid.shape[0], fields[4].shape[0]), tl.float32)
+    for at in tl.range(0, INPUTS // DEPTH * DEPTH, DEPTH):
+        x = tl.load(given + at, mask=valid[:, None], other=0.0)
+        total = add_product(total, x, fields, scale, zero, at, WIDTH, CODES, SCALES, ZEROED, False)
+        scale, zero = groups_at(fields, at + DEPTH, GROUPS, GROUP, OF_ROWS, ZEROED, DEPTH)
+    if INPUTS % DEPTH != 0:
+        last: tl.constexpr = INPUTS // DEPTH * DEPTH
+        x = tl.load(given + last, mask=valid[:, None] & (last + k < INPUTS)[None, :], other=0.0)
+        total = add_product(total, x, fields, scale, zero, last, WIDTH, CODES, SCALES, ZEROED, True)
+    return total
+
+
+@triton.jit
 def _scale(scale, of_matrix, SCALES: tl.constexpr):
     """Scales [N, G] as they are stored, in float32."""
     if SCALES == POWERS:
@@ -114,7 +130,7 @@ def _numbers(code, zero, CODES: tl.constexpr):
     elif CODES == E4M3:
         number = e4m3(code) if INTERPRETED else code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        number = _above(code) - zero[:, :, None]
+        number = above(code) - zero[:, :, None]
     return number
 
 
@@ -139,17 +155,14 @@ def _scaled(code, zero, scale, CODES: tl.constexpr, EXACT: tl.constexpr, KIND: t
 @triton.jit
 def _pairs(code, zero, scale, CODES: tl.constexpr):
     """The same of both codes of bytes [N, M], in bfloat16, two numbers an instruction."""
-    if CODES == E2M1:
-        low, high = tl.inline_asm_elementwise(
-            E2M1_PAIRS, "=r,=r,=r,=r,r", [code], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-        low, high = _by_group(low, scale), _by_group(high, scale)
-    else:
-        low, high = tl.inline_asm_elementwise(
-            HALVES_PAIRS, "=r,=r,=r,=r,r", [code], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
+    ASM: tl.constexpr = E2M1_PAIRS if CODES == E2M1 else HALVES_PAIRS
+    low, high = tl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,r", [code], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+    low, high = _by_group(low, scale), _by_group(high, scale)
+    if CODES != E2M1:
         zero = (zero - ABOVE).to(tl.bfloat16)[:, :, None]
-        low, high = _by_group(low, scale) - zero, _by_group(high, scale) - zero
+        low, high = low - zero, high - zero
     scale = scale.to(tl.bfloat16)[:, :, None]
     return tl.reshape(low * scale, code.shape), tl.reshape(high * scale, code.shape)
 
@@ -172,7 +185,7 @@ def decoded(
     code = tl.load(pointers, mask=(at < WIDTH)[None, :], other=0) if MASKED else tl.load(pointers)
     scale = _scale(scale, of_matrix, SCALES)
     middle: tl.constexpr = 8388616.0 if CODES == HALVES else 8388736.0  # 2 ** 23 and 8, or 128
-    zero = _above(zero) if ZEROED else tl.full(scale.shape, middle, tl.float32)
+    zero = above(zero) if ZEROED else tl.full(scale.shape, middle, tl.float32)
     if PACKED == 1:
         numbers = _scaled(code, zero, scale, CODES, EXACT, KIND)
     elif EXACT and not INTERPRETED:
