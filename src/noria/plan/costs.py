@@ -52,8 +52,7 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     seen = round.rows * context * (work.decoded or work.token) + states
     in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
-    decoded = load.decoding(plan.groups, passes, read_experts, as_stored[0])
-    decoded -= as_stored[1] * load.dense_decoding(plan.groups, passes)
+    decoded = load.decoding(plan.groups, passes, read_experts, as_stored)
     between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
     launched = terms.launches(passes * work.layers, passes * work.mixtures, rates)
     return {

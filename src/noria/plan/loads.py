@@ -57,15 +57,14 @@ class Load:
         others = self.work.read - self.work.expert_read
         return experts + others * (STORED_OTHERS if as_stored[1] and any(self.dense) else 1)
 
-    def decoding(self, groups: int, passes: float, read_experts: float, in_tiles: bool) -> float:
-        """Bytes that a round of so many groups and microbatches reads and writes to decode, with this share of the experts."""
-        of_whole, of_parts = self.in_tiles if in_tiles else (0, 0)
-        rest = (1 - read_experts) * (self.expert_decoded_again - of_parts)
-        return groups * (self.decoded - of_whole) + passes * (self.decoded_again - of_parts - rest)
-
-    def dense_decoding(self, groups: int, passes: float) -> float:
-        """Of these, those that microbatches of few rows do not."""
-        return groups * self.dense[0] + passes * self.dense[1]
+    def decoding(self, groups: int, passes: float, read_experts: float, as_stored: tuple[bool, bool]) -> float:
+        """Bytes that a round of so many groups and microbatches reads and writes to decode, with this share of the experts, but
+        for experts, and other weights, that are multiplied as they are stored."""
+        experts, experts_again = self.in_tiles if as_stored[0] else (0, 0)
+        others, others_again = self.dense if as_stored[1] else (0, 0)
+        rest = (1 - read_experts) * (self.expert_decoded_again - experts_again)
+        again = self.decoded_again - experts_again - others_again - rest
+        return groups * (self.decoded - experts - others) + passes * again
 
 
 def touched(shape: ModelShape, tokens: float) -> float:
