@@ -58,7 +58,7 @@ def numbers_of(parameter, computed, number):
     """The matrices of one piece of a parameter."""
     found, rows = [], dict.fromkeys(parameter.computed, 0)
     for matrix in parameter.piece.matrices:
-        name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
+        name = matrix.within(parameter.name)
         whole = computed[name][number] if len(parameter.shape) == 3 else computed[name]
         found.append(whole[rows[name] : rows[name] + matrix.shape[0]])
         rows[name] += matrix.shape[0]

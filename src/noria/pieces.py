@@ -38,6 +38,10 @@ class Matrix:
     shape: tuple[int, ...]
     transposed: bool = False
 
+    def within(self, parameter: str) -> str:
+        """The name of the computed tensor that it is in, of a parameter of this name."""
+        return f"{parameter}.{self.name}" if self.name else parameter
+
     @property
     def stored(self) -> tuple[int, ...]:
         """Its shape as it is stored."""

@@ -145,7 +145,7 @@ def decode(
     """
     row = dict.fromkeys(into, 0)
     for number, matrix in enumerate(parameter.piece.matrices):
-        name = f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name
+        name = matrix.within(parameter.name)
         whole = into[name] if len(parameter.shape) == 3 else into[name][None]
         target = whole.narrow(1, row[name], matrix.shape[0])
         fields = fields_of(parameter.piece, number, pieces)
@@ -194,8 +194,7 @@ def in_tiles(parameter: Parameter, pieces: torch.Tensor, name: str) -> StoredMat
     own tiles; none where they cannot."""
     kind, matrices = kinds.load("encodings", parameter.encoding), parameter.piece.matrices
     form = kind.form(parameter.settings) if hasattr(kind, "form") else None
-    names = [f"{parameter.name}.{matrix.name}" if matrix.name else parameter.name for matrix in matrices]
-    its = [n for n, one in enumerate(names) if one == name]
+    its = [n for n, matrix in enumerate(matrices) if matrix.within(parameter.name) == name]
     if form is None or not form.served or any(matrices[n].transposed for n in its):
         return None
     outputs, inputs = sum(matrices[n].shape[0] for n in its), matrices[its[0]].shape[1]

@@ -3,7 +3,7 @@
 Owns what the kinds share: host memory that can be page-locked, and the ticket of a transfer. Knows bytes alone.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -73,7 +73,3 @@ class Tier(Protocol):
     def store(self, pieces: Pieces, after: Events = ()) -> Transfer: ...
 
     def close(self) -> int: ...
-
-
-def total_nbytes(pieces: Sequence[tuple[int, torch.Tensor]]) -> int:
-    return sum(data.numel() for _, data in pieces)
