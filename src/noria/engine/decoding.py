@@ -6,7 +6,7 @@ Knows layouts and encodings, nothing of tiers or steps.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -51,6 +51,7 @@ class Decoder:
         self._some: dict[str, Which] = {}  # by parameter, which of its several pieces are decoded
         self._dense: set[str] = set()  # weights of a whole block whose numbers were asked for
         self._weights: dict[tuple[str, int], dict[str, StoredWeight]] = {}  # by block and where it lies
+        self._several: dict[tuple[str, int], dict[str, SomePieces]] = {}  # the same
         self._checked: set[str] = set()
 
     def parameters(self, name: str, held: Undecoded, path: str | None = None) -> Computed:
@@ -64,9 +65,7 @@ class Decoder:
         if not self._whole(held.block):
             return _ByParameter(self, name, held)
         self._begin(name, held)
-        several = [its for its in _encoded(held) if its[0].pieces > 1]
-        some = {key: SomePieces(self, name, key, *its) for its in several for key in its[0].computed}
-        return views(held.buffer, held.block) | self._decoded | some | self.weights(name, held)
+        return views(held.buffer, held.block) | self._decoded | self.several(name, held) | self.weights(name, held)
 
     def _begin(self, name: str, held: Undecoded) -> None:
         """Decodes of a whole block, unless it is there, what is neither in several pieces nor multiplied as it is stored."""
@@ -78,6 +77,14 @@ class Decoder:
                 if parameter.pieces == 1 and parameter.name not in weights:
                     encodings.decode(parameter, pieces, {key: self._decoded[key] for key in parameter.computed})
             self._now = (name,)
+
+    def several(self, name: str, held: Undecoded) -> dict[str, "SomePieces"]:
+        """The tensors of a block's encoded parameters in several pieces."""
+        key = name, held.buffer.data_ptr()
+        if key not in self._several:
+            several = [its for its in _encoded(held) if its[0].pieces > 1]
+            self._several[key] = {one: SomePieces(self, name, one, *its) for its in several for one in its[0].computed}
+        return self._several[key]
 
     def weights(self, name: str, held: Undecoded) -> dict[str, StoredWeight]:
         """The encoded weights of a block that kernels may multiply as they are stored."""
@@ -157,27 +164,25 @@ class _ByParameter(Mapping[str, Any]):
 
     def __init__(self, decoder: Decoder, name: str, held: Undecoded):
         self._decoder, self._name = decoder, name
-        self._plain = views(held.buffer, held.block) | decoder.weights(name, held)
-        others = (its for its in _encoded(held) if its[0].name not in self._plain)
+        self._given = views(held.buffer, held.block) | decoder.weights(name, held) | decoder.several(name, held)
+        others = (its for its in _encoded(held) if its[0].pieces == 1 and its[0].name not in self._given)
         self._encoded = {key: (parameter, its) for parameter, its in others for key in parameter.computed}
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._plain:
-            return self._plain[name]
+        if name in self._given:
+            return self._given[name]
         parameter, pieces = self._encoded[name]
-        if parameter.pieces > 1:
-            return SomePieces(self._decoder, self._name, name, parameter, pieces)
         return self._decoder.parameter(self._name, parameter, pieces)[name]
 
     def __contains__(self, name: object) -> bool:  # Mapping's own decodes it
-        return name in self._plain or name in self._encoded
+        return name in self._given or name in self._encoded
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._plain
+        yield from self._given
         yield from self._encoded
 
     def __len__(self) -> int:
-        return len(self._plain) + len(self._encoded)
+        return len(self._given) + len(self._encoded)
 
 
 class SomePieces:
@@ -198,7 +203,7 @@ class SomePieces:
         """[wanted, ...]: these pieces, in ascending order; valid until others or another parameter are asked for."""
         return self._decoded(tuple(wanted))
 
-    @property
+    @cached_property
     def stored(self) -> StoredMatrices | None:
         """All of them as they are stored, for kernels that decode their own tiles; none where they cannot."""
         return encodings.in_tiles(self._parameter, self._pieces, self._name)
