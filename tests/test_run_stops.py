@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -467,8 +468,7 @@ def test_rows_are_sealed_before_open_mpi_kills_its_ranks_after_term_or_an_interr
 SMALL_DISK = """
 set -e
 mount -t tmpfs -o size=1m none "$1"
-dd if=/dev/zero of="$1/ballast" bs=1k count="$2" status=none
-shift 2
+shift
 set +e
 "$@"
 code=$?
@@ -483,9 +483,16 @@ def test_a_small_disk_that_fills_ends_the_job_and_says_what_to_do(folder, tmp_pa
     unshare = ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a small disk")
-    more = ["--prompts", many_lengths(folder), "--seal-seconds", "0", "--output", tmp_path / "run.h5"]
-    command = [tmp_path, 1024 - 60, "noria", *small_run.command(folder, "x", *more)]  # 60 KiB: some parts, not all
-    done = mpirun(1, [*unshare, "bash", "-c", SMALL_DISK, "bash", *command])
+    rows = [json.loads(line) for line in many_lengths(folder).read_text().splitlines()]
+    notes = [
+        random.Random(row).randbytes(55_000).hex() for row in range(len(rows))
+    ]  # nine rows' fit, however they are sealed
+    heavy = folder / "heavy.jsonl"
+    heavy.write_text("".join(json.dumps(row | {"note": note}) + "\n" for row, note in zip(rows, notes, strict=True)))
+    more = ["--prompts", heavy, "--seal-seconds", "0", "--output", tmp_path / "run.h5"]
+    slowly = [sys.executable, WORKER, "decode", "nothing", 0, *small_run.command(folder, "x", *more)]
+    happened = {"NORIA_TEST_HAPPENED": str(folder / "happened")}
+    done = mpirun(1, [*unshare, "bash", "-c", SMALL_DISK, "bash", tmp_path, *slowly], env=happened)
     assert done.returncode == 1, describe(done)
     said = r"failed: \S*run.h5.parts: no space left on device, [\d,]+ more bytes were to be written, [\d,]+ are free in \S+: "
     said += r"\d+ rows? could not be sealed, sealed rows are kept: make room and start the same run again"

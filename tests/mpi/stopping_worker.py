@@ -24,6 +24,7 @@ from noria.launch.signals import Signals
 
 VISIT = 0.02  # seconds that a visit takes at least, so that there is a middle to be stopped in
 SILENCE = 2.0
+AGAIN_SECONDS = 10.0
 HEARD = threading.Event()
 PLACES = {"prefill": 1, "decode": 12}
 
@@ -62,10 +63,10 @@ def launcher():
     """mpirun's process, which may have another between it and its ranks; this one where no launcher is."""
     process = int(os.environ.get("NORIA_TEST_CLIENT", os.getpid()))
     while mpi.launched() > 1 and process > 1:
-        status = Path(f"/proc/{process}/status").read_text()
-        if status.split()[1] in ("prterun", "mpirun", "mpiexec", "mpiexec.hydra"):
+        said = status(process)
+        if said.split()[1] in ("prterun", "mpirun", "mpiexec", "mpiexec.hydra"):
             return process
-        process = int(re.search(r"PPid:\s+(\d+)", status)[1])
+        process = int(re.search(r"PPid:\s+(\d+)", said)[1])
     return os.getpid()
 
 
@@ -84,13 +85,31 @@ def once(number):
 def ask(number):
     """Returns when this rank has had what the launcher hands on, which takes it seconds on a busy machine.
 
-    Looks again and again: a signal that another thread takes wakes no wait of the main thread, where handlers run.
+    Looks again and again: a signal that another thread takes wakes no wait of the main thread, where handlers run. A launcher
+    that hands nothing on is asked again: one was seen to lose a signal.
     """
-    os.kill(launcher(), number)
-    until = time.monotonic() + 30
+    asked, began = 0, time.monotonic()
     while not HEARD.is_set():
-        assert time.monotonic() < until, "the launcher handed nothing on"
+        waited = time.monotonic() - began
+        assert waited < 30, f"the launcher handed nothing on: {on_its_way()}"
+        if waited >= AGAIN_SECONDS * asked:
+            os.kill(launcher(), number)
+            asked += 1
         time.sleep(0.01)
+
+
+def on_its_way():
+    """Where a signal can be: which ones are pending, held back, ignored and caught by the launcher, the client and this rank."""
+    processes = {"launcher": launcher(), "client": os.environ.get("NORIA_TEST_CLIENT", "self"), "rank": "self"}
+    masks = {
+        name: re.findall(r"(Name|State|S\w\w\w?Pnd|SigBlk|SigIgn|SigCgt):\s+(\S+)", status(process))
+        for name, process in processes.items()
+    }
+    return "; ".join(f"{name} {' '.join(map(' '.join, found))}" for name, found in masks.items())
+
+
+def status(process):
+    return Path(f"/proc/{process}/status").read_text()
 
 
 def listen():
