@@ -11,7 +11,7 @@ import pytest
 from counts import full
 from noria import config
 from noria.errors import InputError
-from noria.plan import building, planner, rates
+from noria.plan import building, costs, planner, rates
 from noria.plan.planner import GiB
 from noria.plan.problem import Candidate, Machine, Problem
 from noria.plan.rounds import Workload
@@ -53,7 +53,7 @@ def problem_of(case, **flags):
     made, num_ranks, on_device, on_host, load, _ = CASES[case]
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
     machine, dtype = Machine("cuda", on_device * GiB, on_host * GiB), made[1]["head"].parameters[0].dtype
-    return Problem(run, *made, dtype, num_ranks, machine, load[0], Workload(*load))
+    return Problem(run, *made, dtype, num_ranks, machine, load[0], Workload(*load, whole=True))
 
 
 def rates_of(case):
@@ -218,6 +218,14 @@ def test_a_hundred_layers_on_sixty_four_ranks_are_planned_in_two_seconds_without
         if float(seconds) < 2:
             return
     raise AssertionError(f"{seconds} s")
+
+
+def test_all_rows_are_in_flight_at_once_where_a_part_of_the_device_is_too_small_for_one_of_each_group():
+    """Pages that no group can use there are no part of those that all rows need."""
+    problem = problem_of("235B of experts on four GPUs")
+    plan = building.build(problem, Candidate(1, 4, 20, 2048, rows=400, on_device=0.0))
+    assert plan.of_pool("pages")["gpu"] % (4 * problem.workload.pages)
+    assert costs.rows_in_flight(plan, problem.workload) == 400
 
 
 def test_what_streams_coded_leaves_the_rows_their_pages():

@@ -70,7 +70,7 @@ def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[s
         most = cap if whole else problem.pages(candidate.rows, candidate.groups)
         on_device = max(min(room["gpu"], most), 0)  # more than was reserved, where there is room left
         used = on_device // _unit(problem, sizes.groups) * _unit(problem, sizes.groups)
-        beside = min(room["cpu"], most - used, cap - on_device)
+        beside = min(room["cpu"], most - used) if on_device < cap else 0
         return {"gpu": on_device, "cpu": max(beside, 0) * elsewhere, "disk": 0}
     held = [tier for tier in TIERS if asked.get(tier)]
     if is_budget(asked):
