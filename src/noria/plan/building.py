@@ -54,7 +54,7 @@ def plan_of(problem: Problem, candidate: Candidate, sizes: Sizes, pages: Mapping
         schedule=_schedule(problem, candidate),
         weight_tiers=tuple(map(sizes.tiers_of, ranks)),
         pools=sizes.usual.pools(pages),
-        memory=tuple({tier: dict(items) for tier, items in tables[cut.alike[rank]].items()} for rank in ranks),
+        memory=tuple(tables[cut.alike[rank]] for rank in ranks),
         may_code=problem.may_code,
         kv_cache_dtype=problem.config.kv_cache_dtype,
         products=problem.config.products,

@@ -100,9 +100,10 @@ class Cut:
             counts[rank] += 1
         return counts
 
-    def names(self, rank: int) -> list[str]:
-        """The blocks of a rank."""
-        return blocks_of(rank, self.num_ranks, list(self.stages))
+    @cached_property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks of each rank."""
+        return tuple(tuple(blocks_of(rank, self.num_ranks, list(self.stages))) for rank in range(self.num_ranks))
 
     def share(self, rank: int) -> Portion:
         """What a rank has, but for its names where another has the same."""
@@ -137,7 +138,7 @@ class Cut:
         return stages_of(rank, self.num_ranks, list(self.stages))
 
     def _share(self, rank: int) -> Portion:
-        names, visits = self.names(rank), self._visits(rank)
+        names, visits = self.names[rank], self._visits(rank)
         received, sent = (
             [self._borders[visit.start] for visit in visits],
             [self._borders[visit.stop] for visit in visits],
@@ -148,7 +149,7 @@ class Cut:
             for places in zip(*((one.start, one.stop) for one in layers), strict=True)
         ]
         return Portion(
-            tuple(names),
+            names,
             tuple(visits),
             work_of(self.shape, self.blocks, names, visits, self.dtype),
             max(self.blocks[name].widest for name in names if name.startswith("layers/")),

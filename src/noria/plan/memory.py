@@ -111,7 +111,7 @@ class Sizes(Choices):
 
     def tiers_of(self, rank: int) -> dict[str, str]:
         """Each of the rank's blocks -> its tier."""
-        return dict(zip(self.cut.names(rank), self.weight_tiers[self.cut.alike[rank]], strict=True))
+        return dict(zip(self.cut.names[rank], self.weight_tiers[self.cut.alike[rank]], strict=True))
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
