@@ -11,6 +11,7 @@ from noria.errors import InputError
 from noria.plan.problem import EVEN, Candidate, Problem
 from noria.plan.terms import MEASURED_TOKENS
 
+Move = Callable[[Problem, Candidate], Iterable[Candidate]]
 MOST = MEASURED_TOKENS  # of a microbatch: products gain nothing from more
 FACTORS = (1.02, 1.1, 1.4, 2.0)
 LAYERS = (1.0, -1.0, 3.0, -3.0)  # that a stage is taken to carry more
@@ -40,12 +41,19 @@ def _other_parts(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 
 def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """Larger or smaller steps."""
+    """Larger or smaller steps, by a prompt where they have several; where a step is one microbatch, a larger one is, too."""
     if problem.config.pipeline.step_tokens or problem.machine.device == "cpu":
         return []
-    rounds = here.prefill_rounds
-    counts = dict.fromkeys((1, rounds // 2, rounds - 1, rounds + 1, 2 * rounds))
-    return [replace(here, prefill_rounds=count) for count in counts if count >= 1]
+    rounds, step = here.prefill_rounds, problem.step_tokens(here)
+    in_group, prompts = -(-here.rows // here.groups), int(step // max(problem.workload.prompt_tokens, 1))
+    by_one = (-(-in_group // (prompts - 1)), -(-in_group // (prompts + 1))) if prompts > 1 else (rounds - 1, rounds + 1)
+    counts = dict.fromkeys((1, rounds // 2, *by_one, 2 * rounds))
+    found = [replace(here, prefill_rounds=count) for count in counts if count >= 1]
+    if problem.config.pipeline.microbatch_tokens or here.microbatch_tokens < step:
+        return found
+    steps = ((one, problem.step_tokens(one)) for one in found)
+    wider = (replace(one, microbatch_tokens=tokens) for one, tokens in steps if here.microbatch_tokens < tokens <= MOST)
+    return [*found, *wider]
 
 
 def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate]:
@@ -125,28 +133,41 @@ def _other_activations(problem: Problem, here: Candidate) -> Iterable[Candidate]
     return [replace(here, activations=tier) for tier in activations(problem)]
 
 
-MOVES: tuple[Callable[[Problem, Candidate], Iterable[Candidate]], ...] = (
-    *(
-        _other_rows,
-        _other_parts,
-        _other_rounds,
-        _other_microbatches,
-        _other_groups,
-        _other_laps,
-        _other_ends,
-        _other_activations,
-    ),
+MOVES: tuple[Move, ...] = (
+    _other_rows,
+    _other_parts,
+    _other_rounds,
+    _other_microbatches,
+    _other_groups,
+    _other_laps,
+    _other_ends,
+    _other_activations,
 )
 
 
-def turned(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """Candidates with a choice taken otherwise on which the best values of several numbers depend: a group a rank or one more,
-    and blocks that stream coded or as they are."""
+def _turned_groups(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     counts = (problem.num_ranks, problem.num_ranks + 1)
     if problem.num_ranks > 1 and not _are_groups_fixed(problem):
         yield from (replace(here, groups=count) for count in counts if count != here.groups)
+
+
+def _turned_coding(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     if problem.may_code:
         yield replace(here, coded=not here.coded)
+
+
+def _turned_activations(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    return [one for one in _other_activations(problem, here) if one != here]
+
+
+def _turned_steps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    if not problem.config.pipeline.step_tokens and problem.machine.device != "cpu":
+        yield replace(here, beside=not here.beside)
+
+
+# Choices on which the best values of several numbers depend, taken otherwise: a group a rank or one more, blocks that stream
+# coded or as they are, hidden states in the one memory or the other, steps with room for rows that decode beside whole prompts.
+TURNS: tuple[Move, ...] = (_turned_groups, _turned_coding, _turned_activations, _turned_steps)
 
 
 def _are_groups_fixed(problem: Problem) -> bool:

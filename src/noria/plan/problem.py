@@ -49,6 +49,7 @@ class Candidate:
     the part of their pages on the device, the others are in CPU memory. What the device has left holds blocks; decoded:
     encoded ones are decoded while they load; coded: those that stream from CPU memory are coded without loss meanwhile.
     ends: what the first and the last virtual stage are taken to carry beside their layers, in layers, so that they have fewer.
+    beside: steps of whole prompts have room for the rows of a group that decode meanwhile.
     """
 
     laps: int
@@ -61,6 +62,7 @@ class Candidate:
     decoded: bool = False
     coded: bool = False
     ends: tuple[float, float] = EVEN
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ class Problem:
             return asked or max(CPU_STEP_TOKENS, least)
         in_group, prompt = -(-candidate.rows // candidate.groups), max(round(self.workload.prompt_tokens), 1)
         tokens = max(-(-in_group * prompt // candidate.prefill_rounds), in_group)
-        tokens = -(-tokens // prompt) * prompt if tokens > 2 * prompt else tokens  # more of them are whole prompts
+        whole = -(-tokens // prompt)  # prompts
+        if candidate.beside:
+            tokens = whole * prompt + max(in_group - whole, 0)
+        elif whole > 2:
+            tokens = whole * prompt  # more of them are whole
         return max(min(tokens, STEP_TOKENS), LEAST_STEP_TOKENS, least)
 
     def elsewhere(self, candidate: Candidate) -> bool:

@@ -4,7 +4,7 @@ For given laps, groups and rows at once, memory is two knapsacks. A byte of a bl
 each round, a byte of the cache the part of it that is filled: so either the blocks come first, or the cache does, which needs
 no staging, or something between the two where another resource binds. Those corners are tried, for all rows at once and for
 more and more waves, and from the fastest of them each number is moved for as long as the prediction of the whole run gets
-better; then once more from the best of all with its groups, or its coding, otherwise. Every plan that is compared is a whole
+better; then once more from the best of all with one choice after another taken otherwise. Every plan that is compared is a whole
 one: built, counted and predicted.
 """
 
@@ -71,7 +71,8 @@ def best(problem: Problem, known: Rates) -> Plan:
     tried = Tried(problem, known)
     starts = (_fastest(tried, corners) for corners in _corners(tried))
     found = max((_descended(tried, start) for start in chain(*starts)), key=tried.value, default=_modest(problem))
-    found = max((found, *(_descended(tried, other) for other in moves.turned(problem, found))), key=tried.value)
+    for turned in moves.TURNS:
+        found = max((found, *(_descended(tried, other) for other in turned(problem, found))), key=tried.value)
     return tried.plan(found) or build(problem, found)
 
 
