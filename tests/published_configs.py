@@ -214,6 +214,22 @@ CONFIGS = {
         "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
         "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "use_cache": True, "v_head_dim": 256, "vocab_size": 154880,
     },
+    "glm-5.2-fp8": {
+        "architectures": ["GlmMoeDsaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
+        "eos_token_id": [154820, 154827, 154829], "ep_size": 1, "first_k_dense_replace": 3, "head_dim": 192, "hidden_act": "silu",
+        "hidden_size": 6144, "index_head_dim": 128, "index_n_heads": 32, "index_share_for_mtp_iteration": True, "index_skip_topk_offset": 3,
+        "index_topk": 2048, "index_topk_freq": 4, "index_topk_pattern": None, "indexer_rope_interleave": True,
+        "indexer_types": ["full" if max(n - 2, 0) % 4 == 0 else "shared" for n in range(78)], "initializer_range": 0.02,
+        "intermediate_size": 12288, "kv_lora_rank": 512, "max_position_embeddings": 1048576, "mlp_layer_types": [*["dense"] * 3, *["sparse"] * 75],
+        "model_type": "glm_moe_dsa", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "moe_router_dtype": "float32", "n_group": 1,
+        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 78, "num_key_value_heads": 64, "num_nextn_predict_layers": 1, "pad_token_id": 154820, "pretraining_tp": 1,
+        "q_lora_rank": 2048, "qk_head_dim": 256, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-05, "rope_interleave": True, "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+        "transformers_version": "5.12.0", "use_cache": True, "v_head_dim": 256, "vocab_size": 154880,
+    },
     "mimo-v2-flash": {
         "architectures": ["MiMoV2FlashForCausalLM"], "auto_map": {}, "model_type": "mimo_v2_flash", "use_cache": True, "torch_dtype": "bfloat16",
         "num_hidden_layers": 6, "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 192,
@@ -476,3 +492,14 @@ CONFIGS = {
         "vision_config": {}, "image_start_token_id": 1, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+CONFIGS["glm-5.2-nvfp4"] = {
+    **{
+        key: value
+        for key, value in CONFIGS["glm-5.2-fp8"].items()
+        if key not in ("moe_router_dtype", "quantization_config")
+    },
+    "bos_token_id": 0,
+    "layer_types": ["deepseek_sparse_attention"] * 78,
+    "mlp_bias": False,
+    "num_experts": 256,
+}

@@ -64,7 +64,7 @@ def test_logits_are_those_of_transformers(name):
         ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2: latent attention has as many as"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("deepseek_v3", {"head_dim": 7}, "head_dim is 7: it must be qk_rope_head_dim, 8, or 20"),
+        ("deepseek_v3", {"head_dim": 7}, "head_dim is 7: it must be qk_rope_head_dim, 8, qk_nope_head_dim, 12, or their sum"),
         ("deepseek_v3", {"index_topk": 2048}, "index_topk is 2048: Noria does not know what it asks for"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
@@ -72,6 +72,7 @@ def test_logits_are_those_of_transformers(name):
         ("mistral4", {"rope_parameters": None}, "rope_parameters is None: it must be an object"),
         ("deepseek_v32", {"rope_interleave": False}, "rope_interleave is False"),
         ("glm_moe_dsa", {"layer_types": ["full_attention"] * 3}, "it must be a list of 3 of indexed_attention"),
+        ("glm_moe_dsa", {"moe_router_dtype": "bfloat16"}, "moe_router_dtype is 'bfloat16': Noria computes this family only with 'float32'"),
     ],
 )  # fmt: skip
 def test_what_a_config_asks_for_beside_is_refused_by_key_and_value(name, keys, words):

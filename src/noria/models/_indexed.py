@@ -17,11 +17,13 @@ WITHOUT_EFFECT = (
     *("indexer_rope_interleave", "index_share_for_mtp_iteration"),
     *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers"),
 )  # fmt: skip
+LAYERS = ("indexed_attention", "deepseek_sparse_attention")  # two names of the same
 # What Noria knows with one value only.
 ONLY = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "moe_layer_freq": 1,
+    "moe_router_dtype": "float32",
     "rope_interleave": True,
     "mlp_bias": False,
 }
@@ -32,7 +34,7 @@ def shape(family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -
     keys = read.keys_of(config, defaults, {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"})
     for key, value in ONLY.items():
         read.only(keys, key, value, f"Noria computes this family only with {value!r}")
-    read.layers_of(keys, "layer_types", _decoder.num_layers(keys), ("indexed_attention",))
+    read.layers_of(keys, "layer_types", _decoder.num_layers(keys), LAYERS)
     first = read.whole(keys, "first_k_dense_replace", 3)
     experts = _experts.corrected(
         keys, "n_routed_experts", _decoder.sparse_layers(keys, first), read.whole(keys, "n_shared_experts", 1)

@@ -84,8 +84,9 @@ def shape(family: str, config: read.Keys, experts: Experts, pairs: bool = True) 
     full = its.plain + its.turned
     read.only(config, "qk_head_dim", full, f"it must be qk_nope_head_dim + qk_rope_head_dim, {full}")
     require(
-        config.get("head_dim") in (None, its.turned, full),
-        f"config.json: head_dim is {read.shown(config.get('head_dim'))}: it must be qk_rope_head_dim, {its.turned}, or {full}",
+        config.get("head_dim") in (None, its.turned, its.plain, full),  # nothing is computed by it
+        f"config.json: head_dim is {read.shown(config.get('head_dim'))}: it must be qk_rope_head_dim, {its.turned},"
+        f" qk_nope_head_dim, {its.plain}, or their sum",
     )
     of_turned = config.having(head_dim=its.turned, num_key_value_heads=1)
     found = _decoder.shape(family, of_turned, _decoder.Variant(experts=experts))
