@@ -39,6 +39,8 @@ def test_logits_are_those_of_transformers(name):
         ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list is [1, 0, 1]: every layer must be of type 1"),
         ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size is 64"),
         ("hy_v3", {"mlp_bias": True}, "mlp_bias is True"),
+        ("hy_v3", {"moe_router_use_sigmoid": False}, "moe_router_use_sigmoid is False: Noria computes this family only with True"),
+        ("hy_v3", {"expert_hidden_dim": 24}, "expert_hidden_dim is 24: moe_intermediate_size is 12: they must be equal"),
         ("hy_v3", {"mlp_layer_types": ["dense", "sparse", "moe"]}, "it must be a list of 3 of dense, sparse"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 1]}, "hybrid_layer_pattern is [0, 1]: it must be 3 times 0 or 1"),
         ("mimo_v2_flash", {"swa_head_dim": 32}, "swa_head_dim is 32: it must be head_dim, 24"),

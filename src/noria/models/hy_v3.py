@@ -32,13 +32,26 @@ MODULES = _decoder.MODULES | {
 }
 
 
-def shape(config: Mapping[str, Any]) -> ModelShape:
-    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute.
+# What published config.json files say beside, and the value that means this family.
+FIXED = {
+    "mlp_bias": False,
+    "qk_norm": True,
+    "route_norm": True,
+    "moe_router_use_sigmoid": True,
+    "moe_router_enable_expert_bias": True,
+}
+# Of drafts; of kernels, and of where other programs compute in float32: attention and logits. A sum of two numbers of a half
+# precision is rounded once in either way of enable_moe_fp32_combine.
+WITHOUT_EFFECT = (
+    "num_nextn_predict_layers use_grouped_mm enable_attention_fp32_softmax enable_lm_head_fp32 enable_moe_fp32_combine"
+)
 
-    `enable_moe_fp32_combine` is without effect: a sum of two numbers of a half precision is rounded once in either way.
-    """
+
+def shape(config: Mapping[str, Any]) -> ModelShape:
+    """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    read.only(keys, "mlp_bias", False, "Noria computes this family only without biases of its feed-forward part")
+    for key, value in FIXED.items():
+        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
     number, chosen = _routing.counts(keys, "num_experts")
     routing = _routing.Routing(
         chosen,
@@ -48,13 +61,14 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
         scaling=read.number(keys, "router_scaling_factor", 2.826),
     )
     inner = read.integer(keys, "moe_intermediate_size")
+    read.only(keys, "expert_hidden_dim", inner, f"moe_intermediate_size is {inner}: they must be equal")
     shared = inner * read.whole(keys, "num_shared_experts", 1)
-    layers = _decoder.sparse_layers(keys, first=1)
+    layers = _decoder.sparse_layers(keys, first=read.whole(keys, "first_k_dense_replace", 1))
     biases = read.flag(keys, "attention_bias", False)
     experts = Experts(number, inner, layers, routing, shared, corrected=True, wide=True)
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, head_norms=True, experts=experts)
     found = _decoder.shape("hy_v3", keys, variant)
-    keys.refuse_others("enable_moe_fp32_combine", "num_nextn_predict_layers")
+    keys.refuse_others(*WITHOUT_EFFECT.split())
     return found
 
 
