@@ -491,6 +491,17 @@ CONFIGS = {
         "text_config": {"pad_token_id": 1, "vocab_size": 151552, "eos_token_id": [1], "attention_bias": True, "attention_dropout": 0.0, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 65536, "model_type": "glm4v_moe_text", "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "dtype": "bfloat16", "routed_scaling_factor": 1.0, "topk_group": 1, "use_cache": True, "use_qk_norm": False, "head_dim": 128, "tie_word_embeddings": False, "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}, "rope_theta": 10000.0},
         "vision_config": {}, "image_start_token_id": 1, "tie_word_embeddings": False,
     },
+    "k-exaone": {
+        "architectures": ["ExaoneMoEForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "dtype": "bfloat16", "eos_token_id": 53,
+        "first_last_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 6144, "initializer_range": 0.02,
+        "intermediate_size": 18432, "is_moe_layer": [False, *[True] * 47],
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 12, "max_position_embeddings": 262144,
+        "model_type": "exaone_moe", "moe_intermediate_size": 2048, "n_group": 1, "norm_topk_prob": True, "num_attention_heads": 64,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+        "num_shared_experts": 1, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "sliding_window": 128, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
+        "tokenizer_class": "GPT2Tokenizer", "topk_group": 1, "topk_method": "noaux_tc", "use_cache": True, "vocab_size": 153600,
+    },
     "hy3": {
         "architectures": ["HYV3ForCausalLM"], "bos_token_id": 120000, "dtype": "bfloat16", "enable_attention_fp32_softmax": False,
         "enable_lm_head_fp32": True, "enable_moe_fp32_combine": False, "eod_token_id": 120026, "eos_token_id": 120025, "expert_hidden_dim": 1536,
@@ -501,6 +512,15 @@ CONFIGS = {
         "pad_token_id": 120002, "qk_norm": True, "rms_norm_eps": 1e-05, "rope_parameters": {"rope_theta": 11158840.0, "rope_type": "default"},
         "route_norm": True, "router_scaling_factor": 2.826, "sep_token_id": 120007, "tie_word_embeddings": False, "transformers_version": "5.6.0",
         "use_cache": True, "use_grouped_mm": False, "vocab_size": 120832, "num_nextn_predict_layers": 1,
+    },
+    "solar-open": {
+        "architectures": ["SolarOpenForCausalLM"], "model_type": "solar_open", "hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64,
+        "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 196608, "intermediate_size": 10240, "moe_intermediate_size": 1280,
+        "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 0, "hidden_act": "silu", "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}, "max_position_embeddings": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+        "partial_rotary_factor": 1.0, "attention_bias": False, "use_qk_norm": False,
     },
 }  # fmt: skip
 CONFIGS["glm-5.2-nvfp4"] = {

@@ -61,6 +61,7 @@ def test_logits_are_those_of_transformers(name):
         ("laguna", {"num_attention_heads_per_layer": [4, 5, 4]}, "num_attention_heads_per_layer (5) is not a multiple"),
         ("laguna", {"moe_apply_router_weight_on_input": True}, "moe_apply_router_weight_on_input is True"),
         ("exaone_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("exaone_moe", {"is_moe_layer": [False, True, False]}, "is_moe_layer is [False, True, False]: mlp_layer_types, or"),
         ("olmoe", {"rope_scaling": {"rope_type": "default", "beta": 0.1}}, "beta of rope_scaling is 0.1"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1"),
         ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0"),

@@ -13,8 +13,12 @@ from noria.model import ModelShape
 from noria.models._config import MAX_SHOWN, UnknownKeys, shown
 from noria.models._refused import OBSTACLES
 
-# Of the first conversions of Llama; of the makers of Phi-3.5-MoE.
-SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
+# Of the first conversions of Llama; of the makers of Phi-3.5-MoE and of K-EXAONE.
+SYNONYMS = {
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+    "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
+}
 
 # Models around the text models of these types: text with images. Their config.json has the text model's as text_config.
 # The first is meant where it does not say its type.

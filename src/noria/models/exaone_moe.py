@@ -27,7 +27,7 @@ DEFAULTS = {
     "num_experts_per_tok": 8,
     "routed_scaling_factor": 2.5,
 }
-SYNONYMS = {"num_local_experts": "num_experts"}
+SYNONYMS = {"num_local_experts": "num_experts", "first_last_k_dense_replace": "first_k_dense_replace"}
 MODULES = _decoder.MODULES | {"correction": (Itself("mlp.e_score_correction_bias"),)}
 # What published config.json files say beside, and the value that means this family.
 FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
@@ -39,10 +39,12 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     for key, value in FIXED.items():
         read.only(keys, key, value, f"Noria computes this family only with {value!r}")
     layers = _decoder.sparse_layers(keys, first=read.whole(keys, "first_k_dense_replace", 1))
+    sparse = [n in layers for n in range(_decoder.num_layers(keys))]
+    read.only(keys, "is_moe_layer", sparse, "mlp_layer_types, or first_k_dense_replace without it, say otherwise")
     experts = _experts.corrected(keys, "num_experts", layers, read.whole(keys, "num_shared_experts", 1))
     window = read.integer(keys, "sliding_window"), _windowed(keys)
     found = _decoder.shape("exaone_moe", keys, _decoder.Variant(head_norms=True, window=window, experts=experts))
-    keys.refuse_others("num_nextn_predict_layers", "is_moe_layer", "sliding_window_pattern", "layer_types")
+    keys.refuse_others("num_nextn_predict_layers", "sliding_window_pattern", "layer_types")
     return found
 
 
