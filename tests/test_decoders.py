@@ -72,6 +72,7 @@ def test_logits_are_those_of_transformers(name):
         ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}}, "per_layer_config is {'1': {'head_dim': 16}}: it must say the same"),
         ("gemma4_text", {"per_layer_config": {"2": {"sliding_window": 5}}}, "per_layer_config is {'2': {'sliding_window': 5}}"),
         ("gemma4_text", {"rope_parameters": {FULL: {"rope_theta": 1e6}}}, "it must have an object sliding_attention"),
+        ("gemma3_text as transformers writes it", {"rope_parameters": {FULL: {"rope_theta": 1e6}, "factor": 8.0}}, "factor of rope_parameters is 8.0: no object of a kind of layers"),
         ("gemma4_text", {"rope_parameters": {FULL: {}}}, "rope_theta of full_attention in rope_parameters is missing"),
         ("gemma4_unified_text", {"enable_moe_block": True}, "enable_moe_block is True: Noria computes this family only with False"),
         ("gemma4_unified_text", {"hidden_size_per_layer_input": 4}, "hidden_size_per_layer_input is 4"),

@@ -57,6 +57,7 @@ def test_logits_are_those_of_transformers(name):
         ("laguna", {"rope_parameters": THETAS, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: full_attention of rope_parameters does not say its own"),
         ("mimo_v2_flash", {"rope_parameters": THETAS, "partial_rotary_factor": None}, "partial_rotary_factor is 0.334: full_attention of rope_parameters does not say its own"),
         ("beam", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is {'rope_theta': 10000.0}: it must have an object full_attention"),
+        ("laguna", {"rope_parameters": THETAS | {"rope_type": "ntk"}}, "rope_type of rope_parameters is 'ntk': no object of a kind of layers"),
         ("laguna", {"gating": "per-token"}, "gating is 'per-token'"),
         ("laguna", {"num_attention_heads_per_layer": [4, 5, 4]}, "num_attention_heads_per_layer (5) is not a multiple"),
         ("laguna", {"moe_apply_router_weight_on_input": True}, "moe_apply_router_weight_on_input is True"),

@@ -129,6 +129,13 @@ def layers_of(config: Mapping[str, Any], key: str, count: int, known: tuple[str,
     return found
 
 
+def objects_alone(config: Mapping[str, Any], name: str) -> None:
+    """Raises InputError for a value beside objects of kinds of layers: nobody would read it. name: of what holds them."""
+    for key, its in config.items():
+        words = f"config.json: {shown(key)[1:-1]} of {name} is {shown(its)}: no object of a kind of layers"
+        require(isinstance(its, Mapping | None), f"{words}, each of which must say it")
+
+
 def integer(config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
     """A whole number of 1 to `most`; a missing or null key is the default. Raises InputError."""
     value: Any = default if config.get(key) is None else config[key]

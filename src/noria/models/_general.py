@@ -106,11 +106,12 @@ def ropes_of(config: Mapping[str, Any], local: str = "rope_theta") -> dict[str, 
     known = isinstance(found, Mapping) and (not found or FULL in found or SLIDING in found)
     words = f"it must have an object {FULL} or {SLIDING}"
     require(known, f"config.json: rope_parameters is {read.shown(found)}: {words}")
+    read.objects_alone(found, "rope_parameters")
     twice = found and scaling
     found = found or {FULL: scaling}
     for kind in (FULL, SLIDING):
         its = found.get(kind) or {}
-        require(isinstance(its, Mapping), f"config.json: {kind} of rope_parameters is {read.shown(its)}: no object")
+        require(isinstance(its, Mapping), f"config.json: rope_scaling is {read.shown(its)}: no object")
         thetas[kind] = {**thetas[kind], **{key: value for key, value in its.items() if value is not None}}
     same = not twice or (isinstance(scaling, Mapping) and scaling.items() <= thetas[FULL].items())
     require(same, f"config.json: rope_scaling is {read.shown(scaling)}: rope_parameters says otherwise")

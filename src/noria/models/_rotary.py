@@ -191,6 +191,7 @@ def _of_kind(config: Mapping[str, Any], parameters: Any, kind: str) -> dict[str,
     """What a config.json says of the rope of one kind of layer alone; None: it has none. Raises InputError."""
     known = isinstance(parameters, Mapping) and isinstance(parameters.get(kind, 0), Mapping | None)
     require(known, f"config.json: rope_parameters is {read.shown(parameters)}: it must have an object {kind}")
+    read.objects_alone(parameters, "rope_parameters")
     rope = parameters[kind]
     if rope is None:
         return None
