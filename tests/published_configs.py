@@ -513,6 +513,19 @@ CONFIGS = {
         "route_norm": True, "router_scaling_factor": 2.826, "sep_token_id": 120007, "tie_word_embeddings": False, "transformers_version": "5.6.0",
         "use_cache": True, "use_grouped_mm": False, "vocab_size": 120832, "num_nextn_predict_layers": 1,
     },
+    "laguna-s-2.1": {
+        "architectures": ["LagunaForCausalLM"], "model_type": "laguna", "auto_map": {}, "vocab_size": 100352, "hidden_size": 3072,
+        "intermediate_size": 12288, "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 1048576, "rms_norm_eps": 1e-06, "attention_bias": False, "attention_dropout": 0.0, "qkv_bias": False,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "num_experts": 256, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024, "norm_topk_prob": True, "moe_routed_scaling_factor": 2.5, "moe_router_logit_softcapping": 0.0,
+        "moe_apply_router_weight_on_input": False, "router_aux_loss_coef": 0.0, "decoder_sparse_step": 1, "mlp_only_layers": [0],
+        "sliding_window": 512, "gating": "per-head", "gating_types": ["per_head"] * 48, "num_attention_heads_per_layer": [48, 72, 72, 72] * 12,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"] * 12,
+        "mlp_layer_types": ["dense", *["sparse"] * 47],
+        "rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 128.0, "original_max_position_embeddings": 8192, "beta_slow": 1.0, "beta_fast": 32.0, "attention_factor": 1.4852030263919618, "partial_rotary_factor": 0.5}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        "bos_token_id": 2, "eos_token_id": [2, 24], "pad_token_id": 9, "use_cache": True,
+    },
     "solar-open": {
         "architectures": ["SolarOpenForCausalLM"], "model_type": "solar_open", "hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 64,
         "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 196608, "intermediate_size": 10240, "moe_intermediate_size": 1280,
@@ -523,6 +536,15 @@ CONFIGS = {
         "partial_rotary_factor": 1.0, "attention_bias": False, "use_qk_norm": False,
     },
 }  # fmt: skip
+CONFIGS["laguna-xs.2"] = {
+    **{
+        key: value
+        for key, value in CONFIGS["laguna-s-2.1"].items()
+        if key not in ("mlp_layer_types", "mlp_only_layers", "gating_types")
+    },
+    "gating": True,
+    "partial_rotary_factor": 0.5,
+}
 CONFIGS["glm-5.2-nvfp4"] = {
     **{
         key: value

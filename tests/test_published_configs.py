@@ -100,7 +100,8 @@ def test_a_word_that_is_not_known_is_refused_by_its_key_and_value(name):
         config = copy.deepcopy(CONFIGS[name])
         rope = text_of(config).get(place)
         if isinstance(rope, dict):
-            rope["rope_type"] = "unheard_of"
+            for its in [one for one in rope.values() if isinstance(one, dict)] or [rope]:
+                its["rope_type"] = "unheard_of"
             changed.append((config, "rope type"))
     config = copy.deepcopy(CONFIGS[name])
     if text_of(config).get("layer_types"):

@@ -1,6 +1,6 @@
 """Laguna: heads by layer, each with a gate; two ropes; sigmoid routing with a soft cap; as transformers' modeling_laguna."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from noria.errors import require
 from noria.model import ModelShape
 from noria.models import _config as read
-from noria.models import _decoder, _heads, _rotary, _routing
+from noria.models import _decoder, _heads, _rotary, _routing, qwen3_moe
 from noria.models._cache import Cache
 from noria.models._decoder import *  # noqa: F403 - all that a family has beside its shape
 from noria.models._experts import Experts
@@ -46,13 +46,22 @@ MODULES = _decoder.MODULES | {
     "shared_gate_up": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "shared_down": ("mlp.shared_expert.down_proj",),
 }
+# What published config.json files say beside, and the value that means this family.
+FIXED = {
+    "qkv_bias": False,
+    "norm_topk_prob": True,
+    "moe_router_use_sigmoid": True,
+    "moe_apply_router_weight_on_input": False,
+    "swa_attention_sink_enabled": False,
+}
 WITHOUT_EFFECT = ("rope_theta", "partial_rotary_factor", "sliding_window")  # rope_parameters says them layer by layer
 
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    read.only(keys, "moe_apply_router_weight_on_input", False, "Noria computes this family only with weighted outputs")
+    for key, value in FIXED.items():
+        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
     biases, count = read.flag(keys, "attention_bias", False), _decoder.num_layers(keys)
     kinds = read.layers_of(keys, "layer_types", count, (FULL, SLIDING)) or [FULL] * count
     turns = _rotary.by_kind(keys, kinds, read.integer(keys, "head_dim"))
@@ -67,9 +76,10 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     )
     plain = keys.having(rope_parameters=None, rope_theta=None, partial_rotary_factor=None)
     found = _decoder.shape("laguna", plain, variant)
-    gating = keys.get("gating", True)
+    gating, each = keys.get("gating", True), [str(keys.get("gating")).replace("-", "_")] * count
     known = gating is True or gating in ("per-head", "per-element")
     require(known, f"config.json: gating is {read.shown(gating)}: it must be true, 'per-head' or 'per-element'")
+    read.only(keys, "gating_types", each, f"all layers must be as gating says, {read.shown(gating)}")
     details = {
         "turns": [turns[kind] for kind in kinds],
         "heads": _by_layer(keys, count),
@@ -91,8 +101,22 @@ def _experts_of(config: Mapping[str, Any]) -> Experts:
         soft_cap=0.0 if not cap else read.number(config, "moe_router_logit_softcapping"),
     )
     inner, shared = (read.integer(config, f"{name}_intermediate_size") for name in ("moe", "shared_expert"))
-    layers = _decoder.sparse_layers(config, first=1)
-    return Experts(number, inner, layers, routing, shared, corrected=True)
+    return Experts(number, inner, _sparse(config), routing, shared, corrected=True)
+
+
+def _sparse(config: Mapping[str, Any]) -> Collection[int]:
+    """The layers with experts: by `mlp_layer_types`, else by `mlp_only_layers`, else all but the first."""
+    read.only(config, "decoder_sparse_step", 1, "Noria computes this family only with 1")
+    if config.get("mlp_only_layers") is None:
+        return _decoder.sparse_layers(config, first=1)
+    sparse = qwen3_moe.sparse_layers(config)
+    types = _decoder.sparse_layers(config, first=0)
+    known = config.get("mlp_layer_types") is None or {*types} == sparse
+    require(
+        known,
+        f"config.json: mlp_only_layers is {read.shown(config['mlp_only_layers'])}: mlp_layer_types says otherwise",
+    )
+    return sparse
 
 
 def _by_layer(config: Mapping[str, Any], count: int) -> list[int]:
