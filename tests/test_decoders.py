@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import beside
+import families
 import wide
 from beside import shape_of
 from counts import some
@@ -150,6 +151,18 @@ def test_other_names_of_nemotron_s_keys_mean_the_same():
     assert shape_of("nemotron", norm_eps=None, layer_norm_eps=1e-5, rope_percent=0.5) == shape_of("nemotron")
     with pytest.raises(InputError, match="kv_channels is 16: Noria does not know what it asks for"):
         shape_of("nemotron", kv_channels=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "theta"), [("cohere", 500000), ("cohere2", 10000), ("olmo3", 500000), ("seed_oss", 10000)]
+)
+def test_a_theta_that_is_left_out_is_transformers_own(name, theta):
+    config = {key: value for key, value in CONFIGS[name].items() if key != "rope_theta"}
+    details = models.for_config(config).shape(config).details
+    assert details.get("rope_theta") == theta or {turn[0] for turn in details["turns"]} == {theta}
+    rope = families.empty_model(config).config.rope_parameters
+    assert {its["rope_theta"] for its in rope.values() if isinstance(its, dict)} in (set(), {theta})
+    assert rope.get("rope_theta", theta) == theta
 
 
 def test_norms_of_heads_have_two_axes_and_stay_as_they_are_in_fewer_bits():
