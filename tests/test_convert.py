@@ -171,6 +171,26 @@ def test_what_old_checkpoints_carry_and_layers_that_are_not_computed_are_no_reas
     ]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.audio_tower.layers.0.self_attn.per_dim_scale",
+        "model.vision_tower.std_scale",
+        "mtp.layers.0.mlp.down_proj.weight_scale",
+    ],
+)
+def test_scales_of_what_is_not_computed_are_left_out_with_a_line(tmp_path, name):
+    made = convert(directory(tmp_path, **{name: torch.ones(3)}), tmp_path / "m.h5")
+    assert [note for note in made.notes if "left out" in note] == [
+        f"1 tensor left out, which llama does not use: {name!r}"
+    ]
+
+
+def test_a_bias_of_the_head_of_a_tied_model_is_refused(tmp_path):
+    source = write_directory(tmp_path / "hf", TIED_LLAMA, state(TIED_LLAMA) | {"lm_head.bias": torch.ones(97)})
+    refused(source, tmp_path, "'lm_head.bias': llama as config.json", "leave out 1 tensor of", "unquantized")
+
+
 def test_the_mask_that_gpt2_saved_is_left_out_without_a_word(tmp_path):
     families.save(families.GPT2, tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")

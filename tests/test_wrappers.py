@@ -116,6 +116,30 @@ def test_keys_and_values_of_layers_that_read_earlier_ones_are_left_out_where_the
     assert "would leave out 1 tensor of the layers that it computes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "more", ["language_model.model.norm.weight", "model.language_model.layers.1.mlp.gate_proj.weight"]
+)
+def test_a_tensor_under_two_names_is_refused(more, tmp_path, capsys):
+    families.save(QWEN3 | {"tie_word_embeddings": False}, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {more: torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path), str(tmp_path / "model.h5")]) == 2
+    assert f"{more!r}: qwen3 as config.json describes it would leave out 1 tensor of" in capsys.readouterr().err
+
+
+def test_a_head_of_its_own_in_a_tied_wrapper_is_refused(tmp_path, capsys):
+    families.save(QWEN3 | {"tie_word_embeddings": True}, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    head = {"language_model.lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(state | head, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path), str(tmp_path / "model.h5")]) == 0
+    assert "left out" not in capsys.readouterr().err
+    head["language_model.lm_head.weight"][0] += 1
+    save_file(state | head, tmp_path / "model.safetensors")
+    assert main(["convert", str(tmp_path), str(tmp_path / "other.h5")]) == 2
+    assert "'language_model.lm_head.weight' differs from 'model.embed_tokens.weight'" in capsys.readouterr().err
+
+
 def test_a_wrapper_says_which_text_models_it_may_hold():
     with pytest.raises(InputError, match="text_config is None: it must be an object"):
         models.text_of({"model_type": "gemma3"})

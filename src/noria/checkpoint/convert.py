@@ -7,7 +7,7 @@ space on the disk. Which tensors make a parameter is the model family's to say.
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -103,9 +103,9 @@ def _convert(
     fields = FieldSources(family, shape, form_of(directory, config, tensors), tensors)
     require(not (fields and (forms or lora)), f"{directory.path}: {_QUANTIZED}")
     plan = plan_of(directory, family, shape, tensors, fields)
-    check_tied(plan, tensors, shape)
+    check_tied(plan, tensors, shape, family.ALIASES)
     dtype, notes = _choose_dtype(family, shape, plan, dtype)
-    notes += _left_over(plan, fields, tensors, shape, getattr(family, "LEFT_OUT", ()))
+    notes += _left_over(plan, fields, tensors, family, shape)
     adapter = None if lora is None else Adapter(Path(lora), directory, family, shape, plan, tensors)
     reader = adapter.reader if adapter else Reader()
     plan = adapter.replaced(plan) if adapter else plan
@@ -133,14 +133,14 @@ def _convert(
 
 
 def _left_over(
-    plan: Plan, fields: FieldSources, tensors: dict[str, Tensor], shape: ModelShape, left_out: Collection[str]
+    plan: Plan, fields: FieldSources, tensors: dict[str, Tensor], family: ModuleType, shape: ModelShape
 ) -> list[str]:
     """Notes of the tensors that nothing is made of."""
     used_by = {place: [source.tensor for source in sources] for place, sources in plan.items()} | fields.tensors
     used = {tensor.name for its in used_by.values() for tensor in its}
     aside, notes = fields.aside({name: tensor for name, tensor in tensors.items() if name not in used})
     others = {name: its for name, its in tensors.items() if name not in aside}
-    return notes + left_over(used_by, others, shape, left_out)
+    return notes + left_over(used_by, others, family, shape)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -33,6 +33,7 @@ IGNORED = (
     ".attn.bias",  # GPT-2's causal mask
     ".position_ids",
 )
+HEAD = "lm_head."  # what the names of the head's tensors begin with
 _LAYER = re.compile(r"(?:[a-z_]+\.)*layers\.(\d{1,9})\.")
 
 
@@ -228,9 +229,9 @@ def shared(plan: Plan) -> str | None:
     return next((name for (block, name), sources in plan.items() if block == "embed" and sources == head), None)
 
 
-def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> None:
+def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape, aliases: Iterable[tuple[str, str]]) -> None:
     """Refuses a head of its own in a model whose config.json says that the embedding is its head: which is right?"""
-    head, embedding = tensors.get("lm_head.weight"), plan["embed", "tokens"][0].tensor
+    head, embedding = find(f"{HEAD}weight", tensors, aliases), plan["embed", "tokens"][0].tensor
     if not shape.tied or head is None or head is embedding:
         return
     pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
@@ -243,23 +244,20 @@ def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape) -> Non
 
 
 def left_over(
-    used_by: Mapping[Place, list[Tensor]],
-    tensors: Mapping[str, Tensor],
-    shape: ModelShape,
-    left_out: Collection[str] = (),
+    used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tensor], family: ModuleType, shape: ModelShape
 ) -> list[str]:
     """A note of the tensors that nothing is made of. Raises InputError for those that would change every number.
 
-    `used_by`: those that each parameter is made of. `left_out`: parts of names that the family says have no effect.
+    `used_by`: those that each parameter is made of. The family's LEFT_OUT: parts of names of tensors without effect.
     """
-    used = {tensor.name for its in used_by.values() for tensor in its}
+    used, left_out = {tensor.name for its in used_by.values() for tensor in its}, getattr(family, "LEFT_OUT", ())
     # a tied model's own lm_head is the embedding once more
-    tied = {"lm_head.weight"} if shape.tied else set()
+    tied = {*spellings(f"{HEAD}weight", family.ALIASES)} if shape.tied else set()
     left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
     if not left:
         return []
-    computed = tuple(_modules(used_by))
-    wrong = [name for name in left if name.startswith(computed) or "scale" in name or "lora_" in name]
+    computed = tuple(_spelled(_modules(used_by) | {HEAD}, family.ALIASES))
+    wrong = [name for name in left if name.startswith(computed) or "lora_" in name]
     wrong = [name for name in wrong if not (_behind(name, shape) or any(part in name for part in left_out))]
     if wrong:
         raise InputError(
@@ -268,6 +266,12 @@ def left_over(
             " unquantized model with its adapters merged, or the config.json that belongs to these weights"
         )
     return [f"{plural(len(left), 'tensor')} left out, which {shape.family} does not use: {_listed(left)}"]
+
+
+def _spelled(names: set[str], aliases: Collection[tuple[str, str]]) -> set[str]:
+    """The names in every spelling: a tensor of a computed module may be there once more under another."""
+    own = {prefix + name.removeprefix(its) for name in names for prefix, its in aliases if name.startswith(its)}
+    return {its for name in names | own for its in spellings(name, aliases)}
 
 
 def _behind(name: str, shape: ModelShape) -> bool:
