@@ -91,6 +91,12 @@ def test_a_key_that_no_family_knows_is_refused_by_its_name_and_value(name):
     beside.check_unknown_key(name)
 
 
+def test_the_makers_names_of_a_family_that_is_not_computed_are_known():
+    for name in ("minimax", "minimax_text_01", "minimax_m1"):
+        with pytest.raises(InputError, match="lightning attention"):
+            models.for_config({"model_type": name, "architectures": ["X"]})
+
+
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_families_that_are_known_and_not_computed_are_refused_with_their_obstacle(name):
     with pytest.raises(InputError) as error:

@@ -1,6 +1,7 @@
 """Families that are known and not computed yet: by model_type, what stands in the way."""
 
 _DELTA = "its layers are recurrent (gated delta rule), three of four of them"
+_LIGHTNING = "most of its layers are recurrent (lightning attention)"
 _MAMBA = "its layers are recurrent (Mamba)"
 _CONVOLUTIONS = "most of its layers are short convolutions"
 _STREAMS = "its layers pass on several residual streams (hyper-connections)"
@@ -13,7 +14,9 @@ OBSTACLES = {
     "olmo_hybrid": _DELTA,
     "kimi_linear": "its layers are recurrent (Kimi delta attention), three of four of them",
     "bailing_hybrid": "most of its layers are recurrent (linear attention)",
-    "minimax": "most of its layers are recurrent (lightning attention)",
+    "minimax": _LIGHTNING,
+    "minimax_text_01": _LIGHTNING,  # as its makers call it, and MiniMax-M1
+    "minimax_m1": _LIGHTNING,
     "nemotron_h": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "falcon_h1": _MAMBA,
