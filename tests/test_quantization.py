@@ -281,6 +281,18 @@ def test_random_weights_stay_plain_where_the_config_names_them(family, said, enc
     assert all(one.settings["permuted"] for one in block.encoded if one.encoding == "int4" and "config_groups" in said)
 
 
+@pytest.mark.parametrize(
+    ("order", "permuted"),
+    [(None, False), ("group", True), ("dynamic", True), (True, True), ("weight", False), ("static", False)],
+)
+def test_random_weights_are_permuted_where_files_of_that_order_have_a_g_idx(order, permuted):
+    groups = {"a": {"targets": ["Linear"], "weights": GROUPS["int"] | {"group_size": 32, "actorder": order}}}
+    said = {"quant_method": "compressed-tensors", "config_groups": groups}
+    shape = families.CONFIGS["llama"] | {"quantization_config": said}
+    encoded = random_checkpoint(shape, "bfloat16").blocks["layers/0001"].encoded
+    assert encoded and all(one.settings["permuted"] == permuted for one in encoded)
+
+
 def test_patterns_of_modules_are_tried_in_one_child_for_a_whole_model(monkeypatch):
     started = []
     helper = _groups.Helper

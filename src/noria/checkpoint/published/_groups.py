@@ -75,7 +75,7 @@ def _scheme(name: str, said: Any) -> Scheme:
         _block(block, where),
         weights.get("symmetric", True) is True,
         rounds=bool(said.get("input_activations") or said.get("output_activations")),
-        ordered=weights.get("actorder") in ("group", "weight", True),
+        ordered=weights.get("actorder") in ("group", "dynamic", True),  # by weight or static: groups lie in order
     )
 
 
