@@ -378,6 +378,10 @@ def test_files_of_other_formats_beside_a_whole_model_are_no_reason_to_refuse_but
             ["quantization", "'MLX' (MLX's format)", "unquantized"],
         ),
         (
+            json.dumps(LLAMA | {key: {"group_size": 64, "bits": 4} for key in ("quantization", "quantization_config")}),
+            ["quantization", "'MLX' (MLX's format)", "unquantized"],
+        ),
+        (
             json.dumps(LLAMA | {"compression_config": {"format": "dense"}}),
             ["compression_config", "config_groups is None"],
         ),

@@ -737,6 +737,22 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path):
     assert_logits(tmp_path / "model.h5", MODELS["llama"], weights)
 
 
+@pytest.mark.parametrize("form", ["fp8 in blocks", "modelopt nvfp4"])
+def test_two_places_that_name_different_formats_are_refused(tmp_path, form):
+    settings, pack = FORMS[form]
+    llama(tmp_path / "hf", settings, pack)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"compression_config": PACKED["int4.symmetric"]}))
+    refused(tmp_path, ["quantization_config names ", "compression_config names 'compressed-tensors'"])
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    said = {"quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf" / "hf_quant_config.json").write_text(json.dumps(said))
+    if settings["quant_method"] == "modelopt":
+        convert(tmp_path / "hf", tmp_path / "model.h5")
+    else:
+        refused(tmp_path, ["quantization_config names 'fp8'", "hf_quant_config.json names 'modelopt'"])
+
+
 FORMS_IN_ORDER = list(FORMS)
 VALUES = [None, True, 0, -1, 3.5, "x", "x" * 300, [], [1, "a"], {}, {"a": {"b": []}}, 10**30]
 

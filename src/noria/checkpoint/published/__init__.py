@@ -58,20 +58,25 @@ def form_of(directory: Directory, config: Mapping[str, Any], tensors: dict[str, 
     method, settings, where = _said(directory, config)
     if not method:
         return None
-    for name in kinds.names(PACKAGE):
-        kind = kinds.load(PACKAGE, name)
-        if method in kind.METHODS:
-            try:
-                form: Form = kind.FORMAT(settings, Tensors(tensors))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
-            return form
+    kind = _kind(method)
+    if kind is not None:
+        try:
+            form: Form = kind.FORMAT(settings, Tensors(tensors))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return form
     known = ", ".join(method for name in kinds.names(PACKAGE) for method in kinds.load(PACKAGE, name).METHODS)
     what = f" ({REFUSED[method]})" if method in REFUSED else ""
     raise InputError(
         f"{where}: weights quantized by {shown(method)}{what} are not read by this version of Noria: take the unquantized"
         f" model, or one of {known}"
     )
+
+
+def _kind(method: str) -> Any:
+    """The file that reads a method; None: none does."""
+    loaded = [kinds.load(PACKAGE, name) for name in kinds.names(PACKAGE)]
+    return next((kind for kind in loaded if method in kind.METHODS), None)
 
 
 def said_in(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,16 +87,31 @@ def said_in(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(directory: Directory, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
-    """The method, its settings, and which file says so; no method: the weights are plain."""
+    """The method, its settings, and which file says so; no method: the weights are plain.
+
+    Raises InputError where two places name methods that different files read.
+    """
+    found: list[tuple[str, Mapping[str, Any], str]] = []
     for key, settings in said_in(config).items():
         require(
             isinstance(settings, dict),
             f"{directory.path}: config.json: {key} is {shown(settings)}: it must be an object with quant_method",
         )
-        method = settings.get("quant_method", KEYS[key])
-        return str(method)[:80] or "unknown", settings, f"{directory.path}: config.json: {key}"
-    found = directory.json(MODELOPT)
-    return ("modelopt", found[1], f"{directory.path}: {MODELOPT}") if found else ("", {}, "")
+        found.append((str(settings.get("quant_method", KEYS[key]))[:80], settings, f"config.json: {key}"))
+    own = directory.json(MODELOPT)
+    if own:
+        found.append(("modelopt", own[1], MODELOPT))
+    if not found:
+        return "", {}, ""
+    named = [one for one in found if one[0]] or found
+    method, settings, where = named[0]
+    for other, _, place in named[1:]:
+        require(
+            _kind(other) is _kind(method),
+            f"{directory.path}: {where} names {shown(method)}, {place} names {shown(other)}: the weights are of one"
+            " format, remove what does not belong to them, or download the directory again",
+        )
+    return method or "unknown", settings, f"{directory.path}: {where}"
 
 
 def notes(form: Form, left: Collection[str]) -> list[str]:
