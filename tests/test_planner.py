@@ -48,6 +48,15 @@ def test_a_few_rows_get_no_more_pages_than_they_can_use():
     assert make(rows=3).num_pages == 3 * 2048 // 16
 
 
+def test_samples_that_rows_ask_for_themselves_get_pages_too():
+    """10 prompts of 16 samples, whether the run says so or each row."""
+    load = Workload(160, 12, 32, total_pages=640, longest_pages=4, whole=True)
+    run = {"model": "m", "prompts": "p", "output": "o"}
+    for flags in ({"n": 16}, {}):
+        of_work = SHAPE, blocks(), "bfloat16", 2, Machine("cuda", 20 * GiB), 10, load
+        assert planner.make(Problem(config.load(None, run | flags), *of_work)).predicted["rows"] == 160
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "device", "flags", "groups"),
     [

@@ -99,7 +99,7 @@ class Problem:
 
     def cap(self, groups: int) -> int:
         """Pages that all rows can use, where every group has an equal share of them."""
-        most = max(self.num_rows, 1) * self.config.sampling.n * self.longest  # were all as long as the context
+        most = self.workload.num_rows * self.longest  # were all as long as the context
         if self.workload.total_pages is None:
             return most
         return min(most, max(self.workload.total_pages + groups * self.workload.pages, self.longest))
