@@ -44,8 +44,8 @@ def llama(layers, hidden, heads, kv_heads, inner, vocab):
 SMALL, TINY = llama(8, 1024, 16, 8, 2816, 16000), llama(16, 64, 2, 1, 128, 500)
 
 
-def plan_of(made, load, known=CORE):
-    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "device": "cpu"})
+def plan_of(made, load, known=CORE, **flags):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "device": "cpu"} | flags)
     machine = Machine("cpu", 16 * GiB)
     return planner.make(Problem(run, *made, "float32", 1, machine, load.num_rows, load), known)
 
@@ -74,6 +74,15 @@ def test_all_that_a_cpu_does_adds_up():
     assert found == pytest.approx(whole, rel=0.01)
     slow = plan_of(SMALL, Workload(16, 64, 64), replace(CORE, layer_seconds=1e-3))
     assert slow.predicted["decode"]["round_seconds"] > found + 8 * 3e-3
+
+
+@pytest.mark.parametrize("made", [SMALL, TINY], ids=["small", "tiny"])
+def test_a_cpu_is_no_faster_where_copies_hide_behind_nothing(made):
+    load = Workload(16, 64, 64)
+    speeds = [
+        plan_of(made, load, schedule=how).predicted["tokens_per_second"] for how in ("single_batch", "sequential")
+    ]
+    assert speeds[0] == pytest.approx(speeds[1], rel=1e-6), "nothing is copied"
 
 
 def test_rows_of_several_lengths_are_attended_one_length_after_another():

@@ -7,6 +7,7 @@ Pure arithmetic.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from noria.model import ModelShape
@@ -95,10 +96,10 @@ def rank_seconds(plan: Plan, used: Mapping[str, float], rates: Rates) -> tuple[f
     on_device, on_host = (products, *KERNELS, *wait), ("launches", "host")
     compute = max((on_device, on_host), key=lambda names: sum(used[name] for name in names))
     engines: tuple[tuple[str, ...], ...] = (("link",), ("disk",), compute)
-    if not _overlaps(plan):
-        engines = (("link", "disk", *compute),)
-    elif rates.device == "CPU":
+    if rates.device == "CPU":
         engines = ("disk",), ("link", products, *KERNELS, *on_host)
+    if not _overlaps(plan):
+        engines = (tuple(chain(*engines)),)
     slowest = max(engines, key=lambda names: sum(used[name] for name in names))
     return sum(used[name] for name in slowest), max(slowest, key=used.__getitem__)
 
