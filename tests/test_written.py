@@ -188,6 +188,47 @@ def test_a_run_says_where_its_plan_is_another():
     assert otherwise(planned | {"tokens_per_second": planned["tokens_per_second"] * 1.005}, plan).endswith("wrote it")
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"step_tokens": 4096}, "step tokens 4,096 (8,192 planned)"),
+        ({"microbatch_tokens": 512}, "microbatch tokens 512 (4,096 planned)"),
+        ({"laps": 2, "partition": "greedy"}, "laps 2 (1 planned), partition 4,3,3,3 (7,6 planned)"),
+        ({"partition": [6, 7]}, "partition 6,7 (7,6 planned)"),
+        ({"schedule": "sequential"}, "schedule sequential (single_batch planned)"),
+        ({"activations": "cpu"}, "activations cpu (gpu planned)"),
+        (
+            {"weights": {"gpu": 50.0, "cpu": 50.0}},
+            "gpu blocks 9 (15 planned), cpu blocks 6 (0 planned), weight slots 3",
+        ),
+    ],
+)
+def test_a_run_names_each_choice_that_its_flags_have_changed(keys, said):
+    """However near the speed is."""
+    chosen = {"step_tokens": 8192, "microbatch_tokens": 4096, "partition": [7, 6]}
+    machine, run = (
+        Machine("cuda", 20 * GiB, 4 * GiB),
+        config.load(None, {"model": "m", "prompts": "p", "output": "o"} | chosen),
+    )
+    whole = planned_config(run, planner.make(problem_of(run, 2, machine, 300), H200))
+    pipeline = {name: keys[name] for name in keys if hasattr(whole.pipeline, name)}
+    placement = {name: keys[name] for name in keys if hasattr(whole.placement, name)}
+    changed = replace(
+        whole, pipeline=replace(whole.pipeline, **pipeline), placement=replace(whole.placement, **placement)
+    )
+    plan = planner.make(problem_of(changed, 2, machine, 300), H200)
+    fast = whole.job.planned | {"tokens_per_second": plan.predicted["tokens_per_second"]}
+    assert otherwise(fast, plan).startswith("plan: not as noria plan wrote it: ") and said in otherwise(fast, plan)
+
+
+def test_a_run_file_for_other_ranks_says_for_how_many_it_is():
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o"})
+    whole = planned_config(run, planner.make(problem_of(run, 2, GPU, 300), H200))
+    said = "it was planned for 2 ranks (job.planned): start so many, or write another with noria plan --ranks 3"
+    with pytest.raises(InputError, match=re.escape(said)):
+        planner.make(problem_of(whole, 3, GPU, 300), H200)
+
+
 LISTS = [
     ({"gpu": "layers 0-12 head"}, "lists blocks, but not embed: list each block of the model once"),
     ({"gpu": "embed layers 0-11 head"}, "lists blocks, but not layers 12: "),

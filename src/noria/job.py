@@ -9,10 +9,15 @@ from noria.tools.values import parse_shard, parse_walltime
 
 OPENAI = "openai:"  # before the name of an export: it is written as OpenAI's batch responses
 
-PLANNED = (  # what a plan comes to that no key says
-    *("ranks", "gpu_pages", "cpu_pages", "disk_pages", "weight_slots", "cache_slots", "cache_slot_pages"),
-    "tokens_per_second",
-)
+NUMBER, TEXT, NUMBERS = "a number", "a text", "a list of numbers"
+PLANNED = {  # what a plan came to, and what that is
+    **dict.fromkeys(("ranks", "laps", "groups", "step_tokens", "microbatch_tokens"), NUMBER),
+    "schedule": TEXT,
+    "activations": TEXT,
+    "partition": NUMBERS,
+    **dict.fromkeys(("gpu_blocks", "cpu_blocks", "disk_blocks", "gpu_pages", "cpu_pages", "disk_pages"), NUMBER),
+    **dict.fromkeys(("weight_slots", "cache_slots", "cache_slot_pages", "tokens_per_second"), NUMBER),
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,10 @@ class Job:
         require(self.seal_seconds >= 0, f"job.seal_seconds is {self.seal_seconds}: it must be 0 or more")
         if self.shard is not None:
             parse_shard(self.shard)
-        for name, number in (self.planned or {}).items():
+        for name, value in (self.planned or {}).items():
             require(name in PLANNED, f"unknown name {name[:50]!r} in job.planned{nearest(name[:50], PLANNED)}")
-            right = isinstance(number, int | float) and not isinstance(number, bool)
-            require(right, f"job.planned.{name[:50]} is {str(number)[:50]!r}: it must be a number")
+            said = f"job.planned.{name} is {str(value)[:50]!r}: it must be {PLANNED[name]}"
+            require(_is(PLANNED[name], value), said)
         if self.walltime is not None:
             parse_walltime(self.walltime)
         for name in ("retry_errors", "extend"):
@@ -79,3 +84,13 @@ class Job:
         require(wrong is None, f"job.export has {wrong!r}: it must be names of files")
         for name in names:
             check_path(name.removeprefix(OPENAI), "job.export")
+
+
+def _is(kind: str, value: object) -> bool:
+    """Whether a value is a NUMBER, a TEXT or NUMBERS."""
+    if kind == TEXT:
+        return isinstance(value, str)
+    numbers = value if kind == NUMBERS else [value]
+    return isinstance(numbers, list) and all(
+        isinstance(one, int | float) and not isinstance(one, bool) for one in numbers
+    )

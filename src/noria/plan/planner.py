@@ -7,7 +7,7 @@ Needs no torch, no MPI and no GPU.
 from dataclasses import replace
 
 from noria.config import Config
-from noria.errors import require
+from noria.errors import InputError, require
 from noria.model import ModelShape
 from noria.order import check_blocking
 from noria.plan import costs, rates, search
@@ -25,7 +25,10 @@ def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     pipeline, laps = config.pipeline, config.pipeline.laps or 1
     # Where laps are open, the candidates for a plan say whether some number of them keeps tied layers together.
     ties = shape.tied_layers if pipeline.laps or isinstance(pipeline.partition, list) else ()
-    partition(shape.num_layers, num_ranks * laps, pipeline.partition or "greedy", ties=ties, num_ranks=num_ranks)
+    try:
+        partition(shape.num_layers, num_ranks * laps, pipeline.partition or "greedy", ties=ties, num_ranks=num_ranks)
+    except InputError as error:
+        raise InputError(f"{error}{_for_others(config, num_ranks)}") from None
     check_list(config.placement.weights, shape.num_layers)
     if pipeline.blocking:
         check_blocking(num_ranks, pipeline.groups or num_ranks)
@@ -33,6 +36,17 @@ def check(config: Config, num_ranks: int, shape: ModelShape) -> None:
     require(
         step is None or micro is None or micro <= step,
         f"pipeline.microbatch_tokens is {micro}, more than pipeline.step_tokens ({step}): lower it",
+    )
+
+
+def _for_others(config: Config, num_ranks: int) -> str:
+    """What is said beside a refusal where noria plan --write wrote the run file for another number of ranks."""
+    planned = (config.job.planned or {}).get("ranks", num_ranks)
+    if planned == num_ranks:
+        return ""
+    return (
+        f"; it was planned for {planned:,.10g} ranks (job.planned): start so many, or write another with noria plan --ranks"
+        f" {num_ranks} --write FILE and the run file that it was made of"
     )
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from noria.config import Config
+from noria.limits import TIERS
 from noria.plan.plan import Plan, rate_words
 from noria.tools.listed import listed
 from noria.tools.text import plural
 
 SAME = 0.01  # of a speed: the rates of a machine that is measured again
+MOST_STAGES = 8  # that are told one by one
 
 
 def planned_config(config: Config, plan: Plan) -> Config:
@@ -60,17 +62,16 @@ def _cache(plan: Plan) -> dict[str, Any]:
 
 
 def numbers_of(plan: Plan) -> dict[str, Any]:
-    """What a plan came to that no key of a run file says."""
-    pages = {f"{tier}_pages": count for tier, count in plan.of_pool("pages").items() if count}
-    slots = {
-        "weight_slots": plan.weight_slots,
-        "cache_slots": plan.cache_slots,
-        "cache_slot_pages": plan.cache_slot_pages,
-    }
+    """What a run's own plan is held beside: its choices, which flags may change, and what no key of a run file says."""
+    tiers = [tier for held in plan.weight_tiers for tier in held.values()]
     return {
         "ranks": plan.num_ranks,
-        **pages,
-        **{name: count for name, count in slots.items() if count},
+        **{name: getattr(plan, name) for name in ("laps", "groups", "step_tokens", "microbatch_tokens")},
+        **{name: getattr(plan, name) for name in ("schedule", "activations")},
+        "partition": [last - first for first, last in plan.stages],
+        **{f"{tier}_blocks": tiers.count(tier) for tier in TIERS},
+        **{f"{tier}_pages": count for tier, count in plan.of_pool("pages").items()},
+        **{name: getattr(plan, name) for name in ("weight_slots", "cache_slots", "cache_slot_pages")},
         "tokens_per_second": float(f"{plan.predicted['tokens_per_second']:.4g}"),
     }
 
@@ -79,8 +80,14 @@ def otherwise(planned: Mapping[str, Any], plan: Plan) -> str:
     """A line that says where a run's plan is not what was planned for its run file, or that it is."""
     found = numbers_of(plan)
     differing = [
-        f"{name.replace('_', ' ')} {found.get(name, 0):,.10g} ({planned.get(name, 0):,.10g} planned)"
-        for name in dict.fromkeys((*planned, *found))
-        if abs(found.get(name, 0) - planned.get(name, 0)) > SAME * planned.get(name, 0) * (name == "tokens_per_second")
+        f"{name.replace('_', ' ')} {_words(found[name])} ({_words(value)} planned)"
+        for name, value in planned.items()
+        if found[name] != value and not (name == "tokens_per_second" and abs(found[name] - value) <= SAME * value)
     ]
     return f"plan: not as noria plan wrote it: {', '.join(differing)}" if differing else "plan: as noria plan wrote it"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value if len(value) <= MOST_STAGES else [*value[:3], "...", value[-1]]))
+    return value if isinstance(value, str) else f"{value:,.10g}"
