@@ -57,6 +57,14 @@ def test_samples_that_rows_ask_for_themselves_get_pages_too():
         assert planner.make(Problem(config.load(None, run | flags), *of_work)).predicted["rows"] == 160
 
 
+@pytest.mark.parametrize("groups", [3, 5, 6, 7])
+def test_groups_that_do_not_divide_the_rows_leave_none_of_them_to_a_second_wave(groups):
+    load = Workload(16, 60, 100, total_pages=16 * 12, longest_pages=12, whole=True)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "groups": groups})
+    plan = planner.make(Problem(run, SHAPE, blocks(), "bfloat16", 2, Machine("cuda", 20 * GiB), 16, load))
+    assert plan.predicted["rows"] == 16 and plan.predicted["rounds"]["decode"] == 99
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "device", "flags", "groups"),
     [

@@ -99,7 +99,8 @@ class Problem:
 
     def cap(self, groups: int) -> int:
         """Pages that all rows can use, where every group has an equal share of them."""
-        most = self.workload.num_rows * self.longest  # were all as long as the context
+        in_group = -(-self.workload.num_rows // groups)
+        most = groups * in_group * self.longest  # were all as long as the context
         if self.workload.total_pages is None:
             return most
         return min(most, max(self.workload.total_pages + groups * self.workload.pages, self.longest))
