@@ -65,6 +65,14 @@ def test_groups_that_do_not_divide_the_rows_leave_none_of_them_to_a_second_wave(
     assert plan.predicted["rows"] == 16 and plan.predicted["rounds"]["decode"] == 99
 
 
+def test_rows_that_all_find_room_are_all_in_flight_though_the_mean_row_is_rounded_up_to_whole_pages():
+    """64 rows of 4 to 12 pages, 7.4 on average, as a run of 9 groups had them in 31 decode rounds."""
+    load = Workload(64, 60.3, 32, total_pages=472, longest_pages=12, whole=True)
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "groups": 9})
+    plan = planner.make(Problem(run, SHAPE, blocks(), "bfloat16", 2, Machine("cuda", 20 * GiB), 64, load))
+    assert plan.num_pages == 472 + 9 * 8 and plan.predicted["rounds"]["decode"] == 31
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "device", "flags", "groups"),
     [
