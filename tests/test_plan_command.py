@@ -255,3 +255,13 @@ def test_where_nothing_was_measured_the_rates_of_a_card_are_assumed(planned, tmp
     assert "machine     NVIDIA L40S; assumed, not measured: all rates" in out and "assumed rates of NVIDIA L40S" in out
     _, out, _ = planned("--device", "auto")
     assert "machine     NVIDIA H200; assumed, not measured: all rates" in out
+
+
+def test_a_gpu_of_which_no_data_sheet_is_known_is_said_to_be_planned_as_an_h200(planned, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORIA_CACHE", str(tmp_path))
+    machine = tmp_path / "machine.toml"
+    said = "of its own no data sheet is known here, so these are an NVIDIA H200's"
+    for device, unknown in (("AMD Instinct MI300X", True), ("NVIDIA L40S", False)):
+        machine.write_text(f'device = "{device}"\n')
+        _, out, _ = planned("--device", "auto", "--dtype", "float32", "--machine", str(machine))
+        assert f"\nmachine     {device}; assumed, not measured: all rates" in out and (said in out) == unknown

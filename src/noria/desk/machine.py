@@ -8,6 +8,7 @@ from noria.config import Config
 from noria.errors import InputError, require
 from noria.output.stored_rates import stored_rates
 from noria.plan import kept, planner, rates
+from noria.plan.cards import card_of
 from noria.plan.problem import Machine
 from noria.plan.rates import DOUBTED, Rates, is_all_assumed
 from noria.tools.text import plural
@@ -65,6 +66,8 @@ def machine_lines(config: Config, known: Rates, source: str, num_ranks: int) -> 
     left = [name for name in known.assumed if num_ranks > 1 or not name.startswith("hop")]
     if left:
         names = ", ".join(left) if source else "all rates"
+        unknown = known.device != "CPU" and card_of(known.device) is None
+        names += f"; of its own no data sheet is known here, so these are an {Rates.device}'s" * unknown
         where += (
             f"; assumed, not measured: {names} (noria run measures them where it runs and keeps them, noria probe too)"
         )
