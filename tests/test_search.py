@@ -49,11 +49,11 @@ CASES = {
 }
 
 
-def problem_of(case, **flags):
+def problem_of(case, whole=True, **flags):
     made, num_ranks, on_device, on_host, load, _ = CASES[case]
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o"} | flags)
     machine, dtype = Machine("cuda", on_device * GiB, on_host * GiB), made[1]["head"].parameters[0].dtype
-    return Problem(run, *made, dtype, num_ranks, machine, load[0], Workload(*load, whole=True))
+    return Problem(run, *made, dtype, num_ranks, machine, load[0], Workload(*load, whole=whole))
 
 
 def rates_of(case):
@@ -195,7 +195,7 @@ def test_opt_175b_on_two_gpus_and_256_gib_takes_no_longer_than_45_seconds():
 )
 def test_planned_keys_that_do_not_fit_the_model_the_ranks_or_memory_are_refused_with_the_numbers(flags, said):
     with pytest.raises(InputError, match=said):
-        planner.make(problem_of("175B on two GPUs", **flags), rates_of("175B on two GPUs"))
+        planner.make(problem_of("175B on two GPUs", whole=False, **flags), rates_of("175B on two GPUs"))
 
 
 TIMED = """

@@ -112,6 +112,8 @@ def _corners(tried: Tried) -> Iterator[Iterable[Candidate]]:
     plans = [plan for plan in map(tried.plan, first) if plan and not plan.weight_slots]
     if not any(plan.predicted["rows"] >= rows and plan.holds(problem.workload.longest) for plan in plans):
         yield (_cache_first(tried, corner) for corner in _streaming(problem))
+        if moves.is_cache_open(problem):
+            yield (_cache_elsewhere(tried, groups) for groups in moves.groups(problem))
 
 
 def _resident(tried: Tried, groups: int) -> Candidate:
@@ -120,9 +122,25 @@ def _resident(tried: Tried, groups: int) -> Candidate:
     plan = tried.plan(first)
     if plan is None:
         return first
-    rows = plan.predicted["rows"]
-    rounds = -(-rows * round(tried.problem.workload.prompt_tokens) // (groups * MICROBATCH_TOKENS))
-    return _fitting(tried, replace(first, rows=rows, prefill_rounds=max(rounds, 1)))
+    return _fitting(tried, _with_rounds(tried, replace(first, rows=plan.predicted["rows"])))
+
+
+def _cache_elsewhere(tried: Tried, groups: int) -> Candidate:
+    """All rows at once, their cache in CPU memory, and steps so small that the device holds all blocks; if there are such."""
+    rows = tried.problem.workload.num_rows
+    found = _with_rounds(tried, replace(_modest(tried.problem), groups=groups, rows=rows, on_device=0.0))
+    while (plan := tried.plan(found)) is None or plan.weight_slots:
+        smaller = replace(found, prefill_rounds=2 * found.prefill_rounds)
+        if tried.problem.step_tokens(smaller) == tried.problem.step_tokens(found):
+            return found
+        found = smaller
+    return found
+
+
+def _with_rounds(tried: Tried, candidate: Candidate) -> Candidate:
+    """With steps of about a microbatch."""
+    tokens = candidate.rows * round(tried.problem.workload.prompt_tokens)
+    return replace(candidate, prefill_rounds=max(-(-tokens // (candidate.groups * MICROBATCH_TOKENS)), 1))
 
 
 def _streaming(problem: Problem) -> Iterator[Candidate]:
