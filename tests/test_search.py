@@ -263,8 +263,16 @@ def test_room_for_a_row_of_the_whole_context_is_kept_only_while_there_may_be_one
             llama(61, 2048, 16, 1, 2048, 129280, experts=256),
             *(8, Machine("cuda", 130 * GiB, 110 * GiB), Workload(2000, 1000, 300), {"step_tokens": 8000}),
         ),
+        (
+            llama(36, 2880, 64, 8, 2880, 201088, experts=128),
+            *(8, Machine("cuda", 30 * GiB, 100 * GiB), Workload(1000, 512, 64, whole=True), {"cache": {"cpu": 100.0}}),
+        ),
     ],
-    ids=["groups, and with them layers and rows", "steps, and with them their one microbatch"],
+    ids=[
+        "groups, and with them layers and rows",
+        "steps, and with them their one microbatch",
+        "small steps, and with them all blocks on the device and no page of the cache",
+    ],
 )
 def test_numbers_that_gain_only_together_are_moved_together(made, num_ranks, machine, load, flags):
     known = rates.read(Path(__file__).parent / "data" / "noria-rates-h200.toml")
