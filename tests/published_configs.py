@@ -540,7 +540,7 @@ CONFIGS["laguna-xs.2"] = {
     **{
         key: value
         for key, value in CONFIGS["laguna-s-2.1"].items()
-        if key not in ("mlp_layer_types", "mlp_only_layers", "gating_types")
+        if key not in ("mlp_layer_types", "mlp_only_layers")
     },
     "gating": True,
     "partial_rotary_factor": 0.5,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import families
 import tiny_models
+from decoders import GPT_NEOX
 from forks import forked
 from noria.__main__ import main
 from noria.checkpoint import convert as convert_module
@@ -184,6 +185,23 @@ def test_scales_of_what_is_not_computed_are_left_out_with_a_line(tmp_path, name)
     assert [note for note in made.notes if "left out" in note] == [
         f"1 tensor left out, which llama does not use: {name!r}"
     ]
+
+
+@pytest.mark.parametrize("name", ["model.embed_scale", "logit_scale"])
+def test_a_scale_beside_what_is_computed_is_refused(tmp_path, name):
+    refused(directory(tmp_path, **{name: torch.ones(1)}), tmp_path, f"{name!r}: llama as config.json", "leave out 1")
+
+
+def test_a_head_of_a_tied_model_is_its_embedding_under_each_of_its_names(tmp_path):
+    families.save(GPT_NEOX | {"tie_word_embeddings": True}, tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(tensors[name] for name in tensors if name.endswith("embed_in.weight"))
+    save_file(tensors | {"embed_out.weight": embedding.clone()}, file, {"format": "pt"})
+    assert not [note for note in convert(tmp_path / "hf", tmp_path / "m.h5").notes if "left out" in note]
+    save_file(tensors | {"lm_head.weight": embedding.clone(), "embed_out.weight": embedding + 1}, file)
+    with pytest.raises(InputError, match="'embed_out.weight' differs from 'gpt_neox.embed_in.weight'"):
+        convert(tmp_path / "hf", tmp_path / "other.h5")
 
 
 def test_a_bias_of_the_head_of_a_tied_model_is_refused(tmp_path):

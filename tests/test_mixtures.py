@@ -65,6 +65,7 @@ def test_logits_are_those_of_transformers(name):
         ("laguna", {"gating_types": ["per_head", "per_element", "per_head"], "gating": "per-head"}, "gating_types is ['per_head', 'per_element', 'per_head']: all layers must be as gating says, 'per-head'"),
         ("laguna", {"mlp_only_layers": [0, 1]}, "mlp_only_layers is [0, 1]: mlp_layer_types says otherwise"),
         ("exaone_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("exaone_moe", {"first_last_k_dense_replace": 2}, "first_last_k_dense_replace is 2: Noria knows it with 1 alone"),
         ("exaone_moe", {"is_moe_layer": [False, True, False]}, "is_moe_layer is [False, True, False]: mlp_layer_types, or"),
         ("olmoe", {"rope_scaling": {"rope_type": "default", "beta": 0.1}}, "beta of rope_scaling is 0.1"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1"),

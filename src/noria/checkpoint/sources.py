@@ -231,16 +231,21 @@ def shared(plan: Plan) -> str | None:
 
 def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape, aliases: Iterable[tuple[str, str]]) -> None:
     """Refuses a head of its own in a model whose config.json says that the embedding is its head: which is right?"""
-    head, embedding = find(f"{HEAD}weight", tensors, aliases), plan["embed", "tokens"][0].tensor
-    if not shape.tied or head is None or head is embedding:
-        return
-    pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    require(
-        same and all(torch.equal(one, other) for one, other in pairs),
-        f"{head.shard}: {head.name!r} differs from {embedding.name!r}, but config.json says tie_word_embeddings:"
-        " set that to false to keep the head, or remove the tensor to use the embedding",
-    )
+    embedding = plan["embed", "tokens"][0].tensor
+    heads = [tensors[name] for name in sorted(_heads(shape, aliases) & {*tensors}) if name != embedding.name]
+    for head in heads:
+        pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
+        same = head.shape == embedding.shape and head.dtype == embedding.dtype
+        require(
+            same and all(torch.equal(one, other) for one, other in pairs),
+            f"{head.shard}: {head.name!r} differs from {embedding.name!r}, but config.json says tie_word_embeddings:"
+            " set that to false to keep the head, or remove the tensor to use the embedding",
+        )
+
+
+def _heads(shape: ModelShape, aliases: Iterable[tuple[str, str]]) -> set[str]:
+    """Names of a head's matrix that a tied model may have beside its embedding: the same numbers once more."""
+    return _spelled({f"{HEAD}weight"}, [*aliases]) if shape.tied else set()
 
 
 def left_over(
@@ -251,13 +256,12 @@ def left_over(
     `used_by`: those that each parameter is made of. The family's LEFT_OUT: parts of names of tensors without effect.
     """
     used, left_out = {tensor.name for its in used_by.values() for tensor in its}, getattr(family, "LEFT_OUT", ())
-    # a tied model's own lm_head is the embedding once more
-    tied = {*spellings(f"{HEAD}weight", family.ALIASES)} if shape.tied else set()
-    left = sorted(name for name in tensors if name not in used | tied and not name.endswith(IGNORED))
+    used |= _heads(shape, family.ALIASES)
+    left = sorted(name for name in tensors if name not in used and not name.endswith(IGNORED))
     if not left:
         return []
     computed = tuple(_spelled(_modules(used_by) | {HEAD}, family.ALIASES))
-    wrong = [name for name in left if name.startswith(computed) or "lora_" in name]
+    wrong = [name for name in left if name.startswith(computed) or "lora_" in name or _scales(name, computed)]
     wrong = [name for name in wrong if not (_behind(name, shape) or any(part in name for part in left_out))]
     if wrong:
         raise InputError(
@@ -266,6 +270,12 @@ def left_over(
             " unquantized model with its adapters merged, or the config.json that belongs to these weights"
         )
     return [f"{plural(len(left), 'tensor')} left out, which {shape.family} does not use: {_listed(left)}"]
+
+
+def _scales(name: str, computed: Iterable[str]) -> bool:
+    """Whether a tensor is a scale beside modules that are computed."""
+    parent, _, own = name.rpartition(".")
+    return "scale" in own and any(module.startswith(parent and f"{parent}.") for module in computed)
 
 
 def _spelled(names: set[str], aliases: Collection[tuple[str, str]]) -> set[str]:

@@ -35,6 +35,7 @@ FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
+    read.only(config, "first_last_k_dense_replace", 1, "Noria knows it with 1 alone: give mlp_layer_types")
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
     for key, value in FIXED.items():
         read.only(keys, key, value, f"Noria computes this family only with {value!r}")

@@ -76,7 +76,8 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     )
     plain = keys.having(rope_parameters=None, rope_theta=None, partial_rotary_factor=None)
     found = _decoder.shape("laguna", plain, variant)
-    gating, each = keys.get("gating", True), [str(keys.get("gating")).replace("-", "_")] * count
+    gating = keys.get("gating", True)
+    each = ["per_element" if gating == "per-element" else "per_head"] * count
     known = gating is True or gating in ("per-head", "per-element")
     require(known, f"config.json: gating is {read.shown(gating)}: it must be true, 'per-head' or 'per-element'")
     read.only(keys, "gating_types", each, f"all layers must be as gating says, {read.shown(gating)}")

@@ -97,7 +97,7 @@ def _said(directory: Directory, config: Mapping[str, Any]) -> tuple[str, Mapping
             isinstance(settings, dict),
             f"{directory.path}: config.json: {key} is {shown(settings)}: it must be an object with quant_method",
         )
-        found.append((str(settings.get("quant_method", KEYS[key]))[:80], settings, f"config.json: {key}"))
+        found.append((str(settings.get("quant_method") or KEYS[key])[:80], settings, f"config.json: {key}"))
     own = directory.json(MODELOPT)
     if own:
         found.append(("modelopt", own[1], MODELOPT))
