@@ -52,6 +52,12 @@ def test_every_tier_holds_the_states_of_as_many_rows_as_it_has_pages_for(shape, 
     assert plan.predicted["rows"] <= sum(pools["states"] for pools in held.values())
 
 
+def test_no_more_rows_are_counted_than_there_are_states():
+    """40 rows of 8 pages and 24 of 4 have 6.5 on average, and states are counted for 7."""
+    plan = make(HYBRID, load=Workload(64, 60, 42.5, total_pages=416, longest_pages=8, whole=True))
+    assert plan.of_pool("states")["gpu"] < 64 and plan.predicted["rows"] <= plan.of_pool("states")["gpu"]
+
+
 def test_the_plan_says_how_many_states_there_are():
     plan = make(HYBRID)
     assert plan.lines()[0].endswith(f"tokens and {plan.pools['gpu']['states']:,} states")

@@ -17,10 +17,10 @@ from noria.encodings import capacity
 from noria.errors import InputError
 from noria.output.generations import open_generations
 from noria.pieces import Encoded, Matrix
-from noria.plan import planner, rates
+from noria.plan import building, planner, rates
 from noria.plan.costs import Workload
 from noria.plan.planner import GiB
-from noria.plan.problem import Machine, Problem
+from noria.plan.problem import Candidate, Machine, Problem
 from noria.plan.written import otherwise, planned_config, run_file
 from noria.tools.listed import blocks_in, listed
 from test_costs import opt
@@ -66,6 +66,22 @@ def test_a_written_run_file_plans_to_the_same_plan(tmp_path, num_ranks, machine,
         keys.append(getattr(again.pipeline, name))
     assert None not in keys and isinstance(again.pipeline.partition, list), "every planned key is set"
     assert again == planned_config(run, plan) and otherwise(again.job.planned, plan) == "plan: as noria plan wrote it"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("total", [None, 300 * 22])
+def test_a_cache_in_two_tiers_of_rows_that_were_all_looked_at_is_planned_again(num_ranks, total):
+    run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "groups": num_ranks + 1})
+    load = Workload(300, 300, 40, total_pages=total, longest_pages=25, whole=True)
+    for memory in (11, 12, 13, 14):
+        problem = Problem(run, *SMALL, "float16", num_ranks, replace(GPU, memory_nbytes=memory * GiB // 10), 300, load)
+        for part in (0.0, 0.3):
+            candidate = Candidate(1, num_ranks + 1, 40, 256, rows=300, on_device=part)
+            plan = building.build(problem, candidate)
+            assert plan.of_pool("pages")["cpu"]
+            plan = replace(plan, predicted=planner.make(problem, H200).predicted)
+            written = replace(problem, config=planned_config(run, plan))
+            assert planner.make(written, H200).of_pool("pages") == plan.of_pool("pages")
 
 
 @pytest.mark.parametrize("shape", [HYBRID, RECURRENT], ids=["hybrid", "recurrent"])
@@ -186,6 +202,9 @@ def test_a_run_says_where_its_plan_is_another():
     said = otherwise(planned | {"ranks": 4, "tokens_per_second": planned["tokens_per_second"] * 2}, plan)
     assert said.startswith("plan: not as noria plan wrote it: ranks 2 (4 planned), tokens per second ")
     assert otherwise(planned | {"tokens_per_second": planned["tokens_per_second"] * 1.005}, plan).endswith("wrote it")
+    former = {name: value for name, value in planned.items() if name in ("ranks", "gpu_pages", "tokens_per_second")}
+    said = otherwise(former | {"gpu_pages": former["gpu_pages"] + 1}, replace(plan, weight_slots=3))
+    assert "gpu pages" in said and "weight slots 3 (0 planned)" in said, "the former version left zeros out"
 
 
 @pytest.mark.parametrize(
@@ -259,6 +278,8 @@ def test_a_list_of_blocks_is_read_as_it_was_written():
 WRONG = [
     ({"planned": {"rank": 2}}, "unknown name 'rank' in job.planned; did you mean 'ranks'?"),
     ({"planned": {"ranks": "two"}}, "job.planned.ranks is 'two': it must be a number"),
+    ({"planned": {"ranks": 10**5000}}, "job.planned.ranks is 9,223,372,036,854,775,808 or more: it must be a number"),
+    ({"planned": {"partition": [6, "7"]}}, "job.planned.partition is \"[6, '7']\": it must be a list of numbers"),
     (
         {"partition": [12, 12]},
         "pipeline.partition has 2 numbers with sum 24: it needs 2 (ranks x laps) with sum 13 (layers)",

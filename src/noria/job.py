@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from noria.errors import require
+from noria.errors import InputError, require
 from noria.tools.keys import check_path, key, nearest
 from noria.tools.values import parse_shard, parse_walltime
 
 OPENAI = "openai:"  # before the name of an export: it is written as OpenAI's batch responses
 
+MOST = 2**63  # of a number in job.planned
 NUMBER, TEXT, NUMBERS = "a number", "a text", "a list of numbers"
 PLANNED = {  # what a plan came to, and what that is
     **dict.fromkeys(("ranks", "laps", "groups", "step_tokens", "microbatch_tokens"), NUMBER),
@@ -72,8 +73,10 @@ class Job:
             parse_shard(self.shard)
         for name, value in (self.planned or {}).items():
             require(name in PLANNED, f"unknown name {name[:50]!r} in job.planned{nearest(name[:50], PLANNED)}")
-            said = f"job.planned.{name} is {str(value)[:50]!r}: it must be {PLANNED[name]}"
-            require(_is(PLANNED[name], value), said)
+            if not _is(PLANNED[name], value):
+                large = isinstance(value, int) and abs(value) >= MOST
+                said = f"{MOST:,} or more" if large else repr(str(value)[:50])
+                raise InputError(f"job.planned.{name} is {said}: it must be {PLANNED[name]}")
         if self.walltime is not None:
             parse_walltime(self.walltime)
         for name in ("retry_errors", "extend"):
@@ -87,10 +90,12 @@ class Job:
 
 
 def _is(kind: str, value: object) -> bool:
-    """Whether a value is a NUMBER, a TEXT or NUMBERS."""
+    """Whether a value is of this kind: NUMBER, TEXT or NUMBERS."""
     if kind == TEXT:
         return isinstance(value, str)
     numbers = value if kind == NUMBERS else [value]
-    return isinstance(numbers, list) and all(
-        isinstance(one, int | float) and not isinstance(one, bool) for one in numbers
-    )
+    return isinstance(numbers, list) and all(map(_is_number, numbers))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST

@@ -263,10 +263,10 @@ def planned_rounds(plan: Plan, workload: Workload, device: str) -> Rounds:
 def rows_in_flight(plan: Plan, workload: Workload) -> int:
     """Rows that are generated at once: what the cache holds, at least one; each group has an equal share of each tier.
 
-    All of them where a tier has the pages of all, and of one row more in each group.
+    All of them where a tier has the pages of all, and of one row more in each group; states are one a row of a usual length.
     """
-    pages, own = plan.of_pool("pages").values(), workload.own_pages
-    if workload.total_pages and max(pages) >= workload.total_pages + plan.groups * workload.pages:
+    pages, own, states = plan.of_pool("pages").values(), workload.own_pages, plan.of_pool("states").values()
+    if not any(states) and workload.total_pages and max(pages) >= workload.total_pages + plan.groups * workload.pages:
         return max(min(workload.num_rows, plan.groups * plan.step_tokens), 1)
     shares = plan.groups * sum(count // plan.groups // own for count in pages)
     held = max(shares, min(sum(count // own for count in pages), plan.groups))

@@ -16,6 +16,7 @@ from noria.plan.placement import partition
 from noria.plan.plan import Plan
 from noria.plan.problem import Problem
 from noria.plan.shares import check_list
+from noria.tools.text import plural
 
 GiB = 1024**3
 
@@ -45,7 +46,7 @@ def _for_others(config: Config, num_ranks: int) -> str:
     if planned == num_ranks:
         return ""
     return (
-        f"; it was planned for {planned:,.10g} ranks (job.planned): start so many, or write another with noria plan --ranks"
+        f"; it was planned for {plural(planned, 'rank')} (job.planned): start so many, or write another with noria plan --ranks"
         f" {num_ranks} --write FILE and the run file that it was made of"
     )
 

@@ -90,10 +90,10 @@ def _budgeted_pages(
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
     ranks = sizes.cut.counts
-    pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
+    pages, left, unit = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups), _unit(problem, sizes.groups)
     for tier, count in asked_pages(sizes, {tier: budgets[tier] for tier in held}).items():
         pages[tier] = min(count, left)
-        left -= pages[tier]
+        left -= pages[tier] if pages[tier] == left else pages[tier] // unit * unit  # as where they are planned
         _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
     largest = max(sizes.usual.nbytes(1, sizes.page(rank), sizes.state(rank)) for rank in ranks)
     require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {nbytes_words(largest)} on a rank")

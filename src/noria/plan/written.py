@@ -11,6 +11,7 @@ from noria.tools.listed import listed
 from noria.tools.text import plural
 
 SAME = 0.01  # of a speed: the rates of a machine that is measured again
+MOST_SHOWN = 50  # characters of a text
 MOST_STAGES = 8  # that are told one by one
 
 
@@ -79,9 +80,10 @@ def numbers_of(plan: Plan) -> dict[str, Any]:
 def otherwise(planned: Mapping[str, Any], plan: Plan) -> str:
     """A line that says where a run's plan is not what was planned for its run file, or that it is."""
     found = numbers_of(plan)
+    zeros = {name: 0 for name in found if name.endswith(("_pages", "_slots")) and name not in planned}  # once left out
     differing = [
         f"{name.replace('_', ' ')} {_words(found[name])} ({_words(value)} planned)"
-        for name, value in planned.items()
+        for name, value in (*planned.items(), *zeros.items())
         if found[name] != value and not (name == "tokens_per_second" and abs(found[name] - value) <= SAME * value)
     ]
     return f"plan: not as noria plan wrote it: {', '.join(differing)}" if differing else "plan: as noria plan wrote it"
@@ -90,4 +92,4 @@ def otherwise(planned: Mapping[str, Any], plan: Plan) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value if len(value) <= MOST_STAGES else [*value[:3], "...", value[-1]]))
-    return value if isinstance(value, str) else f"{value:,.10g}"
+    return value[:MOST_SHOWN] if isinstance(value, str) else f"{value:,.10g}"
