@@ -45,9 +45,10 @@ def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     if problem.config.pipeline.step_tokens or problem.machine.device == "cpu":
         return []
     rounds, step = here.prefill_rounds, problem.step_tokens(here)
-    in_group, prompts = -(-here.rows // here.groups), int(step // max(problem.workload.prompt_tokens, 1))
-    by_one = (-(-in_group // (prompts - 1)), -(-in_group // (prompts + 1))) if prompts > 1 else (rounds - 1, rounds + 1)
-    counts = dict.fromkeys((1, rounds // 2, *by_one, 2 * rounds))
+    in_group = -(-here.rows // here.groups)
+    prompts = -(-in_group // rounds)  # of a step
+    fewer, more = (-(-in_group // count) if count else rounds for count in (prompts - 1, prompts + 1))
+    counts = dict.fromkeys((1, rounds // 2, min(more, rounds - 1), max(fewer, rounds + 1), 2 * rounds))
     found = [replace(here, prefill_rounds=count) for count in counts if count >= 1]
     if problem.config.pipeline.microbatch_tokens or here.microbatch_tokens < step:
         return found

@@ -119,7 +119,7 @@ class Problem:
         tokens = max(-(-in_group * prompt // candidate.prefill_rounds), in_group)
         whole = -(-tokens // prompt)  # prompts
         if candidate.beside:
-            tokens = whole * prompt + max(in_group - whole, 0)
+            tokens = whole * prompt + in_group - whole
         elif whole > 2:
             tokens = whole * prompt  # more of them are whole
         return max(min(tokens, STEP_TOKENS), LEAST_STEP_TOKENS, least)

@@ -2,10 +2,10 @@
 
 For given laps, groups and rows at once, memory is two knapsacks. A byte of a block on the device saves a byte of the link in
 each round, a byte of the cache the part of it that is filled: so either the blocks come first, or the cache does, which needs
-no staging, or something between the two where another resource binds. Those corners are tried, for all rows at once and for
-more and more waves, and from the fastest of them each number is moved for as long as the prediction of the whole run gets
-better; then once more from the best of all with one choice after another taken otherwise. Every plan that is compared is a whole
-one: built, counted and predicted.
+no staging, or something between the two where another resource binds. Those corners are tried, and all blocks on the device with
+all of the cache elsewhere, for all rows at once and for more and more waves, and from the fastest of them each number is moved
+for as long as the prediction of the whole run gets better; then once more from the best of all with one choice after another
+taken otherwise. Every plan that is compared is a whole one: built, counted and predicted.
 """
 
 from collections.abc import Iterable, Iterator
