@@ -19,9 +19,10 @@ from noria.checkpoint.checkpoint import TOKENIZER_FILES, block_names, model_bloc
 from noria.checkpoint.encoding import Choose, Forms, PieceEncoder, chosen_by_name
 from noria.checkpoint.fields import FieldSources
 from noria.checkpoint.hugging_face import Directory, Folder
+from noria.checkpoint.left_over import check_tied, left_over
 from noria.checkpoint.lora import Adapter
 from noria.checkpoint.published import form_of
-from noria.checkpoint.sources import Plan, check_tied, left_over, plan_of, shared
+from noria.checkpoint.sources import Plan, plan_of, shared
 from noria.checkpoint.summary import forms_words
 from noria.checkpoint.tensor_files import CHUNK_NBYTES, Reader, Tensor
 from noria.checkpoint.vocabularies import file_names, has_tokenizer, tokenizer_files

@@ -1,40 +1,23 @@
 """Which tensors of a model directory make which parameter, and what is wrong with a model whose tensors do not fit.
 
-Which they are is the model family's to say. Reads no numbers but those of a head that may be the embedding.
+Which they are is the model family's to say. Reads no numbers.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from os.path import commonpath
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, Self, TypeVar
 
-import torch
-
 from noria.blocks import DTYPE_NBYTES, Parameter
 from noria.checkpoint.checkpoint import block_names, model_block
 from noria.checkpoint.hugging_face import Directory
-from noria.checkpoint.tensor_files import Reader, Tensor, slice_of
-from noria.errors import InputError, require
+from noria.checkpoint.tensor_files import Tensor, slice_of
+from noria.errors import InputError
 from noria.model import ModelShape
 from noria.models._sources import Slice, turned
-from noria.tools.text import plural
-
-# Tensors that old checkpoints carry and no model needs: they are computed.
-IGNORED = (
-    ".rotary_emb.inv_freq",
-    ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached",
-    ".masked_bias",
-    ".attn.bias",  # GPT-2's causal mask
-    ".position_ids",
-)
-HEAD = "lm_head."  # what the names of the head's tensors begin with
-_LAYER = re.compile(r"(?:[a-z_]+\.)*layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -192,9 +175,14 @@ def _instead(missing: str, tensors: Iterable[str]) -> str:
     if not found:
         return "download it again"
     return (
-        f"instead they hold {_listed(found)}: save the model by save_pretrained() of transformers, unquantized and with"
+        f"instead they hold {first_names(found)}: save the model by save_pretrained() of transformers, unquantized and with"
         " its adapters merged, and convert that"
     )
+
+
+def first_names(names: list[str]) -> str:
+    """The first of these names of tensors, for a message."""
+    return ", ".join(map(repr, names[:5])) + (" ..." if names[5:] else "")
 
 
 def find(name: str, tensors: Mapping[str, Tensor], aliases: Iterable[tuple[str, str]]) -> Tensor | None:
@@ -227,78 +215,3 @@ def shared(plan: Plan) -> str | None:
     """The parameter of `embed` that is made of the very tensor that the head's matrix is made of."""
     head = plan.get(("head", "lm_head"))
     return next((name for (block, name), sources in plan.items() if block == "embed" and sources == head), None)
-
-
-def check_tied(plan: Plan, tensors: dict[str, Tensor], shape: ModelShape, aliases: Iterable[tuple[str, str]]) -> None:
-    """Refuses a head of its own in a model whose config.json says that the embedding is its head: which is right?"""
-    embedding = plan["embed", "tokens"][0].tensor
-    heads = [tensors[name] for name in sorted(_heads(shape, aliases) & {*tensors}) if name != embedding.name]
-    for head in heads:
-        pairs = zip(Reader().chunks(head), Reader().chunks(embedding), strict=False)
-        same = head.shape == embedding.shape and head.dtype == embedding.dtype
-        require(
-            same and all(torch.equal(one, other) for one, other in pairs),
-            f"{head.shard}: {head.name!r} differs from {embedding.name!r}, but config.json says tie_word_embeddings:"
-            " set that to false to keep the head, or remove the tensor to use the embedding",
-        )
-
-
-def _heads(shape: ModelShape, aliases: Iterable[tuple[str, str]]) -> set[str]:
-    """Names of a head's matrix that a tied model may have beside its embedding: the same numbers once more."""
-    return _spelled({f"{HEAD}weight"}, [*aliases]) if shape.tied else set()
-
-
-def left_over(
-    used_by: Mapping[Place, list[Tensor]], tensors: Mapping[str, Tensor], family: ModuleType, shape: ModelShape
-) -> list[str]:
-    """A note of the tensors that nothing is made of. Raises InputError for those that would change every number.
-
-    `used_by`: those that each parameter is made of. The family's LEFT_OUT: parts of names of tensors without effect.
-    """
-    used, left_out = {tensor.name for its in used_by.values() for tensor in its}, getattr(family, "LEFT_OUT", ())
-    used |= _heads(shape, family.ALIASES)
-    left = sorted(name for name in tensors if name not in used and not name.endswith(IGNORED))
-    if not left:
-        return []
-    computed = tuple(_spelled(_modules(used_by) | {HEAD}, family.ALIASES))
-    wrong = [name for name in left if name.startswith(computed) or "lora_" in name or _scales(name, computed)]
-    wrong = [name for name in wrong if not (_behind(name, shape) or any(part in name for part in left_out))]
-    if wrong:
-        raise InputError(
-            f"{tensors[wrong[0]].shard}: {_listed(wrong)}: {shape.family} as config.json describes it would leave out"
-            f" {plural(len(wrong), 'tensor')} of the layers that it computes, so all results would be wrong: take the"
-            " unquantized model with its adapters merged, or the config.json that belongs to these weights"
-        )
-    return [f"{plural(len(left), 'tensor')} left out, which {shape.family} does not use: {_listed(left)}"]
-
-
-def _scales(name: str, computed: Iterable[str]) -> bool:
-    """Whether a tensor is a scale beside modules that are computed."""
-    parent, _, own = name.rpartition(".")
-    return "scale" in own and any(module.startswith(parent and f"{parent}.") for module in computed)
-
-
-def _spelled(names: set[str], aliases: Collection[tuple[str, str]]) -> set[str]:
-    """The names in every spelling: a tensor of a computed module may be there once more under another."""
-    own = {prefix + name.removeprefix(its) for name in names for prefix, its in aliases if name.startswith(its)}
-    return {its for name in names | own for its in spellings(name, aliases)}
-
-
-def _behind(name: str, shape: ModelShape) -> bool:
-    """Whether a tensor is of a layer behind the last one: those are for drafts alone."""
-    found = _LAYER.match(name)
-    return found is not None and int(found[1]) >= shape.num_layers
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (" ..." if names[5:] else "")
-
-
-def _modules(used_by: Mapping[Place, list[Tensor]]) -> set[str]:
-    """What the names of all tensors of computed modules begin with: each layer, and each module beside the layers."""
-    paths: dict[str, list[str]] = {}
-    for (block, _), its in used_by.items():
-        paths.setdefault(block, []).extend(tensor.name.replace(".", "/") for tensor in its)
-    layers = {commonpath(found) for block, found in paths.items() if "/" in block}
-    others = {path.rpartition("/")[0] for block, found in paths.items() if "/" not in block for path in found}
-    return {path.replace("/", ".") + "." for path in layers | others}
