@@ -185,6 +185,12 @@ def only(config: Mapping[str, Any], key: str, value: object, reason: str) -> Non
         raise InputError(f"config.json: {key} is {shown(found)}: {reason}")
 
 
+def fixed(config: Mapping[str, Any], values: Mapping[str, object]) -> None:
+    """Raises InputError for a key with another value than the one with which its family is computed here."""
+    for key, value in values.items():
+        only(config, key, value, f"Noria computes this family only with {value!r}")
+
+
 def multiple(one: tuple[str, int], other: tuple[str, int]) -> None:
     """Raises InputError unless the first (name, number) is a multiple of the second."""
     (name, number), (divisor_name, divisor) = one, other

@@ -32,8 +32,7 @@ ONLY = {
 def shape(family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what cannot be computed."""
     keys = read.keys_of(config, defaults, {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"})
-    for key, value in ONLY.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, ONLY)
     read.layers_of(keys, "layer_types", _decoder.num_layers(keys), LAYERS)
     first = read.whole(keys, "first_k_dense_replace", 3)
     experts = _experts.corrected(

@@ -30,8 +30,7 @@ WITHOUT_EFFECT = ("cache_implementation", "use_parallel_embedding", "layer_switc
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS | {"sliding_window": 4096, "rope_theta": 10000.0})
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     read.only(keys, "use_embedding_sharing", keys["tie_word_embeddings"], "tie_word_embeddings says otherwise")
     every = read.integer(keys, "sliding_window_pattern", 4)
     kinds = _general.kinds_of(keys, read.integer(keys, "layer_switch", every))

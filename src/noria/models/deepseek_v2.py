@@ -30,8 +30,7 @@ WITHOUT_EFFECT = ("aux_loss_alpha", "seq_aux", "ep_size")  # of training
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    for key, value in ONLY.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, ONLY)
     inner, shared = read.integer(keys, "moe_intermediate_size"), read.whole(keys, "n_shared_experts", 2)
     number, chosen = _routing.counts(keys, "n_routed_experts")
     layers = range(read.whole(keys, "first_k_dense_replace", 0), _decoder.num_layers(keys))

@@ -37,8 +37,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     read.only(config, "first_last_k_dense_replace", 1, "Noria knows it with 1 alone: give mlp_layer_types")
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     layers = _decoder.sparse_layers(keys, first=read.whole(keys, "first_k_dense_replace", 1))
     sparse = [n in layers for n in range(_decoder.num_layers(keys))]
     read.only(keys, "is_moe_layer", sparse, "mlp_layer_types, or first_k_dense_replace without it, say otherwise")

@@ -50,8 +50,7 @@ WITHOUT_EFFECT = (
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     number, chosen = _routing.counts(keys, "num_experts")
     routing = _routing.Routing(
         chosen,

@@ -60,8 +60,7 @@ WITHOUT_EFFECT = ("rope_theta", "partial_rotary_factor", "sliding_window")  # ro
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     biases, count = read.flag(keys, "attention_bias", False), _decoder.num_layers(keys)
     kinds = read.layers_of(keys, "layer_types", count, (FULL, SLIDING)) or [FULL] * count
     turns = _rotary.by_kind(keys, kinds, read.integer(keys, "head_dim"))

@@ -55,8 +55,7 @@ WITHOUT_EFFECT = ("attention_chunk_size", "num_nextn_predict_layers", "sliding_w
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     for key in ("head_dim", "v_head_dim", "num_attention_heads"):
         read.only(keys, f"swa_{key}", keys.get(key), f"it must be {key}, {read.shown(keys.get(key))}")
     count = _decoder.num_layers(keys)

@@ -50,8 +50,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, SYNONYMS)
     layers = range(_decoder.num_layers(keys))
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     read.only(keys, "attn_type_list", [1] * len(layers), "every layer must be of type 1, softmax attention")
     read.only(keys, "sliding_window", None, "Noria computes this family only without windows")
     number, chosen = _routing.counts(keys, "num_local_experts")

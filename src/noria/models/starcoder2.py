@@ -35,8 +35,7 @@ sources = partial(_general.sources, places=_general.Places(MODULES))
 def shape(config: Mapping[str, Any]) -> ModelShape:
     """The sizes in a config.json. Raises InputError, naming the key, for what this family cannot compute."""
     keys = read.keys_of(config, DEFAULTS, {"layer_norm_epsilon": "norm_epsilon"})
-    for key, value in FIXED.items():
-        read.only(keys, key, value, f"Noria computes this family only with {value!r}")
+    read.fixed(keys, FIXED)
     biases, window = read.flag(keys, "use_bias", True), _decoder.window_of(keys, range(_decoder.num_layers(keys)))
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, mlp_bias=biases, window=window)
     found = _general.with_layer_norms("starcoder2", keys, variant, "norm_epsilon")
