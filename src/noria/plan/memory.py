@@ -115,17 +115,10 @@ class Sizes(Choices):
 
     def fixed(self, rank: int, tier: str) -> dict[str, int]:
         """Bytes that the rank needs in a tier while it runs, besides its cache's pages, by purpose."""
-        if (rank, tier) not in self._own:
-            counted, tiers = self.cut.counted, self._tiers[self.cut.alike[rank]]
-            if (key := (rank, tier, tiers, self._places)) not in counted:
-                counted[key] = self._fixed(rank, tier)
-            self._own[rank, tier] = counted[key]
-        return dict(self._own[rank, tier])
-
-    @cached_property
-    def _own(self) -> dict[tuple[int, str], dict[str, int]]:
-        """What `fixed` has said of these sizes: the keys of what others have in common with them are long."""
-        return {}
+        counted, tiers = self.cut.counted, self._tiers[self.cut.alike[rank]]
+        if (key := (rank, tier, tiers, self._places)) not in counted:
+            counted[key] = self._fixed(rank, tier)
+        return dict(counted[key])
 
     @cached_property
     def _tiers(self) -> dict[int, tuple[str, ...]]:
