@@ -267,9 +267,10 @@ def rows_in_flight(plan: Plan, workload: Workload) -> int:
     """
     pages, own, states = plan.of_pool("pages").values(), workload.own_pages, plan.of_pool("states").values()
     if not any(states) and workload.total_pages and max(pages) >= workload.total_pages + plan.groups * workload.pages:
-        return max(min(workload.num_rows, plan.groups * plan.step_tokens), 1)
-    shares = plan.groups * sum(count // plan.groups // own for count in pages)
-    held = max(shares, min(sum(count // own for count in pages), plan.groups))
+        held = workload.num_rows
+    else:
+        shares = plan.groups * sum(count // plan.groups // own for count in pages)
+        held = max(shares, min(sum(count // own for count in pages), plan.groups))
     return max(min(held, workload.num_rows, plan.groups * plan.step_tokens), 1)
 
 

@@ -42,7 +42,7 @@ def _other_parts(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     """Larger or smaller steps, by a prompt where they have several; where a step is one microbatch, a larger one is, too."""
-    if problem.config.pipeline.step_tokens or problem.machine.device == "cpu":
+    if _are_steps_fixed(problem):
         return []
     rounds, step = here.prefill_rounds, problem.step_tokens(here)
     in_group = -(-here.rows // here.groups)
@@ -162,13 +162,17 @@ def _turned_activations(problem: Problem, here: Candidate) -> Iterable[Candidate
 
 
 def _turned_steps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    if not problem.config.pipeline.step_tokens and problem.machine.device != "cpu":
+    if not _are_steps_fixed(problem):
         yield replace(here, beside=not here.beside)
 
 
 # Choices on which the best values of several numbers depend, taken otherwise: a group a rank or one more, blocks that stream
 # coded or as they are, hidden states in the one memory or the other, steps with room for rows that decode beside whole prompts.
 TURNS: tuple[Move, ...] = (_turned_groups, _turned_coding, _turned_activations, _turned_steps)
+
+
+def _are_steps_fixed(problem: Problem) -> bool:
+    return bool(problem.config.pipeline.step_tokens) or problem.machine.device == "cpu"
 
 
 def _are_groups_fixed(problem: Problem) -> bool:

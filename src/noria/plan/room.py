@@ -40,7 +40,7 @@ def reserved(problem: Problem, sizes: Sizes, candidate: Candidate) -> dict[str, 
     pages = problem.pages(candidate.rows, candidate.groups)
     counts = {tier: round(pages * share) for tier, share in split.items()}
     if asked is None and 0 < candidate.on_device < 1:
-        counts["gpu"] -= counts["gpu"] % _unit(problem, candidate.groups)
+        counts["gpu"] = _of_whole_rows(problem, candidate.groups, counts["gpu"])
         counts["cpu"] = pages - counts["gpu"]
     return counts
 
@@ -56,9 +56,10 @@ def with_head(problem: Problem, sizes: Sizes, candidate: Candidate, rank: int, s
     return with_head if sum(used.values()) + slots * max(layers) <= problem.limits["gpu"] else sizes
 
 
-def _unit(problem: Problem, groups: int) -> int:
-    """Pages of a row of each group: a row's pages are all in one tier, where each group has an equal share."""
-    return groups * problem.workload.pages
+def _of_whole_rows(problem: Problem, groups: int, pages: int) -> int:
+    """Those of so many pages of a tier that rows use: a row's are all in one tier, where each group has an equal share."""
+    unit = groups * problem.workload.pages
+    return pages // unit * unit
 
 
 def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[str, int]) -> dict[str, int]:
@@ -69,7 +70,7 @@ def _pages(problem: Problem, sizes: Sizes, candidate: Candidate, room: Mapping[s
         whole = candidate.rows >= problem.workload.num_rows or not elsewhere
         most = cap if whole else problem.pages(candidate.rows, candidate.groups)
         on_device = max(min(room["gpu"], most), 0)  # more than was reserved, where there is room left
-        used = on_device // _unit(problem, sizes.groups) * _unit(problem, sizes.groups)
+        used = _of_whole_rows(problem, sizes.groups, on_device)
         beside = min(room["cpu"], most - used) if on_device < cap else 0
         return {"gpu": on_device, "cpu": max(beside, 0) * elsewhere, "disk": 0}
     held = [tier for tier in TIERS if asked.get(tier)]
@@ -90,10 +91,10 @@ def _budgeted_pages(
 ) -> dict[str, int]:
     """Pages of sizes that the user gives: the first tiers are filled first."""
     ranks = sizes.cut.counts
-    pages, left, unit = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups), _unit(problem, sizes.groups)
+    pages, left = dict.fromkeys(TIERS, 0), problem.cap(sizes.groups)
     for tier, count in asked_pages(sizes, {tier: budgets[tier] for tier in held}).items():
         pages[tier] = min(count, left)
-        left -= pages[tier] if pages[tier] == left else pages[tier] // unit * unit  # as where they are planned
+        left -= left if pages[tier] == left else _of_whole_rows(problem, sizes.groups, pages[tier])  # as in `_pages`
         _require_room(problem, sizes, tier, pages[tier], room[tier], f"placement.cache.{tier} ({budgets[tier]})")
     largest = max(sizes.usual.nbytes(1, sizes.page(rank), sizes.state(rank)) for rank in ranks)
     require(sum(pages.values()) >= 1, f"placement.cache holds no page: a page takes {nbytes_words(largest)} on a rank")

@@ -128,13 +128,8 @@ def _resident(tried: Tried, groups: int) -> Candidate:
 def _cache_elsewhere(tried: Tried, groups: int) -> Candidate:
     """All rows at once, their cache in CPU memory, and steps so small that the device holds all blocks; if there are such."""
     rows = tried.problem.workload.num_rows
-    found = _with_rounds(tried, replace(_modest(tried.problem), groups=groups, rows=rows, on_device=0.0))
-    while (plan := tried.plan(found)) is None or plan.weight_slots:
-        smaller = replace(found, prefill_rounds=2 * found.prefill_rounds)
-        if tried.problem.step_tokens(smaller) == tried.problem.step_tokens(found):
-            return found
-        found = smaller
-    return found
+    whole = replace(_modest(tried.problem), groups=groups, rows=rows, on_device=0.0)
+    return _fitting(tried, _with_rounds(tried, whole), resident=True)
 
 
 def _with_rounds(tried: Tried, candidate: Candidate) -> Candidate:
@@ -160,14 +155,14 @@ def _streaming(problem: Problem) -> Iterator[Candidate]:
                         yield replace(corner, coded=True)
 
 
-def _fitting(tried: Tried, candidate: Candidate) -> Candidate:
-    """With steps so small that it fits; as it is if there are none."""
-    smaller, tokens = candidate, 0
-    while tried.plan(smaller) is None:
-        if tokens == (tokens := tried.problem.step_tokens(smaller)):
-            return candidate
-        smaller = replace(smaller, prefill_rounds=2 * smaller.prefill_rounds)
-    return smaller
+def _fitting(tried: Tried, candidate: Candidate, resident: bool = False) -> Candidate:
+    """With steps so small that it fits, `resident`: with all blocks on the device; else with the smallest there are."""
+    while (plan := tried.plan(candidate)) is None or (resident and plan.weight_slots):
+        smaller = replace(candidate, prefill_rounds=2 * candidate.prefill_rounds)
+        if tried.problem.step_tokens(smaller) == tried.problem.step_tokens(candidate):
+            break
+        candidate = smaller
+    return candidate
 
 
 def _cache_first(tried: Tried, corner: Candidate) -> Candidate:
