@@ -484,9 +484,7 @@ def test_a_small_disk_that_fills_ends_the_job_and_says_what_to_do(folder, tmp_pa
     if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a small disk")
     rows = [json.loads(line) for line in many_lengths(folder).read_text().splitlines()]
-    notes = [
-        random.Random(row).randbytes(55_000).hex() for row in range(len(rows))
-    ]  # nine rows' fit, however they are sealed
+    notes = [random.Random(row).randbytes(55_000).hex() for row in range(len(rows))]  # of nine rows there is room for
     heavy = folder / "heavy.jsonl"
     heavy.write_text("".join(json.dumps(row | {"note": note}) + "\n" for row, note in zip(rows, notes, strict=True)))
     more = ["--prompts", heavy, "--seal-seconds", "0", "--output", tmp_path / "run.h5"]

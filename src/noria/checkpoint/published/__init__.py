@@ -75,7 +75,7 @@ def form_of(directory: Directory, config: Mapping[str, Any], tensors: dict[str, 
 
 def _kind(method: str) -> Any:
     """The file that reads a method; None: none does."""
-    loaded = [kinds.load(PACKAGE, name) for name in kinds.names(PACKAGE)]
+    loaded = (kinds.load(PACKAGE, name) for name in kinds.names(PACKAGE))
     return next((kind for kind in loaded if method in kind.METHODS), None)
 
 
