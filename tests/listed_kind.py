@@ -10,7 +10,7 @@ from noria.kernels import _waves, lists
 SMALL = {"KEY_BLOCK": 16, "SECTION": 32, "LEAST_TILE": 4, "WIDEST": 8}  # a page; two blocks; in rows of a tile
 
 
-def _refuses_coded(device, dtype, heads, windows, form):
+def _refuses_coded(device, dtype, heads, scored, form):
     return "values lie within keys" if heads.within else ""
 
 

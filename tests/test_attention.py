@@ -7,7 +7,7 @@ import dense
 from extra_kinds import extra_kinds
 from noria import attention, kinds
 from noria.attention import _scores, items, sdpa
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import HeadShape, Scoring, ScoringKind
 from noria.kernels.work import KEY_BLOCK, Packing
 from noria.limits import RUN_PAGES
 from noria.step import PAGE_TOKENS, Run, Span
@@ -188,7 +188,7 @@ LLAMA = HeadShape(32, 8, 128, 128)
     ],
 )
 def test_what_items_does_not_compute_is_computed_by_sdpa_and_it_is_said_why(device, dtype, heads, why):
-    kind, said = attention.choose(device, dtype, {heads: [None]})
+    kind, said = attention.choose(device, dtype, {heads: [ScoringKind()]})
     assert kind is sdpa and why in said
 
 
@@ -202,8 +202,8 @@ class Kernel:
     def packing(self, device, heads, window):
         return Packing(heads.group, heads.num_key_heads, 3, window=window)
 
-    def build(self, device, dtype, heads, window):
-        self.built.append(window)
+    def build(self, device, dtype, heads, scored):
+        self.built.append(scored)
 
     def attend(self, lists, queries, keys, values, scores):
         if self._fails:
@@ -228,9 +228,11 @@ def test_items_is_tried_before_it_is_taken(listed, monkeypatch, kernel, why):
     stand_in = Kernel(listed, **kernel)
     monkeypatch.setattr(items, "_kernel", lambda: stand_in)
     heads = HeadShape(6, 2, 16, 24)
-    said = items._unbuilt.__wrapped__(CPU, torch.bfloat16, heads, frozenset([None, 7]))
+    said = items._unbuilt.__wrapped__(
+        CPU, torch.bfloat16, heads, frozenset([ScoringKind(), ScoringKind(7, sinks=True)])
+    )
     assert said == why.removeprefix("not items: ")
-    assert {*stand_in.built} == (set() if "built" in why else {None, 7})
+    assert {*stand_in.built} == (set() if "built" in why else {ScoringKind(), ScoringKind(7, sinks=True)})
 
 
 def test_pieces_join_runs_that_touch_and_leave_out_pages_beyond_the_length():

@@ -33,7 +33,7 @@ from noria.engine.layer_cache import LayerCache
 from noria.engine.parameters import FIELD_DTYPES
 from noria.engine.rounding import RoundedArray, RoundedAttention, RoundedRows
 from noria.kernels.coded import zeros
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import HeadShape, Scoring, ScoringKind
 from noria.kernels.work import Packing
 from noria.step import PAGE_TOKENS
 from recorded import Recorder
@@ -143,7 +143,13 @@ def test_a_layer_that_is_replayed_leaves_the_bits_of_one_that_is_queued_anew(kin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("few_programs")
 def test_the_kind_builds_what_it_launches_and_finds_the_same_bits(kind):
-    given = CPU, torch.float16, HeadShape(6, 2, 80, 16), frozenset([None, 7]), ENCODINGS[kind]
+    given = (
+        CPU,
+        torch.float16,
+        HeadShape(6, 2, 80, 16),
+        frozenset([ScoringKind(), ScoringKind(7, True, True)]),
+        ENCODINGS[kind],
+    )
     assert items.refuses_coded.__wrapped__(*given) == ""
 
 

@@ -11,7 +11,7 @@ from noria.attention import items, sdpa
 from noria.engine import states
 from noria.engine.batch import Microbatch, cache_rows
 from noria.engine.layer_cache import LayerCache
-from noria.kernels.scoring import HeadShape
+from noria.kernels.scoring import HeadShape, ScoringKind
 from noria.model import ModelShape
 from noria.models import _rotary
 from noria.step import Step
@@ -143,8 +143,8 @@ def test_sinks_and_a_soft_cap_of_a_layer_reach_its_scores(asked):
 def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_everything(monkeypatch):
     refusal, asked = "it computes 256", []
 
-    def refuses(device, dtype, heads, windows):
-        asked.append((heads, windows))
+    def refuses(device, dtype, heads, scored):
+        asked.append((heads, scored))
         return refusal if heads.dim > 256 else ""
 
     monkeypatch.setattr(items, "refuses", refuses)
@@ -165,7 +165,7 @@ def test_layers_that_a_fast_kind_cannot_compute_attend_by_the_kind_that_does_eve
         shape = ModelShape("llama", len(cache), 64, 4, 2, 64, 100, 100, False, cache=cache)
         found, said = attention.fitting(CPU, torch.bfloat16, shape)
         assert (kinds.name_of(found), said) == (kind, why), cache
-    assert asked[-1] == (HeadShape(4, 2, 64, 64), {None, 7})
+    assert asked[-1] == (HeadShape(4, 2, 64, 64), {ScoringKind(), ScoringKind(7)})
 
 
 def test_latents_in_fewer_bits_are_decoded_before_they_are_attended_to():

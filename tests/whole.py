@@ -1,5 +1,6 @@
 """A model on one device without engine: its blocks gathered by `sources` of tensors, an array of each of its caches."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,6 +68,12 @@ class Whole:
             numbers[parameter].copy_(rows.view(numbers[parameter].shape))
         return views(buffer, layout)
 
+    def attention(self, layer, plan, queries, keys, values, scores):
+        """As sdpa; scored in the way that the shape says of this layer, for which kernels are compiled."""
+        said = self.shape.soft_cap, layer in self.shape.sinks
+        assert said == (scores.soft_cap, scores.sinks is not None), f"layer {layer} of {self.shape.family}"
+        return sdpa.attention(plan, queries, keys, values, scores)
+
     def logits(self, parts: list[tuple[list[int], int, tuple[Run, ...]]]) -> list[torch.Tensor]:
         """One forward call. `parts`: new tokens, position of the first, pages of each sequence. Logits of each part."""
         spans, rows, first = [], [], 0
@@ -84,7 +91,8 @@ class Whole:
         hidden = self.model.embed(self.shape, self.embed, token_ids, positions)
         for index, parameters in enumerate(self.layers):
             reads = self.shape.reads(index)
-            cache = LayerCache(sdpa, microbatch, self.arrays[reads], self.shape.arrays(reads), tied=reads != index)
+            kind = SimpleNamespace(attention=partial(self.attention, index))
+            cache = LayerCache(kind, microbatch, self.arrays[reads], self.shape.arrays(reads), tied=reads != index)
             before = {name: its.clone() for name, its in _by_name(hidden).items()}
             after = self.model.layer(self.shape, index, parameters, hidden, positional, cache)
             same = (torch.equal(before[name], its) for name, its in _by_name(hidden).items())

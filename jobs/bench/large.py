@@ -28,7 +28,8 @@ from noria.output.generations import open_generations
 from noria.output.stored_rates import stored_rates
 from noria.plan import rates
 
-OPT_175B = streamed.config_of("opt-175b") | {"quantization_config": {"quant_method": "int4", "group_size": 64}}
+OPT_175B = streamed.config_of("opt-175b")
+INT4 = {"quantization_config": {"quant_method": "int4", "group_size": 64}}
 TINY = {  # sizes that stand for those of a published config.json
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "q_lora_rank": 128, "kv_lora_rank": 128,
@@ -57,7 +58,8 @@ CASES = {
     "gpt-oss-120b": Case(GPT_OSS_120B, 36, 1, 512, 512, 64),
     "gpt-oss-120b-streamed": Case(GPT_OSS_120B, 36, 1, 256, 512, 8, ("--gpu-memory", "40GiB")),
     "qwen3-235b": Case(QWEN3_235B, 94, 2, 256, 512, 8, ("--gpu-memory", "72GiB")),
-    "opt-175b": Case(OPT_175B, 96, 2, 64, 256, 16, ("--gpu-memory", "72GiB")),
+    "opt-175b": Case(OPT_175B | INT4, 96, 2, 64, 256, 16, ("--gpu-memory", "72GiB")),
+    "opt-175b-float16": Case(OPT_175B, 96, 2, 64, 256, 6, ("--gpu-memory", "72GiB")),
 }
 
 
@@ -182,12 +184,14 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--tiny", action="store_true", help="small shapes of the same kinds, on the CPU")
     parser.add_argument("--no-link", dest="link", action="store_false", help="do not measure the link")
-    for name, what in (("layers", "layers"), ("rows", "rows"), ("new_tokens", "new tokens")):
+    for name, what in (("layers", "layers"), ("ranks", "ranks"), ("rows", "rows"), ("new_tokens", "new tokens")):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, default=argparse.SUPPRESS, help=f"so many {what} instead of the case's own")
     parser.add_argument("flags", nargs="*", help="flags of noria run, after --")
     arguments = parser.parse_args()
-    given = {name: value for name, value in vars(arguments).items() if name in ("layers", "rows", "new_tokens")}
+    given = {
+        name: value for name, value in vars(arguments).items() if name in ("layers", "ranks", "rows", "new_tokens")
+    }
     for name in arguments.case:
         case = replace(CASES[name], **given)
         tell(name, tiny(case) if arguments.tiny else case, arguments)

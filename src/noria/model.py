@@ -36,6 +36,8 @@ class ModelShape:
     end_words: str = ""  # why no position beyond max_positions can be computed, where config.json says so
     details: Mapping[str, Any] = field(default_factory=dict)
     cache: tuple[Entry, ...] = ()  # of each layer; a family that says nothing has keys and values in all of them
+    soft_cap: float | None = None  # c: attention scores are c * tanh(score / c)
+    sinks: frozenset[int] = frozenset()  # layers whose softmax has a key without a value for each head
     bundle: tuple[tuple[Array, ...], ...] = ()
 
     def __post_init__(self) -> None:

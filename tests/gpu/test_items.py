@@ -5,13 +5,15 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+import triton
+
 import dense
 import item_checks
 from item_cases import Heads
 from noria import attention
 from noria.attention import items, sdpa
 from noria.kernels.attend import packing
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import HeadShape, Scoring, ScoringKind
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -77,7 +79,24 @@ def test_a_row_has_the_same_bits_however_it_attends_to_latents():
 def test_heads_of_latents_are_computed_in_parts_of_64():
     for num_heads in (20, 128):
         heads = HeadShape(num_heads, 1, 576, 512, within=True)
-        assert attention.choose(device(), torch.bfloat16, {heads: [None]})[0] is items
+        assert attention.choose(device(), torch.bfloat16, {heads: [ScoringKind()]})[0] is items
+
+
+@pytest.mark.parametrize(
+    "kind", [ScoringKind(), ScoringKind(128, sinks=True), ScoringKind(capped=True), ScoringKind(100, True, True)]
+)
+def test_what_a_way_of_scoring_launches_is_compiled_where_it_is_tried(kind, monkeypatch):
+    heads = HeadShape(24, 3, 96, 96)  # which no other test has
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **more: compiled.append(more["repr"]))
+    assert items._unbuilt.__wrapped__(device(), torch.bfloat16, heads, frozenset([kind])) == ""
+    its_own, sinks = len(compiled), torch.zeros(24, dtype=torch.bfloat16, device=device()) if kind.sinks else None
+    scores = Scoring(0.1, kind.window, 3.0 if kind.capped else None, sinks)
+    for case in dense.CASES:
+        spans = dense.in_blocks(dense.CASES[case])
+        given = dense.tensors(spans, 24, 3, 96, torch.bfloat16, device(), pages=dense.most_pages(spans))
+        items.attention(items.prepare(spans, device()), *given, scores)
+    assert its_own > 0 and compiled[its_own:] == []
 
 
 def test_wide_heads_are_packed_into_narrow_tiles():
@@ -92,7 +111,7 @@ def test_it_is_chosen_for_half_precisions_and_sdpa_for_the_rest():
         (torch.float32, HeadShape(32, 8, 128, 128), sdpa),
         (torch.bfloat16, HeadShape(32, 8, 84, 84), sdpa),
     ):
-        assert attention.choose(device(), dtype, {heads: [None, 40]})[0] is kind
+        assert attention.choose(device(), dtype, {heads: [ScoringKind(), ScoringKind(40)]})[0] is kind
 
 
 @pytest.mark.parametrize("case", dense.CASES)

@@ -11,7 +11,7 @@ import torch
 
 from noria import kinds
 from noria.arrays import Array
-from noria.kernels.scoring import HeadShape
+from noria.kernels.scoring import HeadShape, ScoringKind
 from noria.model import ModelShape
 from noria.step import PAGE_TOKENS, Span
 
@@ -48,9 +48,9 @@ def decodes_ahead(kind: ModuleType, device: torch.device, dtype: torch.dtype, sh
     return next(filter(None, refusals), "")
 
 
-def _needs(shape: ModelShape) -> dict[HeadShape, set[int | None]] | None:
-    """The shapes of the heads of a model's layers, each with its windows; None where they are not known."""
-    needs: dict[HeadShape, set[int | None]] = {}
+def _needs(shape: ModelShape) -> dict[HeadShape, set[ScoringKind]] | None:
+    """The shapes of the heads of a model's layers, each with the ways of its scores; None where they are not known."""
+    needs: dict[HeadShape, set[ScoringKind]] = {}
     for layer in range(shape.num_layers):
         arrays = [array for array in shape.arrays(layer) if array.per == "token"]
         if not arrays:
@@ -58,7 +58,8 @@ def _needs(shape: ModelShape) -> dict[HeadShape, set[int | None]] | None:
         heads = _heads(shape.num_heads, arrays)
         if heads is None:
             return None
-        needs.setdefault(heads, set()).add(arrays[0].window)
+        its = ScoringKind(arrays[0].window, shape.soft_cap is not None, layer in shape.sinks)
+        needs.setdefault(heads, set()).add(its)
     return needs
 
 
@@ -74,13 +75,13 @@ def _heads(num_heads: int, arrays: list[Array]) -> HeadShape | None:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, needs: Mapping[HeadShape, Iterable[int | None]]
+    device: torch.device, dtype: torch.dtype, needs: Mapping[HeadShape, Iterable[ScoringKind]]
 ) -> tuple[ModuleType, str]:
-    """The fastest kind that computes heads of these shapes, each with these windows; and why no faster one does."""
+    """The fastest kind that computes heads of these shapes, each scored in these ways; and why no faster one does."""
     said: list[str] = []
     for name in ORDER:
         kind = kinds.load("attention", name)
-        refusals = (kind.refuses(device, dtype, heads, frozenset(windows)) for heads, windows in needs.items())
+        refusals = (kind.refuses(device, dtype, heads, frozenset(scored)) for heads, scored in needs.items())
         why = next(filter(None, refusals), "")
         if not why:
             return kind, "; ".join(said)

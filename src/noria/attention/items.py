@@ -16,7 +16,7 @@ from noria.attention._lists import HeldLists, Lists
 from noria.attention._ragged import ragged
 from noria.kernels import coded
 from noria.kernels.coded import Coded
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import HeadShape, Scoring, ScoringKind
 from noria.kernels.trying import tried
 from noria.kernels.work import LEAST_TILE, WIDE_TILE, RaggedRows
 from noria.step import PAGE_TOKENS, Run, Span
@@ -29,7 +29,7 @@ CAPABILITY = (8, 0)  # Ampere
 LARGEST_ERROR = 0.1  # of attended numbers of about 1 in half precisions: more is no rounding
 
 
-def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
+def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, scored: frozenset[ScoringKind]) -> str:
     """Why such heads are not computed here; empty where they are. What they need is built then."""
     if device.type != "cuda":
         return f"it needs a CUDA device, this is the {device.type.upper()}"
@@ -39,7 +39,7 @@ def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows:
         return why
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "it needs a GPU of compute capability 8.0"
-    return _unbuilt(device, dtype, heads, windows)
+    return _unbuilt(device, dtype, heads, scored)
 
 
 def _too_wide(heads: HeadShape) -> str:
@@ -56,13 +56,13 @@ def _too_wide(heads: HeadShape) -> str:
 
 
 @lru_cache
-def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
+def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, scored: frozenset[ScoringKind]) -> str:
     """Why kernels for such heads cannot be built or are wrong; empty where they are right. They are built once."""
 
     def trial() -> str:
         largest = _largest_error(device, dtype, heads)
-        for window in windows:
-            _kernel().build(device, dtype, _in_parts(heads), window)
+        for one in scored:
+            _kernel().build(device, dtype, _in_parts(heads), one)
         return "" if largest < LARGEST_ERROR else "it gives other results than sdpa"
 
     return tried(trial)
@@ -70,7 +70,7 @@ def _unbuilt(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows
 
 @lru_cache
 def refuses_coded(
-    device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None], form: str
+    device: torch.device, dtype: torch.dtype, heads: HeadShape, scored: frozenset[ScoringKind], form: str
 ) -> str:
     """Why such heads, which are computed here, do not attend to a cache in this form; empty where they do. What they need is
     built then."""
@@ -78,8 +78,8 @@ def refuses_coded(
         return "values lie within keys"
 
     def trial() -> str:
-        for window in windows:
-            _kernel().build(device, dtype, heads, window, form)
+        for one in scored:
+            _kernel().build(device, dtype, heads, one, form)
         return "" if _same_bits(device, dtype, heads, form) else "it gives other bits than what is decoded before"
 
     return tried(trial)

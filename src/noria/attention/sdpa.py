@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from noria.attention import _scores, pieces
-from noria.kernels.scoring import HeadShape, Scoring
+from noria.kernels.scoring import HeadShape, Scoring, ScoringKind
 from noria.step import Span
 
 CHUNK_ROWS = 512  # queries that share one mask: bounds a mask to 512 x L bytes
@@ -34,7 +34,7 @@ class Call:
     stride: int = 0
 
 
-def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, windows: frozenset[int | None]) -> str:
+def refuses(device: torch.device, dtype: torch.dtype, heads: HeadShape, scored: frozenset[ScoringKind]) -> str:
     """Nothing: it computes all."""
     return ""
 

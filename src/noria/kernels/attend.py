@@ -17,7 +17,7 @@ from noria.kernels import coded, items
 from noria.kernels.coded import Coded
 from noria.kernels.placed import DeviceWork, to_device
 from noria.kernels.rounded import FORMS
-from noria.kernels.scoring import VALUES_WITHIN, HeadShape, Scoring, lie_within
+from noria.kernels.scoring import VALUES_WITHIN, HeadShape, Scoring, ScoringKind, lie_within
 from noria.kernels.shared_memory import shared_memory
 from noria.kernels.work import (
     KEY_BLOCK,
@@ -76,9 +76,8 @@ def tuning(launch: Launch, widest: int) -> Tuning:
     return Tuning(4, 3, True, True) if few else Tuning(8, 3, False, False)
 
 
-def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: int | None, form: str = "") -> None:
-    """Compiles what lists of such heads may launch, with no items: all but what soft caps and sinks need. form: of a cache in
-    fewer bits."""
+def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, scored: ScoringKind, form: str = "") -> None:
+    """Compiles what lists of such heads may launch, with no items. form: of a cache in fewer bits."""
     tiles = {LEAST_TILE, packing(device, heads).widest}
     none, no_merges = np.empty((0, len(Item)), np.int32), np.empty((0, len(Merge)), np.int32)
     launches = tuple(
@@ -97,7 +96,9 @@ def build(device: torch.device, dtype: torch.dtype, heads: HeadShape, window: in
         keys, values = (coded.zeros(array, 1, device) for array in arrays(heads, form))
     else:
         keys, values = (torch.empty(1, heads.num_key_heads, size, dtype=dtype, device=device) for size in sizes)
-    attend(to_device(lists, device), queries, keys, values, Scoring(1.0, window))
+    sinks = torch.zeros(heads.num_heads, dtype=dtype, device=device) if scored.sinks else None
+    scores = Scoring(1.0, scored.window, 1.0 if scored.capped else None, sinks)
+    attend(to_device(lists, device), queries, keys, values, scores)
 
 
 def arrays(heads: HeadShape, form: str) -> tuple[Array, ...]:

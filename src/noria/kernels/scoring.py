@@ -34,6 +34,15 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
+class ScoringKind:
+    """What a kernel is compiled for: how many keys a query sees, whether a soft cap bends scores, whether there are sinks."""
+
+    window: int | None = None
+    capped: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
 class Scoring:
     """How a layer scores its keys."""
 

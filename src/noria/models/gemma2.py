@@ -52,7 +52,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     found = shape_of("gemma2", keys, _general.kinds_of(keys, every=2))
     cap = _general.cap_of(keys, "attn_logit_softcapping")
     keys.refuse_others(*WITHOUT_EFFECT)
-    return replace(found, details={**found.details, "soft_cap": cap})
+    return replace(found, soft_cap=cap)
 
 
 def shape_of(family: str, config: read.Keys, kinds: list[str], **described: Any) -> ModelShape:
@@ -90,9 +90,8 @@ def _attend(
 ) -> torch.Tensor:
     """[T, H, D] from normed hidden states [T, E]."""
     queries, keys, values = _heads.split(shape, parameters, normed)
-    how = {"scale": shape.details["scale"], "soft_cap": shape.details["soft_cap"]}
-    window = _decoder.window(shape, index)
-    return cache.attend(queries, key=keys, value=values, rotary=positional, window=window, **how)
+    how = {"scale": shape.details["scale"], "soft_cap": shape.soft_cap, "window": _decoder.window(shape, index)}
+    return cache.attend(queries, key=keys, value=values, rotary=positional, **how)
 
 
 layer = partial(_general.layer, halves=_general.Halves(_attend, _general.gated, norm))

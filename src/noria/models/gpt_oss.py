@@ -4,6 +4,7 @@ An expert's gates and ups lie in turn, as checkpoints have them: a row of gates,
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     variant = _decoder.Variant(qkv_bias=biases, out_bias=biases, window=window, experts=experts)
     found = _decoder.shape("gpt_oss", keys, variant)
     keys.refuse_others("initial_context_length")  # what rope_scaling says too
-    return found
+    return replace(found, sinks=frozenset(layers))
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...] | Wanted]:  # type: ignore[no-redef]

@@ -110,6 +110,7 @@ def _window(config: Mapping[str, Any]) -> int:
 
 
 def _with_caches(shape: ModelShape) -> ModelShape:
+    """With the keys and values of each layer; those with a window have sinks."""
     cache = tuple(
         (
             Array("key", (_of_layer(shape, layer)[1], shape.head_dim), window=_decoder.window(shape, layer)),
@@ -119,7 +120,8 @@ def _with_caches(shape: ModelShape) -> ModelShape:
         )
         for layer in range(shape.num_layers)
     )
-    return replace(shape, cache=cache)
+    windowed = (layer for layer in range(shape.num_layers) if _decoder.window(shape, layer) is not None)
+    return replace(shape, cache=cache, sinks=frozenset(windowed))
 
 
 def _of_layer(shape: ModelShape, layer: int) -> tuple[int, int]:
@@ -135,7 +137,7 @@ def layer_parameters(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]
     found = _decoder.layer_parameters(shape, layer)
     found |= {"qkv": (width, shape.hidden_size), "out": (shape.hidden_size, heads * value_dim)}
     found |= {"qkv_bias": (width,)} if "qkv_bias" in found else {}
-    return found | ({"sinks": (heads,)} if _decoder.window(shape, layer) is not None else {})
+    return found | ({"sinks": (heads,)} if layer in shape.sinks else {})
 
 
 def sources(shape: ModelShape, block_name: str) -> dict[str, tuple[str, ...]]:  # type: ignore[no-redef]  # its own

@@ -17,7 +17,7 @@ PROGRAMS = 30  # so few that most rows are not split, and the longest are
 WIDEST = work.WIDE_TILE
 
 
-def refuses(device, dtype, heads, windows):
+def refuses(device, dtype, heads, scored):
     return ""
 
 
