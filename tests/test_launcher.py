@@ -1,3 +1,4 @@
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,20 @@ def test_the_memory_of_a_rank_is_its_share_of_what_is_free(monkeypatch):
     monkeypatch.setattr(launcher.memory, "free_nbytes", lambda: 400)
     place = launcher.Location("here", 0, 2)
     assert launcher.device_memory(Solo(), place, launcher.torch.device("cpu")) == int(400 * 0.9 / 2)
+
+
+def test_what_an_earlier_run_of_the_process_has_left_is_free(monkeypatch):
+    class Held:
+        """As a model whose parts know each other."""
+
+        def __init__(self):
+            self.own = self
+
+    held, device = {"allocated": weakref.ref(Held()), "kept": True}, launcher.torch.device("cuda", 0)
+    monkeypatch.setattr(launcher.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
+    monkeypatch.setattr(launcher.torch.cuda, "empty_cache", lambda: held.update(kept=held["allocated"]() is not None))
+    monkeypatch.setattr(launcher.torch.cuda, "mem_get_info", lambda device: (100 if held["kept"] else 1000, 1000))
+    assert launcher.device_memory(Solo(), launcher.Location("here", 0, 1), device) == 900
 
 
 def test_what_rank_0_refuses_every_rank_refuses():

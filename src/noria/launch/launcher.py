@@ -3,6 +3,7 @@
 Reads the environment and the operating system; knows nothing of models.
 """
 
+import gc
 import os
 import socket
 from collections import Counter
@@ -107,6 +108,8 @@ def device_memory(comm: Communicator, location: Location, device: torch.device) 
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         sharing = comm.allgather((location.host, uuid)).count((location.host, uuid))
+        gc.collect()  # an earlier run of this process, whose memory torch keeps
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE / sharing)
     comm.allgather(None)  # one collective on every rank, whatever its device
     return host_memory(location)

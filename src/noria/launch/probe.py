@@ -201,10 +201,13 @@ class Probe:
         return {name: sustained(self._streams, lanes, self._seconds)}
 
     def _within_memory(self, buffers: Buffers) -> dict[str, float]:
-        """On a CPU links and memory are the same: every copy is made by the thread that asks for it, one after another."""
+        """On a CPU links and memory are the same, and every copy is made by the thread that asks for it, one after another. What
+        a run computes with lies in memory as tensors do, and caches hold none of it."""
         rate = sustained(self._streams, {"load": (buffers.back, buffers.host)}, self._seconds)
         link = {"host_to_device": rate, "device_to_host": rate, "both_directions": rate / 2}
-        return link | {"device_memory": 2 * rate, "host_memory": 2 * rate}
+        source, target = (torch.ones(self._uncached(2) // 2, dtype=torch.uint8) for _ in range(2))
+        memory = 2 * source.nbytes / min(self._timed(lambda: target.copy_(source), self._seconds))
+        return link | {"device_memory": memory, "host_memory": memory}
 
     def _memory(self, buffers: Buffers) -> dict[str, float]:
         rate = 2 * self._nbytes / median(self._timed(lambda: buffers.back.copy_(buffers.host), self._seconds / 2))
@@ -245,7 +248,7 @@ class Probe:
         return found
 
     def _uncached(self, nbytes: int) -> int:
-        """Matrices of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
+        """Pieces of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
         room = launcher.host_memory(self._location) // MEMORY_PARTS
         return max(min(UNCACHED_NBYTES // self._location.ranks_on_host, room) // nbytes, 4)
 
