@@ -22,8 +22,8 @@ from noria.plan.plan import TOLERANCE, Plan
 from noria.plan.rates import Node, Rates
 from noria.tools.text import plural
 
-# Of each figure, so that all take at most three seconds on a GPU and a third of one on a CPU, where a plan decides less.
-EFFORTS = {"cuda": Effort(0.12, 512 << 20, strict=False), "cpu": Effort(0.03, 64 << 20, strict=False)}
+# Of each figure, so that all take at most three seconds on a GPU, and half of it on a CPU, where a plan decides less.
+EFFORTS = {"cuda": Effort(0.12, 512 << 20, strict=False), "cpu": Effort(0.1, 64 << 20, strict=False)}
 
 
 def rates_of_run(config: Config, here: ThisRank, dtype: str, disk: bool, transport: str) -> tuple[Rates, list[str]]:
