@@ -70,8 +70,8 @@ def test_a_plan_says_what_it_takes_on_1_2_4_and_8_gpus(model):
     assert speeds == sorted(speeds) and speeds[3] > 50 * speeds[0]
 
 
-def test_experts_of_few_rows_cost_no_decoding(model):
-    """512 tokens of GLM-5 make 16 pairs an expert, 16,384 make 512, whose weights are decoded before."""
+def test_experts_of_few_rows_cost_less_than_decoding_them(model):
+    """64 tokens of GLM-5 make 2 pairs an expert, 16,384 make 512, whose weights are decoded before."""
     known = rates.read(RATES)
     run = config.load(None, {"model": "m", "prompts": "p", "output": "o", "groups": 8, "microbatch_tokens": 16384})
     machine = Machine("cuda", int(known.device_capacity), int(known.host_capacity))
@@ -83,4 +83,4 @@ def test_experts_of_few_rows_cost_no_decoding(model):
         for rows, tokens in ((8 * 64, 0), (0, 8 * 16384))
     )
     assert share * 64 < STORED_PAIRS < share * 16384
-    assert many["decoding"] > 10 * few["decoding"]
+    assert few["decoding"] < many["decoding"] / 2 and few["matmul"] < many["matmul"] / 100

@@ -36,9 +36,11 @@ GROUPS = {  # of figures that are measured together
 }
 LEAST_BATCHES = 3  # of calls that are timed together: of three, the machine's other work spoils one at most
 OPERATIONS = 20  # small ones, such as a layer has
+CPU_CALLS = 3  # of half a figure's seconds: a product that takes longer is the largest that is measured there
 MEMORY_PARTS = 16  # of the host: the matrices of a product take one of them at most, or four matrices
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 CPU_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)  # a library multiplies few rows in several ways
+SIZE, CPU_SIZE = 8192, 2048  # of a square matrix
 # Of matrices: the caches of a server hold up to 320 MiB, and a run's weights find none there.
 UNCACHED_NBYTES = 512 << 20
 MESSAGE_NBYTES = 16 << 20
@@ -72,6 +74,7 @@ class Probe:
         self._comm, self._location, self._device, self._folder = comm, location, device, folder
         self._streams, self._seconds, self._strict = streams_of(device), effort.seconds, effort.strict
         self._cuda = device.type == "cuda"
+        self._size = SIZE if self._cuda else CPU_SIZE
         self._nbytes = effort.nbytes or (512 << 20 if self._cuda else 64 << 20)
 
     def measure(
@@ -202,11 +205,11 @@ class Probe:
 
     def _within_memory(self, buffers: Buffers) -> dict[str, float]:
         """On a CPU links and memory are the same, and every copy is made by the thread that asks for it, one after another. What
-        a run computes with lies in memory as tensors do, and caches hold none of it."""
+        a run computes with is read by all threads, and caches hold none of it."""
         rate = sustained(self._streams, {"load": (buffers.back, buffers.host)}, self._seconds)
         link = {"host_to_device": rate, "device_to_host": rate, "both_directions": rate / 2}
-        source, target = (torch.ones(self._uncached(2) // 2, dtype=torch.uint8) for _ in range(2))
-        memory = 2 * source.nbytes / min(self._timed(lambda: target.copy_(source), self._seconds))
+        multiply = partial(self._multiply, self._weights(torch.float32), self._numbers(1, torch.float32))
+        memory = torch.float32.itemsize * self._size**2 / min(self._timed(multiply, self._seconds))
         return link | {"device_memory": memory, "host_memory": memory}
 
     def _memory(self, buffers: Buffers) -> dict[str, float]:
@@ -232,23 +235,32 @@ class Probe:
         return {int(rows): flops for rows, flops in found.items()}
 
     def _matmul(self, dtype: torch.dtype) -> dict[str, float]:
-        size, make = (8192, torch.randn) if self._cuda else (2048, torch.ones)  # what is in it changes a GPU's clock
-        # In turn, and those of all ranks of a host together too large for caches: a run reads every matrix anew.
-        number = 2 if self._cuda else self._uncached(size**2 * dtype.itemsize)
-        weights = itertools.cycle([make(size, size, device=self._device).to(dtype) for _ in range(number)])
-        found, counts = {}, ROWS if self._cuda else CPU_ROWS
+        weights, found, counts = self._weights(dtype), {}, ROWS if self._cuda else CPU_ROWS
         for rows in counts:
-            hidden = make(rows, size, device=self._device).to(dtype)
-            multiply = partial(lambda hidden: torch.nn.functional.linear(hidden, next(weights)), hidden)
+            multiply = partial(self._multiply, weights, self._numbers(rows, dtype))
             times = self._timed(multiply, self._seconds / len(counts))
             # The threads of a CPU wait for the one that another program keeps from its core.
-            found[str(rows)] = 2 * rows * size**2 / (median if self._cuda else min)(times)
-            if 2 * min(times) > self._seconds:
+            found[str(rows)] = 2 * rows * self._size**2 / (median if self._cuda else min)(times)
+            if 2 * min(times) > self._seconds / (1 if self._cuda else CPU_CALLS):
                 break
         return found
 
+    @staticmethod
+    def _multiply(weights: Iterator[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, next(weights))
+
+    def _weights(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Square matrices in turn, those of all ranks of a host together too large for caches: a run reads every matrix anew."""
+        number = 2 if self._cuda else self._uncached(self._size**2 * dtype.itemsize)
+        return itertools.cycle([self._numbers(self._size, dtype) for _ in range(number)])
+
+    def _numbers(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """A matrix of a product: what is in it changes a GPU's clock."""
+        make = torch.randn if self._cuda else torch.ones
+        return make(rows, self._size, device=self._device).to(dtype)
+
     def _uncached(self, nbytes: int) -> int:
-        """Pieces of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
+        """Matrices of so many bytes that a rank must have for caches to hold none, in a small part of its memory."""
         room = launcher.host_memory(self._location) // MEMORY_PARTS
         return max(min(UNCACHED_NBYTES // self._location.ranks_on_host, room) // nbytes, 4)
 

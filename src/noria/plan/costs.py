@@ -42,16 +42,19 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     passes, sampled = plan.groups * cuts, round.sampled
     tokens = max(round.tokens / passes, 1)
     read_experts = touched(shape, tokens)  # of all, by any token of a microbatch
+    pairs = tokens * share / read_experts if read_experts else 0.0  # of token and expert, of each
     cache, (received, sent) = _caches(plan, work, round), states_nbytes(load, cuts, round)
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
     as_stored = terms.stored_experts(tokens * share, dtype, rates), terms.stored_products(tokens, dtype, rates)
-    read = passes * load.read(read_experts, as_stored)
-    flops = 2 * round.tokens * (work.numbers - (1 - share) * work.expert_numbers)
+    experts, in_tiles = passes * read_experts * work.expert_read, as_stored[0] and any(load.in_tiles)
+    read = passes * load.read(as_stored[1]) + experts * (not in_tiles)
+    flops = 2 * round.tokens * (work.numbers - work.expert_numbers)
+    of_experts = 2 * round.tokens * share * work.expert_numbers * (not in_tiles)
     context = terms.own_context(round.context, round.shared)
     states = round.all_rows * (2 * work.state - work.rings)  # they are written too
     seen = round.rows * context * (work.decoded or work.token) + states
-    in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
+    cache_in_tiles = work.decoded > 0 and terms.decodes_in_tiles(dtype, rates, shape.values_within)
     looked = 2 * round.chunk_tokens * round.chunk_context * shape.num_heads * work.attended
     decoded = load.decoding(plan.groups, passes, read_experts, as_stored)
     between, chosen = round.tokens * (work.between - work.expert_between), round.tokens * share * work.expert_between
@@ -61,12 +64,14 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
         "disk": terms.disk(load.from_disk + cache["disk"]["load"], cache["disk"]["store"], rates),
         "device memory": terms.device_memory(read + loaded + stored, rates),
         "matmul": terms.matmul(flops, tokens, dtype, rates, load.weights > 0)
+        + terms.experts(of_experts, pairs, dtype, rates, load.weights > 0)
         + terms.matmul(2 * sampled * work.head_numbers, max(sampled / plan.groups, 1), dtype, rates),
         "attention": terms.cache_reading(seen, rates) + terms.chunks(looked, round.chunk_context, dtype, rates),
         "other kernels": terms.elementwise(between, chosen, dtype, rates)
         + terms.least(passes * work.layers, passes * work.mixtures, rates)
         + terms.sampling(sampled * work.logits, rates),
-        "decoding": terms.decoding(decoded + cache_decoded(work, round, in_tiles), rates),
+        "decoding": terms.decoding(decoded + cache_decoded(work, round, cache_in_tiles), rates)
+        + terms.as_stored(experts * in_tiles, pairs, rates),
         "host not hidden": _not_hidden(plan, work, round, launched, tokens) if rates.device != "CPU" else 0.0,
         "launches": terms.replays(plan.groups)
         if plan.graph_rows and not round.chunk_tokens

@@ -15,9 +15,9 @@ from noria.plan.plan import Plan
 from noria.plan.rounds import Round
 from noria.step import PAGE_TOKENS
 
-# What products with weights as they are stored take, of what reading their numbers at a copy's rate does (one H200): experts of
-# gpt-oss-120b, DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens; 8,192 and 57,344 x 8,192, of 64 rows.
-STORED_EXPERTS, STORED_OTHERS = 0.7, 1.2
+# What products with weights as they are stored take, of what reading their numbers at a copy's rate does (one H200): 8,192 and
+# 57,344 x 8,192, of 64 rows.
+STORED_OTHERS = 1.2
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,10 @@ class Load:
         link, disk = (round((1 - share) * nbytes) for nbytes in self.experts)
         return replace(self, weights=self.weights - link, from_disk=self.from_disk - disk)
 
-    def read(self, read_experts: float, as_stored: tuple[bool, bool]) -> float:
-        """Bytes that a microbatch's products read, with this share of the experts; as_stored: whether experts, and other weights,
-        are multiplied as they are stored, which takes as long as reading so many."""
-        experts = read_experts * self.work.expert_read * (STORED_EXPERTS if as_stored[0] and any(self.in_tiles) else 1)
-        others = self.work.read - self.work.expert_read
-        return experts + others * (STORED_OTHERS if as_stored[1] and any(self.dense) else 1)
+    def read(self, as_stored: bool) -> float:
+        """Bytes that a microbatch's products read, but for experts; as_stored: whether these weights are multiplied as they are
+        stored, which takes as long as reading so many."""
+        return (self.work.read - self.work.expert_read) * (STORED_OTHERS if as_stored and any(self.dense) else 1)
 
     def decoding(self, groups: int, passes: float, read_experts: float, as_stored: tuple[bool, bool]) -> float:
         """Bytes that a round of so many groups and microbatches reads and writes to decode, with this share of the experts, but

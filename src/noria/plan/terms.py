@@ -29,10 +29,16 @@ HALF = ("bfloat16", "float16")
 CPU_MATMUL_SHARE, CPU_CHUNK_SHARE, CPU_CACHE_SHARE, CALL_SHARE = 0.95, 0.36, 0.45, 0.6
 # What a layer takes on the device however few tokens there are: some 14 kernels, one after another.
 LAYER_SECONDS = 35e-6
-# The passes of experts (sorting, gathering, summing pairs of token and expert; tiles not full), and what a layer of them takes
-# on the device and of the host however few tokens there are (128 experts of 768 x 2048, 8 a token, by tiles; the host's share
-# was measured with grouped products).
-MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 1.1, 0.01e-3, 0.4e-3
+# Products of experts by tiles, of a product's rate, and pairs of token and expert that an expert's tiles have room for beside
+# its own: 20.5 ms for 16,384 tokens of GLM-5 (512 pairs an expert); 0.77 and 2.47 ms for 4,096 and 16,384 of Qwen3-30B-A3B
+# (256 and 1,024 pairs). What sorts, gathers and sums pairs, and what a layer of experts takes on the device and of the host
+# however few tokens there are (128 experts of 768 x 2048, 8 a token; the host's share was measured with grouped products).
+EXPERTS_SHARE, EXPERTS_SPARE = 0.76, 64
+MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 0.3, 0.01e-3, 0.4e-3
+# Experts that are multiplied as they are stored, of what reading their numbers at a copy's rate takes: those of gpt-oss-120b,
+# DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens. More pairs than so many an expert are in several
+# tiles, each of which decodes its expert: 6.3 ms for 64 of DeepSeek-V3 (4.9 for 16), 11.1 ms for 128 of GLM-5.
+STORED_EXPERTS, STORED_TILE = 0.7, 56
 # Where experts are loaded when they are chosen, the host reads the choice and queues their copies, and the link and the device
 # stand still meanwhile: a round of 8 rows, 12 layers of 128 experts takes 6.6 ms more than its bytes, 2.9 of them computing.
 CHOOSING_SECONDS = 0.3e-3
@@ -97,6 +103,20 @@ def matmul(flops: float, rows: float, dtype: str, rates: Rates, streamed: bool =
     """Products of so many rows each; `streamed`: beside copies of weights."""
     share = CPU_MATMUL_SHARE if rates.device == "CPU" else STREAMED_SHARE if streamed else MATMUL_SHARE
     return flops / (rates.matmul_at(dtype, rows) * share)
+
+
+def experts(flops: float, pairs: float, dtype: str, rates: Rates, streamed: bool = False) -> float:
+    """The same of a mixture's experts, each for so many pairs of token and expert."""
+    if rates.device == "CPU":
+        return matmul(flops, pairs, dtype, rates)
+    share = EXPERTS_SHARE * (STREAMED_SHARE / MATMUL_SHARE if streamed else 1)
+    return flops * (1 + EXPERTS_SPARE / max(pairs, 1)) / (rates.matmul[dtype] * share)
+
+
+def as_stored(nbytes: float, pairs: float, rates: Rates) -> float:
+    """Experts of so many bytes, decoded, that are multiplied as they are stored, each for so many pairs."""
+    tiles = max(0.5 + pairs / STORED_TILE, 1)
+    return device_memory(nbytes * STORED_EXPERTS * tiles, rates)
 
 
 def own_context(context: float, shared: float) -> float:
