@@ -101,7 +101,7 @@ class Round:
 @dataclass(frozen=True)
 class Rounds:
     """The rounds of a run: those with chunks of prompts, in which other rows decode, and those that decode alone; what is in them
-    on average. small: of those with chunks, so many have a rest of prompts, and are little more than decode rounds."""
+    on average. small: of those with chunks, as many as a rest of prompts leaves empty: they take as long as decode rounds."""
 
     prefill_rounds: float
     prefill: Round

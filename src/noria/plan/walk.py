@@ -11,7 +11,7 @@ from functools import lru_cache
 from noria.limits import GATHERED
 
 NEVER = 1 << 60, 0  # a round, rows
-SMALL = 8  # one in so many of the tokens
+SMALL = 0.5  # of the tokens of the round before
 STEPS = 60  # are walked, before later rows are taken to go on like the last half of those that have begun
 LONG = 1024  # steps of a wave that is looked at before it is over
 
@@ -39,7 +39,7 @@ class Group:
 class Walked:
     """Rounds with chunks and those without; tokens of rows that decode in both; chunks; rows that end in a round with chunks.
 
-    small: of the rounds with chunks, those with a rest of prompts, far less than in the one before.
+    small: of the rounds with chunks, those with a rest of prompts, each by what it lacks of the one before.
     """
 
     prefill_rounds: float = 0
@@ -171,7 +171,7 @@ class _Walk:
         walked = self._walked
         if chunks:
             walked.prefill_rounds += rounds
-            walked.small += SMALL * tokens < self._computed
+            walked.small += 1 - tokens / self._computed if tokens < SMALL * self._computed else 0.0
             walked.beside += rounds * self._decoding
             walked.chunks += rounds * chunks
             if self._ends[0][0] == self._round + rounds:
