@@ -269,11 +269,16 @@ def test_room_for_a_row_of_the_whole_context_is_kept_only_while_there_may_be_one
             llama(36, 2880, 64, 8, 2880, 201088, experts=128),
             *(8, Machine("cuda", 30 * GiB, 100 * GiB), Workload(1000, 512, 64, whole=True), {"cache": {"cpu": 100.0}}),
         ),
+        (
+            llama(61, 7168, 64, 4, 2048, 163840, experts=112),
+            *(8, Machine("cuda", 77 * GiB, 200 * GiB), Workload(1000, 512, 64, whole=True), {"activations": "cpu"}),
+        ),
     ],
     ids=[
         "groups, and with them layers and rows",
         "steps, and with them their one microbatch",
         "small steps, and with them all blocks on the device and no page of the cache",
+        "small steps, few groups, layers and hidden states, and with them all blocks on the device",
     ],
 )
 def test_numbers_that_gain_only_together_are_moved_together(made, num_ranks, machine, load, flags):

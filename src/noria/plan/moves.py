@@ -5,7 +5,7 @@ Knows nothing of what candidates are worth.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 
 from noria.errors import InputError
 from noria.plan.problem import EVEN, Candidate, Problem
@@ -169,6 +169,16 @@ def _turned_steps(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 # Choices on which the best values of several numbers depend, taken otherwise: a group a rank or one more, blocks that stream
 # coded or as they are, hidden states in the one memory or the other, steps with room for rows that decode beside whole prompts.
 TURNS: tuple[Move, ...] = (_turned_groups, _turned_coding, _turned_activations, _turned_steps)
+
+
+def roomy(problem: Problem, here: Candidate) -> Iterable[Candidate]:
+    """With what leaves more of the fullest device to blocks, or not: as few groups as ranks, hidden states in CPU memory, a layer
+    less on the first and on the last rank."""
+    counts = groups(problem) if _are_groups_fixed(problem) else dict.fromkeys((*groups(problem), problem.num_ranks))
+    fixed = problem.config.pipeline.partition is not None or problem.num_ranks == 1
+    ends = (here.ends,) if fixed else (here.ends, (LAYERS[0], LAYERS[0]))
+    for count, tier, end in product(counts, activations(problem), ends):
+        yield replace(here, groups=count, activations=tier, ends=end)
 
 
 def _are_steps_fixed(problem: Problem) -> bool:

@@ -2,10 +2,10 @@
 
 For given laps, groups and rows at once, memory is two knapsacks. A byte of a block on the device saves a byte of the link in
 each round, a byte of the cache the part of it that is filled: so either the blocks come first, or the cache does, which needs
-no staging, or something between the two where another resource binds. Those corners are tried, and all blocks on the device with
-all of the cache elsewhere, for all rows at once and for more and more waves, and from the fastest of them each number is moved
-for as long as the prediction of the whole run gets better; then once more from the best of all with one choice after another
-taken otherwise. Every plan that is compared is a whole one: built, counted and predicted.
+no staging, or something between the two where another resource binds. Those corners are tried, and all blocks on the device, by
+whatever leaves them room there, with all of the cache elsewhere, for all rows at once and for more and more waves, and from the
+fastest of them each number is moved for as long as the prediction of the whole run gets better; then once more from the best of
+all with one choice after another taken otherwise. Every plan that is compared is a whole one: built, counted and predicted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -113,7 +113,7 @@ def _corners(tried: Tried) -> Iterator[Iterable[Candidate]]:
     if not any(plan.predicted["rows"] >= rows and plan.holds(problem.workload.longest) for plan in plans):
         yield (_cache_first(tried, corner) for corner in _streaming(problem))
         if moves.is_cache_open(problem):
-            yield (_cache_elsewhere(tried, groups) for groups in moves.groups(problem))
+            yield _cache_elsewhere(tried)
 
 
 def _resident(tried: Tried, groups: int) -> Candidate:
@@ -125,11 +125,12 @@ def _resident(tried: Tried, groups: int) -> Candidate:
     return _fitting(tried, _with_rounds(tried, replace(first, rows=plan.predicted["rows"])))
 
 
-def _cache_elsewhere(tried: Tried, groups: int) -> Candidate:
-    """All rows at once, their cache in CPU memory, and steps so small that the device holds all blocks; if there are such."""
-    rows = tried.problem.workload.num_rows
-    whole = replace(_modest(tried.problem), groups=groups, rows=rows, on_device=0.0)
-    return _fitting(tried, _with_rounds(tried, whole), resident=True)
+def _cache_elsewhere(tried: Tried) -> list[Candidate]:
+    """All rows at once, their cache in CPU memory, and steps so small that the device holds all blocks: the fastest such one."""
+    whole = replace(_modest(tried.problem), rows=tried.problem.workload.num_rows, on_device=0.0)
+    roomy = [_fitting(tried, _with_rounds(tried, one), resident=True) for one in moves.roomy(tried.problem, whole)]
+    held = [one for one in roomy if (plan := tried.plan(one)) and not plan.weight_slots]
+    return [max(held, key=tried.value)] if held else []
 
 
 def _with_rounds(tried: Tried, candidate: Candidate) -> Candidate:
