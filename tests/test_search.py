@@ -165,13 +165,14 @@ def test_no_plan_that_a_user_could_ask_for_is_faster(case):
         ("700B on sixteen GPUs", {"weights": {"gpu": 32.0, "cpu": 68.0}}),
         ("175B on sixteen GPUs", {"step_tokens": 128}),
         ("175B on two GPUs", {"groups": 5, "microbatch_tokens": 1573}),
+        ("175B on two GPUs", {"groups": 4, "step_tokens": 1856, "microbatch_tokens": 928}),
     ],
 )
 def test_rivals_that_have_beaten_the_planner_do_so_no_more(case, flags):
     """Microbatches larger than were measured; steps between one prompt and two; larger microbatches where blocks are coded, and a
     row less for them; steps that are a microbatch, which rounds fill by more than that on average; a cache without room for
     longer rows, beside coded blocks; groups with equal parts of a wave, where CPU memory has the cache; small steps; a rest of a
-    step's prompts, as if they were spread over all steps."""
+    step's prompts, as if they were spread over all steps; a row more than a step has prompts."""
     assert speed(case, flags) <= 1.01 * speed(case, {})
 
 

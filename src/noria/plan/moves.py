@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain, product
 
 from noria.errors import InputError
-from noria.plan.problem import EVEN, Candidate, Problem
+from noria.plan.problem import EVEN, Candidate, Problem, rounded_up
 from noria.plan.terms import MEASURED_TOKENS
 
 Move = Callable[[Problem, Candidate], Iterable[Candidate]]
@@ -20,12 +20,16 @@ PARTS = (0.02, 0.1, 0.3, 1.0)  # of the cache
 
 def _other_rows(problem: Problem, here: Candidate) -> Iterable[Candidate]:
     """More or fewer rows at once, among them those of whole waves, with the same part of the cache on the device or the same
-    number of its pages."""
+    number of its pages; and one more in each group, in the same steps: its prompt is computed beside rows that decode."""
     most, rows = problem.workload.num_rows, here.rows
     waves = -(-most // rows)
     counts = [-(-most // count) for count in (waves - 1, waves, waves + 1) if count > 0]
     counts += [round(rows * factor) for factor in FACTORS] + [int(rows / factor) for factor in FACTORS]
     found = [replace(here, rows=count) for count in dict.fromkeys(counts) if 1 <= count <= most]
+    in_group = -(-rows // here.groups)
+    if (in_group + 1) * here.groups <= most and not _are_steps_fixed(problem):
+        longer = here.prefill_rounds * (in_group + 1) / in_group
+        found.append(replace(here, rows=(in_group + 1) * here.groups, prefill_rounds=longer))
     if not is_cache_open(problem):
         return found
     # the same with as many pages on the device as before
@@ -41,14 +45,15 @@ def _other_parts(problem: Problem, here: Candidate) -> Iterable[Candidate]:
 
 
 def _other_rounds(problem: Problem, here: Candidate) -> Iterable[Candidate]:
-    """Larger or smaller steps, by a prompt where they have several; where a step is one microbatch, a larger one is, too."""
+    """Larger or smaller steps, by a prompt or by a round; where a step is one microbatch, a larger one is, too."""
     if _are_steps_fixed(problem):
         return []
     rounds, step = here.prefill_rounds, problem.step_tokens(here)
     in_group = -(-here.rows // here.groups)
-    prompts = -(-in_group // rounds)  # of a step
-    fewer, more = (-(-in_group // count) if count else rounds for count in (prompts - 1, prompts + 1))
-    counts = dict.fromkeys((1, rounds // 2, min(more, rounds - 1), max(fewer, rounds + 1), 2 * rounds))
+    prompts = rounded_up(in_group / rounds)  # of a step
+    fewer, more = (in_group / count if count else rounds for count in (prompts - 1, prompts + 1))
+    whole = min(rounded_up(more), rounded_up(rounds) - 1), max(rounded_up(fewer), int(rounds) + 1)
+    counts = dict.fromkeys((1, rounds // 2, *whole, more, fewer, 2 * rounds))
     found = [replace(here, prefill_rounds=count) for count in counts if count >= 1]
     if problem.config.pipeline.microbatch_tokens or here.microbatch_tokens < step:
         return found

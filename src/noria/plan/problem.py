@@ -1,5 +1,6 @@
 """What a plan is made for: the run, the machine, and what one candidate fixes before memory is counted."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,16 +46,16 @@ class Machine:
 class Candidate:
     """The numbers that a plan is made of, before memory is counted. What the user gave of them is in the run's keys.
 
-    prefill_rounds: in which the prompts of all rows that are generated at once are computed. rows: these rows; on_device:
-    the part of their pages on the device, the others are in CPU memory. What the device has left holds blocks; decoded:
-    encoded ones are decoded while they load; coded: those that stream from CPU memory are coded without loss meanwhile.
+    prefill_rounds: in which the prompts of all rows that are generated at once are computed; 1.5 are a full one and a half. rows:
+    these rows; on_device: the part of their pages on the device, the others are in CPU memory. What the device has left holds
+    blocks; decoded: encoded ones are decoded while they load; coded: those that stream from CPU memory are coded without loss.
     ends: what the first and the last virtual stage are taken to carry beside their layers, in layers, so that they have fewer.
     beside: steps of whole prompts have room for the rows of a group that decode meanwhile.
     """
 
     laps: int
     groups: int
-    prefill_rounds: int
+    prefill_rounds: float
     microbatch_tokens: int
     rows: int
     on_device: float = 1.0
@@ -116,7 +117,7 @@ class Problem:
         if asked or self.machine.device == "cpu":
             return asked or max(CPU_STEP_TOKENS, least)
         in_group, prompt = -(-candidate.rows // candidate.groups), max(round(self.workload.prompt_tokens), 1)
-        tokens = max(-(-in_group * prompt // candidate.prefill_rounds), in_group)
+        tokens = max(rounded_up(in_group * prompt / candidate.prefill_rounds), in_group)
         whole = -(-tokens // prompt)  # prompts
         if candidate.beside:
             tokens = whole * prompt + in_group - whole
@@ -229,6 +230,11 @@ class Problem:
     def as_stored(self) -> bool:
         """Whether the run takes all weights as they are stored, none of them cast."""
         return not self.weighed.changed
+
+
+def rounded_up(number: float) -> int:
+    """The least whole number that is no smaller, but for what a division leaves."""
+    return math.ceil(number - 1e-6)
 
 
 def _limit(asked: str | None, name: str, has: int, most: int | None = None) -> int:
