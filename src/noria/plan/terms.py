@@ -33,7 +33,7 @@ LAYER_SECONDS = 35e-6
 # its own: 20.5 ms for 16,384 tokens of GLM-5 (512 pairs an expert); 0.77 and 2.47 ms for 4,096 and 16,384 of Qwen3-30B-A3B
 # (256 and 1,024 pairs). What sorts, gathers and sums pairs, and what a layer of experts takes on the device and of the host
 # however few tokens there are (128 experts of 768 x 2048, 8 a token; the host's share was measured with grouped products).
-EXPERTS_SHARE, EXPERTS_SPARE = 0.76, 64
+EXPERTS_SHARE, EXPERTS_SPARE, MEASURED_PAIRS = 0.76, 64, 1024
 MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 0.3, 0.01e-3, 0.4e-3
 # Experts that are multiplied as they are stored, of what reading their numbers at a copy's rate takes: those of gpt-oss-120b,
 # DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens. More pairs than so many an expert are in several
@@ -106,11 +106,12 @@ def matmul(flops: float, rows: float, dtype: str, rates: Rates, streamed: bool =
 
 
 def experts(flops: float, pairs: float, dtype: str, rates: Rates, streamed: bool = False) -> float:
-    """The same of a mixture's experts, each for so many pairs of token and expert."""
+    """The same of a mixture's experts, each for so many pairs of token and expert; more than were measured gain nothing."""
     if rates.device == "CPU":
         return matmul(flops, pairs, dtype, rates)
     share = EXPERTS_SHARE * (STREAMED_SHARE / MATMUL_SHARE if streamed else 1)
-    return flops * (1 + EXPERTS_SPARE / max(pairs, 1)) / (rates.matmul[dtype] * share)
+    tiles = 1 + EXPERTS_SPARE / min(max(pairs, 1), MEASURED_PAIRS)  # of those that the pairs fill
+    return flops * tiles / (rates.matmul[dtype] * share)
 
 
 def as_stored(nbytes: float, pairs: float, rates: Rates) -> float:
