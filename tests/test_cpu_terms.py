@@ -18,8 +18,8 @@ device = "CPU"
 host_to_device = 1.097e10
 device_to_host = 1.097e10
 both_directions = 5.487e9
-device_memory = 2.195e10
-host_memory = 2.195e10
+device_memory = 1.627e10
+host_memory = 1.627e10
 layer_seconds = 5.306e-5
 [matmul_rows.float32]
 1 = 8.135e9

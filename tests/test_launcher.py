@@ -150,8 +150,16 @@ def test_what_an_earlier_run_of_the_process_has_left_is_free(monkeypatch):
     held, device = {"allocated": weakref.ref(Held()), "kept": True}, launcher.torch.device("cuda", 0)
     monkeypatch.setattr(launcher.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
     monkeypatch.setattr(launcher.torch.cuda, "empty_cache", lambda: held.update(kept=held["allocated"]() is not None))
-    monkeypatch.setattr(launcher.torch.cuda, "mem_get_info", lambda device: (100 if held["kept"] else 1000, 1000))
-    assert launcher.device_memory(Solo(), launcher.Location("here", 0, 1), device) == 900
+    monkeypatch.setattr(launcher.torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+
+    class Others(Solo):
+        """Who share the GPU, and look at its memory when they have met."""
+
+        def allgather(self, value):
+            assert not held["kept"]
+            return [value]
+
+    assert launcher.device_memory(Others(), launcher.Location("here", 0, 1), device) == 900
 
 
 def test_what_rank_0_refuses_every_rank_refuses():

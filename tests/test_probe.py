@@ -37,6 +37,26 @@ def test_the_matrices_of_all_ranks_are_more_than_caches_hold_and_a_small_part_of
     assert its._uncached(2048**2 * 4) == number
 
 
+def test_a_cpus_memory_is_what_products_of_one_row_read_and_the_largest_product_takes_no_longer_than_it_may(
+    monkeypatch,
+):
+    its = Probe(Solo(), Location("host", 0, 1), torch.device("cpu"), Path(), Effort(0.12, 1 << 20))
+    asked = []
+
+    def timed(work, seconds):
+        rows = work.args[1].shape[0]
+        asked.append((rows, seconds))
+        return [5e-3 + rows * 1e-4, 1e-3 + rows * 1e-4]  # seconds of a call
+
+    monkeypatch.setattr(its, "_timed", timed)
+    monkeypatch.setattr(its, "_uncached", lambda nbytes: 1)
+    found = its.measure(("loopback", None), groups={"memory"}, dtypes=["float32"])
+    assert found.device_memory == found.host_memory == pytest.approx(4 * 2048**2 / 1.1e-3)
+    assert found.host_to_device != found.device_memory / 2
+    assert asked == [(1, 0.12), *((rows, 0.012) for rows in (1, 4, 8, 16, 32, 64, 256))]  # 27 ms of 20, of 120 in all
+    assert found.matmul_rows["float32"][256] == pytest.approx(2 * 256 * 2048**2 / 26.6e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.world
 def test_a_probe_of_ranks_measures_messages_too(tmp_path):

@@ -76,10 +76,16 @@ def test_kernels_between_products_take_what_each_of_them_took():
 def test_a_layer_of_a_mixture_takes_what_it_took_in_a_graph(tokens, milliseconds):
     expert, between = 3 * 768 * 2048, 2 * 8 * (2 * (768 + 2048) + (768 + 2048))
     read = 2 * 128 * expert * (1 - (1 - 8 / 128) ** tokens)
-    pairs = max(tokens * 8 / 128, 1)
+    pairs = tokens * 8 / 128 / (1 - (1 - 8 / 128) ** tokens)
     products = max(terms.device_memory(read, H200), terms.experts(2 * tokens * 8 * expert, pairs, "bfloat16", H200))
     found = terms.least(0, 1, H200) + products + terms.elementwise(0, tokens * between, "bfloat16", H200)
     assert found == pytest.approx(milliseconds / 1000, rel=0.15)
+
+
+def test_experts_of_few_rows_in_float32_take_what_reading_them_takes():
+    expert = 3 * 768 * 2048
+    found = terms.experts(2 * 8 * expert, 1, "float32", H200)
+    assert found == pytest.approx(2 * 8 * expert / (H200.matmul_at("float32", 1) * terms.MATMUL_SHARE))
 
 
 def test_products_of_glm_5s_experts_take_what_they_took():

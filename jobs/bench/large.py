@@ -4,8 +4,8 @@
 
 Prints one JSON line a case: seconds of a decode round, bytes over each GPU's link in it, their share of the link's own rate
 (as the run itself measured it, and unless --no-link measured by threads of one process just before; each on all GPUs of the
-case at once), what was predicted, and what the whole model would take at that rate. Starts mpirun itself. --tiny runs shapes
-of the same kinds on the CPU, to try the script.
+case at once), what was predicted, and what the whole model would take at that rate. Starts mpirun itself; most cases are for
+two GPUs of 141 GB and 256 GiB. --tiny runs shapes of the same kinds on the CPU, to try the script.
 """
 
 import argparse

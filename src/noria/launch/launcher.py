@@ -105,11 +105,11 @@ def check_sharing(config: Config, comm: Communicator, location: Location, device
 
 def device_memory(comm: Communicator, location: Location, device: torch.device) -> int:
     """Bytes of the device that this rank may fill; on a CPU its share of what its cgroup and its machine have free."""
+    gc.collect()  # an earlier run of this process
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of which torch keeps the memory
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        sharing = comm.allgather((location.host, uuid)).count((location.host, uuid))
-        gc.collect()  # an earlier run of this process, whose memory torch keeps
-        torch.cuda.empty_cache()
+        sharing = comm.allgather((location.host, uuid)).count((location.host, uuid))  # all ranks have emptied theirs
         return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE / sharing)
     comm.allgather(None)  # one collective on every rank, whatever its device
     return host_memory(location)

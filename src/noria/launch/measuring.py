@@ -22,7 +22,7 @@ from noria.plan.plan import TOLERANCE, Plan
 from noria.plan.rates import Node, Rates
 from noria.tools.text import plural
 
-# Of each figure, so that all take at most three seconds on a GPU, and half of it on a CPU, where a plan decides less.
+# Of each figure, so that all take at most three seconds on a GPU, and about one and a half on a CPU, where a plan decides less.
 EFFORTS = {"cuda": Effort(0.12, 512 << 20, strict=False), "cpu": Effort(0.1, 64 << 20, strict=False)}
 
 

@@ -33,6 +33,7 @@ class Cache(Protocol):
         query sees (default: all before it). rotary: what becomes of queries and new keys first (_rotary.Rotary, or its
         cosines and sines alone). soft_cap: c, where scores are c * tanh(score / c) (Gemma 2, arXiv 2408.00118). sinks [H]:
         the score of a key without a value, which takes weight from the others and is not capped (gpt-oss, arXiv 2508.10925).
+        The family's shape says which layers have sinks or a cap, for which kernels are compiled before the first step.
         """
         ...
 

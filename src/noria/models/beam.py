@@ -62,7 +62,7 @@ def shape(config: Mapping[str, Any]) -> ModelShape:
     found = _decoder.shape("beam", keys.having(rope_parameters=None), variant)
     details = {
         "turns": [turns[kind] for kind in kinds],
-        "soft_cap": _general.cap_of(keys, "final_logit_softcapping"),
+        "logits_cap": _general.cap_of(keys, "final_logit_softcapping"),
     }
     keys.refuse_others()
     return replace(found, details={**found.details, **details})
@@ -146,4 +146,4 @@ def head(  # type: ignore[no-redef]  # its own
     shape: ModelShape, parameters: Mapping[str, torch.Tensor], hidden: torch.Tensor
 ) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E]."""
-    return _general.capped(_decoder.head(shape, parameters, hidden), shape.details["soft_cap"])
+    return _general.capped(_decoder.head(shape, parameters, hidden), shape.details["logits_cap"])

@@ -37,7 +37,7 @@ TERMS = ("link", "disk", *PRODUCTS, *KERNELS, "launches", "host")
 
 
 def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Round) -> dict[str, float]:
-    """Seconds of a round by term, of a rank that has this to do."""
+    """Seconds of a round by term, of a rank that has this to do. `decoding` has the products of experts that decode them, too."""
     work, dtype, share, cuts = load.work, plan.dtype, shape.experts_share, microbatches(plan, round)
     passes, sampled = plan.groups * cuts, round.sampled
     tokens = max(round.tokens / passes, 1)
@@ -47,10 +47,10 @@ def resources(plan: Plan, shape: ModelShape, load: Load, rates: Rates, round: Ro
     loaded = load.weights + received + sum(tier["load"] for tier in cache.values())
     stored = sent + sum(tier["store"] for tier in cache.values())
     as_stored = terms.stored_experts(tokens * share, dtype, rates), terms.stored_products(tokens, dtype, rates)
-    experts, in_tiles = passes * read_experts * work.expert_read, as_stored[0] and any(load.in_tiles)
-    read = passes * load.read(as_stored[1]) + experts * (not in_tiles)
+    experts, in_tiles = passes * read_experts * work.expert_read, as_stored[0] * load.expert_tiles
+    read = passes * load.read(as_stored[1]) + experts * (1 - in_tiles)
     flops = 2 * round.tokens * (work.numbers - work.expert_numbers)
-    of_experts = 2 * round.tokens * share * work.expert_numbers * (not in_tiles)
+    of_experts = 2 * round.tokens * share * work.expert_numbers * (1 - in_tiles)
     context = terms.own_context(round.context, round.shared)
     states = round.all_rows * (2 * work.state - work.rings)  # they are written too
     seen = round.rows * context * (work.decoded or work.token) + states
@@ -251,7 +251,7 @@ def mean(rounds: Sequence[Took]) -> Took:
 
 
 def of_prefill(rounds: Rounds, full: Took, decode: Took) -> Took:
-    """Of the rounds with chunks, of which some are little more than decode rounds; what binds the full ones."""
+    """Of the rounds with chunks, of which some are in part decode rounds; what binds the full ones."""
     terms = {name: rounds.of_prefill(full.terms[name], decode.terms[name]) for name in full.terms}
     return Took(rounds.of_prefill(full.seconds, decode.seconds), full.binds, terms)
 

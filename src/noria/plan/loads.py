@@ -28,7 +28,7 @@ class Load:
     token that are received and sent over the link at visits, and between all layers. decoded: what a visit reads and writes to
     decode parameters; decoded_again: what every microbatch does, where blocks find no room, and of it that of experts; in_tiles:
     of both, those of experts that are multiplied as they are stored where they have few rows; dense: those of other weights that
-    are where microbatches have.
+    are where microbatches have; expert_tiles: the part of the experts that are so.
     experts: of the bytes that pass the link and of those from disk, those of experts, which may be loaded when they are chosen;
     mixtures: streamed blocks that have any.
     """
@@ -44,6 +44,7 @@ class Load:
     experts: tuple[int, int] = (0, 0)
     mixtures: int = 0
     dense: tuple[int, int] = (0, 0)
+    expert_tiles: float = 0.0
 
     def with_chosen(self, share: float) -> "Load":
         """With this share of the experts alone."""
@@ -96,7 +97,8 @@ def load_of(plan: Plan, cut: Cut, rank: int) -> Load:
     travelling = share.travelling if plan.activations == "cpu" else (0, 0, 0, 0)
     encoded = _encoded(plan, cut.blocks, rank)
     load = Load(share.work, moved["link"], moved["disk"], travelling, *_decoded(plan, encoded))
-    load = replace(load, dense=_dense(plan, cut, encoded))
+    in_tiles = sum(block.expert_nbytes for block in encoded if block.decoding_expert_nbytes[1])
+    load = replace(load, dense=_dense(plan, cut, encoded), expert_tiles=in_tiles / max(share.work.expert_read, 1))
     if plan.groups > 1 or not share.work.mixtures or not plan.weight_slots:
         return load
     rest = weights_nbytes(plan, cut.blocks, rank, 0.0)

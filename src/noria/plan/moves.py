@@ -81,7 +81,7 @@ def _other_microbatches(problem: Problem, here: Candidate) -> Iterable[Candidate
     return [
         *found,
         *(
-            replace(one, prefill_rounds=max(here.prefill_rounds * step // one.microbatch_tokens, 1))
+            replace(one, prefill_rounds=max(here.prefill_rounds * step / one.microbatch_tokens, 1))
             for one in with_steps
         ),
     ]

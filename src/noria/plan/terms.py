@@ -24,9 +24,10 @@ CHUNK_SHARE, CHUNK_HALF = 0.58, 310.0
 # kernels (half precisions on a GPU) and one by one.
 PASSES, PLAIN_PASSES = 1.3, 4.0
 HALF = ("bfloat16", "float16")
-# The same on a CPU: of products in runs; of attention of chunks, for contexts of 64 to 1,024 tokens; of a copy's rate, of
-# decoding rows. A call of attention takes 0.6 of what the small operations of a layer take (one thread of an EPYC).
-CPU_MATMUL_SHARE, CPU_CHUNK_SHARE, CPU_CACHE_SHARE, CALL_SHARE = 0.95, 0.36, 0.45, 0.6
+# The same on a CPU: of products in runs; of attention of chunks, for contexts of 64 to 1,024 tokens; of the rate at which
+# products of one row read, of decoding rows. Passes of what stands between products. A call of attention takes 0.6 of what the
+# small operations of a layer take (one thread of an EPYC).
+CPU_MATMUL_SHARE, CPU_CHUNK_SHARE, CPU_CACHE_SHARE, CPU_PASSES, CALL_SHARE = 0.95, 0.36, 0.5, 3.8, 0.6
 # What a layer takes on the device however few tokens there are: some 14 kernels, one after another.
 LAYER_SECONDS = 35e-6
 # Products of experts by tiles, of a product's rate, and pairs of token and expert that an expert's tiles have room for beside
@@ -36,8 +37,9 @@ LAYER_SECONDS = 35e-6
 EXPERTS_SHARE, EXPERTS_SPARE, MEASURED_PAIRS = 0.76, 64, 1024
 MIXTURE_PASSES, MIXTURE_SECONDS, MIXTURE_LAUNCHES = 0.3, 0.01e-3, 0.4e-3
 # Experts that are multiplied as they are stored, of what reading their numbers at a copy's rate takes: those of gpt-oss-120b,
-# DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens. More pairs than so many an expert are in several
-# tiles, each of which decodes its expert: 6.3 ms for 64 of DeepSeek-V3 (4.9 for 16), 11.1 ms for 128 of GLM-5.
+# DeepSeek-V3 and Qwen3-30B-A3B in mxfp4, fp8 blocks and int4, of 512 tokens. The pairs of an expert beyond half so many lie in
+# several tiles, each of which decodes its expert: 6.3 ms for 64 of DeepSeek-V3 (4.9 for 16), 11.1 ms for 128 of GLM-5. Small
+# experts in int4 take up to 1.8 times as long (Qwen3-30B-A3B: 0.28 ms for 16, 0.66 for 64).
 STORED_EXPERTS, STORED_TILE = 0.7, 56
 # Where experts are loaded when they are chosen, the host reads the choice and queues their copies, and the link and the device
 # stand still meanwhile: a round of 8 rows, 12 layers of 128 experts takes 6.6 ms more than its bytes, 2.9 of them computing.
@@ -80,8 +82,8 @@ def disk(read: float, written: float, rates: Rates) -> float:
 
 
 def device_memory(nbytes: float, rates: Rates) -> float:
-    """Weights that products read, and what copies and decoding read and write."""
-    return nbytes / (rates.device_memory * WEIGHTS_SHARE)
+    """Weights that products read, and what copies and decoding read and write. Of a CPU's memory products are the measure."""
+    return nbytes / (rates.device_memory * (1 if rates.device == "CPU" else WEIGHTS_SHARE))
 
 
 def decoding(nbytes: float, rates: Rates) -> float:
@@ -107,8 +109,8 @@ def matmul(flops: float, rows: float, dtype: str, rates: Rates, streamed: bool =
 
 def experts(flops: float, pairs: float, dtype: str, rates: Rates, streamed: bool = False) -> float:
     """The same of a mixture's experts, each for so many pairs of token and expert; more than were measured gain nothing."""
-    if rates.device == "CPU":
-        return matmul(flops, pairs, dtype, rates)
+    if rates.device == "CPU" or dtype not in HALF:  # one after another
+        return matmul(flops, pairs, dtype, rates, streamed)
     share = EXPERTS_SHARE * (STREAMED_SHARE / MATMUL_SHARE if streamed else 1)
     tiles = 1 + EXPERTS_SPARE / min(max(pairs, 1), MEASURED_PAIRS)  # of those that the pairs fill
     return flops * tiles / (rates.matmul[dtype] * share)
@@ -144,7 +146,7 @@ def chunks(flops: float, context: float, dtype: str, rates: Rates) -> float:
 
 def elementwise(nbytes: float, expert_nbytes: float, dtype: str, rates: Rates) -> float:
     """Kernels between products, from the bytes of the products' inputs and outputs; of experts' apart."""
-    passes = PASSES if dtype in HALF and rates.device != "CPU" else PLAIN_PASSES
+    passes = CPU_PASSES if rates.device == "CPU" else PASSES if dtype in HALF else PLAIN_PASSES
     return (passes * nbytes + MIXTURE_PASSES * expert_nbytes) / rates.device_memory
 
 

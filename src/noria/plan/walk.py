@@ -11,7 +11,7 @@ from functools import lru_cache
 from noria.limits import GATHERED
 
 NEVER = 1 << 60, 0  # a round, rows
-SMALL = 0.5  # of the tokens of the round before
+SMALL = 0.5  # of the tokens of the round before: fewer are a rest of prompts
 STEPS = 60  # are walked, before later rows are taken to go on like the last half of those that have begun
 LONG = 1024  # steps of a wave that is looked at before it is over
 
