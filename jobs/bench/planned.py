@@ -6,8 +6,9 @@
 All runs in one process a rank, which loads a model of few layers each time; a first, short one builds what the process
 builds once. Prints a JSON line a case: tokens/s predicted and measured, overall and of each phase (the median of several
 runs), and the share by which the measured one is off; milliseconds of a round by term, planned and measured; rounds, planned
-and measured; tokens/s of each run. With --rivals also the measured tokens/s of other plans, and how many times as fast the
-best of them is. Cases need a GPU, or --device cpu. The first line has the machine's rates.
+and measured; tokens/s of each run. With --rivals also other plans, those that are expected to be the fastest: tokens/s,
+predicted and measured; of the plan itself once more; and how many times as fast the best of them is. Cases need a GPU, or
+--device cpu. The first line has the machine's rates.
 """
 
 import argparse
@@ -28,9 +29,15 @@ import streamed
 from resident import LLAMA_8B
 
 from noria import config
+from noria.checkpoint.random_weights import random_checkpoint
 from noria.communicator import Communicator
+from noria.errors import InputError
 from noria.launch import mpi
+from noria.output.stored_rates import stored_rates
+from noria.plan import planner, rates
 from noria.plan.kept import all_kept, folder_of
+from noria.plan.problem import Machine, Problem
+from noria.plan.rounds import Workload
 from noria.report.busy import measured_seconds, planned_seconds
 from noria.run import run
 
@@ -168,18 +175,39 @@ def others(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"laps": 1 if laps > 1 else 2}
 
 
+def expected(folder: Path, case: Case, num_ranks: int, flags: dict[str, Any]) -> float:
+    """The tokens/s that a plan with these flags is predicted to reach, by the rates of the run before; 0: it does not fit."""
+    known = rates.parse(stored_rates(folder / "run.h5") or "")
+    config_json = json.loads((folder / "config.json").read_text())
+    dtype = flags.get("dtype", "float32" if known.device == "CPU" else config_json["torch_dtype"])
+    made = random_checkpoint(config_json, config_json["torch_dtype"])
+    kind = "cpu" if known.device == "CPU" else "cuda"
+    files = {"random_weights": "config.json", "prompts": "prompts.jsonl", "output": "run.h5", "device": kind}
+    memory = int(known.device_capacity), int(known.host_capacity)
+    machine = Machine(kind, *memory, int(1e12) if case.flags.get("stage") else None)
+    load = Workload(case.rows, case.prompt_tokens, case.new_tokens, whole=True)
+    problem = Problem(
+        config.load(None, files | flags), made.shape, made.blocks, dtype, num_ranks, machine, case.rows, load
+    )
+    try:
+        return float(planner.make(problem, known).predicted["tokens_per_second"])
+    except InputError:
+        return 0.0
+
+
 def measured_rivals(
     comm: Communicator, folder: Path, case: Case, found: dict[str, Any], count: int
 ) -> list[dict[str, Any]]:
-    """The tokens/s of so many other plans. One that does not fit is left out."""
+    """The tokens/s of so many other plans, those that are expected to be the fastest: predicted and measured."""
+    open_flags = ({n: v for n, v in flags.items() if n not in case.flags} for flags in others(found["plan"]))
+    given = {repr(flags): flags for flags in open_flags}.values()
+    speeds = [(expected(folder, case, comm.Get_size(), case.flags | flags), flags) for flags in given]
+    best = mpi.on_first_rank(comm, lambda: sorted(speeds, key=lambda one: -one[0])[:count])
     rivals: list[dict[str, Any]] = []
-    for flags in others(found["plan"]):
-        given = {name: value for name, value in flags.items() if name not in case.flags}
+    for predicted, flags in best:
         with contextlib.suppress(mpi.Refused):
-            speed = measure(comm, folder, case, given)["measured"]["overall"]
-            rivals.append({"flags": given, "tokens_per_second": round(speed, 1)})
-        if len(rivals) == count:
-            break
+            speed = measure(comm, folder, case, flags)["measured"]["overall"]
+            rivals.append({"flags": flags, "tokens_per_second": [round(predicted, 1), round(speed, 1)]})
     return rivals
 
 
@@ -208,8 +236,9 @@ def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespac
         line["plan"] = {key: found["plan"][key] for key in ("laps", "groups", "step_tokens", "microbatch_tokens")}
         if arguments.rivals:
             rivals = measured_rivals(comm, folder, case, found, arguments.rivals)
-            best = max((one["tokens_per_second"] for one in rivals), default=0.0)
-            line |= {"rivals": rivals, "best_rival": round(best / found["measured"]["overall"], 3)}
+            again = measure(comm, folder, case, {"device": arguments.device})["measured"]["overall"]
+            best, own = max((one["tokens_per_second"][1] for one in rivals), default=0.0), found["measured"]["overall"]
+            line |= {"rivals": rivals, "again": round(again, 1), "best_rival": round(best / max(own, again), 3)}
     return {"bench": "planned", "case": name, "ranks": comm.Get_size(), "times": arguments.times} | line
 
 
