@@ -175,38 +175,44 @@ def others(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"laps": 1 if laps > 1 else 2}
 
 
-def expected(folder: Path, case: Case, num_ranks: int, flags: dict[str, Any]) -> float:
-    """The tokens/s that a plan with these flags is predicted to reach, by the rates of the run before; 0: it does not fit."""
+def problem_of(folder: Path, case: Case, num_ranks: int, device: str) -> tuple[Problem, rates.Rates]:
+    """What a run of the case is planned for, and the rates of the run before."""
     known = rates.parse(stored_rates(folder / "run.h5") or "")
     config_json = json.loads((folder / "config.json").read_text())
-    dtype = flags.get("dtype", "float32" if known.device == "CPU" else config_json["torch_dtype"])
     made = random_checkpoint(config_json, config_json["torch_dtype"])
-    kind = "cpu" if known.device == "CPU" else "cuda"
-    files = {"random_weights": "config.json", "prompts": "prompts.jsonl", "output": "run.h5", "device": kind}
+    dtype = case.flags.get("dtype", "float32" if device == "cpu" else config_json["torch_dtype"])
     memory = int(known.device_capacity), int(known.host_capacity)
-    machine = Machine(kind, *memory, int(1e12) if case.flags.get("stage") else None)
+    machine = Machine(device, *memory, int(1e12) if case.flags.get("stage") else None)
+    files = {"random_weights": "config.json", "prompts": "prompts.jsonl", "output": "run.h5", "device": device}
     load = Workload(case.rows, case.prompt_tokens, case.new_tokens, whole=True)
-    problem = Problem(
-        config.load(None, files | flags), made.shape, made.blocks, dtype, num_ranks, machine, case.rows, load
-    )
+    run_of_case = config.load(None, files | case.flags)
+    return Problem(run_of_case, made.shape, made.blocks, dtype, num_ranks, machine, case.rows, load), known
+
+
+def expected(problem: Problem, known: rates.Rates, flags: dict[str, Any]) -> float:
+    """The tokens/s that the plan with these flags is predicted to reach; 0: it does not fit."""
+    asked = replace(problem.config, pipeline=replace(problem.config.pipeline, **flags))
     try:
-        return float(planner.make(problem, known).predicted["tokens_per_second"])
+        return float(planner.make(replace(problem, config=asked), known).predicted["tokens_per_second"])
     except InputError:
         return 0.0
 
 
 def measured_rivals(
-    comm: Communicator, folder: Path, case: Case, found: dict[str, Any], count: int
+    comm: Communicator, folder: Path, case: Case, plan: dict[str, Any], device: str, count: int
 ) -> list[dict[str, Any]]:
     """The tokens/s of so many other plans, those that are expected to be the fastest: predicted and measured."""
-    open_flags = ({n: v for n, v in flags.items() if n not in case.flags} for flags in others(found["plan"]))
-    given = {repr(flags): flags for flags in open_flags}.values()
-    speeds = [(expected(folder, case, comm.Get_size(), case.flags | flags), flags) for flags in given]
-    best = mpi.on_first_rank(comm, lambda: sorted(speeds, key=lambda one: -one[0])[:count])
+
+    def best() -> list[tuple[float, dict[str, Any]]]:
+        problem, known = problem_of(folder, case, comm.Get_size(), device)
+        unlike = [flags for flags in others(plan) if any(plan[name] != value for name, value in flags.items())]
+        speeds = [(expected(problem, known, flags), flags) for flags in unlike]
+        return sorted(speeds, key=lambda one: -one[0])[:count]
+
     rivals: list[dict[str, Any]] = []
-    for predicted, flags in best:
+    for predicted, flags in mpi.on_first_rank(comm, best):
         with contextlib.suppress(mpi.Refused):
-            speed = measure(comm, folder, case, flags)["measured"]["overall"]
+            speed = measure(comm, folder, case, flags | {"device": device})["measured"]["overall"]
             rivals.append({"flags": flags, "tokens_per_second": [round(predicted, 1), round(speed, 1)]})
     return rivals
 
@@ -235,7 +241,7 @@ def tell(comm: Communicator, name: str, case: Case, arguments: argparse.Namespac
         line["terms"], line["each"] = by_term(found), found["each"]
         line["plan"] = {key: found["plan"][key] for key in ("laps", "groups", "step_tokens", "microbatch_tokens")}
         if arguments.rivals:
-            rivals = measured_rivals(comm, folder, case, found, arguments.rivals)
+            rivals = measured_rivals(comm, folder, case, found["plan"], arguments.device, arguments.rivals)
             again = measure(comm, folder, case, {"device": arguments.device})["measured"]["overall"]
             best, own = max((one["tokens_per_second"][1] for one in rivals), default=0.0), found["measured"]["overall"]
             line |= {"rivals": rivals, "again": round(again, 1), "best_rival": round(best / max(own, again), 3)}
