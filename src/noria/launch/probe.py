@@ -36,7 +36,7 @@ GROUPS = {  # of figures that are measured together
 }
 LEAST_BATCHES = 3  # of calls that are timed together: of three, the machine's other work spoils one at most
 OPERATIONS = 20  # small ones, such as a layer has
-CPU_CALLS = 3  # of half a figure's seconds: a product that takes longer is the largest that is measured there
+LONGEST, CPU_LONGEST = 1 / 2, 1 / 6  # of a figure's seconds: no product is measured behind one that takes longer
 MEMORY_PARTS = 16  # of the host: the matrices of a product take one of them at most, or four matrices
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of a product
 CPU_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)  # a library multiplies few rows in several ways
@@ -241,7 +241,7 @@ class Probe:
             times = self._timed(multiply, self._seconds / len(counts))
             # The threads of a CPU wait for the one that another program keeps from its core.
             found[str(rows)] = 2 * rows * self._size**2 / (median if self._cuda else min)(times)
-            if 2 * min(times) > self._seconds / (1 if self._cuda else CPU_CALLS):
+            if min(times) > self._seconds * (LONGEST if self._cuda else CPU_LONGEST):
                 break
         return found
 
